@@ -1,0 +1,430 @@
+"""What a user may configure: experiments in YAML (`ExperimentConfig`), the installation in variables (`Settings`).
+
+This module is the only reader of the environment and the only place where a default is written down. Models are frozen
+and refuse unknown keys. The section names (`model`, `dataset`, `train`, `evaluate`, `deploy`) and the fields that the
+users of the original stack know are kept; `validate`, `monitor` and `alerts` are new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from cv_platform.errors import ConfigError
+
+ExperimentName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
+"""Names become Dagster group and op names, which take neither `-` nor `.`."""
+ModelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+"""Names become folders and URL parts: a name, never a path."""
+ClassName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00-\x1f]+$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Severity = Literal["error", "warn", "off"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), serialize_by_alias=True)
+
+
+class InputSize(Section):
+    """Height and width of the images that the model sees, in pixels."""
+
+    h: int = Field(ge=8, le=1024, description="height in pixels")
+    w: int = Field(ge=8, le=1024, description="width in pixels")
+
+
+class DriftDetectionConfig(Section):
+    """What is fitted beside the model so that drift can be detected later."""
+
+    uae_encoding_dims: int = Field(32, ge=2, le=512, description="width of the untrained autoencoder's (UAE) embedding")
+    uae_seed: int = Field(7, ge=0, description="seed of the encoder's weights")
+    reference_data_n_sample: int | None = Field(
+        None, ge=50, description="largest number of reference rows, seeded; none keeps the whole reference split"
+    )
+
+
+class ModelConfig(Section):
+    """The network: its name, its input and output, its architecture."""
+
+    model_name: ModelName = Field(description="name in the registry, in storage and in every log row")
+    classes: tuple[ClassName, ...] = Field(min_length=2, description="class names in the order of the outputs")
+    classifier_type: Literal["multi-class", "multi-label"] = "multi-class"
+    input_size: InputSize
+    architecture: Literal["small_cnn", "resnet9s", "resnet50"] = Field(
+        "small_cnn",
+        description="small_cnn is the original's network; resnet9s is better for its cost; resnet50 for photos",
+    )
+    dropout: float = Field(0.0, ge=0.0, le=0.9)
+    weights: str | None = Field(None, description="local .weights.h5 file to start from; nothing is ever downloaded")
+    threshold: float = Field(
+        0.5, gt=0.0, lt=1.0, description="multi-label: probability from which a class is predicted"
+    )
+    drift_detection: DriftDetectionConfig = DriftDetectionConfig()
+
+    @field_validator("classes")
+    @classmethod
+    def _unique(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = sorted({name for name in classes if classes.count(name) > 1})
+        if repeated:
+            raise ValueError(f"Expected each class once. Received twice: {', '.join(repeated)}")
+        return classes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """`(height, width)` in pixels."""
+        return self.input_size.h, self.input_size.w
+
+
+class DatasetConfig(Section):
+    """Which version of which DVC repository, and how missing splits are taken from `train`."""
+
+    ds_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+    dvc_tag: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$")]
+    ds_root: str | None = Field(None, description="folder of dataset repositories; by default $CV_HOME/datasets")
+    source: Literal["digits"] | None = Field(
+        None, description="makes this repository on first use; none: import it first"
+    )
+    valid_fraction: float = Field(0.15, gt=0.0, lt=0.5, description="share of train that becomes a missing valid split")
+    reference_fraction: float = Field(
+        0.2, gt=0.0, lt=0.5, description="share of train that becomes a missing reference"
+    )
+    test_fraction: float = Field(
+        0.15, gt=0.0, lt=0.5, description="share that becomes test when there are no splits at all"
+    )
+    split_seed: int = Field(0, ge=0)
+
+
+class ValidateConfig(Section):
+    """Limits of the dataset's checks, and what a violation does: error blocks training, warn shows, off: not run."""
+
+    max_unreadable_fraction: Fraction = Field(0.01, description="images that do not decode (they are quarantined)")
+    unreadable_images: Severity = "error"
+    min_images_per_class: int = Field(1, ge=1, description="per class and split")
+    class_coverage: Severity = "error"
+    max_leakage_fraction: Fraction = Field(0.0, description="test images (by sha256) that are in train too")
+    train_test_leakage: Severity = "error"
+    max_conflicting_fraction: Fraction = Field(0.0, description="identical images with different labels")
+    conflicting_labels: Severity = "error"
+    max_duplicate_fraction: Fraction = 0.05
+    duplicates: Severity = "warn"
+    max_label_drift: Fraction = Field(0.2, description="Cramér's V between the labels of train and test")
+    label_drift: Severity = "warn"
+    max_property_drift: Fraction = Field(
+        0.3, description="Kolmogorov–Smirnov distance between train and test, per property"
+    )
+    property_drift: Severity = "warn"
+    max_label_issue_fraction: Fraction = Field(
+        0.02, description="labels that the look-alikes of their images contradict"
+    )
+    label_issues: Severity = "warn"
+    deepchecks_suites: Severity = Field(
+        "warn", description="Deepchecks' data_integrity and train_test_validation suites"
+    )
+
+
+class MlflowConfig(Section):
+    """Where the runs of a stage go in MLflow."""
+
+    exp_name: str | None = Field(None, min_length=1, description="MLflow experiment; by default the experiment's name")
+    exp_desc: str = ""
+    exp_tags: dict[str, str] = Field(default_factory=dict)
+
+
+class AugmentConfig(Section):
+    """Random changes of training images (imgaug); zero switches one off. Applied to `sometimes` of the images."""
+
+    sometimes: Fraction = Field(0.8, description="share of images that are augmented at all")
+    flip_horizontal: Fraction = Field(0.0, description="probability")
+    flip_vertical: Fraction = Field(0.0, description="probability")
+    rotate_degrees: float = Field(0.0, ge=0.0, le=180.0)
+    shear_degrees: float = Field(0.0, ge=0.0, le=45.0)
+    scale_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="zoom between 1−x and 1+x")
+    translate_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="shift, as a share of the side")
+    brightness_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="multiply by 1−x to 1+x")
+    contrast_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="linear contrast by 1−x to 1+x")
+    noise_std: float = Field(
+        0.0, ge=0.0, le=128.0, description="largest standard deviation of Gaussian noise, grey levels"
+    )
+    blur_sigma_px: float = Field(0.0, ge=0.0, le=10.0, description="largest sigma of a Gaussian blur")
+
+
+class TrainConfig(Section):
+    """The recipe of one training."""
+
+    epochs: int = Field(10, ge=1, le=10_000)
+    batch_size: int = Field(64, ge=1, le=8192)
+    init_lr: float = Field(1e-3, gt=0.0, le=10.0, description="peak learning rate")
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="sgd uses Nesterov momentum 0.9")
+    schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
+    warmup_fraction: float = Field(0.2, ge=0.0, lt=1.0, description="one_cycle: share of the steps that warm up")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="L2 penalty on kernels")
+    early_stopping_patience: int | None = Field(None, ge=1, description="epochs without a better validation loss")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="auto takes bfloat16 where the CPU has it; weights stay float32"
+    )
+    seed: int = Field(42, ge=0, le=2**31 - 1)
+    augment: AugmentConfig = AugmentConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+
+class EvaluateConfig(Section):
+    """What a model must reach before it may be exported and deployed."""
+
+    min_accuracy: Fraction = Field(0.0, description="multi-class: accuracy; multi-label: mean of per-class accuracies")
+    min_macro_f1: Fraction = 0.0
+    max_regression: Fraction = Field(1.0, description="accuracy that may be lost against the production model; 1: any")
+    worst_errors: int = Field(16, ge=0, le=100, description="images shown with the most confident mistakes")
+    mlflow: MlflowConfig = MlflowConfig()
+
+
+class DeployConfig(Section):
+    """Which service the model goes to, and how long its workers have to take it up."""
+
+    service: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")] = "image_classifier"
+    golden_images: int = Field(8, ge=1, le=64, description="test images kept in the bundle for its self-test")
+    confirm_timeout_seconds: float = Field(60.0, gt=0.0, le=3600.0)
+
+
+class MonitorConfig(Section):
+    """The window of requests that the drift report judges, and how."""
+
+    alpha: float = Field(0.05, gt=0.0, lt=0.5, description="family-wise false-alarm rate of one report")
+    min_samples: int = Field(100, ge=20, description="fewer requests give the verdict 'insufficient data'")
+    max_samples: int = Field(5000, ge=100, description="the latest rows of the window that are read")
+    window_days: float = Field(7.0, gt=0.0, le=366.0, description="the default window: the last days until now")
+    window_start_utc: str | None = Field(
+        None, description="ISO 8601 with zone: start (inclusive) instead of the default"
+    )
+    window_end_utc: str | None = Field(None, description="ISO 8601 with zone: end (exclusive) instead of now")
+    permutations: int = Field(499, ge=99, le=9999)
+    max_reference_rows: int = Field(2000, ge=100, description="seeded subsample of the reference in kernel tests")
+    schedule_cron: str = Field("0 6 * * 1", description="when the report runs (UTC)")
+    new_rows_trigger: int = Field(1000, ge=1, description="new requests that make the sensor run a report")
+    seed: int = Field(0, ge=0)
+
+    @field_validator("window_start_utc", "window_end_utc")
+    @classmethod
+    def _aware(cls, value: str | None) -> str | None:
+        if value is not None:
+            from datetime import datetime
+
+            if datetime.fromisoformat(value).tzinfo is None:
+                raise ValueError(f"Expected a time with its zone, such as 2026-01-31T06:00:00+00:00. Received: {value}")
+        return value
+
+
+class AlertsConfig(Section):
+    """What is worth a message. The addresses (apprise URLs) hold secrets and come from `CV_ALERT_URLS`."""
+
+    on_drift: bool = True
+    on_run_failure: bool = True
+
+
+class ExperimentConfig(Section):
+    """One experiment: one file in `configs/`, one branch of the asset graph."""
+
+    name: ExperimentName
+    description: str = ""
+    owners: tuple[str, ...] = Field(("team:computer-vision",), description="e-mail addresses, or team:NAME")
+    model: ModelConfig
+    dataset: DatasetConfig
+    # Called `validate` in YAML, dumps and schema; pydantic keeps that attribute for a deprecated method of its own.
+    validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deploy: DeployConfig = DeployConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    alerts: AlertsConfig = AlertsConfig()
+
+    def fingerprint(self, *sections: str) -> str:
+        """Returns 12 hex digits over `sections` (all, when none is named): code versions and caches carry it."""
+        dump = self.model_dump(mode="json", include=set(sections) or None)
+        return hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Settings(Section):
+    """Where this installation keeps its state; read once from the environment by `Settings.from_environment`."""
+
+    home: Path = Field(description="CV_HOME: everything embedded lives here")
+    dagster_home: Path = Field(description="DAGSTER_HOME: Dagster's instance; by default below CV_HOME")
+    configs: Path = Field(description="CV_CONFIGS: one YAML or a folder of them")
+    storage_url: str = Field(description="CV_STORAGE: central storage, a folder or s3://bucket/prefix")
+    database_url: SecretStr | None = Field(None, description="DATABASE_URL: request log; none: embedded PostgreSQL")
+    mlflow_tracking_uri: str = Field(description="MLFLOW_TRACKING_URI; by default SQLite below CV_HOME")
+    evidently_url: str | None = Field(None, description="EVIDENTLY_URL: Evidently server; none: a workspace folder")
+    admin_token: SecretStr | None = Field(None, description="CV_ADMIN_TOKEN: opens the service's admin routes")
+    api_keys: tuple[SecretStr, ...] = Field((), description="CV_API_KEYS: comma-separated; closes /predict to others")
+    alert_urls: tuple[SecretStr, ...] = Field((), description="CV_ALERT_URLS: apprise URLs, comma-separated")
+    service_workers: int = Field(2, ge=1, le=64, description="CV_SERVICE_WORKERS")
+    service_name: str = Field(
+        "image_classifier", description="CV_SERVICE: whose production pointer the service follows"
+    )
+    service_port: int = Field(4242, ge=1, le=65535, description="CV_SERVICE_PORT")
+    dagster_port: int = Field(3001, ge=1, le=65535, description="CV_DAGSTER_PORT")
+    mlflow_port: int = Field(5050, ge=1, le=65535, description="CV_MLFLOW_PORT")
+    evidently_port: int = Field(8000, ge=1, le=65535, description="CV_EVIDENTLY_PORT")
+    postgres_port: int | None = Field(None, ge=1, le=65535, description="CV_POSTGRES_PORT; none: a free port, kept")
+    max_upload_bytes: int = Field(10_000_000, ge=1024, description="CV_MAX_UPLOAD_BYTES")
+    max_upload_pixels: int = Field(40_000_000, ge=64, description="CV_MAX_UPLOAD_PIXELS")
+    log_images: Literal["all", "sampled", "none"] = Field("all", description="CV_LOG_IMAGES: which uploads are stored")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Reads the environment (or `environ`).
+
+        Raises:
+            ConfigError: a variable has a wrong value, or a secret is a placeholder; all of them are named.
+        """
+        env = os.environ if environ is None else environ
+        home = Path(env.get("CV_HOME") or ".cv_platform").expanduser().absolute()
+        values: dict[str, Any] = {
+            "home": home,
+            "dagster_home": Path(env.get("DAGSTER_HOME") or home / "dagster").expanduser().absolute(),
+            "configs": Path(env.get("CV_CONFIGS") or "configs").expanduser().absolute(),
+            "storage_url": env.get("CV_STORAGE") or str(home / "storage"),
+            "mlflow_tracking_uri": env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}",
+            "api_keys": tuple(part.strip() for part in env.get("CV_API_KEYS", "").split(",") if part.strip()),
+            "alert_urls": tuple(part.strip() for part in env.get("CV_ALERT_URLS", "").split(",") if part.strip()),
+        }
+        for field, variable in _PLAIN_VARIABLES.items():
+            if env.get(variable):
+                values[field] = env[variable]
+        placeholders = [
+            variable
+            for variable in ("DATABASE_URL", "CV_ADMIN_TOKEN", "CV_API_KEYS")
+            if any(word in env.get(variable, "").lower() for word in _PLACEHOLDERS)
+        ]
+        if placeholders:
+            raise ConfigError(
+                f"Expected real secrets. Received placeholders in: {', '.join(placeholders)}. "
+                'Write a random value, as from: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+            )
+        try:
+            return cls(**values)
+        except ValidationError as err:
+            variables = {**_PLAIN_VARIABLES, "home": "CV_HOME", "configs": "CV_CONFIGS"}
+            lines = [
+                f"  {variables.get(str(e['loc'][0]), str(e['loc'][0]))}: {e['msg']}. Received: {e['input']!r}"
+                for e in err.errors()
+            ]
+            raise ConfigError("The environment is wrong:\n" + "\n".join(lines)) from err
+
+
+_PLAIN_VARIABLES = {
+    "database_url": "DATABASE_URL",
+    "evidently_url": "EVIDENTLY_URL",
+    "admin_token": "CV_ADMIN_TOKEN",
+    "service_workers": "CV_SERVICE_WORKERS",
+    "service_name": "CV_SERVICE",
+    "service_port": "CV_SERVICE_PORT",
+    "dagster_port": "CV_DAGSTER_PORT",
+    "mlflow_port": "CV_MLFLOW_PORT",
+    "evidently_port": "CV_EVIDENTLY_PORT",
+    "postgres_port": "CV_POSTGRES_PORT",
+    "max_upload_bytes": "CV_MAX_UPLOAD_BYTES",
+    "max_upload_pixels": "CV_MAX_UPLOAD_PIXELS",
+    "log_images": "CV_LOG_IMAGES",
+}
+_PLACEHOLDERS = (
+    "changeme",
+    "change-me",
+    "change_me",
+    "placeholder",
+    "your-secret",
+    "yourpassword",
+    "<",
+    "example-secret",
+)
+
+
+def quiet_variables() -> dict[str, str]:
+    """Returns what every process of the platform exports: no telemetry, no import chatter."""
+    return {
+        "DAGSTER_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "BENTOML_DO_NOT_TRACK": "True",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DISABLE_LATEST_VERSION_CHECK": "true",
+        "DVC_NO_ANALYTICS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TF_ENABLE_ONEDNN_OPTS": "1",
+    }
+
+
+def config_files(configs: Path) -> list[Path]:
+    """Lists the YAML files of `configs` (a folder, not its subfolders; or one file), sorted.
+
+    Raises:
+        ConfigError: there is no such file or folder.
+    """
+    if configs.is_file():
+        return [configs]
+    if configs.is_dir():
+        return sorted(path for path in configs.iterdir() if path.suffix in {".yaml", ".yml"} and path.is_file())
+    raise ConfigError(
+        f"Expected a YAML file or a folder of them. Received: {configs}, which does not exist. Set CV_CONFIGS."
+    )
+
+
+def load_experiment(path: Path) -> ExperimentConfig:
+    """Reads one experiment.
+
+    Raises:
+        ConfigError: the file is not readable YAML, or fields are wrong; every mistake is listed with its place.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as err:
+        raise ConfigError(f"{path}: expected a readable YAML file. Received: {err}") from err
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected sections (model, dataset, …). Received: {type(content).__name__}.")
+    return parse_experiment(content, origin=str(path))
+
+
+def parse_experiment(content: Mapping[str, Any], *, origin: str) -> ExperimentConfig:
+    """Validates an experiment; errors name `origin`, each field's path, what was expected and what was received.
+
+    Raises:
+        ConfigError: fields are wrong; all of them are listed.
+    """
+    try:
+        return ExperimentConfig.model_validate(content)
+    except ValidationError as err:
+        raise ConfigError(
+            f"{origin}: {err.error_count()} mistake(s):\n" + "\n".join(_explain(e) for e in err.errors())
+        ) from err
+
+
+def _explain(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"]) or "(top level)"
+    if error["type"] == "extra_forbidden":
+        section: Any = ExperimentConfig
+        for part in error["loc"][:-1]:
+            section = next(
+                (f.annotation for name, f in section.model_fields.items() if (f.alias or name) == part), None
+            )
+            if not hasattr(section, "model_fields"):
+                break
+        fields = getattr(section, "model_fields", {})
+        known = ", ".join(f.alias or name for name, f in fields.items()) or "see configs/schema.json"
+        return f"  {place}: unknown key. Expected one of: {known}."
+    if error["type"] == "missing":
+        return f"  {place}: missing. Add it; configs/schema.json describes it."
+    return f"  {place}: {error['msg']}. Received: {str(error['input'])[:200]!r}"
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema of an experiment; `configs/schema.json` is this, and a test holds it."""
+    schema = ExperimentConfig.model_json_schema()
+    schema["$schema"] = "http://json-schema.org/draft-07/schema#"
+    schema["title"] = "cv_platform experiment"
+    return schema

@@ -1,0 +1,235 @@
+"""From uploaded or stored bytes to the uint8 RGB array that every model sees: the one preprocessing there is.
+
+Training (through packed pixels), reference data and serving all call `preprocess`, so they cannot differ. The policy:
+
+* JPEG, PNG, WebP, BMP, TIFF and GIF (first frame); anything else is refused.
+* The size is read from the header and judged before a pixel is decoded.
+* Channels are RGB; grey becomes three equal channels; alpha is dropped; 16-bit samples become 8-bit.
+* EXIF orientation is applied, so that an image is seen the way a person sees it.
+* Resizing ignores the aspect ratio: `INTER_AREA` when both sides shrink, `INTER_LINEAR` otherwise.
+
+`PREPROCESSING_VERSION` rises with every change that alters a pixel; `preprocessing_hash` carries it into caches,
+bundles and reference data, so that rows made under different policies are never mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import struct
+import warnings
+import zlib
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
+
+PREPROCESSING_VERSION = 1
+SUPPORTED_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_PIXELS = 40_000_000
+"""Default limit: 40 megapixels decode to 120 MB."""
+
+# OpenCV writes its decoder warnings to stderr; the exceptions below already name the image.
+cv2.setLogLevel(1)
+logging.getLogger("PIL").setLevel(logging.WARNING)
+
+
+def preprocessing_hash(image_size: tuple[int, int]) -> str:
+    """Returns 16 hex digits that change whenever `preprocess` would give other pixels for `image_size` (h, w)."""
+    policy = {"version": PREPROCESSING_VERSION, "height_px": image_size[0], "width_px": image_size[1]}
+    return hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
+    """Reads `(format, height_px, width_px)` from an image's header, decoding no pixel.
+
+    Raises:
+        EmptyImageError: there are no bytes.
+        TruncatedImageError: the bytes begin as one, but the header is cut off or damaged.
+        UnsupportedImageError: the bytes are not an image of a supported format.
+        ImageTooLargeError: the header promises more than `max_pixels`.
+    """
+    if not data:
+        raise EmptyImageError("Expected an image. Received: 0 bytes. Send the file's content.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's bomb warning: the limit below is ours.
+            with Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS) as header:
+                image_format, (width_px, height_px) = str(header.format), header.size
+                # What phones call JPEG may hold further pictures (MPO); the first one is the image.
+                image_format = "JPEG" if image_format == "MPO" else image_format
+    except Image.DecompressionBombError as err:
+        raise ImageTooLargeError(f"Expected at most {max_pixels} pixels. Received: {err}") from err
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError) as err:
+        begins_as = _format_by_signature(data)
+        if begins_as:
+            raise TruncatedImageError(
+                f"Expected a complete {begins_as}. Received: {len(data)} bytes that begin as one, with a header that is "
+                "cut off or damaged. Send the file again."
+            ) from err
+        known = ", ".join(SUPPORTED_FORMATS)
+        raise UnsupportedImageError(
+            f"Expected an image ({known}). Received: {len(data)} bytes starting with {data[:8].hex(' ')}, "
+            "which is none of these. Convert the file, or check that the upload is complete."
+        ) from err
+    except (MemoryError, OverflowError, RuntimeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as err:
+        # A hostile header can break any of Pillow's parsers in its own way; none of it is an image for us.
+        raise UnsupportedImageError(f"Expected a readable image header. Received: a broken one ({err}).") from err
+    if height_px < 1 or width_px < 1:
+        raise UnsupportedImageError(f"Expected at least 1×1 pixels. Received: {width_px}×{height_px}.")
+    if height_px * width_px > max_pixels:
+        raise ImageTooLargeError(
+            f"Expected at most {max_pixels} pixels. Received: {width_px}×{height_px} = {width_px * height_px}. "
+            "Shrink the image before sending it."
+        )
+    return image_format, height_px, width_px
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes an image.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: the largest height × width accepted; judged on the header.
+
+    Returns:
+        `(H, W, 3)` uint8, RGB, upright.
+
+    Raises:
+        EmptyImageError, UnsupportedImageError, ImageTooLargeError: see `read_size`.
+        TruncatedImageError: the data end before the image does, or were damaged where the format can tell.
+    """
+    image_format, _, _ = read_size(data, max_pixels=max_pixels)
+    _refuse_truncated(data, image_format)
+    if _needs_pillow(data, image_format):
+        return _decode_with_pillow(data)
+    try:
+        bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as err:
+        raise TruncatedImageError(f"Expected a complete {image_format}. Received: {err}") from err
+    if bgr is None:
+        return _decode_with_pillow(data)
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+
+
+def resize(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Resizes `(H, W, 3)` uint8 to `image_size` (height, width), ignoring the aspect ratio."""
+    height, width = image_size
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = image.shape[0] >= height and image.shape[1] >= width
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def preprocess(data: bytes, image_size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes and resizes an image to what a model of `image_size` (height, width) takes.
+
+    Returns:
+        `(height, width, 3)` uint8, RGB, 0–255. Scaling to floats is the model's own first layer.
+
+    Raises:
+        ImageError: see `decode`.
+    """
+    return resize(decode(data, max_pixels=max_pixels), image_size)
+
+
+def _needs_pillow(data: bytes, image_format: str) -> bool:
+    """Tells what OpenCV 4.11 decodes otherwise than the policy says.
+
+    GIF support depends on how it was built; TIFF comes with alpha multiplied into the colours, and with holes where the
+    data are damaged; the EXIF orientation of a WebP is not applied (bit 3 of its extended header says there is one).
+    """
+    has_webp_exif = image_format == "WEBP" and data[12:16] == b"VP8X" and bool(data[20] & 0x08)
+    return image_format in {"GIF", "TIFF"} or has_webp_exif
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    """Decodes what OpenCV cannot; stricter, slower."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS) as picture:
+                picture.load()
+                upright = ImageOps.exif_transpose(picture)
+                if upright.mode.startswith("I;16"):
+                    grey = (np.asarray(upright) >> 8).astype(np.uint8)
+                    return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+                if upright.mode in {"I", "F"}:
+                    raise UnsupportedImageError(
+                        "Expected 8 or 16 bits per sample. Received: an image with 32. Convert it to 8 bits, with the "
+                        "range of values that the training images have."
+                    )
+                return np.array(upright.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, Image.DecompressionBombError) as err:
+        raise TruncatedImageError(
+            f"Expected a complete image. Received: {len(data)} bytes that decode only in part ({err}). Send it again."
+        ) from err
+    except (MemoryError, OverflowError, RuntimeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as err:
+        raise UnsupportedImageError(f"Expected a readable image. Received: a broken one ({err}).") from err
+
+
+def _format_by_signature(data: bytes) -> str | None:
+    """Returns the format that the first bytes announce, for headers that Pillow does not accept."""
+    signatures = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
+    signatures |= {b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:2] == b"BM" and data[6:10] == bytes(4):
+        return "BMP"
+    return next((name for signature, name in signatures.items() if data.startswith(signature)), None)
+
+
+def _refuse_truncated(data: bytes, image_format: str) -> None:
+    """Looks for each format's end: OpenCV fills what is missing with grey and says nothing."""
+    complete = True
+    if image_format == "JPEG":
+        complete = data.rfind(b"\xff\xd9") > _start_of_scan(data)
+    elif image_format == "PNG":
+        complete = _is_whole_png(data)
+    elif image_format == "WEBP":
+        complete = len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if not complete:
+        raise TruncatedImageError(
+            f"Expected a complete {image_format}. Received: {len(data)} bytes without its end, or damaged on the way. "
+            "Send the file again."
+        )
+
+
+def _is_whole_png(data: bytes) -> bool:
+    """Walks the chunks to the last one; the checksums of those that hold pixels must fit (libpng fills gaps)."""
+    at = 8
+    while at + 12 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + size
+        if end > len(data):
+            return False
+        # Ancillary chunks (lower case) with a wrong checksum are common, and no pixel depends on them.
+        is_critical = kind[:1].isupper()
+        if is_critical and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return False
+        if kind == b"IEND":
+            return True
+        at = end
+    return False
+
+
+def _start_of_scan(data: bytes) -> int:
+    """Returns the offset of a JPEG's first scan, past its headers (whose thumbnails have ends of their own)."""
+    at = 2
+    while at + 4 <= len(data):
+        if data[at] != 0xFF:
+            return at
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+        elif marker == 0xDA:
+            return at
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:
+            at += 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return len(data)

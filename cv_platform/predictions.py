@@ -1,0 +1,52 @@
+"""The columns that reference parquet and request log have in common: one row per image that a model has seen.
+
+Reference rows (`drift/`) and logged requests (`serving/`, `monitoring/`) are compared with each other, so their columns
+are named and typed here, once. The names `model_name`, `uae_feats`, `bbsd_feats` and `prediction_json` are the
+original's.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from cv_platform.properties import PROPERTY_NAMES
+
+MODEL_NAME = "model_name"
+MODEL_VERSION = "model_version"
+CREATED_ON = "created_on"
+PREDICTED_CLASS = "predicted_class"
+LABEL = "label"
+UAE_FEATS = "uae_feats"
+BBSD_FEATS = "bbsd_feats"
+FEATURES = "features"
+PROPERTIES = "properties"
+
+VECTOR_COLUMNS: tuple[str, ...] = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
+"""The UAE embedding, the probabilities (BBSD), the penultimate layer, the pixel statistics."""
+
+
+def reference_schema(*, uae_dims: int, classes: int, feature_dims: int) -> pa.Schema:
+    """Returns the schema of `<model_name>_ref_data.parquet`; a row is one image of the reference split, by `path`.
+
+    Vectors are fixed-size float32 lists: `uae_feats` (uae_dims), `bbsd_feats` (classes, the probabilities),
+    `features` (feature_dims), `properties` (7, `PROPERTY_NAMES`). `label` is the class name; for multi-label the
+    positive class names joined by `|`.
+    """
+
+    def vector(size: int) -> pa.DataType:
+        return pa.list_(pa.float32(), size)
+
+    return pa.schema(
+        [
+            ("path", pa.string()),
+            ("sha256", pa.string()),
+            (LABEL, pa.string()),
+            (MODEL_NAME, pa.string()),
+            (MODEL_VERSION, pa.string()),
+            (PREDICTED_CLASS, pa.string()),
+            (UAE_FEATS, vector(uae_dims)),
+            (BBSD_FEATS, vector(classes)),
+            (FEATURES, vector(feature_dims)),
+            (PROPERTIES, vector(len(PROPERTY_NAMES))),
+        ]
+    )

@@ -1,0 +1,152 @@
+"""Configs and settings: what is accepted, what is refused, and how the refusal reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from cv_platform.config import (
+    ExperimentConfig,
+    Settings,
+    config_files,
+    json_schema,
+    load_experiment,
+    parse_experiment,
+)
+from cv_platform.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+MINIMAL = {
+    "name": "cats",
+    "model": {"model_name": "cats_v1", "classes": ["cat", "dog"], "input_size": {"h": 32, "w": 48}},
+    "dataset": {"ds_name": "cats", "dvc_tag": "v1.0.0"},
+}
+
+
+def experiment(**changes: object) -> ExperimentConfig:
+    return parse_experiment({**MINIMAL, **changes}, origin="test")
+
+
+def test_image_size_is_height_then_width() -> None:
+    assert experiment().model.image_size == (32, 48)
+
+
+def test_every_mistake_is_reported_at_once_with_its_path() -> None:
+    content = {**MINIMAL, "train": {"epochs": "many", "epoch": 3}, "validate": {"nope": 1}, "modle": {}}
+    with pytest.raises(ConfigError) as caught:
+        parse_experiment(content, origin="cats.yaml")
+    message = str(caught.value)
+    assert message.startswith("cats.yaml: 4 mistake(s)")
+    assert "train.epochs: Input should be a valid integer" in message
+    assert "'many'" in message
+    assert "train.epoch: unknown key. Expected one of: epochs, batch_size" in message
+    assert "validate.nope: unknown key" in message
+    assert "modle: unknown key. Expected one of: name, description" in message
+
+
+@pytest.mark.parametrize("name", ["Cats", "cats-v1", "cats.v1", "1cats", ""])
+def test_names_that_dagster_cannot_carry_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="name: String should match pattern"):
+        experiment(name=name)
+
+
+@pytest.mark.parametrize("model_name", ["../x", "a/b", "A", "a.b", ""])
+def test_model_names_are_never_paths(model_name: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.model_name"):
+        experiment(model={**MINIMAL["model"], "model_name": model_name})
+
+
+def test_repeated_classes_are_named() -> None:
+    with pytest.raises(ConfigError, match="Received twice: cat"):
+        experiment(model={**MINIMAL["model"], "classes": ["cat", "dog", "cat"]})
+
+
+def test_a_window_without_its_zone_is_refused() -> None:
+    with pytest.raises(ConfigError, match="with its zone"):
+        experiment(monitor={"window_start_utc": "2026-01-31T06:00:00"})
+
+
+def test_a_dumped_experiment_is_read_back_as_itself() -> None:
+    original = experiment(validate={"duplicates": "error"})
+    assert parse_experiment(original.model_dump(mode="json"), origin="dump") == original
+    assert "validate" in original.model_dump()
+
+
+def test_fingerprint_follows_only_the_named_sections() -> None:
+    one, two = experiment(), experiment(train={"epochs": 99})
+    assert one.fingerprint("model") == two.fingerprint("model")
+    assert one.fingerprint("train") != two.fingerprint("train")
+    assert one.fingerprint() != two.fingerprint()
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00", "just text"])
+def test_a_file_that_is_no_experiment_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_experiment(path)
+
+
+def test_a_yaml_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: expected a readable YAML"):
+        load_experiment(path)
+
+
+def test_config_files_are_the_folders_own_yamls_only(tmp_path: Path) -> None:
+    for name in ("b.yaml", "a.yml", "notes.md", "schema.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "c.yaml").touch()
+    assert [path.name for path in config_files(tmp_path)] == ["a.yml", "b.yaml"]
+    assert config_files(tmp_path / "b.yaml") == [tmp_path / "b.yaml"]
+    with pytest.raises(ConfigError, match="does not exist"):
+        config_files(tmp_path / "missing")
+
+
+def shipped_configs() -> list[Path]:
+    return sorted([*(REPOSITORY / "configs").glob("*.yaml"), *(REPOSITORY / "configs" / "examples").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", shipped_configs(), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_satisfy_the_schema(path: Path) -> None:
+    load_experiment(path)
+    jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
+
+
+def test_schema_file_is_the_generated_schema() -> None:
+    written = json.loads((REPOSITORY / "configs" / "schema.json").read_text())
+    assert written == json_schema(), "Run `make schema`."
+
+
+def test_settings_default_below_cv_home(tmp_path: Path) -> None:
+    settings = Settings.from_environment({"CV_HOME": str(tmp_path)})
+    assert settings.storage_url == str(tmp_path / "storage")
+    assert settings.mlflow_tracking_uri == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+    assert settings.database_url is None
+    assert settings.api_keys == ()
+
+
+def test_settings_name_each_wrong_variable() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_environment({"CV_SERVICE_PORT": "http", "CV_SERVICE_WORKERS": "0"})
+    assert "CV_SERVICE_PORT" in str(caught.value)
+    assert "CV_SERVICE_WORKERS" in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["CV_ADMIN_TOKEN", "CV_API_KEYS", "DATABASE_URL"])
+def test_placeholder_secrets_are_refused(variable: str) -> None:
+    with pytest.raises(ConfigError, match=variable):
+        Settings.from_environment({variable: "changeme"})
+
+
+def test_secrets_do_not_show_in_a_printed_settings() -> None:
+    settings = Settings.from_environment({"CV_ADMIN_TOKEN": "s3cr3t-token", "CV_API_KEYS": "key-1,key-2"})
+    assert "s3cr3t-token" not in repr(settings)
+    assert "key-1" not in repr(settings)
+    assert [key.get_secret_value() for key in settings.api_keys] == ["key-1", "key-2"]
