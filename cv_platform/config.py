@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -44,10 +44,14 @@ class InputSize(Section):
 class DriftDetectionConfig(Section):
     """What is fitted beside the model so that drift can be detected later."""
 
-    uae_encoding_dims: int = Field(32, ge=2, le=512, description="width of the untrained autoencoder's (UAE) embedding")
-    uae_seed: int = Field(7, ge=0, description="seed of the encoder's weights")
+    uae_encoding_dims: int = Field(
+        default=32, ge=2, le=512, description="width of the untrained autoencoder's (UAE) embedding"
+    )
+    uae_seed: int = Field(default=7, ge=0, description="seed of the encoder's weights")
     reference_data_n_sample: int | None = Field(
-        None, ge=50, description="largest number of reference rows, seeded; none keeps the whole reference split"
+        default=None,
+        ge=50,
+        description="largest number of reference rows, seeded; none keeps the whole reference split",
     )
 
 
@@ -59,13 +63,15 @@ class ModelConfig(Section):
     classifier_type: Literal["multi-class", "multi-label"] = "multi-class"
     input_size: InputSize
     architecture: Literal["small_cnn", "resnet9s", "resnet50"] = Field(
-        "small_cnn",
+        default="small_cnn",
         description="small_cnn is the original's network; resnet9s is better for its cost; resnet50 for photos",
     )
-    dropout: float = Field(0.0, ge=0.0, le=0.9)
-    weights: str | None = Field(None, description="local .weights.h5 file to start from; nothing is ever downloaded")
+    dropout: float = Field(default=0.0, ge=0.0, le=0.9)
+    weights: str | None = Field(
+        default=None, description="local .weights.h5 file to start from; nothing is ever downloaded"
+    )
     threshold: float = Field(
-        0.5, gt=0.0, lt=1.0, description="multi-label: probability from which a class is predicted"
+        default=0.5, gt=0.0, lt=1.0, description="multi-label: probability from which a class is predicted"
     )
     drift_detection: DriftDetectionConfig = DriftDetectionConfig()
 
@@ -88,52 +94,60 @@ class DatasetConfig(Section):
 
     ds_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
     dvc_tag: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$")]
-    ds_root: str | None = Field(None, description="folder of dataset repositories; by default $CV_HOME/datasets")
-    source: Literal["digits"] | None = Field(
-        None, description="makes this repository on first use; none: import it first"
+    ds_root: str | None = Field(
+        default=None, description="folder of dataset repositories; by default $CV_HOME/datasets"
     )
-    valid_fraction: float = Field(0.15, gt=0.0, lt=0.5, description="share of train that becomes a missing valid split")
+    source: Literal["digits"] | None = Field(
+        default=None, description="makes this repository on first use; none: import it first"
+    )
+    valid_fraction: float = Field(
+        default=0.15, gt=0.0, lt=0.5, description="share of train that becomes a missing valid split"
+    )
     reference_fraction: float = Field(
-        0.2, gt=0.0, lt=0.5, description="share of train that becomes a missing reference"
+        default=0.2, gt=0.0, lt=0.5, description="share of train that becomes a missing reference"
     )
     test_fraction: float = Field(
-        0.15, gt=0.0, lt=0.5, description="share that becomes test when there are no splits at all"
+        default=0.15, gt=0.0, lt=0.5, description="share that becomes test when there are no splits at all"
     )
-    split_seed: int = Field(0, ge=0)
+    split_seed: int = Field(default=0, ge=0)
 
 
 class ValidateConfig(Section):
     """Limits of the dataset's checks, and what a violation does: error blocks training, warn shows, off: not run."""
 
-    max_unreadable_fraction: Fraction = Field(0.01, description="images that do not decode (they are quarantined)")
+    max_unreadable_fraction: Fraction = Field(
+        default=0.01, description="images that do not decode (they are quarantined)"
+    )
     unreadable_images: Severity = "error"
-    min_images_per_class: int = Field(1, ge=1, description="per class and split")
+    min_images_per_class: int = Field(default=1, ge=1, description="per class and split")
     class_coverage: Severity = "error"
-    max_leakage_fraction: Fraction = Field(0.0, description="test images (by sha256) that are in train too")
+    max_leakage_fraction: Fraction = Field(default=0.0, description="test images (by sha256) that are in train too")
     train_test_leakage: Severity = "error"
-    max_conflicting_fraction: Fraction = Field(0.0, description="identical images with different labels")
+    max_conflicting_fraction: Fraction = Field(default=0.0, description="identical images with different labels")
     conflicting_labels: Severity = "error"
     max_duplicate_fraction: Fraction = 0.05
     duplicates: Severity = "warn"
-    max_label_drift: Fraction = Field(0.2, description="Cramér's V between the labels of train and test")
+    max_label_drift: Fraction = Field(default=0.2, description="Cramér's V between the labels of train and test")
     label_drift: Severity = "warn"
     max_property_drift: Fraction = Field(
-        0.3, description="Kolmogorov–Smirnov distance between train and test, per property"
+        default=0.3, description="Kolmogorov–Smirnov distance between train and test, per property"
     )
     property_drift: Severity = "warn"
     max_label_issue_fraction: Fraction = Field(
-        0.02, description="labels that the look-alikes of their images contradict"
+        default=0.02, description="labels that the look-alikes of their images contradict"
     )
     label_issues: Severity = "warn"
     deepchecks_suites: Severity = Field(
-        "warn", description="Deepchecks' data_integrity and train_test_validation suites"
+        default="warn", description="Deepchecks' data_integrity and train_test_validation suites"
     )
 
 
 class MlflowConfig(Section):
     """Where the runs of a stage go in MLflow."""
 
-    exp_name: str | None = Field(None, min_length=1, description="MLflow experiment; by default the experiment's name")
+    exp_name: str | None = Field(
+        default=None, min_length=1, description="MLflow experiment; by default the experiment's name"
+    )
     exp_desc: str = ""
     exp_tags: dict[str, str] = Field(default_factory=dict)
 
@@ -141,37 +155,41 @@ class MlflowConfig(Section):
 class AugmentConfig(Section):
     """Random changes of training images (imgaug); zero switches one off. Applied to `sometimes` of the images."""
 
-    sometimes: Fraction = Field(0.8, description="share of images that are augmented at all")
-    flip_horizontal: Fraction = Field(0.0, description="probability")
-    flip_vertical: Fraction = Field(0.0, description="probability")
-    rotate_degrees: float = Field(0.0, ge=0.0, le=180.0)
-    shear_degrees: float = Field(0.0, ge=0.0, le=45.0)
-    scale_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="zoom between 1−x and 1+x")
-    translate_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="shift, as a share of the side")
-    brightness_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="multiply by 1−x to 1+x")
-    contrast_fraction: float = Field(0.0, ge=0.0, lt=1.0, description="linear contrast by 1−x to 1+x")
+    sometimes: Fraction = Field(default=0.8, description="share of images that are augmented at all")
+    flip_horizontal: Fraction = Field(default=0.0, description="probability")
+    flip_vertical: Fraction = Field(default=0.0, description="probability")
+    rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0)
+    shear_degrees: float = Field(default=0.0, ge=0.0, le=45.0)
+    scale_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="zoom between 1−x and 1+x")
+    translate_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="shift, as a share of the side")
+    brightness_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="multiply by 1−x to 1+x")
+    contrast_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="linear contrast by 1−x to 1+x")
     noise_std: float = Field(
-        0.0, ge=0.0, le=128.0, description="largest standard deviation of Gaussian noise, grey levels"
+        default=0.0, ge=0.0, le=128.0, description="largest standard deviation of Gaussian noise, grey levels"
     )
-    blur_sigma_px: float = Field(0.0, ge=0.0, le=10.0, description="largest sigma of a Gaussian blur")
+    blur_sigma_px: float = Field(default=0.0, ge=0.0, le=10.0, description="largest sigma of a Gaussian blur")
 
 
 class TrainConfig(Section):
     """The recipe of one training."""
 
-    epochs: int = Field(10, ge=1, le=10_000)
-    batch_size: int = Field(64, ge=1, le=8192)
-    init_lr: float = Field(1e-3, gt=0.0, le=10.0, description="peak learning rate")
-    optimizer: Literal["adam", "sgd"] = Field("adam", description="sgd uses Nesterov momentum 0.9")
+    epochs: int = Field(default=10, ge=1, le=10_000)
+    batch_size: int = Field(default=64, ge=1, le=8192)
+    init_lr: float = Field(default=1e-3, gt=0.0, le=10.0, description="peak learning rate")
+    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="sgd uses Nesterov momentum 0.9")
     schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
-    warmup_fraction: float = Field(0.2, ge=0.0, lt=1.0, description="one_cycle: share of the steps that warm up")
-    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="L2 penalty on kernels")
-    early_stopping_patience: int | None = Field(None, ge=1, description="epochs without a better validation loss")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "float32", description="auto takes bfloat16 where the CPU has it; weights stay float32"
+    warmup_fraction: float = Field(
+        default=0.2, ge=0.0, lt=1.0, description="one_cycle: share of the steps that warm up"
     )
-    seed: int = Field(42, ge=0, le=2**31 - 1)
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="L2 penalty on kernels")
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="epochs without a better validation loss"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32", description="auto takes bfloat16 where the CPU has it; weights stay float32"
+    )
+    seed: int = Field(default=42, ge=0, le=2**31 - 1)
     augment: AugmentConfig = AugmentConfig()
     mlflow: MlflowConfig = MlflowConfig()
 
@@ -179,10 +197,14 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """What a model must reach before it may be exported and deployed."""
 
-    min_accuracy: Fraction = Field(0.0, description="multi-class: accuracy; multi-label: mean of per-class accuracies")
+    min_accuracy: Fraction = Field(
+        default=0.0, description="multi-class: accuracy; multi-label: mean of per-class accuracies"
+    )
     min_macro_f1: Fraction = 0.0
-    max_regression: Fraction = Field(1.0, description="accuracy that may be lost against the production model; 1: any")
-    worst_errors: int = Field(16, ge=0, le=100, description="images shown with the most confident mistakes")
+    max_regression: Fraction = Field(
+        default=1.0, description="accuracy that may be lost against the production model; 1: any"
+    )
+    worst_errors: int = Field(default=16, ge=0, le=100, description="images shown with the most confident mistakes")
     mlflow: MlflowConfig = MlflowConfig()
 
 
@@ -190,26 +212,28 @@ class DeployConfig(Section):
     """Which service the model goes to, and how long its workers have to take it up."""
 
     service: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")] = "image_classifier"
-    golden_images: int = Field(8, ge=1, le=64, description="test images kept in the bundle for its self-test")
-    confirm_timeout_seconds: float = Field(60.0, gt=0.0, le=3600.0)
+    golden_images: int = Field(default=8, ge=1, le=64, description="test images kept in the bundle for its self-test")
+    confirm_timeout_seconds: float = Field(default=60.0, gt=0.0, le=3600.0)
 
 
 class MonitorConfig(Section):
     """The window of requests that the drift report judges, and how."""
 
-    alpha: float = Field(0.05, gt=0.0, lt=0.5, description="family-wise false-alarm rate of one report")
-    min_samples: int = Field(100, ge=20, description="fewer requests give the verdict 'insufficient data'")
-    max_samples: int = Field(5000, ge=100, description="the latest rows of the window that are read")
-    window_days: float = Field(7.0, gt=0.0, le=366.0, description="the default window: the last days until now")
+    alpha: float = Field(default=0.05, gt=0.0, lt=0.5, description="family-wise false-alarm rate of one report")
+    min_samples: int = Field(default=100, ge=20, description="fewer requests give the verdict 'insufficient data'")
+    max_samples: int = Field(default=5000, ge=100, description="the latest rows of the window that are read")
+    window_days: float = Field(default=7.0, gt=0.0, le=366.0, description="the default window: the last days until now")
     window_start_utc: str | None = Field(
-        None, description="ISO 8601 with zone: start (inclusive) instead of the default"
+        default=None, description="ISO 8601 with zone: start (inclusive) instead of the default"
     )
-    window_end_utc: str | None = Field(None, description="ISO 8601 with zone: end (exclusive) instead of now")
-    permutations: int = Field(499, ge=99, le=9999)
-    max_reference_rows: int = Field(2000, ge=100, description="seeded subsample of the reference in kernel tests")
-    schedule_cron: str = Field("0 6 * * 1", description="when the report runs (UTC)")
-    new_rows_trigger: int = Field(1000, ge=1, description="new requests that make the sensor run a report")
-    seed: int = Field(0, ge=0)
+    window_end_utc: str | None = Field(default=None, description="ISO 8601 with zone: end (exclusive) instead of now")
+    permutations: int = Field(default=499, ge=99, le=9999)
+    max_reference_rows: int = Field(
+        default=2000, ge=100, description="seeded subsample of the reference in kernel tests"
+    )
+    schedule_cron: str = Field(default="0 6 * * 1", description="when the report runs (UTC)")
+    new_rows_trigger: int = Field(default=1000, ge=1, description="new requests that make the sensor run a report")
+    seed: int = Field(default=0, ge=0)
 
     @field_validator("window_start_utc", "window_end_utc")
     @classmethod
@@ -234,11 +258,11 @@ class ExperimentConfig(Section):
 
     name: ExperimentName
     description: str = ""
-    owners: tuple[str, ...] = Field(("team:computer-vision",), description="e-mail addresses, or team:NAME")
+    owners: tuple[str, ...] = Field(default=("team:computer-vision",), description="e-mail addresses, or team:NAME")
     model: ModelConfig
     dataset: DatasetConfig
     # Called `validate` in YAML, dumps and schema; pydantic keeps that attribute for a deprecated method of its own.
-    validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    validation: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deploy: DeployConfig = DeployConfig()
@@ -258,24 +282,34 @@ class Settings(Section):
     dagster_home: Path = Field(description="DAGSTER_HOME: Dagster's instance; by default below CV_HOME")
     configs: Path = Field(description="CV_CONFIGS: one YAML or a folder of them")
     storage_url: str = Field(description="CV_STORAGE: central storage, a folder or s3://bucket/prefix")
-    database_url: SecretStr | None = Field(None, description="DATABASE_URL: request log; none: embedded PostgreSQL")
-    mlflow_tracking_uri: str = Field(description="MLFLOW_TRACKING_URI; by default SQLite below CV_HOME")
-    evidently_url: str | None = Field(None, description="EVIDENTLY_URL: Evidently server; none: a workspace folder")
-    admin_token: SecretStr | None = Field(None, description="CV_ADMIN_TOKEN: opens the service's admin routes")
-    api_keys: tuple[SecretStr, ...] = Field((), description="CV_API_KEYS: comma-separated; closes /predict to others")
-    alert_urls: tuple[SecretStr, ...] = Field((), description="CV_ALERT_URLS: apprise URLs, comma-separated")
-    service_workers: int = Field(2, ge=1, le=64, description="CV_SERVICE_WORKERS")
-    service_name: str = Field(
-        "image_classifier", description="CV_SERVICE: whose production pointer the service follows"
+    database_url: SecretStr | None = Field(
+        default=None, description="DATABASE_URL: request log; none: embedded PostgreSQL"
     )
-    service_port: int = Field(4242, ge=1, le=65535, description="CV_SERVICE_PORT")
-    dagster_port: int = Field(3001, ge=1, le=65535, description="CV_DAGSTER_PORT")
-    mlflow_port: int = Field(5050, ge=1, le=65535, description="CV_MLFLOW_PORT")
-    evidently_port: int = Field(8000, ge=1, le=65535, description="CV_EVIDENTLY_PORT")
-    postgres_port: int | None = Field(None, ge=1, le=65535, description="CV_POSTGRES_PORT; none: a free port, kept")
-    max_upload_bytes: int = Field(10_000_000, ge=1024, description="CV_MAX_UPLOAD_BYTES")
-    max_upload_pixels: int = Field(40_000_000, ge=64, description="CV_MAX_UPLOAD_PIXELS")
-    log_images: Literal["all", "sampled", "none"] = Field("all", description="CV_LOG_IMAGES: which uploads are stored")
+    mlflow_tracking_uri: str = Field(description="MLFLOW_TRACKING_URI; by default SQLite below CV_HOME")
+    evidently_url: str | None = Field(
+        default=None, description="EVIDENTLY_URL: Evidently server; none: a workspace folder"
+    )
+    admin_token: SecretStr | None = Field(default=None, description="CV_ADMIN_TOKEN: opens the service's admin routes")
+    api_keys: tuple[SecretStr, ...] = Field(
+        default=(), description="CV_API_KEYS: comma-separated; closes /predict to others"
+    )
+    alert_urls: tuple[SecretStr, ...] = Field(default=(), description="CV_ALERT_URLS: apprise URLs, comma-separated")
+    service_workers: int = Field(default=2, ge=1, le=64, description="CV_SERVICE_WORKERS")
+    service_name: str = Field(
+        default="image_classifier", description="CV_SERVICE: whose production pointer the service follows"
+    )
+    service_port: int = Field(default=4242, ge=1, le=65535, description="CV_SERVICE_PORT")
+    dagster_port: int = Field(default=3001, ge=1, le=65535, description="CV_DAGSTER_PORT")
+    mlflow_port: int = Field(default=5050, ge=1, le=65535, description="CV_MLFLOW_PORT")
+    evidently_port: int = Field(default=8000, ge=1, le=65535, description="CV_EVIDENTLY_PORT")
+    postgres_port: int | None = Field(
+        default=None, ge=1, le=65535, description="CV_POSTGRES_PORT; none: a free port, kept"
+    )
+    max_upload_bytes: int = Field(default=10_000_000, ge=1024, description="CV_MAX_UPLOAD_BYTES")
+    max_upload_pixels: int = Field(default=40_000_000, ge=64, description="CV_MAX_UPLOAD_PIXELS")
+    log_images: Literal["all", "sampled", "none"] = Field(
+        default="all", description="CV_LOG_IMAGES: which uploads are stored"
+    )
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -387,7 +421,7 @@ def load_experiment(path: Path) -> ExperimentConfig:
         raise ConfigError(f"{path}: expected a readable YAML file. Received: {err}") from err
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected sections (model, dataset, …). Received: {type(content).__name__}.")
-    return parse_experiment(content, origin=str(path))
+    return parse_experiment(cast(dict[str, Any], content), origin=str(path))
 
 
 def parse_experiment(content: Mapping[str, Any], *, origin: str) -> ExperimentConfig:

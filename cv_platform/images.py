@@ -24,6 +24,7 @@ import zlib
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
@@ -68,7 +69,7 @@ def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, i
         begins_as = _format_by_signature(data)
         if begins_as:
             raise TruncatedImageError(
-                f"Expected a complete {begins_as}. Received: {len(data)} bytes that begin as one, with a header that is "
+                f"Expected a complete {begins_as}. Received: {len(data)} bytes that begin as one, but the header is "
                 "cut off or damaged. Send the file again."
             ) from err
         known = ", ".join(SUPPORTED_FORMATS)
@@ -89,7 +90,7 @@ def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, i
     return image_format, height_px, width_px
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decodes an image.
 
     Args:
@@ -113,19 +114,20 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise TruncatedImageError(f"Expected a complete {image_format}. Received: {err}") from err
     if bgr is None:
         return _decode_with_pillow(data)
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
-def resize(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+def resize(image: NDArray[np.uint8], image_size: tuple[int, int]) -> NDArray[np.uint8]:
     """Resizes `(H, W, 3)` uint8 to `image_size` (height, width), ignoring the aspect ratio."""
     height, width = image_size
     if image.shape[:2] == (height, width):
         return image
     shrinks = image.shape[0] >= height and image.shape[1] >= width
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return np.asarray(resized, dtype=np.uint8)
 
 
-def preprocess(data: bytes, image_size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def preprocess(data: bytes, image_size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decodes and resizes an image to what a model of `image_size` (height, width) takes.
 
     Returns:
@@ -147,7 +149,7 @@ def _needs_pillow(data: bytes, image_format: str) -> bool:
     return image_format in {"GIF", "TIFF"} or has_webp_exif
 
 
-def _decode_with_pillow(data: bytes) -> np.ndarray:
+def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
     """Decodes what OpenCV cannot; stricter, slower."""
     try:
         with warnings.catch_warnings():
@@ -184,7 +186,7 @@ def _format_by_signature(data: bytes) -> str | None:
 
 
 def _refuse_truncated(data: bytes, image_format: str) -> None:
-    """Looks for each format's end: OpenCV fills what is missing with grey and says nothing."""
+    """Looks for each format's end, so that no decoder build decides (or tells stderr) what missing data look like."""
     complete = True
     if image_format == "JPEG":
         complete = data.rfind(b"\xff\xd9") > _start_of_scan(data)
@@ -200,16 +202,14 @@ def _refuse_truncated(data: bytes, image_format: str) -> None:
 
 
 def _is_whole_png(data: bytes) -> bool:
-    """Walks the chunks to the last one; the checksums of those that hold pixels must fit (libpng fills gaps)."""
+    """Walks the chunks to the last one; their checksums must fit."""
     at = 8
     while at + 12 <= len(data):
         size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + size
         if end > len(data):
             return False
-        # Ancillary chunks (lower case) with a wrong checksum are common, and no pixel depends on them.
-        is_critical = kind[:1].isupper()
-        if is_critical and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+        if zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             return False
         if kind == b"IEND":
             return True

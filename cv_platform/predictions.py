@@ -5,11 +5,18 @@ are named and typed here, once. The names `model_name`, `uae_feats`, `bbsd_feats
 original's.
 """
 
+# pyarrow ships no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownParameterType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from cv_platform.properties import PROPERTY_NAMES
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MODEL_NAME = "model_name"
 MODEL_VERSION = "model_version"
@@ -32,6 +39,8 @@ def reference_schema(*, uae_dims: int, classes: int, feature_dims: int) -> pa.Sc
     `features` (feature_dims), `properties` (7, `PROPERTY_NAMES`). `label` is the class name; for multi-label the
     positive class names joined by `|`.
     """
+
+    import pyarrow as pa  # Late: the service needs the names above, and no pyarrow.
 
     def vector(size: int) -> pa.DataType:
         return pa.list_(pa.float32(), size)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 PROPERTY_NAMES: tuple[str, ...] = (
     "luma_mean",
@@ -23,7 +24,7 @@ PROPERTY_NAMES: tuple[str, ...] = (
 )
 
 
-def image_properties(image: np.ndarray) -> np.ndarray:
+def image_properties(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Returns the seven statistics of one image.
 
     Args:
@@ -55,7 +56,7 @@ def image_properties(image: np.ndarray) -> np.ndarray:
     )
 
 
-def batch_properties(images: Iterable[np.ndarray]) -> np.ndarray:
+def batch_properties(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """Returns `(N, 7)` float32, a row of `image_properties` for each `(H, W, 3)` uint8 RGB image, in order."""
     rows = [image_properties(image) for image in images]
     return np.stack(rows) if rows else np.empty((0, len(PROPERTY_NAMES)), dtype=np.float32)

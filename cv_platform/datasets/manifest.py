@@ -1,0 +1,193 @@
+"""`manifest.parquet`: what is in a checked-out dataset version, one row per image.
+
+The manifest follows from the images and from the config (classes, classifier type, fractions, seed), so its file name
+carries a hash of the latter: experiments that share a checkout do not share a manifest by mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cv_platform import images
+from cv_platform.config import DatasetConfig, ModelConfig
+from cv_platform.datasets.durable import whole_file
+from cv_platform.datasets.layouts import ImageEntry, read_layout
+from cv_platform.datasets.splits import SPLITS, TAKEN, complete_splits
+from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_VERSION = 1
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+        ("split", pa.string()),
+        ("split_origin", pa.string()),
+        ("labels", pa.list_(pa.string())),
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
+        ("bytes", pa.int64()),
+        ("is_readable", pa.bool_()),
+        ("problem", pa.string()),
+    ]
+)
+_READERS = 2
+_SHOWN = 5
+
+
+def manifest_name(model: ModelConfig, dataset: DatasetConfig) -> str:
+    """Returns the manifest's file name for a config; it changes with everything that would change a row."""
+    config = {
+        "version": MANIFEST_VERSION,
+        "classes": sorted(model.classes),
+        "classifier_type": model.classifier_type,
+        "fractions": [dataset.valid_fraction, dataset.reference_fraction, dataset.test_fraction],
+        "seed": dataset.split_seed,
+    }
+    return f"manifest-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]}.parquet"
+
+
+def build_manifest(
+    directory: Path, *, data_path: str, annotations: bytes | None, model: ModelConfig, dataset: DatasetConfig
+) -> Path:
+    """Describes the images of a checkout and returns the manifest's path; each file is read once.
+
+    A row is one image, keyed by `path`, ordered by it:
+
+    * `path`: POSIX, relative to `directory`; `sha256` of the file; `bytes`, its size.
+    * `split`: train, valid, test or reference; `split_origin`: `given`, or `taken from train` where it was missing.
+    * `labels`: class names; exactly one for multi-class.
+    * `width_px`, `height_px`: of the upright image; of the header, or 0, where it is not readable.
+    * `is_readable`, and the `problem` where it is not: such an image is a finding of validation, not an error here.
+
+    Args:
+        directory: root of the checkout; the manifest is written into it.
+        data_path: folder of the images below it.
+        annotations: content of annotations.csv, if the version has one.
+        model: classes and classifier type.
+        dataset: split fractions and seed.
+
+    Raises:
+        InvalidDatasetError: the classes found are not the configured ones, a class has no images, labels do not fit the
+            classifier type, or splits are missing that cannot be taken from train.
+    """
+    layout = read_layout(directory / data_path, annotations)
+    _check_classes(layout.entries, layout.class_names, model, dataset)
+    paths = [f"{data_path}/{entry.path}" for entry in layout.entries]
+    with ThreadPoolExecutor(_READERS) as pool:
+        files = list(pool.map(_inspect, [directory / path for path in paths]))
+    splits, origins = complete_splits(
+        [entry.split for entry in layout.entries],
+        [file.sha256 for file in files],
+        [entry.labels for entry in layout.entries],
+        dataset,
+    )
+    if TAKEN in origins:
+        taken = Counter(split for split, origin in zip(splits, origins, strict=True) if origin == TAKEN)
+        logger.info("Taken from train with seed %d: %s", dataset.split_seed, dict(taken))
+    table = pa.table(
+        {
+            "path": paths,
+            "sha256": [file.sha256 for file in files],
+            "split": splits,
+            "split_origin": origins,
+            "labels": [list(entry.labels) for entry in layout.entries],
+            "width_px": [file.width_px for file in files],
+            "height_px": [file.height_px for file in files],
+            "bytes": [file.bytes for file in files],
+            "is_readable": [file.problem is None for file in files],
+            "problem": [file.problem for file in files],
+        },
+        schema=MANIFEST_SCHEMA,
+    )
+    path = directory / manifest_name(model, dataset)
+    with whole_file(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+    return path
+
+
+def is_manifest(path: Path) -> bool:
+    """Tells whether a complete manifest lies at `path`."""
+    try:
+        return pq.read_schema(path).equals(MANIFEST_SCHEMA)
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def read_manifest(path: Path) -> pd.DataFrame:
+    """Reads a manifest: one row per image, in the order of `path`; `labels` holds lists, `problem` strings or None.
+
+    Raises:
+        DatasetError: there is no manifest at `path`.
+    """
+    try:
+        table = pq.read_table(path, schema=MANIFEST_SCHEMA)
+    except (OSError, pa.ArrowException) as err:
+        raise DatasetError(f"Expected a manifest at {path}. Received: {err}. Materialise the dataset again.") from err
+    frame = table.drop_columns(["labels"]).to_pandas()
+    # Python lists, where pandas would give arrays that compare element-wise.
+    frame.insert(frame.columns.get_loc("split") + 1, "labels", pd.Series(table["labels"].to_pylist(), dtype=object))
+    return frame
+
+
+@dataclass(frozen=True)
+class _File:
+    sha256: str
+    bytes: int
+    width_px: int
+    height_px: int
+    problem: str | None
+
+
+def _inspect(path: Path) -> _File:
+    data = path.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    height_px = width_px = 0
+    try:
+        _, height_px, width_px = images.read_size(data)
+        height_px, width_px = images.decode(data).shape[:2]
+    except ImageError as err:
+        return _File(sha256, len(data), width_px, height_px, f"{type(err).__name__}: {err}")
+    return _File(sha256, len(data), width_px, height_px, None)
+
+
+def _check_classes(
+    entries: tuple[ImageEntry, ...], found: tuple[str, ...], model: ModelConfig, dataset: DatasetConfig
+) -> None:
+    name = f"{dataset.ds_name} {dataset.dvc_tag}"
+    used = Counter(label for entry in entries for label in entry.labels)
+    unknown = sorted(set(found) - set(model.classes))
+    without = [label for label in model.classes if not used[label]]
+    mistakes = []
+    if unknown:
+        mistakes.append(f"classes that model.classes does not name: {', '.join(unknown)}")
+    if without:
+        mistakes.append(f"no images of: {', '.join(without)}")
+    if model.classifier_type == "multi-class":
+        wrong = [entry for entry in entries if len(entry.labels) != 1]
+        if wrong:
+            shown = ", ".join(f"{entry.path} ({'|'.join(entry.labels) or 'none'})" for entry in wrong[:_SHOWN])
+            mistakes.append(f"{len(wrong)} images without exactly one label: {shown} (multi-label has several)")
+    if mistakes:
+        raise InvalidDatasetError(
+            f"{name}: expected images of exactly the classes {', '.join(model.classes)}. "
+            f"Received: {'; '.join(mistakes)}. Found: {', '.join(found)}. "
+            "Change model.classes, or import a corrected version."
+        )
+
+
+def split_counts(manifest: pd.DataFrame) -> dict[str, int]:
+    """Returns the images per split, in the order train, valid, test, reference."""
+    counts = Counter(manifest["split"])
+    return {split: counts[split] for split in SPLITS}

@@ -1,0 +1,132 @@
+"""Which split an image belongs to when the dataset does not say: seeded, stratified, and the same for identical images.
+
+Membership depends on the content (sha256), the labels and the seed, never on file names, order or a random state: the
+same images give the same splits on every machine, and two copies of one image never end up on both sides of a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from cv_platform.config import DatasetConfig
+from cv_platform.errors import InvalidDatasetError
+
+SPLITS: tuple[str, ...] = ("train", "valid", "test", "reference")
+GIVEN = "given"
+TAKEN = "taken from train"
+
+
+def complete_splits(
+    given: Sequence[str | None], sha256s: Sequence[str], labels: Sequence[Sequence[str]], dataset: DatasetConfig
+) -> tuple[list[str], list[str]]:
+    """Fills in the splits that a dataset does not have.
+
+    A missing valid or reference split is taken from train; without any split, test is taken too.
+
+    Args:
+        given: the split of each image, or all None.
+        sha256s: the sha256 of each image's file.
+        labels: the class names of each image.
+        dataset: fractions (of train, or of all images without splits) and seed.
+
+    Returns:
+        The split of each image, and its origin: `given` or `taken from train`.
+
+    Raises:
+        InvalidDatasetError: some images have a split and others none, train or test is missing, or the fractions leave
+            nothing for train.
+    """
+    present = set(given)
+    if None in present and len(present) > 1:
+        without = sum(split is None for split in given)
+        raise InvalidDatasetError(
+            f"Expected a split for every image, or for none. Received: {without} of {len(given)} images without one. "
+            "Fill in the split column, or remove it."
+        )
+    if present == {None}:
+        wanted = ("test", "reference", "valid")
+    else:
+        missing = [split for split in ("train", "test") if split not in present]
+        if missing:
+            raise InvalidDatasetError(
+                f"Expected the splits train and test (valid and reference can be taken from train). Received: "
+                f"{', '.join(sorted(str(s) for s in present))}, without {' and '.join(missing)}. "
+                "Add the folder, or give the images without splits."
+            )
+        wanted = tuple(split for split in ("reference", "valid") if split not in present)
+    fractions = {split: float(getattr(dataset, f"{split}_fraction")) for split in wanted}
+    pool = [row for row, split in enumerate(given) if split in (None, "train")]
+    taken = split_identical_together(
+        [sha256s[row] for row in pool],
+        [labels[row] for row in pool],
+        fractions,
+        seed=dataset.split_seed,
+        remainder="train",
+    )
+    splits = [split or "train" for split in given]
+    origins = [GIVEN] * len(splits)
+    for row, split in zip(pool, taken, strict=True):
+        if split != "train":
+            splits[row], origins[row] = split, TAKEN
+    return splits, origins
+
+
+def split_identical_together(
+    sha256s: Sequence[str],
+    labels: Sequence[Sequence[str]],
+    fractions: Mapping[str, float],
+    *,
+    seed: int,
+    remainder: str,
+) -> list[str]:
+    """Deals images out to splits, the same share of every class, identical images together.
+
+    The class that counts is the image's rarest one. Of `n` distinct images of a class, each split gets
+    `round(fraction * n)`, at least one when there are enough for all splits, and `remainder` the rest.
+
+    Args:
+        sha256s: identity of each image.
+        labels: the class names of each image.
+        fractions: the share of each split; must leave something for `remainder`.
+        seed: which images go where.
+        remainder: the split that gets the rest.
+
+    Returns:
+        The split of each image, in order.
+
+    Raises:
+        InvalidDatasetError: the fractions add up to 1 or more.
+    """
+    if sum(fractions.values()) >= 1:
+        parts = ", ".join(f"{split} {share:g}" for split, share in fractions.items())
+        raise InvalidDatasetError(
+            f"Expected split fractions that leave something for {remainder}. Received: {parts}. Lower them."
+        )
+    classes_of: dict[str, set[str]] = defaultdict(set)
+    for sha256, names in zip(sha256s, labels, strict=True):
+        classes_of[sha256].update(names)
+    frequency = Counter(name for names in classes_of.values() for name in names)
+    strata: dict[str, list[str]] = defaultdict(list)
+    for sha256, names in classes_of.items():
+        strata[min(names, key=lambda name: (frequency[name], name), default="")].append(sha256)
+    split_of: dict[str, str] = {}
+    for members in strata.values():
+        members.sort(key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).digest())
+        counts = _counts(len(members), fractions)
+        dealt = [split for split, count in counts.items() for _ in range(count)]
+        split_of.update(zip(members, dealt + [remainder] * (len(members) - len(dealt)), strict=True))
+    return [split_of[sha256] for sha256 in sha256s]
+
+
+def _counts(members: int, fractions: Mapping[str, float]) -> dict[str, int]:
+    least = 1 if members > len(fractions) else 0
+    counts = {split: max(least, int(share * members + 0.5)) for split, share in fractions.items()}
+    # Rounding up may have left nothing for the remainder.
+    while counts and sum(counts.values()) >= max(members, 1):
+        largest = max(counts, key=lambda split: counts[split])
+        if counts[largest] == 0:
+            break
+        counts[largest] -= 1
+    return counts

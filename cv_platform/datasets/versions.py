@@ -1,0 +1,172 @@
+"""A tag of a DVC repository as a folder of read-only images with a manifest.
+
+Nothing here changes the repository: DVC's files are read from git's objects, and the images come out of DVC's cache (or
+its remote) into `home/worktrees/<ds_name>/<md5>`, which experiments share. Data version = that md5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cv_platform.config import DatasetConfig, ModelConfig
+from cv_platform.datasets.digits import make_digits_repository
+from cv_platform.datasets.durable import exclusive, whole_directory
+from cv_platform.datasets.dvc_store import check_out
+from cv_platform.datasets.manifest import build_manifest, is_manifest, manifest_name
+from cv_platform.datasets.repository import (
+    ANNOTATIONS,
+    StoredVersion,
+    list_versions,
+    read_version,
+    require_repository,
+)
+
+logger = logging.getLogger(__name__)
+
+_MARKER = "checkout.json"
+_MARKER_FORMAT = 1
+
+
+class DatasetVersion(BaseModel):
+    """A checked-out dataset version.
+
+    Attributes:
+        ds_name: name of the dataset.
+        tag: its DVC tag.
+        dvc_md5: the data version: DVC's md5 of the images, or of images and annotations.csv where git tracks one.
+        git_commit: the commit of the tag.
+        directory: root of the read-only checkout; the manifest's paths are relative to it.
+        manifest_path: the manifest for one config.
+        class_names: the configured classes, in the order of the model's outputs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    ds_name: str
+    tag: str
+    dvc_md5: str
+    git_commit: str
+    directory: Path
+    manifest_path: Path
+    class_names: tuple[str, ...]
+
+
+def repository_directory(dataset: DatasetConfig, *, home: Path) -> Path:
+    """Returns where the dataset's repository is, or would be."""
+    root = Path(dataset.ds_root).expanduser() if dataset.ds_root else home / "datasets"
+    return root.absolute() / dataset.ds_name
+
+
+def resolve_version(dataset: DatasetConfig, *, home: Path) -> tuple[str, str]:
+    """Returns `(dvc_md5, git_commit)` of the configured tag, in milliseconds and without a checkout.
+
+    Raises:
+        DatasetNotFoundError: there is no repository; a built-in one is made by `checkout_version`.
+        UnknownDatasetVersionError: it has no such tag; the message lists the tags.
+        InvalidDatasetError: the tag does not track a folder with DVC.
+    """
+    version = read_version(_require(dataset, home), dataset.dvc_tag)
+    return version.dvc_md5, version.commit
+
+
+def list_tags(dataset: DatasetConfig, *, home: Path) -> dict[str, str]:
+    """Returns the md5 of every tag that carries a dataset, in version order.
+
+    Raises:
+        DatasetNotFoundError: there is no repository.
+    """
+    return {tag: version.dvc_md5 for tag, version in list_versions(_require(dataset, home)).items()}
+
+
+def checkout_version(dataset: DatasetConfig, model: ModelConfig, *, home: Path) -> DatasetVersion:
+    """Checks the configured tag out and describes its images; a built-in source is made on first use.
+
+    What is there already is used again, what is incomplete or was changed is made again, and concurrent calls share the
+    work.
+
+    Raises:
+        DatasetNotFoundError: there is no repository.
+        UnknownDatasetVersionError: it has no such tag; the message lists the tags.
+        InvalidDatasetError: images, annotations or classes do not fit the config; all mistakes are named.
+        DatasetError: neither DVC's cache nor its remote has the images.
+    """
+    repository = repository_directory(dataset, home=home)
+    if dataset.source == "digits":
+        make_digits_repository(repository)
+    version = read_version(_require(dataset, home), dataset.dvc_tag)
+    directory = home.absolute() / "worktrees" / dataset.ds_name / version.dvc_md5
+    with exclusive(directory.parent / f".{directory.name}.lock"):
+        if not _is_complete(directory, version):
+            with whole_directory(directory) as partial:
+                check_out(version, partial, repository=repository)
+                _seal(partial, version)
+        manifest = directory / manifest_name(model, dataset)
+        if not is_manifest(manifest):
+            manifest = build_manifest(
+                directory, data_path=version.data_path, annotations=version.annotations, model=model, dataset=dataset
+            )
+    return DatasetVersion(
+        ds_name=dataset.ds_name,
+        tag=version.tag,
+        dvc_md5=version.dvc_md5,
+        git_commit=version.commit,
+        directory=directory,
+        manifest_path=manifest,
+        class_names=model.classes,
+    )
+
+
+def _require(dataset: DatasetConfig, home: Path) -> Path:
+    repository = repository_directory(dataset, home=home)
+    remedy = (
+        "Materialise the dataset: it is made on first use."
+        if dataset.source
+        else f"Run: cv-platform import-dataset SOURCE --name {dataset.ds_name} --tag {dataset.dvc_tag}"
+    )
+    require_repository(repository, remedy=remedy)
+    return repository
+
+
+def _seal(directory: Path, version: StoredVersion) -> None:
+    """Makes a checkout's files (not its folders: it can be deleted) read-only, and writes down what it holds."""
+    if version.annotations is not None:
+        (directory / ANNOTATIONS).write_bytes(version.annotations)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(0o444)
+    marker = {"format": _MARKER_FORMAT, **_listing(directory / version.data_path)}
+    (directory / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
+
+
+def _is_complete(directory: Path, version: StoredVersion) -> bool:
+    """Compares names, sizes and times with what was written down: cheap, and sees every honest accident."""
+    try:
+        marker = json.loads((directory / _MARKER).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        marker = None
+    complete = marker == {"format": _MARKER_FORMAT, **_listing(directory / version.data_path)}
+    if not complete:
+        logger.warning("The checkout %s has changed since it was made; making it again", directory)
+    return complete
+
+
+def _listing(images: Path) -> dict[str, Any]:
+    digest, count, size = hashlib.sha256(), 0, 0
+    for folder, folders, names in os.walk(images):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder, name)
+            status = path.stat()
+            line = f"{path.relative_to(images).as_posix()}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+            count, size = count + 1, size + status.st_size
+    return {"files": count, "bytes": size, "listing": digest.hexdigest()}

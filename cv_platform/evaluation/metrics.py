@@ -1,0 +1,236 @@
+"""Metrics of predictions against targets, as plain functions of arrays.
+
+`targets` is `(N,)` int64 class indices for multi-class and `(N, C)` 0/1 for multi-label; `probabilities` is `(N, C)`.
+Rows belong together by position and nothing here reorders them. What cannot be computed (the AUC of a class that the
+split does not have, say) is None, or left out of a mean; it is never NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.stats import rankdata
+
+ClassifierType = Literal["multi-class", "multi-label"]
+CALIBRATION_BINS = 15
+_SMALLEST = 1e-7
+"""Probabilities are kept this far from 0 and 1 in the log loss: the resolution of float32 near 1."""
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """One bin of a reliability diagram: predictions whose confidence is in (lower, upper]; the first bin includes 0.
+
+    Attributes:
+        lower: smallest confidence, 0–1.
+        upper: largest confidence, 0–1.
+        count: predictions in the bin.
+        confidence: their mean confidence; none for an empty bin.
+        accuracy: the share of them that is right; none for an empty bin.
+    """
+
+    lower: float
+    upper: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+def decide(probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5) -> np.ndarray:
+    """Turns `(N, C)` probabilities into `(N, C)` bool decisions.
+
+    Multi-class: exactly one per row, the most probable (the first of equals). Multi-label: each from `threshold` on.
+    """
+    if classifier_type == "multi-label":
+        # In float32, the type of the model's outputs: 0.7 in float32 is just below 0.7 in float64.
+        return probabilities.astype(np.float32) >= np.float32(threshold)
+    decisions = np.zeros(probabilities.shape, dtype=bool)
+    decisions[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = True
+    return decisions
+
+
+def one_hot(targets: np.ndarray, classes: int) -> np.ndarray:
+    """Returns targets as `(N, C)` bool, whichever form they have."""
+    if targets.ndim == 2:
+        return targets > 0.5
+    result = np.zeros((len(targets), classes), dtype=bool)
+    result[np.arange(len(targets)), targets] = True
+    return result
+
+
+def compute_metrics(
+    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5
+) -> dict[str, float]:
+    """Returns the scalar metrics, all in natural units (0–1, nats for the log loss).
+
+    * `accuracy`: multi-class: share of right images; multi-label: mean over the classes of their accuracies.
+    * `exact_match` (multi-label): share of images whose whole set of labels is right.
+    * `macro_f1`: mean F1 of the classes that the split has.
+    * `auc_macro`: mean one-versus-rest area under the ROC curve of the classes that have images with and without them.
+    * `log_loss`, `brier`: multi-class: per image (Brier: summed over classes); multi-label: per image and class.
+    * `ece`: expected calibration error in 15 bins, of the predicted class or (multi-label) of each class.
+    * `mean_confidence`: of the predicted class (multi-label: of the predicted set, see `confidence_of`).
+
+    Raises:
+        ValueError: there are no rows, or the shapes do not belong together.
+    """
+    _require_shapes(targets, probabilities, classifier_type)
+    probabilities = probabilities.astype(np.float64)
+    truth = one_hot(targets, probabilities.shape[1])
+    decisions = decide(probabilities, classifier_type, threshold)
+    table = per_class_metrics(targets, probabilities, classifier_type, threshold)
+    exact = (decisions == truth).all(axis=1)
+    metrics: dict[str, float | None] = {}
+    if classifier_type == "multi-class":
+        metrics["accuracy"] = float(exact.mean())
+        chosen = np.clip(probabilities[truth], _SMALLEST, 1.0)
+        metrics["log_loss"] = float(-np.log(chosen).mean())
+        metrics["brier"] = float(((probabilities - truth) ** 2).sum(axis=1).mean())
+    else:
+        metrics["accuracy"] = float((decisions == truth).mean())
+        metrics["exact_match"] = float(exact.mean())
+        chosen = np.clip(np.where(truth, probabilities, 1 - probabilities), _SMALLEST, 1.0)
+        metrics["log_loss"] = float(-np.log(chosen).mean())
+        metrics["brier"] = float(((probabilities - truth) ** 2).mean())
+    metrics["macro_f1"] = _mean([row["f1"] for row in table if row["support"]])
+    metrics["auc_macro"] = _mean([row["auc"] for row in table])
+    metrics["ece"] = expected_calibration_error(reliability(targets, probabilities, classifier_type))
+    metrics["mean_confidence"] = float(confidence_of(probabilities, classifier_type, threshold).mean())
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def per_class_metrics(
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    classifier_type: ClassifierType,
+    threshold: float = 0.5,
+) -> list[dict[str, float | None]]:
+    """Returns a row per class, in order: precision, recall, f1, auc (0–1) and support (images of the class).
+
+    Precision is None where the class is never predicted, recall where the split has no image of it, f1 where both are
+    so, auc where every image or no image is of it.
+    """
+    truth = one_hot(targets, probabilities.shape[1])
+    decisions = decide(probabilities, classifier_type, threshold)
+    rows: list[dict[str, float | None]] = []
+    for index in range(probabilities.shape[1]):
+        positive, predicted = truth[:, index], decisions[:, index]
+        hits, support, guesses = int((positive & predicted).sum()), int(positive.sum()), int(predicted.sum())
+        rows.append(
+            {
+                "precision": hits / guesses if guesses else None,
+                "recall": hits / support if support else None,
+                "f1": 2 * hits / (support + guesses) if support + guesses else None,
+                "auc": area_under_roc(positive, probabilities[:, index]),
+                "support": float(support),
+            }
+        )
+    return rows
+
+
+def area_under_roc(positive: np.ndarray, scores: np.ndarray) -> float | None:
+    """Returns the probability that a positive outranks a negative, ties counting half; None without one of either.
+
+    Args:
+        positive: `(N,)` bool.
+        scores: `(N,)`, larger for what is more likely positive.
+    """
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
+        return None
+    ranks = rankdata(scores)
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def confusion_matrix(
+    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5
+) -> np.ndarray:
+    """Counts the decisions.
+
+    Returns:
+        Multi-class: `(C, C)` int64, row the true class, column the predicted one. Multi-label: `(C, 4)` int64, a row
+        per class: true negatives, false positives, false negatives, true positives.
+    """
+    classes = probabilities.shape[1]
+    decisions = decide(probabilities, classifier_type, threshold)
+    if classifier_type == "multi-class":
+        cells = targets.astype(np.int64) * classes + decisions.argmax(axis=1)
+        return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+    truth = one_hot(targets, classes)
+    counts = [~truth & ~decisions, ~truth & decisions, truth & ~decisions, truth & decisions]
+    return np.stack([cell.sum(axis=0) for cell in counts], axis=1).astype(np.int64)
+
+
+def confidence_of(probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5) -> np.ndarray:
+    """Returns `(N,)`: how probable the model holds its own answer to be.
+
+    Multi-class: the largest probability. Multi-label: the product over the classes of the probability of each decision,
+    that is of the whole predicted set if the classes were independent.
+    """
+    if classifier_type == "multi-class":
+        return probabilities.max(axis=1)
+    decisions = decide(probabilities, classifier_type, threshold)
+    return np.where(decisions, probabilities, 1 - probabilities).prod(axis=1)
+
+
+def reliability(
+    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, bins: int = CALIBRATION_BINS
+) -> list[ReliabilityBin]:
+    """Compares confidence with accuracy in `bins` bins of equal width.
+
+    Multi-class: the predicted class's probability against whether it is right. Multi-label: every class's probability
+    against whether the image has it.
+    """
+    truth = one_hot(targets, probabilities.shape[1])
+    if classifier_type == "multi-class":
+        best = probabilities.argmax(axis=1)
+        rows = np.arange(len(probabilities))
+        confidence, right = probabilities[rows, best], truth[rows, best]
+    else:
+        confidence, right = probabilities.ravel(), truth.ravel()
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    table = []
+    for index in range(bins):
+        inside = place == index
+        count = int(inside.sum())
+        table.append(
+            ReliabilityBin(
+                lower=float(edges[index]),
+                upper=float(edges[index + 1]),
+                count=count,
+                confidence=float(confidence[inside].mean()) if count else None,
+                accuracy=float(right[inside].mean()) if count else None,
+            )
+        )
+    return table
+
+
+def expected_calibration_error(table: list[ReliabilityBin]) -> float | None:
+    """Returns the mean distance between confidence and accuracy, weighted by the bins' counts; None without any."""
+    total = sum(row.count for row in table)
+    if not total:
+        return None
+    gaps = [
+        abs(row.confidence - row.accuracy) * row.count
+        for row in table
+        if row.confidence is not None and row.accuracy is not None
+    ]
+    return sum(gaps) / total
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _require_shapes(targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType) -> None:
+    expected = (len(probabilities),) if classifier_type == "multi-class" else probabilities.shape
+    if probabilities.ndim != 2 or not len(probabilities) or targets.shape != expected:
+        raise ValueError(
+            f"Expected (N, C) probabilities of one image or more and {classifier_type} targets for them. "
+            f"Received: probabilities {probabilities.shape}, targets {targets.shape}."
+        )

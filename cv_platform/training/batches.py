@@ -1,0 +1,140 @@
+"""Shuffled, augmented batches of packed images, and how they reach Keras.
+
+A batch is a pure function of (images, seed, epoch, batch index): shuffling permutes indices and never images, gathering
+reads the memory-mapped array, augmentation is seeded per batch. Hence a resumed training sees the batches that an
+uninterrupted one would have seen. Ordered batches for evaluation and reference data come from `datasets.packing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cv_platform.training.augmentation import Augmenter
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+PREFETCHED_BATCHES = 4
+"""Bound of the queue between the thread that makes batches and the training step."""
+
+
+class ShuffledBatches:
+    """The batches of one epoch after another, in a seeded order of their own for each epoch.
+
+    The last incomplete batch of an epoch is left out (batch normalisation suffers from tiny batches); as the order
+    changes, other images are left out each time. Fewer images than `batch_size` make one batch.
+
+    Args:
+        images: `(N, H, W, 3)` uint8, RGB; may be memory-mapped.
+        targets: `(N,)` integer class indices or `(N, C)` float 0/1.
+        classes: number of classes C.
+        batch_size: images in a batch.
+        augmenter: changes the images.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        targets: np.ndarray,
+        *,
+        classes: int,
+        batch_size: int,
+        augmenter: Augmenter,
+        seed: int,
+    ) -> None:
+        if len(images) == 0 or len(images) != len(targets):
+            raise ValueError(
+                f"Expected as many targets as images, at least one. Received: {len(images)}, {len(targets)}."
+            )
+        self.images = images
+        self.targets = targets
+        self.classes = classes
+        self.batch_size = min(batch_size, len(images))
+        self.augmenter = augmenter
+        self.seed = seed
+        self.epoch = 0
+        """The epoch that the next iteration walks; the training loop sets it."""
+        self.error: Exception | None = None
+        """What stopped the last iteration: TensorFlow passes on its text only."""
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return len(self.images) // self.batch_size
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images that an epoch shows."""
+        return self.steps * self.batch_size
+
+    def batch(self, epoch: int, batch_index: int, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns one batch: `(B, H, W, 3)` uint8 images and `(B, C)` float32 targets (one-hot, or 0/1 per class).
+
+        Args:
+            epoch: from 0.
+            batch_index: from 0.
+            order: `self.order(epoch)`, when the caller has it already.
+        """
+        order = self.order(epoch) if order is None else order
+        # Sorted, so that a memory-mapped file is read forwards; which images meet in a batch stays random.
+        chosen = np.sort(order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size])
+        images = self.augmenter(self.images[chosen], epoch=epoch, batch_index=batch_index)
+        return images, as_probabilities(self.targets[chosen], self.classes)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns the seeded permutation of the image indices of `epoch`, `(N,)` int32 (4 MB per million images)."""
+        return np.random.default_rng((self.seed, epoch)).permutation(np.arange(len(self.images), dtype=np.int32))
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Walks the batches of `self.epoch`."""
+        self.error = None
+        epoch = self.epoch
+        try:
+            order = self.order(epoch)
+            for batch_index in range(self.steps):
+                yield self.batch(epoch, batch_index, order)
+        except Exception as err:
+            self.error = err
+            raise
+
+    def dataset(self) -> tf.data.Dataset:
+        """Returns these batches as a `tf.data.Dataset` of one epoch, made ahead in a background thread of TensorFlow's.
+
+        Keras wraps Python iterables (generators, PyDataset) into the same `from_generator`; made here, the queue is
+        bounded, no batch is drawn to guess shapes, and the thread ends with its iterator.
+        """
+        import tensorflow as tf
+
+        signature = (
+            tf.TensorSpec((None, *self.images.shape[1:]), tf.uint8),
+            tf.TensorSpec((None, self.classes), tf.float32),
+        )
+        dataset = tf.data.Dataset.from_generator(lambda: iter(self), output_signature=signature)
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(self.steps))
+        return dataset.prefetch(PREFETCHED_BATCHES)
+
+
+def ordered_dataset(images: np.ndarray, targets: np.ndarray, *, classes: int, batch_size: int) -> tf.data.Dataset:
+    """Returns all images once, in order and unchanged, as a `tf.data.Dataset` of `(images uint8, targets float32)`."""
+    import tensorflow as tf
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(images), batch_size):
+            stop = start + batch_size
+            yield np.asarray(images[start:stop]), as_probabilities(np.asarray(targets[start:stop]), classes)
+
+    signature = (tf.TensorSpec((None, *images.shape[1:]), tf.uint8), tf.TensorSpec((None, classes), tf.float32))
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    steps = -(-len(images) // batch_size)
+    return dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(PREFETCHED_BATCHES)
+
+
+def as_probabilities(targets: np.ndarray, classes: int) -> np.ndarray:
+    """Returns `(N, C)` float32: one-hot rows for `(N,)` class indices, and 0/1 rows as they are."""
+    if targets.ndim == 2:
+        return np.asarray(targets, dtype=np.float32)
+    return np.eye(classes, dtype=np.float32)[targets]

@@ -1,0 +1,241 @@
+"""Between the epochs of a training: progress, best weights, early stopping, divergence, resuming, metrics to MLflow.
+
+`TrainingMonitor` is plain Python, driven by a Keras `LambdaCallback`, so that importing this module does not import
+Keras. It decides from the history alone: what a killed training has written to disk is all that its successor needs.
+
+On disk, in the training's own folder: `state.json` (epochs done, history, random state, which files belong to it), the
+weights with the optimizer's state after the last epoch, and the best weights. `state.json` is replaced in one step,
+last; the files that it no longer names are deleted after that. Keras's `BackupAndRestore` keeps neither history, best
+weights nor dropout's random state, and writes in place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cv_platform.errors import TrackingError, TrainingError
+
+if TYPE_CHECKING:
+    import keras
+
+    from cv_platform.tracking import MlflowRun
+
+logger = logging.getLogger(__name__)
+
+SELECTION_METRIC = "val_cross_entropy"
+"""Chooses the best epoch: the validation loss without the weight penalty, which shrinks from epoch to epoch on its
+own."""
+
+
+class TrainingState(BaseModel):
+    """What a training has reached: `state.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    fingerprint: str
+    epochs_done: int
+    seconds: float
+    history: dict[str, list[float]]
+    last_weights: str
+    best_weights: str
+    random_state: dict[str, list[int]]
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch (from 0) with the lowest `SELECTION_METRIC`; the first of equals."""
+        losses = self.history[SELECTION_METRIC]
+        return losses.index(min(losses))
+
+
+def read_state(folder: Path, fingerprint: str) -> TrainingState | None:
+    """Returns what an earlier training with the same `fingerprint` left in `folder`, or None to start afresh."""
+    path = folder / "state.json"
+    if not path.exists():
+        return None
+    try:
+        state = TrainingState.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as err:
+        logger.warning("%s is not readable, so training starts afresh: %s", path, err)
+        return None
+    if state.fingerprint != fingerprint:
+        logger.info("%s belongs to another config or dataset version, so training starts afresh.", path)
+        return None
+    missing = [name for name in (state.last_weights, state.best_weights) if not (folder / name).is_file()]
+    if missing:
+        logger.warning("%s names missing files (%s), so training starts afresh.", path, ", ".join(missing))
+        return None
+    return state
+
+
+class TrainingMonitor:
+    """Follows one training.
+
+    Args:
+        model: the compiled model.
+        folder: the training's own folder, existing.
+        fingerprint: of all that must be equal for a training to be resumed.
+        epochs: planned.
+        images_per_epoch: for images per second.
+        patience: epochs without a better `SELECTION_METRIC` after which training stops; None: never.
+        state: what an earlier, killed training has reached.
+        on_epoch: called with the epoch (from 0) before it begins.
+        run: MLflow run that gets each epoch's metrics.
+        init_lr: for the advice when the loss diverges.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        folder: Path,
+        *,
+        fingerprint: str,
+        epochs: int,
+        images_per_epoch: int,
+        patience: int | None,
+        state: TrainingState | None,
+        on_epoch: Callable[[int], None],
+        run: MlflowRun | None,
+        init_lr: float,
+    ) -> None:
+        self.model = model
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.epochs = epochs
+        self.images_per_epoch = images_per_epoch
+        self.patience = patience
+        self.state = state
+        self.on_epoch = on_epoch
+        self.run = run
+        self.init_lr = init_lr
+        self._epoch_started = time.perf_counter()
+        self._run_is_broken = False
+
+    def callback(self) -> keras.callbacks.Callback:
+        """Returns the Keras callback that drives this monitor."""
+        import keras
+
+        return keras.callbacks.LambdaCallback(
+            on_epoch_begin=self._begin_epoch,
+            on_epoch_end=self._end_epoch,
+            on_train_batch_end=self._check_loss,
+            # Without a hook of its own here Keras starts a thread pool for callbacks, and leaves it behind when a fit
+            # fails.
+            on_test_batch_end=_nothing,
+        )
+
+    def _begin_epoch(self, epoch: int, logs: Any = None) -> None:
+        self._epoch_started = time.perf_counter()
+        self.on_epoch(epoch)
+
+    def _check_loss(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            epoch = self.state.epochs_done + 1 if self.state else 1
+            raise TrainingError(self._divergence(f"{loss} at batch {batch + 1} of epoch {epoch}"))
+
+    def _divergence(self, received: str) -> str:
+        return (
+            f"Expected a finite loss. Received: {received}. "
+            f"Lower train.init_lr (now {self.init_lr:g}, try {self.init_lr / 10:g}), "
+            "let it warm up (train.schedule: one_cycle), or compute in full precision (train.precision: float32)."
+        )
+
+    def _end_epoch(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        seconds = time.perf_counter() - self._epoch_started
+        metrics = {name: float(value) for name, value in (logs or {}).items()}
+        wrong = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if wrong:
+            raise TrainingError(self._divergence(f"{', '.join(wrong)} after epoch {epoch + 1}"))
+        metrics["learning_rate"] = float(self.model.optimizer.learning_rate)
+        metrics["images_per_second"] = self.images_per_epoch / seconds
+        before = self.state
+        history = {name: [*(before.history[name] if before else []), value] for name, value in metrics.items()}
+        self._save(epoch, history, seconds=seconds + (before.seconds if before else 0.0))
+        self._log(epoch, metrics)
+        assert self.state is not None
+        if self.patience is not None and epoch - self.state.best_epoch >= self.patience:
+            logger.info("early stopping: no better %s for %d epochs", SELECTION_METRIC, self.patience)
+            self.model.stop_training = True
+
+    def _save(self, epoch: int, history: dict[str, list[float]], *, seconds: float) -> None:
+        last = f"epoch-{epoch + 1:05d}.weights.h5"
+        self.model.save_weights(self.folder / last)
+        state = TrainingState(
+            fingerprint=self.fingerprint,
+            epochs_done=epoch + 1,
+            seconds=seconds,
+            history=history,
+            last_weights=last,
+            best_weights=last,
+            random_state=read_random_state(self.model),
+        )
+        if self.state is not None and state.best_epoch != epoch:
+            state = state.model_copy(update={"best_weights": self.state.best_weights})
+        partial = self.folder / "state.json.partial"
+        partial.write_text(state.model_dump_json(), encoding="utf-8")
+        partial.replace(self.folder / "state.json")
+        self.state = state
+        for path in self.folder.glob("epoch-*.weights.h5"):
+            if path.name not in {state.last_weights, state.best_weights}:
+                path.unlink()
+
+    def _log(self, epoch: int, metrics: dict[str, float]) -> None:
+        assert self.state is not None
+        remaining = (self.epochs - epoch - 1) * self.state.seconds / (epoch + 1)
+        logger.info(
+            "epoch %d/%d: loss %.4f, accuracy %.4f, val_loss %.4f, val_accuracy %.4f, %.0f images/s, %s left",
+            epoch + 1,
+            self.epochs,
+            metrics["loss"],
+            metrics["accuracy"],
+            metrics["val_loss"],
+            metrics["val_accuracy"],
+            metrics["images_per_second"],
+            _duration(remaining),
+        )
+        if self.run is None or self._run_is_broken:
+            return
+        try:
+            self.run.log_metrics(metrics, step=epoch + 1)
+        except TrackingError as err:
+            # A tracking server that goes away must not cost hours of training: the history is on disk as well.
+            self._run_is_broken = True
+            logger.warning("MLflow gets no more metrics of this training: %s", err)
+
+
+def read_random_state(model: keras.Model) -> dict[str, list[int]]:
+    """Returns the state of each layer that draws random numbers; weight files do not hold it."""
+    return {
+        layer.name: [int(part) for part in layer.seed_generator.state.numpy()]
+        for layer in model.layers
+        if getattr(layer, "seed_generator", None) is not None
+    }
+
+
+def restore_random_state(model: keras.Model, state: dict[str, list[int]]) -> None:
+    """Undoes what layers have drawn since `read_random_state`."""
+    for name, parts in state.items():
+        model.get_layer(name).seed_generator.state.assign(parts)
+
+
+def _nothing(batch: int, logs: Any = None) -> None:
+    """Does nothing."""
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def write_history(path: Path, history: dict[str, list[float]]) -> None:
+    """Writes `{metric: [value per epoch]}` as JSON."""
+    path.write_text(json.dumps(history, indent=1), encoding="utf-8")

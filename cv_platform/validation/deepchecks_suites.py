@@ -1,0 +1,244 @@
+"""Deepchecks' tabular suites `data_integrity` and `train_test_validation` over one row per image.
+
+A row is an image: its pixel statistics, its leading principal components, its label, and its sha256 as the index. That
+covers what Deepchecks' vision suites look at without their PyTorch. The library (AGPL-3.0) is used unchanged.
+
+Checks of the suites that are left out, since on these rows they cannot find anything, or always find something:
+
+* SpecialCharacters, MixedNulls, MixedDataTypes, StringMismatch, StringLengthOutOfBounds, StringMismatchComparison,
+  NewCategoryTrainTest: every column is a number that we computed, never null, never text.
+* DateTrainTestLeakageDuplicates, DateTrainTestLeakageOverlap: images have no date.
+* FeatureFeatureCorrelation: statistics and components of the same pixels correlate by construction.
+* IdentifierLabelCorrelation: the identifier is the content's hash; it "predicts" the label of a repeated image.
+
+That leaves, of data_integrity: IsSingleValue, DataDuplicates, ConflictingLabels, OutlierSampleDetection,
+FeatureLabelCorrelation; of train_test_validation: DatasetsSizeComparison, NewLabelTrainTest, IndexTrainTestLeakage,
+TrainTestSamplesMix, FeatureLabelCorrelationChange, FeatureDrift, LabelDrift, MultivariateDrift.
+
+Two more rules keep the verdict honest:
+
+* FeatureDrift, LabelDrift and MultivariateDrift run from 200 images in train and in test on. Their thresholds take no
+  account of the sample size; below it, two halves of one population fail them.
+* What FeatureLabelCorrelation and FeatureLabelCorrelationChange find is told as a warning and fails nothing: that a
+  component of the pixels predicts the label is a shortcut to look at, not a leak. Pixels are there to predict it.
+
+A multi-label image has no single label: its row has a 0/1 column per class instead (so the drift checks cover the
+labels), and the checks that need a label count as not applicable.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cv_platform.config import ValidateConfig
+from cv_platform.properties import PROPERTY_NAMES
+from cv_platform.validation.checks import ClassifierType, outcome
+from cv_platform.validation.sample import ImageSample
+from cv_platform.validation.verdict import CheckOutcome
+
+LEFT_OUT: tuple[str, ...] = (
+    "SpecialCharacters",
+    "MixedNulls",
+    "MixedDataTypes",
+    "StringMismatch",
+    "StringLengthOutOfBounds",
+    "FeatureFeatureCorrelation",
+    "IdentifierLabelCorrelation",
+    "NewCategoryTrainTest",
+    "StringMismatchComparison",
+    "DateTrainTestLeakageDuplicates",
+    "DateTrainTestLeakageOverlap",
+)
+DRIFT_CHECKS: tuple[str, ...] = ("FeatureDrift", "LabelDrift", "MultivariateDrift")
+MIN_IMAGES_FOR_DRIFT = 200
+TOLD_ONLY: tuple[str, ...] = ("FeatureLabelCorrelation", "FeatureLabelCorrelationChange")
+REPORT_NAMES: dict[str, str] = {
+    "data_integrity": "deepchecks_data_integrity.html",
+    "train_test_validation": "deepchecks_train_test_validation.html",
+}
+COMPONENT_COLUMNS = 8
+MAX_LABEL_COLUMNS = 50
+"""Multi-label: the most frequent classes get a column; each costs a drift test and a figure."""
+_COLOUR = ("red_green", "blue_yellow", "saturation")
+_LABEL, _HASH = "label", "sha256"
+
+
+def check_deepchecks_suites(
+    sample: ImageSample,
+    class_names: Sequence[str],
+    classifier_type: ClassifierType,
+    config: ValidateConfig,
+    directory: Path,
+) -> CheckOutcome:
+    """Runs both suites and writes their pages, which need no network, into `directory` (`REPORT_NAMES`).
+
+    Returns:
+        One outcome: it fails when a condition of Deepchecks fails or a check breaks; its warnings are only told.
+        `value` is the number of failed conditions.
+    """
+    name, severity = "deepchecks_suites", config.deepchecks_suites
+    if not len(sample.rows):
+        return outcome(name, severity, passed=True, summary="Not judged: there are no readable images.", limit=0.0)
+    frame, categorical = image_table(sample, class_names, classifier_type)
+    failed: list[str] = []
+    warned: list[str] = []
+    not_run: list[str] = []
+    conditions = 0
+    for suite, result in _run_suites(frame, categorical, sample, directory):
+        seen, fails, warns, misses = _read_result(suite, result)
+        conditions += seen
+        failed += fails
+        warned += warns
+        not_run += misses
+    smallest = min(len(sample.positions(split)) for split in ("train", "test"))
+    summary = f"{len(failed)} of {conditions} conditions failed, {len(warned)} warn, over {sample.description}."
+    if not smallest:
+        summary += " train_test_validation did not run: train or test has no images."
+    elif smallest < MIN_IMAGES_FOR_DRIFT:
+        summary += f" Its drift checks did not run: they need {MIN_IMAGES_FOR_DRIFT} images in train and in test."
+    if not_run:
+        summary += f" Not applicable: {', '.join(not_run)}."
+    return outcome(
+        name,
+        severity,
+        passed=not failed,
+        summary=summary,
+        value=float(len(failed)),
+        limit=0.0,
+        offenders=[*failed, *(f"{text} (warning)" for text in warned)],
+    )
+
+
+def image_table(
+    sample: ImageSample, class_names: Sequence[str], classifier_type: ClassifierType
+) -> tuple[pd.DataFrame, list[str]]:
+    """Builds the rows that Deepchecks sees.
+
+    Returns:
+        The table (index: sha256; a column `label` for multi-class) and the names of its categorical columns.
+    """
+    properties = pd.DataFrame(sample.properties.astype(np.float64), columns=pd.Index(PROPERTY_NAMES))
+    if not properties[list(_COLOUR)].to_numpy().any():
+        # Grey images have no colour: three constant columns would be reported as a fault of the data.
+        properties = properties.drop(columns=list(_COLOUR))
+    components = sample.components[:, :COMPONENT_COLUMNS].astype(np.float64)
+    columns = [f"pixels_{i + 1}" for i in range(components.shape[1])]
+    table = pd.concat([properties, pd.DataFrame(components, columns=pd.Index(columns))], axis=1)
+    labels = [tuple(map(str, row)) for row in sample.rows["labels"]]
+    categorical: list[str] = []
+    if classifier_type == "multi-class":
+        # Escaped, since Deepchecks writes values into its page as they are.
+        table[_LABEL] = [html.escape(" | ".join(row)) for row in labels]
+    else:
+        counts = {name: sum(name in row for row in labels) for name in class_names}
+        used = sorted((name for name in class_names if counts[name]), key=lambda name: -counts[name])
+        for name in used[:MAX_LABEL_COLUMNS]:
+            column = f"has {html.escape(name)}"
+            table[column] = [int(name in row) for row in labels]
+            categorical.append(column)
+    table.index = pd.Index(sample.rows[_HASH].astype(str), name=_HASH)
+    return table, categorical
+
+
+def _run_suites(
+    table: pd.DataFrame, categorical: list[str], sample: ImageSample, directory: Path
+) -> list[tuple[str, Any]]:
+    results: list[tuple[str, Any]] = []
+    with _quiet_deepchecks():
+        from deepchecks.tabular import Dataset
+        from deepchecks.tabular.suites import data_integrity, train_test_validation
+
+        def dataset(rows: pd.DataFrame, *, indexed: bool) -> Any:
+            labels: dict[str, Any] = {"label": _LABEL, "label_type": "multiclass"} if _LABEL in rows.columns else {}
+            return Dataset(
+                rows,
+                **labels,
+                features=[column for column in rows.columns if column not in {_LABEL, _HASH}],
+                cat_features=categorical,
+                set_index_from_dataframe_index=indexed,
+            )
+
+        # Repeated images stay rows where duplicates are looked for; an index may not repeat, so copies within a split
+        # are one row where train and test are compared.
+        runs: list[tuple[Any, str, list[Any]]] = [
+            (data_integrity(), "data_integrity", [dataset(table.reset_index(), indexed=False)])
+        ]
+        if all(len(sample.positions(split)) for split in ("train", "test")):
+            splits = [table.iloc[sample.positions(split)] for split in ("train", "test")]
+            distinct = [dataset(rows.loc[~rows.index.duplicated()], indexed=True) for rows in splits]
+            runs.append((train_test_validation(), "train_test_validation", distinct))
+        smallest = min(len(sample.positions(split)) for split in ("train", "test"))
+        left_out = LEFT_OUT if smallest >= MIN_IMAGES_FOR_DRIFT else (*LEFT_OUT, *DRIFT_CHECKS)
+        for suite, key, datasets in runs:
+            for position, check in list(suite.checks.items()):
+                if type(check).__name__ in left_out:
+                    suite.remove(position)
+            result = suite.run(*datasets)
+            # Static HTML with the scripts inside: the widget form asks a CDN for parts of itself.
+            result.save_as_html(
+                str(directory / REPORT_NAMES[key]), as_widget=False, requirejs=True, connected=False, unique_id=key
+            )
+            results.append((key, result))
+    return results
+
+
+def _read_result(suite: str, result: Any) -> tuple[int, list[str], list[str], list[str]]:
+    """Returns how many conditions a suite had, those that failed, those that warn, and the checks that do not apply."""
+    from deepchecks.core import CheckFailure, ConditionCategory
+    from deepchecks.core.errors import DeepchecksBaseError
+
+    conditions = 0
+    failed: list[str] = []
+    warned: list[str] = []
+    not_run: list[str] = []
+    for check in result.results:
+        title = check.get_header()
+        if isinstance(check, CheckFailure):
+            if isinstance(check.exception, DeepchecksBaseError):
+                not_run.append(title)
+            else:
+                failed.append(f"{suite}: {title}: broke with {type(check.exception).__name__}: {check.exception}")
+            continue
+        for condition in check.conditions_results:
+            conditions += 1
+            text = f"{suite}: {title}: expected '{condition.name}'; {condition.details}"
+            if condition.category == ConditionCategory.PASS:
+                continue
+            if condition.category == ConditionCategory.WARN or type(check.check).__name__ in TOLD_ONLY:
+                warned.append(text)
+            else:
+                failed.append(text)
+    return conditions, failed, warned, not_run
+
+
+@contextmanager
+def _quiet_deepchecks() -> Iterator[None]:
+    """Keeps Deepchecks 0.19 off the network, off the progress bar and in this process while the block runs."""
+    # Read when the package is imported, which otherwise calls home and writes an id into its installation folder.
+    os.environ["DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY"] = "True"
+    os.environ["DISABLE_LATEST_VERSION_CHECK"] = "True"
+    with warnings.catch_warnings():
+        # The package and what it calls (pkg_resources, pandas, scikit-learn, plotly) warn about its own code on every
+        # run; nothing of it is about the data. To be removed with a release that is written for pandas 2.
+        warnings.simplefilter("ignore")
+        import joblib
+        from deepchecks.utils.logger import get_verbosity, set_verbosity
+
+        verbosity = get_verbosity()
+        set_verbosity(logging.WARNING)  # Its progress bars are of level INFO.
+        # MultivariateDrift asks for a process per core: starting them takes longer than its work.
+        with joblib.parallel_config(backend="sequential"):
+            try:
+                yield
+            finally:
+                set_verbosity(verbosity)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import io
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from cv_platform.datasets.archives import is_archive, unpack
+from cv_platform.errors import InvalidDatasetError
+
+
+def tar_with(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for member, content in members:
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Path:
+    (tmp_path / "into").mkdir()
+    return tmp_path / "into"
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip"])
+def test_unpacks_files_and_folders(tmp_path: Path, into: Path, suffix: str) -> None:
+    archive = tmp_path / f"a{suffix}"
+    if suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as zipped:
+            zipped.mkdir("cat")
+            zipped.writestr("cat/1.png", b"one")
+    else:
+        mode = {".tar": "w", ".tar.gz": "w:gz", ".tar.bz2": "w:bz2", ".tar.xz": "w:xz"}[suffix]
+        tar_with(archive, (member("cat", tarfile.DIRTYPE), b""), (member("./cat/1.png"), b"one"), mode=mode)
+    assert is_archive(archive)
+    unpack(archive, into)
+    assert (into / "cat" / "1.png").read_bytes() == b"one"
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/tmp/evil.png", "cat/../../evil.png"])
+def test_refuses_paths_that_lead_out(tmp_path: Path, into: Path, name: str) -> None:
+    with pytest.raises(InvalidDatasetError, match="leads out of it"):
+        unpack(tar_with(tmp_path / "a.tar.gz", (member(name), b"x")), into)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+        zipped.writestr(name, b"x")
+    with pytest.raises(InvalidDatasetError, match="leads out of it"):
+        unpack(tmp_path / "a.zip", into)
+    assert not list(tmp_path.rglob("evil.png"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_refuses_links_and_devices_in_tar(tmp_path: Path, into: Path, kind: bytes) -> None:
+    archive = tar_with(tmp_path / "a.tar.gz", (member("cat/1.png", kind, link="/etc/passwd"), b""))
+    with pytest.raises(InvalidDatasetError, match="only files and folders"):
+        unpack(archive, into)
+    assert not list(into.rglob("*.png"))
+
+
+def test_refuses_links_in_zip(tmp_path: Path, into: Path) -> None:
+    link = zipfile.ZipInfo("cat/1.png")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+        zipped.writestr(link, "/etc/passwd")
+    with pytest.raises(InvalidDatasetError, match="only files and folders"):
+        unpack(tmp_path / "a.zip", into)
+
+
+def test_stops_before_content_exceeds_the_limit(tmp_path: Path, into: Path) -> None:
+    archive = tar_with(tmp_path / "a.tar.gz", (member("1.png"), bytes(600)), (member("2.png"), bytes(600)))
+    with pytest.raises(InvalidDatasetError, match="allowed"):
+        unpack(archive, into, max_bytes=1000)
+    assert [path.name for path in into.iterdir()] == ["1.png"]
+
+
+def test_refuses_the_same_file_twice(tmp_path: Path, into: Path) -> None:
+    archive = tar_with(tmp_path / "a.tar.gz", (member("1.png"), b"a"), (member("1.png"), b"b"))
+    with pytest.raises(InvalidDatasetError, match="each file once"):
+        unpack(archive, into)
+
+
+@pytest.mark.parametrize("cut", [40, 200])
+def test_names_a_truncated_archive(tmp_path: Path, into: Path, cut: int) -> None:
+    noise = bytes(i * 37 % 251 for i in range(5000))
+    archive = tar_with(tmp_path / "a.tar.gz", (member("1.png"), noise))
+    archive.write_bytes(archive.read_bytes()[:-cut])
+    with pytest.raises(InvalidDatasetError, match=r"complete archive.*a\.tar\.gz"):
+        unpack(archive, into)
+
+
+def test_other_files_are_no_archives(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"hello")
+    assert not is_archive(tmp_path / "a.tar")
+    assert not is_archive(tmp_path)

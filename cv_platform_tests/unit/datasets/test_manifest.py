@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cv_platform.datasets.manifest import build_manifest, manifest_name, read_manifest, split_counts
+from cv_platform.errors import DatasetError, InvalidDatasetError
+
+from .conftest import class_folders, dataset, model, picture, write_pictures
+
+
+def build(directory: Path, annotations: bytes | None = None, **model_fields: object):
+    config = model(**model_fields)  # type: ignore[arg-type]
+    path = build_manifest(directory, data_path="images", annotations=annotations, model=config, dataset=dataset())
+    return read_manifest(path)
+
+
+def test_has_a_row_per_image_with_what_its_bytes_say(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 3)
+    data = picture(77, size=(5, 9))
+    (tmp_path / "images/cat/0.png").write_bytes(data)
+    manifest = build(tmp_path)
+    columns = "path sha256 split labels split_origin width_px height_px bytes is_readable problem"
+    assert manifest.columns.tolist() == columns.split()
+    assert manifest["path"].tolist() == [f"images/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
+    row = manifest.iloc[0]
+    assert (row["sha256"], row["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert (row["width_px"], row["height_px"], row["labels"]) == (9, 5, ["cat"])
+    assert row["is_readable"]
+    assert row["problem"] is None
+
+
+def test_sizes_are_those_of_the_upright_image(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(stream, "JPEG", exif=exif.tobytes())
+    (tmp_path / "images/cat/0.jpg").write_bytes(stream.getvalue())
+    row = build(tmp_path).set_index("path").loc["images/cat/0.jpg"]
+    assert (row["width_px"], row["height_px"]) == (10, 20)
+
+
+def test_unreadable_images_are_rows_with_their_problem(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 5)
+    (tmp_path / "images/cat/0.png").write_bytes(b"")
+    (tmp_path / "images/cat/1.png").write_bytes(b"<html>not found</html>")
+    (tmp_path / "images/cat/2.png").write_bytes(picture(1, (30, 20))[:-40])
+    manifest = build(tmp_path).set_index("path")
+    bad = manifest[~manifest["is_readable"]]
+    assert bad["problem"].str.split(":").str[0].tolist() == [
+        *("EmptyImageError", "UnsupportedImageError", "TruncatedImageError")
+    ]
+    assert bad["width_px"].tolist() == [0, 0, 20]
+
+
+def test_copies_of_an_image_share_a_split(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 20)
+    for i in range(20):
+        (tmp_path / f"images/dog/{i}.png").write_bytes((tmp_path / f"images/dog/{i % 4}.png").read_bytes())
+    manifest = build(tmp_path)
+    assert (manifest.groupby("sha256")["split"].nunique() == 1).all()
+
+
+def test_lists_unknown_classes_and_classes_without_images(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 1, ("cat", "emu"))
+    with pytest.raises(InvalidDatasetError) as caught:
+        build(tmp_path)
+    text = str(caught.value)
+    assert "pets v1.0.0: expected images of exactly the classes cat, dog" in text
+    assert "model.classes does not name: emu" in text
+    assert "no images of: dog" in text
+    assert "Found: cat, emu" in text
+
+
+def test_multi_class_needs_exactly_one_label(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", ["0.png", "1.png", "2.png"])
+    csv = b"path,label\n0.png,cat|dog\n1.png,\n2.png,dog\n"
+    with pytest.raises(InvalidDatasetError, match=r"2 images without exactly one label: 0\.png \(cat\|dog\), 1\.png"):
+        build(tmp_path, csv)
+    assert build(tmp_path, csv, classifier_type="multi-label")["labels"].tolist() == [["cat", "dog"], [], ["dog"]]
+
+
+def test_given_splits_are_kept_and_missing_ones_recorded(tmp_path: Path) -> None:
+    names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("cat", "dog") for i in range(10)]
+    manifest = build(write_pictures(tmp_path / "images", names).parent)
+    # Per class 10 train images: round(0.15 * 10) = 2 valid, round(0.2 * 10) = 2 reference.
+    assert split_counts(manifest) == {"train": 12, "valid": 4, "test": 20, "reference": 4}
+    taken = manifest[manifest["split_origin"] == "taken from train"]
+    assert set(taken["split"]) == {"valid", "reference"}
+    assert taken["path"].str.startswith("images/train/").all()
+
+
+def test_name_follows_what_would_change_a_row() -> None:
+    name = manifest_name(model(), dataset())
+    assert manifest_name(model("dog", "cat"), dataset()) == name
+    changed = [
+        manifest_name(model("cat", "emu"), dataset()),
+        manifest_name(model(classifier_type="multi-label"), dataset()),
+        manifest_name(model(), dataset(split_seed=1)),
+        manifest_name(model(), dataset(valid_fraction=0.1)),
+    ]
+    assert len({name, *changed}) == 5
+
+
+def test_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="Materialise the dataset again"):
+        read_manifest(tmp_path / "manifest.parquet")

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cv_platform import images
+from cv_platform.datasets.contact_sheet import contact_sheet
+from cv_platform.datasets.manifest import build_manifest, read_manifest
+from cv_platform.datasets.packing import PackedImages, open_split, pack_images
+from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.errors import DatasetError, InvalidDatasetError
+
+from .conftest import class_folders, dataset, model, picture, write_pictures
+
+
+def version_of(directory: Path, annotations: bytes | None = None, **fields: str) -> DatasetVersion:
+    config = model(**fields)  # type: ignore[arg-type]
+    manifest = build_manifest(directory, data_path="images", annotations=annotations, model=config, dataset=dataset())
+    return DatasetVersion(
+        ds_name="pets",
+        tag="v1.0.0",
+        dvc_md5="0" * 32,
+        git_commit="1" * 40,
+        directory=directory,
+        manifest_path=manifest,
+        class_names=config.classes,
+    )
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> DatasetVersion:
+    """20 readable images of two classes, one unreadable, without splits."""
+    directory = tmp_path_factory.mktemp("version")
+    class_folders(directory / "images", 10)
+    (directory / "images/dog/zz.png").write_bytes(picture(5)[:30])
+    return version_of(directory)
+
+
+@pytest.fixture(scope="module")
+def module_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def packed(version: DatasetVersion, module_home: Path) -> PackedImages:
+    return pack_images(version, model(size=12), quarantined=(), home=module_home)
+
+
+def test_every_readable_image_is_preprocessed_into_its_row(version: DatasetVersion, packed: PackedImages) -> None:
+    manifest = read_manifest(version.manifest_path)
+    readable = manifest[manifest["is_readable"]]
+    assert sum(packed.counts.values()) == len(readable) == 20
+    for split, count in packed.counts.items():
+        opened = open_split(packed, split)
+        expected = readable[readable["split"] == split]
+        assert opened.paths == expected["path"].tolist()
+        assert opened.sha256 == expected["sha256"].tolist()
+        assert opened.images.shape == (count, 12, 12, 3)
+        assert opened.images.dtype == np.uint8
+        assert opened.targets.tolist() == [("cat", "dog").index(names[0]) for names in expected["labels"]]
+        assert opened.targets.dtype == np.int64
+        for row, path in enumerate(opened.paths):
+            data = (version.directory / path).read_bytes()
+            np.testing.assert_array_equal(opened.images[row], images.preprocess(data, (12, 12)))
+
+
+def test_record_says_what_the_pack_is(packed: PackedImages, module_home: Path) -> None:
+    assert packed.directory.parent == module_home / "packed"
+    assert packed.directory.name.startswith("0" * 32 + "-")
+    assert packed.preprocessing_hash == images.preprocessing_hash((12, 12))
+    assert packed.bytes == sum(p.stat().st_size for p in packed.directory.iterdir() if p.name != "packed.json")
+    assert packed.images_per_second > 0
+    assert PackedImages.model_validate_json(packed.model_dump_json()) == packed
+
+
+def test_arrays_are_mapped_and_cannot_be_written(packed: PackedImages) -> None:
+    opened = open_split(packed, "train")
+    assert isinstance(opened.images, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        opened.images[0] = 0
+
+
+def test_batches_walk_the_rows_in_order(packed: PackedImages) -> None:
+    opened = open_split(packed, "train")
+    batches = list(opened.batches(4))
+    assert [len(targets) for _, targets in batches] == [4] * (packed.counts["train"] // 4) + (
+        [packed.counts["train"] % 4] if packed.counts["train"] % 4 else []
+    )
+    np.testing.assert_array_equal(np.concatenate([batch for batch, _ in batches]), opened.images)
+    np.testing.assert_array_equal(np.concatenate([targets for _, targets in batches]), opened.targets)
+    with pytest.raises(ValueError, match="at least 1"):
+        next(opened.batches(0))
+
+
+def test_multi_label_targets_are_zeros_and_ones(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", [f"{i}.png" for i in range(4)])
+    csv = b"path,split,label\n0.png,train,cat|dog\n1.png,train,\n2.png,test,dog\n3.png,valid,cat\n"
+    version = version_of(tmp_path, csv, classifier_type="multi-label")
+    packed = pack_images(version, model(classifier_type="multi-label"), quarantined=(), home=tmp_path)
+    rows = {}
+    for split in packed.counts:
+        opened = open_split(packed, split)
+        assert opened.targets.dtype == np.float32
+        rows |= dict(zip(opened.paths, opened.targets.tolist(), strict=True))
+    assert rows == {"images/0.png": [1, 1], "images/1.png": [0, 0], "images/2.png": [0, 1], "images/3.png": [1, 0]}
+
+
+def test_empty_split_opens(tmp_path: Path) -> None:
+    write_pictures(
+        tmp_path / "images", [f"{split}/{name}/1.png" for split in ("train", "test") for name in ("cat", "dog")]
+    )
+    packed = pack_images(version_of(tmp_path), model(), quarantined=(), home=tmp_path)
+    opened = open_split(packed, "reference")
+    assert (opened.images.shape, opened.paths, list(opened.batches(4))) == ((0, 8, 8, 3), [], [])
+
+
+def test_quarantined_images_are_left_out_and_have_their_own_pack(version: DatasetVersion, packed: PackedImages) -> None:
+    gone = open_split(packed, "train").paths[0]
+    other = pack_images(version, model(size=12), quarantined=[gone], home=packed.directory.parents[1])
+    assert other.directory != packed.directory
+    assert other.counts["train"] == packed.counts["train"] - 1
+    assert gone not in open_split(other, "train").paths
+
+
+def test_key_follows_size_classes_and_manifest(version: DatasetVersion, packed: PackedImages) -> None:
+    home = packed.directory.parents[1]
+    names = {
+        packed.directory.name,
+        pack_images(version, model(size=16), quarantined=(), home=home).directory.name,
+        pack_images(version, model("dog", "cat", size=12), quarantined=(), home=home).directory.name,
+    }
+    assert len(names) == 3
+
+
+def test_pack_is_used_again(version: DatasetVersion, packed: PackedImages) -> None:
+    inode = packed.directory.stat().st_ino
+    again = pack_images(version, model(size=12), quarantined=(), home=packed.directory.parents[1])
+    assert again == packed
+    assert again.directory.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("damage", ["changed byte", "truncated", "missing", "no marker", "broken marker"])
+def test_damaged_pack_is_made_again(tmp_path: Path, version: DatasetVersion, damage: str) -> None:
+    packed = pack_images(version, model(), quarantined=(), home=tmp_path)
+    expected = np.array(open_split(packed, "train").images)
+    array, marker = packed.directory / "train.images.npy", packed.directory / "packed.json"
+    if damage == "changed byte":
+        data = bytearray(array.read_bytes())
+        data[-1] ^= 0xFF
+        array.write_bytes(data)
+    elif damage == "truncated":
+        array.write_bytes(array.read_bytes()[:-1])
+    elif damage == "missing":
+        array.unlink()
+    elif damage == "no marker":
+        marker.unlink()
+    else:
+        marker.write_text(json.dumps({"packed": {}}))
+    again = pack_images(version, model(), quarantined=(), home=tmp_path)
+    np.testing.assert_array_equal(open_split(again, "train").images, expected)
+
+
+def test_opening_a_damaged_pack_says_what_to_do(tmp_path: Path, version: DatasetVersion) -> None:
+    packed = pack_images(version, model(), quarantined=(), home=tmp_path)
+    array = packed.directory / "test.images.npy"
+    array.write_bytes(array.read_bytes()[:50])
+    with pytest.raises(DatasetError, match="Materialise packed_images again"):
+        open_split(packed, "test")
+    shutil.rmtree(packed.directory)
+    with pytest.raises(DatasetError, match="Materialise packed_images again"):
+        open_split(packed, "train")
+
+
+def test_leftovers_of_a_killed_pack_are_cleared(tmp_path: Path, version: DatasetVersion) -> None:
+    packed = pack_images(version, model(), quarantined=(), home=tmp_path)
+    killed = packed.directory.with_name(f".{packed.directory.name}.partial-0badc0de")
+    packed.directory.rename(killed)
+    again = pack_images(version, model(), quarantined=(), home=tmp_path)
+    assert not killed.exists()
+    assert again.counts == packed.counts
+
+
+def test_refuses_files_that_are_not_those_of_the_manifest(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 4)
+    version = version_of(tmp_path)
+    (tmp_path / "images/cat/1.png").write_bytes(picture(123))
+    with pytest.raises(InvalidDatasetError, match=r"images/cat/1\.png .* other bytes"):
+        pack_images(version, model(), quarantined=(), home=tmp_path)
+    assert not [p for p in (tmp_path / "packed").iterdir() if p.is_dir()]
+
+
+def test_refuses_unknown_quarantine_and_nothing_to_train_on(tmp_path: Path, version: DatasetVersion) -> None:
+    with pytest.raises(InvalidDatasetError, match=r"nowhere\.png"):
+        pack_images(version, model(), quarantined=["nowhere.png"], home=tmp_path)
+    everything = read_manifest(version.manifest_path)["path"].tolist()
+    with pytest.raises(InvalidDatasetError, match="images to train on"):
+        pack_images(version, model(), quarantined=everything, home=tmp_path)
+
+
+def test_says_when_the_disk_is_too_small(
+    tmp_path: Path, version: DatasetVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cv_platform.datasets import durable
+
+    monkeypatch.setattr(durable, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
+    with pytest.raises(DatasetError, match="GB free"):
+        pack_images(version, model(), quarantined=(), home=tmp_path)
+
+
+def test_contact_sheet_shows_readable_images_in_a_row_per_class(version: DatasetVersion) -> None:
+    png = contact_sheet(version, per_class=3)
+    assert png.startswith(b"\x89PNG")
+    sheet = images.decode(png)
+    # 2 rows and 3 columns of 64 px with gaps of 4 px, beside 120 px for the labels.
+    assert sheet.shape == (2 * 68 + 4, 120 + 3 * 68, 3)
+    manifest = read_manifest(version.manifest_path)
+    cats = manifest[manifest["is_readable"] & (manifest["labels"].str[0] == "cat")].sort_values("sha256")
+    first = images.decode((version.directory / cats["path"].iloc[0]).read_bytes())
+    np.testing.assert_array_equal(sheet[4:68, 120:184], first.repeat(8, axis=0).repeat(8, axis=1))

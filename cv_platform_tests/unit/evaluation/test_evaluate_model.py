@@ -1,0 +1,281 @@
+"""`evaluate_model` with a real Keras model whose answers are worked out by hand: it reads an image's mean colour."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cv_platform.config import EvaluateConfig, ModelConfig
+from cv_platform.datasets.manifest import MANIFEST_SCHEMA
+from cv_platform.datasets.packing import PackedImages, pack_images
+from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.errors import InvalidDatasetError, TrainingError
+from cv_platform.evaluation.report import Evaluation
+from cv_platform.evaluation.run import evaluate_model, worst_errors
+
+CLASSES = ("blue", "green", "red")
+CHANNELS = {"red": 0, "green": 1, "blue": 2}
+SCALE = 8.0
+VERSION = "20260131T060000Z-1f3c9a2e"
+
+
+def _model(path: Path, activation: str, outputs: int = 3, scale: float = SCALE) -> Path:
+    """Saves a model whose logit of a class is `scale` × (mean of its channel, 0–1), minus half of it for sigmoid."""
+    import keras
+
+    inputs = keras.Input((8, 8, 3), dtype="uint8", name="image")
+    means = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(inputs))
+    dense = keras.layers.Dense(outputs, activation=activation, name="probabilities")
+    model = keras.Model(inputs, dense(means))
+    weights = np.zeros((3, outputs), np.float32)
+    for index, name in enumerate(CLASSES[:outputs]):
+        weights[CHANNELS[name], index] = scale
+    dense.set_weights([weights, np.full(outputs, -scale / 2 if activation == "sigmoid" else 0.0, np.float32)])
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def softmax_model(tmp_path_factory) -> Path:
+    return _model(tmp_path_factory.mktemp("models") / "softmax.keras", "softmax")
+
+
+@pytest.fixture(scope="module")
+def sigmoid_model(tmp_path_factory) -> Path:
+    return _model(tmp_path_factory.mktemp("models") / "sigmoid.keras", "sigmoid")
+
+
+def _image(colours: tuple[str, ...], seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    image = generator.integers(0, 90, (8, 8, 3), dtype=np.uint8)
+    for colour in colours:
+        image[..., CHANNELS[colour]] += np.uint8(generator.integers(60, 160))
+    return image
+
+
+def _pack(folder: Path, test: list[tuple[str, tuple[str, ...], np.ndarray]], kind: str = "multi-class") -> PackedImages:
+    """Packs `(path, labels, image)` as the test split, beside a train split of one image per class."""
+    rows = []
+    train = [(f"train/{name}.png", (name,), _image((name,), 900 + i)) for i, name in enumerate(CLASSES)]
+    for split, entries in (("train", train), ("test", test)):
+        for path, labels, image in entries:
+            target = folder / "checkout" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+            rows.append(
+                {
+                    "path": path,
+                    "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
+                    "split": split,
+                    "split_origin": "given",
+                    "labels": list(labels),
+                    "width_px": 8,
+                    "height_px": 8,
+                    "bytes": target.stat().st_size,
+                    "is_readable": True,
+                    "problem": None,
+                }
+            )
+    manifest = folder / "checkout" / "manifest.parquet"
+    manifest.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(sorted(rows, key=lambda row: row["path"]), schema=MANIFEST_SCHEMA), manifest)
+    version = DatasetVersion(
+        ds_name="colours",
+        tag="v1.0.0",
+        dvc_md5="0123456789abcdef0123456789abcdef.dir",
+        git_commit="c" * 40,
+        directory=folder / "checkout",
+        manifest_path=manifest,
+        class_names=CLASSES,
+    )
+    model = ModelConfig(model_name="colours", classes=CLASSES, classifier_type=kind, input_size={"h": 8, "w": 8})
+    return pack_images(version, model, quarantined=(), home=folder)
+
+
+def _evaluate(keras_path: Path, packed: PackedImages, folder: Path, config=None, **options) -> Evaluation:
+    settings = {
+        "model_name": "colours",
+        "version": VERSION,
+        "class_names": packed.class_names,
+        "classifier_type": packed.classifier_type,
+        "threshold": 0.5,
+        "champion_accuracy": None,
+        "run": None,
+    }
+    return evaluate_model(
+        keras_path=keras_path,
+        packed=packed,
+        config=config or EvaluateConfig(worst_errors=2),
+        directory=folder / "evaluation",
+        **{**settings, **options},
+    )
+
+
+def _test_images(count: int = 30) -> list[tuple[str, tuple[str, ...], np.ndarray]]:
+    """Images of each class in an order unlike that of classes and labels; three may have a wrong label."""
+    entries = []
+    for number in range(count):
+        colour = CLASSES[number * 7 % 3]
+        label = "red" if number in (4, 11, 18) and colour != "red" else colour
+        entries.append(
+            (f"test/{hashlib.md5(str(number).encode()).hexdigest()[:8]}.png", (label,), _image((colour,), number))
+        )
+    return entries
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> tuple[PackedImages, dict[str, tuple[tuple[str, ...], np.ndarray]]]:
+    entries = _test_images()
+    packed = _pack(tmp_path_factory.mktemp("colours"), entries)
+    return packed, {path: (labels, image) for path, labels, image in entries}
+
+
+def _softmax(image: np.ndarray) -> np.ndarray:
+    means = image.reshape(-1, 3).mean(axis=0) / 255
+    odds = np.exp(SCALE * np.array([means[CHANNELS[name]] for name in CLASSES]))
+    return odds / odds.sum()
+
+
+def test_each_row_has_the_label_and_the_probabilities_of_its_own_image(colours, softmax_model, tmp_path):
+    packed, images = colours
+    evaluation = _evaluate(softmax_model, packed, tmp_path)
+    rows = pq.read_table(evaluation.predictions_path).to_pylist()
+    assert [row["path"] for row in rows] == sorted(images)
+    for row in rows:
+        labels, image = images[row["path"]]
+        expected = _softmax(image)
+        assert row["probabilities"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert row["label"] == labels[0]
+        assert row["predicted_class"] == CLASSES[int(expected.argmax())]
+        assert row["correct"] is (row["label"] == row["predicted_class"])
+        assert row["confidence"] == pytest.approx(expected.max(), abs=1e-5)
+        stored = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+        assert row["sha256"] == hashlib.sha256(stored).hexdigest()
+    wrong = sum(not row["correct"] for row in rows)
+    assert wrong > 0
+    assert evaluation.metrics["accuracy"] == pytest.approx(1 - wrong / len(rows))
+    assert evaluation.metrics["images"] == len(rows)
+    assert np.trace(np.array(evaluation.confusion)) == len(rows) - wrong
+    assert [row["class"] for row in evaluation.per_class] == list(CLASSES)
+
+
+def test_writes_one_folder_with_plots_and_a_page_of_its_own(colours, softmax_model, tmp_path):
+    evaluation = _evaluate(softmax_model, colours[0], tmp_path)
+    folder = tmp_path / "evaluation" / "colours" / VERSION
+    assert Evaluation.model_validate_json((folder / "evaluation.json").read_text()) == evaluation
+    assert set(evaluation.plots) == {"confusion_matrix", "reliability", "worst_errors"}
+    for path in evaluation.plots.values():
+        assert path.parent == folder
+        assert cv2.imread(str(path)) is not None
+    page = evaluation.report_path.read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page
+    assert "<script" not in page
+    schema = pq.read_schema(evaluation.predictions_path)
+    assert schema.field("probabilities").type == pa.list_(pa.float32(), 3)
+
+
+def test_a_model_that_misses_a_limit_is_evaluated_and_does_not_pass(colours, softmax_model, tmp_path):
+    evaluation = _evaluate(softmax_model, colours[0], tmp_path, EvaluateConfig(min_accuracy=1.0, worst_errors=0))
+    assert not evaluation.passed
+    assert "is below min_accuracy 1.0000" in evaluation.reasons[0]
+    assert "worst_errors" not in evaluation.plots
+    assert evaluation.reasons[0] in evaluation.report_path.read_text()
+    again = _evaluate(softmax_model, colours[0], tmp_path, champion_accuracy=0.5)
+    assert again.passed
+    assert "worst_errors" in json.loads((again.report_path.parent / "evaluation.json").read_text())["plots"]
+
+
+def test_multi_label_sets_are_joined_and_right_only_as_a_whole(sigmoid_model, tmp_path):
+    sets = [(), ("blue",), ("green", "red"), ("blue", "green", "red"), ("red",), ("blue", "red")]
+    entries = []
+    for number, labels in enumerate(sets * 3):
+        image = np.full((8, 8, 3), 20, np.uint8)
+        for name in labels:
+            image[..., CHANNELS[name]] = 230
+        entries.append((f"test/{number:02d}.png", labels if number else ("green",), image))
+    packed = _pack(tmp_path, entries, "multi-label")
+    evaluation = _evaluate(sigmoid_model, packed, tmp_path)
+    rows = pq.read_table(evaluation.predictions_path).to_pylist()
+    assert (rows[0]["label"], rows[0]["predicted_class"], rows[0]["correct"]) == ("green", "", False)
+    assert [row["predicted_class"] for row in rows[1:]] == ["|".join(labels) for labels in (sets * 3)[1:]]
+    assert all(row["correct"] for row in rows[1:])
+    assert evaluation.metrics["exact_match"] == pytest.approx(17 / 18)
+    assert evaluation.metrics["accuracy"] == pytest.approx(1 - 1 / 54)
+    assert len(evaluation.confusion[0]) == 4
+    assert set(evaluation.plots) == {"per_class", "reliability", "worst_errors"}
+    # The highest probability that the colours give is sigmoid(8 × 230/255 − 4) = .961.
+    strict = _evaluate(sigmoid_model, packed, tmp_path, threshold=0.97)
+    assert set(pq.read_table(strict.predictions_path)["predicted_class"].to_pylist()) == {""}
+
+
+def test_a_class_without_test_images_gives_finite_metrics(softmax_model, tmp_path):
+    entries = [entry for entry in _test_images() if entry[1] != ("green",)]
+    evaluation = _evaluate(softmax_model, _pack(tmp_path, entries), tmp_path)
+    green = evaluation.per_class[1]
+    assert (green["support"], green["recall"], green["auc"]) == (0.0, None, None)
+    assert all(np.isfinite(value) for value in evaluation.metrics.values())
+
+
+def test_refuses_a_test_split_without_images(softmax_model, tmp_path):
+    with pytest.raises(InvalidDatasetError, match="test split of colours"):
+        _evaluate(softmax_model, _pack(tmp_path, []), tmp_path)
+
+
+def test_refuses_classes_in_another_order(colours, softmax_model, tmp_path):
+    with pytest.raises(TrainingError, match="red, green, blue"):
+        _evaluate(softmax_model, colours[0], tmp_path, class_names=("red", "green", "blue"))
+
+
+def test_refuses_a_model_with_another_number_of_outputs(colours, tmp_path):
+    model = _model(tmp_path / "two.keras", "softmax", outputs=2)
+    with pytest.raises(TrainingError, match="3 outputs"):
+        _evaluate(model, colours[0], tmp_path)
+
+
+def test_refuses_a_model_that_has_diverged(colours, tmp_path):
+    model = _model(tmp_path / "nan.keras", "softmax", scale=float("nan"))
+    with pytest.raises(TrainingError, match="30 of them not finite"):
+        _evaluate(model, colours[0], tmp_path)
+    assert not (tmp_path / "evaluation" / "colours" / VERSION).exists()
+
+
+def test_refuses_a_file_that_is_no_model(colours, tmp_path):
+    (tmp_path / "broken.keras").write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match="expected a Keras model"):
+        _evaluate(tmp_path / "broken.keras", colours[0], tmp_path)
+
+
+def test_worst_errors_are_the_most_confident_mistakes_in_order():
+    correct = np.array([True, False, False, True, False])
+    confidence = np.array([0.99, 0.5, 0.9, 0.98, 0.5])
+    assert worst_errors(correct, confidence, 16) == [2, 1, 4]
+    assert worst_errors(correct, confidence, 1) == [2]
+    assert worst_errors(np.ones(3, bool), np.ones(3), 16) == []
+
+
+def test_logs_metrics_plots_and_report_to_the_mlflow_run(colours, softmax_model, tmp_path):
+    from mlflow import MlflowClient
+
+    from cv_platform.tracking import start_run
+
+    uri = f"sqlite:///{tmp_path / 'mlflow' / 'mlflow.db'}"
+    with start_run(uri, "colours", run_name="evaluation", artifact_root=tmp_path / "artifacts") as run:
+        evaluation = _evaluate(softmax_model, colours[0], tmp_path, run=run)
+    assert evaluation.mlflow_run_id == run.run_id
+    client = MlflowClient(uri)
+    assert client.get_run(run.run_id).data.metrics == pytest.approx(evaluation.metrics)
+    assert {file.path for file in client.list_artifacts(run.run_id, "plots")} == {
+        f"plots/{path.name}" for path in evaluation.plots.values()
+    }
+    assert {file.path for file in client.list_artifacts(run.run_id, "evaluation")} == {
+        "evaluation/predictions.parquet",
+        "evaluation/report.html",
+    }

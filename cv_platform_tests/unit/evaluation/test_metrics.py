@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as oracle
+
+from cv_platform.evaluation.metrics import (
+    area_under_roc,
+    compute_metrics,
+    confidence_of,
+    confusion_matrix,
+    decide,
+    expected_calibration_error,
+    per_class_metrics,
+    reliability,
+)
+
+
+def _multi_class(seed: int, count: int = 300, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    targets = generator.integers(0, classes, count)
+    logits = generator.normal(size=(count, classes)) + 1.5 * np.eye(classes)[targets]
+    odds = np.exp(logits)
+    return targets, (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _multi_label(seed: int, count: int = 300, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    targets = (generator.random((count, classes)) < 0.3).astype(np.float32)
+    logits = generator.normal(size=(count, classes)) + 2 * targets - 1
+    return targets, (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_multi_class_metrics_agree_with_scikit_learn(seed):
+    targets, probabilities = _multi_class(seed)
+    predicted = probabilities.argmax(axis=1)
+    precise = probabilities.astype(np.float64)
+    found = compute_metrics(targets, probabilities, "multi-class")
+    assert found["accuracy"] == pytest.approx(oracle.accuracy_score(targets, predicted))
+    assert found["macro_f1"] == pytest.approx(oracle.f1_score(targets, predicted, average="macro"))
+    assert found["log_loss"] == pytest.approx(
+        oracle.log_loss(targets, precise / precise.sum(1, keepdims=True)), abs=1e-6
+    )
+    areas = [oracle.roc_auc_score(targets == k, precise[:, k]) for k in range(5)]
+    assert found["auc_macro"] == pytest.approx(np.mean(areas))
+    table = per_class_metrics(targets, probabilities, "multi-class")
+    expected = oracle.precision_recall_fscore_support(targets, predicted)
+    for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        assert [row[name] for row in table] == pytest.approx(list(column))
+    matrix = confusion_matrix(targets, probabilities, "multi-class")
+    assert np.array_equal(matrix, oracle.confusion_matrix(targets, predicted))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+def test_multi_label_metrics_agree_with_scikit_learn(threshold):
+    targets, probabilities = _multi_label(7)
+    predicted = probabilities >= np.float32(threshold)
+    found = compute_metrics(targets, probabilities, "multi-label", threshold)
+    accuracies = [oracle.accuracy_score(targets[:, k], predicted[:, k]) for k in range(4)]
+    assert found["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert found["exact_match"] == pytest.approx(oracle.accuracy_score(targets, predicted))
+    assert found["macro_f1"] == pytest.approx(oracle.f1_score(targets, predicted, average="macro"))
+    assert found["auc_macro"] == pytest.approx(oracle.roc_auc_score(targets, probabilities))
+    losses = [oracle.log_loss(targets[:, k], probabilities[:, k].astype(np.float64)) for k in range(4)]
+    assert found["log_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+    briers = [oracle.brier_score_loss(targets[:, k], probabilities[:, k]) for k in range(4)]
+    assert found["brier"] == pytest.approx(np.mean(briers), abs=1e-6)
+    matrix = confusion_matrix(targets, probabilities, "multi-label", threshold)
+    assert np.array_equal(matrix, oracle.multilabel_confusion_matrix(targets, predicted).reshape(4, 4))
+
+
+def test_multi_class_metrics_by_hand():
+    targets = np.array([0, 1, 1])
+    probabilities = np.array([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9]])
+    found = compute_metrics(targets, probabilities, "multi-class")
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    # Class 0: one hit, two guesses, one image: F1 2/3. Class 1: one hit, one guess, two images: F1 2/3.
+    assert found["macro_f1"] == pytest.approx(2 / 3)
+    assert found["auc_macro"] == 1.0
+    assert found["log_loss"] == pytest.approx(-(np.log(0.8) + np.log(0.4) + np.log(0.9)) / 3)
+    # Squared errors: .04 + .04, .36 + .36, .01 + .01.
+    assert found["brier"] == pytest.approx(0.82 / 3)
+    # Each prediction is alone in its bin: |.8 − 1|, |.6 − 0|, |.9 − 1|.
+    assert found["ece"] == pytest.approx((0.2 + 0.6 + 0.1) / 3)
+    assert found["mean_confidence"] == pytest.approx((0.8 + 0.6 + 0.9) / 3)
+
+
+def test_labels_that_belong_to_other_rows_ruin_every_metric():
+    targets = np.arange(60) % 3
+    probabilities = np.eye(3)[targets] * 0.97 + 0.01
+    right = compute_metrics(targets, probabilities, "multi-class")
+    assert (right["accuracy"], right["macro_f1"], right["auc_macro"]) == (1.0, 1.0, 1.0)
+    shifted = compute_metrics(np.roll(targets, 1), probabilities, "multi-class")
+    assert (shifted["accuracy"], shifted["macro_f1"]) == (0.0, 0.0)
+    assert shifted["auc_macro"] < 0.5
+    together = np.random.default_rng(0).permutation(60)
+    assert compute_metrics(targets[together], probabilities[together], "multi-class") == pytest.approx(right)
+
+
+def test_a_class_without_images_is_left_out_of_the_means_and_has_no_recall():
+    targets, probabilities = _multi_class(1, classes=3)
+    present = targets != 2
+    targets, probabilities = targets[present], probabilities[present]
+    predicted = probabilities.argmax(axis=1)
+    found = compute_metrics(targets, probabilities, "multi-class")
+    assert found["macro_f1"] == pytest.approx(oracle.f1_score(targets, predicted, average="macro", labels=[0, 1]))
+    table = per_class_metrics(targets, probabilities, "multi-class")
+    assert table[2]["support"] == 0
+    assert table[2]["recall"] is None
+    assert table[2]["auc"] is None
+    assert table[2]["precision"] == 0.0
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def test_a_split_with_one_class_has_no_auc():
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2]])
+    found = compute_metrics(np.array([0, 0]), probabilities, "multi-class")
+    assert "auc_macro" not in found
+    assert found["accuracy"] == found["macro_f1"] == 1.0
+    never = per_class_metrics(np.array([0, 0]), probabilities, "multi-class")[1]
+    assert never == {"precision": None, "recall": None, "f1": None, "auc": None, "support": 0.0}
+
+
+def test_auc_counts_ties_half():
+    assert area_under_roc(np.array([True, False]), np.array([0.5, 0.5])) == 0.5
+    assert area_under_roc(np.array([True, True, False]), np.array([0.9, 0.5, 0.5])) == 0.75
+
+
+def test_a_perfect_and_confident_model_has_finite_losses():
+    found = compute_metrics(np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]]), "multi-class")
+    assert found["log_loss"] == pytest.approx(-np.log(1e-7) / 2)
+
+
+def test_the_threshold_belongs_to_the_positive_side_in_the_models_own_type():
+    probabilities = np.array([[0.7, 0.69999]], dtype=np.float32)
+    assert decide(probabilities, "multi-label", 0.7).tolist() == [[True, False]]
+    assert decide(probabilities.astype(np.float64), "multi-label", 0.7).tolist() == [[True, False]]
+
+
+def test_of_equal_probabilities_the_first_class_wins():
+    assert decide(np.array([[0.25, 0.25, 0.25, 0.25]]), "multi-class").tolist() == [[True, False, False, False]]
+
+
+def test_confidence_of_a_set_is_the_product_of_its_decisions():
+    probabilities = np.array([[0.9, 0.2, 0.5]])
+    assert confidence_of(probabilities, "multi-label", 0.5) == pytest.approx([0.9 * 0.8 * 0.5])
+    assert confidence_of(probabilities, "multi-class") == pytest.approx([0.9])
+
+
+def test_reliability_puts_edges_into_the_lower_bin_and_keeps_every_prediction():
+    targets = np.array([[1.0], [0.0], [1.0], [0.0]])
+    probabilities = np.array([[1.0], [0.0], [0.5], [0.25]])
+    table = reliability(targets, probabilities, "multi-label", bins=4)
+    assert [row.count for row in table] == [2, 1, 0, 1]
+    assert table[2].accuracy is None
+    assert (table[0].confidence, table[0].accuracy) == (0.125, 0.0)
+    assert (table[1].confidence, table[1].accuracy) == (0.5, 1.0)
+    # (2 × .125 + 1 × .5 + 1 × 0) / 4
+    assert expected_calibration_error(table) == pytest.approx(0.1875)
+
+
+def test_a_calibrated_model_has_a_small_calibration_error():
+    generator = np.random.default_rng(3)
+    chance = generator.random(20_000)
+    targets = (generator.random(20_000) < chance).astype(np.float32)[:, None]
+    assert compute_metrics(targets, chance[:, None], "multi-label")["ece"] < 0.01
+    assert compute_metrics(targets, np.sqrt(chance)[:, None], "multi-label")["ece"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("targets", "probabilities", "kind"),
+    [
+        (np.zeros(0, int), np.zeros((0, 3)), "multi-class"),
+        (np.zeros(2, int), np.zeros((3, 3)), "multi-class"),
+        (np.zeros((3, 2)), np.zeros((3, 3)), "multi-label"),
+        (np.zeros((3, 3)), np.zeros((3, 3)), "multi-class"),
+    ],
+)
+def test_refuses_arrays_that_do_not_belong_together(targets, probabilities, kind):
+    with pytest.raises(ValueError, match="Received: probabilities"):
+        compute_metrics(targets, probabilities, kind)

@@ -1,0 +1,165 @@
+"""The contract that every network keeps, and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cv_platform.config import ModelConfig
+from cv_platform.errors import TrainingError
+from cv_platform.training.architectures import _has_bfloat16, build_model, feature_map_layer, resolve_precision
+
+HEAD = {"GlobalAveragePooling2D", "Dropout", "Dense", "Activation"}
+
+
+def config(architecture: str = "resnet9s", px: int = 16, classes: int = 3, **changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate(
+        {
+            "model_name": "m",
+            "classes": [f"c{i}" for i in range(classes)],
+            "input_size": {"h": px, "w": px},
+            "architecture": architecture,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "px", "map_px"),
+    [("small_cnn", 8, 4), ("small_cnn", 16, 4), ("small_cnn", 50, 6), ("resnet9s", 16, 4), ("resnet50", 64, 2)],
+)
+def test_every_network_keeps_the_contract(architecture: str, px: int, map_px: int) -> None:
+    network = build_model(config(architecture, px, dropout=0.1), seed=1)
+
+    assert network.input.name == "image"
+    assert (network.input.dtype, network.input.shape) == ("uint8", (None, px, px, 3))
+    assert (network.output.dtype, network.output.shape) == ("float32", (None, 3))
+    assert network.layers[-1].name == "probabilities"
+    assert len(network.get_layer("features").output.shape) == 2
+    last_map = feature_map_layer(network)
+    assert last_map.output.shape[1:3] == (map_px, map_px)
+    head = network.layers[network.layers.index(last_map) + 1 :]
+    assert {type(layer).__name__ for layer in head} <= HEAD
+    assert "Lambda" not in {type(layer).__name__ for layer in network.layers}
+    probabilities = network(np.zeros((2, px, px, 3), np.uint8)).numpy()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_resnet9s_has_the_parameters_that_were_counted_by_hand() -> None:
+    # Kernels 648 + 6912 + 18432 + 73728 + 73728 + 294912, four values per normalised channel (24+32+3·64+3·128 = 632),
+    # dense 1290.
+    network = build_model(config("resnet9s", 32, classes=10), seed=1)
+
+    assert network.count_params() == 469_650 + 4 * 632 == 472_178
+    assert feature_map_layer(network).output.shape[1:] == (4, 4, 128)
+
+
+@pytest.mark.parametrize(("px", "map_px"), [(8, 4), (50, 7), (64, 4), (128, 4), (224, 7)])
+def test_resnet9s_fits_its_strides_to_the_input(px: int, map_px: int) -> None:
+    network = build_model(config("resnet9s", px), seed=1)
+
+    assert feature_map_layer(network).output.shape[1:3] == (map_px, map_px)
+
+
+def test_multi_label_ends_in_independent_sigmoids() -> None:
+    network = build_model(config("small_cnn", classifier_type="multi-label"), seed=1)
+
+    features = network.get_layer("logits").output
+    assert network.layers[-1].activation.__name__ == "sigmoid"
+    assert features.shape == (None, 3)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others() -> None:
+    first, again, other = (build_model(config(), seed=seed).get_weights() for seed in (1, 1, 2))
+
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_bfloat16_computes_inside_and_leaves_the_global_policy_alone() -> None:
+    import keras
+
+    before = keras.config.dtype_policy()
+    network = build_model(config(), seed=1, precision="bfloat16")
+
+    assert network.get_layer("stage3_conv").compute_dtype == "bfloat16"
+    assert {w.dtype for w in network.weights} == {"float32"}
+    assert network.output.dtype == network.get_layer("features").output.dtype == "float32"
+    assert keras.config.dtype_policy() is before
+    with pytest.raises(TrainingError):
+        build_model(config("resnet50", 16), precision="bfloat16")
+    assert keras.config.dtype_policy() is before
+
+
+def test_weight_decay_is_a_penalty_on_kernels_only() -> None:
+    network = build_model(config("small_cnn"), weight_decay=0.01, seed=1)
+
+    kernels = [layer.kernel.numpy() for layer in network.layers if hasattr(layer, "kernel")]
+    expected = 0.01 * sum(float((kernel**2).sum()) for kernel in kernels)
+    assert float(sum(network.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("px", [16, 32])
+def test_resnet50_refuses_images_that_leave_no_map(px: int) -> None:
+    with pytest.raises(TrainingError, match=r"input_size.*Raise input_size, or take model.architecture: resnet9s"):
+        build_model(config("resnet50", px))
+
+
+def test_a_saved_model_loads_in_safe_mode_and_says_the_same(tmp_path: Path) -> None:
+    import keras
+
+    network = build_model(config(dropout=0.1), weight_decay=0.01, seed=1)
+    network.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras", safe_mode=True)
+
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(loaded(images).numpy(), network(images).numpy())
+
+
+def test_starts_from_weights_with_other_classes_but_not_from_another_network(tmp_path: Path) -> None:
+    source = build_model(config("small_cnn", classes=5), seed=1)
+    weights = tmp_path / "source.weights.h5"
+    source.save_weights(weights)
+
+    network = build_model(config("small_cnn", weights=str(weights)), seed=2)
+
+    np.testing.assert_array_equal(
+        network.get_layer("block2_conv").kernel.numpy(), source.get_layer("block2_conv").kernel.numpy()
+    )
+    assert network.output.shape == (None, 3)
+    with pytest.raises(TrainingError, match="expected weights of"):
+        build_model(config("resnet9s", weights=str(weights)))
+    with pytest.raises(TrainingError, match="does not exist"):
+        build_model(config("small_cnn", weights=str(tmp_path / "none.weights.h5")))
+
+
+def test_published_resnet50_weights_are_turned_from_bgr_to_rgb(tmp_path: Path) -> None:
+    import keras
+
+    published = keras.applications.ResNet50(include_top=False, weights=None, input_shape=(64, 64, 3))
+    weights = tmp_path / "resnet50_notop.weights.h5"
+    published.save_weights(weights)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+
+    network = build_model(config("resnet50", 64, weights=str(weights)))
+
+    # The first stage sees all there is to colour order; the rest is the same network.
+    mine = keras.Model(network.input, network.get_layer("pool1_pool").output)(images).numpy()
+    theirs_of = keras.Model(published.input, published.get_layer("pool1_pool").output)
+    theirs = theirs_of(keras.applications.resnet.preprocess_input(images.astype(np.float32).copy())).numpy()
+    np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_auto_precision_follows_the_cpus_flags(tmp_path: Path) -> None:
+    able, unable = tmp_path / "able", tmp_path / "unable"
+    able.write_text("flags\t: fpu avx512f avx512_bf16 fma\n")
+    unable.write_text("flags\t: fpu avx512f fma\n")
+
+    assert _has_bfloat16(able)
+    assert not _has_bfloat16(unable)
+    assert not _has_bfloat16(tmp_path / "none")
+    assert resolve_precision("float32") == "float32"
+    assert resolve_precision("auto") == ("bfloat16" if _has_bfloat16() else "float32")

@@ -1,0 +1,176 @@
+"""Batches: every image at its label, shuffled, reproducible, made ahead, and loud when they fail."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cv_platform.config import AugmentConfig
+from cv_platform.training.augmentation import Augmenter
+from cv_platform.training.batches import PREFETCHED_BATCHES, ShuffledBatches, as_probabilities, ordered_dataset
+
+UNTOUCHED = AugmentConfig()
+
+
+def numbered_images(count: int) -> np.ndarray:
+    """Returns images whose pixels are all their own index."""
+    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 4, 4, 3)).copy()
+
+
+def batches_of(
+    images: np.ndarray, targets: np.ndarray, *, batch_size: int = 8, augment: AugmentConfig = UNTOUCHED, seed: int = 1
+) -> ShuffledBatches:
+    return ShuffledBatches(
+        images, targets, classes=5, batch_size=batch_size, augmenter=Augmenter(augment, seed=seed), seed=seed
+    )
+
+
+def test_an_epoch_has_each_image_once_with_its_own_label() -> None:
+    images, targets = numbered_images(40), np.arange(40) % 5
+
+    batches = list(batches_of(images, targets))
+
+    assert [len(x) for x, _ in batches] == [8] * 5
+    seen = np.concatenate([x[:, 0, 0, 0] for x, _ in batches])
+    labels = np.concatenate([y for _, y in batches])
+    assert sorted(seen) == list(range(40))
+    np.testing.assert_array_equal(labels.argmax(axis=1), seen % 5)
+    assert {x.dtype for x, _ in batches} == {np.dtype(np.uint8)}
+    assert labels.dtype == np.float32
+
+
+def test_each_epoch_has_an_order_of_its_own_that_only_the_seed_decides() -> None:
+    images, targets = numbered_images(40), np.zeros(40, np.int64)
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        batches = batches_of(images, targets, seed=seed)
+        batches.epoch = epoch
+        return [x[:, 0, 0, 0].tolist() for x, _ in batches]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_the_rest_that_fills_no_batch_is_left_out_and_changes_with_the_epoch() -> None:
+    batches = batches_of(numbered_images(21), np.zeros(21, np.int64))
+
+    left_out = set()
+    for epoch in range(20):
+        batches.epoch = epoch
+        seen = {int(i) for x, _ in batches for i in x[:, 0, 0, 0]}
+        assert len(seen) == batches.images_per_epoch == 16
+        left_out |= set(range(21)) - seen
+    assert left_out == set(range(21))
+
+
+def test_fewer_images_than_a_batch_make_one_batch() -> None:
+    batches = batches_of(numbered_images(3), np.zeros(3, np.int64))
+
+    assert batches.steps == 1
+    assert [len(x) for x, _ in batches] == [3]
+
+
+def test_augmentation_does_not_reach_the_source() -> None:
+    images = numbered_images(40)
+
+    list(batches_of(images, np.zeros(40, np.int64), augment=AugmentConfig(sometimes=1.0, brightness_fraction=0.5)))
+
+    np.testing.assert_array_equal(images, numbered_images(40))
+
+
+def test_a_memory_mapped_file_is_read_without_being_loaded(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", numbered_images(16))
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+
+    images, _ = next(iter(batches_of(mapped, np.zeros(16, np.int64))))
+
+    assert not isinstance(images, np.memmap)
+    assert images.flags.writeable
+
+
+def test_the_dataset_walks_the_epoch_that_was_set_and_ends_its_thread() -> None:
+    images, targets = numbered_images(40), np.arange(40) % 5
+    batches = batches_of(images, targets)
+    threads = threading.active_count()
+    dataset = batches.dataset()
+
+    for epoch in (0, 3):
+        batches.epoch = epoch
+        expected = list(batches)
+        received = [(x.numpy(), y.numpy()) for x, y in dataset]
+        assert len(received) == batches.steps == int(dataset.cardinality())
+        for (x, y), (expected_x, expected_y) in zip(received, expected, strict=True):
+            np.testing.assert_array_equal(x, expected_x)
+            np.testing.assert_array_equal(y, expected_y)
+    next(iter(dataset))  # Left in the middle of an epoch.
+    assert threading.active_count() == threads
+
+
+def test_batches_are_made_ahead_only_up_to_the_bound() -> None:
+    made: list[int] = []
+
+    class Counting(Augmenter):
+        def __call__(self, images: np.ndarray, *, epoch: int, batch_index: int) -> np.ndarray:
+            made.append(batch_index)
+            return images
+
+    images = numbered_images(200)
+    batches = ShuffledBatches(
+        images, np.zeros(200, np.int64), classes=5, batch_size=2, augmenter=Counting(UNTOUCHED, seed=1), seed=1
+    )
+    iterator = iter(batches.dataset())
+    for _ in range(3):
+        next(iterator)
+
+    assert 3 <= len(made) <= 3 + PREFETCHED_BATCHES + 2  # One in the generator, one on its way.
+    del iterator
+
+
+def test_a_failing_batch_stops_the_epoch_and_keeps_its_error() -> None:
+    import tensorflow as tf
+
+    class Failing(Augmenter):
+        def __call__(self, images: np.ndarray, *, epoch: int, batch_index: int) -> np.ndarray:
+            if batch_index == 2:
+                raise OSError("disk gone")
+            return images
+
+    batches = ShuffledBatches(
+        numbered_images(40),
+        np.zeros(40, np.int64),
+        classes=5,
+        batch_size=8,
+        augmenter=Failing(UNTOUCHED, seed=1),
+        seed=1,
+    )
+
+    with pytest.raises(tf.errors.OpError):
+        list(batches.dataset())
+
+    assert isinstance(batches.error, OSError)
+    assert str(batches.error) == "disk gone"
+
+
+def test_ordered_batches_keep_the_order_and_the_rest() -> None:
+    images, targets = numbered_images(11), np.arange(11) % 5
+
+    received = list(ordered_dataset(images, targets, classes=5, batch_size=4))
+
+    assert [len(x) for x, _ in received] == [4, 4, 3]
+    np.testing.assert_array_equal(np.concatenate([x.numpy() for x, _ in received]), images)
+    np.testing.assert_array_equal(np.concatenate([y.numpy() for _, y in received]).argmax(axis=1), targets)
+
+
+def test_targets_become_rows() -> None:
+    np.testing.assert_array_equal(as_probabilities(np.array([2, 0]), 3), [[0, 0, 1], [1, 0, 0]])
+    many = np.array([[1, 1, 0], [0, 0, 0]], dtype=np.float32)
+    np.testing.assert_array_equal(as_probabilities(many, 3), many)
+
+
+def test_refuses_targets_of_another_length() -> None:
+    with pytest.raises(ValueError, match="as many targets as images"):
+        batches_of(numbered_images(3), np.zeros(4, np.int64))

@@ -1,0 +1,409 @@
+"""Training: what it writes, that it can be repeated and resumed, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cv_platform.datasets.packing import PackedImages, open_split
+from cv_platform.errors import TrackingError, TrainingError
+from cv_platform.storage import VERSION_PATTERN
+from cv_platform.tracking import start_run
+from cv_platform.training.architectures import build_model
+from cv_platform.training.callbacks import TrainingMonitor, TrainingState, read_state
+from cv_platform.training.trainer import TrainedModel, _fingerprint, _work_folder, read_trained_model, train_model
+from cv_platform_tests.unit.training.conftest import experiment
+
+# One worker: each would train the module's model anew.
+pytestmark = pytest.mark.xdist_group("training")
+
+
+class Interrupted(Exception):
+    """Stands for the kill of a process."""
+
+
+class Lines(logging.Handler):
+    """Keeps messages."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def progress() -> list[str]:
+    """What `trained` logs."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow database."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+
+        yield f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+        mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_packed: PackedImages, tracking_uri: str, progress: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> TrainedModel:
+    """The one complete training that most tests look at."""
+    log, handler = logging.getLogger("cv_platform.training"), Lines()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with start_run(
+            tracking_uri, "tiny", run_name="tiny model", artifact_root=tmp_path_factory.mktemp("mlruns")
+        ) as run:
+            trained = train_model(
+                tiny_packed,
+                experiment(),
+                directory=tmp_path_factory.mktemp("models"),
+                run=run,
+                git_commit="c0ffee",
+            )
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+    progress.extend(handler.messages)
+    return trained
+
+
+def weights_of(trained: TrainedModel) -> list[np.ndarray]:
+    import keras
+
+    return keras.models.load_model(trained.keras_path).get_weights()
+
+
+def assert_same_weights(first: TrainedModel, second: TrainedModel) -> None:
+    for mine, theirs in zip(weights_of(first), weights_of(second), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes trainings die when `epochs` are on disk."""
+    log = TrainingMonitor._log
+
+    def dying(self: TrainingMonitor, epoch: int, metrics: dict[str, float]) -> None:
+        log(self, epoch, metrics)
+        if epoch + 1 == epochs:
+            raise Interrupted
+
+    monkeypatch.setattr(TrainingMonitor, "_log", dying)
+
+
+def test_writes_a_complete_folder(trained: TrainedModel) -> None:
+    names = {path.name for path in trained.directory.iterdir()}
+
+    assert names == {"tiny_model.keras", "history.json", "config.json", "learning_curves.png", "trained_model.json"}
+    assert trained.directory.name == trained.version
+    assert trained.directory.parent.name == "tiny_model"
+    assert [path.name for path in trained.directory.parent.iterdir()] == [trained.version]  # No work is left over.
+    assert json.loads((trained.directory / "config.json").read_text()) == experiment().model_dump(mode="json")
+    assert json.loads((trained.directory / "history.json").read_text()) == trained.history
+    assert (trained.directory / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_record_says_what_was_trained_and_on_what(trained: TrainedModel, tiny_packed: PackedImages) -> None:
+    assert read_trained_model(trained.directory) == trained
+    assert re.match(VERSION_PATTERN, trained.version)
+    assert (trained.dvc_md5, trained.dvc_tag, trained.ds_name) == (tiny_packed.dvc_md5, "v1", "tiny")
+    assert (trained.class_names, trained.classifier_type) == (("blue", "green", "red"), "multi-class")
+    assert (trained.git_commit, trained.epochs_run) == ("c0ffee", 3)
+    expected = {"loss", "accuracy", "cross_entropy", "val_loss", "val_accuracy", "val_cross_entropy"}
+    assert set(trained.history) == expected | {"learning_rate", "images_per_second"}
+    assert {len(values) for values in trained.history.values()} == {3}
+
+
+def test_mlflow_has_settings_curves_files_and_a_registered_version(trained: TrainedModel, tracking_uri: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri)
+    assert trained.mlflow_run_id is not None
+    run = client.get_run(trained.mlflow_run_id)
+    curve = client.get_metric_history(trained.mlflow_run_id, "val_accuracy")
+    folders = {file.path for folder in ("training", "model") for file in client.list_artifacts(run.info.run_id, folder)}
+    version = client.get_model_version("tiny_model", "1")
+
+    assert (run.data.params["train.augment.flip_horizontal"], run.data.params["model.input_size.h"]) == ("0.5", "16")
+    assert run.data.tags["dvc_md5"] == trained.dvc_md5
+    assert run.data.tags["version"] == trained.version
+    assert [point.step for point in curve] == [1, 2, 3]
+    assert [point.value for point in curve] == pytest.approx(trained.history["val_accuracy"])
+    assert folders == {
+        "training/config.json",
+        "training/history.json",
+        "training/learning_curves.png",
+        "training/trained_model.json",
+        "model/tiny_model.keras",
+    }
+    assert version.source == f"runs:/{run.info.run_id}/model/tiny_model.keras"
+    assert version.tags["cv_platform.version"] == trained.version
+
+
+def test_it_learns_and_keeps_the_weights_of_the_best_epoch(trained: TrainedModel, tiny_packed: PackedImages) -> None:
+    import keras
+
+    network = keras.models.load_model(trained.keras_path, safe_mode=True)
+    valid = open_split(tiny_packed, "valid")
+    probabilities = network(np.asarray(valid.images)).numpy()
+
+    accuracy = float((probabilities.argmax(axis=1) == valid.targets).mean())
+    cross_entropy = float(-np.log(probabilities[np.arange(len(valid.targets)), valid.targets]).mean())
+    best = int(np.argmin(trained.history["val_cross_entropy"]))
+    assert trained.best_epoch == best + 1
+    assert cross_entropy == pytest.approx(trained.history["val_cross_entropy"][best], abs=1e-5)
+    assert accuracy == pytest.approx(trained.history["val_accuracy"][best])
+    assert trained.history["loss"][-1] < trained.history["loss"][0]
+
+
+def test_the_saved_network_is_plain_float32_without_penalties(trained: TrainedModel) -> None:
+    import keras
+
+    network = keras.models.load_model(trained.keras_path)
+
+    assert network.losses == []
+    assert {layer.compute_dtype for layer in network.layers if layer.weights} == {"float32"}
+    assert not network.compiled
+
+
+def test_the_same_seed_gives_the_same_weights(trained: TrainedModel, tiny_packed: PackedImages, tmp_path: Path) -> None:
+    again = train_model(tiny_packed, experiment(), directory=tmp_path)
+
+    assert again.version != trained.version
+    assert_same_weights(trained, again)
+
+
+def test_a_killed_training_resumes_to_the_weights_it_would_have_had(
+    trained: TrainedModel, tiny_packed: PackedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = threading.active_count()
+    with monkeypatch.context() as patched:
+        interrupt_after(1, patched)
+        with pytest.raises(Interrupted):
+            train_model(tiny_packed, experiment(), directory=tmp_path, resume_key="run 1/x")
+    assert threading.active_count() == threads
+    assert not list((tmp_path / "tiny_model").glob("2*"))
+
+    started: list[int] = []
+    begin = TrainingMonitor._begin_epoch
+
+    def noting(self: TrainingMonitor, epoch: int, logs: Any = None) -> None:
+        started.append(epoch)
+        begin(self, epoch, logs)
+
+    monkeypatch.setattr(TrainingMonitor, "_begin_epoch", noting)
+    resumed = train_model(tiny_packed, experiment(), directory=tmp_path, resume_key="run 1/x")
+
+    assert started == [1, 2]
+    assert resumed.epochs_run == 3
+    assert resumed.history["val_loss"] == pytest.approx(trained.history["val_loss"], abs=1e-6)
+    assert_same_weights(trained, resumed)
+    assert not list((tmp_path / "tiny_model").glob(".training-*/*"))
+
+
+def test_what_decides_the_weights_decides_what_may_be_resumed(tiny_packed: PackedImages) -> None:
+    base = _fingerprint(tiny_packed, experiment())
+
+    assert _fingerprint(tiny_packed, experiment(name="other", model__drift_detection={"uae_seed": 8})) == base
+    assert _fingerprint(tiny_packed, experiment(train__seed=5)) != base
+    assert _fingerprint(tiny_packed, experiment(model__dropout=0.3)) != base
+    requarantined = tiny_packed.model_copy(update={"directory": tiny_packed.directory.with_name("other")})
+    assert _fingerprint(requarantined, experiment()) != base
+
+
+def test_two_trainings_with_one_key_do_not_mix(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    parent = tmp_path / "tiny_model"
+    parent.mkdir()
+
+    with _work_folder(parent, "k"), pytest.raises(TrainingError, match="Received: a second"):
+        train_model(tiny_packed, experiment(), directory=tmp_path, resume_key="k")
+    with _work_folder(parent, "k") as first, _work_folder(parent, "other") as second:
+        assert first != second
+
+
+def test_early_stopping_ends_when_validation_stops_improving(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    config = experiment(
+        train__epochs=20, train__early_stopping_patience=2, train__init_lr=0.05, train__schedule="constant"
+    )
+
+    stopped = train_model(tiny_packed, config, directory=tmp_path)
+
+    losses = stopped.history["val_cross_entropy"]
+    assert stopped.epochs_run < 30
+    assert stopped.epochs_run - stopped.best_epoch == 2
+    assert min(losses) == losses[stopped.best_epoch - 1]
+
+
+def test_a_diverging_loss_says_what_to_try(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    config = experiment(
+        train__optimizer="sgd", train__init_lr=10.0, train__schedule="constant", train__weight_decay=1.0
+    )
+
+    with pytest.raises(TrainingError, match=r"finite loss.*Lower train.init_lr \(now 10, try 1\)"):
+        train_model(tiny_packed, config, directory=tmp_path)
+
+    assert list((tmp_path / "tiny_model").iterdir()) == []
+
+
+def test_bfloat16_trains_a_float32_model(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    import keras
+
+    trained = train_model(tiny_packed, experiment(train__precision="bfloat16", train__epochs=1), directory=tmp_path)
+
+    network = keras.models.load_model(trained.keras_path)
+    assert {layer.compute_dtype for layer in network.layers if layer.weights} == {"float32"}
+    assert np.isfinite(trained.history["loss"]).all()
+
+
+def test_all_mismatches_between_data_and_config_are_named(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    packed = tiny_packed.model_copy(
+        update={
+            "class_names": ("red", "green", "blue"),
+            "counts": {"train": 3, "valid": 0},
+            "classifier_type": "multi-label",
+        }
+    )
+
+    with pytest.raises(TrainingError) as caught:
+        train_model(packed, experiment(model__input_size={"h": 8, "w": 16}), directory=tmp_path)
+
+    message = str(caught.value)
+    for part in (
+        "model.classes: config has ('blue', 'green', 'red'), packed images have ('red', 'green', 'blue')",
+        "model.classifier_type: config has multi-class, packed images have multi-label",
+        "model.input_size (height, width): config has (8, 16), packed images have (16, 16)",
+        "split valid: expected at least one image",
+        "Materialise packed_images again",
+    ):
+        assert part in message
+    assert "split train" not in message
+
+
+def test_progress_has_a_line_for_each_epoch(trained: TrainedModel, progress: list[str]) -> None:
+    lines = [line for line in progress if line.startswith("epoch ")]
+
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    for word in ("loss", "accuracy", "val_loss", "val_accuracy", "images/s", "left"):
+        assert word in lines[0]
+
+
+class RecordingRun:
+    """Takes the place of `tracking.MlflowRun`, whose own tests use a real MLflow."""
+
+    run_id = "r1"
+
+    def __init__(self, *, failing: bool = False) -> None:
+        self.failing = failing
+        self.attempts = 0
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], *, step: int = 0) -> None:
+        self.attempts += 1
+        if self.failing:
+            raise TrackingError("server gone")
+        self.metrics.append((step, dict(metrics)))
+
+
+def monitor_with(run: Any, folder: Path) -> TrainingMonitor:
+    network = build_model(experiment().model, seed=1)
+    network.compile(optimizer="sgd", loss="categorical_crossentropy")
+    return TrainingMonitor(
+        network,
+        folder,
+        fingerprint="f",
+        epochs=3,
+        images_per_epoch=10,
+        patience=None,
+        state=None,
+        on_epoch=lambda epoch: None,
+        run=run,
+        init_lr=0.1,
+    )
+
+
+LOGS = {
+    "loss": 1.0,
+    "accuracy": 0.5,
+    "cross_entropy": 1.0,
+    "val_loss": 1.0,
+    "val_accuracy": 0.5,
+    "val_cross_entropy": 1.0,
+}
+
+
+def test_metrics_reach_mlflow_once_per_epoch_counted_from_one(tmp_path: Path) -> None:
+    run = RecordingRun()
+    monitor = monitor_with(run, tmp_path)
+
+    monitor._end_epoch(0, LOGS)
+    monitor._end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
+
+    assert [step for step, _ in run.metrics] == [1, 2]
+    assert run.metrics[1][1]["val_cross_entropy"] == 0.5
+
+
+def test_a_tracking_server_that_goes_away_does_not_stop_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RecordingRun(failing=True)
+    monitor = monitor_with(run, tmp_path)
+
+    monitor._end_epoch(0, LOGS)
+    monitor._end_epoch(1, LOGS)
+
+    assert run.attempts == 1  # Each attempt may wait for minutes.
+    assert "server gone" in caplog.text
+    assert monitor.state is not None
+    assert monitor.state.epochs_done == 2
+
+
+def test_the_state_keeps_the_last_and_the_best_weights_and_no_more(tmp_path: Path) -> None:
+    monitor = monitor_with(None, tmp_path)
+    for epoch, loss in enumerate((1.0, 0.4, 0.6, 0.4)):
+        monitor._end_epoch(epoch, {**LOGS, "val_cross_entropy": loss})
+
+    state = read_state(tmp_path, "f")
+    assert state == monitor.state
+    assert state is not None
+    assert (state.last_weights, state.best_weights) == ("epoch-00004.weights.h5", "epoch-00002.weights.h5")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [state.best_weights, state.last_weights, "state.json"]
+
+
+@pytest.mark.parametrize("damage", ["no json", "weights missing", "other fingerprint"])
+def test_a_state_that_cannot_be_used_starts_afresh(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "w.weights.h5").touch()
+    state = TrainingState(
+        fingerprint="f",
+        epochs_done=1,
+        seconds=1.0,
+        history={},
+        last_weights="w.weights.h5",
+        best_weights="w.weights.h5",
+        random_state={},
+    )
+    (tmp_path / "state.json").write_text(state.model_dump_json())
+    assert read_state(tmp_path, "f") == state
+
+    if damage == "no json":
+        (tmp_path / "state.json").write_text("{")
+    elif damage == "weights missing":
+        (tmp_path / "w.weights.h5").unlink()
+
+    assert read_state(tmp_path, "g" if damage == "other fingerprint" else "f") is None

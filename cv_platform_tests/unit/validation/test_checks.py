@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import ks_2samp
+from scipy.stats.contingency import association
+
+from cv_platform.config import ValidateConfig
+from cv_platform.properties import PROPERTY_NAMES
+from cv_platform.validation.checks import (
+    check_class_coverage,
+    check_conflicting_labels,
+    check_duplicates,
+    check_label_drift,
+    check_property_drift,
+    check_train_test_leakage,
+    check_unreadable_images,
+    cramers_v,
+    ks_distance,
+)
+from cv_platform.validation.sample import ImageSample
+from cv_platform.validation.verdict import MAX_OFFENDERS
+
+CONFIG = ValidateConfig()
+SPLITS = ("train", "valid", "test", "reference")
+
+
+def test_finds_the_test_image_that_is_in_train_and_names_both(make_manifest):
+    manifest = make_manifest(
+        ("train/a.png", "train", ["cat"], "one"),
+        ("train/b.png", "train", ["cat"], "two"),
+        ("test/c.png", "test", ["cat"], "one"),
+        ("test/d.png", "test", ["cat"], "three"),
+        ("valid/e.png", "valid", ["cat"], "three"),
+    )
+    found = check_train_test_leakage(manifest, CONFIG)
+    assert not found.passed
+    assert found.value == 0.5
+    assert found.offenders == ("test/c.png = train/a.png",)
+
+
+def test_leakage_up_to_the_limit_passes(make_manifest):
+    rows = [("train/a.png", "train", ["cat"], "one"), ("test/c.png", "test", ["cat"], "one")]
+    rows += [(f"test/{i}.png", "test", ["cat"], str(i)) for i in range(9)]
+    assert check_train_test_leakage(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.1)).passed
+    assert not check_train_test_leakage(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.09)).passed
+
+
+def test_leakage_without_test_images_is_not_judged(make_manifest):
+    found = check_train_test_leakage(make_manifest(("a.png", "train", ["cat"], "one")), CONFIG)
+    assert found.passed
+    assert found.value is None
+    assert found.summary.startswith("Not judged")
+
+
+def test_identical_images_with_other_labels_conflict(make_manifest):
+    manifest = make_manifest(
+        ("a.png", "train", ["cat"], "one"),
+        ("b.png", "valid", ["dog"], "one"),
+        ("c.png", "train", ["cat"], "two"),
+        ("d.png", "train", ["cat"], "two"),
+    )
+    found = check_conflicting_labels(manifest, CONFIG)
+    assert not found.passed
+    assert found.value == 0.5
+    assert found.offenders == ("a.png (cat), b.png (dog)",)
+
+
+def test_the_order_of_several_labels_is_no_conflict(make_manifest):
+    manifest = make_manifest(("a.png", "train", ["cat", "dog"], "one"), ("b.png", "train", ["dog", "cat"], "one"))
+    assert check_conflicting_labels(manifest, CONFIG).passed
+
+
+def test_counts_each_repetition_of_an_image_once(make_manifest):
+    manifest = make_manifest(
+        ("a.png", "train", ["cat"], "one"),
+        ("b.png", "train", ["cat"], "one"),
+        ("c.png", "valid", ["cat"], "one"),
+        ("d.png", "test", ["cat"], "two"),
+    )
+    found = check_duplicates(manifest, CONFIG)
+    assert not found.passed
+    assert found.severity == "warn"
+    assert found.value == 0.5
+    assert found.offenders == ("b.png = a.png", "c.png = a.png")
+
+
+def test_names_the_class_and_split_without_images(make_manifest):
+    rows = [(f"{split}/{name}.png", split, [name], f"{split}{name}") for split in SPLITS for name in ("cat", "dog")]
+    complete = check_class_coverage(make_manifest(*rows), ("cat", "dog"), "multi-class", CONFIG)
+    assert complete.passed
+    assert complete.value == 1.0
+    short = check_class_coverage(make_manifest(*rows[:-1]), ("cat", "dog"), "multi-class", CONFIG)
+    assert not short.passed
+    assert short.offenders == ("reference/dog: 0 images",)
+
+
+def test_names_the_split_without_images(make_manifest):
+    rows = [(f"{split}.png", split, ["cat"], split) for split in ("train", "valid", "reference")]
+    found = check_class_coverage(make_manifest(*rows), ("cat",), "multi-class", CONFIG)
+    assert found.offenders == ("test: no images",)
+
+
+def test_names_unknown_classes_and_images_with_two_labels(make_manifest):
+    rows = [(f"{split}.png", split, ["cat"], split) for split in SPLITS]
+    rows += [("x.png", "train", ["cow"], "x"), ("y.png", "train", ["cat", "cow"], "y"), ("z.png", "train", [], "z")]
+    found = check_class_coverage(make_manifest(*rows), ("cat",), "multi-class", CONFIG)
+    assert not found.passed
+    assert found.offenders == (
+        "unknown class 'cow': 2 images",
+        "y.png: 2 labels, expected 1",
+        "z.png: 0 labels, expected 1",
+    )
+
+
+def test_several_or_no_labels_are_right_in_multi_label_data(make_manifest):
+    rows = [(f"{split}.png", split, ["cat", "dog"], split) for split in SPLITS] + [("z.png", "train", [], "z")]
+    assert check_class_coverage(make_manifest(*rows), ("cat", "dog"), "multi-label", CONFIG).passed
+
+
+@pytest.mark.parametrize(("bad", "passed"), [(0, True), (1, True), (2, False)])
+def test_unreadable_images_fail_above_the_limit(bad, passed):
+    problems = {f"{i}.png": "truncated" for i in range(bad)}
+    found = check_unreadable_images(100, problems, CONFIG)
+    assert found.passed is passed
+    assert found.value == bad / 100
+    assert len(found.offenders) == bad
+
+
+def test_offenders_are_cut_and_the_summary_has_the_full_count():
+    found = check_unreadable_images(1000, {f"{i:04d}.png": "truncated" for i in range(500)}, CONFIG)
+    assert len(found.offenders) == MAX_OFFENDERS
+    assert found.summary.startswith("500 of 1000 ")
+
+
+def test_cramers_v_agrees_with_scipy_for_large_groups_of_equal_size():
+    first, second = np.array([400_000, 300_000, 300_000]), np.array([200_000, 300_000, 500_000])
+    expected = association(np.stack([first, second]), method="cramer")
+    assert cramers_v(first, second) == pytest.approx(expected, abs=1e-5)
+
+
+def test_cramers_v_does_not_depend_on_the_size_of_the_test_split():
+    first = np.array([4_000_000, 3_000_000, 3_000_000])
+    drifts = [cramers_v(first, np.array([2, 3, 5]) * size) for size in (1_000_000, 100_000)]
+    assert drifts[0] == pytest.approx(drifts[1], abs=1e-4)
+
+
+def test_cramers_v_of_disjoint_labels_is_nearly_one_and_of_equal_shares_zero():
+    # phi² = ½(1 + 1) = 1; by chance (2 − 1)(1/500 + 1/500)/4 = 0.001.
+    assert cramers_v(np.array([500, 0]), np.array([0, 500])) == pytest.approx(np.sqrt(0.999))
+    assert cramers_v(np.array([50, 50]), np.array([7, 7])) == 0.0
+    assert cramers_v(np.array([0, 0]), np.array([7, 7])) == 0.0
+
+
+def test_small_splits_of_one_population_do_not_drift():
+    generator = np.random.default_rng(0)
+    shares = np.full(10, 0.1)
+    drifts = [cramers_v(generator.multinomial(500, shares), generator.multinomial(100, shares)) for _ in range(2000)]
+    # Uncorrected, V is sqrt(9 × (1/500 + 1/100)/4) = .16 on average, and above the limit of .2 in a sixth of the draws.
+    assert np.mean(drifts) < 0.06
+    assert np.mean(np.array(drifts) > CONFIG.max_label_drift) < 0.02
+
+
+def test_label_drift_names_the_class_that_moved_most(make_manifest):
+    rows = [(f"a{i}", "train", ["cat" if i < 80 else "dog"], f"a{i}") for i in range(100)]
+    rows += [(f"b{i}", "test", ["cat" if i < 20 else "dog"], f"b{i}") for i in range(100)]
+    found = check_label_drift(make_manifest(*rows), ("cat", "dog"), "multi-class", CONFIG)
+    # p = (.8, .2), q = (.2, .8): phi² = ½(.36/1 + .36/1) = .36; by chance 1 × (1/100 + 1/100)/4 = .005.
+    assert found.value == pytest.approx(np.sqrt(0.355))
+    assert not found.passed
+    assert found.offenders[0] == "cat: 80.0% of train, 20.0% of test"
+
+
+def test_label_drift_of_multi_label_data_looks_at_each_class(make_manifest):
+    rows = [(f"a{i}", "train", ["sky"] if i % 2 else ["sky", "tree"], f"a{i}") for i in range(200)]
+    rows += [(f"b{i}", "test", ["sky"], f"b{i}") for i in range(200)]
+    found = check_label_drift(make_manifest(*rows), ("sky", "tree"), "multi-label", CONFIG)
+    assert not found.passed
+    assert found.offenders == ("tree: 50.0% of train, 0.0% of test",)
+
+
+def test_ks_distance_agrees_with_scipy():
+    generator = np.random.default_rng(1)
+    first, second = generator.integers(0, 20, 137).astype(float), generator.integers(3, 25, 61).astype(float)
+    assert ks_distance(first, second) == pytest.approx(ks_2samp(first, second, method="asymp").statistic)
+
+
+def _sample(train: np.ndarray, test: np.ndarray) -> ImageSample:
+    rows = pd.DataFrame({"split": ["train"] * len(train) + ["test"] * len(test)})
+    count = len(rows)
+    return ImageSample(
+        rows=rows,
+        images=np.zeros((count, 32, 32, 3), np.uint8),
+        properties=np.concatenate([train, test]).astype(np.float32),
+        components=np.zeros((count, 1), np.float32),
+        problems={},
+        readable=count,
+    )
+
+
+def test_property_drift_names_the_property_that_moved():
+    generator = np.random.default_rng(2)
+    train, test = generator.normal(size=(300, 7)), generator.normal(size=(300, 7))
+    assert check_property_drift(_sample(train, test), CONFIG).passed
+    test[:, 1] += 2.0
+    found = check_property_drift(_sample(train, test), CONFIG)
+    assert not found.passed
+    assert len(found.offenders) == 1
+    assert found.offenders[0].startswith(PROPERTY_NAMES[1])
+
+
+def test_property_drift_without_test_images_is_not_judged():
+    found = check_property_drift(_sample(np.zeros((5, 7)), np.zeros((0, 7))), CONFIG)
+    assert found.passed
+    assert found.summary == "Not judged: test has no images (see class_coverage)."
