@@ -1,0 +1,1 @@
+"""Services that BentoML builds and serves; each folder is one."""

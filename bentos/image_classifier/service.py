@@ -1,0 +1,44 @@
+"""The image classifier as a BentoML service: the FastAPI app of `cv_platform.serving`, mounted, once per worker.
+
+From a checkout: `bentoml serve bentos.image_classifier.service:ImageClassifier`; by tag: `bentoml serve <tag>`, with a
+model inside. Give each server a BENTOML_HOME of its own: servers that share one wipe each other's metrics.
+https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bentoml
+
+from cv_platform.config import Settings
+from cv_platform.serving.app import create_app
+from cv_platform.serving.context import ServingContext
+
+_settings = Settings.from_environment()
+_bundled = Path(__file__).resolve().with_name("bundled_model")
+_context = ServingContext(_settings, bundled=_bundled if _bundled.is_dir() else None)
+_per_worker = _context.limits.max_uploads + _context.limits.max_in_flight
+
+
+@bentoml.service(
+    name="image_classifier",
+    workers=_settings.service_workers,
+    # The app's own limits answer first, with advice; these hold when the app does not. BentoML divides the
+    # concurrency among the workers.
+    traffic={"timeout": 120, "max_concurrency": 2 * _per_worker * _settings.service_workers},
+)
+@bentoml.asgi_app(create_app(_context), path="/")
+class ImageClassifier:
+    """Classifies images, explains the answers, and logs every request durably."""
+
+    def __init__(self) -> None:
+        _context.start()
+
+    def __is_ready__(self) -> bool:
+        return _context.models.current() is not None
+
+    @bentoml.on_shutdown
+    def stop(self) -> None:
+        """Takes the worker off the list and lets go of its files."""
+        _context.stop()

@@ -1,0 +1,128 @@
+"""Tables of the request log. What changes here needs a migration; a test compares the two.
+
+All times are `timestamptz`, in UTC. The SQL is kept to what PostgreSQL 17 has. Columns named as in the original system:
+`request_method`, `request_url`, `response_status_code`, `response_message`, `timespan`, `prediction_id`, `created_on`,
+`model_name`, `prediction_json`, `uae_feats`, `bbsd_feats`, `raw_hm`.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    REAL,
+    BigInteger,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    Uuid,
+    func,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+SCHEMA_REVISION = "0001"
+"""Newest migration. It is written here too because the service checks it without importing Alembic."""
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _created_on() -> Column:
+    return Column("created_on", DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+images = Table(
+    "images",
+    metadata,
+    Column("sha256", Text, primary_key=True, comment="64 hex digits of the content"),
+    Column("content", LargeBinary, nullable=False, comment="the upload as received"),
+    Column("bytes", Integer, nullable=False),
+    Column("media_type", Text, nullable=False),
+    _created_on(),
+    comment="One upload, kept once however often it was sent",
+)
+
+predictions = Table(
+    "predictions",
+    metadata,
+    Column("prediction_id", Uuid, primary_key=True),
+    Column("model_name", Text, nullable=False),
+    Column("model_version", Text, nullable=False),
+    Column("predicted_class", Text, nullable=False, comment="multi-label: positive classes joined by |"),
+    Column("prediction_json", JSONB, nullable=False, comment="class name to probability"),
+    Column("uae_feats", ARRAY(REAL), nullable=False, comment="UAE embedding"),
+    Column("bbsd_feats", ARRAY(REAL), nullable=False, comment="probabilities in class order"),
+    Column("features", ARRAY(REAL), nullable=False, comment="penultimate layer"),
+    Column("properties", ARRAY(REAL), nullable=False, comment="pixel statistics of the preprocessed image"),
+    Column("image_sha256", Text, ForeignKey("images.sha256"), comment="null when uploads are not kept"),
+    Column("raw_hm", ARRAY(REAL), comment="Grad-CAM map in 0-1, row by row"),
+    Column("hm_height", Integer),
+    Column("hm_width", Integer),
+    _created_on(),
+    Index(None, "model_name", "model_version", "created_on"),
+    Index(None, "image_sha256"),
+    comment="One answered prediction",
+)
+
+api_log = Table(
+    "api_log",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("entry_id", Uuid, nullable=False, unique=True, comment="makes draining idempotent"),
+    Column("request_method", Text, nullable=False),
+    Column("request_url", Text, nullable=False),
+    Column("response_status_code", Integer, nullable=False),
+    Column("response_message", Text, nullable=False),
+    Column("timespan", Double, nullable=False, comment="seconds"),
+    Column("prediction_id", Uuid, ForeignKey("predictions.prediction_id", ondelete="SET NULL")),
+    Column("model_version", Text),
+    Column("client_error", Text),
+    _created_on(),
+    Index(None, "created_on"),
+    Index(None, "prediction_id"),
+    comment="One request to /predict, the refused ones too",
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("entry_id", Uuid, nullable=False, unique=True, comment="makes draining idempotent"),
+    # No foreign key: feedback may be drained before its prediction, which another replica's spool still holds.
+    Column("prediction_id", Uuid, nullable=False),
+    Column("true_class", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    _created_on(),
+    Index(None, "prediction_id", "created_on"),
+    comment="One statement of a prediction's true class; the latest counts, all are kept",
+)
+
+drift_reports = Table(
+    "drift_reports",
+    metadata,
+    Column("report_id", Uuid, primary_key=True),
+    Column("experiment", Text, nullable=False),
+    Column("model_name", Text, nullable=False),
+    Column("model_version", Text, nullable=False),
+    Column("window_start_utc", DateTime(timezone=True), nullable=False, comment="inclusive"),
+    Column("window_end_utc", DateTime(timezone=True), nullable=False, comment="exclusive"),
+    Column("rows", Integer, nullable=False),
+    Column("verdict", Text, nullable=False, comment="drift, no drift or insufficient data"),
+    Column("details", JSONB, nullable=False),
+    Column("report_url", Text, nullable=False),
+    _created_on(),
+    Index(None, "experiment", "created_on"),
+    comment="One verdict on one window of predictions",
+)

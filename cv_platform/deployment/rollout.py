@@ -1,0 +1,169 @@
+"""Moves a service to another model version and stays until every running worker confirms it, or puts it back.
+
+The pointer itself is moved by `serving.promotion`; here is the waiting, and the way back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from cv_platform.config import DeployConfig
+from cv_platform.deployment.bundle import ModelBundle
+from cv_platform.errors import DeploymentError, StorageError
+from cv_platform.serving.holder import is_live
+from cv_platform.serving.promotion import promote, roll_back
+from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.25
+
+
+class Deployment(BaseModel):
+    """A move of the production pointer that held.
+
+    Attributes:
+        confirmed_workers: ids of the workers that run the version; empty when no service was running.
+        seconds: from the load test to the last confirmation.
+        message: what happened, for people.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    service: str
+    model_name: str
+    version: str
+    previous_version: str | None
+    confirmed_workers: tuple[str, ...]
+    seconds: float
+    message: str
+
+
+def deploy(bundle: ModelBundle, config: DeployConfig, *, storage: CentralStorage, cache: Path) -> Deployment:
+    """Makes `config.service` serve a bundle: load test, pointer, confirmation by every running worker.
+
+    Raises:
+        BundleNotFoundError, CorruptBundleError: the bundle did not pass its load test; nothing has moved.
+        DeploymentError: a worker did not take the version (the message names it and its error); the pointer is back
+            where it was.
+        StorageError: central storage cannot be reached.
+    """
+    return _move(
+        lambda: promote(
+            storage, service=config.service, model_name=bundle.model_name, version=bundle.version, cache=cache
+        ),
+        storage=storage,
+        service=config.service,
+        confirm_timeout_seconds=config.confirm_timeout_seconds,
+    )
+
+
+def rollback(
+    service: str, storage: CentralStorage, cache: Path, *, confirm_timeout_seconds: float = 60.0
+) -> Deployment:
+    """Makes `service` serve what it served before, with the same care as a deployment.
+
+    Raises:
+        DeploymentError: nothing was served before, or a worker did not take it.
+        BundleNotFoundError, CorruptBundleError, StorageError: see `deploy`.
+    """
+    return _move(
+        lambda: roll_back(storage, service=service, cache=cache),
+        storage=storage,
+        service=service,
+        confirm_timeout_seconds=confirm_timeout_seconds,
+    )
+
+
+def _move(
+    move: Callable[[], ProductionPointer], *, storage: CentralStorage, service: str, confirm_timeout_seconds: float
+) -> Deployment:
+    started = time.monotonic()
+    before = storage.read_pointer(service)
+    pointer = move()
+    try:
+        workers = _wait_for_workers(storage, service, pointer, confirm_timeout_seconds)
+    except BaseException:  # An interrupted run too must not leave a version that nobody confirmed.
+        _put_back(storage, service, pointer, before)
+        raise
+    seconds = time.monotonic() - started
+    name = f"{pointer.model_name} {pointer.version}"
+    message = (
+        f"{service} serves {name}: confirmed by {len(workers)} worker(s) in {seconds:.1f} s"
+        if workers
+        else f"{service} will serve {name}: no service is running; the next start serves it"
+    )
+    logger.info("%s", message)
+    return Deployment(
+        service=service,
+        model_name=pointer.model_name,
+        version=pointer.version,
+        previous_version=before.version if before else None,
+        confirmed_workers=workers,
+        seconds=seconds,
+        message=message,
+    )
+
+
+def _wait_for_workers(
+    storage: CentralStorage, service: str, pointer: ProductionPointer, timeout_seconds: float
+) -> tuple[str, ...]:
+    """Returns the ids of the workers that confirmed; empty when none was running from the start.
+
+    A worker that dies while it waits no longer counts, one that starts does. All of them dying is no confirmation: a
+    version that kills its workers looks just so.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    was_running = False
+    while True:
+        now = datetime.now(UTC)
+        live = [beat for beat in storage.read_heartbeats(service) if is_live(beat, now)]
+        refused = [
+            beat
+            for beat in live
+            if beat.failed_pointer_utc == pointer.since_utc and beat.failed_version == pointer.version
+        ]
+        if refused:
+            raise DeploymentError(
+                f"Expected every worker of {service} to take {pointer.model_name} {pointer.version}. Received: "
+                + "; ".join(f"{beat.worker_id}: {beat.last_swap_error}" for beat in refused)
+                + ". The previous version stays in production."
+            )
+        waiting = [beat for beat in live if not _confirms(beat, pointer)]
+        if live and not waiting:
+            return tuple(beat.worker_id for beat in live)
+        if not live and not was_running:
+            return ()
+        was_running = True
+        if time.monotonic() >= deadline:
+            missing = ", ".join(f"{beat.worker_id} (runs {beat.version or 'nothing'})" for beat in waiting)
+            raise DeploymentError(
+                f"Expected every worker of {service} to take {pointer.model_name} {pointer.version} within "
+                f"{timeout_seconds:g} s. Received: no answer from "
+                f"{missing or 'any worker: those that ran have stopped'}. The previous version stays in production. "
+                "Look at the service's log, or raise deploy.confirm_timeout_seconds."
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def _confirms(beat: WorkerHeartbeat, pointer: ProductionPointer) -> bool:
+    return (beat.model_name, beat.version) == (pointer.model_name, pointer.version)
+
+
+def _put_back(storage: CentralStorage, service: str, ours: ProductionPointer, before: ProductionPointer | None) -> None:
+    """Undoes the move, unless somebody else has moved the pointer since."""
+    try:
+        if storage.read_pointer(service) != ours:
+            logger.warning("The pointer of %s was moved by someone else meanwhile; it stays there.", service)
+        elif before is None:
+            storage.remove_pointer(service)
+        else:
+            storage.write_pointer(service, before)
+    except StorageError:
+        logger.exception("The pointer of %s still names %s %s", service, ours.model_name, ours.version)

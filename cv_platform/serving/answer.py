@@ -1,0 +1,184 @@
+"""From the bytes of an upload to the answer that a client gets and the entry that the log keeps.
+
+All of it runs in a worker's thread. Decoding happens once: the decoded image is resized for the model exactly as
+`images.preprocess` does, and is what the pictures are drawn on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID, uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cv_platform.images import decode, read_size, resize
+from cv_platform.properties import image_properties
+from cv_platform.serving.explain import Explain, Pictures, draw, small_map, to_base64
+from cv_platform.serving.log_entry import LogEntry
+from cv_platform.serving.problems import RequestTrace
+from cv_platform.serving.runtime import LoadedModel, Prediction
+from cv_platform.storage import BundleMetadata
+
+logger = logging.getLogger(__name__)
+
+OK = "ok"
+SAMPLED_SHARE = 10
+"""With `log_images = sampled`, one upload in so many is kept, chosen by its sha256: the same image always or never."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered upload.
+
+    Attributes:
+        prediction_id: UUIDv4; whoever knows it may see the result again.
+        model: metadata of the model that answered.
+        prediction: its outputs.
+        predicted_classes: one class name, or for multi-label any number.
+        properties: `(7,)` float32 of the preprocessed image.
+        body: what the client gets, ready for JSON.
+        message: `ok`, or what is missing from the answer.
+        media_type: of the upload.
+    """
+
+    prediction_id: UUID
+    model: BundleMetadata
+    prediction: Prediction
+    predicted_classes: tuple[str, ...]
+    properties: NDArray[np.float32]
+    body: dict[str, Any]
+    message: str
+    media_type: str
+
+
+def answer_upload(
+    model: LoadedModel, data: bytes, *, explain: Explain, max_pixels: int, on_explain_failure: Callable[[], None]
+) -> Answer:
+    """Predicts one upload and explains the prediction; a failing explanation costs the pictures, nothing else.
+
+    Args:
+        model: the model to ask; the caller's own reference, so that a swap cannot change it half-way.
+        data: the upload.
+        explain: what to add to the probabilities.
+        max_pixels: largest height × width, judged before decoding.
+        on_explain_failure: is called when there are no pictures although they were asked for.
+
+    Raises:
+        ImageError: the upload is no usable image.
+    """
+    metadata = model.metadata
+    image_format, _, _ = read_size(data, max_pixels=max_pixels)
+    image = decode(data, max_pixels=max_pixels)
+    pixels = resize(image, metadata.image_size)
+    prediction = model.predict(pixels)
+    classes = predicted_classes(prediction.probabilities, metadata)
+    message = OK
+    pictures: Pictures | None = None
+    if explain.media_type is not None:
+        try:
+            pictures = draw(image, prediction.cam, explain)
+        # Whatever drawing meets: the prediction is already there, and it is what was asked for.
+        except Exception as err:
+            logger.exception(
+                "A prediction of %s %s goes out without its pictures", metadata.model_name, metadata.version
+            )
+            on_explain_failure()
+            message = f"The prediction is complete, but its pictures could not be drawn ({type(err).__name__})."
+    prediction_id = uuid4()
+    body = result_body(
+        prediction_id=prediction_id,
+        model_name=metadata.model_name,
+        model_version=metadata.version,
+        classifier_type=metadata.classifier_type,
+        classes=classes,
+        probabilities=dict(zip(metadata.class_names, (float(p) for p in prediction.probabilities), strict=True)),
+        pictures=pictures,
+        cam=prediction.cam if explain is Explain.CAM else None,
+        message=message,
+    )
+    media_type = f"image/{image_format.lower()}"
+    return Answer(prediction_id, metadata, prediction, classes, image_properties(pixels), body, message, media_type)
+
+
+def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetadata) -> tuple[str, ...]:
+    """Returns the most probable class, or for multi-label every class from the threshold on, in class order."""
+    if metadata.classifier_type == "multi-label":
+        return tuple(
+            name for name, p in zip(metadata.class_names, probabilities, strict=True) if p >= metadata.threshold
+        )
+    return (metadata.class_names[int(np.argmax(probabilities))],)
+
+
+def result_body(
+    *,
+    prediction_id: UUID,
+    model_name: str,
+    model_version: str,
+    classifier_type: Literal["multi-class", "multi-label"] | None,
+    classes: Sequence[str],
+    probabilities: Mapping[str, float | None],
+    pictures: Pictures | None,
+    cam: NDArray[np.float32] | None,
+    message: str,
+) -> dict[str, Any]:
+    """Returns the fields of a result, the same whether it is fresh or read back."""
+    return {
+        "prediction_id": str(prediction_id),
+        "model_name": model_name,
+        "model_version": model_version,
+        "classifier_type": classifier_type,
+        "predicted_class": "|".join(classes),
+        "predicted_classes": list(classes),
+        "prediction": {name: _number(p) for name, p in probabilities.items()},
+        "overlaid_img": to_base64(pictures.overlaid) if pictures else None,
+        "raw_hm_img": to_base64(pictures.raw_heat_map) if pictures else None,
+        "media_type": pictures.media_type if pictures else None,
+        "cam": small_map(cam) if cam is not None else None,
+        "message": message,
+    }
+
+
+def _number(probability: float | None) -> float | None:
+    """Seven digits are what a float32 holds; JSON has no word for what is no number."""
+    return None if probability is None or not math.isfinite(probability) else float(f"{probability:.7g}")
+
+
+def log_entry(
+    answer: Answer, data: bytes, trace: RequestTrace, *, url: str, keep_images: Literal["all", "sampled", "none"]
+) -> LogEntry:
+    """Returns the log entry of an answered upload."""
+    prediction = answer.prediction
+    return LogEntry(
+        request_method="POST",
+        request_url=url,
+        response_status_code=200,
+        response_message=answer.message,
+        timespan=trace.seconds(),
+        created_on=trace.created_on,
+        model_name=answer.model.model_name,
+        model_version=answer.model.version,
+        prediction_id=answer.prediction_id,
+        predicted_class="|".join(answer.predicted_classes),
+        prediction_json={
+            name: float(p) for name, p in zip(answer.model.class_names, prediction.probabilities, strict=True)
+        },
+        uae_feats=prediction.uae,
+        bbsd_feats=prediction.probabilities,
+        features=prediction.features,
+        properties=answer.properties,
+        raw_hm=prediction.cam,
+        image=data if _is_kept(data, keep_images) else None,
+        media_type=answer.media_type,
+    )
+
+
+def _is_kept(data: bytes, keep_images: Literal["all", "sampled", "none"]) -> bool:
+    if keep_images == "sampled":
+        return hashlib.sha256(data).digest()[0] * SAMPLED_SHARE < 256
+    return keep_images == "all"

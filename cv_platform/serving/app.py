@@ -1,0 +1,97 @@
+"""The HTTP service of one worker: assembly only.
+
+    RequestEnvelope → RefusalLog → Unexpected → BodyLimit → routes
+
+From the outside in: every answer gets its id and headers, every refused `POST /predict` its log entry, everything
+unforeseen its 500, every body its limit. All of these are plain ASGI, so that nothing buffers a body or an answer.
+
+BentoML mounts the app (`@bentoml.asgi_app`) and runs its lifespan; its own `/livez`, `/readyz` and `/metrics` come
+before ours. https://fastapi.tiangolo.com, https://www.starlette.io/middleware/#pure-asgi-middleware
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.responses import Response
+from starlette.routing import Match
+
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.examples import API_DESCRIPTION, API_TITLE, API_VERSION
+from cv_platform.serving.limits import FORM_OVERHEAD_BYTES, SMALL_BODY_BYTES, BodyLimit
+from cv_platform.serving.problems import Problem, Unexpected, install_problem_handlers
+from cv_platform.serving.routes_feedback import feedback_router
+from cv_platform.serving.routes_health import health_router
+from cv_platform.serving.routes_models import models_router
+from cv_platform.serving.routes_page import page_files, page_router
+from cv_platform.serving.routes_predict import PREDICT_PATH, RefusalLog, predict_router
+from cv_platform.serving.security import RequestEnvelope
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+def create_app(context: ServingContext) -> FastAPI:
+    """Returns the app of one worker; its lifespan starts and stops the context.
+
+    Args:
+        context: what the routes share; the app is its only user.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        # In a thread: loading a model takes seconds.
+        await run_in_threadpool(context.start)
+        try:
+            yield
+        finally:
+            await run_in_threadpool(context.stop)
+
+    def limit_for(path: str) -> int:
+        if path.rstrip("/").endswith(PREDICT_PATH):
+            return context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES
+        return SMALL_BODY_BYTES
+
+    app = FastAPI(
+        title=API_TITLE,
+        version=API_VERSION,
+        description=API_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(RequestEnvelope),
+            Middleware(RefusalLog, context=context),
+            Middleware(Unexpected),
+            Middleware(BodyLimit, limit_for=limit_for),
+        ],
+    )
+    install_problem_handlers(app)
+    for router in (
+        predict_router(context),
+        feedback_router(context),
+        models_router(context),
+        health_router(context),
+        page_router(),
+    ):
+        app.include_router(router)
+    app.router.routes.append(page_files())
+    _answer_unknown_paths(app)
+    return app
+
+
+def _answer_unknown_paths(app: FastAPI) -> None:
+    """Makes unknown paths and methods ours: BentoML would answer them with plain text."""
+    routes = list(app.router.routes)
+
+    async def unknown(request: Request) -> Response:
+        path = ascii(request.url.path)[:200]
+        if any(route.matches(request.scope)[0] is Match.PARTIAL for route in routes):
+            raise Problem(405, f"{path} does not take {request.method}.", expected="one of the methods in /docs")
+        raise Problem(404, f"There is nothing at {path}.", expected="one of the routes in /docs")
+
+    app.add_api_route("/{path:path}", unknown, methods=_METHODS, include_in_schema=False)

@@ -1,0 +1,126 @@
+"""The two pictures of an explanation: the heat-map, and the heat-map over the image.
+
+Both are drawn from the small class-activation map that the model returns with its probabilities (Grad-CAM, Selvaraju
+et al. 2017, section 3), when the answer is made and again whenever a stored prediction is shown: only the small map is
+ever stored. The work is bounded by the size of the picture, never by the size of the upload.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+LONGEST_SIDE_PX = 640
+SMALLEST_SIDE_PX = 256
+"""Longest side of the picture of a tiny image, which is enlarged pixel by pixel so that one can see it."""
+JPEG_QUALITY = 90
+PNG_COMPRESSION = 3
+STRONGEST_TINT = 0.75
+"""Share of heat-map colour where the map is 1; where it is 0 the image stays as it is."""
+
+
+class Explain(StrEnum):
+    """What a client may ask for beside the probabilities."""
+
+    JPEG = "jpeg"
+    PNG = "png"
+    CAM = "cam"
+    NONE = "none"
+
+    @property
+    def media_type(self) -> str | None:
+        """Media type of the pictures; None where there are none."""
+        return {"jpeg": "image/jpeg", "png": "image/png"}.get(self.value)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Encoded pictures of one prediction, all of the same size.
+
+    Attributes:
+        original: the image, in the size of the pictures.
+        overlaid: the heat-map over the image.
+        raw_heat_map: the heat-map alone, in the colours of `cv2.COLORMAP_INFERNO` (dark 0 to bright 1).
+        media_type: of all of them.
+    """
+
+    original: bytes
+    overlaid: bytes
+    raw_heat_map: bytes
+    media_type: str
+
+
+def draw(image: NDArray[np.uint8], cam: NDArray[np.float32], explain: Explain) -> Pictures:
+    """Draws an explanation.
+
+    Args:
+        image: `(H, W, 3)` uint8, RGB, upright; of any size.
+        cam: `(h, w)` float, 0–1, any size of its own; what lies outside is clipped, what is not a number counts as 0.
+        explain: JPEG or PNG.
+
+    Returns:
+        Pictures with a longest side of `SMALLEST_SIDE_PX` to `LONGEST_SIDE_PX` and the proportions of the image.
+
+    Raises:
+        ValueError: the arrays are not as described, or `explain` asks for no pictures.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"Expected one (H, W, 3) uint8 RGB image. Received: {image.dtype} {image.shape}.")
+    if cam.ndim != 2 or 0 in cam.shape:
+        raise ValueError(f"Expected a map of (h, w). Received: {cam.shape}.")
+    media_type = explain.media_type
+    if media_type is None:
+        raise ValueError(f"Expected jpeg or png. Received: {explain}.")
+    picture = cv2.cvtColor(_picture_sized(image), cv2.COLOR_RGB2BGR)
+    height, width = picture.shape[:2]
+    small = np.clip(np.nan_to_num(cam.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
+    # Cubic is smooth where linear shows the cells as diamonds; it overshoots, hence the second clip.
+    smooth = np.clip(cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC), 0.0, 1.0)
+    heat = cv2.applyColorMap(np.rint(smooth * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    tint = (smooth * STRONGEST_TINT)[:, :, np.newaxis]
+    overlaid = np.rint(picture * (1.0 - tint) + heat * tint).astype(np.uint8)
+    return Pictures(
+        original=_encode(picture, explain),
+        overlaid=_encode(overlaid, explain),
+        raw_heat_map=_encode(heat, explain),
+        media_type=media_type,
+    )
+
+
+def small_map(cam: NDArray[np.float32]) -> list[list[float]]:
+    """Returns `(h, w)` as rows of numbers with four decimals; JSON has no word for what is no number."""
+    return [[round(float(value), 4) for value in row] for row in np.nan_to_num(cam, nan=0.0, posinf=1.0, neginf=0.0)]
+
+
+def to_base64(data: bytes) -> str:
+    """Returns bytes as the plain base64 text that the original's clients decode."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def _picture_sized(image: NDArray[Any]) -> NDArray[Any]:
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    if longest > LONGEST_SIDE_PX:
+        scale, interpolation = LONGEST_SIDE_PX / longest, cv2.INTER_AREA
+    elif longest < SMALLEST_SIDE_PX:
+        scale, interpolation = SMALLEST_SIDE_PX / longest, cv2.INTER_NEAREST
+    else:
+        return image
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(image, size, interpolation=interpolation)
+
+
+def _encode(bgr: NDArray[Any], explain: Explain) -> bytes:
+    if explain is Explain.JPEG:
+        ok, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    else:
+        ok, data = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, PNG_COMPRESSION])
+    if not ok:
+        raise ValueError(f"Expected an encodable picture. Received: {bgr.dtype} {bgr.shape}.")
+    return data.tobytes()

@@ -1,0 +1,223 @@
+"""Refusals, and the one shape in which all of them reach a client.
+
+    {"message": what happened and what to do, "expected": what would have been accepted, "request_id": …, …}
+
+Routes raise `Problem`; everything else that can leave a route (errors of the platform, validation, unknown paths) is
+turned into one here, so that no client ever meets another shape. Nothing that a client sent may become a 5xx: those
+are for what is wrong on this side, and say so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cv_platform.errors import (
+    BundleNotFoundError,
+    CorruptBundleError,
+    CvPlatformError,
+    DatabaseUnavailableError,
+    DeploymentError,
+    ImageError,
+    SchemaMismatchError,
+    SpoolFullError,
+    StorageError,
+)
+from cv_platform.images import SUPPORTED_FORMATS
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5
+_TRACE = "cv_platform.trace"
+
+
+@dataclass
+class RequestTrace:
+    """What is known of one request while it is answered; one per request, in its ASGI scope."""
+
+    request_id: str
+    started: float = field(default_factory=time.perf_counter)
+    created_on: datetime = field(default_factory=lambda: datetime.now(UTC))
+    message: str = ""
+    is_logged: bool = False
+    model_version: str | None = None
+
+    def seconds(self) -> float:
+        """Returns the seconds since the request arrived."""
+        return time.perf_counter() - self.started
+
+
+def set_trace(scope: Scope, trace: RequestTrace) -> None:
+    """Puts the trace where `trace_of` finds it."""
+    scope[_TRACE] = trace
+
+
+def trace_of(scope: Scope) -> RequestTrace:
+    """Returns the trace of a request; one of its own where no middleware has made it."""
+    return scope.setdefault(_TRACE, RequestTrace(request_id="-"))
+
+
+class Problem(HTTPException):
+    """A refusal with what was expected; an `HTTPException` so that FastAPI lets it pass while it reads a body.
+
+    Args:
+        status: HTTP status code.
+        message: what happened and what to do next.
+        expected: what would have been accepted.
+        headers: such as Retry-After.
+        extra: further fields of the JSON body.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        expected: str,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(status_code=status, detail=message, headers=dict(headers or {}))
+        self.message = message
+        self.expected = expected
+        self.extra = dict(extra or {})
+
+
+def try_later(status: int, message: str, *, expected: str, seconds: int = RETRY_SECONDS) -> Problem:
+    """Returns a problem that goes away by itself: the answer says when to come again."""
+    return Problem(status, message, expected=expected, headers={"Retry-After": str(seconds)})
+
+
+def problem_of(error: CvPlatformError) -> Problem:
+    """Returns the HTTP answer to an error of the platform."""
+    text = str(error)
+    if isinstance(error, ImageError):
+        return Problem(
+            error.status_code, text, expected=f"a complete image ({', '.join(SUPPORTED_FORMATS)}) within the limits"
+        )
+    if isinstance(error, SpoolFullError):
+        return try_later(503, text, expected="room in the request log: free disk space or start the database")
+    if isinstance(error, BundleNotFoundError):
+        return Problem(404, text, expected="the name, and optionally the version, of a published model")
+    if isinstance(error, CorruptBundleError | DeploymentError):
+        return Problem(409, f"Production stays as it is. {text}", expected="a model that passes its load test")
+    if isinstance(error, DatabaseUnavailableError | SchemaMismatchError):
+        return try_later(503, text, expected="the request log's database, up and migrated")
+    if isinstance(error, StorageError):
+        return try_later(503, text, expected="a reachable central storage")
+    return Problem(500, text, expected="this service to be set up completely; its log says more")
+
+
+def problem_response(scope: Scope, problem: Problem) -> Response:
+    """Renders a problem; the request's log entry takes its message from here."""
+    trace = trace_of(scope)
+    trace.message = problem.message
+    body = {"message": problem.message, "expected": problem.expected, "request_id": trace.request_id, **problem.extra}
+    # ASCII with escapes: whatever a client sent (lone surrogates, say) can be quoted back without failing to encode.
+    return Response(
+        json.dumps(body, ensure_ascii=True, default=str),
+        status_code=problem.status_code,
+        headers=problem.headers,
+        media_type="application/json",
+    )
+
+
+def json_response(content: Mapping[str, Any], *, status: int = 200) -> Response:
+    """Renders an answer as JSON; UUIDs and times become text."""
+    return Response(json.dumps(content, default=_plain), status_code=status, media_type="application/json")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, UUID):
+        return str(value)
+    return str(value)
+
+
+_MEANINGS = {
+    400: "a well-formed request",
+    404: "one of the routes of /docs",
+    405: "one of the methods that /docs lists for this path",
+}
+
+
+def install_problem_handlers(app: FastAPI) -> None:
+    """Makes every error that leaves a route a problem in our shape."""
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        if isinstance(error, Problem):
+            return problem_response(request.scope, error)
+        assert isinstance(error, HTTPException)
+        expected = _MEANINGS.get(error.status_code, "a request as /docs describes it")
+        problem = Problem(error.status_code, str(error.detail), expected=expected, headers=error.headers)
+        return problem_response(request.scope, problem)
+
+    async def on_platform(request: Request, error: Exception) -> Response:
+        assert isinstance(error, CvPlatformError)
+        return problem_response(request.scope, problem_of(error))
+
+    async def on_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return problem_response(request.scope, validation_problem(error.errors()))
+
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(CvPlatformError, on_platform)
+    app.add_exception_handler(RequestValidationError, on_validation)
+
+
+class Unexpected:
+    """ASGI middleware: what nobody foresaw becomes a 500 that names the request, and a traceback in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        # The outermost place: beyond it a client would meet another shape, or a cut connection.
+        except Exception:
+            if scope["type"] != "http" or has_begun:
+                raise
+            request_id = trace_of(scope).request_id
+            logger.exception("Request %s failed", request_id)
+            problem = Problem(
+                500,
+                f"Something went wrong in the service. Its log says more of request {request_id}.",
+                expected="this not to happen: please report it with the request_id",
+            )
+            await problem_response(scope, problem)(scope, receive, send)
+
+
+def validation_problem(errors: Sequence[Any]) -> Problem:
+    """Returns a 422 that lists every mistake with its place and what was received."""
+    details = [
+        {
+            "place": ".".join(str(part) for part in error["loc"]),
+            "message": error["msg"],
+            "received": ascii(error.get("input"))[:200],
+        }
+        for error in errors
+    ]
+    message = "; ".join(f"{d['place']}: {d['message']}. Received: {d['received']}" for d in details)
+    return Problem(422, message, expected="fields as /docs describes them", extra={"errors": details})

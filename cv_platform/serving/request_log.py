@@ -1,0 +1,173 @@
+"""The request log as the service sees it: keep an entry for good, record feedback, find a prediction again.
+
+`append` returns once the entry is in the local spool (`spool.py`); the drainer (`drainer.py`) brings it to PostgreSQL
+when PostgreSQL is there. The service therefore answers, and loses nothing, while the database is away.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Self
+from uuid import UUID
+
+from cv_platform.database.connection import make_engine
+from cv_platform.errors import DatabaseError, DatabaseUnavailableError
+from cv_platform.serving.deletion import delete_from_database, delete_from_spools
+from cv_platform.serving.drainer import Drainer, DrainStatus
+from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
+from cv_platform.serving.log_tables import find_prediction
+from cv_platform.serving.spool import RejectedEntry, Spool
+from cv_platform.serving.spool_file import find_spooled
+
+__all__ = [
+    "DrainStatus",
+    "Drainer",
+    "FeedbackEntry",
+    "LogEntry",
+    "RejectedEntry",
+    "RequestLog",
+    "Spool",
+    "StoredPrediction",
+    "find_prediction",
+    "find_spooled",
+]
+
+
+_DRAIN_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
+
+
+class RequestLog:
+    """One replica's request log; safe to use from many threads. Make it after forking.
+
+    Args:
+        directory: `$CV_HOME/spool`, shared by all replicas.
+        database_url: PostgreSQL's URL; None: entries stay in the spool.
+        max_bytes: size of the spool from which `append` refuses.
+        append_timeout_seconds: longest wait for the disk.
+
+    Raises:
+        SpoolFullError: the spool cannot be made.
+        ConfigError: the URL is no PostgreSQL URL.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        database_url: str | None,
+        *,
+        max_bytes: int = 10_000_000_000,
+        append_timeout_seconds: float = 10.0,
+    ) -> None:
+        # The engine first: a wrong URL must not leave a spool behind.
+        self._engine = None if database_url is None else make_engine(database_url)
+        self._directory = directory
+        self._spool = Spool(directory, max_bytes=max_bytes, append_timeout_seconds=append_timeout_seconds)
+        self._drainer = Drainer(self._spool, database_url)
+        self._drainer.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, entry: LogEntry | FeedbackEntry) -> None:
+        """Returns once the entry is on disk for good; blocks, so call it outside an event loop's thread.
+
+        Raises:
+            SpoolFullError: durability cannot be promised; refuse the request.
+        """
+        self._spool.append(entry)
+
+    def submit(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
+        """Queues the entry; the future is done when it is on disk for good (`asyncio.wrap_future` awaits it).
+
+        Raises:
+            SpoolFullError: as `append`; the future may hold one, too.
+        """
+        return self._spool.submit(entry)
+
+    def find_prediction(self, prediction_id: UUID) -> StoredPrediction | None:
+        """Returns a prediction wherever it is: in a replica's spool, or in the database.
+
+        Raises:
+            DatabaseUnavailableError: it is in no spool, and the database cannot be asked.
+            SchemaMismatchError: it is in no spool, and the database has other tables.
+        """
+        # In this order: an entry leaves the spool only after the database has it.
+        found = self._spool.find(prediction_id) or find_spooled(self._directory, prediction_id)
+        if found is not None or self._engine is None:
+            return found
+        return find_prediction(self._engine, prediction_id)
+
+    def delete_prediction(self, prediction_id: UUID) -> bool:
+        """Deletes a prediction wherever it is; returns whether there was one.
+
+        Raises:
+            DatabaseUnavailableError: it is in no spool and the database cannot be asked, or it waits in a long queue on
+                its way to the database; nothing has been deleted.
+            SchemaMismatchError: as the former.
+        """
+        was_spooled = False
+        if self.status().database == "ok":
+            was_spooled = delete_from_spools(self._directory, prediction_id, only_rejected=True)
+            deadline = time.monotonic() + _DRAIN_SECONDS
+            while find_spooled(self._directory, prediction_id) is not None:
+                if time.monotonic() > deadline:
+                    raise DatabaseUnavailableError(
+                        f"Expected the spool to reach the database within {_DRAIN_SECONDS:g} s. Received: a longer "
+                        "queue. Nothing was deleted; try again later."
+                    )
+                time.sleep(_LOOK_SECONDS)
+        else:
+            was_spooled = delete_from_spools(self._directory, prediction_id)
+        try:
+            return self._delete_from_database(prediction_id) or was_spooled
+        except DatabaseError:
+            if was_spooled:
+                return True
+            raise
+
+    def _delete_from_database(self, prediction_id: UUID) -> bool:
+        engine = self._engine
+        if engine is None:
+            raise DatabaseUnavailableError(
+                "Expected the request log's database. Received: none. Start it, or set DATABASE_URL."
+            )
+        return delete_from_database(engine, prediction_id)
+
+    def use_database(self, database_url: str) -> None:
+        """Drains to this database from now on: the embedded one may start later than the service, or move.
+
+        Raises:
+            ConfigError: the URL is no PostgreSQL URL.
+        """
+        engine = make_engine(database_url)
+        self._drainer.close()
+        former, self._engine = self._engine, engine
+        self._drainer = Drainer(self._spool, database_url)
+        self._drainer.start()
+        if former is not None:
+            former.dispose()
+
+    def rejected(self) -> list[RejectedEntry]:
+        """Returns the entries that the database refuses for their values, with the reasons."""
+        return self._spool.rejected()
+
+    def status(self) -> DrainStatus:
+        """Returns depth and age of what waits, the database's state and the last error."""
+        return self._drainer.status()
+
+    def wait_until_drained(self, timeout_seconds: float) -> bool:
+        """Returns True once nothing waits, False after `timeout_seconds`."""
+        return self._drainer.wait_until_drained(timeout_seconds)
+
+    def close(self) -> None:
+        """Ends the threads; what the database does not have yet is left to the next replica that starts."""
+        self._drainer.close()
+        self._spool.close()
+        if self._engine is not None:
+            self._engine.dispose()

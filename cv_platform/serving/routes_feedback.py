@@ -1,0 +1,236 @@
+"""What happens to a prediction afterwards: read it again, trace it back, say what it should have been, delete it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Annotated
+from uuid import UUID, uuid5
+
+from fastapi import APIRouter, Body, Depends, Path, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from cv_platform.errors import DatabaseError, ImageError, StorageError
+from cv_platform.images import decode
+from cv_platform.serving.answer import result_body
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.examples import PREDICTION_EXAMPLE, PREDICTION_ID, VERSION, responses
+from cv_platform.serving.explain import Explain, draw, to_base64
+from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction
+from cv_platform.serving.passport import make_passport
+from cv_platform.serving.problems import Problem, json_response, trace_of
+from cv_platform.serving.security import ADMIN_TOKEN, API_KEY
+from cv_platform.storage import BundleMetadata
+
+logger = logging.getLogger(__name__)
+
+LABEL_SEPARATOR = "|"
+_FEEDBACK_EXAMPLE = {"prediction_id": PREDICTION_ID, "true_class": "1", "source": "page", "message": "ok"}
+_PASSPORT_EXAMPLE = {
+    "prediction": {"prediction_id": PREDICTION_ID, "created_on": "2026-01-31T06:05:01+00:00", "model_version": VERSION},
+    "model": {"dataset_name": "digits", "dvc_tag": "v2.0.0", "dvc_md5": "…", "mlflow_run_id": "…", "git_commit": "…"},
+    "training_run": "http://localhost:5050/#/runs/…",
+    "config": {"model": {"model_name": "digits_classifier"}},
+    "message": "ok",
+}
+PredictionId = Annotated[UUID, Path(description="as POST /predict returned it", examples=[PREDICTION_ID])]
+
+
+class Feedback(BaseModel):
+    """The true class of a prediction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    true_class: str = Field(
+        min_length=1, max_length=4000, description="one of the model's classes; multi-label: joined by |"
+    )
+    source: str = Field(
+        "client", pattern=r"^[A-Za-z0-9_.@ -]{1,64}$", description="who says so; the latest of a source counts"
+    )
+
+
+def feedback_router(context: ServingContext) -> APIRouter:
+    """Returns the routes `/feedback/…` and `/predictions/…`."""
+    router = APIRouter(tags=["predictions"])
+    keyed = [Depends(context.guard.require_api_key), *API_KEY]
+
+    @router.post(
+        "/feedback/{prediction_id}",
+        summary="Say what an image really shows",
+        description="Kept beside the prediction. The latest statement counts; all are kept.",
+        dependencies=keyed,
+        responses={
+            **responses(_FEEDBACK_EXAMPLE, 401, 404, 422, 503, description="kept for good"),
+            202: {"description": "kept for good; whether the prediction exists is checked when the database is back"},
+        },
+    )
+    async def feedback(
+        request: Request,
+        prediction_id: PredictionId,
+        said: Annotated[Feedback, Body(examples=[{"true_class": "1", "source": "page"}])],
+    ) -> Response:
+        stored, reason = await run_in_threadpool(_find_or_reason, context, prediction_id)
+        if stored is not None:
+            _require_known(said.true_class, list(stored.prediction_json))
+        else:
+            # The prediction cannot be looked up, so the classes of the model that serves now have to do.
+            model = context.models.current()
+            if model is not None:
+                _require_known(said.true_class, model.metadata.class_names)
+        trace = trace_of(request.scope)
+        # The same request sent twice (same X-Request-Id) is the same statement.
+        entry_id = uuid5(prediction_id, "\n".join((said.source, said.true_class, trace.request_id)))
+        await context.append(
+            FeedbackEntry(
+                prediction_id=prediction_id,
+                true_class=said.true_class,
+                source=said.source,
+                created_on=trace.created_on,
+                entry_id=entry_id,
+            )
+        )
+        context.metrics.feedback_received()
+        body = {
+            "prediction_id": str(prediction_id),
+            "true_class": said.true_class,
+            "source": said.source,
+            "message": "ok",
+        }
+        if stored is None:
+            body["message"] = f"Kept. Whether there is such a prediction could not be checked now: {reason}"
+        return json_response(body, status=200 if stored is not None else 202)
+
+    @router.get(
+        "/predictions/{prediction_id}",
+        summary="See a result again",
+        description="The fields of POST /predict, with the pictures drawn again, where the image was kept.",
+        dependencies=keyed,
+        responses=responses(
+            {**PREDICTION_EXAMPLE, "original_img": "/9j/4AAQSkZJRg…", "created_on": "2026-01-31T06:05:01+00:00"},
+            401, 404, 422, 429, 503, 504,
+            description="the result",
+        ),
+    )  # fmt: skip
+    async def prediction(prediction_id: PredictionId) -> Response:
+        stored = await run_in_threadpool(_find, context, prediction_id)
+        return json_response(await context.compute(lambda: _result_again(context, stored)))
+
+    @router.get(
+        "/predictions/{prediction_id}/passport",
+        summary="Where a result comes from",
+        description="Request → model version → training run → dataset version → config.",
+        dependencies=keyed,
+        responses=responses(_PASSPORT_EXAMPLE, 401, 404, 422, 503, description="the passport"),
+    )
+    def passport(prediction_id: PredictionId) -> Response:
+        stored = _find(context, prediction_id)
+        metadata, reason = _metadata(context, stored)
+        return json_response(
+            make_passport(stored, metadata, mlflow_tracking_uri=context.settings.mlflow_tracking_uri, reason=reason)
+        )
+
+    @router.delete(
+        "/predictions/{prediction_id}",
+        summary="Delete a result for good",
+        description="With what was said of it, and with its image unless another prediction has the same one.",
+        dependencies=[Depends(context.guard.require_admin), *ADMIN_TOKEN],
+        responses=responses(
+            {"prediction_id": PREDICTION_ID, "message": "deleted"}, 401, 403, 404, 422, 503, description="deleted"
+        ),
+    )
+    def delete(prediction_id: PredictionId) -> Response:
+        if not context.log.delete_prediction(prediction_id):
+            raise _unknown(prediction_id)
+        return json_response({"prediction_id": str(prediction_id), "message": "deleted"})
+
+    return router
+
+
+def _find(context: ServingContext, prediction_id: UUID) -> StoredPrediction:
+    stored = context.find(prediction_id)
+    if stored is None:
+        raise _unknown(prediction_id)
+    return stored
+
+
+def _find_or_reason(context: ServingContext, prediction_id: UUID) -> tuple[StoredPrediction | None, str]:
+    """Returns the prediction, or why nobody can say now whether there is one.
+
+    Raises:
+        Problem: 404, there is none.
+    """
+    try:
+        return _find(context, prediction_id), ""
+    except DatabaseError as err:
+        return None, str(err)
+
+
+def _unknown(prediction_id: UUID) -> Problem:
+    return Problem(
+        404,
+        f"There is no prediction {prediction_id}. It may have been deleted.",
+        expected="a prediction_id that POST /predict returned",
+    )
+
+
+def _require_known(true_class: str, class_names: Sequence[str]) -> None:
+    # A class name may itself contain the separator, so the whole is tried first.
+    names = [true_class] if true_class in class_names else true_class.split(LABEL_SEPARATOR)
+    unknown = [name for name in names if name not in class_names]
+    if unknown:
+        known = ", ".join(class_names)
+        received = ", ".join(ascii(name)[:80] for name in unknown)
+        raise Problem(
+            422,
+            f"true_class: expected one of the model's classes ({known}). Received: {received}.",
+            expected=f"one of: {known}",
+            extra={"classes": list(class_names)},
+        )
+
+
+def _result_again(context: ServingContext, stored: StoredPrediction) -> dict[str, object]:
+    pictures, message = None, "ok"
+    if stored.image is None:
+        message = "The image was not kept, so there are no pictures."
+    elif stored.raw_hm is None:
+        message = "There is no heat-map of this prediction."
+    else:
+        try:
+            image = decode(stored.image, max_pixels=context.settings.max_upload_pixels)
+            pictures = draw(image, stored.raw_hm, Explain.JPEG)
+        except (ImageError, ValueError) as err:
+            message = f"The pictures cannot be drawn again: {err}"
+    model = context.models.current()
+    metadata = model.metadata if model is not None else None
+    if metadata is None or (metadata.model_name, metadata.version) != (stored.model_name, stored.model_version):
+        metadata, _ = _metadata(context, stored)
+    names = metadata.class_names if metadata else tuple(stored.prediction_json)
+    classifier_type = metadata.classifier_type if metadata else None
+    is_single = classifier_type == "multi-class" or stored.predicted_class in stored.prediction_json
+    classes = [stored.predicted_class] if is_single else [c for c in stored.predicted_class.split(LABEL_SEPARATOR) if c]
+    body = result_body(
+        prediction_id=stored.prediction_id,
+        model_name=stored.model_name,
+        model_version=stored.model_version,
+        classifier_type=classifier_type,
+        classes=classes,
+        # The database sorts the keys its own way; the class order is the model's.
+        probabilities={name: stored.prediction_json.get(name) for name in names},
+        pictures=pictures,
+        cam=stored.raw_hm,
+        message=message,
+    )
+    return {
+        **body,
+        "original_img": to_base64(pictures.original) if pictures else None,
+        "created_on": stored.created_on.isoformat(),
+    }
+
+
+def _metadata(context: ServingContext, stored: StoredPrediction) -> tuple[BundleMetadata | None, str | None]:
+    try:
+        return context.storage.read_metadata(stored.model_name, stored.model_version), None
+    except StorageError as err:
+        return None, str(err)

@@ -1,0 +1,73 @@
+"""`GET /health_check`: whether this worker can answer, and everything a person needs to see why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.examples import HEALTH_EXAMPLE, responses
+from cv_platform.serving.problems import RETRY_SECONDS, json_response
+
+
+def health_router(context: ServingContext) -> APIRouter:
+    """Returns the route `GET /health_check`."""
+    router = APIRouter(tags=["health"])
+
+    @router.get(
+        "/health_check",
+        summary="Whether this worker can answer predictions",
+        description="200 when it can, else 503 with the same fields. A database that is away stops nothing.",
+        responses={
+            **responses(HEALTH_EXAMPLE, description="ready"),
+            503: {"description": "not ready; the message says why"},
+        },
+    )
+    def health_check() -> Response:
+        report = health_report(context)
+        is_ready = report["status"] == "ready"
+        response = json_response(report, status=200 if is_ready else 503)
+        if not is_ready:
+            response.headers["Retry-After"] = str(RETRY_SECONDS)
+        return response
+
+    return router
+
+
+def health_report(context: ServingContext) -> dict[str, Any]:
+    """Returns the health page's fields, as JSON values."""
+    model = context.models.current()
+    log = context.log_status()
+    reasons: list[str] = []
+    if model is None:
+        reasons.append("No model is deployed yet.")
+    if log is None:
+        reasons.append("The service is starting or stopping.")
+    elif context.append_error is not None:
+        reasons.append(f"The request log takes no entries: {context.append_error}")
+    notes: list[str] = []
+    swap_error = context.models.status().get("last_swap_error")
+    if swap_error:
+        notes.append(f"The model that production names was not taken up: {swap_error}")
+    if log is not None and log.database != "ok":
+        notes.append(f"Log entries wait in the spool; database: {log.database}.")
+    if log is not None and log.rejected:
+        notes.append(f"The database refused {log.rejected} log entries; they lie in the spool's table 'rejected'.")
+    return {
+        "status": "not ready" if reasons else "ready",
+        "model_name": model.metadata.model_name if model else None,
+        "model_version": model.metadata.version if model else None,
+        "model": context.models.status(),
+        "spool": {
+            "entries": log.depth if log else None,
+            "oldest_seconds": round(log.oldest_age_seconds, 3) if log and log.oldest_age_seconds is not None else None,
+            "rejected": log.rejected if log else None,
+        },
+        "database": {"state": log.database if log else None, "error": log.last_error if log else None},
+        "in_flight": context.in_flight.inside,
+        "max_upload_bytes": context.settings.max_upload_bytes,
+        "max_upload_pixels": context.settings.max_upload_pixels,
+        "message": " ".join(reasons + notes) or "ok",
+    }

@@ -1,0 +1,141 @@
+"""Which model is in production: look, change (admin), go back (admin)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query
+from starlette.responses import Response
+
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.examples import POINTER_EXAMPLE, VERSION, responses
+from cv_platform.serving.holder import is_live
+from cv_platform.serving.problems import Problem, json_response
+from cv_platform.serving.promotion import promote, roll_back
+from cv_platform.serving.security import ADMIN_TOKEN
+from cv_platform.storage import VERSION_PATTERN, ProductionPointer
+
+_METADATA_FILE = re.compile(r"([a-z][a-z0-9_]{0,62})\.yaml")
+_VERSION = re.compile(VERSION_PATTERN)
+_CURRENT_EXAMPLE = {
+    **{key: POINTER_EXAMPLE[key] for key in ("service", "production")},
+    "workers": [
+        {
+            "worker_id": "host-4711",
+            "model_name": "digits_classifier",
+            "version": VERSION,
+            "beat_utc": "2026-01-31T06:05:01+00:00",
+            "is_live": True,
+            "is_current": True,
+            "last_swap_error": None,
+        }
+    ],
+}
+
+
+def models_router(context: ServingContext) -> APIRouter:
+    """Returns the routes `/models/current`, `/update_model/…` and `/rollback`."""
+    router = APIRouter(tags=["models"])
+    admin = [Depends(context.guard.require_admin), *ADMIN_TOKEN]
+    service = context.settings.service_name
+
+    @router.get(
+        "/models/current",
+        summary="What is in production, and what each worker runs",
+        responses=responses(_CURRENT_EXAMPLE, 503, description="pointer and heartbeats"),
+    )
+    def current() -> Response:
+        pointer = context.storage.read_pointer(service)
+        now = datetime.now(UTC)
+        wanted = (pointer.model_name, pointer.version) if pointer else None
+        workers = [
+            {
+                **beat.model_dump(mode="json"),
+                "is_live": is_live(beat, now),
+                "is_current": (beat.model_name, beat.version) == wanted,
+            }
+            for beat in context.storage.read_heartbeats(service)
+        ]
+        return json_response(
+            {"service": service, "production": pointer.model_dump(mode="json") if pointer else None, "workers": workers}
+        )
+
+    @router.put(
+        # `path`, so that something with slashes is told what is wrong with it instead of falling through to a 404.
+        "/update_model/{metadata_file:path}",
+        summary="Put a published model into production",
+        description=(
+            "Takes a model's name with the ending `.yaml` (never a path), and a version: by default the newest. "
+            "The model is fetched, verified and load-tested first; only then does the production pointer move."
+        ),
+        dependencies=admin,
+        responses=responses(POINTER_EXAMPLE, 401, 403, 404, 409, 422, 503, description="the new production pointer"),
+    )
+    def update_model(
+        metadata_file: Annotated[str, Path(description="<model_name>.yaml", examples=["digits_classifier.yaml"])],
+        version: Annotated[str | None, Query(description=f"such as {VERSION}; by default the newest")] = None,
+    ) -> Response:
+        name = _METADATA_FILE.fullmatch(metadata_file)
+        if name is None:
+            raise Problem(
+                422,
+                f"Expected a model's metadata file, by its name alone. Received: {ascii(metadata_file)[:120]}.",
+                expected="<model_name>.yaml, such as digits_classifier.yaml: a name, never a path",
+            )
+        if version is not None and _VERSION.fullmatch(version) is None:
+            raise Problem(
+                422,
+                f"version: expected one such as {VERSION}. Received: {ascii(version)[:80]}.",
+                expected="a published version",
+            )
+        with _only_one(context):
+            pointer = promote(
+                context.storage,
+                service=service,
+                model_name=name[1],
+                version=version,
+                cache=context.cache / "bundles",
+                threads=context.model_threads,
+            )
+        return _moved(service, pointer)
+
+    @router.post(
+        "/rollback",
+        summary="Put the previous model back into production",
+        description="Load-tests what was served before, then moves the pointer back. Twice returns to the start.",
+        dependencies=admin,
+        responses=responses(POINTER_EXAMPLE, 401, 403, 404, 409, 503, description="the new production pointer"),
+    )
+    def rollback() -> Response:
+        with _only_one(context):
+            pointer = roll_back(
+                context.storage, service=service, cache=context.cache / "bundles", threads=context.model_threads
+            )
+        return _moved(service, pointer)
+
+    return router
+
+
+@contextmanager
+def _only_one(context: ServingContext) -> Generator[None]:
+    if not context.promotion.acquire(blocking=False):
+        raise Problem(
+            409,
+            "Another update or rollback is running on this worker. Wait for it, then look at /models/current.",
+            expected="one update at a time",
+            headers={"Retry-After": "5"},
+        )
+    try:
+        yield
+    finally:
+        context.promotion.release()
+
+
+def _moved(service: str, pointer: ProductionPointer) -> Response:
+    return json_response(
+        {"service": service, "production": pointer.model_dump(mode="json"), "message": POINTER_EXAMPLE["message"]}
+    )

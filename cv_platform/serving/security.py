@@ -1,0 +1,135 @@
+"""Who may call what, and the headers that every answer carries.
+
+Admin routes need `Authorization: Bearer $CV_ADMIN_TOKEN`; with no token set they are closed. With `CV_API_KEYS` set,
+predictions need `X-API-Key`. There are no cookies, so there is nothing that another site could forge; there is no CORS,
+so other sites read nothing.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from uuid import uuid4
+
+from fastapi import Request, Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cv_platform.config import Settings
+from cv_platform.serving.problems import Problem, RequestTrace, set_trace
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+# What /docs says of a route's credentials; the checks themselves are `Guard`'s.
+API_KEY = (
+    Security(
+        APIKeyHeader(
+            name="X-API-Key", scheme_name="apiKey", description="Needed while CV_API_KEYS is set.", auto_error=False
+        )
+    ),
+)
+ADMIN_TOKEN = (
+    Security(HTTPBearer(scheme_name="adminToken", description="The value of CV_ADMIN_TOKEN.", auto_error=False)),
+)
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy of the page: its own files, pictures it was given, nothing else."""
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Cache-Control": "no-store",
+}
+
+
+class RequestEnvelope:
+    """ASGI middleware: gives each request its trace and each answer X-Request-Id and the security headers.
+
+    A client's own X-Request-Id is kept when it is 1–128 letters, digits, dots, dashes or underscores: it ends up in
+    logs. Headers that a route has set stay as they are.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        wished = Headers(scope=scope).get("x-request-id", "")
+        trace = RequestTrace(request_id=wished if _REQUEST_ID.fullmatch(wished) else uuid4().hex)
+        set_trace(scope, trace)
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = trace.request_id
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
+
+
+class Guard:
+    """Checks the secrets of a request; both methods are FastAPI dependencies.
+
+    Args:
+        settings: `admin_token` and `api_keys`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._admin_token = settings.admin_token.get_secret_value().encode() if settings.admin_token else None
+        self._api_keys = tuple(key.get_secret_value().encode() for key in settings.api_keys)
+
+    def require_api_key(self, request: Request) -> None:
+        """Lets a request pass when there are no API keys, or when it has one of them.
+
+        Raises:
+            Problem: 401.
+        """
+        if not self._api_keys:
+            return
+        given = request.headers.get("x-api-key", "").encode("latin-1")
+        # All of them, always: how long it takes says nothing about which one was close.
+        matches = [hmac.compare_digest(given, key) for key in self._api_keys]
+        if not any(matches):
+            raise Problem(
+                401,
+                "This service is closed by API keys. Send one of them in the header X-API-Key.",
+                expected="the header X-API-Key with a valid key",
+                headers={"WWW-Authenticate": 'ApiKey realm="predictions"'},
+            )
+
+    def require_admin(self, request: Request) -> None:
+        """Lets a request pass that carries the admin token.
+
+        Raises:
+            Problem: 401 without a token, 403 with a wrong one, 403 while no token is configured.
+        """
+        if self._admin_token is None:
+            raise Problem(
+                403,
+                "The admin routes are closed. To open them, start the service with CV_ADMIN_TOKEN set.",
+                expected="a service that is started with CV_ADMIN_TOKEN",
+            )
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        expected = "the header Authorization: Bearer, followed by the value of CV_ADMIN_TOKEN"
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Problem(
+                401,
+                "This is an admin route: it needs the admin token.",
+                expected=expected,
+                headers={"WWW-Authenticate": 'Bearer realm="admin"'},
+            )
+        if not hmac.compare_digest(token.strip().encode("latin-1"), self._admin_token):
+            raise Problem(403, "That is not the admin token of this service.", expected=expected)

@@ -1,0 +1,382 @@
+"""The local durable queue of the request log: what `append` has taken survives the process and the machine.
+
+One SQLite file per replica process (`<uuid>.sqlite`, write-ahead log, `synchronous=FULL`) and beside it `<uuid>.lock`,
+which its owner keeps locked; the kernel drops the lock with the process, and then a successor may adopt the file. (The
+lock is a file of its own because closing any descriptor of a database file drops SQLite's own locks on it.)
+
+One writer thread owns the connection that writes. It commits all that has gathered since its last commit at once, so
+that concurrent requests share one fsync. https://www.sqlite.org/wal.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID, uuid4
+
+from cv_platform.errors import SpoolFullError
+from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, SpooledEntry, StoredPrediction, encode
+from cv_platform.serving.spool_file import (
+    EXTENSIONS,
+    LOCK,
+    SQLITE,
+    VACUUM_PAGES,
+    connect,
+    copy_rejected,
+    delete_entries,
+    find_in_file,
+    free_pages,
+    insert_entry,
+    move_to_rejected,
+    prepare,
+)
+
+logger = logging.getLogger(__name__)
+
+_MAX_GROUP = 512
+_MAX_QUEUED = 4096
+_MAX_QUEUED_BYTES = 256 * 1024 * 1024
+_JOB_SECONDS = 60.0
+
+
+class SpoolRow(NamedTuple):
+    """One entry on its way to the database; `image_sha256` names its upload, which `Spool.read_images` returns."""
+
+    id: int
+    entry_id: str
+    kind: str
+    record: str
+    vectors: bytes
+    image_sha256: str | None
+    image_bytes: int
+
+
+class RejectedEntry(NamedTuple):
+    """An entry that the database refuses, with the reason; it keeps its record and arrays for a person to look at."""
+
+    entry_id: str
+    kind: str
+    record: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    run: Callable[[sqlite3.Connection], object]
+    done: Future[None]
+    bytes: int = 0
+
+
+class Spool:
+    """One spool file, owned by this process; safe to use from many threads.
+
+    Args:
+        directory: of all replicas' spool files; made with mode 700, as it holds uploads.
+        max_bytes: size of the file from which `append` refuses.
+        append_timeout_seconds: longest wait for the disk.
+    """
+
+    def __init__(
+        self, directory: Path, *, max_bytes: int = 10_000_000_000, append_timeout_seconds: float = 10.0
+    ) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / f"{uuid4().hex}{SQLITE}"
+        lock = _try_to_own(path.with_suffix(LOCK))
+        if lock is None:
+            raise SpoolFullError(f"Expected to own the new spool {path}. Received: it is locked. Start again.")
+        self._open(path, lock, max_bytes, append_timeout_seconds)
+
+    @classmethod
+    def adopt(cls, path: Path) -> Spool | None:
+        """Returns the spool of a process that is gone; None if it lives, or if its file is gone too.
+
+        Raises:
+            sqlite3.DatabaseError: the file is damaged.
+        """
+        lock_path = path.with_suffix(LOCK)
+        lock = _try_to_own(lock_path)
+        if lock is None:
+            return None
+        if not path.exists():
+            lock_path.unlink(missing_ok=True)
+            os.close(lock)
+            return None
+        spool = cls.__new__(cls)
+        spool._open(path, lock, max_bytes=2**63 - 1, append_timeout_seconds=60.0)
+        return spool
+
+    def _open(self, path: Path, lock: int, max_bytes: int, append_timeout_seconds: float) -> None:
+        self.path = path
+        self._lock = lock
+        self._max_bytes = max_bytes
+        self._timeout = append_timeout_seconds
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(_MAX_QUEUED)
+        self._state = threading.Lock()
+        self._queued_bytes = 0
+        self._is_closed = False
+        self._listener: Callable[[], None] = lambda: None
+        try:
+            self._writing = connect(path)
+            prepare(self._writing, path)
+            self._reading = connect(path)
+        except sqlite3.DatabaseError as err:
+            os.close(lock)
+            if isinstance(err, sqlite3.OperationalError):
+                raise SpoolFullError(
+                    f"{path}: expected a writable spool. Received: {err}. Free space or fix rights."
+                ) from err
+            raise
+        self._read_lock = threading.Lock()
+        self._writer = threading.Thread(target=self._write, name=f"spool-{path.stem[:8]}", daemon=True)
+        self._writer.start()
+
+    def append(self, entry: LogEntry | FeedbackEntry) -> None:
+        """Returns once the entry is on disk for good.
+
+        Raises:
+            SpoolFullError: the disk is full, cannot keep up, or is broken. The entry is not kept, except that one whose
+                commit was under way when the wait ended may be.
+        """
+        done = self.submit(entry)
+        try:
+            done.result(self._timeout)
+        except TimeoutError as err:
+            done.cancel()  # If its turn has not come yet, it never will.
+            raise SpoolFullError(
+                f"Expected {self.path} to take an entry within {self._timeout:g} s. Received: nothing. "
+                "The disk is overloaded; try again later."
+            ) from err
+        except CancelledError as err:
+            raise SpoolFullError(f"Expected {self.path} to take an entry. Received: it is being closed.") from err
+
+    def submit(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
+        """Queues the entry and returns at once; the future has a result when the entry is durable.
+
+        Raises:
+            SpoolFullError: too much is waiting for the disk. The future may hold a SpoolFullError, too.
+        """
+        spooled = encode(entry)
+        size = len(spooled.record) + len(spooled.vectors) + (len(spooled.image.content) if spooled.image else 0)
+        with self._state:
+            if self._queued_bytes + size > max(_MAX_QUEUED_BYTES, size):
+                raise SpoolFullError(
+                    f"Expected less than {_MAX_QUEUED_BYTES} bytes waiting for {self.path}. "
+                    f"Received: {self._queued_bytes}. The disk is overloaded; try again later."
+                )
+        return self._queue(lambda connection: self._insert(connection, spooled), size)
+
+    def on_append(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` after each commit of new entries, on the writer's thread."""
+        self._listener = listener
+
+    def read_batch(self, max_rows: int, max_image_bytes: int) -> list[SpoolRow]:
+        """Returns the oldest entries, with uploads of at most `max_image_bytes` in all, but at least one entry."""
+        with self._reader() as connection:
+            rows = connection.execute(
+                "SELECT e.id, e.entry_id, e.kind, e.record, e.vectors, e.image_sha256, coalesce(i.bytes, 0) "
+                "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 ORDER BY e.id LIMIT ?",
+                (max_rows,),
+            ).fetchall()
+        batch: list[SpoolRow] = []
+        seen: set[str | None] = set()
+        image_bytes = 0
+        for row in map(SpoolRow._make, rows):
+            if row.image_sha256 not in seen:
+                image_bytes += row.image_bytes
+                seen.add(row.image_sha256)
+            if batch and image_bytes > max_image_bytes:
+                break
+            batch.append(row)
+        return batch
+
+    def read_image(self, sha256: str) -> tuple[bytes, str, str] | None:
+        """Returns an upload's content, media type and time of first reception (ISO 8601)."""
+        with self._reader() as connection:
+            return connection.execute(
+                "SELECT content, media_type, created_on FROM images WHERE sha256 = ?", (sha256,)
+            ).fetchone()
+
+    def delete(self, rows: Sequence[SpoolRow]) -> None:
+        """Forgets entries that the database has, and uploads that no other entry needs."""
+        self._queue(lambda connection: delete_entries(connection, [row.id for row in rows])).result(_JOB_SECONDS)
+
+    def reject(self, row: SpoolRow, reason: str) -> None:
+        """Puts an entry aside for good, with the reason."""
+        self._queue(lambda connection: move_to_rejected(connection, row.id, reason)).result(_JOB_SECONDS)
+
+    def rejected(self) -> list[RejectedEntry]:
+        """Returns the entries that the database refuses."""
+        with self._reader() as connection:
+            rows = connection.execute("SELECT entry_id, kind, record, reason FROM rejected ORDER BY rowid").fetchall()
+        return [RejectedEntry._make(row) for row in rows]
+
+    def rejected_count(self) -> int:
+        """Returns how many entries the database refuses."""
+        with self._reader() as connection:
+            return int(connection.execute("SELECT count(*) FROM rejected").fetchone()[0])
+
+    def take_rejected(self, other: Spool) -> None:
+        """Moves another spool's rejected entries here; after a crash in between, doing it again changes nothing."""
+        if not other.rejected_count():
+            return
+        with other._reader() as source:
+            self._queue(lambda target: copy_rejected(source, target)).result(_JOB_SECONDS)
+        other._queue(lambda connection: connection.execute("DELETE FROM rejected")).result(_JOB_SECONDS)
+
+    def depth(self) -> int:
+        """Returns how many entries the database does not have yet."""
+        with self._reader() as connection:
+            return int(connection.execute("SELECT count(*) FROM entries").fetchone()[0])
+
+    def oldest_age_seconds(self) -> float | None:
+        """Returns how long the oldest entry has waited; None when nothing waits."""
+        with self._reader() as connection:
+            row = connection.execute("SELECT spooled_on FROM entries ORDER BY id LIMIT 1").fetchone()
+        return None if row is None else max(0.0, time.time() - row[0])
+
+    def find(self, prediction_id: UUID) -> StoredPrediction | None:
+        """Returns a prediction that is still here; None when there is none, or no more."""
+        with self._reader() as connection:
+            return find_in_file(connection, prediction_id)
+
+    def shrink(self) -> None:
+        """Gives a part of the file's unused space back to the system; cheap when there is little."""
+        with self._reader() as connection:
+            unused = int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+        if unused > VACUUM_PAGES:
+            self._queue(free_pages).result(_JOB_SECONDS)
+
+    def close(self) -> None:
+        """Writes what is queued and lets go of the file; an empty one is deleted, another is left to a successor."""
+        with self._state:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._jobs.put(None)
+        self._writer.join()
+        with self._read_lock:
+            try:
+                is_empty = not self._reading.execute(
+                    "SELECT EXISTS (SELECT 1 FROM entries) OR EXISTS (SELECT 1 FROM rejected)"
+                ).fetchone()[0]
+            except sqlite3.DatabaseError as err:
+                logger.error("%s stays as it is: %s", self.path, err)
+                is_empty = False
+            self._reading.close()
+        self._writing.close()
+        if is_empty:
+            for extension in EXTENSIONS:
+                self.path.with_name(self.path.name + extension).unlink(missing_ok=True)
+            self.path.with_suffix(LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _queue(self, run: Callable[[sqlite3.Connection], object], size: int = 0) -> Future[None]:
+        job = _Job(run, Future(), size)
+        with self._state:
+            if self._is_closed:
+                raise SpoolFullError(f"Expected an open spool. Received: {self.path}, which is closed.")
+            try:
+                self._jobs.put_nowait(job)
+            except queue.Full as err:
+                raise SpoolFullError(
+                    f"Expected at most {_MAX_QUEUED} entries waiting for {self.path}. Received: one more. "
+                    "The disk is overloaded; try again later."
+                ) from err
+            self._queued_bytes += size
+        return job.done
+
+    def _insert(self, connection: sqlite3.Connection, entry: SpooledEntry) -> None:
+        pages, unused, page_bytes = (
+            int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        if (pages - unused) * page_bytes > self._max_bytes:
+            raise SpoolFullError(
+                f"Expected less than {self._max_bytes} bytes of entries that the database does not have yet. "
+                f"Received: {(pages - unused) * page_bytes} in {self.path}. Bring the database back."
+            )
+        insert_entry(connection, entry)
+
+    def _write(self) -> None:
+        """The writer thread: gathers jobs, runs them in one transaction, answers all of them after its commit."""
+        is_open = True
+        while is_open:
+            jobs: list[_Job] = []
+            job = self._jobs.get()
+            while True:
+                if job is None:
+                    is_open = False
+                    break
+                with self._state:
+                    self._queued_bytes -= job.bytes
+                if job.done.set_running_or_notify_cancel():
+                    jobs.append(job)
+                if len(jobs) >= _MAX_GROUP:
+                    break
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+            if jobs and not self._commit(jobs):
+                for single in jobs:  # One of them fails: find out which, so that the others do not suffer.
+                    self._commit([single])
+            if any(job.bytes for job in jobs):
+                self._listener()
+
+    def _commit(self, jobs: list[_Job]) -> bool:
+        """Runs jobs in one transaction; returns False, with nothing done, if one of several fails."""
+        try:
+            self._writing.execute("BEGIN IMMEDIATE")
+            for job in jobs:
+                job.run(self._writing)
+            self._writing.execute("COMMIT")
+        except Exception as err:  # Whatever it is, the threads that wait for these jobs must hear of it.
+            with contextlib.suppress(sqlite3.Error):  # A full disk may have rolled it back already.
+                self._writing.execute("ROLLBACK")
+            if len(jobs) > 1:
+                return False
+            logger.error("%s does not take an entry: %s", self.path, err)
+            jobs[0].done.set_exception(_as_spool_error(err, self.path))
+            return True
+        for job in jobs:
+            job.done.set_result(None)
+        return True
+
+    @contextlib.contextmanager
+    def _reader(self) -> Generator[sqlite3.Connection]:
+        with self._read_lock:
+            yield self._reading
+
+
+def _try_to_own(path: Path) -> int | None:
+    """Returns the descriptor that holds the lock file, made if it is missing; None if another process holds it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between the two calls its last owner may have deleted it: then this is a lock on nothing.
+        is_current = path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        is_current = False
+    if is_current:
+        return handle
+    os.close(handle)
+    return None
+
+
+def _as_spool_error(err: Exception, path: Path) -> Exception:
+    if not isinstance(err, sqlite3.Error):
+        return err
+    return SpoolFullError(
+        f"Expected {path} to take an entry. Received: {err}. Free space on that disk; then try again."
+    )

@@ -1,0 +1,74 @@
+"""Fixtures that several suites share: a real PostgreSQL per session, and a fresh migrated database per test."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import psycopg2
+import pytest
+from psycopg2 import sql
+from sqlalchemy import Engine, make_url
+
+_TEMPLATE = "cv_template"
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """URL of an embedded PostgreSQL of this session (under pytest-xdist: of this worker), to make databases in."""
+    from cv_platform.database.embedded import embedded_database
+
+    # Not below pytest's own folder, which is closed to the unprivileged user that runs the server for root.
+    home = Path(tempfile.mkdtemp(prefix="cv-tests-"))
+    home.chmod(0o711)
+    try:
+        with embedded_database(home) as url:
+            yield url
+    finally:
+        shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def _template_url(postgres_url: str) -> str:
+    from cv_platform.database.migrate import migrate
+
+    _administrate(postgres_url, sql.SQL("CREATE DATABASE {}").format(sql.Identifier(_TEMPLATE)))
+    migrate(_renamed(postgres_url, _TEMPLATE))
+    return postgres_url
+
+
+@pytest.fixture
+def database_url(_template_url: str) -> Iterator[str]:
+    """URL of a migrated, empty database of this test's own."""
+    name = f"test_{uuid4().hex}"
+    identifiers = {"name": sql.Identifier(name), "template": sql.Identifier(_TEMPLATE)}
+    _administrate(_template_url, sql.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**identifiers))
+    yield _renamed(_template_url, name)
+    _administrate(_template_url, sql.SQL("DROP DATABASE {name} WITH (FORCE)").format(**identifiers))
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """An engine on `database_url`."""
+    from cv_platform.database.connection import make_engine
+
+    engine = make_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+def _renamed(url: str, database: str) -> str:
+    return make_url(url).set(database=database).render_as_string(hide_password=False)
+
+
+def _administrate(url: str, statement: sql.Composable) -> None:
+    connection = psycopg2.connect(make_url(url).set(drivername="postgresql").render_as_string(hide_password=False))
+    try:
+        connection.autocommit = True  # CREATE DATABASE runs in no transaction.
+        with connection.cursor() as cursor:
+            cursor.execute(statement)
+    finally:
+        connection.close()

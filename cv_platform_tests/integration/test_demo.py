@@ -1,0 +1,237 @@
+"""The whole system once, as `make demo` runs it (with fewer epochs): every promise is then read from what it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from sqlalchemy import Engine, text
+
+from cv_platform.config import Settings, load_experiment
+from cv_platform.database.connection import make_engine
+from cv_platform.database.embedded import embedded_database
+from cv_platform.images import preprocess
+from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
+from cv_platform.properties import image_properties
+from cv_platform.stack.environment import dagster_command, platform_environment
+from cv_platform.storage import CentralStorage
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(900)]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a run of the demo left."""
+
+    status: int
+    output: str
+    home: Path
+    config: Path
+    settings: Settings
+
+    def record(self, asset: str) -> dict[str, Any]:
+        return json.loads((self.home / "records" / "digits" / f"{asset}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    folder = tmp_path_factory.mktemp("demo")
+    config = folder / "digits.yaml"
+    recipe = (REPOSITORY / "configs" / "digits.yaml").read_text()
+    shorter = re.sub(r"epochs: \d+", "epochs: 8", recipe)
+    config.write_text(re.sub(r"(min_accuracy|min_macro_f1): [0-9.]+", r"\1: 0.9", shorter))
+    variables = {"CV_HOME": str(folder / "home"), "CV_CONFIGS": str(config)}
+    result = subprocess.run(
+        [sys.executable, "-m", "cv_platform.cli", "demo"],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=840,
+    )
+    return Demo(
+        result.returncode,
+        result.stdout + result.stderr,
+        folder / "home",
+        config,
+        Settings.from_environment(variables),
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(demo: Demo) -> Iterator[Engine]:
+    with embedded_database(demo.home) as url:
+        engine = make_engine(url)
+        yield engine
+        engine.dispose()
+
+
+def test_the_demo_ends_with_zero_and_says_why(demo: Demo) -> None:
+    assert demo.status == 0, demo.output
+    assert "demo: everything held." in demo.output
+    assert "unshifted window (359 requests): no drift" in demo.output
+    assert re.search(r"shifted window \(359 requests\): drift, .*classes that moved: ", demo.output)
+
+
+def test_every_200_has_a_prediction_joined_to_its_log_entry(engine: Engine) -> None:
+    with engine.connect() as connection:
+        answered = connection.execute(
+            text("SELECT count(*) FROM api_log WHERE response_status_code = 200 AND request_method = 'POST'")
+        ).scalar_one()
+        joined = connection.execute(
+            text("SELECT count(*) FROM api_log JOIN predictions USING (prediction_id) WHERE response_status_code = 200")
+        ).scalar_one()
+        images = connection.execute(text("SELECT count(*) FROM predictions JOIN images ON sha256 = image_sha256")).scalar_one()
+    assert answered == joined == images == 2 * 359
+
+
+def test_served_probabilities_equal_the_offline_evaluation(demo: Demo, engine: Engine) -> None:
+    offline = pd.read_parquet(demo.record("evaluation")["predictions_path"]).set_index("sha256")
+    class_names = load_experiment(demo.config).model.classes
+    with engine.connect() as connection:
+        logged = connection.execute(text("SELECT image_sha256, prediction_json, predicted_class FROM predictions")).all()
+    served = {row.image_sha256: row for row in logged if row.image_sha256 in offline.index}
+    assert set(served) == set(offline.index)
+    for sha256, row in served.items():
+        probabilities = [row.prediction_json[name] for name in class_names]
+        assert np.abs(np.asarray(probabilities) - offline.loc[sha256, "probabilities"]).max() <= 1e-5
+        assert row.predicted_class == offline.loc[sha256, "predicted_class"]
+
+
+def test_the_reference_has_exactly_the_readable_rows_of_its_split(demo: Demo) -> None:
+    manifest = pd.read_parquet(demo.record("dataset")["manifest_path"])
+    split = manifest[(manifest["split"] == "reference") & manifest["is_readable"]]
+    reference = pq.read_table(demo.record("reference_data")["path"]).to_pandas()
+    assert list(reference["path"]) == sorted(split["path"])
+    labels = {row.path: "|".join(row.labels) for row in split.itertuples()}
+    assert list(reference["label"]) == [labels[path] for path in reference["path"]]
+
+
+def test_each_reference_row_is_recomputed_from_its_own_image(demo: Demo, tmp_path: Path) -> None:
+    dataset, reference = demo.record("dataset"), pq.read_table(demo.record("reference_data")["path"]).to_pandas()
+    version = demo.record("model")["version"]
+    config = load_experiment(demo.config)
+    images = np.stack(
+        [preprocess((Path(dataset["directory"]) / path).read_bytes(), config.model.image_size) for path in reference["path"]]
+    )
+    np.save(tmp_path / "images.npy", images)
+    # A process of its own: TensorFlow stays out of the test runner, and one image at a time leaves no room for a shift.
+    program = (
+        "import sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from cv_platform.serving.runtime import load_bundle\n"
+        "from cv_platform.storage import CentralStorage\n"
+        "storage, version, folder = CentralStorage(sys.argv[1]), sys.argv[2], Path(sys.argv[3])\n"
+        "model = load_bundle(storage, 'digits_classifier', version, cache=folder / 'cache')\n"
+        "rows = [model.predict(image) for image in np.load(folder / 'images.npy')]\n"
+        "np.savez(folder / 'rows.npz', **{n: np.stack([getattr(r, n) for r in rows])\n"
+        "                                for n in ('probabilities', 'features', 'uae')})\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, demo.settings.storage_url, version, str(tmp_path)],
+        cwd=REPOSITORY,
+        check=True,
+        timeout=300,
+    )
+    rows = np.load(tmp_path / "rows.npz")
+    for column, name in ((BBSD_FEATS, "probabilities"), (FEATURES, "features"), (UAE_FEATS, "uae")):
+        np.testing.assert_allclose(np.stack(list(reference[column])), rows[name], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.stack(list(reference[PROPERTIES])), np.stack([image_properties(image) for image in images]), rtol=1e-6
+    )
+
+
+def test_both_windows_are_in_the_database_with_their_verdicts(engine: Engine) -> None:
+    with engine.connect() as connection:
+        rows = connection.execute(
+            text("SELECT verdict, rows, window_start_utc, window_end_utc FROM drift_reports ORDER BY created_on")
+        ).all()
+    assert [(row.verdict, row.rows) for row in rows] == [("insufficient data", 0), ("no drift", 359), ("drift", 359)]
+    assert rows[1].window_end_utc <= rows[2].window_start_utc
+
+
+def test_the_production_pointer_names_the_model_of_the_graph(demo: Demo) -> None:
+    storage = CentralStorage(demo.settings.storage_url)
+    production = storage.production("image_classifier", "digits_classifier")
+    assert production is not None
+    assert production.version == demo.record("model")["version"]
+    assert production.dvc_md5 == demo.record("dataset")["dvc_md5"]
+    assert production.effective_config["train"]["epochs"] == 8
+
+
+def test_mlflow_has_a_run_per_stage_with_the_config_and_the_report(demo: Demo) -> None:
+    with sqlite3.connect(demo.home / "mlflow" / "mlflow.db") as connection:
+        stages = dict(connection.execute("SELECT value, run_uuid FROM tags WHERE key = 'stage'").fetchall())
+        epochs = connection.execute("SELECT value FROM params WHERE key = 'train.epochs'").fetchall()
+        tagged = connection.execute("SELECT count(*) FROM tags WHERE key = 'dagster_run_id'").fetchone()
+        open_runs = connection.execute("SELECT count(*) FROM runs WHERE status = 'RUNNING'").fetchone()
+    assert set(stages) == {"model", "evaluation"}
+    assert ("8",) in epochs
+    assert tagged == (2,)
+    assert open_runs == (0,)
+    names = {path.name for path in (demo.home / "mlflow" / "artifacts").rglob("*")}
+    assert {"report.html", "digits_classifier.keras"} <= names
+
+
+def materialize(demo: Demo, selection: str, *, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        dagster_command("asset", "materialize", "--select", selection, "-m", "cv_platform.definitions"),
+        cwd=REPOSITORY,
+        env=platform_environment(demo.settings),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def change_record(demo: Demo, asset: str, **changes: object) -> str:
+    path = demo.home / "records" / "digits" / f"{asset}.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), **changes}))
+    return before
+
+
+def test_training_refuses_a_dataset_version_whose_latest_verdict_failed(demo: Demo) -> None:
+    before = change_record(demo, "validation_report", passed=False)
+    try:
+        result = materialize(demo, "key:digits/model")
+    finally:
+        (demo.home / "records" / "digits" / "validation_report.json").write_text(before)
+    assert result.returncode != 0
+    assert "Expected a dataset version that passes its blocking checks" in result.stdout + result.stderr
+
+
+def test_deployment_refuses_a_model_whose_latest_evaluation_failed(demo: Demo) -> None:
+    before = change_record(demo, "evaluation", passed=False, reasons=["accuracy 0.5 is below min_accuracy 0.9"])
+    pointer = CentralStorage(demo.settings.storage_url).read_pointer("image_classifier")
+    try:
+        result = materialize(demo, "key:digits/deployment")
+    finally:
+        (demo.home / "records" / "digits" / "evaluation.json").write_text(before)
+    assert result.returncode != 0
+    assert "accuracy 0.5 is below min_accuracy 0.9" in result.stdout + result.stderr
+    assert CentralStorage(demo.settings.storage_url).read_pointer("image_classifier") == pointer
+
+
+def test_the_shift_of_the_demo_is_seeded() -> None:
+    from cv_platform.demo import shifted
+
+    image = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
+    assert shifted(image, 1) == shifted(image, 1)
+    assert shifted(image, 1) != shifted(image, 2)

@@ -1,0 +1,230 @@
+"""Drift reports end to end: rows in a real PostgreSQL, reference parquet, central storage, Evidently's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import cv2
+import numpy as np
+import pytest
+from sqlalchemy import Engine, insert, select
+
+from cv_platform.config import ExperimentConfig, parse_experiment
+from cv_platform.database.schema import drift_reports, feedback, images, predictions
+from cv_platform.drift.reference import ReferenceIdentity, write_reference
+from cv_platform.drift.sample import DriftSample
+from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
+from cv_platform.images import preprocessing_hash
+from cv_platform.monitoring.report import make_drift_report
+from cv_platform.monitoring.report_record import DriftReport
+from cv_platform.storage import CentralStorage
+from cv_platform_tests.drift_samples import CLASSES, draw_sample
+
+START = datetime(2026, 2, 1, tzinfo=UTC)
+NOW = datetime(2026, 2, 8, tzinfo=UTC)
+VERSION = "20260131T060000Z-1f3c9a2e"
+
+
+@pytest.fixture(autouse=True)
+def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+
+
+@dataclass
+class Installation:
+    """Everything that a report needs, below one folder."""
+
+    home: Path
+    engine: Engine
+    config: ExperimentConfig
+    storage: CentralStorage
+    reference_path: Path
+
+    def report(self, **changes: Any) -> DriftReport:
+        settings = {
+            "model_name": "insects",
+            "model_version": VERSION,
+            "reference_path": self.reference_path,
+            "engine": self.engine,
+            "storage": self.storage,
+            "evidently": self.home / "evidently",
+            "now": NOW,
+            "work_directory": self.home / "work",
+            **changes,
+        }
+        return make_drift_report(self.config, **settings)
+
+    def log(self, sample: DriftSample, *, upload: bool = False) -> list[UUID]:
+        """Logs a sample as requests, a minute apart; with uploads of its own for each if asked for."""
+        ids, rows = [uuid4() for _ in range(len(sample))], []
+        with self.engine.begin() as connection:
+            for i, prediction_id in enumerate(ids):
+                sha256 = f"{i:064x}" if upload else None
+                if upload:
+                    picture = np.full((20, 20, 3), i % 256, dtype=np.uint8)
+                    content = cv2.imencode(".png", picture)[1].tobytes() if i else b"broken"
+                    values = {"content": content, "bytes": len(content), "media_type": "image/png"}
+                    connection.execute(insert(images).values(sha256=sha256, **values))
+                rows.append(
+                    {
+                        "prediction_id": prediction_id,
+                        "model_name": "insects",
+                        "model_version": VERSION,
+                        "predicted_class": CLASSES[int(sample.bbsd[i].argmax())],
+                        "prediction_json": {},
+                        "uae_feats": sample.uae[i].tolist(),
+                        "bbsd_feats": sample.bbsd[i].tolist(),
+                        "features": sample.features[i].tolist(),
+                        "properties": sample.properties[i].tolist(),
+                        "image_sha256": sha256,
+                        "created_on": START + timedelta(minutes=i),
+                    }
+                )
+            connection.execute(insert(predictions), rows)
+        return ids
+
+    def stored(self) -> list[Any]:
+        with self.engine.connect() as connection:
+            return list(connection.execute(select(drift_reports)))
+
+
+@pytest.fixture
+def installation(tmp_path: Path, engine: Engine) -> Installation:
+    config = parse_experiment(
+        {
+            "name": "insects",
+            "model": {"model_name": "insects", "classes": CLASSES, "input_size": {"h": 16, "w": 16}},
+            "dataset": {"ds_name": "insects", "dvc_tag": "v1"},
+            "monitor": {"permutations": 99, "min_samples": 100},
+        },
+        origin="test",
+    )
+    reference = draw_sample(np.random.default_rng(0), 250)
+    path = tmp_path / "insects_ref_data.parquet"
+    identity = ReferenceIdentity(
+        model_name="insects",
+        model_version=VERSION,
+        preprocessing_hash=preprocessing_hash((16, 16)),
+        encoder_hash="0" * 16,
+        class_names=CLASSES,
+    )
+    predicted = [CLASSES[i] for i in reference.bbsd.argmax(axis=1)]
+    names = [f"{i}.png" for i in range(250)]
+    write_reference(path, identity, reference, paths=names, sha256=names, labels=predicted, predicted=predicted)
+    return Installation(tmp_path, engine, config, CentralStorage(tmp_path / "storage"), path)
+
+
+def test_unshifted_requests_are_no_drift(installation: Installation) -> None:
+    installation.log(draw_sample(np.random.default_rng(1), 150))
+    report = installation.report()
+    assert (report.verdict, report.rows, report.requests, report.problems) == ("no drift", 150, 150, ())
+    assert (report.moved_classes, report.drifted_detectors, report.has_stream_alarm) == ([], (), False)
+    assert report.accuracy_estimate is not None
+    assert report.accuracy_estimate.is_reliable
+    assert report.accuracy_estimate.reference_accuracy == 1.0
+
+
+def test_shifted_requests_are_drift_explained_and_kept_everywhere(installation: Installation) -> None:
+    rng = np.random.default_rng(2)
+    ids = installation.log(draw_sample(rng, 150, shift=1.0), upload=True)
+    with installation.engine.begin() as connection:
+        entry = {"entry_id": uuid4(), "source": "page", "true_class": "no such insect"}
+        connection.execute(insert(feedback).values(prediction_id=ids[0], **entry))
+    report = installation.report()
+
+    assert report.verdict == "drift"
+    assert report.has_stream_alarm
+    assert report.effects is not None
+    assert len(report.classes) == len(CLASSES)
+    assert report.accuracy_estimate is not None
+    assert not report.accuracy_estimate.is_reliable
+    assert (report.feedback_rows, report.feedback_accuracy) == (1, 0.0)
+    assert len(report.top_images) == 12
+    scores = [row["score"] for row in report.top_images]
+    assert scores == sorted(scores, reverse=True)
+
+    (row,) = installation.stored()
+    assert (row.verdict, row.rows, row.experiment) == ("drift", 150, "insects")
+    assert (row.window_start_utc, row.window_end_utc) == (START, NOW)
+    assert row.details["adjusted_p_values"] == report.adjusted_p_values
+    assert row.report_url == report.report_url
+
+    page = Path(report.report_url.removeprefix("file://"))
+    assert page.read_text().count("<img") >= 11
+    assert json.loads(page.with_name("report.json").read_text())["report_id"] == report.report_id
+    runs = list((installation.home / "evidently").glob("*/snapshots/*.json"))
+    assert [path.stem for path in runs] == [report.evidently_run_id]
+    assert list((installation.home / "work").iterdir()) == []
+
+
+def test_a_second_report_of_the_same_window_replaces_the_first(installation: Installation) -> None:
+    installation.log(draw_sample(np.random.default_rng(1), 120))
+    first = installation.report()
+    installation.log(draw_sample(np.random.default_rng(3), 30))
+    second = installation.report()
+    assert second.report_id == first.report_id
+    assert [(row.rows, row.details["evidently_run_id"]) for row in installation.stored()] == [
+        (150, second.evidently_run_id)
+    ]
+    runs = list((installation.home / "evidently").glob("*/snapshots/*.json"))
+    assert [path.stem for path in runs] == [second.evidently_run_id]
+    assert first.report_url == second.report_url
+
+
+def test_the_same_window_gives_the_same_numbers(installation: Installation) -> None:
+    installation.log(draw_sample(np.random.default_rng(1), 120, shift=0.2))
+    first, second = (installation.report().model_dump(exclude={"evidently_run_id"}) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("rows", [0, 1, 99])
+def test_too_few_requests_are_insufficient_data(installation: Installation, rows: int) -> None:
+    if rows:
+        installation.log(draw_sample(np.random.default_rng(1), rows))
+    report = installation.report()
+    assert (report.verdict, report.rows) == ("insufficient data", rows)
+    assert (report.p_values, report.top_images, report.effects) == ({}, [], None)
+    assert [row.verdict for row in installation.stored()] == ["insufficient data"]
+    assert "insufficient data" in Path(report.report_url.removeprefix("file://")).read_text()
+
+
+def test_requests_of_another_version_do_not_count(installation: Installation) -> None:
+    installation.log(draw_sample(np.random.default_rng(1), 120))
+    other = "20260202T060000Z-00000000"
+    with pytest.raises(ReferenceMismatchError, match=f"model_version {VERSION} instead of {other}"):
+        installation.report(model_version=other)
+    assert installation.stored() == []
+
+
+def test_rows_of_another_width_than_the_reference_are_refused(installation: Installation) -> None:
+    sample = draw_sample(np.random.default_rng(1), 120)
+    installation.log(DriftSample(sample.bbsd, sample.features[:, :5], sample.uae, sample.properties))
+    with pytest.raises(InvalidSampleError, match="features: 12 columns in the reference, 5 in the current sample"):
+        installation.report()
+
+
+def test_the_report_is_kept_when_evidently_is_away(installation: Installation) -> None:
+    installation.log(draw_sample(np.random.default_rng(1), 120))
+    report = installation.report(evidently="http://127.0.0.1:9")
+    assert report.verdict == "no drift"
+    assert report.evidently_run_id is None
+    assert any("Not in Evidently" in problem for problem in report.problems)
+    assert len(installation.stored()) == 1
+
+
+def test_one_upload_sent_again_and_again_is_shown_once_and_mentioned(installation: Installation) -> None:
+    rng = np.random.default_rng(1)
+    sample = draw_sample(rng, 120)
+    ids = installation.log(sample, upload=True)
+    with installation.engine.begin() as connection:
+        repeated = predictions.c.prediction_id.in_(ids[:60])
+        connection.execute(predictions.update().where(repeated).values(image_sha256="1".zfill(64)))
+    report = installation.report()
+    shown = [row["image_sha256"] for row in report.top_images]
+    assert len(shown) == len(set(shown))
+    assert any("repeat an upload" in problem for problem in report.problems)

@@ -1,0 +1,121 @@
+"""Evidently's folder workspace, and its real server on loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from cv_platform.drift.verdict import DETECTORS
+from cv_platform.errors import ServiceError
+from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure, publish_run
+
+
+@pytest.fixture(autouse=True)
+def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+
+
+def make_run(day: int, p: float, *, verdict: str = "no drift", with_table: bool = False) -> EvidentlyRun:
+    properties = np.random.default_rng(day).normal(size=(60, 7)).astype(np.float32)
+    properties[:, 6] = 0.0  # Grey images: a constant column must not break the table.
+    return EvidentlyRun(
+        experiment="digits",
+        window_end_utc=datetime(2026, 2, day, 6, tzinfo=UTC),
+        figures=[
+            Figure("WindowFigure", "rows", 60.0),
+            *(Figure("CalibratedDrift", name, p) for name in DETECTORS),
+            Figure("PredictedShare", "7", 0.5),
+        ],
+        metadata={"model_name": "m", "model_version": "v", "verdict": verdict},
+        reference_properties=properties if with_table else None,
+        current_properties=properties + 1 if with_table else None,
+        class_names=["7", "8"],
+    )
+
+
+@contextmanager
+def evidently_server(workspace: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).parent / "evidently", "ui", "--host", "127.0.0.1"]
+    with (workspace.parent / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--workspace", workspace, "--port", str(port)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "DO_NOT_TRACK": "1"},
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 150
+        while True:
+            try:
+                httpx.get(f"{url}/api/version", timeout=5).raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert server.poll() is None, (workspace.parent / "server.log").read_text()
+                assert time.monotonic() < deadline, "The Evidently server does not answer."
+                time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def p_values(url: str, project: str, query: str = "") -> list[float]:
+    metric = {"metric": "evidently:metric_v2:CalibratedDrift", "metric_labels": {"detector": "bbsd_ks"}}
+    body = {"series_filter": [{**metric, "tags": [], "metadata": {}}]}
+    answer = httpx.post(f"{url}/api/v2/snapshots/{project}/data_series_batch{query}", json=body).raise_for_status()
+    (series,) = answer.json()["series"]
+    return series["values"]
+
+
+def test_runs_make_one_line_per_detector_in_a_project_of_the_experiments_name(tmp_path: Path) -> None:
+    workspace = tmp_path / "evidently"
+    first = publish_run(workspace, make_run(1, 0.5, with_table=True))
+    second = publish_run(workspace, make_run(8, 0.01, verdict="drift"))
+    replaced = publish_run(workspace, make_run(8, 0.02, verdict="drift"), replaces=second)
+    assert len({first, second, replaced}) == 3
+    with evidently_server(workspace) as url:
+        (project,) = httpx.get(f"{url}/api/v2/projects").raise_for_status().json()
+        assert project["name"] == "digits"
+        identity = project["id"]
+        assert p_values(url, identity) == [0.5, 0.02]
+        # What the page's date filter sends: times without a zone.
+        since = "?timestamp_start=2026-02-05T00:00&timestamp_end=2026-03-01T00:00"
+        assert p_values(url, identity, since) == [0.02]
+        snapshots = httpx.get(f"{url}/api/projects/{identity}/snapshots").raise_for_status().json()
+        assert {s["id"] for s in snapshots} == {first, replaced}
+        assert snapshots[0]["metadata"]["model_version"] == "v"
+        dashboard = httpx.get(f"{url}/api/v2/dashboards/{identity}").raise_for_status().json()
+        assert [tab["title"] for tab in dashboard["tabs"]] == ["Drift"]
+        assert len(dashboard["panels"]) == 9
+        page = httpx.get(f"{url}/api/projects/{identity}/{first}/data").raise_for_status().text
+        assert "Adjusted p-value: bbsd_ks" in page
+
+        # The same through the server.
+        third = publish_run(url, make_run(15, 0.3))
+        publish_run(url, make_run(15, 0.4), replaces=third)
+        assert len(httpx.get(f"{url}/api/v2/projects").json()) == 1
+        assert p_values(url, identity) == [0.5, 0.02, 0.4]
+
+
+def test_an_earlier_run_that_is_gone_does_not_matter(tmp_path: Path) -> None:
+    publish_run(tmp_path, make_run(1, 0.5), replaces="00000000-0000-0000-0000-000000000000")
+
+
+def test_a_server_that_does_not_answer_is_a_service_error() -> None:
+    with pytest.raises(ServiceError, match=r"127\.0\.0\.1:9"):
+        publish_run("http://127.0.0.1:9", make_run(1, 0.5))

@@ -1,0 +1,106 @@
+"""Migrations against a real PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, inspect, make_url, text
+
+from cv_platform.database.connection import make_engine
+from cv_platform.database.migrate import alembic_config, check_schema, migrate, read_revision
+from cv_platform.database.schema import SCHEMA_REVISION, metadata
+from cv_platform.errors import DatabaseUnavailableError, SchemaMismatchError
+
+
+@pytest.fixture
+def empty_url(postgres_url: str) -> Iterator[str]:
+    name = f"empty_{uuid4().hex}"
+    server = make_engine(postgres_url).execution_options(isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+        yield make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    server.dispose()
+
+
+def test_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> None:
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+        assert read_revision(connection) == SCHEMA_REVISION
+
+
+def test_a_database_without_tables_is_named_as_such_until_it_is_migrated(empty_url: str) -> None:
+    with pytest.raises(SchemaMismatchError, match="a database without tables. Run: cv-platform migrate"):
+        check_schema(empty_url)
+    assert migrate(empty_url) == SCHEMA_REVISION
+    assert migrate(empty_url) == SCHEMA_REVISION
+    check_schema(empty_url)
+
+
+def test_migrators_at_the_same_time_wait_for_each_other(empty_url: str) -> None:
+    outcomes: list[object] = []
+
+    def run() -> None:
+        try:
+            outcomes.append(migrate(empty_url))
+        except Exception as err:
+            outcomes.append(err)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert outcomes == [SCHEMA_REVISION] * 4
+
+
+def test_a_newer_database_is_left_alone(database_url: str, engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    for action in (migrate, check_schema):
+        with pytest.raises(SchemaMismatchError, match="9999. The database is newer: upgrade cv_platform"):
+            action(database_url)
+    with engine.connect() as connection:
+        assert read_revision(connection) == "9999"
+
+
+def test_a_failing_migration_leaves_nothing_behind(empty_url: str) -> None:
+    engine = make_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE predictions (something int)"))
+    with pytest.raises(Exception, match='relation "predictions" already exists'):
+        migrate(empty_url)
+    assert inspect(engine).get_table_names() == ["predictions"]
+    engine.dispose()
+
+
+def test_downgrading_removes_every_table(database_url: str, engine: Engine) -> None:
+    with engine.begin() as connection:
+        config = alembic_config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+    assert inspect(engine).get_table_names() == ["alembic_version"]
+    with pytest.raises(SchemaMismatchError):
+        check_schema(database_url)
+
+
+def test_a_missing_table_is_a_schema_mismatch_and_a_missing_database_is_unavailable(empty_url: str) -> None:
+    engine = make_engine(empty_url)
+    with engine.connect() as connection, pytest.raises(SchemaMismatchError, match="cv-platform migrate"):
+        connection.execute(text("SELECT * FROM predictions"))
+    engine.dispose()
+    away = make_url(empty_url).set(database="nowhere").render_as_string(hide_password=False)
+    with pytest.raises(DatabaseUnavailableError, match="nowhere"):
+        check_schema(away)
+
+
+def test_sessions_speak_utc(engine: Engine) -> None:
+    with engine.connect() as connection:
+        assert connection.execute(text("SHOW timezone")).scalar() == "UTC"

@@ -1,0 +1,166 @@
+"""The window's SQL against a real PostgreSQL."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import numpy as np
+import pytest
+from sqlalchemy import Engine, event, insert
+
+from cv_platform.database.schema import feedback, images, predictions
+from cv_platform.errors import ConfigError
+from cv_platform.monitoring.window import read_feedback, read_images, read_window
+
+START = datetime(2026, 2, 1, tzinfo=UTC)
+END = datetime(2026, 2, 8, tzinfo=UTC)
+MODEL = {"model_name": "m", "model_version": "v1"}
+
+
+def row(created_on: datetime, number: float = 0.0, **changes: Any) -> dict[str, Any]:
+    values = {
+        "prediction_id": uuid4(),
+        **MODEL,
+        "predicted_class": "cat",
+        "prediction_json": {"cat": 0.75, "dog": 0.25},
+        "uae_feats": [number, 1.5],
+        "bbsd_feats": [0.75, 0.25],
+        "features": [0.1, 0.2, 0.3],
+        "properties": [float(i) for i in range(7)],
+        "created_on": created_on,
+    }
+    return {**values, **changes}
+
+
+def log(engine: Engine, *rows: dict[str, Any]) -> None:
+    with engine.begin() as connection:
+        connection.execute(insert(predictions), list(rows))
+
+
+def window(engine: Engine, **changes: Any):
+    settings = {**MODEL, "start_utc": START, "end_utc": END, "max_rows": 100, **changes}
+    return read_window(engine, **settings)
+
+
+def test_takes_the_start_and_leaves_the_end_of_the_window(engine: Engine) -> None:
+    tick = timedelta(microseconds=1)
+    log(engine, *(row(t, i) for i, t in enumerate([START - tick, START, END - tick, END])))
+    found = window(engine)
+    assert found.sample is not None
+    assert found.sample.uae[:, 0].tolist() == [1.0, 2.0]
+    assert (found.requests, found.is_truncated, found.unusable) == (2, False, 0)
+
+
+def test_adjacent_windows_share_no_row_and_lose_none(engine: Engine) -> None:
+    log(engine, *(row(START + timedelta(hours=12 * i), i) for i in range(14)))
+    middle = datetime(2026, 2, 4, tzinfo=UTC)
+    halves = [window(engine, end_utc=middle), window(engine, start_utc=middle)]
+    assert sorted(x for half in halves for x in half.sample.uae[:, 0].tolist()) == list(range(14))
+
+
+def test_bounds_of_another_zone_mean_the_same_moments(engine: Engine) -> None:
+    log(engine, row(START), row(START + timedelta(hours=1)))
+    start = datetime.fromisoformat("2026-02-01T03:00:00+02:00")
+    assert len(window(engine, start_utc=start).rows) == 1
+
+
+def test_refuses_bounds_without_zone(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="with its zone"):
+        window(engine, start_utc=datetime(2026, 2, 1))  # noqa: DTZ001 - that it is naive is the point.
+
+
+def test_never_mixes_versions_or_models(engine: Engine) -> None:
+    log(engine, row(START, 1), row(START, 2, model_version="v2"), row(START, 3, model_name="other"))
+    found = window(engine)
+    assert found.sample is not None
+    assert found.sample.uae[:, 0].tolist() == [1.0]
+
+
+def test_a_limit_keeps_the_latest_rows_in_order_of_time(engine: Engine) -> None:
+    order = np.random.default_rng(0).permutation(10)
+    log(engine, *(row(START + timedelta(minutes=int(i)), int(i)) for i in order))
+    found = window(engine, max_rows=4)
+    assert found.sample is not None
+    assert found.sample.uae[:, 0].tolist() == [6.0, 7.0, 8.0, 9.0]
+    assert found.rows["created_on"].is_monotonic_increasing
+    assert (found.requests, found.is_truncated) == (10, True)
+
+
+def test_a_limit_between_equal_times_takes_the_same_rows_each_time(engine: Engine) -> None:
+    log(engine, *(row(START, i, prediction_id=UUID(int=i)) for i in np.random.default_rng(1).permutation(20).tolist()))
+    found = window(engine, max_rows=3)
+    assert found.rows["prediction_id"].tolist() == [UUID(int=17), UUID(int=18), UUID(int=19)]
+
+
+def test_vectors_come_back_to_the_last_bit(engine: Engine) -> None:
+    value = np.float32(1) / np.float32(3)
+    log(engine, row(START, uae_feats=[float(value), float(np.float32(1e-30))]))
+    found = window(engine)
+    assert found.sample is not None
+    assert found.sample.uae[0].tolist() == [float(value), float(np.float32(1e-30))]
+
+
+def test_an_empty_window_is_no_error(engine: Engine) -> None:
+    found = window(engine)
+    assert found.sample is None
+    assert (len(found.rows), found.requests, found.unusable) == (0, 0, 0)
+
+
+def test_leaves_out_and_counts_rows_that_cannot_be_compared(engine: Engine) -> None:
+    log(
+        engine,
+        row(START, 1),
+        row(START + timedelta(1), 2, uae_feats=[float("nan"), 0.0]),
+        row(START + timedelta(2), 3, features=[0.1]),
+        row(START + timedelta(3), 4, properties=[None] * 7),
+        row(START + timedelta(4), 5, bbsd_feats=[]),
+        row(START + timedelta(5), 6),
+    )
+    found = window(engine)
+    assert found.sample is not None
+    assert found.sample.uae[:, 0].tolist() == [1.0, 6.0]
+    assert len(found.rows) == 2
+    assert (found.requests, found.unusable) == (6, 4)
+
+
+def test_a_window_of_unusable_rows_only_has_no_sample(engine: Engine) -> None:
+    log(engine, row(START, float("inf")))
+    found = window(engine)
+    assert (found.sample, found.requests, found.unusable) == (None, 1, 1)
+
+
+def test_reads_no_image_and_no_heat_map(engine: Engine) -> None:
+    statements: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+    window(engine)
+    read = " ".join(statements)
+    assert "uae_feats" in read
+    assert not any(heavy in read for heavy in ("content", "raw_hm", "prediction_json"))
+
+
+def test_the_latest_feedback_of_a_prediction_counts(engine: Engine) -> None:
+    first, second, third = row(START), row(START), row(START)
+    log(engine, first, second, third)
+    said = [
+        (first, "cat", START + timedelta(hours=2)),
+        (first, "dog", START + timedelta(hours=1)),
+        (second, "owl", START),
+    ]
+    with engine.begin() as connection:
+        for prediction, true_class, created_on in said:
+            entry = {"entry_id": uuid4(), "source": "page", "true_class": true_class, "created_on": created_on}
+            connection.execute(insert(feedback).values(prediction_id=prediction["prediction_id"], **entry))
+    ids = [r["prediction_id"] for r in (first, second, third)]
+    assert read_feedback(engine, ids) == {ids[0]: "cat", ids[1]: "owl"}
+    assert read_feedback(engine, []) == {}
+
+
+def test_fetches_only_the_named_uploads(engine: Engine) -> None:
+    with engine.begin() as connection:
+        for name in ("a", "b"):
+            content = {"content": name.encode() * 3, "bytes": 3, "media_type": "image/png"}
+            connection.execute(insert(images).values(sha256=name * 64, **content))
+    assert read_images(engine, ["a" * 64, "c" * 64]) == {"a" * 64: b"aaa"}
+    assert read_images(engine, []) == {}

@@ -1,0 +1,453 @@
+"""The request log against a real PostgreSQL: nothing is lost, nothing arrives twice, nothing blocks for ever."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import numpy as np
+import pytest
+from sqlalchemy import Engine, make_url, text
+
+from cv_platform.database.cluster import Cluster
+from cv_platform.database.connection import make_engine
+from cv_platform.database.embedded import embedded_database
+from cv_platform.database.migrate import migrate
+from cv_platform.errors import DatabaseUnavailableError
+from cv_platform.serving.drainer import Drainer
+from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
+from cv_platform.serving.log_tables import find_prediction
+from cv_platform.serving.request_log import RequestLog
+from cv_platform.serving.spool import Spool
+from cv_platform_tests.unit.serving.test_log_entry import answered
+
+WAIT_SECONDS = 60.0
+
+
+@pytest.fixture
+def log(tmp_path: Path, database_url: str) -> Iterator[RequestLog]:
+    with RequestLog(tmp_path / "spool", database_url) as log:
+        yield log
+
+
+def scalar(engine: Engine, statement: str) -> object:
+    with engine.connect() as connection:
+        return connection.execute(text(statement)).scalar()
+
+
+def count(engine: Engine, table: str) -> object:
+    return scalar(engine, f"SELECT count(*) FROM {table}")
+
+
+def entry_ids(engine: Engine) -> list[str]:
+    with engine.connect() as connection:
+        return sorted(str(row.entry_id) for row in connection.execute(text("SELECT entry_id FROM api_log")))
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+
+
+def assert_same_prediction(found: StoredPrediction | None, entry: LogEntry) -> None:
+    assert found is not None
+    assert found.prediction_id == entry.prediction_id
+    assert (found.model_name, found.model_version) == (entry.model_name, entry.model_version)
+    assert (found.predicted_class, found.prediction_json) == (entry.predicted_class, entry.prediction_json)
+    assert (found.image, found.media_type) == (entry.image, entry.media_type)
+    assert found.created_on == entry.created_on
+    for name in ("uae_feats", "bbsd_feats", "features", "properties", "raw_hm"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(entry, name))
+        assert getattr(found, name).dtype == np.float32
+
+
+def test_a_prediction_is_the_same_from_the_spool_and_from_the_database(log: RequestLog, engine: Engine) -> None:
+    random = np.random.default_rng(0)
+    entry = answered(
+        uae_feats=random.standard_normal(32).astype(np.float32),
+        features=np.array([np.nan, np.inf, -np.inf, 1e-40], dtype=np.float32),
+        image=random.bytes(10_000),
+    )
+    assert entry.prediction_id is not None
+    log.append(entry)
+    assert_same_prediction(log.find_prediction(entry.prediction_id), entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    assert_same_prediction(log.find_prediction(entry.prediction_id), entry)
+    assert_same_prediction(find_prediction(engine, entry.prediction_id), entry)
+    assert log.find_prediction(uuid4()) is None
+    with engine.connect() as connection:
+        (row,) = connection.execute(
+            text("SELECT l.*, p.model_name FROM api_log l JOIN predictions p USING (prediction_id)")
+        ).mappings()
+    assert (row["entry_id"], row["request_method"], row["request_url"]) == (entry.entry_id, "POST", entry.request_url)
+    assert (row["response_status_code"], row["response_message"], row["timespan"]) == (200, "ok", 0.25)
+    assert (row["created_on"], row["model_name"], row["client_error"]) == (entry.created_on, "digits", None)
+    status = log.status()
+    assert (status.database, status.depth, status.drained_rows, status.rejected) == ("ok", 0, 1, 0)
+
+
+def test_a_prediction_without_image_and_heat_map_has_nulls(log: RequestLog, engine: Engine) -> None:
+    entry = answered(image=None, raw_hm=None, features=np.array([], dtype=np.float32))
+    log.append(entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    assert entry.prediction_id is not None
+    found = find_prediction(engine, entry.prediction_id)
+    assert found is not None
+    assert (found.image, found.image_sha256, found.raw_hm, found.features.size) == (None, None, None, 0)
+
+
+def test_refused_requests_are_logged_without_a_prediction(log: RequestLog, engine: Engine) -> None:
+    log.append(
+        LogEntry(
+            request_method="POST",
+            request_url="/predict?\0",
+            response_status_code=415,
+            response_message="not an image \ud83d",
+            client_error="UnsupportedImageError",
+            image=b"GIF?",
+        )
+    )
+    assert log.wait_until_drained(WAIT_SECONDS)
+    assert scalar(engine, "SELECT response_status_code FROM api_log WHERE prediction_id IS NULL") == 415
+    assert scalar(engine, "SELECT request_url || response_message FROM api_log") == "/predict?\ufffdnot an image ?"
+    assert (count(engine, "predictions"), count(engine, "images")) == (0, 0)
+
+
+def test_the_same_upload_is_stored_once(log: RequestLog, engine: Engine) -> None:
+    for content in (b"one", b"two", b"one"):
+        log.append(answered(image=content))
+    assert log.wait_until_drained(WAIT_SECONDS)
+    log.append(answered(image=b"two"))
+    assert log.wait_until_drained(WAIT_SECONDS)
+    assert (count(engine, "images"), count(engine, "predictions"), count(engine, "api_log")) == (2, 4, 4)
+    assert scalar(engine, "SELECT string_agg(encode(content, 'escape'), ',' ORDER BY content) FROM images") == "one,two"
+
+
+def test_feedback_keeps_its_history_and_may_arrive_before_its_prediction(log: RequestLog, engine: Engine) -> None:
+    entry = answered()
+    assert entry.prediction_id is not None
+    for true_class in ("four", "three", "four"):
+        log.append(FeedbackEntry(prediction_id=entry.prediction_id, true_class=true_class, source="page"))
+    assert log.wait_until_drained(WAIT_SECONDS)
+    log.append(entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    history = "SELECT string_agg(true_class, ',' ORDER BY f.created_on, id) FROM feedback f"
+    assert scalar(engine, f"{history} JOIN predictions USING (prediction_id)") == "four,three,four"
+
+
+def test_a_row_that_the_database_refuses_is_put_aside_and_blocks_nobody(
+    tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE api_log ADD CHECK (request_url <> '/poison')"))
+    spool = Spool(tmp_path)
+    good = [answered() for _ in range(20)]
+    poison = [answered(request_url="/poison"), answered(response_status_code=10**12)]
+    for entry in (*good[:7], poison[0], *good[7:11], poison[1], *good[11:]):
+        spool.append(entry)
+    drainer = Drainer(spool, database_url)
+    drainer.start()
+    assert drainer.wait_until_drained(WAIT_SECONDS)
+    assert entry_ids(engine) == sorted(str(entry.entry_id) for entry in good)
+    assert count(engine, "predictions") == 20
+    assert [(r.entry_id, r.kind) for r in spool.rejected()] == [(str(entry.entry_id), "request") for entry in poison]
+    assert "violates check constraint" in spool.rejected()[0].reason
+    assert spool.rejected()[1].reason.startswith("error: ")  # struct.error: the number does not fit the column.
+    status = drainer.status()
+    assert (status.rejected, status.depth, status.drained_rows, status.database) == (2, 0, 20, "ok")
+    drainer.close()
+    spool.close()
+
+
+def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine: Engine) -> None:
+    spool = Spool(tmp_path)
+    spool.append(answered())
+    spool.append(answered())
+    spool._queue(lambda connection: connection.execute("UPDATE entries SET record = '{' WHERE id = 1")).result(10)
+    drainer = Drainer(spool, database_url)
+    drainer.start()
+    assert drainer.wait_until_drained(WAIT_SECONDS)
+    assert count(engine, "predictions") == 1
+    assert "JSONDecodeError" in spool.rejected()[0].reason
+    drainer.close()
+    spool.close()
+
+
+def test_another_schema_keeps_everything_in_the_spool_until_it_is_migrated(tmp_path: Path, postgres_url: str) -> None:
+    name = f"unmigrated_{uuid4().hex}"
+    server = make_engine(postgres_url).execution_options(isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+        url = make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
+        with RequestLog(tmp_path, url) as log:
+            log.append(answered())
+            wait_for(lambda: log.status().database == "schema mismatch")
+            assert "cv-platform migrate" in (log.status().last_error or "")
+            assert log.status().depth == 1
+            migrate(url)
+            assert log.wait_until_drained(WAIT_SECONDS)
+            assert (log.status().database, log.status().last_error) == ("ok", None)
+            # The other way round: somebody migrates to a newer version while this one drains.
+            engine = make_engine(url)
+            with engine.begin() as migrator:
+                migrator.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+            log.append(answered())
+            wait_for(lambda: log.status().database == "schema mismatch")
+            assert "newer" in (log.status().last_error or "")
+            assert count(engine, "predictions") == 1
+            engine.dispose()
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    server.dispose()
+
+
+APPEND_FOR_EVER = """
+import os, sys
+from pathlib import Path
+from cv_platform.serving.request_log import RequestLog
+from cv_platform_tests.unit.serving.test_log_entry import answered
+import threading
+log = RequestLog(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+def work():
+    while True:
+        entry = answered()
+        log.append(entry)
+        os.write(1, f"{entry.entry_id}\n".encode())  # One call, which the other threads' lines cannot cut.
+for _ in range(4):
+    threading.Thread(target=work).start()
+"""
+
+
+@pytest.mark.parametrize("is_draining", [False, True], ids=["spooling", "while draining"])
+def test_what_a_killed_process_acknowledged_arrives_exactly_once(
+    tmp_path: Path, database_url: str, engine: Engine, is_draining: bool
+) -> None:
+    process = start_python(APPEND_FOR_EVER, str(tmp_path), *([database_url] if is_draining else []))
+    assert process.stdout is not None
+    acknowledged = [process.stdout.readline().strip() for _ in range(150)]
+    process.send_signal(signal.SIGKILL)
+    rest, errors = process.communicate(timeout=WAIT_SECONDS)
+    assert errors == ""
+    # The last line may be cut: a UUID has 36 characters.
+    acknowledged += [line for line in rest.splitlines() if len(line) == 36]
+    with RequestLog(tmp_path, database_url) as successor:
+        wait_for(lambda: len(list(tmp_path.glob("*.sqlite"))) == 1 and successor.status().depth == 0)
+    found = entry_ids(engine)
+    assert len(found) == len(set(found))
+    assert set(acknowledged) <= set(found)
+    assert count(engine, "predictions") == len(found)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED_AFTER_COMMIT = """
+import os, signal, sys
+from pathlib import Path
+from cv_platform.serving.drainer import Drainer
+from cv_platform.serving.spool import Spool
+from cv_platform_tests.unit.serving.test_log_entry import answered
+from cv_platform.serving.log_entry import FeedbackEntry
+class DiesBeforeDeleting(Spool):
+    def delete(self, rows):
+        os.kill(os.getpid(), signal.SIGKILL)
+spool = DiesBeforeDeleting(Path(sys.argv[1]))
+for _ in range(5):
+    entry = answered()
+    spool.append(entry)
+    spool.append(FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
+drainer = Drainer(spool, sys.argv[2])
+drainer.start()
+drainer.wait_until_drained(60)
+"""
+
+
+def test_a_crash_between_commit_and_deletion_makes_no_duplicate(
+    tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    process = start_python(KILLED_AFTER_COMMIT, str(tmp_path), database_url)
+    process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == -signal.SIGKILL
+    assert (count(engine, "api_log"), count(engine, "feedback")) == (5, 5)
+    with RequestLog(tmp_path, database_url) as successor:
+        wait_for(lambda: len(list(tmp_path.glob("*.sqlite"))) == 1)
+        assert successor.status().drained_rows == 10
+    tables = ("api_log", "feedback", "predictions", "images")
+    assert [count(engine, table) for table in tables] == [5, 5, 5, 1]
+
+
+def test_another_replicas_spool_is_left_alone_while_it_lives(log: RequestLog, tmp_path: Path, engine: Engine) -> None:
+    living = Spool(tmp_path / "spool")
+    entry = answered()
+    assert entry.prediction_id is not None
+    living.append(entry)
+    log.append(answered())
+    assert log.wait_until_drained(WAIT_SECONDS)
+    assert living.depth() == 1
+    assert_same_prediction(log.find_prediction(entry.prediction_id), entry)
+    assert count(engine, "predictions") == 1
+    living.close()
+
+
+def test_a_damaged_spool_is_put_aside_and_the_next_one_is_adopted(
+    tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    left = Spool(tmp_path)
+    left.append(answered())
+    left.close()
+    damaged = tmp_path / "0000.sqlite"
+    damaged.write_bytes(b"no database at all" * 1000)
+    with RequestLog(tmp_path, database_url):
+        wait_for(lambda: count(engine, "predictions") == 1 and not damaged.exists())
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["0000.damaged"]
+
+
+def test_two_replicas_with_the_same_uploads_do_not_block_each_other(
+    tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    uploads = [bytes([number]) * 2000 for number in range(40)]
+    with RequestLog(tmp_path, database_url) as one, RequestLog(tmp_path, database_url) as two:
+
+        def append(log: RequestLog, contents: list[bytes]) -> None:
+            for content in contents:
+                log.append(answered(image=content))
+
+        threads = [
+            threading.Thread(target=append, args=(one, uploads)),
+            threading.Thread(target=append, args=(two, uploads[::-1])),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert one.wait_until_drained(WAIT_SECONDS)
+        assert two.wait_until_drained(WAIT_SECONDS)
+        assert one.status().rejected + two.status().rejected == 0
+    assert (count(engine, "images"), count(engine, "predictions")) == (40, 80)
+
+
+@pytest.fixture
+def private_server() -> Iterator[tuple[Cluster, str]]:
+    """A server of this test's own, to stop and start at will."""
+    home = Path(tempfile.mkdtemp(prefix="cv-home-"))
+    home.chmod(0o711)
+    cluster = Cluster(home)
+    try:
+        with embedded_database(home) as url:
+            migrate(url)
+            yield cluster, url
+    finally:
+        cluster.stop()
+        shutil.rmtree(home)
+
+
+def start_again(cluster: Cluster, url: str) -> None:
+    assert cluster.start(make_url(url).port or 0)
+    assert cluster.wait_until_it_answers(time.monotonic() + WAIT_SECONDS)
+
+
+def test_nothing_is_lost_while_the_server_stops_and_starts(
+    tmp_path: Path, private_server: tuple[Cluster, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cv_platform.serving.drainer._LONGEST_WAIT_SECONDS", 0.5)
+    cluster, url = private_server
+    engine = make_engine(url)
+    ids: list[UUID] = []
+    is_over = threading.Event()
+
+    def append_for_ever(log: RequestLog) -> None:
+        while not is_over.is_set():
+            entry = answered()
+            log.append(entry)
+            ids.append(entry.entry_id)
+
+    with RequestLog(tmp_path, url) as log:
+        threads = [threading.Thread(target=append_for_ever, args=(log,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for stop in (cluster.stop, lambda: kill(cluster)):
+            wait_for(lambda: log.status().drained_rows > 0 and log.status().database == "ok")
+            stop()
+            wait_for(lambda: log.status().database == "unreachable")
+            before = len(ids)
+            wait_for(lambda before=before: len(ids) > before + 20)
+            assert log.status().depth > 0
+            assert "Received" in (log.status().last_error or "")
+            with pytest.raises(DatabaseUnavailableError):
+                log.find_prediction(uuid4())
+            last = answered()
+            log.append(last)
+            ids.append(last.entry_id)
+            assert last.prediction_id is not None
+            assert_same_prediction(log.find_prediction(last.prediction_id), last)
+            start_again(cluster, url)
+        wait_for(lambda: log.status().database == "ok")
+        is_over.set()
+        for thread in threads:
+            thread.join(WAIT_SECONDS)
+        assert log.wait_until_drained(WAIT_SECONDS)
+        assert log.status().dropped == 0
+    assert entry_ids(engine) == sorted(map(str, ids))
+    assert count(engine, "predictions") == len(ids)
+    engine.dispose()
+
+
+def kill(cluster: Cluster) -> None:
+    running = cluster.postmaster()
+    assert running is not None
+    os.kill(running.pid, signal.SIGKILL)
+    wait_for(lambda: cluster.postmaster() is None)
+
+
+def test_a_service_that_starts_before_its_database_drains_once_it_is_there(
+    tmp_path: Path, private_server: tuple[Cluster, str]
+) -> None:
+    cluster, url = private_server
+    cluster.stop()
+    with RequestLog(tmp_path, url) as log:
+        log.append(answered())
+        wait_for(lambda: log.status().database == "unreachable" and log.status().last_error != "not connected yet")
+        start_again(cluster, url)
+        assert log.wait_until_drained(WAIT_SECONDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rejected_rows_are_in_the_spool_for_a_person_to_look_at(log: RequestLog, engine: Engine) -> None:
+    entry = replace(answered(), response_status_code=2**40)
+    log.append(entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    (rejected,) = log.rejected()
+    assert rejected.entry_id == str(entry.entry_id)
+    assert str(2**40) in rejected.record
+    assert count(engine, "api_log") == 0
+
+
+def test_the_uploads_of_a_spool_are_readable_by_plain_sqlite(tmp_path: Path) -> None:
+    """The format is documented by use: an operator can rescue a spool with the sqlite3 command alone."""
+    spool = Spool(tmp_path)
+    spool.append(answered(image=b"rescue me"))
+    connection = sqlite3.connect(spool.path)
+    row = connection.execute("SELECT content, media_type FROM entries JOIN images ON sha256 = image_sha256").fetchone()
+    connection.close()
+    assert row == (b"rescue me", "image/png")
+    spool.close()

@@ -1,0 +1,210 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from cv_platform.config import DeployConfig
+from cv_platform.deployment.bundle import ModelBundle
+from cv_platform.deployment.rollout import deploy, rollback
+from cv_platform.errors import CorruptBundleError, DeploymentError
+from cv_platform.serving.holder import ModelHolder
+from cv_platform.storage import BundleMetadata, CentralStorage, WorkerHeartbeat
+from cv_platform_tests.tiny_models import TinyExport, publish_tiny
+
+pytestmark = pytest.mark.xdist_group("tensorflow")
+
+SERVICE = "image_classifier"
+
+
+def as_bundle(metadata: BundleMetadata) -> ModelBundle:
+    return ModelBundle(
+        model_name=metadata.model_name, version=metadata.version, bento_tag="tiny:1", bytes=1, url="memory://"
+    )
+
+
+def config(timeout_seconds: float = 30.0) -> DeployConfig:
+    return DeployConfig(service=SERVICE, confirm_timeout_seconds=timeout_seconds)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> CentralStorage:
+    return CentralStorage(tmp_path / "storage")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], ModelHolder]]:
+    """Starts real workers' holders, and stops them at the end."""
+    holders: list[ModelHolder] = []
+
+    def make(worker_id: str, url: Path | None = None) -> ModelHolder:
+        holder = ModelHolder(
+            CentralStorage(url or tmp_path / "storage"),
+            service=SERVICE,
+            worker_id=worker_id,
+            cache=tmp_path / f"cache-{worker_id}",
+            poll_seconds=0.02,
+        )
+        holders.append(holder)
+        holder.start()
+        deadline = time.monotonic() + 30
+        while worker_id not in {beat.worker_id for beat in holder._storage.read_heartbeats(SERVICE)}:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return holder
+
+    yield make
+    for holder in holders:
+        holder.stop()
+
+
+def pointer_version(storage: CentralStorage) -> str | None:
+    pointer = storage.read_pointer(SERVICE)
+    return pointer.version if pointer else None
+
+
+def test_every_running_worker_confirms(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
+    first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    deploy(as_bundle(first), config(), storage=storage, cache=cache)
+    workers = [start("a"), start("b")]
+    done = deploy(as_bundle(second), config(), storage=storage, cache=cache)
+    assert done.confirmed_workers == ("a", "b")
+    assert (done.version, done.previous_version) == (second.version, first.version)
+    assert "2 worker(s)" in done.message
+    assert [worker.status()["model_version"] for worker in workers] == [second.version] * 2
+
+
+def test_without_a_running_service_the_next_start_serves_it(
+    storage: CentralStorage, cache: Path, start, tiny_export: TinyExport
+):
+    metadata = publish_tiny(storage, tiny_export)
+    # A worker that died without a goodbye does not count.
+    storage.write_heartbeat(
+        SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC) - timedelta(seconds=11))
+    )
+    done = deploy(as_bundle(metadata), config(), storage=storage, cache=cache)
+    assert done.confirmed_workers == ()
+    assert done.previous_version is None
+    assert "no service is running; the next start serves it" in done.message
+    assert start("a").status()["model_version"] == metadata.version
+
+
+def test_a_bundle_that_fails_its_load_test_moves_nothing(
+    storage: CentralStorage, cache: Path, tmp_path: Path, tiny_export: TinyExport
+):
+    good, bad = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    deploy(as_bundle(good), config(), storage=storage, cache=cache)
+    (tmp_path / "storage" / "models" / "tiny" / bad.version / "golden.npz").write_bytes(b"")
+    with pytest.raises(CorruptBundleError):
+        deploy(as_bundle(bad), config(), storage=storage, cache=cache)
+    assert pointer_version(storage) == good.version
+
+
+def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back(
+    storage: CentralStorage, cache: Path, tmp_path: Path, start, tiny_export: TinyExport
+):
+    good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    deploy(as_bundle(good), config(), storage=storage, cache=cache)
+    start("a")
+    # This worker reaches the same pointer and heartbeats, but another, broken copy of the bundles.
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "services").symlink_to(tmp_path / "storage" / "services")
+    other = CentralStorage(broken)
+    publish_tiny(other, tiny_export, good.version)
+    publish_tiny(other, tiny_export, new.version)
+    (broken / "models" / "tiny" / new.version / "golden.npz").unlink()
+    worker = start("b", broken)
+    with pytest.raises(DeploymentError, match=r"b: .*golden\.npz"):
+        deploy(as_bundle(new), config(), storage=storage, cache=cache)
+    assert pointer_version(storage) == good.version
+    assert worker.status()["model_version"] == good.version
+
+
+def test_an_error_about_an_earlier_pointer_is_not_held_against_this_deployment(
+    storage: CentralStorage, cache: Path, start, tiny_export: TinyExport
+):
+    metadata = publish_tiny(storage, tiny_export)
+    now = datetime.now(UTC)
+    stale = WorkerHeartbeat(
+        worker_id="a",
+        beat_utc=now,
+        last_swap_error="an old one",
+        failed_version=metadata.version,
+        failed_pointer_utc=now - timedelta(minutes=1),
+    )
+    storage.write_heartbeat(SERVICE, stale)
+    takes_it = threading.Timer(
+        0.5,
+        lambda: storage.write_heartbeat(
+            SERVICE,
+            WorkerHeartbeat(
+                worker_id="a", model_name=metadata.model_name, version=metadata.version, beat_utc=datetime.now(UTC)
+            ),
+        ),
+    )
+    takes_it.start()
+    done = deploy(as_bundle(metadata), config(), storage=storage, cache=cache)
+    takes_it.join()
+    assert done.confirmed_workers == ("a",)
+
+
+def test_a_worker_that_does_not_answer_in_time_puts_the_pointer_back(
+    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+):
+    good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    deploy(as_bundle(good), config(), storage=storage, cache=cache)
+    storage.write_heartbeat(
+        SERVICE, WorkerHeartbeat(worker_id="stuck", model_name="tiny", version=good.version, beat_utc=datetime.now(UTC))
+    )
+    with pytest.raises(DeploymentError, match=f"stuck \\(runs {good.version}\\)"):
+        deploy(as_bundle(new), config(0.3), storage=storage, cache=cache)
+    assert pointer_version(storage) == good.version
+
+
+def test_a_first_deployment_that_fails_leaves_no_pointer(storage: CentralStorage, cache: Path, tiny_export: TinyExport):
+    metadata = publish_tiny(storage, tiny_export)
+    storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="stuck", beat_utc=datetime.now(UTC)))
+    with pytest.raises(DeploymentError, match="runs nothing"):
+        deploy(as_bundle(metadata), config(0.3), storage=storage, cache=cache)
+    assert storage.read_pointer(SERVICE) is None
+
+
+def test_a_pointer_that_someone_else_has_moved_is_not_put_back(
+    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+):
+    first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
+    deploy(as_bundle(first), config(), storage=storage, cache=cache)
+    storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="stuck", beat_utc=datetime.now(UTC)))
+
+    def move() -> None:
+        while pointer_version(storage) != second.version:
+            time.sleep(0.01)
+        pointer = storage.read_pointer(SERVICE)
+        assert pointer is not None
+        storage.write_pointer(SERVICE, pointer.model_copy(update={"version": third.version}))
+
+    other = threading.Thread(target=move)
+    other.start()
+    with pytest.raises(DeploymentError):
+        deploy(as_bundle(second), config(1.0), storage=storage, cache=cache)
+    other.join(timeout=10)
+    assert pointer_version(storage) == third.version
+
+
+def test_rollback_returns_to_the_version_before(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
+    first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    deploy(as_bundle(first), config(), storage=storage, cache=cache)
+    worker = start("a")
+    deploy(as_bundle(second), config(), storage=storage, cache=cache)
+    done = rollback(SERVICE, storage, cache)
+    assert (done.version, done.previous_version) == (first.version, second.version)
+    assert done.confirmed_workers == ("a",)
+    assert worker.status()["model_version"] == first.version
+
+
+def test_rollback_refuses_before_a_second_deployment(storage: CentralStorage, cache: Path):
+    with pytest.raises(DeploymentError, match="nothing was deployed"):
+        rollback(SERVICE, storage, cache)

@@ -1,0 +1,23 @@
+from pathlib import Path
+
+import pytest
+
+from cv_platform_tests.tiny_models import TinyExport, export_tiny
+from cv_platform_tests.unit.serving.app_fixtures import admin, client, context, make_context
+
+__all__ = ["admin", "client", "context", "make_context"]
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    return export_tiny(tmp_path_factory.mktemp("tiny") / "one", seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    return export_tiny(tmp_path_factory.mktemp("tiny") / "two", seed=2)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"

@@ -1,0 +1,199 @@
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from cv_platform.serving.app import create_app
+from cv_platform.serving.context import ServingContext
+from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
+from cv_platform_tests.tiny_models import TinyExport, publish_tiny
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
+from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+
+SERVICE = "image_classifier"
+VERSIONS = ("20260101T000000Z-0000000a", "20260102T000000Z-0000000b")
+ADMIN_ROUTES = [
+    ("PUT", "/update_model/tiny.yaml"),
+    ("POST", "/rollback"),
+    ("DELETE", "/predictions/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"),
+]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> CentralStorage:
+    return CentralStorage(tmp_path / "storage")
+
+
+def test_admin_routes_are_closed_while_no_token_is_configured(make_context: MakeContext):
+    client = Client(create_app(make_context(CV_ADMIN_TOKEN="")), {"Authorization": "Bearer "})
+    for method, path in ADMIN_ROUTES:
+        response = client.request(method, path)
+        assert response.status_code == 403, path
+        assert "CV_ADMIN_TOKEN" in response.json()["message"]
+
+
+@pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
+def test_admin_routes_ask_for_the_token(client: Client, method: str, path: str):
+    for header in (None, "", "Bearer", "Bearer ", f"Basic {ADMIN_TOKEN}", ADMIN_TOKEN):
+        response = client.request(method, path, headers={} if header is None else {"Authorization": header})
+        assert response.status_code == 401, header
+        assert response.headers["www-authenticate"].startswith("Bearer")
+
+
+@pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
+def test_admin_routes_refuse_a_wrong_token(client: Client, method: str, path: str):
+    for token in (b"wrong", ADMIN_TOKEN[:-1].encode(), ADMIN_TOKEN.encode() + b"x", b"\xff\xfe"):
+        response = client.request(method, path, headers={"Authorization": b"Bearer " + token})
+        assert response.status_code == 403, token
+        assert ADMIN_TOKEN not in response.text
+
+
+NO_METADATA_FILES = [
+    "..%2f..%2fetc%2fpasswd",
+    "%2e%2e/%2e%2e/etc/passwd",
+    "%2fetc%2fpasswd.yaml",
+    "a/b.yaml",
+    "..yaml",
+    ".yaml",
+    "tiny",
+    "tiny.yml",
+    "Tiny.yaml",
+    "tiny.yaml%00",
+    "tiny%00.yaml",
+    "tiny.yaml%20",
+    "t%C3%AFny.yaml",
+    "..%5c..%5ctiny.yaml",
+    "x" * 64 + ".yaml",
+    "s3:%2f%2fbucket%2ftiny.yaml",
+]
+
+
+def test_a_metadata_file_is_a_name_and_never_a_path(admin: Client):
+    for name in NO_METADATA_FILES:
+        response = admin.put(f"/update_model/{name}")
+        assert response.status_code == 422, name
+        assert "never a path" in response.json()["expected"]
+
+
+def test_a_name_with_a_newline_in_it_reaches_no_model(admin: Client):
+    response = admin.put("/update_model/tiny%0a.yaml")
+    assert response.status_code == 404
+    assert response.json()["expected"] == "one of the routes of /docs"
+
+
+def test_a_version_is_of_the_form_of_versions(admin: Client):
+    for version in ("latest", "../x", "20260101T000000Z", "20260101T000000Z-0000000G", "", "a\x00"):
+        assert admin.put("/update_model/tiny.yaml", params={"version": version}).status_code == 422, version
+
+
+def test_an_unpublished_model_is_a_404(admin: Client):
+    response = admin.put("/update_model/tiny.yaml")
+    assert response.status_code == 404
+    assert "tiny" in response.json()["message"]
+
+
+def test_a_rollback_with_nothing_before_says_so(admin: Client):
+    response = admin.post("/rollback")
+    assert response.status_code == 409
+    assert "nothing was deployed" in response.json()["message"]
+
+
+@pytest.mark.xdist_group("tensorflow")
+def test_moves_production_to_the_newest_version_to_a_named_one_and_back(
+    admin: Client, storage: CentralStorage, tiny_export: TinyExport
+):
+    for version in VERSIONS:
+        publish_tiny(storage, tiny_export, version)
+    response = admin.put("/update_model/tiny.yaml")
+    assert response.status_code == 200
+    assert response.json()["production"]["version"] == VERSIONS[1]
+    response = admin.put("/update_model/tiny.yaml", params={"version": VERSIONS[0]})
+    assert response.json()["production"]["version"] == VERSIONS[0]
+    assert response.json()["production"]["previous_version"] == VERSIONS[1]
+    response = admin.post("/rollback")
+    assert response.json()["production"]["version"] == VERSIONS[1]
+    pointer = storage.read_pointer(SERVICE)
+    assert pointer is not None
+    assert pointer.version == VERSIONS[1]
+    assert admin.put("/update_model/tiny.yaml", params={"version": "20260103T000000Z-0000000c"}).status_code == 404
+
+
+@pytest.mark.xdist_group("tensorflow")
+def test_a_corrupt_model_is_refused_and_production_stays(
+    admin: Client, storage: CentralStorage, tiny_export: TinyExport, tmp_path: Path
+):
+    publish_tiny(storage, tiny_export, VERSIONS[0])
+    (tmp_path / "storage" / "models" / "tiny" / VERSIONS[0] / "golden.npz").write_bytes(b"damaged")
+    response = admin.put("/update_model/tiny.yaml")
+    assert response.status_code == 409
+    assert "Production stays" in response.json()["message"]
+    assert storage.read_pointer(SERVICE) is None
+
+
+def test_only_one_update_runs_at_a_time(admin: Client, context: ServingContext):
+    with context.promotion:
+        response = admin.put("/update_model/tiny.yaml")
+    assert response.status_code == 409
+    assert "Another update" in response.json()["message"]
+    assert admin.put("/update_model/tiny.yaml").status_code == 404  # The lock is free again.
+
+
+def test_shows_the_pointer_and_which_workers_live_and_follow_it(client: Client, storage: CentralStorage):
+    now = datetime.now(UTC)
+    assert client.get("/models/current").json() == {"service": SERVICE, "production": None, "workers": []}
+    storage.write_pointer(SERVICE, ProductionPointer(model_name="tiny", version=VERSIONS[1], since_utc=now))
+    for worker_id, version, age in (("a", VERSIONS[1], 0), ("b", VERSIONS[0], 1), ("c", VERSIONS[1], 60)):
+        storage.write_heartbeat(
+            SERVICE,
+            WorkerHeartbeat(
+                worker_id=worker_id, model_name="tiny", version=version, beat_utc=now - timedelta(seconds=age)
+            ),
+        )
+    body = client.get("/models/current").json()
+    assert body["production"]["version"] == VERSIONS[1]
+    assert [(w["worker_id"], w["is_live"], w["is_current"]) for w in body["workers"]] == [
+        ("a", True, True),
+        ("b", True, False),
+        ("c", False, True),
+    ]
+
+
+def test_an_unreadable_pointer_is_a_503_that_names_it(client: Client, tmp_path: Path):
+    path = tmp_path / "storage" / "services" / SERVICE / "production.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    response = client.get("/models/current")
+    assert response.status_code == 503
+    assert "production.json" in response.json()["message"]
+
+
+@pytest.fixture
+def closed(make_context: MakeContext) -> Client:
+    return Client(create_app(make_context(CV_API_KEYS="first-key,second-key")))
+
+
+KEYED = [
+    ("POST", "/predict"),
+    ("POST", "/feedback/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"),
+    ("GET", "/predictions/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"),
+    ("GET", "/predictions/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11/passport"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), KEYED)
+def test_api_keys_close_the_predictions(closed: Client, method: str, path: str):
+    for key in (None, b"", b"wrong", b"first-key,second-key", b"first-ke", b"\xff"):
+        response = closed.request(method, path, headers={} if key is None else {"X-API-Key": key})
+        assert response.status_code == 401, key
+        assert "X-API-Key" in response.json()["expected"]
+
+
+@pytest.mark.parametrize("key", ["first-key", "second-key"])
+def test_each_api_key_opens_them(closed: Client, key: str):
+    headers = {"X-API-Key": key}
+    assert closed.predict(png(flat_image(1, 2, 3)), headers=headers).status_code == 200
+    assert closed.get(KEYED[2][1], headers=headers).status_code in {404, 503}
+
+
+def test_the_page_the_health_and_the_docs_stay_open(closed: Client):
+    assert [closed.get(path).status_code for path in ("/", "/docs", "/openapi.json", "/health_check")] == [200] * 4

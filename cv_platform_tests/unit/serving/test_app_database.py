@@ -1,0 +1,166 @@
+"""The log's way to a real PostgreSQL, seen through the routes."""
+
+import pytest
+from sqlalchemy import Engine, text
+
+from cv_platform.serving.app import create_app
+from cv_platform.serving.context import ServingContext
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
+from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+
+REDDISH = png(flat_image(199, 99, 99))
+
+
+@pytest.fixture
+def logged(make_context: MakeContext, database_url: str) -> ServingContext:
+    return make_context(DATABASE_URL=database_url)
+
+
+@pytest.fixture
+def client(logged: ServingContext) -> Client:
+    return Client(create_app(logged), {"Authorization": f"Bearer {ADMIN_TOKEN}"})
+
+
+def drain(context: ServingContext) -> None:
+    assert context.log.wait_until_drained(30)
+
+
+def count(engine: Engine, table: str) -> int:
+    with engine.connect() as connection:
+        return connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one()
+
+
+def test_every_answer_and_refusal_has_its_row(client: Client, logged: ServingContext, engine: Engine):
+    answered = [client.predict(REDDISH).json()["prediction_id"] for _ in range(3)]
+    client.predict(b"")
+    client.predict(b"x" * 300_000)
+    client.post("/predict", json={})
+    drain(logged)
+    with engine.connect() as connection:
+        joined = connection.execute(
+            text(
+                "SELECT p.prediction_id::text, p.predicted_class, a.response_status_code FROM predictions p "
+                "JOIN api_log a USING (prediction_id) ORDER BY a.created_on"
+            )
+        ).all()
+        refused = (
+            connection.execute(
+                text("SELECT response_status_code FROM api_log WHERE prediction_id IS NULL ORDER BY created_on")
+            )
+            .scalars()
+            .all()
+        )
+    assert [tuple(row) for row in joined] == [(prediction_id, "cat", 200) for prediction_id in answered]
+    assert refused == [400, 413, 422]
+    assert count(engine, "images") == 1
+    assert client.get("/health_check").json()["database"] == {"state": "ok", "error": None}
+
+
+def test_reads_a_result_and_its_passport_from_the_database(client: Client, logged: ServingContext):
+    first = client.predict(REDDISH).json()
+    drain(logged)
+    again = client.get(f"/predictions/{first['prediction_id']}").json()
+    assert again["prediction"] == first["prediction"]
+    assert again["overlaid_img"]
+    passport = client.get(f"/predictions/{first['prediction_id']}/passport").json()
+    assert passport["prediction"]["model_version"] == first["model_version"]
+    assert passport["prediction"]["image_is_kept"] is True
+    assert passport["model"] is None  # The model of this test was never published.
+    assert first["model_version"] in passport["message"]
+
+
+def test_an_unknown_id_is_a_404_everywhere(client: Client):
+    path = "4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"
+    answers = [
+        client.get(f"/predictions/{path}"),
+        client.get(f"/predictions/{path}/passport"),
+        client.delete(f"/predictions/{path}"),
+        client.post(f"/feedback/{path}", json={"true_class": "cat"}),
+    ]
+    assert [answer.status_code for answer in answers] == [404] * 4
+    assert all(path in answer.json()["message"] for answer in answers)
+
+
+def test_the_latest_statement_of_the_true_class_is_the_last_row(client: Client, logged: ServingContext, engine: Engine):
+    prediction_id = client.predict(REDDISH).json()["prediction_id"]
+    for said, request in (("owl", "1"), ("owl", "1"), ("dog", "2"), ("owl", "3")):
+        client.post(f"/feedback/{prediction_id}", json={"true_class": said}, headers={"X-Request-Id": request})
+    drain(logged)
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT true_class FROM feedback ORDER BY created_on")).scalars().all()
+    assert rows == ["owl", "dog", "owl"]
+
+
+def test_deletes_a_prediction_with_its_feedback_and_keeps_the_request(
+    client: Client, logged: ServingContext, engine: Engine
+):
+    prediction_id = client.predict(REDDISH).json()["prediction_id"]
+    client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"})
+    drain(logged)
+    assert client.delete(f"/predictions/{prediction_id}").status_code == 200
+    assert [count(engine, table) for table in ("predictions", "feedback", "images", "api_log")] == [0, 0, 0, 1]
+    assert client.get(f"/predictions/{prediction_id}").status_code == 404
+    assert client.delete(f"/predictions/{prediction_id}").status_code == 404
+
+
+def test_deletes_an_image_only_with_its_last_prediction(client: Client, logged: ServingContext, engine: Engine):
+    first, second = (client.predict(REDDISH).json()["prediction_id"] for _ in range(2))
+    drain(logged)
+    client.delete(f"/predictions/{first}")
+    assert count(engine, "images") == 1
+    assert client.get(f"/predictions/{second}").json()["overlaid_img"]
+    client.delete(f"/predictions/{second}")
+    assert count(engine, "images") == 0
+
+
+def test_a_deletion_right_after_the_answer_reaches_what_is_on_its_way(
+    client: Client, logged: ServingContext, engine: Engine
+):
+    for _ in range(5):
+        prediction_id = client.predict(REDDISH).json()["prediction_id"]
+        assert client.delete(f"/predictions/{prediction_id}").status_code == 200
+    drain(logged)
+    assert [count(engine, table) for table in ("predictions", "images", "api_log")] == [0, 0, 5]
+
+
+def test_goes_on_without_a_database_and_says_so(make_context: MakeContext):
+    context = make_context(DATABASE_URL="postgresql://nobody:nothing@127.0.0.1:9/none")
+    client = Client(create_app(context))
+    first = client.predict(REDDISH)
+    assert first.status_code == 200
+    prediction_id = first.json()["prediction_id"]
+    assert client.get(f"/predictions/{prediction_id}").status_code == 200
+    assert client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}).status_code == 200
+    other = "4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"
+    assert client.post(f"/feedback/{other}", json={"true_class": "owl"}).status_code == 202
+    assert client.get(f"/predictions/{other}").status_code == 503
+    health = client.get("/health_check")
+    assert health.status_code == 200
+    assert health.json()["database"]["state"] == "unreachable"
+    assert "nothing" not in health.text  # The password.
+
+
+def test_the_log_moves_to_a_database_that_starts_later(make_context: MakeContext, database_url: str, engine: Engine):
+    context = make_context()
+    client = Client(create_app(context))
+    client.predict(REDDISH)
+    assert context.log.status().database == "not configured"
+    context.log.use_database(database_url)
+    client.predict(REDDISH)
+    drain(context)
+    assert count(engine, "predictions") == 2
+
+
+def test_housekeeping_finds_the_embedded_database_when_it_starts(
+    make_context: MakeContext, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    running: list[str | None] = [None]
+    monkeypatch.setattr("cv_platform.serving.context.running_database_url", lambda settings: running[0])
+    context = make_context()
+    context._follow_database()
+    assert context.log.status().database == "not configured"
+    running[0] = database_url
+    context._follow_database()
+    Client(create_app(context)).predict(REDDISH)
+    drain(context)
+    assert count(engine, "predictions") == 1

@@ -1,0 +1,157 @@
+import base64
+from typing import Any
+from uuid import uuid4
+
+import cv2
+import numpy as np
+import pytest
+
+from cv_platform.serving.app import create_app
+from cv_platform.serving.context import ServingContext
+from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled, spooled_images
+from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
+
+REDDISH = png(flat_image(199, 99, 99))
+
+
+@pytest.fixture
+def prediction_id(client: Client) -> str:
+    return client.predict(REDDISH, params={"explain": "none"}).json()["prediction_id"]
+
+
+def statements(context: ServingContext) -> list[dict[str, Any]]:
+    return [record for record in spooled(context) if "true_class" in record]
+
+
+def test_keeps_what_a_person_says_before_it_answers(client: Client, context: ServingContext, prediction_id: str):
+    response = client.post(f"/feedback/{prediction_id}", json={"true_class": "owl", "source": "page"})
+    assert response.status_code == 200
+    assert response.json() == {"prediction_id": prediction_id, "true_class": "owl", "source": "page", "message": "ok"}
+    (statement,) = statements(context)
+    assert (statement["prediction_id"], statement["true_class"], statement["source"]) == (prediction_id, "owl", "page")
+
+
+def test_the_same_request_sent_twice_is_one_statement(client: Client, context: ServingContext, prediction_id: str):
+    for _ in range(2):
+        client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}, headers={"X-Request-Id": "click-1"})
+    client.post(f"/feedback/{prediction_id}", json={"true_class": "dog"}, headers={"X-Request-Id": "click-2"})
+    client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}, headers={"X-Request-Id": "click-3"})
+    # The database ignores an entry_id that it has, so that equal ids are one row.
+    ids = [statement["entry_id"] for statement in statements(context)]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+
+
+def test_refuses_a_class_that_the_model_does_not_have(client: Client, context: ServingContext, prediction_id: str):
+    for true_class in ("cow", "CAT", "cat ", "cat|cow", "", "\u0000", "x" * 5_000):
+        response = client.post(f"/feedback/{prediction_id}", json={"true_class": true_class})
+        assert response.status_code == 422, true_class
+    assert statements(context) == []
+
+
+def test_says_which_classes_there_are(client: Client, prediction_id: str):
+    body = client.post(f"/feedback/{prediction_id}", json={"true_class": "cow"}).json()
+    assert body["classes"] == ["cat", "dog", "owl"]
+    assert "cow" in body["message"]
+
+
+def test_takes_several_classes_of_a_multi_label_model(make_context: MakeContext):
+    context = make_context(models=FixedModels(brightness_model(classifier_type="multi-label")))
+    client = Client(create_app(context))
+    prediction_id = client.predict(REDDISH).json()["prediction_id"]
+    assert client.post(f"/feedback/{prediction_id}", json={"true_class": "cat|owl"}).status_code == 200
+
+
+MALFORMED = [
+    b"", b"{", b"[]", b'"owl"', b"{}", b'{"true_class": 3}', b'{"true_class": "owl", "extra": 1}',
+    b'{"true_class": "\\ud800"}', b'{"true_class": "owl", "source": "a\\u0000b"}',
+    b'{"true_class": "owl", "source": "<script>"}', b"[" * 50_000, b"\xff\xfe", b"NaN",
+]  # fmt: skip
+
+
+def test_a_malformed_statement_is_refused_and_never_a_5xx(client: Client, prediction_id: str):
+    for content in MALFORMED:
+        response = client.post(
+            f"/feedback/{prediction_id}", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert response.status_code in {400, 422}, content[:80]
+        assert response.json()["message"]
+
+
+def test_a_large_statement_is_refused_before_it_is_read(client: Client, prediction_id: str):
+    response = client.post(f"/feedback/{prediction_id}", content=b" " * 70_000)
+    assert response.status_code == 413
+
+
+def test_an_id_is_a_uuid(client: Client):
+    for bad in ("1", "x" * 36, "4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f1", "' OR 1=1--", "%00"):
+        assert client.post(f"/feedback/{bad}", json={"true_class": "cat"}).status_code == 422, bad
+        assert client.get(f"/predictions/{bad}").status_code == 422, bad
+
+
+def test_feedback_without_a_database_is_kept_and_says_what_was_not_checked(client: Client, context: ServingContext):
+    response = client.post(f"/feedback/{uuid4()}", json={"true_class": "owl"})
+    assert response.status_code == 202
+    assert "could not be checked" in response.json()["message"]
+    assert len(statements(context)) == 1
+    assert client.post(f"/feedback/{uuid4()}", json={"true_class": "cow"}).status_code == 422
+
+
+def test_reading_without_a_database_is_a_503(client: Client):
+    for path in ("", "/passport"):
+        response = client.get(f"/predictions/{uuid4()}{path}")
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+
+
+def test_shows_a_result_again_with_its_pictures(client: Client):
+    first = client.predict(REDDISH, params={"explain": "png"}).json()
+    response = client.get(f"/predictions/{first['prediction_id']}")
+    assert response.status_code == 200
+    again = response.json()
+    for name in ("prediction_id", "model_name", "model_version", "classifier_type", "predicted_class", "prediction"):
+        assert again[name] == first[name]
+    assert list(again["prediction"]) == ["cat", "dog", "owl"]
+    assert again["cam"] == [[0.519] * 4] * 4
+    assert again["created_on"].endswith("+00:00")
+    assert again["media_type"] == "image/jpeg"
+    pictures = [
+        cv2.imdecode(np.frombuffer(base64.b64decode(again[name]), np.uint8), cv2.IMREAD_COLOR)
+        for name in ("original_img", "overlaid_img", "raw_hm_img")
+    ]
+    assert [picture.shape for picture in pictures] == [(171, 256, 3)] * 3
+    np.testing.assert_allclose(pictures[0][80, 100], (99, 99, 199), atol=3)
+
+
+def test_shows_a_result_whose_image_was_not_kept(make_context: MakeContext):
+    client = Client(create_app(make_context(CV_LOG_IMAGES="none")))
+    first = client.predict(REDDISH).json()
+    again = client.get(f"/predictions/{first['prediction_id']}").json()
+    assert again["prediction"] == first["prediction"]
+    assert again["overlaid_img"] is again["original_img"] is None
+    assert "not kept" in again["message"]
+
+
+def test_deletes_a_prediction_that_is_still_in_the_spool_but_not_its_request(
+    client: Client, admin: Client, context: ServingContext, prediction_id: str
+):
+    client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"})
+    assert admin.delete(f"/predictions/{prediction_id}").status_code == 200
+    assert spooled_images(context) == []
+    (record,) = spooled(context)
+    assert record["prediction_id"] is None
+    assert record["response_status_code"] == 200
+    assert not {"predicted_class", "prediction_json", "image_sha256"} & set(record)
+    assert client.get(f"/predictions/{prediction_id}").status_code == 503
+    assert b"199" not in record["request_url"].encode()
+
+
+def test_keeps_an_image_that_another_prediction_in_the_spool_has(
+    client: Client, admin: Client, context: ServingContext, prediction_id: str
+):
+    other = client.predict(REDDISH).json()["prediction_id"]
+    admin.delete(f"/predictions/{prediction_id}")
+    assert spooled_images(context) == [REDDISH]
+    assert client.get(f"/predictions/{other}").json()["overlaid_img"]
+    admin.delete(f"/predictions/{other}")
+    assert spooled_images(context) == []

@@ -1,0 +1,135 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from cv_platform.serving.app import create_app
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.routes_page import PAGE
+from cv_platform_tests.unit.serving.app_fixtures import MakeContext
+from cv_platform_tests.unit.serving.http_client import Client, FixedModels, flat_image, png
+
+FILES = sorted(path.name for path in PAGE.iterdir())
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_serves_its_pages_under_a_policy_without_exceptions(client: Client, path: str):
+    response = client.get(path)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/html")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["x-frame-options"] == "DENY"
+    assert response.headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_serves_every_file_of_the_page_with_its_type(client: Client, name: str):
+    response = client.get(f"/page/{name}")
+    assert response.status_code == 200
+    expected = {".html": "text/html", ".css": "text/css", ".js": "javascript", ".svg": "image/svg+xml"}
+    assert expected[Path(name).suffix] in response.headers["content-type"]
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["cache-control"] == "no-cache"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_page_loads_nothing_from_elsewhere_and_has_no_inline_code(name: str):
+    text = (PAGE / name).read_text(encoding="utf-8")
+    addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+", text)) - {"http://www.w3.org"}
+    assert addresses == set()
+    if name.endswith(".html"):
+        assert re.findall(r"<script(?![^>]*src=)", text) == []
+        assert re.findall(r"<style|\sstyle=|\son\w+=", text) == []
+        for asset in re.findall(r'(?:src|href)="page/([^"]+)"', text):
+            assert asset in FILES
+    if name.endswith(".js"):
+        assert "innerHTML" not in text
+        for module in re.findall(r"from '\./([^']+)'", text):
+            assert module in FILES
+
+
+def test_every_element_that_the_script_looks_up_is_in_the_page():
+    page, script = (PAGE / "index.html").read_text(), (PAGE / "app.js").read_text()
+    wanted = set(re.findall(r"\$\('([\w-]+)'\)", script))
+    assert wanted - set(re.findall(r'\bid="([\w-]+)"', page)) == set()
+
+
+def test_other_sites_get_no_permission(client: Client):
+    response = client.get("/health_check", headers={"Origin": "http://evil.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    preflight = client.request(
+        "OPTIONS", "/predict", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    )
+    assert preflight.status_code == 405
+
+
+def test_the_openapi_description_names_every_route_with_its_answers(client: Client):
+    spec = client.get("/openapi.json").json()
+    routes = {(verb.upper(), path) for path, verbs in spec["paths"].items() for verb in verbs}
+    assert routes == {
+        ("POST", "/predict"),
+        ("POST", "/feedback/{prediction_id}"),
+        ("GET", "/predictions/{prediction_id}"),
+        ("GET", "/predictions/{prediction_id}/passport"),
+        ("DELETE", "/predictions/{prediction_id}"),
+        ("PUT", "/update_model/{metadata_file}"),
+        ("POST", "/rollback"),
+        ("GET", "/models/current"),
+        ("GET", "/health_check"),
+    }
+    predict = spec["paths"]["/predict"]["post"]
+    form = predict["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["required"] == ["file"]
+    assert set(predict["responses"]) == {"200", "400", "401", "408", "413", "415", "422", "429", "503", "504"}
+    assert {"adminToken", "apiKey"} == set(spec["components"]["securitySchemes"])
+    assert spec["paths"]["/rollback"]["post"]["security"] == [{"adminToken": []}]
+
+
+def test_the_documented_example_of_a_prediction_has_the_real_fields(client: Client):
+    example = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["responses"]["200"]
+    body = client.predict(png(flat_image(1, 2, 3))).json()
+    # FastAPI leaves out what is null.
+    assert set(example["content"]["application/json"]["example"]) == {k for k, v in body.items() if v is not None}
+
+
+def test_health_is_ready_with_a_model_even_without_a_database(client: Client, context: ServingContext):
+    client.predict(png(flat_image(1, 2, 3)))
+    response = client.get("/health_check")
+    assert response.status_code == 200
+    body = response.json()
+    model = context.models.current()
+    assert model is not None
+    assert body["status"] == "ready"
+    assert (body["model_name"], body["model_version"]) == ("tiny", model.metadata.version)
+    assert body["spool"]["entries"] == 1
+    assert body["spool"]["oldest_seconds"] >= 0
+    assert body["database"]["state"] == "not configured"
+    assert "wait in the spool" in body["message"]
+
+
+def test_health_is_not_ready_without_a_model(make_context: MakeContext):
+    context = make_context(models=FixedModels(model=None))
+    response = Client(create_app(context)).get("/health_check")
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    assert response.json()["message"].startswith("No model is deployed yet.")
+
+
+def test_health_tells_of_a_version_that_was_not_taken_up(make_context: MakeContext):
+    context = make_context(models=FixedModels(last_swap_error="tiny 2026: a checksum does not hold"))
+    response = Client(create_app(context)).get("/health_check")
+    assert response.status_code == 200
+    assert "a checksum does not hold" in response.json()["message"]
+
+
+def test_health_before_the_start_is_not_ready_and_predictions_are_a_503(make_context: MakeContext):
+    context = make_context()
+    context.stop()
+    client = Client(create_app(context))
+    assert client.get("/health_check").status_code == 503
+    assert client.predict(png(flat_image(1, 2, 3))).status_code == 503
+    context.start()
+    assert client.predict(png(flat_image(1, 2, 3))).status_code == 200

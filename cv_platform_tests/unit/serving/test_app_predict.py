@@ -1,0 +1,224 @@
+import base64
+import struct
+import zlib
+from uuid import UUID
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cv_platform.images import preprocess
+from cv_platform.properties import image_properties
+from cv_platform.serving import answer, explain
+from cv_platform.serving.app import create_app
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.runtime import LoadedModel
+from cv_platform_tests.tiny_models import tiny_metadata
+from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled, spooled_images
+from cv_platform_tests.unit.serving.http_client import (
+    BrightnessRuntime,
+    Client,
+    FixedModels,
+    brightness_model,
+    flat_image,
+    png,
+)
+
+# Means + 1 are (200, 100, 100), so the probabilities are (0.5, 0.25, 0.25).
+REDDISH = png(flat_image(199, 99, 99))
+
+
+def decoded(text: str) -> np.ndarray:
+    image = cv2.imdecode(np.frombuffer(base64.b64decode(text, validate=True), np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def test_answers_with_the_originals_fields_and_the_new_ones(client: Client):
+    response = client.predict(REDDISH)
+    assert response.status_code == 200
+    body = response.json()
+    assert body["model_name"] == "tiny"
+    assert body["prediction"] == {"cat": 0.5, "dog": 0.25, "owl": 0.25}
+    assert list(body["prediction"]) == ["cat", "dog", "owl"]
+    assert body["predicted_class"] == "cat"
+    assert body["predicted_classes"] == ["cat"]
+    assert body["message"] == "ok"
+    assert UUID(body["prediction_id"]).version == 4
+    assert body["model_version"].endswith("Z-" + body["model_version"][-8:])
+    assert decoded(body["overlaid_img"]).shape == decoded(body["raw_hm_img"]).shape == (171, 256, 3)
+    assert base64.b64decode(body["overlaid_img"])[:3] == b"\xff\xd8\xff"
+    assert body["media_type"] == "image/jpeg"
+
+
+@pytest.mark.parametrize("where", ["query", "form"])
+def test_explains_as_png_when_asked(client: Client, where: str):
+    options = {"params": {"explain": "png"}} if where == "query" else {"data": {"explain": "png"}}
+    body = client.predict(REDDISH, **options).json()
+    assert base64.b64decode(body["overlaid_img"])[:4] == b"\x89PNG"
+    assert base64.b64decode(body["raw_hm_img"])[:4] == b"\x89PNG"
+
+
+def test_explains_with_the_small_matrix_when_asked(client: Client):
+    body = client.predict(REDDISH, params={"explain": "cam"}).json()
+    # (199 + 99 + 99) / 3 / 255, at every fourth pixel of a 16 × 16 image.
+    assert body["cam"] == [[0.519] * 4] * 4
+    assert body["overlaid_img"] is body["raw_hm_img"] is None
+
+
+def test_leaves_out_the_explanation_when_asked(client: Client):
+    body = client.predict(REDDISH, params={"explain": "none"}).json()
+    assert body["cam"] is body["overlaid_img"] is body["raw_hm_img"] is None
+    assert body["message"] == "ok"
+
+
+def test_the_forms_explain_wins_over_the_querys(client: Client):
+    body = client.predict(REDDISH, params={"explain": "png"}, data={"explain": "none"}).json()
+    assert body["overlaid_img"] is None
+
+
+def test_the_entry_is_in_the_spool_when_the_answer_arrives(client: Client, context: ServingContext):
+    body = client.predict(REDDISH, params={"explain": "none"}).json()
+    (record,) = spooled(context)
+    assert record["prediction_id"] == body["prediction_id"]
+    assert record["request_method"] == "POST"
+    assert record["request_url"] == "/predict?explain=none"
+    assert record["response_status_code"] == 200
+    assert record["response_message"] == "ok"
+    assert 0 < record["timespan"] < 60
+    assert record["model_name"] == "tiny"
+    assert record["model_version"] == body["model_version"]
+    assert record["predicted_class"] == "cat"
+    assert record["prediction_json"] == {"cat": 0.5, "dog": 0.25, "owl": 0.25}
+    assert spooled_images(context) == [REDDISH]
+
+
+def test_properties_and_model_input_are_those_of_the_one_preprocessing(make_context: MakeContext):
+    seen: list[np.ndarray] = []
+
+    class Watching(BrightnessRuntime):
+        def __call__(self, images, class_index):
+            seen.append(images[0].copy())
+            return super().__call__(images, class_index)
+
+    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), Watching())))
+    data = png(np.random.default_rng(3).integers(0, 256, (37, 91, 3), dtype=np.uint8))
+    prediction_id = UUID(Client(create_app(context)).predict(data).json()["prediction_id"])
+    expected = preprocess(data, (16, 16))
+    np.testing.assert_array_equal(seen[0], expected)
+    stored = context.log.find_prediction(prediction_id)
+    assert stored is not None
+    np.testing.assert_array_equal(stored.properties, image_properties(expected))
+    assert stored.media_type == "image/png"
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("all", 1), ("none", 0)])
+def test_keeps_the_uploads_that_the_settings_ask_for(make_context: MakeContext, keep: str, kept: int):
+    context = make_context(CV_LOG_IMAGES=keep)
+    assert Client(create_app(context)).predict(REDDISH).status_code == 200
+    assert len(spooled_images(context)) == kept
+    assert len(spooled(context)) == 1
+
+
+def test_samples_about_a_tenth_of_the_uploads_and_the_same_ones_each_time():
+    kept = [answer._is_kept(str(number).encode(), "sampled") for number in range(2000)]
+    assert 140 < sum(kept) < 270  # Binomial(2000, 26/256): mean 203, five standard deviations are 68.
+    assert kept == [answer._is_kept(str(number).encode(), "sampled") for number in range(2000)]
+
+
+def test_a_failing_explanation_never_loses_the_prediction(
+    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object) -> None:
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr(answer, "draw", broken)
+    response = client.predict(REDDISH)
+    assert response.status_code == 200
+    body = response.json()
+    assert body["predicted_class"] == "cat"
+    assert body["overlaid_img"] is None
+    assert "pictures could not be drawn" in body["message"]
+    assert spooled(context)[0]["response_message"] == body["message"]
+
+
+def test_multi_label_answers_every_class_from_the_threshold_on(make_context: MakeContext):
+    model = brightness_model(classifier_type="multi-label", threshold=0.25)
+    context = make_context(models=FixedModels(model))
+    client = Client(create_app(context))
+    body = client.predict(png(flat_image(199, 99, 99))).json()
+    assert body["predicted_class"] == "cat|dog|owl"
+    assert body["predicted_classes"] == ["cat", "dog", "owl"]
+    # Means + 1 are (240, 80, 80): 0.6, 0.2, 0.2.
+    assert client.predict(png(flat_image(239, 79, 79))).json()["predicted_class"] == "cat"
+
+
+def test_multi_label_may_predict_no_class(make_context: MakeContext):
+    context = make_context(models=FixedModels(brightness_model(classifier_type="multi-label", threshold=0.9)))
+    body = Client(create_app(context)).predict(REDDISH).json()
+    assert body["predicted_class"] == ""
+    assert body["predicted_classes"] == []
+    assert spooled(context)[0]["predicted_class"] == ""
+
+
+def test_an_upload_of_many_megabytes_passes_through_the_temporary_file(make_context: MakeContext):
+    context = make_context(CV_MAX_UPLOAD_BYTES="10000000")
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+    data = png(noise)
+    assert len(data) > 2_500_000
+    response = Client(create_app(context)).predict(data)
+    assert response.status_code == 200
+    assert spooled_images(context) == [data]
+    assert max(decoded(response.json()["overlaid_img"]).shape) == explain.LONGEST_SIDE_PX
+
+
+def test_predictions_at_the_same_time_are_all_answered_and_logged(client: Client, context: ServingContext):
+    request = ("POST", "/predict", {"files": {"file": ("a.png", REDDISH)}})
+    responses = client.together([request] * 20)
+    assert [r.status_code for r in responses] == [200] * 20
+    ids = {r.json()["prediction_id"] for r in responses}
+    assert len(ids) == 20
+    assert {record["prediction_id"] for record in spooled(context)} == ids
+
+
+def test_counts_answers_and_classes(client: Client, context: ServingContext):
+    client.predict(REDDISH)
+    client.predict(b"")
+    collected = context.metrics._requests.collect()
+    counts = {s.labels["status"]: s.value for metric in collected for s in metric.samples if s.name.endswith("_total")}
+    assert counts == {"200": 1.0, "400": 1.0}
+
+
+def bomb(side: int) -> bytes:
+    """Returns a PNG of `side × side` black pixels with one bit each: a few kB that decode to 3·side² bytes."""
+    compressor = zlib.compressobj(9)
+    row = bytes(1 + -(-side // 8))
+    data = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_a_small_image_of_one_bit_per_pixel_is_answered(client: Client):
+    assert client.predict(bomb(64)).status_code == 200
+
+
+def test_refuses_a_decompression_bomb_by_its_header_before_decoding(
+    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+):
+    decoders: list[str] = []
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: decoders.append("OpenCV"))
+    monkeypatch.setattr(Image.Image, "load", lambda *_: decoders.append("Pillow"))
+    data = bomb(18_920)
+    assert len(data) < 45_000
+    assert 3 * 18_920**2 > 1_000_000_000
+    response = client.predict(data)
+    assert response.status_code == 413
+    assert "at most 40000000 pixels" in response.json()["message"]
+    assert decoders == []
+    assert spooled(context)[0]["response_status_code"] == 413
+    assert spooled_images(context) == []

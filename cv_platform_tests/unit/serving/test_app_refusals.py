@@ -1,0 +1,346 @@
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+
+from cv_platform.errors import SpoolFullError
+from cv_platform.serving.app import create_app
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.limits import ServingLimits
+from cv_platform.serving.runtime import LoadedModel, Prediction
+from cv_platform_tests.tiny_models import tiny_metadata
+from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
+from cv_platform_tests.unit.serving.http_client import (
+    BrightnessRuntime,
+    Client,
+    FixedModels,
+    flat_image,
+    png,
+    send_raw,
+)
+
+IMAGE = png(flat_image(10, 20, 30))
+
+
+def jpeg() -> bytes:
+    ok, data = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    assert ok
+    return data.tobytes()
+
+
+def refused(context: ServingContext, response: httpx.Response, status: int) -> dict[str, Any]:
+    """Checks a refusal and its log entry, and returns the answer's body."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body["message"]
+    assert body["expected"]
+    assert response.headers["x-request-id"] == body["request_id"]
+    record = spooled(context)[-1]
+    assert record["response_status_code"] == status
+    assert record["response_message"] == body["message"][:1000]
+    assert record["prediction_id"] is None
+    assert record["timespan"] >= 0
+    assert (record["client_error"] is not None) == (status < 500)
+    return body
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"", 400),
+        (IMAGE[: len(IMAGE) // 2], 400),
+        (jpeg()[:-200], 400),
+        (b"not an image at all", 415),
+        (b"\x00" * 100, 415),
+        (b"%PDF-1.7 ...", 415),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', 415),
+        (b"\x89PNG\r\n\x1a\n" + b"\xff" * 50, 400),
+        (b"\xff\xd8\xff\xe0", 400),
+    ],
+)
+def test_says_what_is_wrong_with_an_upload_and_logs_it(
+    client: Client, context: ServingContext, data: bytes, status: int
+):
+    body = refused(context, client.predict(data), status)
+    assert "Expected" in body["message"]
+    assert len(spooled(context)) == 1
+
+
+def test_refuses_too_many_pixels(make_context: MakeContext):
+    context = make_context(CV_MAX_UPLOAD_PIXELS="599")
+    client = Client(create_app(context))
+    body = refused(context, client.predict(IMAGE), 413)
+    assert "30×20 = 600" in body["message"]
+
+
+def test_takes_exactly_the_largest_number_of_pixels(make_context: MakeContext):
+    context = make_context(CV_MAX_UPLOAD_PIXELS="600")
+    assert Client(create_app(context)).predict(IMAGE).status_code == 200
+
+
+def test_refuses_a_large_upload_by_its_length(client: Client, context: ServingContext):
+    body = refused(context, client.predict(b"x" * 300_000), 413)
+    assert body["max_bytes"] == 200_000 + 16_384
+
+
+def test_refuses_a_file_above_the_limit_that_hides_in_the_forms_allowance(client: Client, context: ServingContext):
+    body = refused(context, client.predict(b"x" * 200_001), 413)
+    assert body["max_bytes"] == 200_000
+    refused(context, client.predict(b"x" * 200_000), 415)
+
+
+def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, context: ServingContext):
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+        for _ in range(1_000):
+            taken += 1
+            yield b"x" * 10_000
+
+    response = client.post("/predict", content=endless(), headers={"Content-Type": "multipart/form-data; boundary=x"})
+    refused(context, response, 413)
+    assert taken == 22  # 21 chunks fit into 216,384 bytes; the 22nd is one too many.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"json": {"file": "abc"}},
+        {"content": IMAGE, "headers": {"Content-Type": "image/png"}},
+        {"content": b"file=abc", "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
+        {"files": {"image": ("a.png", IMAGE)}},
+        {"files": {"file": (None, "text, not a file")}},
+        {"files": [("file", ("a.png", IMAGE)), ("file", ("b.png", IMAGE))]},
+        {"files": [("file", (f"{i}.png", b"x")) for i in range(50)]},
+        {"files": {"file": ("a.png", IMAGE)}, "data": {"explain": "x" * 10_000}},
+        {"files": {"file": ("a.png", IMAGE)}, "data": {f"f{i}": "x" for i in range(50)}},
+        {"files": {"file": ("a.png", IMAGE)}, "data": {"explain": "gif"}},
+        {"files": {"file": ("a.png", IMAGE)}, "params": {"explain": "JPEG"}},
+        {"files": {"file": ("a.png", IMAGE)}, "params": {"explain": ""}},
+        {"files": {"file": ("a.png", IMAGE), "explain": ("jpeg", b"jpeg")}},
+        {"content": b"", "headers": {"Content-Type": "multipart/form-data"}},
+        {"content": b"garbage", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        {"content": b"--x\r\n\r\n\r\n--x--", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        {"content": b"--x--", "headers": {"Content-Type": "multipart/form-data; boundary=\xe9".encode("latin-1")}},
+        {"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=" + "b" * 5_000}},
+        {"content": b"x", "headers": {"Content-Type": "multipart/form-data; charset=no-such; boundary=x"}},
+    ],
+)
+def test_says_which_field_it_expected(client: Client, context: ServingContext, options: dict[str, Any]):
+    refused(context, client.post("/predict", **options), 422)
+
+
+def test_a_multipart_form_inside_the_file_is_only_bytes(client: Client, context: ServingContext):
+    inner = b'--y\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n' + IMAGE + b"\r\n--y--\r\n"
+    response = client.post("/predict", files={"file": ("a.png", inner, "multipart/mixed; boundary=y")})
+    refused(context, response, 415)
+
+
+@pytest.mark.parametrize(
+    "filename",
+    [b"a\x00b.png", b"../../etc/passwd", "日本語 😀.png".encode(), b"\xff\xfe\xfa", b"x" * 3_000, b"C:\\a.png", b""],
+)
+def test_the_filename_changes_nothing(client: Client, context: ServingContext, filename: bytes):
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="'
+        + filename
+        + b'"\r\n\r\n'
+        + IMAGE
+        + b"\r\n--x--\r\n"
+    )
+    response = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert response.status_code == 200
+    assert len(spooled(context)) == 1
+
+
+def test_a_newline_in_the_filename_breaks_only_its_own_request(client: Client, context: ServingContext):
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a\r\nX-Evil: 1"\r\n\r\n'
+        + IMAGE
+        + b"\r\n--x--\r\n"
+    )
+    response = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert response.status_code in {200, 422}
+    assert "x-evil" not in response.headers
+    assert spooled(context)[-1]["response_status_code"] == response.status_code
+
+
+def test_what_a_client_sends_can_be_quoted_back_and_logged_whatever_it_is(client: Client, context: ServingContext):
+    body = refused(
+        context, client.predict(IMAGE, params={"explain": "\x00\ud800<script>".encode("utf-8", "surrogatepass")}), 422
+    )
+    assert "<script>" in body["message"]  # JSON, with nosniff: text, never markup.
+
+
+def test_without_a_model_it_says_so_and_when_to_come_again(make_context: MakeContext):
+    context = make_context(models=FixedModels(model=None))
+    response = Client(create_app(context)).predict(IMAGE)
+    body = refused(context, response, 503)
+    assert "No model is deployed" in body["message"]
+    assert int(response.headers["retry-after"]) > 0
+
+
+class WaitingRuntime(BrightnessRuntime):
+    """Answers when it is allowed to."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self, images: np.ndarray, class_index: np.ndarray) -> Prediction:
+        assert self.go.wait(30)
+        return super().__call__(images, class_index)
+
+
+def test_overload_is_refused_with_429_and_the_rest_is_answered(make_context: MakeContext):
+    runtime = WaitingRuntime()
+    context = make_context(
+        models=FixedModels(LoadedModel(tiny_metadata(), runtime)),
+        limits=ServingLimits(max_in_flight=3, predict_threads=1),
+    )
+    app = create_app(context)
+
+    async def flood() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+            tasks = [asyncio.create_task(client.post("/predict", files={"file": ("a", IMAGE)})) for _ in range(8)]
+            await asyncio.wait(tasks, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+            runtime.go.set()
+            return await asyncio.gather(*tasks)
+
+    responses = asyncio.run(flood())
+    statuses = sorted(r.status_code for r in responses)
+    assert statuses == [200] * 3 + [429] * 5
+    assert all(int(r.headers["retry-after"]) > 0 for r in responses if r.status_code == 429)
+    assert sorted(record["response_status_code"] for record in spooled(context)) == statuses
+    assert context.in_flight.inside == context.uploads.inside == 0
+
+
+def test_a_late_prediction_is_a_504_and_keeps_its_place_until_its_thread_is_free(make_context: MakeContext):
+    runtime = WaitingRuntime()
+    limits = ServingLimits(max_in_flight=1, predict_threads=1, predict_seconds=0.05)
+    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
+    client = Client(create_app(context))
+    runtime.go.set()
+    context.limits = ServingLimits()
+    stored = client.predict(IMAGE).json()["prediction_id"]
+    runtime.go.clear()
+    context.limits = limits
+    response = client.predict(IMAGE)
+    refused(context, response, 504)
+    assert context.in_flight.inside == 1
+    refused(context, client.predict(IMAGE), 429)
+    assert client.get(f"/predictions/{stored}").status_code == 429  # It decodes an image, too.
+    runtime.go.set()
+    context.predict_pool.submit(lambda: None).result(30)
+    assert context.in_flight.inside == 0
+    assert [record["response_status_code"] for record in spooled(context)] == [200, 504, 429]
+
+
+def test_a_body_that_never_ends_is_a_408(make_context: MakeContext):
+    context = make_context(limits=ServingLimits(upload_seconds=0.05))
+
+    async def stuck() -> AsyncIterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+        await asyncio.sleep(30)
+
+    response = Client(create_app(context)).post(
+        "/predict", content=stuck(), headers={"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    refused(context, response, 408)
+    assert context.uploads.inside == 0
+
+
+def test_a_full_spool_is_a_503_and_no_prediction_leaves(
+    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+):
+    def full(entry: object) -> None:
+        raise SpoolFullError("Expected room. Received: none. Free space.")
+
+    monkeypatch.setattr(context.log, "submit", full)
+    response = client.predict(IMAGE)
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) > 0
+    assert "prediction" not in response.json()
+    health = client.get("/health_check")
+    assert health.status_code == 503
+    assert "Expected room" in health.json()["message"]
+
+
+def test_recovers_when_the_spool_has_room_again(client: Client, context: ServingContext):
+    context.append_error = "Expected room. Received: none."
+    assert client.get("/health_check").status_code == 503
+    assert client.predict(IMAGE).status_code == 200
+    assert client.get("/health_check").status_code == 200
+
+
+def test_a_defect_of_the_service_is_a_500_in_json_with_the_requests_id(make_context: MakeContext, caplog: Any):
+    class Broken(BrightnessRuntime):
+        def __call__(self, images: np.ndarray, class_index: np.ndarray) -> Prediction:
+            raise ZeroDivisionError("the secret inside")
+
+    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), Broken())))
+    client = Client(create_app(context), {"X-Request-Id": "abc-123"})
+    body = refused(context, client.predict(IMAGE), 500)
+    assert "abc-123" in body["message"]
+    assert "secret" not in body["message"]
+    assert "the secret inside" in caplog.text
+    assert context.in_flight.inside == 0
+
+
+def test_the_wrong_method_and_unknown_paths_are_json_too(client: Client):
+    response = client.get("/predict")
+    assert response.status_code == 405
+    assert "GET" in response.json()["message"]
+    response = client.get("/no/such/page")
+    assert response.status_code == 404
+    assert "/docs" in response.json()["expected"]
+    assert client.request("PATCH", "/rollback").status_code == 405
+    assert client.get("/page/../context.py").status_code == 404
+    assert client.get("/page/%2e%2e/context.py").status_code == 404
+
+
+def test_a_malformed_length_is_logged_as_well(client: Client, context: ServingContext):
+    answer = send_raw(client.app, "POST", "/predict", headers=[(b"content-length", b"9" * 400)])
+    assert answer.status == 413
+    answer = send_raw(client.app, "POST", "/predict", headers=[(b"content-length", b"a lot")])
+    assert answer.status == 400
+    assert [record["response_status_code"] for record in spooled(context)] == [413, 400]
+
+
+def test_keeps_a_request_id_that_is_fit_for_logs(client: Client):
+    for wished in ("job-7", "a.b_c-D9", "x" * 128):
+        assert client.get("/health_check", headers={"X-Request-Id": wished}).headers["x-request-id"] == wished
+
+
+def test_makes_a_request_id_of_its_own_otherwise(client: Client):
+    for wished in ("", "x" * 129, "two words", "a\tb", "<b>", "ü".encode("latin-1")):
+        made = client.get("/health_check", headers={"X-Request-Id": wished}).headers["x-request-id"]
+        assert len(made) == 32, wished
+        assert made != wished
+
+
+def test_a_client_that_goes_away_is_no_defect(client: Client, context: ServingContext):
+    sent: list[Any] = []
+    messages = iter([{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/predict", "raw_path": b"/predict", "query_string": b"", "root_path": "", "client": None,
+        "headers": [(b"content-type", b"multipart/form-data; boundary=x")], "server": None,
+    }  # fmt: skip
+    asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 400
+    assert "went away" in spooled(context)[0]["response_message"]

@@ -1,0 +1,254 @@
+"""The durable queue, without a database."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from cv_platform.errors import SpoolFullError
+from cv_platform.serving.drainer import Drainer
+from cv_platform.serving.log_entry import FeedbackEntry
+from cv_platform.serving.request_log import RequestLog
+from cv_platform.serving.spool import Spool
+from cv_platform.serving.spool_file import find_spooled
+from cv_platform_tests.unit.serving.test_log_entry import answered
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool(tmp_path / "spool")
+    yield spool
+    spool.close()
+
+
+def images_in(spool: Spool) -> int:
+    with sqlite3.connect(spool.path) as connection:
+        count = connection.execute("SELECT count(*) FROM images").fetchone()[0]
+    connection.close()
+    return count
+
+
+def test_an_appended_entry_is_on_disk_for_another_process(spool: Spool) -> None:
+    spool.append(answered())
+    with sqlite3.connect(f"file:{spool.path}?mode=ro", uri=True) as other:
+        assert other.execute("SELECT count(*) FROM entries").fetchone() == (1,)
+    other.close()
+    assert spool.depth() == 1
+    assert (spool.oldest_age_seconds() or -1.0) >= 0.0
+
+
+def test_every_commit_is_synced_to_the_disk(spool: Spool) -> None:
+    assert spool._writing.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert spool._writing.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_the_folder_of_uploads_is_closed_to_others(spool: Spool) -> None:
+    assert spool.path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_concurrent_appends_all_arrive_in_order_of_their_thread(spool: Spool) -> None:
+    entries = [[answered(image=None) for _ in range(25)] for _ in range(8)]
+
+    def append_all(part: list) -> None:
+        for entry in part:
+            spool.append(entry)
+
+    threads = [threading.Thread(target=append_all, args=(part,)) for part in entries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [row.entry_id for row in spool.read_batch(1000, 10**9)]
+    assert sorted(found) == sorted(str(entry.entry_id) for part in entries for entry in part)
+    for part in entries:
+        wanted = [str(entry.entry_id) for entry in part]
+        assert [entry_id for entry_id in found if entry_id in wanted] == wanted
+
+
+def test_an_upload_is_kept_once_and_until_its_last_entry_goes(spool: Spool) -> None:
+    for _ in range(3):
+        spool.append(answered(image=b"the same"))
+    spool.append(answered(image=b"another"))
+    assert images_in(spool) == 2
+    rows = spool.read_batch(10, 10**9)
+    spool.delete(rows[:2])
+    assert images_in(spool) == 2
+    spool.delete(rows[2:3])
+    assert images_in(spool) == 1
+    spool.delete(rows[3:])
+    assert (images_in(spool), spool.depth(), spool.oldest_age_seconds()) == (0, 0, None)
+
+
+def test_a_batch_ends_before_its_uploads_grow_too_large_but_is_never_empty(spool: Spool) -> None:
+    for content in (b"a" * 60, b"b" * 60, b"a" * 60, b"c" * 500):
+        spool.append(answered(image=content))
+    assert len(spool.read_batch(10, 100)) == 1
+    assert len(spool.read_batch(10, 120)) == 3  # The third has the first one's upload.
+    assert len(spool.read_batch(2, 10**9)) == 2
+    spool.delete(spool.read_batch(3, 10**9))
+    assert len(spool.read_batch(10, 100)) == 1
+
+
+def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=150_000)
+    spool.append(answered(image=b"x" * 200_000))
+    with pytest.raises(SpoolFullError, match="less than 150000 bytes"):
+        spool.append(answered())
+    assert spool.depth() == 1
+    spool.delete(spool.read_batch(1, 10**9))
+    spool.append(answered())
+    assert spool.depth() == 1
+    spool.close()
+
+
+def test_an_entry_that_fails_does_not_take_its_group_down(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=400_000)
+    gate = threading.Event()
+    held = spool._queue(lambda _: gate.wait(10))  # Keeps the writer busy, so that the next ones form one group.
+    small, large, late = (spool.submit(answered(image=data)) for data in (b"s", b"l" * 900_000, b"n"))
+    gate.set()
+    assert held.result(10) is None
+    assert small.result(10) is None
+    assert large.result(10) is None
+    with pytest.raises(SpoolFullError):
+        late.result(10)
+    assert spool.depth() == 2
+    spool.close()
+
+
+def test_a_disk_that_does_not_answer_refuses_and_the_entry_never_arrives(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, append_timeout_seconds=0.1)
+    started, gate = threading.Event(), threading.Event()
+    spool._queue(lambda _: (started.set(), gate.wait(10)))
+    assert started.wait(10)
+    with pytest.raises(SpoolFullError, match=r"within 0\.1 s"):
+        spool.append(answered())
+    gate.set()
+    spool._timeout = 10.0
+    last = answered()
+    spool.append(last)
+    assert [row.entry_id for row in spool.read_batch(10, 10**9)] == [str(last.entry_id)]
+    spool.close()
+
+
+def test_too_many_waiting_entries_are_refused_at_once(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    held = spool._queue(lambda _: gate.wait(10))
+    monkeypatch.setattr("cv_platform.serving.spool._MAX_QUEUED_BYTES", 1000)
+    waiting = spool.submit(answered(image=b"x" * 5000))  # A single one may be larger than the limit.
+    with pytest.raises(SpoolFullError, match="less than 1000 bytes waiting"):
+        spool.submit(answered())
+    gate.set()
+    held.result(10)
+    waiting.result(10)
+    spool.append(answered())
+
+
+def test_a_spool_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Spool(tmp_path / "file" / "spool")
+
+
+def test_closing_an_empty_spool_leaves_no_file(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append(answered())
+    spool.delete(spool.read_batch(1, 10**9))
+    spool.close()
+    spool.close()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SpoolFullError, match="closed"):
+        spool.append(answered())
+
+
+def test_what_is_left_is_adopted_by_a_successor(tmp_path: Path) -> None:
+    former = Spool(tmp_path)
+    entry = answered()
+    former.append(entry)
+    assert Spool.adopt(former.path) is None, "its owner lives"
+    former.close()
+    adopted = Spool.adopt(former.path)
+    assert adopted is not None
+    assert [row.entry_id for row in adopted.read_batch(10, 10**9)] == [str(entry.entry_id)]
+    assert Spool.adopt(former.path) is None, "it has a new owner"
+    adopted.delete(adopted.read_batch(10, 10**9))
+    adopted.close()
+    assert Spool.adopt(former.path) is None, "it is gone"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rejected_entry_keeps_everything_and_survives_its_spool(tmp_path: Path) -> None:
+    former = Spool(tmp_path)
+    entry = answered(image=b"kept")
+    former.append(entry)
+    former.reject(former.read_batch(1, 10**9)[0], "because")
+    assert (former.depth(), former.rejected_count()) == (0, 1)
+    former.close()
+    adopted, successor = Spool.adopt(former.path), Spool(tmp_path)
+    assert adopted is not None
+    successor.take_rejected(adopted)
+    adopted.close()
+    assert not former.path.exists()
+    (rejected,) = successor.rejected()
+    assert (rejected.entry_id, rejected.kind, rejected.reason) == (str(entry.entry_id), "request", "because")
+    with sqlite3.connect(successor.path) as connection:
+        assert connection.execute("SELECT image FROM rejected").fetchone() == (b"kept",)
+    connection.close()
+    successor.close()
+
+
+def test_a_prediction_is_found_in_any_replicas_spool(tmp_path: Path) -> None:
+    mine, other = Spool(tmp_path), Spool(tmp_path)
+    entry = answered()
+    other.append(entry)
+    mine.append(FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
+    assert entry.prediction_id is not None
+    assert mine.find(entry.prediction_id) is None
+    found = find_spooled(tmp_path, entry.prediction_id)
+    assert found is not None
+    assert (found.prediction_id, found.image) == (entry.prediction_id, b"an image")
+    assert find_spooled(tmp_path, uuid4()) is None
+    assert find_spooled(tmp_path / "none", uuid4()) is None
+    mine.close()
+    other.close()
+
+
+def test_space_is_given_back_after_an_outage(spool: Spool) -> None:
+    for number in range(8):
+        spool.append(answered(image=bytes([number]) * 1_000_000))
+    spool.delete(spool.read_batch(10, 10**9))
+    with sqlite3.connect(spool.path) as connection:
+        before = connection.execute("PRAGMA page_count").fetchone()[0]
+        spool.shrink()
+        freed = before - connection.execute("PRAGMA page_count").fetchone()[0]
+        assert 1000 <= freed <= 1002  # SQLite's own map of pages has one page for every 819 others.
+    connection.close()
+
+
+def test_without_a_database_entries_stay_and_the_status_says_so(spool: Spool) -> None:
+    spool.append(answered())
+    drainer = Drainer(spool, None)
+    drainer.start()
+    assert drainer.wait_until_drained(0.1) is False
+    drainer.close()
+    status = drainer.status()
+    assert (status.depth, status.database, status.drained_rows, status.dropped) == (1, "not configured", 0, 0)
+    assert status.as_dict()["last_error"] is None
+
+
+def test_a_request_log_without_a_database_finds_what_it_keeps(tmp_path: Path) -> None:
+    entry = answered()
+    assert entry.prediction_id is not None
+    with RequestLog(tmp_path, None) as log:
+        log.append(entry)
+        assert log.submit(answered()).result(10) is None
+        found = log.find_prediction(entry.prediction_id)
+        assert found is not None
+        assert found.predicted_class == "three"
+        assert log.find_prediction(uuid4()) is None
+        assert log.status().depth == 2
