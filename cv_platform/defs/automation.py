@@ -1,0 +1,168 @@
+"""What runs by itself: jobs, the weekly drift report, and the sensors."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+
+from cv_platform.config import ExperimentConfig, Settings
+from cv_platform.defs.branch import Branch
+
+TRAINING_ASSETS = (
+    "dataset",
+    "validation_report",
+    "packed_images",
+    "model",
+    "evaluation",
+    "drift_detectors",
+    "reference_data",
+    "bento",
+    "deployment",
+)
+
+
+def experiment_jobs(branch: Branch) -> list[Any]:
+    """Returns `<name>_experiment` (everything), `<name>_retrain` (up to the deployment) and `<name>_drift_report`."""
+    name = branch.config.name
+    selections = {
+        f"{name}_experiment": dg.AssetSelection.groups(name),
+        f"{name}_retrain": dg.AssetSelection.assets(*(branch.key(asset) for asset in TRAINING_ASSETS)),
+        f"{name}_drift_report": dg.AssetSelection.assets(branch.key("drift_report")),
+    }
+    return [
+        # Concurrency limits in dagster.yaml match the tags of runs: one run per experiment at a time.
+        dg.define_asset_job(job, selection=selection, tags={"experiment": name})
+        for job, selection in selections.items()
+    ]
+
+
+def drift_schedule(config: ExperimentConfig) -> dg.ScheduleDefinition:
+    """Returns the schedule that makes the drift report; weekly unless the config says otherwise."""
+    return dg.ScheduleDefinition(
+        name=f"{config.name}_weekly_drift_report",
+        job_name=f"{config.name}_drift_report",
+        cron_schedule=config.monitor.schedule_cron,
+        execution_timezone="UTC",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Judges the last days of requests.",
+    )
+
+
+def new_predictions_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
+    """Returns the sensor that asks for a drift report after every `monitor.new_rows_trigger` new predictions."""
+
+    @dg.sensor(
+        name=f"{config.name}_new_predictions",
+        job_name=f"{config.name}_drift_report",
+        minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Asks for a drift report after enough new predictions. The cursor is their largest log id.",
+    )
+    def new_predictions(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        from cv_platform.database.connection import make_engine, running_database_url
+        from cv_platform.errors import DatabaseError
+        from cv_platform.monitoring.window import count_new_predictions
+
+        url = running_database_url(Settings.from_environment())
+        if url is None:
+            return dg.SkipReason("The request log is not running; `make up` starts it, or set DATABASE_URL.")
+        engine = make_engine(url)
+        try:
+            rows, largest_id = count_new_predictions(
+                engine, model_name=config.model.model_name, after_id=int(context.cursor or 0)
+            )
+        except DatabaseError as err:
+            return dg.SkipReason(str(err))
+        finally:
+            engine.dispose()
+        if rows < config.monitor.new_rows_trigger:
+            return dg.SkipReason(f"{rows} new predictions; a report is made from {config.monitor.new_rows_trigger} on.")
+        return dg.SensorResult(
+            run_requests=[dg.RunRequest(run_key=f"{config.name}-predictions-{largest_id}")], cursor=str(largest_id)
+        )
+
+    return new_predictions
+
+
+def retrain_on_drift_sensor(branch: Branch) -> dg.SensorDefinition:
+    """Returns the sensor that retrains after a report with drift; shipped stopped, as only people know whether to."""
+
+    @dg.asset_sensor(
+        asset_key=branch.key("drift_report"),
+        name=f"{branch.config.name}_retrain_on_drift",
+        job_name=f"{branch.config.name}_retrain",
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="Retrains when a drift report says drift. The promotion gate still decides about the deployment.",
+    )
+    def retrain_on_drift(
+        context: dg.SensorEvaluationContext, event: dg.EventLogEntry
+    ) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        materialization = event.asset_materialization
+        verdict = materialization.metadata["verdict"].value if materialization else None
+        if verdict == "drift":
+            yield dg.RunRequest(
+                run_key=f"{branch.config.name}-drift-{event.run_id}-{event.timestamp}", tags={"reason": "drift"}
+            )
+        else:
+            yield dg.SkipReason(f"The latest report says: {verdict}.")
+
+    return retrain_on_drift
+
+
+def new_dataset_version_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
+    """Returns the sensor that retrains on a new tag of the dataset repository; shipped stopped."""
+
+    @dg.sensor(
+        name=f"{config.name}_new_dataset_version",
+        job_name=f"{config.name}_retrain",
+        minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description=(
+            "Retrains on a tag that appears in the dataset repository. The run overrides dataset.dvc_tag; "
+            "write the tag into the YAML to keep it."
+        ),
+    )
+    def new_dataset_version(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        from cv_platform.datasets.versions import list_tags
+        from cv_platform.errors import DatasetError
+
+        try:
+            tags = list_tags(config.dataset, home=Settings.from_environment().home)
+        except DatasetError as err:
+            return dg.SkipReason(str(err))
+        known: dict[str, str] = json.loads(context.cursor) if context.cursor else tags
+        fresh = {tag: md5 for tag, md5 in tags.items() if md5 not in known.values()}
+        requests = [
+            dg.RunRequest(
+                run_key=f"{config.name}-{tag}-{md5}",
+                run_config={"resources": {f"{config.name}_config": {"config": {"dataset": {"dvc_tag": tag}}}}},
+                tags={"reason": f"dataset {tag}"},
+            )
+            for tag, md5 in fresh.items()
+        ]
+        return dg.SensorResult(run_requests=requests, cursor=json.dumps(tags, sort_keys=True))
+
+    return new_dataset_version
+
+
+@dg.run_failure_sensor(
+    name="run_failure",
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Alerts about failed runs, and closes the MLflow runs that a killed process has left open.",
+)
+def run_failure(context: dg.RunFailureSensorContext) -> None:
+    """Alerts (apprise URLs in CV_ALERT_URLS) and tidies MLflow after a failed run."""
+    from cv_platform.monitoring.alerts import send_alert
+    from cv_platform.tracking import end_leftover_runs
+
+    settings = Settings.from_environment()
+    run = context.dagster_run
+    end_leftover_runs(settings.mlflow_tracking_uri, dagster_run_id=run.run_id)
+    failures = send_alert(
+        [url.get_secret_value() for url in settings.alert_urls],
+        f"{run.tags.get('experiment', run.job_name)}: run failed",
+        f"Run {run.run_id} of {run.job_name}: {context.failure_event.message}",
+    )
+    for failure in failures:
+        context.log.warning(failure)

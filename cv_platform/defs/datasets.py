@@ -1,0 +1,115 @@
+"""Assets of the images: `dataset` (a version, checked out) and `packed_images` (its pixels, decoded once)."""
+
+from collections import Counter
+
+import dagster as dg
+
+from cv_platform.datasets.packing import PackedImages
+from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.defs.branch import Branch
+from cv_platform.defs.metadata import file_link, picture, table
+from cv_platform.validation.verdict import ValidationVerdict
+
+
+def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/dataset`."""
+
+    @branch.asset(value=DatasetVersion, kinds={"dvc", "git", "parquet"}, sections=["dataset", "model"])
+    def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        """A read-only checkout of the DVC version, with a manifest.
+
+        The manifest has a row per image: path, sha256, split (train, valid, test, reference), labels, size and
+        readability. The data version is DVC's md5, so the same images leave everything downstream fresh.
+        """
+        from cv_platform.datasets.contact_sheet import contact_sheet
+        from cv_platform.datasets.manifest import read_manifest
+        from cv_platform.datasets.versions import checkout_version
+
+        run = branch.run(context)
+        version = checkout_version(run.config.dataset, run.config.model, home=run.settings.home)
+        manifest = read_manifest(version.manifest_path)
+        counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
+        return dg.MaterializeResult(
+            value=version,
+            data_version=dg.DataVersion(version.dvc_md5),
+            metadata={
+                "dagster/row_count": len(manifest),
+                "tag": version.tag,
+                "dvc_md5": version.dvc_md5,
+                "git_commit": version.git_commit,
+                "directory": file_link(version.directory),
+                "manifest": file_link(version.manifest_path),
+                "unreadable": int((~manifest["is_readable"]).sum()),
+                "splits": table([{"split": s, "images": int(n)} for s, n in manifest["split"].value_counts().items()]),
+                "classes": table(
+                    [{"class": name, **{str(k): int(v) for k, v in row.items()}} for name, row in counts.iterrows()]
+                ),
+                "split_origin": table(
+                    [
+                        {"split": s, "origin": o}
+                        for s, o in manifest.groupby("split", observed=True)["split_origin"].first().items()
+                    ]
+                ),
+                "contact_sheet": picture(contact_sheet(version), "contact sheet"),
+            },
+        )
+
+    return dataset
+
+
+def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/packed_images`."""
+
+    complete = branch.check(
+        "every_readable_image_is_packed",
+        "packed_images",
+        blocking=True,
+        description="Each split holds exactly the manifest's readable images.",
+    )
+
+    @branch.asset(
+        value=PackedImages,
+        kinds={"numpy", "opencv"},
+        sections=["dataset", "model"],
+        ins={"dataset": "dataset", "verdict": "validation_report"},
+        checks=[complete],
+    )
+    def packed_images(
+        context: dg.AssetExecutionContext, dataset: DatasetVersion, verdict: ValidationVerdict
+    ) -> dg.MaterializeResult:
+        """Decoded and resized pixels per split: `(N, H, W, 3)` uint8 RGB, in the order of the paths.
+
+        Made by the very function that the service calls on an upload, once per data version and preprocessing hash.
+        Quarantined images are left out.
+        """
+        from cv_platform.datasets.manifest import read_manifest
+        from cv_platform.datasets.packing import pack_images
+        from cv_platform.validation.verdict import require_verdict
+
+        run = branch.run(context)
+        require_verdict(verdict, dvc_md5=dataset.dvc_md5, must_pass=False)
+        packed = pack_images(dataset, run.config.model, quarantined=verdict.quarantined, home=run.settings.home)
+        manifest = read_manifest(dataset.manifest_path)
+        is_usable = manifest["is_readable"] & ~manifest["path"].isin(list(verdict.quarantined))
+        expected = dict(Counter(manifest.loc[is_usable, "split"].astype(str)))
+        return dg.MaterializeResult(
+            value=packed,
+            data_version=dg.DataVersion(f"{packed.dvc_md5}-{packed.preprocessing_hash}"),
+            metadata={
+                "dagster/row_count": sum(packed.counts.values()),
+                "directory": file_link(packed.directory),
+                "bytes": packed.bytes,
+                "images_per_second": packed.images_per_second,
+                "preprocessing_hash": packed.preprocessing_hash,
+                "splits": table([{"split": split, "images": count} for split, count in packed.counts.items()]),
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=complete.name,
+                    passed=expected == {split: n for split, n in packed.counts.items() if n},
+                    metadata={"expected": expected, "packed": dict(packed.counts)},
+                )
+            ],
+        )
+
+    return packed_images

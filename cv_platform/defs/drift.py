@@ -1,0 +1,115 @@
+"""The assets `drift_detectors` and `reference_data`: what later windows of requests are compared with."""
+
+import dagster as dg
+
+from cv_platform.datasets.packing import PackedImages
+from cv_platform.defs.branch import Branch
+from cv_platform.defs.metadata import file_link
+from cv_platform.drift.detectors import DriftDetectors
+from cv_platform.drift.reference import ReferenceData
+from cv_platform.training.trainer import TrainedModel
+
+
+def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/drift_detectors`."""
+    calibrated = branch.check(
+        "false_alarm_rate",
+        "drift_detectors",
+        blocking=False,
+        description="The false-alarm rate measured on held-out images is compatible with monitor.alpha.",
+    )
+
+    @branch.asset(
+        value=DriftDetectors,
+        kinds={"keras"},
+        sections=["model", "monitor"],
+        ins={"trained": "model", "packed": "packed_images"},
+        checks=[calibrated],
+    )
+    def drift_detectors(
+        context: dg.AssetExecutionContext, trained: TrainedModel, packed: PackedImages
+    ) -> dg.MaterializeResult:
+        """The seeded encoder (UAE) beside the model's own heads (BBSD: probabilities; penultimate features).
+
+        The false-alarm rate is measured on halves of the reference split, which the model has never seen.
+        """
+        from cv_platform.datasets.packing import open_split
+        from cv_platform.drift.detectors import build_detectors, false_alarm_bound
+
+        run = branch.run(context)
+        detectors = build_detectors(
+            trained.keras_path,
+            open_split(packed, "reference"),
+            run.config.model,
+            model_name=trained.model_name,
+            version=trained.version,
+            directory=run.settings.home / "models",
+            alpha=run.config.monitor.alpha,
+            seed=run.config.monitor.seed,
+        )
+        bound = false_alarm_bound(detectors.false_alarm_alpha, detectors.false_alarm_trials)
+        rate = detectors.false_alarm_rate
+        return dg.MaterializeResult(
+            value=detectors,
+            metadata={
+                "version": detectors.version,
+                "encoder": file_link(detectors.uae_path),
+                "encoder_hash": detectors.encoder_hash,
+                "uae_dims": detectors.uae_dims,
+                "feature_dims": detectors.feature_dims,
+                "false_alarm_rate": dg.MetadataValue.float(rate) if rate is not None else "too few reference images",
+                "false_alarm_trials": detectors.false_alarm_trials,
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=calibrated.name,
+                    passed=rate is not None and rate <= bound,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    description=f"Expected at most {bound:.3f}. Measured: {rate}.",
+                )
+            ],
+        )
+
+    return drift_detectors
+
+
+def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/reference_data`."""
+
+    @branch.asset(
+        value=ReferenceData,
+        kinds={"parquet"},
+        sections=["model"],
+        ins={"trained": "model", "detectors": "drift_detectors", "packed": "packed_images"},
+    )
+    def reference_data(
+        context: dg.AssetExecutionContext, trained: TrainedModel, detectors: DriftDetectors, packed: PackedImages
+    ) -> dg.MaterializeResult:
+        """`<model_name>_ref_data.parquet`: a row per image of the reference split, from one ordered pass.
+
+        Neither training, model selection nor calibration has seen these images. Columns: path, sha256, label, model
+        and version, predicted class, UAE embedding, probabilities, penultimate features, pixel statistics.
+        """
+        from cv_platform.datasets.packing import open_split
+        from cv_platform.drift.reference import build_reference_data
+
+        run = branch.run(context)
+        reference = build_reference_data(
+            trained.keras_path,
+            detectors,
+            open_split(packed, "reference"),
+            run.config.model,
+            directory=run.settings.home / "models",
+            storage=run.installation.storage(),
+        )
+        return dg.MaterializeResult(
+            value=reference,
+            metadata={
+                "dagster/row_count": reference.rows,
+                "version": reference.version,
+                "parquet": file_link(reference.path),
+                "published": reference.url,
+            },
+        )
+
+    return reference_data

@@ -1,0 +1,73 @@
+"""The asset `evaluation`: what the model reaches on the test split, and whether it may be promoted."""
+
+import dagster as dg
+
+from cv_platform.datasets.packing import PackedImages
+from cv_platform.defs.branch import Branch
+from cv_platform.defs.metadata import file_link, picture, table
+from cv_platform.evaluation.report import Evaluation
+from cv_platform.training.trainer import TrainedModel
+
+
+def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/evaluation`."""
+    gate = branch.check(
+        "promotion_gate",
+        "evaluation",
+        blocking=True,
+        description="The metrics reach the config's minimum, and do not fall behind the production model.",
+    )
+
+    @branch.asset(
+        value=Evaluation,
+        kinds={"scikitlearn", "mlflow"},
+        sections=["evaluate", "model"],
+        ins={"trained": "model", "packed": "packed_images"},
+        checks=[gate],
+    )
+    def evaluation(
+        context: dg.AssetExecutionContext, trained: TrainedModel, packed: PackedImages
+    ) -> dg.MaterializeResult:
+        """Metrics on the test split from one ordered pass: per class, confusion matrix, calibration, worst errors.
+
+        Bento and deployment refuse a model version whose latest verdict failed.
+        """
+        from cv_platform.evaluation.run import evaluate_model
+
+        run = branch.run(context)
+        production = run.installation.storage().production(run.config.deploy.service, trained.model_name)
+        with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
+            result = evaluate_model(
+                keras_path=trained.keras_path,
+                model_name=trained.model_name,
+                version=trained.version,
+                class_names=trained.class_names,
+                classifier_type=trained.classifier_type,
+                threshold=run.config.model.threshold,
+                packed=packed,
+                config=run.config.evaluate,
+                champion_accuracy=production.metrics.get("accuracy") if production else None,
+                directory=run.settings.home / "evaluation",
+                run=mlflow_run,
+            )
+        return dg.MaterializeResult(
+            value=result,
+            metadata={
+                "version": result.version,
+                "passed": result.passed,
+                **result.metrics,
+                "per_class": table(result.per_class),
+                "predictions": file_link(result.predictions_path),
+                "mlflow_run_id": result.mlflow_run_id or "",
+                **{name: picture(path, name) for name, path in result.plots.items()},
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=gate.name,
+                    passed=result.passed,
+                    description="; ".join(result.reasons) or "All limits hold.",
+                )
+            ],
+        )
+
+    return evaluation

@@ -1,0 +1,65 @@
+"""One experiment config becomes its branch of the graph: ten assets with their checks, jobs, a schedule and sensors."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from cv_platform.config import ExperimentConfig
+from cv_platform.defs.automation import (
+    drift_schedule,
+    experiment_jobs,
+    new_dataset_version_sensor,
+    new_predictions_sensor,
+    retrain_on_drift_sensor,
+)
+from cv_platform.defs.branch import Branch
+from cv_platform.defs.datasets import dataset_asset, packed_images_asset
+from cv_platform.defs.deployment import bento_asset, deployment_asset
+from cv_platform.defs.drift import drift_detectors_asset, reference_data_asset
+from cv_platform.defs.evaluation import evaluation_asset
+from cv_platform.defs.monitoring import drift_report_asset
+from cv_platform.defs.resources import experiment_resource
+from cv_platform.defs.training import model_asset
+from cv_platform.defs.validation import validation_report_asset
+
+
+def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
+    """Returns everything of one experiment, in the order in which data walk through it."""
+    branch = Branch(config)
+    return dg.Definitions(
+        assets=[
+            dataset_asset(branch),
+            validation_report_asset(branch),
+            packed_images_asset(branch),
+            model_asset(branch),
+            evaluation_asset(branch),
+            drift_detectors_asset(branch),
+            reference_data_asset(branch),
+            bento_asset(branch),
+            deployment_asset(branch),
+            drift_report_asset(branch),
+        ],
+        jobs=experiment_jobs(branch),
+        schedules=[drift_schedule(config)],
+        sensors=[
+            new_predictions_sensor(config),
+            retrain_on_drift_sensor(branch),
+            new_dataset_version_sensor(config),
+        ],
+        resources={branch.config_resource: experiment_resource(config)},
+    )
+
+
+def broken_config_definitions(file_name: str, error: str) -> dg.Definitions:
+    """Returns one asset, named after a config file that cannot be loaded, whose description is the error."""
+    name = "".join(c if c.isalnum() or c == "_" else "_" for c in file_name)
+    return dg.Definitions(
+        assets=[
+            dg.AssetSpec(
+                key=dg.AssetKey(["broken_configs", name]),
+                group_name="broken_configs",
+                description=f"This config cannot be loaded, so its experiment is missing.\n\n```\n{error}\n```",
+                kinds={"yaml"},
+            )
+        ]
+    )

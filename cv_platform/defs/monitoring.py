@@ -1,0 +1,86 @@
+"""The asset `drift_report`: the verdict on a window of requests."""
+
+import dagster as dg
+
+from cv_platform.defs.branch import Branch
+from cv_platform.defs.metadata import table
+from cv_platform.deployment.rollout import Deployment
+from cv_platform.monitoring.report import DriftReport
+
+
+def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/drift_report`."""
+    no_drift = branch.check(
+        "no_drift", "drift_report", blocking=False, description="The window's requests look like the reference."
+    )
+
+    @branch.asset(
+        value=DriftReport,
+        kinds={"evidently", "postgres"},
+        sections=["monitor", "alerts"],
+        ins={"deployment": "deployment"},
+        deps=["reference_data"],
+        checks=[no_drift],
+    )
+    def drift_report(context: dg.AssetExecutionContext, deployment: Deployment) -> dg.MaterializeResult:
+        """The verdict on a window of requests of one model version, with what moved.
+
+        The window is half-open, in UTC, on `created_on`: the config's bounds, or the last days until now. One
+        family-wise test decides (Holm over BBSD-KS, properties-KS and two MMD permutation tests). Kept in Postgres,
+        in central storage and in the Evidently workspace.
+        """
+        from datetime import UTC, datetime
+
+        from cv_platform.monitoring.alerts import send_alert
+        from cv_platform.monitoring.report import make_drift_report
+
+        run = branch.run(context)
+        storage, cache = run.installation.storage(), run.settings.home / "cache"
+        model_name = run.config.model.model_name
+        production = storage.production(run.config.deploy.service, model_name)
+        version = production.version if production else deployment.version
+        with run.installation.engine() as engine:
+            report = make_drift_report(
+                run.config,
+                model_name=model_name,
+                model_version=version,
+                reference_path=storage.fetch_reference_data(model_name, version, cache),
+                engine=engine,
+                storage=storage,
+                evidently=run.settings.evidently_url or run.settings.home / "evidently",
+                now=datetime.now(UTC),
+                work_directory=cache / "drift_reports",
+            )
+        if report.verdict == "drift" and run.config.alerts.on_drift:
+            failures = send_alert(
+                [url.get_secret_value() for url in run.settings.alert_urls],
+                f"{run.config.name}: drift",
+                report.summary(),
+            )
+            for failure in failures:
+                context.log.warning(failure)
+        return dg.MaterializeResult(
+            value=report,
+            metadata={
+                "verdict": report.verdict,
+                "dagster/row_count": report.rows,
+                "model_version": report.model_version,
+                "window_start_utc": dg.MetadataValue.text(report.window_start_utc.isoformat()),
+                "window_end_utc": dg.MetadataValue.text(report.window_end_utc.isoformat()),
+                "p_values": table([{"test": name, "p": p} for name, p in report.p_values.items()]),
+                "moved_classes": table(report.moved_classes),
+                "images": table(report.top_images[:20]),
+                "report": report.report_url,
+                "evidently_run_id": report.evidently_run_id or "",
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=no_drift.name,
+                    passed=report.verdict != "drift",
+                    severity=dg.AssetCheckSeverity.WARN,
+                    description=report.summary(),
+                )
+            ],
+        )
+
+    return drift_report

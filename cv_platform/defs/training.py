@@ -1,0 +1,64 @@
+"""The asset `model`: a Keras model trained on a dataset version whose validation passed."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from cv_platform.datasets.packing import PackedImages
+from cv_platform.defs.branch import Branch
+from cv_platform.defs.metadata import file_link, picture, table
+from cv_platform.training.trainer import TrainedModel
+from cv_platform.validation.verdict import ValidationVerdict
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def model_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/model`."""
+
+    @branch.asset(
+        value=TrainedModel,
+        kinds={"keras", "tensorflow", "mlflow"},
+        sections=["train", "model"],
+        ins={"packed": "packed_images", "verdict": "validation_report"},
+    )
+    def model(
+        context: dg.AssetExecutionContext, packed: PackedImages, verdict: ValidationVerdict
+    ) -> dg.MaterializeResult:
+        """A trained Keras model with its effective config and provenance, and its MLflow run.
+
+        Refuses a dataset version whose latest verdict failed. A killed training resumes when its run is retried.
+        """
+        from cv_platform.tracking import head_commit
+        from cv_platform.training.trainer import train_model
+        from cv_platform.validation.verdict import require_verdict
+
+        run = branch.run(context)
+        require_verdict(verdict, dvc_md5=packed.dvc_md5, must_pass=True)
+        with run.mlflow.stage(context, run.settings, run.config, run.config.train.mlflow) as mlflow_run:
+            mlflow_run.log_artifact(verdict.report_path, "validation")
+            trained = train_model(
+                packed,
+                run.config,
+                directory=run.settings.home / "models",
+                run=mlflow_run,
+                git_commit=head_commit(REPOSITORY),
+                resume_key=context.run.root_run_id or context.run_id,
+            )
+        last = {name: values[-1] for name, values in trained.history.items()}
+        return dg.MaterializeResult(
+            value=trained,
+            metadata={
+                "version": trained.version,
+                "keras": file_link(trained.keras_path),
+                "mlflow_run_id": trained.mlflow_run_id or "",
+                "mlflow_url": dg.MetadataValue.url(mlflow_run.url(f"http://127.0.0.1:{run.settings.mlflow_port}")),
+                "epochs": trained.epochs_run,
+                "seconds": trained.seconds,
+                "images_per_second": trained.images_per_second,
+                "last_epoch": table([{"metric": name, "value": value} for name, value in last.items()]),
+                "learning_curves": picture(trained.directory / "learning_curves.png", "learning curves"),
+            },
+        )
+
+    return model

@@ -1,0 +1,226 @@
+"""The drift detectors of one model version: its seeded encoder, and how often the verdict fires on no drift at all.
+
+The false-alarm rate is measured on this model's own held-out images, because a nominal level is a promise about
+assumptions, and the numbers of `two_sample.py` deserve a check where they are used.
+"""
+
+# Keras comes without complete types.
+# pyright: standard
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from cv_platform.config import ModelConfig
+from cv_platform.drift.encoders import build_uae, encoder_hash
+from cv_platform.drift.extraction import extract
+from cv_platform.drift.sample import DriftSample
+from cv_platform.drift.scipy_tests import binomial_quantile
+from cv_platform.drift.verdict import DriftVerdict, judge
+from cv_platform.errors import InvalidSampleError
+from cv_platform.properties import batch_properties
+
+logger = logging.getLogger(__name__)
+
+BATCH_ROWS = 256
+_FALSE_ALARM_TRIALS = 60
+_FALSE_ALARM_PERMUTATIONS = 99
+_FALSE_ALARM_ROWS = 1000
+_FEWEST_ROWS_PER_SIDE = 20
+
+
+class HeldOutImages(Protocol):
+    """What is needed of the reference split: its images in a fixed order, with their targets."""
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """`(N, H, W, 3)` uint8 RGB, possibly memory-mapped."""
+        ...
+
+    @property
+    def targets(self) -> NDArray[Any]:
+        """`(N,)` class indices, or `(N, C)` 0/1 for multi-label."""
+        ...
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Of each image, relative to the dataset."""
+        ...
+
+    @property
+    def sha256(self) -> Sequence[str]:
+        """Of each image's file."""
+        ...
+
+
+class DriftDetectors(BaseModel):
+    """The detectors of one model version.
+
+    Attributes:
+        model_name, version: whose.
+        uae_path: the encoder, `<model_name>_uae.keras`.
+        encoder_hash: of its weights.
+        uae_dims, feature_dims: widths of the two embeddings.
+        false_alarm_rate: share of trials without drift in which the verdict fired; None with too few images.
+            Trials split the same images again and again, so they are not independent: a check, not a proof.
+        false_alarm_trials: seeded random splits that were judged.
+        false_alarm_alpha: the nominal rate, at most which is expected.
+        false_alarm_rows: images on each side of a split.
+        false_alarm_permutations: of the MMD tests in the trials; a report uses more.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_name: str
+    version: str
+    uae_path: Path
+    encoder_hash: str
+    uae_dims: int
+    feature_dims: int
+    false_alarm_rate: float | None
+    false_alarm_trials: int
+    false_alarm_alpha: float
+    false_alarm_rows: int
+    false_alarm_permutations: int
+
+
+@dataclass(frozen=True)
+class FalseAlarms:
+    """How often `judge` fired on halves of one sample; the attributes of `DriftDetectors` say what each number is."""
+
+    rate: float | None
+    trials: int
+    alpha: float
+    rows: int
+    permutations: int
+
+
+def build_detectors(
+    keras_path: Path,
+    held_out: HeldOutImages,
+    model: ModelConfig,
+    *,
+    model_name: str,
+    version: str,
+    directory: Path,
+    alpha: float = 0.05,
+    seed: int = 0,
+) -> DriftDetectors:
+    """Makes and saves the encoder, and measures how often the verdict fires on images that have not drifted.
+
+    Args:
+        keras_path: the trained model.
+        held_out: the reference split; at most 1,000 of its images, seeded, take part.
+        model: its configuration: image size, width and seed of the encoder.
+        model_name, version: of the trained model.
+        directory: `<model_name>/<version>/<model_name>_uae.keras` is written below it, complete or not at all.
+        alpha: family-wise false-alarm rate at which the verdict is tried.
+        seed: of the trials.
+
+    Raises:
+        InvalidModelError: the model has no layers "features" and "probabilities".
+    """
+    encoder = build_uae(model.image_size, model.drift_detection.uae_encoding_dims, model.drift_detection.uae_seed)
+    uae_path = directory / model_name / version / f"{model_name}_uae.keras"
+    uae_path.parent.mkdir(parents=True, exist_ok=True)
+    partial = uae_path.with_name(f".{secrets.token_hex(4)}_{uae_path.name}")
+    try:
+        encoder.save(partial)
+        partial.replace(uae_path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+    sample = extract_sample(keras_path, uae_path, held_out, seeded_rows(len(held_out.paths), _FALSE_ALARM_ROWS, seed))
+    alarms = measure_false_alarms(sample, alpha=alpha, seed=seed)
+    if alarms.rate is None:
+        logger.warning(
+            "The reference split has %d images; from %d on, the drift verdict's false alarms are measured.",
+            len(sample),
+            2 * _FEWEST_ROWS_PER_SIDE,
+        )
+    else:
+        logger.info("False alarms: %.3f of %d trials, %d images a side.", alarms.rate, alarms.trials, alarms.rows)
+    return DriftDetectors(
+        model_name=model_name,
+        version=version,
+        uae_path=uae_path,
+        encoder_hash=encoder_hash(encoder),
+        uae_dims=sample.uae.shape[1],
+        feature_dims=sample.features.shape[1],
+        false_alarm_rate=alarms.rate,
+        false_alarm_trials=alarms.trials,
+        false_alarm_alpha=alarms.alpha,
+        false_alarm_rows=alarms.rows,
+        false_alarm_permutations=alarms.permutations,
+    )
+
+
+def measure_false_alarms(
+    sample: DriftSample, *, alpha: float, seed: int, trials: int = _FALSE_ALARM_TRIALS
+) -> FalseAlarms:
+    """Splits a sample into two halves at random, judges one against the other, and counts the alarms.
+
+    With fewer than 40 rows nothing is measured: the rate is None, of no trials.
+    """
+    rows = len(sample) // 2
+    if rows < _FEWEST_ROWS_PER_SIDE:
+        return FalseAlarms(None, 0, alpha, 0, 0)
+    verdicts: list[DriftVerdict] = []
+    for trial in range(trials):
+        order = np.random.default_rng((seed, trial)).permutation(len(sample))
+        verdicts.append(
+            judge(
+                sample.take(order[:rows]),
+                sample.take(order[rows : 2 * rows]),
+                alpha=alpha,
+                permutations=_FALSE_ALARM_PERMUTATIONS,
+                max_reference_rows=rows,
+                seed=trial,
+            )
+        )
+    return FalseAlarms(sum(v.drifted for v in verdicts) / trials, trials, alpha, rows, verdicts[0].permutations)
+
+
+def false_alarm_bound(alpha: float, trials: int) -> float:
+    """Returns the rate that a test of level `alpha` exceeds once in 1,000 runs of `trials` trials; 1.0 for none."""
+    return binomial_quantile(0.999, trials, alpha) / trials if trials else 1.0
+
+
+def extract_sample(keras_path: Path, uae_path: Path, held_out: HeldOutImages, rows: NDArray[np.intp]) -> DriftSample:
+    """Returns the sample of these images, row i of it for image `rows[i]`; one ordered pass over the pixels.
+
+    Raises:
+        InvalidModelError: see `extract`.
+        InvalidSampleError: the split holds images of another number than targets, paths and hashes.
+    """
+    counts = {len(held_out.images), len(held_out.targets), len(held_out.paths), len(held_out.sha256)}
+    if len(counts) > 1:
+        raise InvalidSampleError(
+            f"Expected as many images as targets, paths and hashes. Received: {sorted(counts)}. Pack the images again."
+        )
+    properties: list[NDArray[np.float32]] = []
+
+    def batches() -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(rows), BATCH_ROWS):
+            images = np.asarray(held_out.images[rows[start : start + BATCH_ROWS]])
+            properties.append(batch_properties(images))
+            yield images
+
+    probabilities, features, uae = extract(keras_path, uae_path, batches())
+    return DriftSample(probabilities, features, uae, np.concatenate([batch_properties([]), *properties]))
+
+
+def seeded_rows(available: int, wanted: int | None, seed: int) -> NDArray[np.intp]:
+    """Returns all row numbers in order, or `wanted` of them drawn with `seed`, in order."""
+    if wanted is None or wanted >= available:
+        return np.arange(available, dtype=np.intp)
+    return np.sort(np.random.default_rng(seed).choice(available, size=wanted, replace=False)).astype(np.intp)

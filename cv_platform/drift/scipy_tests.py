@@ -1,0 +1,51 @@
+"""The functions of scipy that drift detection uses, with types: scipy has no stubs.
+
+They are imported on first use: scipy.stats takes longer to import than the rest of the package together, and the
+records of drift detection are imported by every process. Upstream: https://docs.scipy.org/doc/scipy/reference/stats.html.
+"""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def ks_two_sample(left: NDArray[Any], right: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns distances and p-values `(d,)` of the two-sided KS test of each column of `(n, d)` and `(m, d)`.
+
+    p-values are exact up to 10,000 rows and asymptotic beyond.
+    """
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        # With equal sizes and a distance near 0, rounding can lift the exact p-value over 1 (scipy 1.17). scipy then
+        # takes the asymptotic one, which is 1 to all digits that matter, and warns.
+        warnings.filterwarnings("ignore", "ks_2samp: Exact calculation unsuccessful", RuntimeWarning)
+        result = cast(Any, stats).ks_2samp(left, right, axis=0, method="auto")
+    return np.asarray(result.statistic, dtype=np.float64), np.asarray(result.pvalue, dtype=np.float64)
+
+
+def fisher_exact(table: list[list[int]]) -> float:
+    """Returns the two-sided p-value of a 2×2 table of counts."""
+    from scipy import stats
+
+    return float(cast(Any, stats).fisher_exact(table).pvalue)
+
+
+def pairwise_distances(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the n(n−1)/2 Euclidean distances between the rows of `(n, d)`."""
+    from scipy.spatial import distance
+
+    return np.asarray(distance.pdist(rows), dtype=np.float64)
+
+
+def binomial_quantile(probability: float, trials: int, rate: float) -> int:
+    """Returns the smallest count k with P(Binomial(trials, rate) ≤ k) ≥ probability."""
+    from scipy import stats
+
+    return int(cast(Any, stats).binom.ppf(probability, trials, rate))

@@ -1,0 +1,62 @@
+"""Messages to people, through Apprise: https://github.com/caronc/apprise/wiki lists the services and their URLs.
+
+The URLs hold tokens, so neither logs nor results ever repeat them.
+"""
+
+# Apprise comes without complete types.
+# pyright: basic
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+logger = logging.getLogger(__name__)
+
+
+def send_alert(urls: Sequence[str], title: str, body: str) -> list[str]:
+    """Sends a message to each address.
+
+    Args:
+        urls: Apprise URLs, such as `mailtos://…` or `json://host/path`; none sends nothing.
+        title: one line.
+        body: text.
+
+    Returns:
+        One sentence per address that could not be reached, which names its place in the list and its service, never the
+        address. An alert that fails is no reason for the report to fail.
+    """
+    if not urls:
+        return []
+    with warnings.catch_warnings():
+        # It loads all its plugins at once, and one imports a module that Python has deprecated (Apprise 2.2).
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _send(urls, title, body)
+
+
+def _send(urls: Sequence[str], title: str, body: str) -> list[str]:
+    from apprise import Apprise
+
+    # Apprise logs what it sends, and where, at INFO and below.
+    logging.getLogger("apprise").setLevel(logging.CRITICAL)
+    failures: list[str] = []
+    for position, url in enumerate(urls, start=1):
+        service = _service(url)
+        alert = Apprise()
+        if not alert.add(url):
+            failures.append(f"Alert {position} ({service}): expected an Apprise URL. Received one that it cannot read.")
+        elif not alert.notify(body=body, title=title):
+            failures.append(f"Alert {position} ({service}): the service did not take the message. Check CV_ALERT_URLS.")
+    logger.info("Alerts sent: %d of %d.", len(urls) - len(failures), len(urls))
+    return failures
+
+
+def _service(url: str) -> str:
+    """Returns the URL's scheme, which names the service and holds no secret."""
+    try:
+        scheme = urlsplit(url.strip()).scheme
+    except ValueError:
+        return "unknown"
+    return scheme if scheme and len(scheme) <= 20 else "unknown"

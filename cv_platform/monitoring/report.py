@@ -1,0 +1,323 @@
+"""Makes the drift report of one window: judged, explained, and kept in central storage, the database and Evidently."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Engine, select
+from sqlalchemy.dialects.postgresql import insert
+
+from cv_platform.config import ExperimentConfig
+from cv_platform.database.schema import drift_reports
+from cv_platform.drift.accuracy import estimate_accuracy
+from cv_platform.drift.localisation import ClassifierType, class_movements, effect_sizes, image_scores, predictions
+from cv_platform.drift.reference import label_targets, read_identity, read_reference, read_reference_labels
+from cv_platform.drift.sample import DriftSample, require_comparable
+from cv_platform.drift.sequential import run_stream
+from cv_platform.drift.verdict import judge
+from cv_platform.errors import BundleNotFoundError, ServiceError
+from cv_platform.images import preprocessing_hash
+from cv_platform.monitoring.evidently_figures import evidently_run
+from cv_platform.monitoring.evidently_report import publish_run
+from cv_platform.monitoring.report_page import render_page, thumbnails
+from cv_platform.monitoring.report_record import DriftReport
+from cv_platform.monitoring.window import Window, read_feedback, read_images, read_window, window_bounds
+from cv_platform.predictions import LABEL
+from cv_platform.storage import CentralStorage
+
+__all__ = ["DriftReport", "make_drift_report"]
+
+logger = logging.getLogger(__name__)
+
+TOP_IMAGES = 12
+_MOST_REPEATED = 0.1
+_NAMESPACE = uuid.UUID("0d7a7bb2-6c6e-4b7b-9d83-1b8f2f3f0c55")
+_COLUMNS = ("report_id", "experiment", "model_name", "model_version", "window_start_utc", "window_end_utc", "rows")
+
+
+@dataclass(frozen=True)
+class _ModelFacts:
+    """What the report must know of the version that answered: its bundle's metadata, not today's config."""
+
+    classifier_type: ClassifierType
+    threshold: float
+    preprocessing_hash: str
+    encoder_hash: str | None
+
+
+def make_drift_report(
+    config: ExperimentConfig,
+    *,
+    model_name: str,
+    model_version: str,
+    reference_path: Path,
+    engine: Engine,
+    storage: CentralStorage,
+    evidently: Path | str,
+    now: datetime,
+    work_directory: Path,
+) -> DriftReport:
+    """Judges one window of requests and keeps the report in central storage, the database and Evidently.
+
+    A second report of the same window replaces the first. Where Evidently cannot be reached, the report says so and is
+    kept without it.
+
+    Args:
+        config: the experiment; `monitor` has the window and the test's settings.
+        model_name, model_version: whose requests are judged; others of the window are never mixed in.
+        reference_path: local parquet of that version.
+        engine: of the request log.
+        storage: where the HTML and JSON go.
+        evidently: workspace folder, or URL of a server.
+        now: end of the default window, with its zone.
+        work_directory: for the files until they are in storage.
+
+    Raises:
+        ConfigError: the window's bounds are wrong.
+        ReferenceMismatchError: the reference was made by another version, preprocessing or encoder.
+        InvalidSampleError: the logged rows have other widths than the reference.
+        DatabaseUnavailableError, SchemaMismatchError, StorageError: see there.
+    """
+    started = time.monotonic()
+    monitor = config.monitor
+    start_utc, end_utc = window_bounds(monitor, now)
+    facts = _model_facts(storage, config, model_name, model_version)
+    reference = read_reference(
+        reference_path,
+        model_name=model_name,
+        model_version=model_version,
+        preprocessing_hash=facts.preprocessing_hash,
+        encoder_hash=facts.encoder_hash,
+    )
+    window = read_window(
+        engine,
+        model_name=model_name,
+        model_version=model_version,
+        start_utc=start_utc,
+        end_utc=end_utc,
+        max_rows=monitor.max_samples,
+    )
+    rows = len(window.rows)
+    report = DriftReport(
+        report_id=_report_id(config.name, model_name, model_version, start_utc, end_utc),
+        experiment=config.name,
+        model_name=model_name,
+        model_version=model_version,
+        window_start_utc=start_utc,
+        window_end_utc=end_utc,
+        requests=window.requests,
+        rows=rows,
+        unusable_rows=window.unusable,
+        is_truncated=window.is_truncated,
+        reference_rows=len(reference),
+        verdict="insufficient data",
+        alpha=monitor.alpha,
+        min_samples=monitor.min_samples,
+        problems=_window_problems(window),
+    )
+    if window.sample is not None:
+        require_comparable(reference, window.sample, min_rows=1)
+        stream = run_stream(reference, window.sample, seed=monitor.seed)
+        report = report.model_copy(
+            update={"stream_e_value": stream.largest, "has_stream_alarm": stream.has_alarm(monitor.alpha)}
+        )
+        report = _with_feedback(report, engine, window, read_identity(reference_path).class_names, facts)
+        if rows >= monitor.min_samples:
+            report = _with_verdict(report, config, reference, reference_path, window, facts)
+    report = _publish(report, engine, storage, evidently, work_directory, reference, window)
+    logger.info("%s (%.1f s)", report.summary(), time.monotonic() - started)
+    return report
+
+
+def _with_verdict(
+    report: DriftReport,
+    config: ExperimentConfig,
+    reference: DriftSample,
+    reference_path: Path,
+    window: Window,
+    facts: _ModelFacts,
+) -> DriftReport:
+    current, monitor = window.sample, config.monitor
+    assert current is not None
+    class_names = read_identity(reference_path).class_names
+    verdict = judge(
+        reference,
+        current,
+        alpha=monitor.alpha,
+        permutations=monitor.permutations,
+        max_reference_rows=monitor.max_reference_rows,
+        seed=monitor.seed,
+    )
+    classes = class_movements(
+        reference,
+        current,
+        class_names=class_names,
+        classifier_type=facts.classifier_type,
+        threshold=facts.threshold,
+        alpha=monitor.alpha,
+    )
+    scores = image_scores(reference, current, max_reference_rows=monitor.max_reference_rows, seed=monitor.seed)
+    labels = read_reference_labels(reference_path)[LABEL]
+    estimate = estimate_accuracy(
+        reference.bbsd,
+        label_targets(labels.tolist(), class_names),
+        current.bbsd,
+        classifier_type=facts.classifier_type,
+        threshold=facts.threshold,
+        has_drifted=verdict.drifted,
+    )
+    return report.model_copy(
+        update={
+            "verdict": "drift" if verdict.drifted else "no drift",
+            "p_values": verdict.p_values,
+            "adjusted_p_values": verdict.adjusted_p_values,
+            "statistics": verdict.statistics,
+            "drifted_detectors": verdict.drifted_detectors,
+            "effects": effect_sizes(reference, current, verdict, class_names=class_names),
+            "classes": classes,
+            "moved_classes": [
+                {
+                    "class": movement.class_name,
+                    "ks_distance": movement.ks_distance,
+                    "reference_share": movement.reference_share,
+                    "current_share": movement.current_share,
+                    "adjusted_p_value": movement.adjusted_p_value,
+                }
+                for movement in classes
+                if movement.has_moved
+            ],
+            "top_images": _top_images(window, scores),
+            "accuracy_estimate": estimate,
+        }
+    )
+
+
+def _with_feedback(
+    report: DriftReport, engine: Engine, window: Window, class_names: tuple[str, ...], facts: _ModelFacts
+) -> DriftReport:
+    """Measures the accuracy where people have stated the true class."""
+    stated = read_feedback(engine, window.rows["prediction_id"].tolist())
+    if not stated or window.sample is None:
+        return report
+    known = window.rows["prediction_id"].isin(list(stated)).to_numpy()
+    targets = label_targets([stated[i] for i in window.rows["prediction_id"][known]], class_names)
+    predicted = predictions(window.sample.bbsd[known], facts.classifier_type, facts.threshold)
+    is_right = (predicted & targets).any(axis=1) if facts.classifier_type == "multi-class" else predicted == targets
+    return report.model_copy(update={"feedback_rows": int(known.sum()), "feedback_accuracy": float(np.mean(is_right))})
+
+
+def _top_images(window: Window, scores: np.ndarray) -> list[dict[str, Any]]:
+    """Returns the strongest images, each upload once."""
+    ranked = window.rows.assign(score=scores).sort_values("score", ascending=False, kind="stable")
+    # Without a kept upload, each prediction stands for itself.
+    identity = ranked["image_sha256"].where(ranked["image_sha256"].notna(), ranked["prediction_id"].astype(str))
+    top = ranked[~identity.duplicated()].head(TOP_IMAGES)
+    return [
+        {
+            "prediction_id": str(row["prediction_id"]),
+            "created_on": str(row["created_on"]),
+            "predicted_class": row["predicted_class"],
+            "score": float(row["score"]),
+            "image_sha256": row["image_sha256"],
+        }
+        for _, row in top.iterrows()
+    ]
+
+
+def _publish(
+    report: DriftReport,
+    engine: Engine,
+    storage: CentralStorage,
+    evidently: Path | str,
+    work_directory: Path,
+    reference: DriftSample,
+    window: Window,
+) -> DriftReport:
+    """Writes the report everywhere; the database row last, so that it never points to what does not exist."""
+    wanted = [row["image_sha256"] for row in report.top_images if row["image_sha256"]]
+    pictures, unreadable = thumbnails(read_images(engine, wanted))
+    problems = [*report.problems, *unreadable]
+    try:
+        run = evidently_run(report, reference, window.sample)
+        run_id = publish_run(evidently, run, replaces=_earlier_run(engine, report.report_id))
+        report = report.model_copy(update={"evidently_run_id": run_id})
+    except ServiceError as err:
+        logger.warning("The drift report is kept without Evidently: %s", err)
+        problems.append(f"Not in Evidently: {err}")
+    report = report.model_copy(update={"problems": tuple(problems)})
+    work_directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work_directory) as folder:
+        directory = Path(folder)
+        (directory / "report.html").write_text(render_page(report, pictures), encoding="utf-8")
+        (directory / "report.json").write_text(
+            report.model_dump_json(indent=2, exclude={"report_url"}), encoding="utf-8"
+        )
+        url = storage.publish_report(report.experiment, report.report_id, directory)
+    report = report.model_copy(update={"report_url": f"{url}/report.html"})
+    _write_row(engine, report)
+    return report
+
+
+def _write_row(engine: Engine, report: DriftReport) -> None:
+    fields = report.model_dump(mode="json")
+    row = {name: fields.pop(name) for name in (*_COLUMNS, "verdict", "report_url")}
+    row |= {"window_start_utc": report.window_start_utc, "window_end_utc": report.window_end_utc, "details": fields}
+    row["report_id"] = uuid.UUID(report.report_id)
+    statement = insert(drift_reports).values(row)
+    changed = {name: statement.excluded[name] for name in row if name != "report_id"}
+    with engine.begin() as connection:
+        connection.execute(statement.on_conflict_do_update(index_elements=["report_id"], set_=changed))
+
+
+def _earlier_run(engine: Engine, report_id: str) -> str | None:
+    """Returns the Evidently run of an earlier report of the same window."""
+    wanted = select(drift_reports.c.details["evidently_run_id"].astext).where(
+        drift_reports.c.report_id == uuid.UUID(report_id)
+    )
+    with engine.connect() as connection:
+        return connection.execute(wanted).scalar_one_or_none()
+
+
+def _model_facts(storage: CentralStorage, config: ExperimentConfig, model_name: str, model_version: str) -> _ModelFacts:
+    try:
+        metadata = storage.read_metadata(model_name, model_version)
+    except BundleNotFoundError:
+        # A version that was never published as a bundle, such as one evaluated offline: today's config is all there is.
+        model = config.model
+        return _ModelFacts(model.classifier_type, model.threshold, preprocessing_hash(model.image_size), None)
+    return _ModelFacts(metadata.classifier_type, metadata.threshold, metadata.preprocessing_hash, metadata.encoder_hash)
+
+
+def _window_problems(window: Window) -> tuple[str, ...]:
+    problems: list[str] = []
+    if window.unusable:
+        problems.append(
+            f"{window.unusable} requests were left out: their embeddings are not finite or of another width. "
+            "A model that answers so is broken, or another program writes to the request log."
+        )
+    uploads = window.rows["image_sha256"].dropna()
+    repeated = int(uploads.duplicated().sum())
+    if repeated > _MOST_REPEATED * len(window.rows):
+        problems.append(
+            f"{repeated} of {len(window.rows)} requests repeat an upload of the window. The tests take requests as "
+            "independent: a client that sends an image again and again can look like drift."
+        )
+    if window.is_truncated:
+        problems.append(
+            f"The window has {window.requests} requests; the latest {len(window.rows)} were judged "
+            "(monitor.max_samples)."
+        )
+    return tuple(problems)
+
+
+def _report_id(experiment: str, model_name: str, model_version: str, start_utc: datetime, end_utc: datetime) -> str:
+    parts = (experiment, model_name, model_version, start_utc.isoformat(), end_utc.isoformat())
+    return str(uuid.uuid5(_NAMESPACE, "\n".join(parts)))

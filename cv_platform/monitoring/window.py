@@ -1,0 +1,209 @@
+"""The current window: the requests of one model version between two moments in UTC, the newest if they are too many.
+
+Bounds are half-open, [start, end), on `created_on`, so that two adjacent windows share no row and lose none. Only the
+columns that the report needs are read; images are fetched later, by sha256, for the few that are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pandas as pd
+from sqlalchemy import Engine, func, select
+
+from cv_platform.config import MonitorConfig
+from cv_platform.database.schema import api_log, feedback, images, predictions
+from cv_platform.drift.sample import DriftSample, Float32Matrix
+from cv_platform.errors import ConfigError
+from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
+
+_VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
+_ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256")
+_IDS_PER_QUERY = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """The requests of one model version in [start, end).
+
+    Attributes:
+        sample: the usable rows; None where there is none.
+        rows: a row per row of `sample`, in order of time: prediction_id, created_on, predicted_class, image_sha256.
+        requests: answered requests in the window, read or not.
+        is_truncated: older requests of the window were left out, because there are more than the limit.
+        unusable: rows read but left out: an embedding is not finite, or has another width than the others.
+    """
+
+    sample: DriftSample | None
+    rows: pd.DataFrame
+    requests: int
+    is_truncated: bool
+    unusable: int
+
+
+def parse_utc(text: str) -> datetime:
+    """Reads an ISO 8601 time with its zone, such as `2026-01-31T06:00:00Z`, and returns it in UTC.
+
+    Raises:
+        ConfigError: it is no such time, or has no zone.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as err:
+        raise ConfigError(f"Expected an ISO 8601 time such as 2026-01-31T06:00:00Z. Received: {text!r}.") from err
+    return require_utc(moment)
+
+
+def require_utc(moment: datetime) -> datetime:
+    """Returns an aware time in UTC.
+
+    Raises:
+        ConfigError: the time has no zone: local times compared as UTC have shifted windows unnoticed.
+    """
+    if moment.utcoffset() is None:
+        raise ConfigError(f"Expected a time with its zone. Received: {moment.isoformat()}. Append Z for UTC.")
+    return moment.astimezone(UTC)
+
+
+def default_window(now: datetime, days: float) -> tuple[datetime, datetime]:
+    """Returns the last `days` until `now`, in UTC.
+
+    Raises:
+        ConfigError: `now` has no zone.
+    """
+    end = require_utc(now)
+    return end - timedelta(days=days), end
+
+
+def window_bounds(monitor: MonitorConfig, now: datetime) -> tuple[datetime, datetime]:
+    """Returns the configured bounds; a missing end is `now`, a missing start lies `window_days` before the end.
+
+    Raises:
+        ConfigError: the start is not before the end, or a time has no zone.
+    """
+    end = require_utc(now) if monitor.window_end_utc is None else parse_utc(monitor.window_end_utc)
+    start, _ = default_window(end, monitor.window_days)
+    if monitor.window_start_utc is not None:
+        start = parse_utc(monitor.window_start_utc)
+    if start >= end:
+        raise ConfigError(
+            f"Expected monitor.window_start_utc before monitor.window_end_utc. Received: {start.isoformat()} and "
+            f"{end.isoformat()}."
+        )
+    return start, end
+
+
+def read_window(
+    engine: Engine, *, model_name: str, model_version: str, start_utc: datetime, end_utc: datetime, max_rows: int
+) -> Window:
+    """Reads the latest `max_rows` answered requests of one model version with start ≤ created_on < end.
+
+    Raises:
+        ConfigError: a bound has no zone.
+        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
+    """
+    start, end = require_utc(start_utc), require_utc(end_utc)
+    inside = (
+        (predictions.c.model_name == model_name)
+        & (predictions.c.model_version == model_version)
+        & (predictions.c.created_on >= start)
+        & (predictions.c.created_on < end)
+    )
+    columns = [predictions.c[name] for name in (*_ROW_COLUMNS, *_VECTORS)]
+    latest = (
+        select(*columns)
+        .where(inside)
+        # The id breaks ties: a limit over an order with ties would take other rows at each run.
+        .order_by(predictions.c.created_on.desc(), predictions.c.prediction_id.desc())
+        .limit(max_rows)
+    )
+    # One snapshot: rows that arrive meanwhile must not be counted and then not read.
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        requests = connection.execute(select(func.count()).select_from(predictions).where(inside)).scalar_one()
+        records = [tuple(record) for record in reversed(connection.execute(latest).all())]
+    table = pd.DataFrame(records, columns=pd.Index([column.name for column in columns]))
+    sample, kept = _sample(table)
+    return Window(
+        sample=sample,
+        rows=table.loc[kept, list(_ROW_COLUMNS)].reset_index(drop=True),
+        requests=int(requests),
+        is_truncated=int(requests) > max_rows,
+        unusable=len(table) - int(kept.sum()),
+    )
+
+
+def read_feedback(engine: Engine, prediction_ids: Sequence[UUID]) -> dict[UUID, str]:
+    """Returns the latest stated true class of each prediction that has one.
+
+    Raises:
+        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
+    """
+    stated: dict[UUID, str] = {}
+    with engine.connect() as connection:
+        for start in range(0, len(prediction_ids), _IDS_PER_QUERY):
+            ids = list(prediction_ids[start : start + _IDS_PER_QUERY])
+            latest_last = (
+                select(feedback.c.prediction_id, feedback.c.true_class)
+                .where(feedback.c.prediction_id.in_(ids))
+                .order_by(feedback.c.created_on, feedback.c.id)
+            )
+            stated.update((row.prediction_id, row.true_class) for row in connection.execute(latest_last))
+    return stated
+
+
+def count_new_predictions(engine: Engine, *, model_name: str, after_id: int) -> tuple[int, int]:
+    """Returns how many predictions of a model have an `api_log.id` above `after_id`, and the largest such id.
+
+    Raises:
+        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
+    """
+    logged = (
+        select(func.count(), func.coalesce(func.max(api_log.c.id), after_id))
+        .join(predictions, predictions.c.prediction_id == api_log.c.prediction_id)
+        .where((api_log.c.id > after_id) & (predictions.c.model_name == model_name))
+    )
+    with engine.connect() as connection:
+        count, largest = connection.execute(logged).one()
+    return int(count), int(largest)
+
+
+def read_images(engine: Engine, sha256s: Sequence[str]) -> dict[str, bytes]:
+    """Returns the uploads with these hashes, as far as they were kept.
+
+    Raises:
+        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
+    """
+    if not sha256s:
+        return {}
+    wanted = select(images.c.sha256, images.c.content).where(images.c.sha256.in_(sorted(set(sha256s))))
+    with engine.connect() as connection:
+        return {row.sha256: bytes(row.content) for row in connection.execute(wanted)}
+
+
+def _sample(table: pd.DataFrame) -> tuple[DriftSample | None, np.ndarray]:
+    """Returns the sample of the usable rows, and `(N,)` bool: which those are."""
+    usable = np.ones(len(table), dtype=bool)
+    if table.empty:
+        return None, usable
+    for column in _VECTORS:
+        widths = table[column].map(len)
+        # One version has one width; anything else is a row that another program wrote.
+        usable &= (widths == widths.mode().iloc[0]).to_numpy() & (widths > 0).to_numpy()
+    chosen = table.loc[usable]
+    if chosen.empty:
+        return None, usable
+    sample, finite = DriftSample.from_rows({attribute: _matrix(chosen[name]) for name, attribute in _VECTORS.items()})
+    usable[np.flatnonzero(usable)[~finite]] = False
+    return (sample if len(sample) else None), usable
+
+
+def _matrix(vectors: pd.Series) -> Float32Matrix:
+    """Returns `(N, d)` float32; PostgreSQL's NULL inside an array becomes NaN."""
+    rows: list[list[Any]] = vectors.tolist()
+    return np.array([[math.nan if value is None else value for value in row] for row in rows], dtype=np.float32)

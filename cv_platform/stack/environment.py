@@ -1,0 +1,81 @@
+"""What every process of an installation shares: its folders, its environment, and how a command is run and logged."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from cv_platform.config import Settings, quiet_variables
+from cv_platform.errors import ConfigError
+from cv_platform.storage import FORMAT_VERSION
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def platform_environment(settings: Settings, *, database_url: str | None = None) -> dict[str, str]:
+    """Returns the environment of every process of this installation, with absolute folders and no telemetry."""
+    environment = {
+        **os.environ,
+        **quiet_variables(),
+        "CV_HOME": str(settings.home),
+        "CV_CONFIGS": str(settings.configs),
+        "CV_STORAGE": settings.storage_url,
+        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+        "DAGSTER_HOME": str(settings.dagster_home),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    url = database_url or (settings.database_url.get_secret_value() if settings.database_url else None)
+    if url:
+        environment["DATABASE_URL"] = url
+    return environment
+
+
+def prepare_home(settings: Settings) -> None:
+    """Makes `$CV_HOME` and its Dagster instance (`dagster.yaml` from the repository's, with absolute folders)."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    (settings.home / "logs").mkdir(exist_ok=True)
+    (settings.home / "run").mkdir(mode=0o700, exist_ok=True)
+    version_file = settings.home / "FORMAT_VERSION"
+    found = version_file.read_text().strip() if version_file.exists() else str(FORMAT_VERSION)
+    if found != str(FORMAT_VERSION):
+        raise ConfigError(
+            f"Expected an installation of format {FORMAT_VERSION} at {settings.home}. Received: format {found}. "
+            "Use the release that made it, or set CV_HOME to a new folder."
+        )
+    version_file.write_text(f"{FORMAT_VERSION}\n")
+    if settings.dagster_home != settings.home / "dagster":
+        return  # Somebody's own instance: its dagster.yaml is theirs.
+    settings.dagster_home.mkdir(exist_ok=True)
+    template = (REPOSITORY / "dagster.yaml").read_text(encoding="utf-8")
+    content = re.sub(r"(base_dir: )\.cv_platform/", lambda match: f"{match[1]}{settings.home}/", template)
+    (settings.dagster_home / "dagster.yaml").write_text(content, encoding="utf-8")
+
+
+def dagster_command(*arguments: str) -> list[str]:
+    """Returns a `dagster` command of this environment.
+
+    Dagster 1.13 announces its newer `dg` CLI as a FutureWarning, "Function … is superseded"; `dagster asset` is this
+    platform's documented interface, so the notice is left out. Once it becomes a removal, move to `dg launch`.
+    """
+    return [sys.executable, "-W", "ignore:Function :FutureWarning", "-m", "dagster", *arguments]
+
+
+def run_logged(command: list[str], log: Path, environment: Mapping[str, str], on_line: Callable[[str], None]) -> int:
+    """Runs a command to its end, keeps its output in `log`, hands each line to `on_line`; returns its exit status."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, env=dict(environment), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            file.write(line)
+            file.flush()
+            on_line(line)
+    return process.returncode

@@ -1,0 +1,50 @@
+"""Loopback ports and HTTP health: which port is free, and when a server answers."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+
+import httpx
+
+from cv_platform.errors import ServiceError
+
+
+def free_port() -> int:
+    """Returns a loopback port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_http(url: str, *, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
+    """Waits until `url` answers 200.
+
+    Raises:
+        ServiceError: it did not within `seconds`, or `alive` turned false.
+    """
+    deadline = time.monotonic() + seconds
+    last = "no answer"
+    while time.monotonic() < deadline and alive():
+        try:
+            response = httpx.get(url, timeout=5)
+        except httpx.HTTPError as err:
+            last = str(err)
+        else:
+            if response.status_code == 200:
+                return
+            last = f"status {response.status_code}: {response.text[:500]}"
+        time.sleep(0.3)
+    raise ServiceError(f"Expected {url} to answer 200 within {seconds:.0f} s. Received: {last}.")
+
+
+def is_taken(port: int) -> bool:
+    """Returns whether something listens on a loopback port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+        return False

@@ -1,0 +1,189 @@
+"""The local stack under supervisord: Dagster, MLflow, Evidently, PostgreSQL and the service.
+
+supervisord restarts what fails, stops each program with the signal it wants and keeps a log of each. This module
+writes its configuration to `$CV_HOME/run/`, starts it, waits until everything answers, and stops it.
+http://supervisord.org/configuration.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cv_platform.config import Settings
+from cv_platform.database.connection import database_url
+from cv_platform.database.migrate import migrate
+from cv_platform.errors import ServiceError
+from cv_platform.stack.environment import REPOSITORY, platform_environment, prepare_home
+from cv_platform.stack.http import is_taken, wait_for_http
+from cv_platform.stack.programs import Program, programs
+
+START_SECONDS = 180.0
+
+
+def start_stack(settings: Settings) -> list[Program]:
+    """Starts everything and waits until it answers.
+
+    Raises:
+        ServiceError: the stack runs already, a port is taken, or a program did not answer; its log's end is shown.
+    """
+    if is_running(settings):
+        raise ServiceError("Expected a stopped stack. Received: it is running. Use `make status` or `make down`.")
+    stack = programs(settings)
+    taken = [f"{p.name}: {p.port}" for p in stack if p.port is not None and is_taken(p.port)]
+    if taken:
+        raise ServiceError(
+            f"Expected free ports. Received: in use: {', '.join(taken)}. Stop what uses them, or choose others with "
+            "CV_SERVICE_PORT, CV_DAGSTER_PORT, CV_MLFLOW_PORT and CV_EVIDENTLY_PORT."
+        )
+    prepare_home(settings)
+    environment = platform_environment(settings, database_url=_migrated_database(settings))
+    (settings.home / "evidently").mkdir(exist_ok=True)
+    (settings.home / "mlflow").mkdir(exist_ok=True)
+    environment["BENTOML_HOME"] = str(settings.home / "bentoml-serve")
+    (settings.home / "bentoml-serve").mkdir(exist_ok=True)
+    configuration = _write_configuration(settings, stack)
+    subprocess.run(
+        [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)], env=environment, check=True
+    )
+    for program in stack:
+        _wait_until_answers(settings, program)
+    return stack
+
+
+def stop_stack(settings: Settings) -> bool:
+    """Stops everything in order; returns whether it ran."""
+    pid = _supervisor_pid(settings)
+    if pid is None:
+        return False
+    control(settings, "shutdown")
+    _wait(
+        lambda: _supervisor_pid(settings) is None, START_SECONDS, f"supervisord (pid {pid}) to stop; see `make status`"
+    )
+    return True
+
+
+def is_running(settings: Settings) -> bool:
+    """Returns whether this installation's supervisor runs."""
+    return _supervisor_pid(settings) is not None
+
+
+def control(settings: Settings, *arguments: str) -> str:
+    """Runs `supervisorctl` with `arguments` and returns what it prints."""
+    configuration = settings.home / "run" / "supervisord.conf"
+    command = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(configuration), *arguments]
+    # `status` exits with 3 when a program is not running, which is an answer and no failure.
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _migrated_database(settings: Settings) -> str:
+    with database_url(settings) as url:
+        migrate(url)
+        return url
+
+
+def _write_configuration(settings: Settings, stack: list[Program]) -> Path:
+    run, logs = settings.home / "run", settings.home / "logs"
+    socket_path = _socket_path(settings.home)
+    lines = [
+        "[supervisord]",
+        f"pidfile={run / 'supervisord.pid'}",
+        f"logfile={logs / 'supervisord.log'}",
+        f"directory={REPOSITORY}",
+        f"childlogdir={logs}",
+        "",
+        "[unix_http_server]",
+        f"file={socket_path}",
+        "chmod=0700",
+        "",
+        "[supervisorctl]",
+        f"serverurl=unix://{socket_path}",
+        "",
+        "[rpcinterface:supervisor]",
+        "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
+    ]
+    for program in stack:
+        command = shlex.join(program.command).replace("%", "%%")
+        lines += [
+            "",
+            f"[program:{program.name}]",
+            f"command={command}",
+            f"priority={program.priority}",
+            "autorestart=true",
+            "startsecs=2",
+            "startretries=10",
+            f"stopsignal={program.stop_signal}",
+            f"stopwaitsecs={program.stop_seconds}",
+            # PostgreSQL's children get their orders from the postmaster; a signal of ours would be a crash to them.
+            f"stopasgroup={'false' if program.name == 'postgres' else 'true'}",
+            f"killasgroup={'false' if program.name == 'postgres' else 'true'}",
+            "redirect_stderr=true",
+            f"stdout_logfile={logs / (program.name + '.log')}",
+            "stdout_logfile_maxbytes=20MB",
+            "stdout_logfile_backups=3",
+        ]
+    path = run / "supervisord.conf"
+    path.touch(mode=0o600)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _socket_path(home: Path) -> Path:
+    """Returns a socket path below the system's limit of about 107 bytes, in a private folder."""
+    path = home / "run" / "supervisor.sock"
+    if len(str(path)) <= 90:
+        return path
+    digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"cv-platform-{os.getuid()}-{digest}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+        raise ServiceError(f"Expected {folder} to be private to this user. Received: it is not. Remove it.")
+    return folder / "supervisor.sock"
+
+
+def _wait_until_answers(settings: Settings, program: Program) -> None:
+    if program.health_path is None:
+        return
+    try:
+        wait_for_http(
+            f"http://127.0.0.1:{program.port}{program.health_path}",
+            seconds=START_SECONDS,
+            alive=lambda: is_running(settings),
+        )
+    except ServiceError as err:
+        log = settings.home / "logs" / f"{program.name}.log"
+        end = log.read_text(errors="replace")[-2000:] if log.exists() else "(no log)"
+        raise ServiceError(
+            f"{program.name} did not start: {err}\nThe end of {log}:\n{end}\n`make down` stops the rest."
+        ) from err
+
+
+def _supervisor_pid(settings: Settings) -> int | None:
+    try:
+        pid = int((settings.home / "run" / "supervisord.pid").read_text())
+        os.kill(pid, 0)
+    except (FileNotFoundError, ValueError, ProcessLookupError):
+        return None
+    command = _command_line(pid)
+    return pid if command is None or "supervisord" in command else None
+
+
+def _command_line(pid: int) -> str | None:
+    """Returns a process's command line where the system shows it: a pid may have been given to something else."""
+    listing = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return listing.stdout or None
+
+
+def _wait(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ServiceError(f"Waited {seconds:.0f} s for {what}.")
+        time.sleep(0.2)

@@ -1,0 +1,70 @@
+"""What the repository promises in words: documents whose links, commands and names exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cv_platform.config import Settings
+
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs").rglob("*.md")])
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", document.read_text())
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_make_targets_exist(document: Path) -> None:
+    named = set(re.findall(r"`make ([a-z][a-z-]*)", document.read_text()))
+    known = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
+    assert named <= known
+
+
+def test_readme_describes_every_environment_variable() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    source = (REPOSITORY / "cv_platform" / "config.py").read_text()
+    variables = set(re.findall(r'"((?:CV_[A-Z_]+)|DATABASE_URL|MLFLOW_TRACKING_URI|EVIDENTLY_URL)"', source))
+    assert len(variables) > 12
+    assert {name for name in variables if f"`{name}`" not in readme} == set()
+
+
+def test_readme_describes_every_config_section() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for section in ("model", "dataset", "validate", "train", "evaluate", "deploy", "monitor", "alerts"):
+        assert f"| `{section}` |" in readme
+
+
+def test_default_ports_are_those_of_the_readme() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    settings = Settings.from_environment({})
+    for port in (settings.service_port, settings.dagster_port, settings.mlflow_port, settings.evidently_port):
+        assert str(port) in readme
+
+
+def test_only_the_config_module_reads_the_environment() -> None:
+    # These pass the environment on to processes, or set defaults in it; none reads a setting.
+    allowed = {"cv_platform/stack/environment.py", "cv_platform/cli.py", "cv_platform/defs/resources.py"}
+    readers = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in (REPOSITORY / "cv_platform").rglob("*.py")
+        if re.search(r"os\.environ|os\.getenv", path.read_text())
+    }
+    assert readers == allowed | {"cv_platform/config.py"}
+
+
+def test_the_cli_explains_itself() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "cv_platform.cli", "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    for command in ("demo", "run", "up", "down", "status", "migrate", "import-dataset", "validate-config"):
+        assert command in result.stdout

@@ -1,0 +1,147 @@
+"""Sensors and schedules, evaluated with Dagster's own helpers on real databases and repositories."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import cv2
+import dagster as dg
+import numpy as np
+import pytest
+from sqlalchemy import Engine, text
+
+from cv_platform.config import ExperimentConfig, parse_experiment
+from cv_platform.datasets.importing import import_dataset
+from cv_platform.definitions import build_defs
+from cv_platform.defs.automation import new_dataset_version_sensor, new_predictions_sensor, retrain_on_drift_sensor
+from cv_platform.defs.branch import Branch
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+
+
+@pytest.fixture
+def experiment() -> ExperimentConfig:
+    return parse_experiment(
+        {
+            "name": "cats",
+            "model": {"model_name": "cats", "classes": ["a", "b"], "input_size": {"h": 8, "w": 8}},
+            "dataset": {"ds_name": "cats", "dvc_tag": "v1.0.0"},
+            "monitor": {"new_rows_trigger": 3},
+        },
+        origin="test",
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def log_predictions(engine: Engine, count: int, model_name: str = "cats") -> None:
+    with engine.begin() as connection:
+        for _ in range(count):
+            values = {"p": uuid4(), "e": uuid4(), "m": model_name, "now": datetime.now(UTC)}
+            connection.execute(
+                text(
+                    "INSERT INTO predictions (prediction_id, model_name, model_version, predicted_class, prediction_json,"
+                    " uae_feats, bbsd_feats, features, properties, created_on)"
+                    " VALUES (:p, :m, 'v', 'a', '{}', '{}', '{}', '{}', '{}', :now)"
+                ),
+                values,
+            )
+            connection.execute(
+                text(
+                    "INSERT INTO api_log (entry_id, request_method, request_url, response_status_code,"
+                    " response_message, timespan, prediction_id, created_on)"
+                    " VALUES (:e, 'POST', '/predict', 200, '', 0.1, :p, :now)"
+                ),
+                values,
+            )
+
+
+def tick(sensor: dg.SensorDefinition, cursor: str | None = None) -> object:
+    with dg.DagsterInstance.ephemeral() as instance, dg.build_sensor_context(instance=instance, cursor=cursor) as context:
+        return sensor.evaluate_tick(context)
+
+
+def test_new_predictions_ask_for_one_report_per_batch(
+    experiment: ExperimentConfig, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    sensor = new_predictions_sensor(experiment)
+    log_predictions(engine, 2)
+    log_predictions(engine, 5, model_name="dogs")
+    few = tick(sensor)
+    assert few.run_requests == []
+    assert "2 new predictions" in few.skip_message
+    log_predictions(engine, 1)
+    enough = tick(sensor)
+    assert len(enough.run_requests) == 1
+    again = tick(sensor, cursor=enough.cursor)
+    assert again.run_requests == []
+    assert "0 new predictions" in again.skip_message
+
+
+def test_without_a_database_the_sensor_says_so(experiment: ExperimentConfig, home: Path) -> None:
+    result = tick(new_predictions_sensor(experiment))
+    assert result.run_requests == []
+    assert "make up" in result.skip_message
+
+
+def test_an_unreachable_database_is_no_failure_of_the_sensor(
+    experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user:word@127.0.0.1:1/none")
+    result = tick(new_predictions_sensor(experiment))
+    assert result.run_requests == []
+    assert "127.0.0.1" in result.skip_message
+
+
+@pytest.mark.parametrize(("verdict", "runs"), [("drift", 1), ("no drift", 0), ("insufficient data", 0)])
+def test_retraining_follows_a_report_with_drift_only(experiment: ExperimentConfig, verdict: str, runs: int) -> None:
+    branch = Branch(experiment)
+    sensor = retrain_on_drift_sensor(branch)
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization(branch.key("drift_report"), metadata={"verdict": verdict})
+        )
+        repository = build_defs(DIGITS).get_repository_def()
+        with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
+            result = sensor.evaluate_tick(context)
+    assert len(result.run_requests or []) == runs
+
+
+def write_images(folder: Path, seed: int) -> Path:
+    generator = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(3):
+                image = generator.integers(0, 255, (8, 8, 3), np.uint8)
+                cv2.imwrite(str(folder / split / name / f"{number}.png"), image)
+    return folder
+
+
+def test_a_new_tag_asks_for_a_retraining_on_it_once(experiment: ExperimentConfig, home: Path, tmp_path: Path) -> None:
+    sensor = new_dataset_version_sensor(experiment)
+    assert "cats" in tick(sensor).skip_message
+    import_dataset(write_images(tmp_path / "one", 1), ds_name="cats", tag="v1.0.0", ds_root=home / "datasets")
+    first = tick(sensor)
+    assert first.run_requests == []
+    import_dataset(write_images(tmp_path / "two", 2), ds_name="cats", tag="v1.1.0", ds_root=home / "datasets")
+    second = tick(sensor, cursor=first.cursor)
+    assert len(second.run_requests) == 1
+    config = second.run_requests[0].run_config["resources"]["cats_config"]["config"]
+    assert config == {"dataset": {"dvc_tag": "v1.1.0"}}
+    assert tick(sensor, cursor=second.cursor).run_requests == []
+
+
+def test_the_schedule_asks_for_the_drift_report(home: Path) -> None:
+    schedule = build_defs(DIGITS).get_repository_def().get_schedule_def("digits_weekly_drift_report")
+    assert schedule.job_name == "digits_drift_report"
+    assert schedule.execution_timezone == "UTC"
+    context = dg.build_schedule_context(scheduled_execution_time=datetime(2026, 2, 2, 6, tzinfo=UTC))
+    assert len(schedule.evaluate_tick(context).run_requests or []) == 1

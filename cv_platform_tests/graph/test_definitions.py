@@ -1,0 +1,162 @@
+"""The code location: what a config becomes, what it costs to load, and what a broken config does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from cv_platform.config import load_experiment
+from cv_platform.definitions import build_defs
+from cv_platform.defs.automation import TRAINING_ASSETS
+from cv_platform.defs.resources import experiment_resource
+
+REPOSITORY = Path(__file__).parents[2]
+DIGITS = REPOSITORY / "configs" / "digits.yaml"
+HEAVY = ("tensorflow", "keras", "mlflow", "deepchecks", "evidently", "bentoml", "imgaug", "dagster_mlflow", "sklearn", "dvc")
+
+
+@pytest.fixture(scope="module")
+def digits() -> dg.Definitions:
+    return build_defs(DIGITS)
+
+
+def keys(definitions: dg.Definitions) -> set[str]:
+    return {key.to_user_string() for key in definitions.resolve_asset_graph().get_all_asset_keys()}
+
+
+def test_a_config_becomes_ten_assets_under_its_name(digits: dg.Definitions) -> None:
+    assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report")}
+
+
+def test_data_walk_one_way(digits: dg.Definitions) -> None:
+    graph = digits.resolve_asset_graph()
+    order = [key.path[-1] for level in graph.toposorted_asset_keys_by_level for key in level]
+    places = [order.index(name) for name in ("dataset", "validation_report", "packed_images", "model", "evaluation", "bento")]
+    assert places == sorted(places)
+    assert graph.get(dg.AssetKey(["digits", "drift_report"])).parent_keys == {
+        dg.AssetKey(["digits", "deployment"]),
+        dg.AssetKey(["digits", "reference_data"]),
+    }
+
+
+def test_every_asset_says_what_it_is_and_whose(digits: dg.Definitions) -> None:
+    graph = digits.resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.group_name == "digits"
+        assert node.description
+        assert node.owners == ["team:computer-vision"]
+        assert node.kinds
+        assert node.code_version
+
+
+def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:
+    blocking = {
+        check.key.name: check.blocking
+        for check in digits.resolve_asset_graph().asset_check_specs_by_key.values()
+    } if hasattr(digits.resolve_asset_graph(), "asset_check_specs_by_key") else {
+        key.name: digits.resolve_asset_graph().get_check_spec(key).blocking
+        for key in digits.resolve_asset_graph().asset_check_keys
+    }
+    assert blocking["unreadable_images"]
+    assert blocking["train_test_leakage"]
+    assert blocking["promotion_gate"]
+    assert not blocking["duplicates"]
+    assert not blocking["no_drift"]
+
+
+def test_jobs_schedule_and_sensors_are_there(digits: dg.Definitions) -> None:
+    repository = digits.get_repository_def()
+    assert {"digits_experiment", "digits_retrain", "digits_drift_report"} <= set(repository.job_names)
+    schedule = repository.get_schedule_def("digits_weekly_drift_report")
+    assert schedule.cron_schedule == "0 6 * * 1"
+    sensors = {sensor.name: sensor.default_status for sensor in repository.sensor_defs}
+    assert sensors["digits_retrain_on_drift"] is dg.DefaultSensorStatus.STOPPED
+    assert sensors["digits_new_dataset_version"] is dg.DefaultSensorStatus.STOPPED
+    assert sensors["digits_new_predictions"] is dg.DefaultSensorStatus.RUNNING
+    assert "run_failure" in sensors
+
+
+def test_loading_imports_none_of_the_heavy_libraries() -> None:
+    program = (
+        "import sys, cv_platform.definitions\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text, encoding="utf-8")
+
+
+def test_a_broken_file_is_one_asset_with_its_error_and_the_others_stay(tmp_path: Path) -> None:
+    write(tmp_path, "digits.yaml", DIGITS.read_text())
+    write(tmp_path, "broken-one.yaml", "name: x\nmodel: {}\n")
+    definitions = build_defs(tmp_path)
+    assert {"broken_configs/broken_one_yaml", "digits/model"} <= keys(definitions)
+    node = definitions.resolve_asset_graph().get(dg.AssetKey(["broken_configs", "broken_one_yaml"]))
+    assert "model.model_name: missing" in (node.description or "")
+    assert not node.is_materializable
+
+
+def test_two_configs_of_one_name_are_both_refused(tmp_path: Path) -> None:
+    write(tmp_path, "one.yaml", DIGITS.read_text())
+    write(tmp_path, "two.yaml", DIGITS.read_text())
+    definitions = build_defs(tmp_path)
+    assert keys(definitions) == {"broken_configs/one_yaml", "broken_configs/two_yaml"}
+    node = definitions.resolve_asset_graph().get(dg.AssetKey(["broken_configs", "one_yaml"]))
+    assert "digits in one.yaml, two.yaml" in (node.description or "")
+
+
+def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
+    write(tmp_path, "one.yaml", DIGITS.read_text())
+    write(tmp_path, "two.yaml", DIGITS.read_text().replace("name: digits\n", "name: other\n", 1))
+    names = keys(build_defs(tmp_path))
+    assert {"digits/model", "other/model"} <= names
+    assert len(names) == 20
+
+
+def run_config(definitions: dg.Definitions, override: dict[str, object]) -> object:
+    job = definitions.resolve_job_def("digits_experiment")
+    return dg.validate_run_config(job, {"resources": {"digits_config": {"config": override}}})
+
+
+def test_an_override_changes_one_field_and_keeps_the_yaml_values(digits: dg.Definitions) -> None:
+    validated = run_config(digits, {"train": {"epochs": 2}})
+    train = validated["resources"]["digits_config"]["config"]["train"]  # type: ignore[index]
+    assert train["epochs"] == 2
+    assert train["optimizer"] == load_experiment(DIGITS).train.optimizer
+    assert train["augment"]["rotate_degrees"] == load_experiment(DIGITS).train.augment.rotate_degrees
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"train": {"epoch": 2}}, {"train": {"epochs": "many"}}, {"trian": {}}, {"train": {"optimizer": "magic"}}],
+)
+def test_wrong_overrides_are_refused_before_the_run(digits: dg.Definitions, override: dict[str, object]) -> None:
+    with pytest.raises(dg.DagsterInvalidConfigError):
+        run_config(digits, override)
+
+
+def test_the_resource_resolves_to_the_yamls_experiment() -> None:
+    experiment = load_experiment(DIGITS)
+    assert experiment_resource(experiment).resolve() == experiment
+
+
+def test_the_code_location_validates_as_the_readme_says() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,56 @@
+"""One real, tiny, untrained classifier and a reference split for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cv_platform.config import ModelConfig
+from cv_platform_tests.tiny_models import CLASS_NAMES, MODEL_NAME, build_classifier, tiny_images
+
+VERSION = "20260131T060000Z-1f3c9a2e"
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a packed split offers, in memory."""
+
+    images: np.ndarray
+    targets: np.ndarray
+    paths: list[str]
+    sha256: list[str]
+
+
+def make_split(count: int, *, multi_label: bool = False) -> Split:
+    rng = np.random.default_rng(5)
+    targets = rng.integers(0, len(CLASS_NAMES), count)
+    if multi_label:
+        targets = rng.integers(0, 2, (count, len(CLASS_NAMES))).astype(np.float32)
+    return Split(
+        images=tiny_images(count, seed=3),
+        targets=targets,
+        paths=[f"reference/{i:03}.png" for i in range(count)],
+        sha256=[f"{i:064x}" for i in range(count)],
+    )
+
+
+@pytest.fixture(scope="session")
+def classifier_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classifier") / f"{MODEL_NAME}.keras"
+    build_classifier(seed=1, sharpness=20.0).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_config() -> ModelConfig:
+    return ModelConfig.model_validate(
+        {
+            "model_name": MODEL_NAME,
+            "classes": CLASS_NAMES,
+            "input_size": {"h": 16, "w": 16},
+            "drift_detection": {"uae_encoding_dims": 6},
+        }
+    )

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cv_platform.drift.accuracy import estimate_accuracy
+
+
+def multi_class(confidences: list[float]) -> np.ndarray:
+    """Two classes; the first is predicted with these confidences."""
+    return np.array([[c, 1 - c] for c in confidences], dtype=np.float32)
+
+
+REFERENCE = multi_class([0.6, 0.7, 0.8, 0.9])
+TARGETS = np.array([[False, True], [True, False], [True, False], [True, False]])  # The least confident is wrong.
+
+
+def test_estimates_by_hand() -> None:
+    estimate = estimate_accuracy(
+        REFERENCE, TARGETS, multi_class([0.65, 0.95]), classifier_type="multi-class", has_drifted=False
+    )
+    assert estimate.reference_accuracy == 0.75
+    assert estimate.average_confidence == pytest.approx(0.8)
+    assert estimate.difference_of_confidences == pytest.approx(0.75 + 0.8 - 0.75)
+    # Three of four reference images are right, so the threshold is the third largest confidence, .7.
+    assert estimate.thresholded_confidence == 0.5
+    assert estimate.is_reliable
+
+
+def test_estimates_of_the_reference_itself_are_its_accuracy() -> None:
+    estimate = estimate_accuracy(REFERENCE, TARGETS, REFERENCE, classifier_type="multi-class", has_drifted=False)
+    assert estimate.difference_of_confidences == pytest.approx(0.75)
+    assert estimate.thresholded_confidence == 0.75
+
+
+def test_no_estimate_is_reliable_while_drift_fires() -> None:
+    estimate = estimate_accuracy(REFERENCE, TARGETS, REFERENCE, classifier_type="multi-class", has_drifted=True)
+    assert not estimate.is_reliable
+
+
+def test_multi_label_counts_single_decisions() -> None:
+    reference = np.array([[0.9, 0.2], [0.4, 0.7]], dtype=np.float32)
+    targets = np.array([[True, False], [True, True]])  # Of four decisions, only the .4 is wrong.
+    current = np.array([[0.5, 0.1]], dtype=np.float32)
+    estimate = estimate_accuracy(
+        reference, targets, current, classifier_type="multi-label", threshold=0.5, has_drifted=False
+    )
+    assert estimate.reference_accuracy == 0.75
+    assert estimate.average_confidence == pytest.approx((0.5 + 0.9) / 2)
+    # Reference confidences .9, .8, .6, .7: three right ones reach .7; of the current ones .5 and .9, one does.
+    assert estimate.thresholded_confidence == 0.5
+
+
+def test_a_model_that_is_never_right_has_no_accuracy_to_expect() -> None:
+    estimate = estimate_accuracy(REFERENCE, ~TARGETS, REFERENCE[:1], classifier_type="multi-class", has_drifted=False)
+    assert estimate.reference_accuracy == 0.25
+    wrong = np.zeros_like(TARGETS)
+    nothing = estimate_accuracy(REFERENCE, wrong, REFERENCE, classifier_type="multi-class", has_drifted=False)
+    assert (nothing.thresholded_confidence, nothing.difference_of_confidences) == (0.0, 0.0)
+
+
+def test_refuses_misaligned_or_missing_rows() -> None:
+    with pytest.raises(ValueError, match="Expected targets of shape"):
+        estimate_accuracy(REFERENCE, TARGETS[:2], REFERENCE, classifier_type="multi-class", has_drifted=False)
+    with pytest.raises(ValueError, match="at least one"):
+        estimate_accuracy(REFERENCE, TARGETS, REFERENCE[:0], classifier_type="multi-class", has_drifted=False)

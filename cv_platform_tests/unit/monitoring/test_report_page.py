@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import base64
+import re
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+
+import cv2
+import numpy as np
+import pytest
+
+from cv_platform.drift.accuracy import AccuracyEstimate
+from cv_platform.drift.localisation import ClassMovement, EffectSizes, LargestDistance, PropertyShift
+from cv_platform.monitoring.report_page import render_page, thumbnails
+from cv_platform.monitoring.report_record import DriftReport
+from cv_platform.properties import PROPERTY_NAMES
+
+
+def make_report(**changes: object) -> DriftReport:
+    values: dict[str, object] = {
+        "report_id": "0b8a1c9e-0000-5000-8000-000000000000",
+        "experiment": "digits",
+        "model_name": "digits_classifier",
+        "model_version": "20260131T060000Z-1f3c9a2e",
+        "window_start_utc": datetime(2026, 2, 1, tzinfo=UTC),
+        "window_end_utc": datetime(2026, 2, 8, tzinfo=UTC),
+        "requests": 30,
+        "rows": 30,
+        "unusable_rows": 0,
+        "is_truncated": False,
+        "reference_rows": 200,
+        "verdict": "insufficient data",
+        "alpha": 0.05,
+        "min_samples": 100,
+    }
+    return DriftReport.model_validate({**values, **changes})
+
+
+def drift_report(**changes: object) -> DriftReport:
+    shifts = tuple(
+        PropertyShift(
+            name=name,
+            reference_mean=1.0,
+            current_mean=2.0,
+            shift_sds=None if name == "saturation" else 1.25,
+            spread_ratio=1.0,
+            ks_distance=0.5,
+        )
+        for name in PROPERTY_NAMES
+    )
+    values: dict[str, object] = {
+        "verdict": "drift",
+        "rows": 300,
+        "p_values": {"bbsd_ks": 0.001, "uae_mmd": 0.4},
+        "adjusted_p_values": {"bbsd_ks": 0.002, "uae_mmd": 0.4},
+        "statistics": {"bbsd_ks": 0.3, "uae_mmd": 0.01},
+        "drifted_detectors": ("bbsd_ks",),
+        "effects": EffectSizes(
+            bbsd=LargestDistance(dimension="<script>", ks_distance=0.3, p_value=0.0001),
+            properties=LargestDistance(dimension="luma_mean", ks_distance=0.5, p_value=0.1),
+            mmd={"uae_mmd": 0.1},
+            mmd_standardised={"uae_mmd": 0.2},
+            property_shifts=shifts,
+        ),
+        "classes": (
+            ClassMovement(
+                class_name="<script>",
+                ks_distance=0.3,
+                ks_p_value=0.0001,
+                reference_share=0.25,
+                current_share=0.5,
+                share_p_value=0.01,
+                adjusted_p_value=0.001,
+                has_moved=True,
+            ),
+        ),
+        "moved_classes": [{"class": "<script>", "ks_distance": 0.3}],
+        "top_images": [
+            {
+                "prediction_id": "id-1",
+                "created_on": "2026-02-02",
+                "predicted_class": "<script>",
+                "score": 2.5,
+                "image_sha256": "aa",
+            },
+            {
+                "prediction_id": "id-2",
+                "created_on": "2026-02-02",
+                "predicted_class": "7",
+                "score": 2.0,
+                "image_sha256": None,
+            },
+        ],
+        "accuracy_estimate": AccuracyEstimate(
+            average_confidence=0.9,
+            difference_of_confidences=0.88,
+            thresholded_confidence=0.87,
+            reference_accuracy=0.99,
+            is_reliable=False,
+        ),
+        "feedback_rows": 12,
+        "feedback_accuracy": 0.5,
+        "stream_e_value": 45.0,
+        "has_stream_alarm": True,
+        "problems": ("Image <b>bb</b> cannot be shown",),
+    }
+    return make_report(**{**values, **changes})
+
+
+class Balanced(HTMLParser):
+    """Counts open elements, so that a page that is no valid tree is noticed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag not in {"meta", "br", "img"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("report", [make_report(), drift_report()], ids=["insufficient", "drift"])
+def test_page_is_valid_self_contained_and_without_scripts(report: DriftReport) -> None:
+    page = render_page(report, {"aa": "data:image/jpeg;base64,AAAA"})
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert "script" not in parser.seen
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_page_says_what_moved() -> None:
+    page = render_page(drift_report(), {"aa": "data:image/jpeg;base64,AAAA"})
+    assert "+1.25" in page
+    assert "reference is constant" in page
+    assert "25.0%" in page
+    assert "id-1" in page
+    assert 'src="data:image/jpeg;base64,AAAA"' in page
+    assert "upload not kept" in page
+    assert "Not reliable" in page
+    assert "12 requests with feedback: 0.500" in page
+    assert "&lt;b&gt;bb" in page
+
+
+def test_summary_names_verdict_detectors_effect_and_classes() -> None:
+    summary = drift_report().summary()
+    assert summary.startswith("Drift in 300 requests of digits_classifier")
+    assert "Fired: bbsd_ks (p 0.002)" in summary
+    assert "moved by +1.25" in summary
+    assert "No longer constant as in the reference: saturation" in summary
+    assert "Classes that moved: <script>" in summary
+
+
+def test_summary_of_a_short_window_says_what_is_missing() -> None:
+    summary = make_report(has_stream_alarm=True, stream_e_value=123.4).summary()
+    assert "At least 100 usable requests are needed; the window has 30." in summary
+    assert "e-value 123" in summary
+
+
+def test_record_survives_json() -> None:
+    report = drift_report()
+    assert DriftReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_thumbnails_are_small_and_broken_uploads_are_named() -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (300, 600, 3), dtype=np.uint8)
+    content = cv2.imencode(".png", photo)[1].tobytes()
+    tiny = cv2.imencode(".png", photo[:8, :8])[1].tobytes()
+    pictures, problems = thumbnails({"a" * 64: content, "b" * 64: b"no image", "c" * 64: tiny})
+
+    def shape(url: str) -> tuple[int, ...]:
+        data = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))
+        return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR).shape
+
+    assert shape(pictures["a" * 64]) == (80, 160, 3)
+    assert shape(pictures["c" * 64]) == (8, 8, 3)
+    assert len(problems) == 1
+    assert "bbbbbbbbbbbb" in problems[0]

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from cv_platform import images
+from cv_platform.errors import (
+    EmptyImageError,
+    ImageError,
+    ImageTooLargeError,
+    TruncatedImageError,
+    UnsupportedImageError,
+)
+
+LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}}
+COMPRESSED_TIFF = {"compression": "tiff_lzw"}
+
+
+def scene(height: int = 60, width: int = 80) -> np.ndarray:
+    """A smooth, asymmetric picture whose red, green and blue are told apart easily."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.dstack([x * 255 // width, y * 255 // height, np.full_like(x, 40)]).astype(np.uint8)
+
+
+def encode(image_format: str, picture: np.ndarray | Image.Image | None = None, **options: Any) -> bytes:
+    if not isinstance(picture, Image.Image):
+        picture = Image.fromarray(scene() if picture is None else picture)
+    stream = io.BytesIO()
+    picture.save(stream, format=image_format, **options)
+    return stream.getvalue()
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> int:
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("image_format", LOSSLESS)
+def test_decodes_lossless_formats_to_the_same_rgb(image_format: str) -> None:
+    decoded = images.decode(encode(image_format, **LOSSLESS[image_format]))
+    assert decoded.dtype == np.uint8
+    assert decoded.flags.c_contiguous
+    np.testing.assert_array_equal(decoded, scene())
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+def test_decodes_jpeg_as_pillow_does(options: dict[str, Any]) -> None:
+    data = encode("JPEG", **options)
+    assert largest_difference(images.decode(data), np.asarray(Image.open(io.BytesIO(data)))) <= 2
+
+
+def test_red_stays_red_in_every_format() -> None:
+    red = np.zeros((16, 16, 3), dtype=np.uint8)
+    red[..., 0] = 250
+    for image_format in images.SUPPORTED_FORMATS:
+        pixel = images.decode(encode(image_format, red))[8, 8].astype(int)
+        assert pixel[0] > 240, image_format
+        assert pixel[1:].max() < 15, image_format
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "TIFF"])
+def test_takes_the_first_frame(image_format: str) -> None:
+    frames = [Image.new("RGB", (10, 12), color) for color in ("white", "black")]
+    data = encode(image_format, frames[0], save_all=True, append_images=frames[1:])
+    assert images.decode(data).shape == (12, 10, 3)
+    assert images.decode(data).min() > 250
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_applies_exif_orientation(image_format: str, orientation: int) -> None:
+    if image_format == "TIFF":
+        data = encode("TIFF", tiffinfo={0x0112: orientation})
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(image_format, exif=exif.tobytes(), **LOSSLESS.get(image_format, {}))
+    # The meaning of the tag, by hand: rows and columns flipped or exchanged.
+    upright = {
+        1: scene(),
+        2: scene()[:, ::-1],
+        3: scene()[::-1, ::-1],
+        4: scene()[::-1],
+        5: scene().transpose(1, 0, 2),
+        6: scene()[::-1].transpose(1, 0, 2),
+        7: scene()[::-1, ::-1].transpose(1, 0, 2),
+        8: scene()[:, ::-1].transpose(1, 0, 2),
+    }[orientation]
+    assert largest_difference(images.decode(data), upright) <= (12 if image_format == "JPEG" else 0)
+    exact = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert largest_difference(images.decode(data), exact) <= 2
+
+
+def test_phone_pictures_with_a_second_picture_are_jpeg() -> None:
+    data = encode("MPO", save_all=True, append_images=[Image.fromarray(255 - scene())])
+    assert images.read_size(data) == ("JPEG", 60, 80)
+    assert largest_difference(images.decode(data), images.decode(encode("JPEG"))) <= 8
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_grey_becomes_three_equal_channels(image_format: str) -> None:
+    grey = scene()[..., 0]
+    decoded = images.decode(encode(image_format, grey, **LOSSLESS.get(image_format, {})))
+    np.testing.assert_array_equal(decoded, np.repeat(grey[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_alpha_is_dropped_not_blended(image_format: str) -> None:
+    alpha = np.tile(np.linspace(1, 255, 80).astype(np.uint8), (60, 1))
+    options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
+    decoded = images.decode(encode(image_format, np.dstack([scene(), alpha]), **options))
+    np.testing.assert_array_equal(decoded, scene())
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_their_upper_eight(image_format: str, channels: int) -> None:
+    deep = scene().astype(np.uint16) * 256 + 17
+    deep = deep if channels == 3 else deep[..., 0]
+    encoded, data = cv2.imencode("." + image_format.lower(), deep[..., ::-1] if channels == 3 else deep)
+    assert encoded
+    expected = scene() if channels == 3 else np.repeat(scene()[..., :1], 3, axis=2)
+    np.testing.assert_array_equal(images.decode(data.tobytes()), expected)
+
+
+def test_refuses_samples_without_a_known_range() -> None:
+    with pytest.raises(UnsupportedImageError, match="8 or 16 bits"):
+        images.decode(encode("TIFF", Image.fromarray(scene()[..., 0].astype(np.float32) / 255)))
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "LA", "CMYK"])
+def test_decodes_other_modes_as_pillow_converts_them(mode: str) -> None:
+    picture = Image.fromarray(scene()).convert(mode)
+    image_format = "JPEG" if mode == "CMYK" else "PNG"
+    data = encode(image_format, picture)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert largest_difference(images.decode(data), expected) <= 2
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("GIF", {}),
+        ("TIFF", {}),
+        ("TIFF", COMPRESSED_TIFF),
+        ("BMP", {}),
+    ],
+)
+@pytest.mark.parametrize("kept", [0.05, 0.3, 0.6, 0.95])
+def test_truncated_images_are_refused(image_format: str, options: dict[str, Any], kept: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    data = encode(image_format, noise, **options)
+    with pytest.raises(TruncatedImageError):
+        images.decode(data[: int(len(data) * kept)])
+
+
+def test_jpeg_with_a_thumbnail_is_refused_when_cut_after_the_thumbnails_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    thumbnail = encode("JPEG", scene(8, 8))
+    data = encode("JPEG")
+    segment = b"Exif\0\0" + thumbnail
+    with_thumbnail = data[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + data[2:]
+    assert images.decode(with_thumbnail).shape == (60, 80, 3)
+    monkeypatch.setattr(cv2, "imdecode", no_decoder)
+    with pytest.raises(TruncatedImageError):
+        images.decode(with_thumbnail[:-200])
+
+
+def test_png_damaged_on_the_way_is_refused_without_a_word_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(encode("PNG"))
+    data[len(data) // 2] ^= 0xFF
+    for damaged in (bytes(data), encode("PNG")[:-1], encode("PNG")[:-12]):
+        with pytest.raises(TruncatedImageError):
+            images.decode(damaged)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_bytes_after_the_image_do_no_harm(image_format: str) -> None:
+    data = encode(image_format)
+    np.testing.assert_array_equal(images.decode(data + b"\0 appended"), images.decode(data))
+
+
+@pytest.mark.parametrize("data", [b"hello", b"<svg/>", b"%PDF-1.7", b"\0" * 100, b"BM", b"RIFF0000WAVE"])
+def test_other_bytes_are_unsupported(data: bytes) -> None:
+    with pytest.raises(UnsupportedImageError):
+        images.read_size(data)
+
+
+def test_no_bytes_are_empty() -> None:
+    with pytest.raises(EmptyImageError):
+        images.decode(b"")
+
+
+@pytest.mark.parametrize("image_format", ["ICO", "PPM", "TGA"])
+def test_formats_outside_the_policy_are_unsupported(image_format: str) -> None:
+    with pytest.raises(UnsupportedImageError):
+        images.decode(encode(image_format))
+
+
+def no_decoder(*_: object) -> None:
+    raise AssertionError("decoded")
+
+
+def bomb_png(side: int) -> bytes:
+    """A PNG header that promises side × side pixels, followed by next to nothing."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("side", [7_000, 12_000, 20_000, 60_000])
+def test_bombs_are_refused_before_decoding(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "imdecode", no_decoder)
+    with pytest.raises(ImageTooLargeError, match="at most 40000000 pixels"):
+        images.decode(bomb_png(side))
+
+
+def test_the_limit_is_the_largest_size_accepted() -> None:
+    data = encode("PNG")
+    assert images.read_size(data, max_pixels=60 * 80) == ("PNG", 60, 80)
+    with pytest.raises(ImageTooLargeError, match="80×60 = 4800"):
+        images.read_size(data, max_pixels=60 * 80 - 1)
+
+
+def test_errors_carry_their_http_status() -> None:
+    errors = (EmptyImageError, TruncatedImageError, UnsupportedImageError, ImageTooLargeError)
+    assert [error.status_code for error in errors] == [400, 400, 415, 413]
+
+
+@given(
+    image_format=st.sampled_from(images.SUPPORTED_FORMATS),
+    damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8),
+    kept=st.floats(0.02, 1.0),
+)
+def test_damaged_bytes_decode_or_raise_an_image_error(
+    image_format: str, damage: list[tuple[float, int]], kept: float
+) -> None:
+    data = bytearray(encode(image_format, scene(12, 16)))
+    for place, value in damage:
+        data[int(place * (len(data) - 1))] = value
+    try:
+        decoded = images.decode(bytes(data[: int(len(data) * kept)]), max_pixels=10_000)
+    except ImageError:
+        return
+    assert decoded.dtype == np.uint8
+    assert decoded.shape[2] == 3
+
+
+def test_shrinking_averages_the_area() -> None:
+    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3) * 5
+    blocks = image.reshape(2, 2, 2, 2, 3).mean(axis=(1, 3))
+    assert largest_difference(images.resize(image, (2, 2)), np.round(blocks)) <= 1
+
+
+def test_growing_interpolates_between_pixel_centres() -> None:
+    image = np.zeros((1, 2, 3), dtype=np.uint8)
+    image[0, 1] = 100
+    # Centres of four output pixels lie at -0.25, 0.25, 0.75 and 1.25 input pixels.
+    assert images.resize(image, (1, 4))[0, :, 0].tolist() == [0, 25, 75, 100]
+
+
+def test_resize_takes_height_before_width_and_keeps_a_fitting_image() -> None:
+    image = scene(30, 20)
+    assert images.resize(image, (10, 40)).shape == (10, 40, 3)
+    assert images.resize(image, (30, 20)) is image
+
+
+def test_preprocess_is_decode_then_resize() -> None:
+    data = encode("PNG")
+    np.testing.assert_array_equal(images.preprocess(data, (16, 24)), images.resize(scene(), (16, 24)))
+
+
+def test_hash_follows_size_and_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = images.preprocessing_hash((16, 24))
+    assert first == images.preprocessing_hash((16, 24))
+    assert first != images.preprocessing_hash((24, 16))
+    monkeypatch.setattr(images, "PREPROCESSING_VERSION", images.PREPROCESSING_VERSION + 1)
+    assert first != images.preprocessing_hash((16, 24))
