@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cv_platform.config import Settings, json_schema, load_experiment, quiet_variables
+from cv_platform.config import Settings, json_schema, load_experiment, silence_telemetry
 from cv_platform.errors import CvPlatformError
 
 
@@ -19,8 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("cv_platform").setLevel(logging.INFO)
-    for name, value in quiet_variables().items():
-        os.environ.setdefault(name, value)
+    silence_telemetry()
     try:
         return options.command(options)
     except CvPlatformError as err:

@@ -387,11 +387,18 @@ def quiet_variables() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "BENTOML_DO_NOT_TRACK": "True",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DISABLE_LATEST_VERSION_CHECK": "true",
+        "DISABLE_LATEST_VERSION_CHECK": "True",
+        "DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY": "True",
         "DVC_NO_ANALYTICS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TF_ENABLE_ONEDNN_OPTS": "1",
     }
+
+
+def silence_telemetry() -> None:
+    """Exports `quiet_variables` to this process: before the libraries are imported, as they read them then."""
+    for name, value in quiet_variables().items():
+        os.environ.setdefault(name, value)
 
 
 def config_files(configs: Path) -> list[Path]:

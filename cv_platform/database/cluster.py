@@ -1,16 +1,14 @@
-"""One PostgreSQL data folder of the installation: made, started, watched and stopped with PostgreSQL's own programs.
+"""The installation's PostgreSQL server: started, watched and stopped with PostgreSQL's own programs.
 
-`embedded.py` decides when; this module knows how. Callers hold the start lock around everything that changes something.
-https://www.postgresql.org/docs/18/app-initdb.html and …/app-pg-ctl.html
+`embedded.py` decides when; this module knows how, and `data_folder.py` makes the data. Callers hold the start lock
+around everything that changes something. https://www.postgresql.org/docs/18/app-pg-ctl.html
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -23,7 +21,8 @@ import psycopg2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cv_platform.database import pg_binaries
-from cv_platform.database.pg_binaries import POSTGRES_MAJOR, ServerUser, find_binaries, make_enterable, server_user
+from cv_platform.database.data_folder import HOST, make_data_folder, place_outside
+from cv_platform.database.pg_binaries import POSTGRES_MAJOR, ServerUser, find_binaries, server_user
 from cv_platform.errors import ServiceError
 
 logger = logging.getLogger(__name__)
@@ -31,20 +30,11 @@ logger = logging.getLogger(__name__)
 NAME = "cv_platform"
 """Of the role (no superuser) and of its database."""
 START_SECONDS = 60.0
-_HOST = "127.0.0.1"
 _PORTS = range(20_000, 32_000)
 """Below the range from which systems give ports to outgoing connections, so that a remembered one stays free."""
 _POLL_SECONDS = 0.05
 _LOG_LIMIT_BYTES = 10_000_000
 _PASSING_REASONS = ("shared memory block", "could not bind", "could not create any TCP/IP sockets", "lock file")
-_SETTINGS = {
-    "listen_addresses": _HOST,
-    "unix_socket_directories": "",  # No socket: nothing to protect, and no limit on the path's length.
-    "timezone": "UTC",
-    "log_timezone": "UTC",
-    "fsync": "on",
-    "logging_collector": "off",
-}
 
 
 class ClusterState(BaseModel):
@@ -86,7 +76,7 @@ class Cluster:
 
     def url(self, port: int) -> str:
         """Returns the URL of the database at `port`."""
-        return f"postgresql+psycopg2://{NAME}:{self._password()}@{_HOST}:{port}/{NAME}"
+        return f"postgresql+psycopg2://{NAME}:{self._password()}@{HOST}:{port}/{NAME}"
 
     def prepare(self) -> None:
         """Makes the data folder unless it exists; a crash in between leaves nothing that a later start would use.
@@ -141,7 +131,7 @@ class Cluster:
             chosen = wanted
         elif port is not None or (keep and wanted is not None):
             raise ServiceError(
-                f"CV_POSTGRES_PORT: expected a free port for PostgreSQL on {_HOST}. Received: {wanted}, which another "
+                f"CV_POSTGRES_PORT: expected a free port for PostgreSQL on {HOST}. Received: {wanted}, which another "
                 "program uses. Stop it, or set CV_POSTGRES_PORT to another port."
             )
         else:
@@ -223,7 +213,7 @@ class Cluster:
         """
         try:
             psycopg2.connect(
-                host=_HOST, port=port, user=NAME, dbname=NAME, password=self._password(), connect_timeout=2
+                host=HOST, port=port, user=NAME, dbname=NAME, password=self._password(), connect_timeout=2
             ).close()
         except psycopg2.OperationalError as err:
             if "authentication failed" in str(err):
@@ -278,80 +268,13 @@ class Cluster:
         binaries = find_binaries(user)
         if not self._password_file.exists():
             _write_private(self._password_file, secrets.token_urlsafe(24))
-        place = self.folder if user.can_enter(self.folder) else self._place_outside(user)
-        data = place / "data"
-        for leftover in (data, place / "data.partial"):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        staged = place / "data.partial"
-        staged.mkdir(mode=0o700)
-        # The superuser's password is thrown away: the platform's role needs no such rights, and a person who does can
-        # use single-user mode.
-        with tempfile.NamedTemporaryFile("w", dir=place, prefix=".initdb-") as superuser_password:
-            superuser_password.write(secrets.token_urlsafe(24))
-            superuser_password.flush()
-            if user.is_other:
-                os.chown(staged, user.uid, user.gid)
-                os.chown(superuser_password.name, user.uid, user.gid)
-            self._run(
-                [binaries / "initdb", "-D", staged, "--username=postgres", f"--pwfile={superuser_password.name}"]
-                + ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--locale-provider=builtin"]
-                + ["--builtin-locale=C.UTF-8", "--data-checksums", "--no-instructions"]
-                + [f"--set={key}={value}" for key, value in _SETTINGS.items()],
-                user,
-            )
-        self._run(
-            [binaries / "postgres", "--single", "-D", staged, "postgres"],
-            user,
-            statements=f"CREATE ROLE {NAME} LOGIN CREATEDB PASSWORD '{self._password()}';\n"
-            f"CREATE DATABASE {NAME} OWNER {NAME};\n",
-        )
-        staged.rename(data)
+        place = self.folder if user.can_enter(self.folder) else place_outside(self.folder, user)
+        data = make_data_folder(place, user, binaries, role=NAME, password=self._password())
         self._remember(data_directory="data" if place == self.folder else str(data))
-        logger.info("Made a PostgreSQL %d data folder: %s", POSTGRES_MAJOR, data)
-
-    def _place_outside(self, user: ServerUser) -> Path:
-        """Returns a folder that the server's user can reach, for a CV_HOME that it cannot; CV_HOME stays closed."""
-        marker = hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]
-        left = sorted(pg_binaries.ROOT_STATE.glob(f"postgres-{marker}-*"))
-        if left:
-            logger.warning(
-                "Left by an earlier CV_HOME at this place, remove if not needed: %s", ", ".join(map(str, left))
-            )
-        make_enterable(pg_binaries.ROOT_STATE)
-        # Random, because the data of a deleted CV_HOME may still lie there and their password is gone.
-        place = pg_binaries.ROOT_STATE / f"postgres-{marker}-{secrets.token_hex(4)}"
-        make_enterable(place)
-        if not user.can_enter(place):
-            raise ServiceError(
-                f"Expected a folder that user {user.uid}, who runs PostgreSQL for root, can enter. Received: neither "
-                f"{self.folder} nor {place}. Run as another user, or set DATABASE_URL to a server."
-            )
-        return place
 
     def _user_and_binaries(self) -> tuple[ServerUser, Path]:
         user = server_user(self.data)
         return user, find_binaries(user)
-
-    def _run(self, command: list[str | Path], user: ServerUser, *, statements: str | None = None) -> None:
-        arguments = user.popen_arguments()
-        if statements is not None:
-            del arguments["stdin"]
-            arguments["input"] = statements
-        program = list(map(str, command))
-        try:
-            result = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300, **arguments)
-        except (OSError, subprocess.TimeoutExpired) as err:
-            raise ServiceError(
-                f"Expected {program[0]} to run. Received: {err}. Or set DATABASE_URL to a server."
-            ) from err
-        # Single-user mode ends with 0 even after a statement failed.
-        if result.returncode or "ERROR:" in result.stderr or "FATAL:" in result.stderr:
-            raise ServiceError(
-                f"Expected {Path(program[0]).name} to succeed. Received: status {result.returncode}: "
-                f"{result.stderr.strip()[-2000:]}. Check the free space and the rights of {self.folder}, or set "
-                "DATABASE_URL to a server."
-            )
 
     def _forget_stale_pid(self, user: ServerUser) -> None:
         """Removes a dead server's pid file if its number now belongs to another program.
@@ -430,7 +353,7 @@ def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((_HOST, port))
+            probe.bind((HOST, port))
         except OSError:
             return False
     return True

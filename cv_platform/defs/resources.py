@@ -5,7 +5,6 @@ Nothing is opened when the code location loads; every method opens what it needs
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
-from cv_platform.config import ExperimentConfig, MlflowConfig, Settings, parse_experiment, quiet_variables
+from cv_platform.config import ExperimentConfig, MlflowConfig, Settings, parse_experiment, silence_telemetry
 from cv_platform.storage import CentralStorage
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ class Installation(dg.ConfigurableResource):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Switches telemetry and import chatter off before the heavy libraries load."""
-        for name, value in quiet_variables().items():
-            os.environ.setdefault(name, value)
+        silence_telemetry()
 
     def settings(self) -> Settings:
         """Reads the settings from the environment."""

@@ -102,6 +102,7 @@ def build_reference_data(
         )
     sample = extract_sample(keras_path, detectors.uae_path, held_out, rows)
     targets = np.asarray(held_out.targets)[rows]
+    chosen: list[int] = rows.tolist()
     predicted = predictions(sample.bbsd, model.classifier_type, model.threshold)
     identity = ReferenceIdentity(
         model_name=detectors.model_name,
@@ -115,8 +116,8 @@ def build_reference_data(
         path,
         identity,
         sample,
-        paths=[held_out.paths[row] for row in rows.tolist()],
-        sha256=[held_out.sha256[row] for row in rows.tolist()],
+        paths=[held_out.paths[row] for row in chosen],
+        sha256=[held_out.sha256[row] for row in chosen],
         labels=_names(one_hot(targets, len(model.classes)), model.classes),
         predicted=_names(predicted, model.classes),
     )

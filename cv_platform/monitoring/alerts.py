@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
@@ -30,17 +31,17 @@ def send_alert(urls: Sequence[str], title: str, body: str) -> list[str]:
     """
     if not urls:
         return []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _silent("apprise", "urllib3"):
         # It loads all its plugins at once, and one imports a module that Python has deprecated (Apprise 2.2).
         warnings.simplefilter("ignore", DeprecationWarning)
-        return _send(urls, title, body)
+        failures = _send(urls, title, body)
+    logger.info("Alerts sent: %d of %d.", len(urls) - len(failures), len(urls))
+    return failures
 
 
 def _send(urls: Sequence[str], title: str, body: str) -> list[str]:
     from apprise import Apprise
 
-    # Apprise logs what it sends, and where, at INFO and below.
-    logging.getLogger("apprise").setLevel(logging.CRITICAL)
     failures: list[str] = []
     for position, url in enumerate(urls, start=1):
         service = _service(url)
@@ -49,8 +50,21 @@ def _send(urls: Sequence[str], title: str, body: str) -> list[str]:
             failures.append(f"Alert {position} ({service}): expected an Apprise URL. Received one that it cannot read.")
         elif not alert.notify(body=body, title=title):
             failures.append(f"Alert {position} ({service}): the service did not take the message. Check CV_ALERT_URLS.")
-    logger.info("Alerts sent: %d of %d.", len(urls) - len(failures), len(urls))
     return failures
+
+
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Silences loggers that write what is sent and where: the addresses' paths are the tokens of many services."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, before, strict=True):
+            each.setLevel(level)
 
 
 def _service(url: str) -> str:

@@ -4,8 +4,7 @@ One SQLite file per replica process (`<uuid>.sqlite`, write-ahead log, `synchron
 which its owner keeps locked; the kernel drops the lock with the process, and then a successor may adopt the file. (The
 lock is a file of its own because closing any descriptor of a database file drops SQLite's own locks on it.)
 
-One writer thread owns the connection that writes. It commits all that has gathered since its last commit at once, so
-that concurrent requests share one fsync. https://www.sqlite.org/wal.html
+One thread writes (`group_commit.py`), any number read. https://www.sqlite.org/wal.html
 """
 
 from __future__ import annotations
@@ -14,18 +13,17 @@ import contextlib
 import fcntl
 import logging
 import os
-import queue
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
 from cv_platform.errors import SpoolFullError
+from cv_platform.serving.group_commit import GroupCommit
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, SpooledEntry, StoredPrediction, encode
 from cv_platform.serving.spool_file import (
     EXTENSIONS,
@@ -44,9 +42,6 @@ from cv_platform.serving.spool_file import (
 
 logger = logging.getLogger(__name__)
 
-_MAX_GROUP = 512
-_MAX_QUEUED = 4096
-_MAX_QUEUED_BYTES = 256 * 1024 * 1024
 _JOB_SECONDS = 60.0
 
 
@@ -69,13 +64,6 @@ class RejectedEntry(NamedTuple):
     kind: str
     record: str
     reason: str
-
-
-@dataclass(frozen=True)
-class _Job:
-    run: Callable[[sqlite3.Connection], object]
-    done: Future[None]
-    bytes: int = 0
 
 
 class Spool:
@@ -121,25 +109,23 @@ class Spool:
         self._lock = lock
         self._max_bytes = max_bytes
         self._timeout = append_timeout_seconds
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(_MAX_QUEUED)
-        self._state = threading.Lock()
-        self._queued_bytes = 0
-        self._is_closed = False
         self._listener: Callable[[], None] = lambda: None
+        self._read_lock = threading.Lock()
+        writing = None
         try:
-            self._writing = connect(path)
-            prepare(self._writing, path)
+            writing = connect(path)
+            prepare(writing, path)
             self._reading = connect(path)
         except sqlite3.DatabaseError as err:
+            if writing is not None:
+                writing.close()
             os.close(lock)
             if isinstance(err, sqlite3.OperationalError):
                 raise SpoolFullError(
                     f"{path}: expected a writable spool. Received: {err}. Free space or fix rights."
                 ) from err
             raise
-        self._read_lock = threading.Lock()
-        self._writer = threading.Thread(target=self._write, name=f"spool-{path.stem[:8]}", daemon=True)
-        self._writer.start()
+        self._writer = GroupCommit(writing, path, lambda: self._listener())
 
     def append(self, entry: LogEntry | FeedbackEntry) -> None:
         """Returns once the entry is on disk for good.
@@ -157,8 +143,6 @@ class Spool:
                 f"Expected {self.path} to take an entry within {self._timeout:g} s. Received: nothing. "
                 "The disk is overloaded; try again later."
             ) from err
-        except CancelledError as err:
-            raise SpoolFullError(f"Expected {self.path} to take an entry. Received: it is being closed.") from err
 
     def submit(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
         """Queues the entry and returns at once; the future has a result when the entry is durable.
@@ -168,13 +152,7 @@ class Spool:
         """
         spooled = encode(entry)
         size = len(spooled.record) + len(spooled.vectors) + (len(spooled.image.content) if spooled.image else 0)
-        with self._state:
-            if self._queued_bytes + size > max(_MAX_QUEUED_BYTES, size):
-                raise SpoolFullError(
-                    f"Expected less than {_MAX_QUEUED_BYTES} bytes waiting for {self.path}. "
-                    f"Received: {self._queued_bytes}. The disk is overloaded; try again later."
-                )
-        return self._queue(lambda connection: self._insert(connection, spooled), size)
+        return self._writer.submit(lambda connection: self._insert(connection, spooled), size)
 
     def on_append(self, listener: Callable[[], None]) -> None:
         """Calls `listener` after each commit of new entries, on the writer's thread."""
@@ -209,11 +187,12 @@ class Spool:
 
     def delete(self, rows: Sequence[SpoolRow]) -> None:
         """Forgets entries that the database has, and uploads that no other entry needs."""
-        self._queue(lambda connection: delete_entries(connection, [row.id for row in rows])).result(_JOB_SECONDS)
+        ids = [row.id for row in rows]
+        self._writer.submit(lambda connection: delete_entries(connection, ids)).result(_JOB_SECONDS)
 
     def reject(self, row: SpoolRow, reason: str) -> None:
         """Puts an entry aside for good, with the reason."""
-        self._queue(lambda connection: move_to_rejected(connection, row.id, reason)).result(_JOB_SECONDS)
+        self._writer.submit(lambda connection: move_to_rejected(connection, row.id, reason)).result(_JOB_SECONDS)
 
     def rejected(self) -> list[RejectedEntry]:
         """Returns the entries that the database refuses."""
@@ -231,8 +210,8 @@ class Spool:
         if not other.rejected_count():
             return
         with other._reader() as source:
-            self._queue(lambda target: copy_rejected(source, target)).result(_JOB_SECONDS)
-        other._queue(lambda connection: connection.execute("DELETE FROM rejected")).result(_JOB_SECONDS)
+            self._writer.submit(lambda target: copy_rejected(source, target)).result(_JOB_SECONDS)
+        other._writer.submit(lambda connection: connection.execute("DELETE FROM rejected")).result(_JOB_SECONDS)
 
     def depth(self) -> int:
         """Returns how many entries the database does not have yet."""
@@ -255,16 +234,12 @@ class Spool:
         with self._reader() as connection:
             unused = int(connection.execute("PRAGMA freelist_count").fetchone()[0])
         if unused > VACUUM_PAGES:
-            self._queue(free_pages).result(_JOB_SECONDS)
+            self._writer.submit(free_pages).result(_JOB_SECONDS)
 
     def close(self) -> None:
         """Writes what is queued and lets go of the file; an empty one is deleted, another is left to a successor."""
-        with self._state:
-            if self._is_closed:
-                return
-            self._is_closed = True
-        self._jobs.put(None)
-        self._writer.join()
+        if not self._writer.close():
+            return
         with self._read_lock:
             try:
                 is_empty = not self._reading.execute(
@@ -274,27 +249,11 @@ class Spool:
                 logger.error("%s stays as it is: %s", self.path, err)
                 is_empty = False
             self._reading.close()
-        self._writing.close()
         if is_empty:
             for extension in EXTENSIONS:
                 self.path.with_name(self.path.name + extension).unlink(missing_ok=True)
             self.path.with_suffix(LOCK).unlink(missing_ok=True)
         os.close(self._lock)
-
-    def _queue(self, run: Callable[[sqlite3.Connection], object], size: int = 0) -> Future[None]:
-        job = _Job(run, Future(), size)
-        with self._state:
-            if self._is_closed:
-                raise SpoolFullError(f"Expected an open spool. Received: {self.path}, which is closed.")
-            try:
-                self._jobs.put_nowait(job)
-            except queue.Full as err:
-                raise SpoolFullError(
-                    f"Expected at most {_MAX_QUEUED} entries waiting for {self.path}. Received: one more. "
-                    "The disk is overloaded; try again later."
-                ) from err
-            self._queued_bytes += size
-        return job.done
 
     def _insert(self, connection: sqlite3.Connection, entry: SpooledEntry) -> None:
         pages, unused, page_bytes = (
@@ -307,51 +266,6 @@ class Spool:
                 f"Received: {(pages - unused) * page_bytes} in {self.path}. Bring the database back."
             )
         insert_entry(connection, entry)
-
-    def _write(self) -> None:
-        """The writer thread: gathers jobs, runs them in one transaction, answers all of them after its commit."""
-        is_open = True
-        while is_open:
-            jobs: list[_Job] = []
-            job = self._jobs.get()
-            while True:
-                if job is None:
-                    is_open = False
-                    break
-                with self._state:
-                    self._queued_bytes -= job.bytes
-                if job.done.set_running_or_notify_cancel():
-                    jobs.append(job)
-                if len(jobs) >= _MAX_GROUP:
-                    break
-                try:
-                    job = self._jobs.get_nowait()
-                except queue.Empty:
-                    break
-            if jobs and not self._commit(jobs):
-                for single in jobs:  # One of them fails: find out which, so that the others do not suffer.
-                    self._commit([single])
-            if any(job.bytes for job in jobs):
-                self._listener()
-
-    def _commit(self, jobs: list[_Job]) -> bool:
-        """Runs jobs in one transaction; returns False, with nothing done, if one of several fails."""
-        try:
-            self._writing.execute("BEGIN IMMEDIATE")
-            for job in jobs:
-                job.run(self._writing)
-            self._writing.execute("COMMIT")
-        except Exception as err:  # Whatever it is, the threads that wait for these jobs must hear of it.
-            with contextlib.suppress(sqlite3.Error):  # A full disk may have rolled it back already.
-                self._writing.execute("ROLLBACK")
-            if len(jobs) > 1:
-                return False
-            logger.error("%s does not take an entry: %s", self.path, err)
-            jobs[0].done.set_exception(_as_spool_error(err, self.path))
-            return True
-        for job in jobs:
-            job.done.set_result(None)
-        return True
 
     @contextlib.contextmanager
     def _reader(self) -> Generator[sqlite3.Connection]:
@@ -372,11 +286,3 @@ def _try_to_own(path: Path) -> int | None:
         return handle
     os.close(handle)
     return None
-
-
-def _as_spool_error(err: Exception, path: Path) -> Exception:
-    if not isinstance(err, sqlite3.Error):
-        return err
-    return SpoolFullError(
-        f"Expected {path} to take an entry. Received: {err}. Free space on that disk; then try again."
-    )

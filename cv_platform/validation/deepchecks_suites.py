@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import html
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cv_platform.config import ValidateConfig
+from cv_platform.config import ValidateConfig, silence_telemetry
 from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.validation.checks import ClassifierType, outcome
 from cv_platform.validation.sample import ImageSample
@@ -225,8 +224,7 @@ def _read_result(suite: str, result: Any) -> tuple[int, list[str], list[str], li
 def _quiet_deepchecks() -> Iterator[None]:
     """Keeps Deepchecks 0.19 off the network, off the progress bar and in this process while the block runs."""
     # Read when the package is imported, which otherwise calls home and writes an id into its installation folder.
-    os.environ["DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY"] = "True"
-    os.environ["DISABLE_LATEST_VERSION_CHECK"] = "True"
+    silence_telemetry()
     with warnings.catch_warnings():
         # The package and what it calls (pkg_resources, pandas, scikit-learn, plotly) warn about its own code on every
         # run; nothing of it is about the data. To be removed with a release that is written for pandas 2.

@@ -46,8 +46,8 @@ def log_predictions(engine: Engine, count: int, model_name: str = "cats") -> Non
             values = {"p": uuid4(), "e": uuid4(), "m": model_name, "now": datetime.now(UTC)}
             connection.execute(
                 text(
-                    "INSERT INTO predictions (prediction_id, model_name, model_version, predicted_class, prediction_json,"
-                    " uae_feats, bbsd_feats, features, properties, created_on)"
+                    "INSERT INTO predictions (prediction_id, model_name, model_version, predicted_class,"
+                    " prediction_json, uae_feats, bbsd_feats, features, properties, created_on)"
                     " VALUES (:p, :m, 'v', 'a', '{}', '{}', '{}', '{}', '{}', :now)"
                 ),
                 values,
@@ -63,7 +63,10 @@ def log_predictions(engine: Engine, count: int, model_name: str = "cats") -> Non
 
 
 def tick(sensor: dg.SensorDefinition, cursor: str | None = None) -> object:
-    with dg.DagsterInstance.ephemeral() as instance, dg.build_sensor_context(instance=instance, cursor=cursor) as context:
+    with (
+        dg.DagsterInstance.ephemeral() as instance,
+        dg.build_sensor_context(instance=instance, cursor=cursor) as context,
+    ):
         return sensor.evaluate_tick(context)
 
 

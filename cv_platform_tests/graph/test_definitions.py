@@ -16,7 +16,18 @@ from cv_platform.defs.resources import experiment_resource
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
-HEAVY = ("tensorflow", "keras", "mlflow", "deepchecks", "evidently", "bentoml", "imgaug", "dagster_mlflow", "sklearn", "dvc")
+HEAVY = (
+    "tensorflow",
+    "keras",
+    "mlflow",
+    "deepchecks",
+    "evidently",
+    "bentoml",
+    "imgaug",
+    "dagster_mlflow",
+    "sklearn",
+    "dvc",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,9 @@ def test_a_config_becomes_ten_assets_under_its_name(digits: dg.Definitions) -> N
 def test_data_walk_one_way(digits: dg.Definitions) -> None:
     graph = digits.resolve_asset_graph()
     order = [key.path[-1] for level in graph.toposorted_asset_keys_by_level for key in level]
-    places = [order.index(name) for name in ("dataset", "validation_report", "packed_images", "model", "evaluation", "bento")]
+    places = [
+        order.index(name) for name in ("dataset", "validation_report", "packed_images", "model", "evaluation", "bento")
+    ]
     assert places == sorted(places)
     assert graph.get(dg.AssetKey(["digits", "drift_report"])).parent_keys == {
         dg.AssetKey(["digits", "deployment"]),
@@ -55,13 +68,14 @@ def test_every_asset_says_what_it_is_and_whose(digits: dg.Definitions) -> None:
 
 
 def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:
-    blocking = {
-        check.key.name: check.blocking
-        for check in digits.resolve_asset_graph().asset_check_specs_by_key.values()
-    } if hasattr(digits.resolve_asset_graph(), "asset_check_specs_by_key") else {
-        key.name: digits.resolve_asset_graph().get_check_spec(key).blocking
-        for key in digits.resolve_asset_graph().asset_check_keys
-    }
+    blocking = (
+        {check.key.name: check.blocking for check in digits.resolve_asset_graph().asset_check_specs_by_key.values()}
+        if hasattr(digits.resolve_asset_graph(), "asset_check_specs_by_key")
+        else {
+            key.name: digits.resolve_asset_graph().get_check_spec(key).blocking
+            for key in digits.resolve_asset_graph().asset_check_keys
+        }
+    )
     assert blocking["unreadable_images"]
     assert blocking["train_test_leakage"]
     assert blocking["promotion_gate"]
@@ -82,10 +96,7 @@ def test_jobs_schedule_and_sensors_are_there(digits: dg.Definitions) -> None:
 
 
 def test_loading_imports_none_of_the_heavy_libraries() -> None:
-    program = (
-        "import sys, cv_platform.definitions\n"
-        f"print([name for name in {HEAVY!r} if name in sys.modules])"
-    )
+    program = f"import sys, cv_platform.definitions\nprint([name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
     )

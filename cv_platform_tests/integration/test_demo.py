@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import httpx
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -27,9 +33,12 @@ from cv_platform.images import preprocess
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.properties import image_properties
 from cv_platform.stack.environment import dagster_command, platform_environment
-from cv_platform.storage import CentralStorage
+from cv_platform.stack.http import free_port, wait_for_http
+from cv_platform.stack.programs import service_command
+from cv_platform.storage import CentralStorage, new_version
 
 REPOSITORY = Path(__file__).parents[2]
+ADMIN_TOKEN = "a-token-of-this-test-only"
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(900)]
 
 
@@ -48,8 +57,10 @@ class Demo:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    folder = tmp_path_factory.mktemp("demo")
+def demo() -> Iterator[Demo]:
+    # Not below pytest's own folder, which is closed to the unprivileged user that runs PostgreSQL for root.
+    folder = Path(tempfile.mkdtemp(prefix="cv-demo-"))
+    folder.chmod(0o711)
     config = folder / "digits.yaml"
     recipe = (REPOSITORY / "configs" / "digits.yaml").read_text()
     shorter = re.sub(r"epochs: \d+", "epochs: 8", recipe)
@@ -64,13 +75,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         check=False,
         timeout=840,
     )
-    return Demo(
+    yield Demo(
         result.returncode,
         result.stdout + result.stderr,
         folder / "home",
         config,
         Settings.from_environment(variables),
     )
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +108,9 @@ def test_every_200_has_a_prediction_joined_to_its_log_entry(engine: Engine) -> N
         joined = connection.execute(
             text("SELECT count(*) FROM api_log JOIN predictions USING (prediction_id) WHERE response_status_code = 200")
         ).scalar_one()
-        images = connection.execute(text("SELECT count(*) FROM predictions JOIN images ON sha256 = image_sha256")).scalar_one()
+        images = connection.execute(
+            text("SELECT count(*) FROM predictions JOIN images ON sha256 = image_sha256")
+        ).scalar_one()
     assert answered == joined == images == 2 * 359
 
 
@@ -104,7 +118,9 @@ def test_served_probabilities_equal_the_offline_evaluation(demo: Demo, engine: E
     offline = pd.read_parquet(demo.record("evaluation")["predictions_path"]).set_index("sha256")
     class_names = load_experiment(demo.config).model.classes
     with engine.connect() as connection:
-        logged = connection.execute(text("SELECT image_sha256, prediction_json, predicted_class FROM predictions")).all()
+        logged = connection.execute(
+            text("SELECT image_sha256, prediction_json, predicted_class FROM predictions")
+        ).all()
     served = {row.image_sha256: row for row in logged if row.image_sha256 in offline.index}
     assert set(served) == set(offline.index)
     for sha256, row in served.items():
@@ -127,7 +143,10 @@ def test_each_reference_row_is_recomputed_from_its_own_image(demo: Demo, tmp_pat
     version = demo.record("model")["version"]
     config = load_experiment(demo.config)
     images = np.stack(
-        [preprocess((Path(dataset["directory"]) / path).read_bytes(), config.model.image_size) for path in reference["path"]]
+        [
+            preprocess((Path(dataset["directory"]) / path).read_bytes(), config.model.image_size)
+            for path in reference["path"]
+        ]
     )
     np.save(tmp_path / "images.npy", images)
     # A process of its own: TensorFlow stays out of the test runner, and one image at a time leaves no room for a shift.
@@ -188,7 +207,7 @@ def test_mlflow_has_a_run_per_stage_with_the_config_and_the_report(demo: Demo) -
     assert {"report.html", "digits_classifier.keras"} <= names
 
 
-def materialize(demo: Demo, selection: str, *, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+def materialize(demo: Demo, selection: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         dagster_command("asset", "materialize", "--select", selection, "-m", "cv_platform.definitions"),
         cwd=REPOSITORY,
@@ -235,3 +254,115 @@ def test_the_shift_of_the_demo_is_seeded() -> None:
     image = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
     assert shifted(image, 1) == shifted(image, 1)
     assert shifted(image, 1) != shifted(image, 2)
+
+
+@pytest.fixture(scope="module")
+def service(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The demo's model served by two workers, with an open admin door, after the demo itself has ended."""
+    port = free_port()
+    bento_home = tmp_path_factory.mktemp("bentoml")
+    log = (bento_home / "service.log").open("w")
+    process = subprocess.Popen(
+        service_command(port),
+        env={
+            **platform_environment(demo.settings),
+            "BENTOML_HOME": str(bento_home),
+            "CV_ADMIN_TOKEN": ADMIN_TOKEN,
+            "CV_SERVICE_WORKERS": "2",
+        },
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        base_url = f"http://127.0.0.1:{port}"
+        wait_for_http(f"{base_url}/health_check", seconds=180, alive=lambda: process.poll() is None)
+        with httpx.Client(base_url=base_url, timeout=60) as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        log.close()
+
+
+def admin() -> dict[str, str]:
+    return {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+
+
+def publish_copy(demo: Demo, tmp_path: Path) -> str:
+    """Publishes the production bundle again under a version of its own."""
+    storage = CentralStorage(demo.settings.storage_url)
+    folder, metadata = storage.fetch_bundle("digits_classifier", demo.record("model")["version"], tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    version = new_version()
+    storage.publish_bundle(copy, metadata.model_copy(update={"version": version}))
+    return version
+
+
+def test_a_swap_under_load_fails_no_request_and_a_rollback_returns(
+    demo: Demo, service: httpx.Client, tmp_path: Path
+) -> None:
+    first, second = demo.record("model")["version"], publish_copy(demo, tmp_path)
+    image = cv2.imencode(".png", np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
+    seen: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.is_set():
+            answer = service.post("/predict", params={"explain": "none"}, files={"file": ("x.png", image)})
+            seen.append((answer.status_code, answer.json().get("model_version", "")))
+
+    def served_by_both_workers(version: str) -> bool:
+        workers = service.get("/models/current").json()["workers"]
+        return [w["version"] for w in workers if w["is_live"]] == [version, version]
+
+    with ThreadPoolExecutor(2) as pool:
+        senders = [pool.submit(send) for _ in range(2)]
+        try:
+            moved = service.put("/update_model/digits_classifier.yaml", headers=admin())
+            assert moved.status_code == 200, moved.text
+            wait_until(lambda: served_by_both_workers(second))
+            returned = service.post("/rollback", headers=admin())
+            assert returned.status_code == 200, returned.text
+            wait_until(lambda: served_by_both_workers(first))
+        finally:
+            stop.set()
+        for sender in senders:
+            sender.result()
+    assert {status for status, _ in seen} == {200}
+    assert {version for _, version in seen} == {first, second}
+
+
+def test_a_corrupt_bundle_is_refused_and_the_service_goes_on(demo: Demo, service: httpx.Client, tmp_path: Path) -> None:
+    version = publish_copy(demo, tmp_path)
+    victim = Path(demo.settings.storage_url) / "models" / "digits_classifier" / version / "digits_classifier.keras"
+    victim.write_bytes(b"not this")
+    answer = service.put(f"/update_model/digits_classifier.yaml?version={version}", headers=admin())
+    assert answer.status_code == 409, answer.text
+    assert "digits_classifier.keras" in answer.text
+    assert service.get("/health_check").json()["model_version"] == demo.record("model")["version"]
+
+
+def test_with_the_database_away_answers_wait_in_the_spool_and_arrive_later(demo: Demo, service: httpx.Client) -> None:
+    image = cv2.imencode(".png", np.full((16, 16, 3), 120, np.uint8))[1].tobytes()
+    answer = service.post("/predict", files={"file": ("x.png", image)})
+    assert answer.status_code == 200
+    identifier = answer.json()["prediction_id"]
+    with embedded_database(demo.home) as url:
+        engine = make_engine(url)
+
+        def arrived() -> bool:
+            with engine.connect() as connection:
+                query = text("SELECT count(*) FROM predictions WHERE prediction_id = CAST(:id AS uuid)")
+                return connection.execute(query, {"id": identifier}).scalar_one() == 1
+
+        wait_until(arrived)
+        engine.dispose()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)

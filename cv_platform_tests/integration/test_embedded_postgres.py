@@ -334,7 +334,7 @@ def test_data_of_another_major_version_are_refused(home: Path) -> None:
         pass
     (Cluster(home).data / "PG_VERSION").write_text("16\n")
     with (
-        pytest.raises(ServiceError, match="expected data of PostgreSQL 18. Received: data of PostgreSQL 16"),
+        pytest.raises(ServiceError, match=r"expected data of PostgreSQL 18\. Received: data of PostgreSQL 16"),
         embedded_database(home),
     ):
         pytest.fail("It must not get here.")
@@ -364,7 +364,7 @@ def test_somebody_who_starts_for_ever_is_named(home: Path, monkeypatch: pytest.M
     Cluster(home).make_folder()
     with (
         exclusive(home / "postgres" / "start.lock", timeout_seconds=1),
-        pytest.raises(ServiceError, match="start.lock"),
+        pytest.raises(ServiceError, match=r"start\.lock"),
         embedded_database(home),
     ):
         pytest.fail("It must not get here.")

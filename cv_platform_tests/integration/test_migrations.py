@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -14,8 +20,18 @@ from sqlalchemy import Engine, inspect, make_url, text
 
 from cv_platform.database.connection import make_engine
 from cv_platform.database.migrate import alembic_config, check_schema, migrate, read_revision
+from cv_platform.database.pg_binaries import find_binaries, server_user
 from cv_platform.database.schema import SCHEMA_REVISION, metadata
 from cv_platform.errors import DatabaseUnavailableError, SchemaMismatchError
+from cv_platform.serving.log_entry import FeedbackEntry
+from cv_platform.serving.request_log import RequestLog, find_prediction
+from cv_platform_tests.unit.serving.test_log_entry import answered
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -37,7 +53,7 @@ def test_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> Non
 
 
 def test_a_database_without_tables_is_named_as_such_until_it_is_migrated(empty_url: str) -> None:
-    with pytest.raises(SchemaMismatchError, match="a database without tables. Run: cv-platform migrate"):
+    with pytest.raises(SchemaMismatchError, match=r"a database without tables\. Run: cv-platform migrate"):
         check_schema(empty_url)
     assert migrate(empty_url) == SCHEMA_REVISION
     assert migrate(empty_url) == SCHEMA_REVISION
@@ -65,7 +81,7 @@ def test_a_newer_database_is_left_alone(database_url: str, engine: Engine) -> No
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     for action in (migrate, check_schema):
-        with pytest.raises(SchemaMismatchError, match="9999. The database is newer: upgrade cv_platform"):
+        with pytest.raises(SchemaMismatchError, match=r"9999\. The database is newer: upgrade cv_platform"):
             action(database_url)
     with engine.connect() as connection:
         assert read_revision(connection) == "9999"
@@ -99,6 +115,53 @@ def test_a_missing_table_is_a_schema_mismatch_and_a_missing_database_is_unavaila
     away = make_url(empty_url).set(database="nowhere").render_as_string(hide_password=False)
     with pytest.raises(DatabaseUnavailableError, match="nowhere"):
         check_schema(away)
+
+
+@pytest.fixture(scope="module")
+def older_server_url() -> Iterator[str]:
+    """URL of a PostgreSQL 16, which the wheel brings too: what it takes, 17 takes."""
+    folder = Path(tempfile.mkdtemp(prefix="cv-older-"))
+    folder.chmod(0o711)
+    data, password = folder / "data", folder / "password"
+    user = server_user(data)
+    binaries = find_binaries(user).parents[1] / "pginstall" / "bin"
+    data.mkdir(mode=0o700)
+    password.write_text("only for this test")
+    for path in (data, password):
+        os.chown(path, user.uid, user.gid)
+    port = free_port()
+    initdb = [binaries / "initdb", "-D", data, "-U", "cv", "-A", "scram-sha-256", "--pwfile", password]
+    run = {"check": True, "timeout": 60, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    control = [binaries / "pg_ctl", "-w", "-D", data]
+    try:
+        subprocess.run([*initdb, "--locale=C", "-E", "UTF8"], **run, **user.popen_arguments())
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
+        subprocess.run([*control, "-o", options, "start"], **run, **user.popen_arguments())
+        try:
+            yield f"postgresql://cv:only%20for%20this%20test@127.0.0.1:{port}/postgres"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], **run, **user.popen_arguments())
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_schema_and_log_work_on_an_older_server(older_server_url: str, tmp_path: Path) -> None:
+    assert migrate(older_server_url) == SCHEMA_REVISION
+    engine = make_engine(older_server_url)
+    with engine.connect() as connection:
+        assert str(connection.execute(text("SHOW server_version")).scalar()).startswith("16.")
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+    entry = answered()
+    assert entry.prediction_id is not None
+    with RequestLog(tmp_path, older_server_url) as log:
+        log.append(entry)
+        log.append(FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
+        assert log.wait_until_drained(60)
+    found = find_prediction(engine, entry.prediction_id)
+    assert found is not None
+    assert (found.prediction_json, found.image) == (entry.prediction_json, entry.image)
+    engine.dispose()
 
 
 def test_sessions_speak_utc(engine: Engine) -> None:

@@ -186,7 +186,9 @@ def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine
     spool = Spool(tmp_path)
     spool.append(answered())
     spool.append(answered())
-    spool._queue(lambda connection: connection.execute("UPDATE entries SET record = '{' WHERE id = 1")).result(10)
+    spool._writer.submit(lambda connection: connection.execute("UPDATE entries SET record = '{' WHERE id = 1")).result(
+        10
+    )
     drainer = Drainer(spool, database_url)
     drainer.start()
     assert drainer.wait_until_drained(WAIT_SECONDS)
@@ -234,7 +236,7 @@ def work():
     while True:
         entry = answered()
         log.append(entry)
-        os.write(1, f"{entry.entry_id}\n".encode())  # One call, which the other threads' lines cannot cut.
+        os.write(1, f"{entry.entry_id}\\n".encode())  # One call, which the other threads' lines cannot cut.
 for _ in range(4):
     threading.Thread(target=work).start()
 """

@@ -44,10 +44,10 @@ def test_each_detector_alone_stays_within_alpha() -> None:
     assert all(count <= bound for count in rejections.values()), rejections
 
 
-# Rates measured with 200 trials at these sizes: 1.00, 1.00, .97.
+# Rates measured with 200 trials at these sizes: .985, 1.00, 1.00.
 @pytest.mark.parametrize(
     ("shift", "power"),
-    [({"shift": 0.6}, 0.9), ({"scale": 1.5}, 0.9), ({"without_class": 2}, 0.8)],
+    [({"shift": 0.6}, 0.85), ({"scale": 1.5}, 0.9), ({"without_class": 2}, 0.9)],
     ids=["mean", "variance", "class-missing"],
 )
 def test_detects_real_shifts(shift: dict[str, object], power: float) -> None:

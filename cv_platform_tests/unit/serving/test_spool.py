@@ -43,8 +43,8 @@ def test_an_appended_entry_is_on_disk_for_another_process(spool: Spool) -> None:
 
 
 def test_every_commit_is_synced_to_the_disk(spool: Spool) -> None:
-    assert spool._writing.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
-    assert spool._writing.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert spool._writer._connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert spool._writer._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_the_folder_of_uploads_is_closed_to_others(spool: Spool) -> None:
@@ -109,7 +109,7 @@ def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_pat
 def test_an_entry_that_fails_does_not_take_its_group_down(tmp_path: Path) -> None:
     spool = Spool(tmp_path, max_bytes=400_000)
     gate = threading.Event()
-    held = spool._queue(lambda _: gate.wait(10))  # Keeps the writer busy, so that the next ones form one group.
+    held = spool._writer.submit(lambda _: gate.wait(10))  # Keeps the writer busy, so that the next ones form one group.
     small, large, late = (spool.submit(answered(image=data)) for data in (b"s", b"l" * 900_000, b"n"))
     gate.set()
     assert held.result(10) is None
@@ -124,7 +124,7 @@ def test_an_entry_that_fails_does_not_take_its_group_down(tmp_path: Path) -> Non
 def test_a_disk_that_does_not_answer_refuses_and_the_entry_never_arrives(tmp_path: Path) -> None:
     spool = Spool(tmp_path, append_timeout_seconds=0.1)
     started, gate = threading.Event(), threading.Event()
-    spool._queue(lambda _: (started.set(), gate.wait(10)))
+    spool._writer.submit(lambda _: (started.set(), gate.wait(10)))
     assert started.wait(10)
     with pytest.raises(SpoolFullError, match=r"within 0\.1 s"):
         spool.append(answered())
@@ -138,8 +138,8 @@ def test_a_disk_that_does_not_answer_refuses_and_the_entry_never_arrives(tmp_pat
 
 def test_too_many_waiting_entries_are_refused_at_once(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    held = spool._queue(lambda _: gate.wait(10))
-    monkeypatch.setattr("cv_platform.serving.spool._MAX_QUEUED_BYTES", 1000)
+    held = spool._writer.submit(lambda _: gate.wait(10))
+    monkeypatch.setattr("cv_platform.serving.group_commit._MAX_QUEUED_BYTES", 1000)
     waiting = spool.submit(answered(image=b"x" * 5000))  # A single one may be larger than the limit.
     with pytest.raises(SpoolFullError, match="less than 1000 bytes waiting"):
         spool.submit(answered())

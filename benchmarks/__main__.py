@@ -1,0 +1,71 @@
+"""`python -m benchmarks [names]`: runs the benchmarks, prints tables and ratios, writes JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.harness import table, write_report
+from benchmarks.options import REPOSITORY, UPLOADS, Options
+from cv_platform.config import quiet_variables
+from cv_platform.errors import CvPlatformError
+
+# First the servers: they are measured in processes of their own, beside which no TensorFlow of ours should lie.
+BENCHMARKS = {
+    "predict": "benchmarks.bench_predict",
+    "training-input": "benchmarks.bench_training_input",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is named (all, when nothing is) and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of: {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each comparison (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of image order, augmentation and bootstrap")
+    parser.add_argument("--archive", type=Path, help="images for training-input instead of the built-in digits")
+    parser.add_argument("--home", type=Path, help="CV_HOME with a deployed model, for predict (default: temporary)")
+    parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")
+    parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in BENCHMARKS]
+    if unknown or options.rounds < 1:
+        parser.error(
+            f"Expected --rounds ≥ 1 and names of {', '.join(BENCHMARKS)}. Received: {options.rounds}, {unknown}."
+        )
+    for name, value in quiet_variables().items():
+        os.environ.setdefault(name, value)
+    chosen = Options(
+        output=(options.output or default_output(os.environ.get("CV_HOME"))).absolute(),
+        rounds=options.rounds,
+        archive=options.archive.absolute() if options.archive else None,
+        home=options.home.absolute() if options.home else None,
+        uploads=options.uploads,
+        seed=options.seed,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    status = 0
+    for name in options.names or BENCHMARKS:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        try:
+            report = importlib.import_module(BENCHMARKS[name]).run(chosen)
+        except CvPlatformError as err:
+            print(f"error: {name}: {err}", file=sys.stderr)
+            status = 1
+            continue
+        path = write_report(report, chosen.output)
+        print(f"{table(report)}\n{path}\n", flush=True)
+    return status
+
+
+def default_output(cv_home: str | None) -> Path:
+    """Returns where reports go when nobody says: below an installation that was named, else in `build/`."""
+    return Path(cv_home).expanduser() / "benchmarks" if cv_home else REPOSITORY / "build" / "benchmarks"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""A temporary installation of the platform with a deployed model, built by the graph itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.options import REPOSITORY
+from cv_platform.config import ExperimentConfig, Settings, load_experiment, parse_experiment
+from cv_platform.errors import CvPlatformError
+from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home, run_logged
+
+ORIGINAL_ARCHITECTURE: dict[str, Any] = {"architecture": "small_cnn", "input_size": {"h": 50, "w": 50}}
+
+
+def isolated_settings(home: Path, configs: Path, **values: Any) -> Settings:
+    """Returns the settings of an installation that shares nothing with the one of the environment."""
+    settings = Settings.from_environment({"CV_HOME": str(home), "CV_CONFIGS": str(configs)})
+    return settings.model_copy(update=values)
+
+
+def isolated_environment(settings: Settings, *, database_url: str) -> dict[str, str]:
+    """Returns the environment of this installation's processes: what the caller's says about another one is left out.
+
+    A benchmark that logged to somebody's production database, or that met somebody's API keys, would be none.
+    """
+    environment = platform_environment(settings, database_url=database_url)
+    foreign = {name for name in environment if name.startswith("CV_")} | {"EVIDENTLY_URL", "DAGSTER_HOME"}
+    own = {
+        "CV_HOME": str(settings.home),
+        "CV_CONFIGS": str(settings.configs),
+        "CV_STORAGE": settings.storage_url,
+        "CV_SERVICE": settings.service_name,
+        "CV_SERVICE_WORKERS": str(settings.service_workers),
+        "CV_LOG_IMAGES": settings.log_images,
+        "DAGSTER_HOME": str(settings.dagster_home),
+    }
+    return {name: value for name, value in environment.items() if name not in foreign} | own
+
+
+def quick_experiment(name: str = "benchmark", *, model: Mapping[str, Any] = ORIGINAL_ARCHITECTURE) -> ExperimentConfig:
+    """Returns the digits experiment with another network (by default the original's), two epochs and an open gate.
+
+    Speed does not depend on what was learnt.
+    """
+    digits = load_experiment(REPOSITORY / "configs" / "digits.yaml").model_dump(mode="json")
+    content = {
+        **digits,
+        "name": name,
+        "model": {**digits["model"], **model, "model_name": f"{name}_classifier"},
+        "train": {**digits["train"], "epochs": 2, "optimizer": "adam", "init_lr": 1e-3},
+        "validate": {**digits["validate"], "deepchecks_suites": "off", "label_issues": "off"},
+        "evaluate": {**digits["evaluate"], "min_accuracy": 0.0, "min_macro_f1": 0.0},
+    }
+    content["model"]["drift_detection"] = {**digits["model"]["drift_detection"], "uae_encoding_dims": 128}
+    return parse_experiment(content, origin="benchmarks.installation.quick_experiment")
+
+
+def write_config(experiment: ExperimentConfig, folder: Path) -> Path:
+    """Writes an experiment as YAML and returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{experiment.name}.yaml"
+    content = experiment.model_dump(mode="json")
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def deploy_by_graph(
+    experiment: ExperimentConfig, settings: Settings, environment: Mapping[str, str], say: Callable[[str], None]
+) -> None:
+    """Materialises everything up to `deployment`.
+
+    Raises:
+        CvPlatformError: the run failed; the end of its log is shown.
+    """
+    prepare_home(settings)
+    selection = f"+key:{experiment.name}/deployment"
+    log = settings.home / "logs" / "benchmark-graph.log"
+    command = dagster_command("asset", "materialize", "--select", selection, "-m", "cv_platform.definitions")
+    say(f"materialising {selection} …")
+    if run_logged(command, log, environment, lambda line: None) != 0:
+        end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-30:])
+        raise CvPlatformError(f"`dagster asset materialize --select {selection}` failed. The end of {log}:\n{end}")
