@@ -12,7 +12,7 @@ from pathlib import Path
 import dagster as dg
 
 from cv_platform.config import ExperimentConfig, Settings, config_files, load_experiment
-from cv_platform.defs.automation import run_failure
+from cv_platform.defs.automation import run_failure_sensor
 from cv_platform.defs.experiment import broken_config_definitions, experiment_definitions
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation, MlflowTracking
@@ -27,7 +27,7 @@ def build_defs(configs: Path | None = None) -> dg.Definitions:
     Raises:
         ConfigError: there is no such file or folder.
     """
-    files = config_files(configs or Settings.from_environment().configs)
+    experiments, broken = _load(config_files(configs or Settings.from_environment().configs))
     return dg.Definitions.merge(
         dg.Definitions(
             resources={
@@ -35,32 +35,32 @@ def build_defs(configs: Path | None = None) -> dg.Definitions:
                 "mlflow": MlflowTracking(),
                 "io_manager": RecordIOManager(),
             },
-            sensors=[run_failure],
+            sensors=[run_failure_sensor(experiments)],
             # A launched run is a process of its own already; a process per step would load TensorFlow again and again.
             executor=dg.in_process_executor,
         ),
-        *_branches(files),
+        *(experiment_definitions(experiment) for experiment in experiments),
+        *(broken_config_definitions(file_name, error) for file_name, error in broken.items()),
     )
 
 
-def _branches(files: Iterable[Path]) -> Iterable[dg.Definitions]:
-    experiments: dict[str, list[tuple[Path, ExperimentConfig]]] = defaultdict(list)
+def _load(files: Iterable[Path]) -> tuple[list[ExperimentConfig], dict[str, str]]:
+    """Returns the experiments, and by file name what is wrong with the files that give none."""
+    found: dict[str, list[tuple[Path, ExperimentConfig]]] = defaultdict(list)
+    broken: dict[str, str] = {}
     for path in files:
         try:
             experiment = load_experiment(path)
         except ConfigError as err:
-            yield broken_config_definitions(path.name, str(err))
+            broken[path.name] = str(err)
         else:
-            experiments[experiment.name].append((path, experiment))
-    for name, found in experiments.items():
-        if len(found) == 1:
-            yield experiment_definitions(found[0][1])
-            continue
-        names = ", ".join(path.name for path, _ in found)
-        for path, _ in found:
-            yield broken_config_definitions(
-                path.name, f"Expected one experiment of each name. Received: {name} in {names}. Rename all but one."
-            )
+            found[experiment.name].append((path, experiment))
+    for name, same in found.items():
+        if len(same) > 1:
+            names = ", ".join(path.name for path, _ in same)
+            error = f"Expected one experiment of each name. Received: {name} in {names}. Rename all but one."
+            broken.update((path.name, error) for path, _ in same)
+    return [same[0][1] for same in found.values() if len(same) == 1], broken
 
 
 defs = build_defs()

@@ -1,7 +1,7 @@
 """What runs by itself: jobs, the weekly drift report, and the sensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
@@ -146,23 +146,32 @@ def new_dataset_version_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
     return new_dataset_version
 
 
-@dg.run_failure_sensor(
-    name="run_failure",
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Alerts about failed runs, and closes the MLflow runs that a killed process has left open.",
-)
-def run_failure(context: dg.RunFailureSensorContext) -> None:
-    """Alerts (apprise URLs in CV_ALERT_URLS) and tidies MLflow after a failed run."""
-    from cv_platform.monitoring.alerts import send_alert
-    from cv_platform.tracking import end_leftover_runs
+def run_failure_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefinition:
+    """Returns the sensor that follows failed runs: alerts, where `alerts.on_run_failure` says so, and tidies MLflow."""
+    silent = {config.name for config in experiments if not config.alerts.on_run_failure}
 
-    settings = Settings.from_environment()
-    run = context.dagster_run
-    end_leftover_runs(settings.mlflow_tracking_uri, dagster_run_id=run.run_id)
-    failures = send_alert(
-        [url.get_secret_value() for url in settings.alert_urls],
-        f"{run.tags.get('experiment', run.job_name)}: run failed",
-        f"Run {run.run_id} of {run.job_name}: {context.failure_event.message}",
+    @dg.run_failure_sensor(
+        name="run_failure",
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Alerts about failed runs, and closes the MLflow runs that a killed process has left open.",
     )
-    for failure in failures:
-        context.log.warning(failure)
+    def run_failure(context: dg.RunFailureSensorContext) -> None:
+        from cv_platform.monitoring.alerts import send_alert
+        from cv_platform.tracking import end_leftover_runs
+
+        settings, run = Settings.from_environment(), context.dagster_run
+        end_leftover_runs(settings.mlflow_tracking_uri, dagster_run_id=run.root_run_id or run.run_id)
+        # A job's runs carry a tag; of those of `dagster asset materialize` the failed steps (digits__model) tell.
+        steps = {event.step_key for event in context.get_step_failure_events() if event.step_key}
+        names = {run.tags["experiment"]} if "experiment" in run.tags else {step.partition("__")[0] for step in steps}
+        if names and names <= silent:
+            return
+        failures = send_alert(
+            [url.get_secret_value() for url in settings.alert_urls],
+            f"{', '.join(sorted(names)) or run.job_name}: run failed",
+            f"Run {run.run_id} of {run.job_name}: {context.failure_event.message}",
+        )
+        for failure in failures:
+            context.log.warning(failure)
+
+    return run_failure

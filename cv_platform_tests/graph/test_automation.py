@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -12,10 +16,15 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, text
 
-from cv_platform.config import ExperimentConfig, parse_experiment
+from cv_platform.config import AlertsConfig, ExperimentConfig, parse_experiment
 from cv_platform.datasets.importing import import_dataset
 from cv_platform.definitions import build_defs
-from cv_platform.defs.automation import new_dataset_version_sensor, new_predictions_sensor, retrain_on_drift_sensor
+from cv_platform.defs.automation import (
+    new_dataset_version_sensor,
+    new_predictions_sensor,
+    retrain_on_drift_sensor,
+    run_failure_sensor,
+)
 from cv_platform.defs.branch import Branch
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -148,3 +157,56 @@ def test_the_schedule_asks_for_the_drift_report(home: Path) -> None:
     assert schedule.execution_timezone == "UTC"
     context = dg.build_schedule_context(scheduled_execution_time=datetime(2026, 2, 2, 6, tzinfo=UTC))
     assert len(schedule.evaluate_tick(context).run_requests or []) == 1
+
+
+@pytest.fixture
+def alert_server() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """An apprise URL of a local HTTP server, and the alerts that it received."""
+    received: list[dict[str, str]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"json://127.0.0.1:{server.server_address[1]}", received
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("on_run_failure", "alerts"), [(True, 1), (False, 0)])
+def test_a_failed_run_alerts_unless_its_experiment_is_silent(
+    experiment: ExperimentConfig,
+    home: Path,
+    alert_server: tuple[str, list[dict[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    on_run_failure: bool,
+    alerts: int,
+) -> None:
+    url, received = alert_server
+    monkeypatch.setenv("CV_ALERT_URLS", url)
+    config = experiment.model_copy(update={"alerts": AlertsConfig(on_run_failure=on_run_failure)})
+
+    @dg.asset(key_prefix="cats")
+    def model() -> None:
+        raise RuntimeError("the disk is full")
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([model], instance=instance, raise_on_error=False, selection=[model])
+        context = dg.build_run_status_sensor_context(
+            sensor_name="run_failure",
+            dagster_instance=instance,
+            dagster_run=instance.get_run_by_id(result.run_id),
+            dagster_event=result.get_run_failure_event(),
+        ).for_run_failure()
+        run_failure_sensor([config])(context)
+    assert len(received) == alerts
+    assert all(alert["title"] == "cats: run failed" for alert in received)
