@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ class Branch:
             group_name=self.config.name,
             owners=list(self.config.owners),
             # Said here, as Dagster 1.13 takes MaterializeResult[X] on a body with checks for several outputs.
-            dagster_type=dg.PythonObjectDagsterType(value),
+            dagster_type=_dagster_type(value),
             kinds=kinds,
             code_version=self.config.fingerprint("name", *sections),
             ins={argument: dg.AssetIn(key=self.key(upstream)) for argument, upstream in (ins or {}).items()},
@@ -86,3 +87,9 @@ class Branch:
         installation: Installation = context.resources.installation
         experiment: ExperimentResource = getattr(context.resources, self.config_resource)
         return Run(context, experiment.resolve(), installation, installation.settings(), context.resources.mlflow)
+
+
+@functools.cache
+def _dagster_type(record: type[BaseModel]) -> dg.PythonObjectDagsterType:
+    """Returns the one Dagster type of a record: two of one name, in two experiments, would not load."""
+    return dg.PythonObjectDagsterType(record)

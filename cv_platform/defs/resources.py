@@ -141,6 +141,8 @@ class MlflowTracking(dg.ConfigurableResource):
             run_key=f"{context.run.root_run_id or context.run_id}:{context.asset_key.to_user_string()}",
             description=mlflow.exp_desc,
             tags={"experiment": experiment.name, "stage": stage, **mlflow.exp_tags},
+            # Without it MLflow 3 opens its pages for language models.
+            experiment_tags={"mlflow.experimentKind": "custom_model_development"},
             artifact_root=settings.home / "mlflow" / "artifacts",
         ) as run:
             self._join(context, settings, mlflow.exp_name or experiment.name, run.run_id)

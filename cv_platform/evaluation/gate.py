@@ -44,7 +44,7 @@ def judge_promotion(
             satisfied.append(f"{words} {value:.4f} reaches {field} {limit:.4f}")
     accuracy = metrics.get("accuracy")
     if champion_accuracy is None:
-        satisfied.append("no model is in production to compare with")
+        satisfied.append("no version of this model is in production to compare with")
     elif accuracy is None:
         failed.append(f"accuracy could not be computed, the production model has {champion_accuracy:.4f}")
     else:

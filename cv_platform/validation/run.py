@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,9 @@ def validate_dataset(
     classifier_type: ClassifierType,
     home: Path,
 ) -> ValidationVerdict:
-    """Runs the checks and writes report.html, verdict.json and Deepchecks' pages to `home/validation/<ds_name>/<md5>/`.
+    """Runs the checks and writes report.html, verdict.json and Deepchecks' pages below `home/validation/<ds_name>/`.
+
+    The folder is `<md5>-<settings>`: experiments on one dataset keep their reports apart, unless they ask for the same.
 
     Args:
         version: what to validate; only read.
@@ -57,7 +60,10 @@ def validate_dataset(
     sample = read_sample(manifest, version.directory)
     problems = _problems(manifest, sample)
     readable = manifest.loc[~manifest["path"].isin(list(problems))]
-    target = home / "validation" / version.ds_name / version.dvc_md5
+    # The manifest's name stands for the splits, which follow from the config too.
+    settings = (version.manifest_path.name, config.model_dump_json(), *class_names, classifier_type)
+    fingerprint = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
+    target = home / "validation" / version.ds_name / f"{version.dvc_md5}-{fingerprint}"
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as directory:
         checks: dict[str, Callable[[], CheckOutcome]] = {
             "unreadable_images": lambda: check_unreadable_images(len(manifest), problems, config),

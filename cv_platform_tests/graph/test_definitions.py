@@ -129,7 +129,9 @@ def test_two_configs_of_one_name_are_both_refused(tmp_path: Path) -> None:
 def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
     write(tmp_path, "one.yaml", DIGITS.read_text())
     write(tmp_path, "two.yaml", DIGITS.read_text().replace("name: digits\n", "name: other\n", 1))
-    names = keys(build_defs(tmp_path))
+    definitions = build_defs(tmp_path)
+    dg.Definitions.validate_loadable(definitions)
+    names = keys(definitions)
     assert {"digits/model", "other/model"} <= names
     assert len(names) == 20
 

@@ -113,7 +113,8 @@ def test_runs_make_one_line_per_detector_in_a_project_of_the_experiments_name(tm
 
 
 def test_an_earlier_run_that_is_gone_does_not_matter(tmp_path: Path) -> None:
-    publish_run(tmp_path, make_run(1, 0.5), replaces="00000000-0000-0000-0000-000000000000")
+    gone = "00000000-0000-0000-0000-000000000000"
+    assert publish_run(tmp_path, make_run(1, 0.5), replaces=gone) != gone
 
 
 def test_a_server_that_does_not_answer_is_a_service_error() -> None:

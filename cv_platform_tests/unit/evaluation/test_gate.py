@@ -14,7 +14,7 @@ def test_a_model_that_meets_its_limits_exactly_passes():
     assert verdict.reasons == (
         "accuracy 0.9700 reaches min_accuracy 0.9700",
         "macro f1 0.9600 reaches min_macro_f1 0.9600",
-        "no model is in production to compare with",
+        "no version of this model is in production to compare with",
     )
 
 

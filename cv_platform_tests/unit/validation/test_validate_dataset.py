@@ -41,7 +41,8 @@ def test_a_clean_dataset_passes_every_check_and_gets_pages_that_need_no_network(
     assert [outcome.name for outcome in verdict.outcomes] == list(CHECK_NAMES)
     assert [outcome.name for outcome in verdict.failed] == []
     assert verdict.quarantined == ()
-    folder = tmp_path / "validation" / "shapes" / verdict.dvc_md5
+    folder = verdict.report_path.parent
+    assert folder.parent == tmp_path / "validation" / "shapes"
     assert verdict.report_path == folder / "report.html"
     assert {path.name for path in folder.iterdir()} == {"report.html", "verdict.json", *REPORT_NAMES.values()}
     assert ValidationVerdict.model_validate_json((folder / "verdict.json").read_text()) == verdict
@@ -56,11 +57,8 @@ def test_a_clean_dataset_passes_every_check_and_gets_pages_that_need_no_network(
 
     assert _validate(clean_checkout, tmp_path, ValidateConfig()) == verdict, "the same dataset gets the same verdict"
     clean_checkout.add("images/test/left/leak.png", "test", ["left"], draw("left", 1))
-    changed = _validate(clean_checkout, tmp_path)
-    assert changed.report_path == verdict.report_path
-    assert {path.name for path in folder.iterdir()} == {"report.html", "verdict.json"}, (
-        "the later validation replaces it"
-    )
+    changed = _validate(clean_checkout, tmp_path, ValidateConfig())
+    assert changed.report_path == verdict.report_path, "the later validation replaces it"
     assert not ValidationVerdict.model_validate_json((folder / "verdict.json").read_text()).passed
 
 
@@ -186,3 +184,12 @@ def test_large_splits_are_sampled_with_a_seed_and_it_is_said(clean_checkout):
     assert read_sample(manifest, version.directory, max_per_split=50).rows.equals(sample.rows)
     other = read_sample(manifest, version.directory, max_per_split=50, seed=1)
     assert not other.rows["path"].equals(sample.rows["path"])
+
+
+def test_experiments_with_other_limits_keep_their_reports_apart(clean_checkout, tmp_path: Path):
+    one = _validate(clean_checkout, tmp_path)
+    same = _validate(clean_checkout, tmp_path)
+    other = _validate(clean_checkout, tmp_path, WITHOUT_DEEPCHECKS.model_copy(update={"max_duplicate_fraction": 0.5}))
+    assert same.report_path == one.report_path
+    assert other.report_path != one.report_path
+    assert one.report_path.exists()
