@@ -58,7 +58,7 @@ format: setup ## Format the code.
 schema: setup ## Write configs/schema.json anew.
 	$(RUN) schema --write configs/schema.json
 
-lock: ## Compile requirements.lock anew (needs the network).
+lock: setup ## Compile requirements.lock anew (needs the network).
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	  --no-header --group dev pyproject.toml -o requirements.lock
 

@@ -68,16 +68,25 @@ def _demo(_: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home, run_logged
+    from cv_platform.stack.environment import platform_environment, prepare_home
+    from cv_platform.stack.graph import materialize
 
     experiment = load_experiment(options.config)
     settings = Settings.from_environment().model_copy(update={"configs": options.config.absolute()})
     prepare_home(settings)
-    command = dagster_command(
-        "asset", "materialize", "--select", f"key:{experiment.name}/*", "-m", "cv_platform.definitions"
-    )
     log = settings.home / "logs" / f"run-{experiment.name}.log"
-    return run_logged(command, log, platform_environment(settings), lambda line: print(line, end="", flush=True))
+    print(f"{experiment.name}: log in {log}", flush=True)
+    materialize(
+        f"key:{experiment.name}/*",
+        platform_environment(settings),
+        log=log,
+        say=lambda line: print(line, flush=True),
+    )
+    records = settings.home / "records" / experiment.name
+    evaluation = json.loads((records / "evaluation.json").read_text(encoding="utf-8"))
+    print(f"  evaluation: {'; '.join(evaluation['reasons'])}")
+    print(f"  deployment: {json.loads((records / 'deployment.json').read_text(encoding='utf-8'))['message']}")
+    return 0
 
 
 def _up(_: argparse.Namespace) -> int:

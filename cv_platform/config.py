@@ -270,8 +270,14 @@ class ExperimentConfig(Section):
     alerts: AlertsConfig = AlertsConfig()
 
     def fingerprint(self, *sections: str) -> str:
-        """Returns 12 hex digits over `sections` (all, when none is named): code versions and caches carry it."""
-        dump = self.model_dump(mode="json", include=set(sections) or None)
+        """Returns 12 hex digits over `sections`, named as in YAML (all, when none is): code versions carry it.
+
+        Raises:
+            KeyError: there is no such section.
+        """
+        dump = self.model_dump(mode="json")
+        if sections:
+            dump = {section: dump[section] for section in sections}
         return hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -369,6 +375,7 @@ _PLAIN_VARIABLES = {
     "log_images": "CV_LOG_IMAGES",
 }
 _PLACEHOLDERS = (
+    "user:password@",
     "changeme",
     "change-me",
     "change_me",

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +31,8 @@ from cv_platform.config import Settings, load_experiment
 from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import CvPlatformError, ServiceError
-from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home, run_logged
+from cv_platform.stack.environment import platform_environment, prepare_home
+from cv_platform.stack.graph import materialize
 from cv_platform.stack.http import free_port, wait_for_http
 from cv_platform.stack.programs import service_command
 from cv_platform.stack.supervisor import is_running
@@ -73,7 +73,8 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
         migrate(url)
         environment = platform_environment(settings, database_url=url)
         with _stage(summary, "graph", say):
-            _materialize(f"key:{experiment.name}/*", settings, environment, "graph", say)
+            log = settings.home / "logs" / "demo-graph.log"
+            materialize(f"key:{experiment.name}/*", environment, log=log, say=say)
         evaluation = _record(settings, experiment.name, "evaluation")
         version = evaluation["version"]
         accuracy = evaluation["metrics"]["accuracy"]
@@ -82,20 +83,11 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
             f"test accuracy {accuracy:.4f} (gate {experiment.evaluate.min_accuracy})",
         )
         images = _test_images(settings, experiment.name)
-        with _stage(summary, "service start", say):
-            service = _service(settings, environment)
-            base_url = service.__enter__()
-        try:
-            windows: dict[str, tuple[datetime, datetime, list[str]]] = {}
-            for title, pictures in (("unshifted", images), ("shifted", [shifted(i, n) for n, i in enumerate(images)])):
-                with _stage(summary, f"{len(pictures)} {title} requests", say):
-                    start = datetime.now(UTC)
-                    ids = _send(base_url, pictures)
-                    _wait_until_logged(url, ids)
-                    windows[title] = (start, datetime.now(UTC), ids)
+        with ExitStack() as running:
+            with _stage(summary, "service start", say):
+                base_url = running.enter_context(_service(settings, environment))
+            windows = _send_windows(base_url, url, images, summary, say)
             health = httpx.get(f"{base_url}/health_check", timeout=10).json()
-        finally:
-            service.__exit__(None, None, None)
         sent = [identifier for _, _, ids in windows.values() for identifier in ids]
         logged = _logged(url, sent)
         summary.expect(
@@ -118,6 +110,20 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
     return 1 if summary.failures else 0
 
 
+def _send_windows(
+    base_url: str, database: str, images: list[bytes], summary: Summary, say: Callable[[str], None]
+) -> dict[str, tuple[datetime, datetime, list[str]]]:
+    """Sends the images as they are, then shifted; returns bounds and prediction ids per window, all of it logged."""
+    windows = {}
+    for title, pictures in (("unshifted", images), ("shifted", [shifted(i, n) for n, i in enumerate(images)])):
+        with _stage(summary, f"{len(pictures)} {title} requests", say):
+            start = datetime.now(UTC)
+            ids = _send(base_url, pictures)
+            _wait_until_logged(database, ids)
+            windows[title] = (start, datetime.now(UTC), ids)
+    return windows
+
+
 def shifted(png: bytes, seed: int) -> bytes:
     """Returns an image as a worse camera gives it: darker (× 0.7), tilted by 12°, with seeded noise."""
     image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
@@ -137,32 +143,6 @@ def _config_file(settings: Settings) -> Path:
     return settings.configs / "digits.yaml"
 
 
-def _materialize(
-    selection: str,
-    settings: Settings,
-    environment: dict[str, str],
-    log_name: str,
-    say: Callable[[str], None],
-    config: Mapping[str, Any] | None = None,
-) -> None:
-    arguments = ["asset", "materialize", "--select", selection, "-m", "cv_platform.definitions"]
-    if config is not None:
-        arguments += ["--config-json", json.dumps(config)]
-    log = settings.home / "logs" / f"demo-{log_name.replace(' ', '-')}.log"
-    finished = re.compile(r'STEP_SUCCESS - Finished execution of step "(.+?)" in (.+?)\.?$')
-
-    def show(line: str) -> None:
-        if found := finished.search(line.rstrip()):
-            say(f"    {found[1].replace('__', '/')}: {found[2]}")
-
-    status = run_logged(dagster_command(*arguments), log, environment, show)
-    if status != 0:
-        end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-40:])
-        raise CvPlatformError(
-            f"`dagster asset materialize --select {selection}` failed ({status}). The end of {log}:\n{end}"
-        )
-
-
 def _drift_report(
     settings: Settings,
     environment: dict[str, str],
@@ -174,7 +154,8 @@ def _drift_report(
 ) -> dict[str, Any]:
     window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat()}
     config = {"resources": {f"{name}_config": {"config": {"monitor": window}}}}
-    _materialize(f"key:{name}/drift_report", settings, environment, f"drift {title}", say, config)
+    log = settings.home / "logs" / f"demo-drift-{title}.log"
+    materialize(f"key:{name}/drift_report", environment, log=log, say=say, config=config)
     return _record(settings, name, "drift_report")
 
 

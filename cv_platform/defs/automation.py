@@ -8,6 +8,7 @@ import dagster as dg
 
 from cv_platform.config import ExperimentConfig, Settings
 from cv_platform.defs.branch import Branch
+from cv_platform.errors import TrackingError
 
 TRAINING_ASSETS = (
     "dataset",
@@ -31,7 +32,7 @@ def experiment_jobs(branch: Branch) -> list[Any]:
         f"{name}_drift_report": dg.AssetSelection.assets(branch.key("drift_report")),
     }
     return [
-        # Concurrency limits in dagster.yaml match the tags of runs: one run per experiment at a time.
+        # Concurrency limits in dagster.yaml match the tags of runs: one run of these jobs per experiment at a time.
         dg.define_asset_job(job, selection=selection, tags={"experiment": name})
         for job, selection in selections.items()
     ]
@@ -160,18 +161,20 @@ def run_failure_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefi
         from cv_platform.tracking import end_leftover_runs
 
         settings, run = Settings.from_environment(), context.dagster_run
-        end_leftover_runs(settings.mlflow_tracking_uri, dagster_run_id=run.root_run_id or run.run_id)
         # A job's runs carry a tag; of those of `dagster asset materialize` the failed steps (digits__model) tell.
         steps = {event.step_key for event in context.get_step_failure_events() if event.step_key}
         names = {run.tags["experiment"]} if "experiment" in run.tags else {step.partition("__")[0] for step in steps}
-        if names and names <= silent:
-            return
-        failures = send_alert(
-            [url.get_secret_value() for url in settings.alert_urls],
-            f"{', '.join(sorted(names)) or run.job_name}: run failed",
-            f"Run {run.run_id} of {run.job_name}: {context.failure_event.message}",
-        )
-        for failure in failures:
-            context.log.warning(failure)
+        if not names or not names <= silent:
+            failures = send_alert(
+                [url.get_secret_value() for url in settings.alert_urls],
+                f"{', '.join(sorted(names)) or run.job_name}: run failed",
+                f"Run {run.run_id} of {run.job_name}: {context.failure_event.message}",
+            )
+            for failure in failures:
+                context.log.warning(failure)
+        try:  # After the alert: MLflow being away may be why the run failed.
+            end_leftover_runs(settings.mlflow_tracking_uri, dagster_run_id=run.root_run_id or run.run_id)
+        except TrackingError as err:
+            context.log.warning(f"Runs that MLflow still shows as running were not closed: {err}")
 
     return run_failure

@@ -31,7 +31,8 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
         return dg.MaterializeResult(
             value=version,
-            data_version=dg.DataVersion(version.dvc_md5),
+            # The manifest's name stands for the splits, which follow from the config too.
+            data_version=dg.DataVersion(f"{version.dvc_md5}-{version.manifest_path.stem}"),
             metadata={
                 "dagster/row_count": len(manifest),
                 "tag": version.tag,
@@ -87,14 +88,14 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.validation.verdict import require_verdict
 
         run = branch.run(context)
-        require_verdict(verdict, dvc_md5=dataset.dvc_md5, must_pass=False)
+        require_verdict(verdict, dvc_md5=dataset.dvc_md5, manifest=dataset.manifest_path.name, must_pass=False)
         packed = pack_images(dataset, run.config.model, quarantined=verdict.quarantined, home=run.settings.home)
         manifest = read_manifest(dataset.manifest_path)
         is_usable = manifest["is_readable"] & ~manifest["path"].isin(list(verdict.quarantined))
         expected = dict(Counter(manifest.loc[is_usable, "split"].astype(str)))
         return dg.MaterializeResult(
             value=packed,
-            data_version=dg.DataVersion(f"{packed.dvc_md5}-{packed.preprocessing_hash}"),
+            data_version=dg.DataVersion(packed.directory.name),
             metadata={
                 "dagster/row_count": sum(packed.counts.values()),
                 "directory": file_link(packed.directory),

@@ -3,8 +3,9 @@
 import dagster as dg
 
 from cv_platform.datasets.packing import PackedImages
-from cv_platform.defs.branch import Branch
+from cv_platform.defs.branch import Branch, Run
 from cv_platform.defs.metadata import file_link, picture, table
+from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.report import Evaluation
 from cv_platform.training.trainer import TrainedModel
 
@@ -35,7 +36,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.evaluation.run import evaluate_model
 
         run = branch.run(context)
-        production = run.installation.storage().production(run.config.deploy.service, trained.model_name)
+        champion_accuracy = _champion_accuracy(run, trained.model_name, packed.dvc_md5)
         with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
             result = evaluate_model(
                 keras_path=trained.keras_path,
@@ -46,7 +47,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
                 threshold=run.config.model.threshold,
                 packed=packed,
                 config=run.config.evaluate,
-                champion_accuracy=production.metrics.get("accuracy") if production else None,
+                champion_accuracy=champion_accuracy,
                 directory=run.settings.home / "evaluation",
                 run=mlflow_run,
             )
@@ -72,3 +73,24 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         )
 
     return evaluation
+
+
+def _champion_accuracy(run: Run, model_name: str, dvc_md5: str) -> float | None:
+    """Returns the accuracy of the version in production, if it was measured on this very dataset version.
+
+    A bundle that cannot be read must not stand in the way of the model that would replace it.
+    """
+    try:
+        production = run.installation.storage().production(run.config.deploy.service, model_name)
+    except (BundleNotFoundError, CorruptBundleError) as err:
+        run.context.log.warning(f"The version in production cannot be compared with: {err}")
+        return None
+    if production is None:
+        return None
+    if production.dvc_md5 != dvc_md5:
+        run.context.log.warning(
+            f"{production.version} in production was evaluated on dataset {production.dvc_tag} ({production.dvc_md5}); "
+            f"this is {dvc_md5}. Accuracies of different test splits are not compared."
+        )
+        return None
+    return production.metrics.get("accuracy")

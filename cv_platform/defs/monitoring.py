@@ -37,8 +37,9 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         run = branch.run(context)
         storage, cache = run.installation.storage(), run.settings.home / "cache"
         model_name = run.config.model.model_name
-        production = storage.production(run.config.deploy.service, model_name)
-        version = production.version if production else deployment.version
+        # The pointer, not the bundle: reports go on when the bundle is damaged.
+        pointer = storage.read_pointer(run.config.deploy.service)
+        version = pointer.version if pointer and pointer.model_name == model_name else deployment.version
         with run.installation.engine() as engine:
             report = make_drift_report(
                 run.config,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -38,11 +37,6 @@ class Installation(dg.ConfigurableResource):
     def storage(self) -> CentralStorage:
         """Opens central storage."""
         return CentralStorage(self.settings().storage_url)
-
-    @property
-    def home(self) -> Path:
-        """Returns `CV_HOME`."""
-        return self.settings().home
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
@@ -134,15 +128,20 @@ class MlflowTracking(dg.ConfigurableResource):
         from cv_platform.tracking import start_run
 
         stage = context.asset_key.path[-1]
+        recipe = experiment.fingerprint("model", "dataset", "train", "evaluate")
         with start_run(
             tracking_uri=settings.mlflow_tracking_uri,
             experiment=mlflow.exp_name or experiment.name,
             run_name=f"{experiment.name} {stage}",
-            run_key=f"{context.run.root_run_id or context.run_id}:{context.asset_key.to_user_string()}",
-            description=mlflow.exp_desc,
-            tags={"experiment": experiment.name, "stage": stage, **mlflow.exp_tags},
+            # A retry resumes its run; one with other settings is another run, as MLflow's parameters never change.
+            run_key=f"{context.run.root_run_id or context.run_id}:{context.asset_key.to_user_string()}:{recipe}",
+            tags={"experiment": experiment.name, "stage": stage},
             # Without it MLflow 3 opens its pages for language models.
-            experiment_tags={"mlflow.experimentKind": "custom_model_development"},
+            experiment_tags={
+                "mlflow.experimentKind": "custom_model_development",
+                **({"mlflow.note.content": mlflow.exp_desc} if mlflow.exp_desc else {}),
+                **mlflow.exp_tags,
+            },
             artifact_root=settings.home / "mlflow" / "artifacts",
         ) as run:
             self._join(context, settings, mlflow.exp_name or experiment.name, run.run_id)

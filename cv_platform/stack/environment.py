@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 
 from cv_platform.config import Settings, quiet_variables
 from cv_platform.errors import ConfigError
-from cv_platform.storage import FORMAT_VERSION
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+HOME_FORMAT = "1"
+"""Layout of `CV_HOME`; a release that changes it raises this and says how to move."""
 
 
 def platform_environment(settings: Settings, *, database_url: str | None = None) -> dict[str, str]:
@@ -41,19 +43,26 @@ def prepare_home(settings: Settings) -> None:
     (settings.home / "logs").mkdir(exist_ok=True)
     (settings.home / "run").mkdir(mode=0o700, exist_ok=True)
     version_file = settings.home / "FORMAT_VERSION"
-    found = version_file.read_text().strip() if version_file.exists() else str(FORMAT_VERSION)
-    if found != str(FORMAT_VERSION):
+    found = version_file.read_text().strip() if version_file.exists() else HOME_FORMAT
+    if found != HOME_FORMAT:
         raise ConfigError(
-            f"Expected an installation of format {FORMAT_VERSION} at {settings.home}. Received: format {found}. "
+            f"Expected an installation of format {HOME_FORMAT} at {settings.home}. Received: format {found}. "
             "Use the release that made it, or set CV_HOME to a new folder."
         )
-    version_file.write_text(f"{FORMAT_VERSION}\n")
+    version_file.write_text(f"{HOME_FORMAT}\n")
     if settings.dagster_home != settings.home / "dagster":
         return  # Somebody's own instance: its dagster.yaml is theirs.
     settings.dagster_home.mkdir(exist_ok=True)
     template = (REPOSITORY / "dagster.yaml").read_text(encoding="utf-8")
-    content = re.sub(r"(base_dir: )\.cv_platform/", lambda match: f"{match[1]}{settings.home}/", template)
-    (settings.dagster_home / "dagster.yaml").write_text(content, encoding="utf-8")
+
+    def absolute(match: re.Match[str]) -> str:
+        # Quoted: a folder's name may mean something in YAML.
+        return match[1] + json.dumps(str(settings.home / match[2]))
+
+    content = re.sub(r"(base_dir: )\.cv_platform/(\S+)", absolute, template)
+    beside = settings.dagster_home / f".dagster.yaml.{os.getpid()}"  # A running daemon may read it at any moment.
+    beside.write_text(content, encoding="utf-8")
+    beside.replace(settings.dagster_home / "dagster.yaml")
 
 
 def dagster_command(*arguments: str) -> list[str]:

@@ -26,7 +26,9 @@ def wait_for_http(url: str, *, seconds: float, alive: Callable[[], bool] = lambd
     """
     deadline = time.monotonic() + seconds
     last = "no answer"
-    while time.monotonic() < deadline and alive():
+    while time.monotonic() < deadline:
+        if not alive():
+            raise ServiceError(f"Expected {url} to answer 200. Its process has ended. Last: {last}.")
         try:
             response = httpx.get(url, timeout=5)
         except httpx.HTTPError as err:

@@ -23,6 +23,8 @@ class Program:
     stop_seconds: int = 20
     priority: int = 100
     title: str = ""
+    has_lasting_children: bool = False
+    """Its children may outlive its death: Dagster's runs. Those of others keep its port, and are ended."""
 
 
 def programs(settings: Settings) -> list[Program]:
@@ -64,6 +66,7 @@ def programs(settings: Settings) -> list[Program]:
             stop_signal="INT",
             priority=30,
             title="Dagster: the graph, runs, schedules",
+            has_lasting_children=True,
         ),
         Program(
             "dagster-daemon",
@@ -72,6 +75,7 @@ def programs(settings: Settings) -> list[Program]:
             None,
             stop_signal="INT",
             priority=30,
+            has_lasting_children=True,
         ),
         Program(
             "service",

@@ -17,15 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
+
 from cv_platform.config import Settings
-from cv_platform.database.connection import database_url
+from cv_platform.database.connection import database_url, running_database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import ServiceError
 from cv_platform.stack.environment import REPOSITORY, platform_environment, prepare_home
 from cv_platform.stack.http import is_taken, wait_for_http
+from cv_platform.stack.leftovers import end_leftovers, program_mark
 from cv_platform.stack.programs import Program, programs
 
 START_SECONDS = 180.0
+PID_SECONDS = 15.0
 
 
 def start_stack(settings: Settings) -> list[Program]:
@@ -37,6 +41,7 @@ def start_stack(settings: Settings) -> list[Program]:
     if is_running(settings):
         raise ServiceError("Expected a stopped stack. Received: it is running. Use `make status` or `make down`.")
     stack = programs(settings)
+    _end_leftovers(settings, stack)
     taken = [f"{p.name}: {p.port}" for p in stack if p.port is not None and is_taken(p.port)]
     if taken:
         raise ServiceError(
@@ -50,23 +55,23 @@ def start_stack(settings: Settings) -> list[Program]:
     environment["BENTOML_HOME"] = str(settings.home / "bentoml-serve")
     (settings.home / "bentoml-serve").mkdir(exist_ok=True)
     configuration = _write_configuration(settings, stack)
-    subprocess.run(
-        [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)], env=environment, check=True
-    )
+    _start_supervisor(settings, configuration, environment)
     for program in stack:
-        _wait_until_answers(settings, program)
+        _wait_until_up(settings, program)
+    _require_loaded_graph(settings)
     return stack
 
 
 def stop_stack(settings: Settings) -> bool:
-    """Stops everything in order; returns whether it ran."""
+    """Stops everything in order, leftovers of killed programs too; returns whether it ran."""
     pid = _supervisor_pid(settings)
     if pid is None:
-        return False
+        return _end_leftovers(settings, programs(settings)) > 0
     control(settings, "shutdown")
     _wait(
         lambda: _supervisor_pid(settings) is None, START_SECONDS, f"supervisord (pid {pid}) to stop; see `make status`"
     )
+    _end_leftovers(settings, programs(settings))
     return True
 
 
@@ -81,6 +86,21 @@ def control(settings: Settings, *arguments: str) -> str:
     command = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(configuration), *arguments]
     # `status` exits with 3 when a program is not running, which is an answer and no failure.
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _start_supervisor(settings: Settings, configuration: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ServiceError(f"supervisord did not start: {(result.stdout + result.stderr).strip()[-2000:]}")
+    # It has gone to the background by now, and writes its pid a moment later.
+    _wait(lambda: is_running(settings), PID_SECONDS, f"supervisord; see {settings.home / 'logs' / 'supervisord.log'}")
+
+
+def _end_leftovers(settings: Settings, stack: list[Program]) -> int:
+    """Ends what killed programs left; PostgreSQL looks after its own."""
+    names = [program.name for program in stack if program.name != "postgres"]
+    return sum(end_leftovers(program_mark(settings.home, name)) for name in names)
 
 
 def _migrated_database(settings: Settings) -> str:
@@ -110,7 +130,10 @@ def _write_configuration(settings: Settings, stack: list[Program]) -> Path:
         "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
     ]
     for program in stack:
-        command = shlex.join(program.command).replace("%", "%%")
+        leftovers = "keep" if program.has_lasting_children else "end"
+        wrapper = (sys.executable, "-m", "cv_platform.stack.run_program", str(settings.home), program.name, leftovers)
+        command = shlex.join(program.command if program.name == "postgres" else (*wrapper, *program.command))
+        command = command.replace("%", "%%")
         lines += [
             "",
             f"[program:{program.name}]",
@@ -148,21 +171,43 @@ def _socket_path(home: Path) -> Path:
     return folder / "supervisor.sock"
 
 
-def _wait_until_answers(settings: Settings, program: Program) -> None:
-    if program.health_path is None:
-        return
+def _wait_until_up(settings: Settings, program: Program) -> None:
+    """Waits until a program answers, PostgreSQL takes connections, or supervisord calls what has no port RUNNING."""
     try:
-        wait_for_http(
-            f"http://127.0.0.1:{program.port}{program.health_path}",
-            seconds=START_SECONDS,
-            alive=lambda: is_running(settings),
-        )
+        if program.health_path is not None:
+            url = f"http://127.0.0.1:{program.port}{program.health_path}"
+            wait_for_http(url, seconds=START_SECONDS, alive=lambda: is_running(settings))
+        elif program.name == "postgres":
+            _wait(lambda: running_database_url(settings) is not None, START_SECONDS, "PostgreSQL to take connections")
+        else:
+            _wait(lambda: "RUNNING" in control(settings, "status", program.name), START_SECONDS, "it to stay up")
     except ServiceError as err:
         log = settings.home / "logs" / f"{program.name}.log"
         end = log.read_text(errors="replace")[-2000:] if log.exists() else "(no log)"
         raise ServiceError(
             f"{program.name} did not start: {err}\nThe end of {log}:\n{end}\n`make down` stops the rest."
         ) from err
+
+
+def _require_loaded_graph(settings: Settings) -> None:
+    """Refuses a Dagster that runs without the graph: its pages would be empty, and say so only when looked at.
+
+    Raises:
+        ServiceError: the code location did not load; the error is shown.
+    """
+    query = (
+        "{workspaceOrError {... on Workspace {locationEntries {locationOrLoadError {"
+        "__typename ... on PythonError {message}}}}}}"
+    )
+    url = f"http://127.0.0.1:{settings.dagster_port}/graphql"
+    answer = httpx.post(url, json={"query": query}, timeout=60).json()
+    for entry in answer["data"]["workspaceOrError"].get("locationEntries", []):
+        loaded = entry["locationOrLoadError"] or {}
+        if loaded.get("__typename") == "PythonError":
+            raise ServiceError(
+                f"Dagster runs, but the graph did not load:\n{loaded['message'][-2000:]}\n"
+                "Mend the config, then reload the definitions in Dagster. `make down` stops everything."
+            )
 
 
 def _supervisor_pid(settings: Settings) -> int | None:

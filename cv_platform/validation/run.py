@@ -81,6 +81,7 @@ def validate_dataset(
         outcomes = tuple(checks[name]() for name in CHECK_NAMES if getattr(config, name) != "off")
         verdict = ValidationVerdict(
             dvc_md5=version.dvc_md5,
+            manifest=version.manifest_path.name,
             passed=all(o.passed or o.severity != "error" for o in outcomes),
             outcomes=outcomes,
             quarantined=tuple(sorted(problems)),

@@ -50,6 +50,9 @@ class ValidationVerdict(_Record):
     """What validation found in one dataset version."""
 
     dvc_md5: str
+    manifest: str = Field(
+        description="name of the manifest: it stands for the splits, which follow from the config too"
+    )
     passed: bool = Field(description="no check of severity error failed")
     outcomes: tuple[CheckOutcome, ...] = Field(description="in the order of CHECK_NAMES; without those that are off")
     quarantined: tuple[str, ...] = Field(description="paths of unreadable images, which nothing downstream may use")
@@ -61,16 +64,18 @@ class ValidationVerdict(_Record):
         return tuple(outcome for outcome in self.outcomes if not outcome.passed)
 
 
-def require_verdict(verdict: ValidationVerdict, *, dvc_md5: str, must_pass: bool = True) -> None:
-    """Refuses to go on without a verdict on this dataset version; across runs, where a failed check blocks nothing.
+def require_verdict(
+    verdict: ValidationVerdict, *, dvc_md5: str, manifest: str | None = None, must_pass: bool = True
+) -> None:
+    """Refuses to go on without a verdict about this very dataset version; across runs, where a check blocks nothing.
 
     Raises:
-        VerdictError: the latest verdict is about another version, or (with `must_pass`) it failed.
+        VerdictError: the latest verdict is about another version or other splits, or (with `must_pass`) it failed.
     """
-    if verdict.dvc_md5 != dvc_md5:
+    if verdict.dvc_md5 != dvc_md5 or (manifest is not None and verdict.manifest != manifest):
         raise VerdictError(
-            f"Expected a validation report of dataset version {dvc_md5}. Received: one of {verdict.dvc_md5}. "
-            "Materialise validation_report, then this asset."
+            f"Expected a validation report of dataset version {dvc_md5} ({manifest or 'any splits'}). "
+            f"Received: one of {verdict.dvc_md5} ({verdict.manifest}). Materialise validation_report, then this asset."
         )
     if must_pass and not verdict.passed:
         failed = "; ".join(f"{o.name}: {o.summary}" for o in verdict.failed if o.severity == "error")

@@ -33,9 +33,12 @@ def test_make_targets_exist(document: Path) -> None:
 def test_readme_describes_every_environment_variable() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     source = (REPOSITORY / "cv_platform" / "config.py").read_text()
-    variables = set(re.findall(r'"((?:CV_[A-Z_]+)|DATABASE_URL|MLFLOW_TRACKING_URI|EVIDENTLY_URL)"', source))
+    names = r"CV_[A-Z_]+|DATABASE_URL|MLFLOW_TRACKING_URI|EVIDENTLY_URL|DAGSTER_HOME"
+    variables = set(re.findall(rf'"({names})"', source))
     assert len(variables) > 12
     assert {name for name in variables if f"`{name}`" not in readme} == set()
+    example = (REPOSITORY / ".env.example").read_text()
+    assert {name for name in variables if f"# {name}=" not in example} == set()
 
 
 def test_readme_describes_every_config_section() -> None:
@@ -52,13 +55,14 @@ def test_default_ports_are_those_of_the_readme() -> None:
 
 
 def test_only_the_config_module_reads_the_environment() -> None:
-    passes_it_on = "cv_platform/stack/environment.py"  # To the processes that it starts; it reads no setting.
+    # To the processes that they start; they read no setting.
+    pass_it_on = {"cv_platform/stack/environment.py", "cv_platform/stack/run_program.py"}
     readers = {
         path.relative_to(REPOSITORY).as_posix()
         for path in (REPOSITORY / "cv_platform").rglob("*.py")
         if re.search(r"os\.environ|os\.getenv", path.read_text())
     }
-    assert readers == {"cv_platform/config.py", passes_it_on}
+    assert readers == {"cv_platform/config.py"} | pass_it_on
 
 
 def test_the_cli_explains_itself() -> None:

@@ -81,6 +81,10 @@ def test_fingerprint_follows_only_the_named_sections() -> None:
     assert one.fingerprint("model") == two.fingerprint("model")
     assert one.fingerprint("train") != two.fingerprint("train")
     assert one.fingerprint() != two.fingerprint()
+    three = experiment(validate={"max_duplicate_fraction": 0.5})
+    assert one.fingerprint("validate") != three.fingerprint("validate")
+    with pytest.raises(KeyError, match="trian"):
+        one.fingerprint("trian")
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00", "just text"])
@@ -137,6 +141,13 @@ def test_settings_name_each_wrong_variable() -> None:
         Settings.from_environment({"CV_SERVICE_PORT": "http", "CV_SERVICE_WORKERS": "0"})
     assert "CV_SERVICE_PORT" in str(caught.value)
     assert "CV_SERVICE_WORKERS" in str(caught.value)
+
+
+def test_the_example_of_a_database_url_is_refused_as_the_placeholder_that_it_is() -> None:
+    example = (REPOSITORY / ".env.example").read_text()
+    url = next(line.split("=", 1)[1].split()[0] for line in example.splitlines() if "DATABASE_URL=" in line)
+    with pytest.raises(ConfigError, match="DATABASE_URL"):
+        Settings.from_environment({"DATABASE_URL": url})
 
 
 @pytest.mark.parametrize("variable", ["CV_ADMIN_TOKEN", "CV_API_KEYS", "DATABASE_URL"])

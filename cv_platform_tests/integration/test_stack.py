@@ -1,0 +1,130 @@
+"""`make up` for real: everything answers, what is killed comes back, and `make down` leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import text
+
+from cv_platform.config import Settings
+from cv_platform.database.connection import make_engine, running_database_url
+from cv_platform.stack.http import free_port, is_taken
+from cv_platform.stack.leftovers import leftover_pids, program_mark
+from cv_platform.stack.programs import programs
+from cv_platform.stack.supervisor import control
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(600)]
+
+
+def cli(variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cv_platform.cli", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+
+
+@pytest.fixture(scope="module")
+def variables() -> Iterator[dict[str, str]]:
+    # Not below pytest's own folder, which is closed to the unprivileged user that runs PostgreSQL for root.
+    home = Path(tempfile.mkdtemp(prefix="cv-stack-"))
+    home.chmod(0o711)
+    names = ("CV_SERVICE_PORT", "CV_DAGSTER_PORT", "CV_MLFLOW_PORT", "CV_EVIDENTLY_PORT")
+    variables = {"CV_HOME": str(home), "CV_SERVICE_WORKERS": "1", **{name: str(free_port()) for name in names}}
+    started = cli(variables, "up")
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        yield variables
+    finally:
+        cli(variables, "down")
+        shutil.rmtree(home)
+
+
+@pytest.fixture(scope="module")
+def settings(variables: dict[str, str]) -> Settings:
+    return Settings.from_environment(variables)
+
+
+def pid_of(settings: Settings, program: str) -> int:
+    return int(control(settings, "pid", program))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.3)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_every_program_runs_and_every_page_answers(variables: dict[str, str], settings: Settings) -> None:
+    status = control(settings, "status")
+    assert status.count("RUNNING") == len(programs(settings)) == 6
+    for program in programs(settings):
+        if program.port is not None:
+            assert answers(f"http://127.0.0.1:{program.port}{program.health_path}")
+    again = cli(variables, "up")
+    assert again.returncode == 1
+    assert "it is running" in again.stderr
+    demo = cli(variables, "demo")
+    assert demo.returncode == 1
+    assert "make down" in demo.stderr
+
+
+def test_a_killed_service_comes_back_on_its_port(settings: Settings) -> None:
+    killed = pid_of(settings, "service")
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: pid_of(settings, "service") not in {0, killed})
+    restarted = pid_of(settings, "service")
+    wait_until(lambda: answers(f"http://127.0.0.1:{settings.service_port}/livez"))
+    time.sleep(3)
+    assert pid_of(settings, "service") == restarted, "it must not loop over a port that its own leftovers hold"
+
+
+def test_a_killed_postgres_comes_back_with_its_rows(settings: Settings) -> None:
+    url = running_database_url(settings)
+    assert url is not None
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE kept (number int)"))
+        connection.execute(text("INSERT INTO kept VALUES (42)"))
+    engine.dispose()
+    killed = pid_of(settings, "postgres")
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: pid_of(settings, "postgres") not in {0, killed} and running_database_url(settings) == url)
+    engine = make_engine(url)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT number FROM kept")).scalar_one() == 42
+    engine.dispose()
+
+
+def test_down_leaves_no_process_and_no_port(variables: dict[str, str], settings: Settings) -> None:
+    stopped = cli(variables, "down")
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.strip() == "Stopped."
+    for program in programs(settings):
+        assert leftover_pids(program_mark(settings.home, program.name)) == []
+        assert program.port is None or not is_taken(program.port)
+    assert running_database_url(settings) is None
+    assert "Not running" in cli(variables, "status").stdout

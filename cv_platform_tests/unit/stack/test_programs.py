@@ -1,0 +1,63 @@
+"""Which programs the local stack runs, and what their configuration says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cv_platform.config import Settings
+from cv_platform.errors import ConfigError
+from cv_platform.stack.environment import prepare_home
+from cv_platform.stack.programs import programs
+
+
+def settings(home: Path, **variables: str) -> Settings:
+    return Settings.from_environment({"CV_HOME": str(home), **variables})
+
+
+def names(home: Path, **variables: str) -> list[str]:
+    return [program.name for program in programs(settings(home, **variables))]
+
+
+def test_everything_is_embedded_by_default(tmp_path: Path) -> None:
+    assert names(tmp_path) == ["postgres", "mlflow", "evidently", "dagster", "dagster-daemon", "service"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "missing"),
+    [
+        ("DATABASE_URL", "postgresql://me:secret@db/log", "postgres"),
+        ("EVIDENTLY_URL", "http://evidently:8000", "evidently"),
+        ("MLFLOW_TRACKING_URI", "http://mlflow:5050", "mlflow"),
+    ],
+)
+def test_what_is_on_a_server_is_not_started_here(tmp_path: Path, variable: str, value: str, missing: str) -> None:
+    assert missing not in names(tmp_path, **{variable: value})
+
+
+def test_everything_listens_on_loopback_only(tmp_path: Path) -> None:
+    for program in programs(settings(tmp_path)):
+        if program.port is not None:
+            host = program.command[program.command.index("--host") + 1]
+            assert host == "127.0.0.1"
+
+
+def test_postgres_is_stopped_by_its_fast_shutdown(tmp_path: Path) -> None:
+    postgres = programs(settings(tmp_path))[0]
+    assert postgres.stop_signal == "INT"
+
+
+def test_the_dagster_instance_has_absolute_folders_even_with_odd_names(tmp_path: Path) -> None:
+    home = tmp_path / "a: b #c"
+    prepare_home(settings(home))
+    instance = yaml.safe_load((home / "dagster" / "dagster.yaml").read_text())
+    assert instance["storage"]["sqlite"]["base_dir"] == str(home / "dagster")
+    assert instance["telemetry"]["enabled"] is False
+
+
+def test_an_installation_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "FORMAT_VERSION").write_text("99\n")
+    with pytest.raises(ConfigError, match="format 99"):
+        prepare_home(settings(tmp_path))
