@@ -3,7 +3,8 @@
 Training (through packed pixels), reference data and serving all call `preprocess`, so they cannot differ. The policy:
 
 * JPEG, PNG, WebP, BMP, TIFF and GIF (first frame); anything else is refused.
-* The size is read from the header and judged before a pixel is decoded.
+* The size is read from the header and judged before a pixel is decoded; so is what else makes a small file costly: the
+  number of its chunks, segments and scans, and the size of its tiles.
 * Channels are RGB; grey becomes three equal channels; alpha is dropped; 16-bit samples become 8-bit.
 * EXIF orientation is applied, so that an image is seen the way a person sees it.
 * Resizing ignores the aspect ratio: `INTER_AREA` when both sides shrink, `INTER_LINEAR` otherwise.
@@ -18,21 +19,36 @@ import hashlib
 import io
 import json
 import logging
+import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from itertools import islice
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
 
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 SUPPORTED_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 40_000_000
 """Default limit: 40 megapixels decode to 120 MB."""
+MAX_SIDE_PX = 65_535
+"""What a JPEG can have at most; longer sides are only met in attacks, and every row costs."""
+MAX_PARTS = 10_000
+"""PNG chunks or JPEG segments: walking them costs Python's time, however small they are."""
+MAX_SCANS = 100
+"""Of a progressive JPEG. Encoders write about ten; each makes the decoder visit the whole image again."""
+
+_BARE_JPEG_MARKERS = frozenset({0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
+"""Those that no length follows, or that Pillow treats so."""
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""What ends a run of compressed data: neither an escaped 0xFF, nor a restart, nor padding."""
 
 # OpenCV writes its decoder warnings to stderr; the exceptions below already name the image.
 cv2.setLogLevel(1)
@@ -51,43 +67,13 @@ def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, i
     Raises:
         EmptyImageError: there are no bytes.
         TruncatedImageError: the bytes begin as one, but the header is cut off or damaged.
-        UnsupportedImageError: the bytes are not an image of a supported format.
-        ImageTooLargeError: the header promises more than `max_pixels`.
+        UnsupportedImageError: the bytes are not an image of a supported format, or one in so many parts (PNG chunks,
+            JPEG segments or scans) that it can only be an attack.
+        ImageTooLargeError: the header promises more than `max_pixels`, in the image or in its tiles, or a side of more
+            than `MAX_SIDE_PX`.
     """
-    if not data:
-        raise EmptyImageError("Expected an image. Received: 0 bytes. Send the file's content.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's bomb warning: the limit below is ours.
-            with Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS) as header:
-                image_format, (width_px, height_px) = str(header.format), header.size
-                # What phones call JPEG may hold further pictures (MPO); the first one is the image.
-                image_format = "JPEG" if image_format == "MPO" else image_format
-    except Image.DecompressionBombError as err:
-        raise ImageTooLargeError(f"Expected at most {max_pixels} pixels. Received: {err}") from err
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError) as err:
-        begins_as = _format_by_signature(data)
-        if begins_as:
-            raise TruncatedImageError(
-                f"Expected a complete {begins_as}. Received: {len(data)} bytes that begin as one, but the header is "
-                "cut off or damaged. Send the file again."
-            ) from err
-        known = ", ".join(SUPPORTED_FORMATS)
-        raise UnsupportedImageError(
-            f"Expected an image ({known}). Received: {len(data)} bytes starting with {data[:8].hex(' ')}, "
-            "which is none of these. Convert the file, or check that the upload is complete."
-        ) from err
-    except (MemoryError, OverflowError, RuntimeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as err:
-        # A hostile header can break any of Pillow's parsers in its own way; none of it is an image for us.
-        raise UnsupportedImageError(f"Expected a readable image header. Received: a broken one ({err}).") from err
-    if height_px < 1 or width_px < 1:
-        raise UnsupportedImageError(f"Expected at least 1×1 pixels. Received: {width_px}×{height_px}.")
-    if height_px * width_px > max_pixels:
-        raise ImageTooLargeError(
-            f"Expected at most {max_pixels} pixels. Received: {width_px}×{height_px} = {width_px * height_px}. "
-            "Shrink the image before sending it."
-        )
-    return image_format, height_px, width_px
+    with _open(data, max_pixels) as picture:
+        return _judge(picture, data, max_pixels)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -104,17 +90,26 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         EmptyImageError, UnsupportedImageError, ImageTooLargeError: see `read_size`.
         TruncatedImageError: the data end before the image does, or were damaged where the format can tell.
     """
-    image_format, _, _ = read_size(data, max_pixels=max_pixels)
-    _refuse_truncated(data, image_format)
-    if _needs_pillow(data, image_format):
-        return _decode_with_pillow(data)
-    try:
-        bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as err:
-        raise TruncatedImageError(f"Expected a complete {image_format}. Received: {err}") from err
-    if bgr is None:
-        return _decode_with_pillow(data)
-    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    return decode_with_format(data, max_pixels=max_pixels)[1]
+
+
+def decode_with_format(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, NDArray[np.uint8]]:
+    """Decodes an image as `decode` does, and tells its format: for those who need both, the header is read once."""
+    with _open(data, max_pixels) as picture:
+        image_format, _, _ = _judge(picture, data, max_pixels)
+        _refuse_truncated(data, image_format)
+        if _needs_pillow(data, image_format):
+            return image_format, _decode_with_pillow(picture, data)
+        try:
+            bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
+        except cv2.error as err:  # Its text names files of the machine that OpenCV was built on.
+            raise TruncatedImageError(
+                f"Expected a complete {image_format}. Received: {len(data)} bytes that its decoder refuses. "
+                "Send the file again."
+            ) from err
+        if bgr is None:
+            return image_format, _decode_with_pillow(picture, data)
+        return image_format, np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
 def resize(image: NDArray[np.uint8], image_size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -139,33 +134,95 @@ def preprocess(data: bytes, image_size: tuple[int, int], *, max_pixels: int = MA
     return resize(decode(data, max_pixels=max_pixels), image_size)
 
 
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """Reads an image's header; `max_pixels` is only for the message."""
+    if not data:
+        raise EmptyImageError("Expected an image. Received: 0 bytes. Send the file's content.")
+    begins_as = _format_by_signature(data)
+    if begins_as == "JPEG":
+        _refuse_costly_jpeg(data)
+    elif begins_as == "PNG":
+        _refuse_costly_png(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's bomb warning: `_judge` has a limit of ours.
+            return Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS)
+    except Image.DecompressionBombError as err:
+        raise ImageTooLargeError(f"Expected at most {max_pixels} pixels. Received: {err}") from err
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError) as err:
+        if begins_as:
+            raise TruncatedImageError(
+                f"Expected a complete {begins_as}. Received: {len(data)} bytes that begin as one, but the header is "
+                "cut off or damaged. Send the file again."
+            ) from err
+        known = ", ".join(SUPPORTED_FORMATS)
+        raise UnsupportedImageError(
+            f"Expected an image ({known}). Received: {len(data)} bytes starting with {data[:8].hex(' ')}, "
+            "which is none of these. Convert the file, or check that the upload is complete."
+        ) from err
+    except (MemoryError, OverflowError, RuntimeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as err:
+        # A hostile header can break any of Pillow's parsers in its own way; none of it is an image for us.
+        raise UnsupportedImageError(f"Expected a readable image header. Received: a broken one ({err}).") from err
+
+
+def _judge(picture: ImageFile.ImageFile, data: bytes, max_pixels: int) -> tuple[str, int, int]:
+    """Returns `(format, height_px, width_px)` of what may be decoded; raises what `read_size` says for the rest."""
+    image_format, (width_px, height_px) = str(picture.format), picture.size
+    # What phones call JPEG may hold further pictures (MPO); the first one is the image.
+    image_format = "JPEG" if image_format == "MPO" else image_format
+    if height_px < 1 or width_px < 1:
+        raise UnsupportedImageError(f"Expected at least 1×1 pixels. Received: {width_px}×{height_px}.")
+    if height_px * width_px > max_pixels:
+        raise ImageTooLargeError(
+            f"Expected at most {max_pixels} pixels. Received: {width_px}×{height_px} = {width_px * height_px}. "
+            "Shrink the image before sending it."
+        )
+    if max(height_px, width_px) > MAX_SIDE_PX:
+        raise ImageTooLargeError(
+            f"Expected sides of at most {MAX_SIDE_PX} pixels. Received: {width_px}×{height_px}. "
+            "Cut or shrink the image before sending it."
+        )
+    if isinstance(picture, TiffImageFile):
+        tile_width_px, tile_height_px = _tiff_tile(data, picture.tag_v2.offset) or (1, 1)
+        padded_px = -(-width_px // tile_width_px) * tile_width_px * -(-height_px // tile_height_px) * tile_height_px
+        if padded_px > max_pixels:
+            raise ImageTooLargeError(
+                f"Expected at most {max_pixels} pixels. Received: tiles of {tile_width_px}×{tile_height_px} that hold "
+                f"{padded_px} for an image of {width_px}×{height_px}. Save it with smaller tiles, or with strips."
+            )
+    return image_format, height_px, width_px
+
+
 def _needs_pillow(data: bytes, image_format: str) -> bool:
     """Tells what OpenCV 4.11 decodes otherwise than the policy says.
 
     GIF support depends on how it was built; TIFF comes with alpha multiplied into the colours, and with holes where the
-    data are damaged; the EXIF orientation of a WebP is not applied (bit 3 of its extended header says there is one).
+    data are damaged; the EXIF orientation of a WebP is not applied (bit 3 of its extended header says there is one). A
+    damaged animated PNG (`acTL`) ends the process with a segmentation fault, and the 16-bit samples of a whole one
+    become noise.
     """
+    if image_format == "PNG":
+        return any(kind == b"acTL" for kind, _, _ in _png_chunks(data))
     has_webp_exif = image_format == "WEBP" and data[12:16] == b"VP8X" and bool(data[20] & 0x08)
     return image_format in {"GIF", "TIFF"} or has_webp_exif
 
 
-def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
-    """Decodes what OpenCV cannot; stricter, slower."""
+def _decode_with_pillow(picture: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint8]:
+    """Decodes what OpenCV cannot; stricter, slower. `picture` is what `_open` returned for `data`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS) as picture:
-                picture.load()
-                upright = ImageOps.exif_transpose(picture)
-                if upright.mode.startswith("I;16"):
-                    grey = (np.asarray(upright) >> 8).astype(np.uint8)
-                    return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
-                if upright.mode in {"I", "F"}:
-                    raise UnsupportedImageError(
-                        "Expected 8 or 16 bits per sample. Received: an image with 32. Convert it to 8 bits, with the "
-                        "range of values that the training images have."
-                    )
-                return np.array(upright.convert("RGB"))
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I;16"):
+                grey = (np.asarray(upright) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+            if upright.mode in {"I", "F"}:
+                raise UnsupportedImageError(
+                    "Expected 8 or 16 bits per sample. Received: an image with 32. Convert it to 8 bits, with the "
+                    "range of values that the training images have."
+                )
+            return np.array(upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, Image.DecompressionBombError) as err:
         raise TruncatedImageError(
             f"Expected a complete image. Received: {len(data)} bytes that decode only in part ({err}). Send it again."
@@ -203,18 +260,104 @@ def _refuse_truncated(data: bytes, image_format: str) -> None:
 
 def _is_whole_png(data: bytes) -> bool:
     """Walks the chunks to the last one; their checksums must fit."""
-    at = 8
-    while at + 12 <= len(data):
-        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        end = at + 12 + size
+    for kind, at, end in _png_chunks(data):
         if end > len(data):
             return False
         if zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             return False
         if kind == b"IEND":
             return True
-        at = end
     return False
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yields each chunk's kind, start and end, to the last one; a chunk that is cut off ends past the data."""
+    at, kind = 8, b""
+    while at + 12 <= len(data) and kind != b"IEND":
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        yield kind, at, end
+        at = end
+
+
+def _refuse_costly_png(data: bytes) -> None:
+    if next(islice(_png_chunks(data), MAX_PARTS, None), None):
+        raise UnsupportedImageError(
+            f"Expected a PNG of at most {MAX_PARTS} chunks. Received: one of more. Save the image anew."
+        )
+
+
+def _refuse_costly_jpeg(data: bytes) -> None:
+    """Walks the segments and scans to the image's end, as Pillow does before the first scan and libjpeg after it."""
+    at = 2
+    for _ in range(MAX_PARTS):
+        if at + 2 > len(data) or data[at : at + 2] == b"\xff\xda":
+            break
+        if data[at] != 0xFF or data[at + 1] == 0xFF:
+            at += 1  # Pillow walks through padding byte by byte, so here it counts.
+        else:
+            at = _next_jpeg_segment(data, at)
+    else:
+        raise _too_many_segments()
+    scans = 0
+    for _ in range(MAX_PARTS):
+        found = _JPEG_MARKER.search(data, at)
+        if found is None or found[0] == b"\xff\xd9":
+            return
+        scans += found[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            raise UnsupportedImageError(
+                f"Expected a JPEG of at most {MAX_SCANS} scans. Received: one of more. Save the image anew."
+            )
+        at = _next_jpeg_segment(data, found.start())
+    raise _too_many_segments()
+
+
+def _next_jpeg_segment(data: bytes, at: int) -> int:
+    """Returns where the segment ends whose marker is at `at`."""
+    if data[at + 1] in _BARE_JPEG_MARKERS:
+        return at + 2
+    return at + 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+
+
+def _too_many_segments() -> UnsupportedImageError:
+    return UnsupportedImageError(
+        f"Expected a JPEG of at most {MAX_PARTS} segments. Received: one of more. Save the image anew."
+    )
+
+
+def _tiff_tile(data: bytes, directory: int) -> tuple[int, int] | None:
+    """Returns a tile's `(width_px, height_px)`, or nothing when the image comes in strips.
+
+    libtiff allocates a whole tile, however small the image. It takes the first of a tag's values and converts any type;
+    Pillow takes the last, and skips types that it does not know. So the directory is read here, and whatever the two
+    would understand differently is refused.
+
+    Args:
+        data: the file's bytes.
+        directory: where its first directory begins.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    is_big = data[2:4] == b"+\0"  # BigTIFF; Pillow reads the big-endian one as if it were none.
+    start, step, value_at = (directory + 8, 20, 12) if is_big else (directory + 2, 12, 8)
+    formats = {(3, 1): "H", (4, 1): "L"} | ({(16, 1): "Q"} if is_big else {})
+    is_known = data[2:4] != b"\0+"
+    sides: dict[int, int] = {}
+    try:
+        (entries,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, directory)
+        for at in range(start, start + min(entries, (len(data) - start) // step) * step, step):
+            tag, kind, count = struct.unpack_from(order + ("HHQ" if is_big else "HHL"), data, at)
+            if tag in {322, 323}:
+                value_format = formats.get((kind, count))
+                is_known = is_known and value_format is not None and tag not in sides
+                (sides[tag],) = struct.unpack_from(order + (value_format or "H"), data, at + value_at)
+    except struct.error:
+        is_known = False
+    if not is_known or len(sides) == 1 or 0 in sides.values():
+        raise UnsupportedImageError(
+            "Expected a TIFF whose tiles, if it has any, have one width and one length of at least 1. Received: one "
+            "with others. Save the image anew."
+        )
+    return (sides[322], sides[323]) if sides else None
 
 
 def _start_of_scan(data: bytes) -> int:

@@ -2,7 +2,7 @@
 
 Reference rows (`drift/`) and logged requests (`serving/`, `monitoring/`) are compared with each other, so their columns
 are named and typed here, once. The names `model_name`, `uae_feats`, `bbsd_feats` and `prediction_json` are the
-original's.
+original's. How probabilities become predicted classes is here too: every reader of a row must come to the same answer.
 """
 
 # pyarrow ships no types.
@@ -11,7 +11,10 @@ original's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cv_platform.properties import PROPERTY_NAMES
 
@@ -28,6 +31,10 @@ BBSD_FEATS = "bbsd_feats"
 FEATURES = "features"
 PROPERTIES = "properties"
 
+ClassifierType = Literal["multi-class", "multi-label"]
+LABEL_SEPARATOR = "|"
+"""Joins the class names of a multi-label `label` or `predicted_class`."""
+
 VECTOR_COLUMNS: tuple[str, ...] = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
 """The UAE embedding, the probabilities (BBSD), the penultimate layer, the pixel statistics."""
 
@@ -37,7 +44,7 @@ def reference_schema(*, uae_dims: int, classes: int, feature_dims: int) -> pa.Sc
 
     Vectors are fixed-size float32 lists: `uae_feats` (uae_dims), `bbsd_feats` (classes, the probabilities),
     `features` (feature_dims), `properties` (7, `PROPERTY_NAMES`). `label` is the class name; for multi-label the
-    positive class names joined by `|`.
+    positive class names joined by `LABEL_SEPARATOR`.
     """
 
     import pyarrow as pa  # Late: the service needs the names above, and no pyarrow.
@@ -59,3 +66,40 @@ def reference_schema(*, uae_dims: int, classes: int, feature_dims: int) -> pa.Sc
             (PROPERTIES, vector(len(PROPERTY_NAMES))),
         ]
     )
+
+
+def decide(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
+    """Returns which probabilities are predicted by a multi-label model: those from `threshold` on.
+
+    Compared in float32, the type of the model's outputs: 0.7 in float32 is just below 0.7 in float64, so that a
+    comparison in float64 would refuse a probability that equals the threshold.
+
+    Args:
+        probabilities: of any shape; what is no float32 is rounded to it.
+        threshold: 0–1.
+
+    Returns:
+        bool, of the same shape.
+    """
+    return np.asarray(probabilities, dtype=np.float32) >= np.float32(threshold)
+
+
+def predicted_flags(
+    probabilities: NDArray[Any], classifier_type: ClassifierType, threshold: float = 0.5
+) -> NDArray[np.bool_]:
+    """Returns which classes are predicted for which image.
+
+    Args:
+        probabilities: `(N, C)`.
+        classifier_type: multi-class predicts exactly one class per row, the most probable (the first of equals);
+            multi-label all that `decide` takes.
+        threshold: multi-label only.
+
+    Returns:
+        `(N, C)` bool.
+    """
+    if classifier_type == "multi-label":
+        return decide(probabilities, threshold)
+    flags = np.zeros(probabilities.shape, dtype=np.bool_)
+    flags[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = True
+    return flags

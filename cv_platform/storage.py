@@ -8,18 +8,20 @@ A folder or any fsspec URL (`s3://bucket/prefix` with the `s3` extra). Layout:
     ref_data/<model_name>/<version>/<model_name>_ref_data.parquet
     reports/<name>/<report_id>/…
 
-Nothing here is overwritten but the pointer and the heartbeats, and those are replaced in one step. A process that dies
-while it publishes leaves a folder without metadata, which no reader sees.
+Bundles are never overwritten; pointer, heartbeats, reference data and reports are replaced file by file, each in one
+step. A process that dies while it publishes leaves a folder without metadata, which no reader sees. In a folder all
+that was written survives a power cut, where the file system can sync; object stores see to that themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,6 +143,9 @@ class CentralStorage:
             for relative in sums:
                 self._fs.makedirs(f"{target}/{relative}".rsplit("/", 1)[0], exist_ok=True)
                 self._fs.put_file(str(directory / relative), f"{target}/{relative}")
+            if self.is_local:
+                # Else a power cut could leave metadata that vouch for empty files.
+                self._sync([Path(target, relative) for relative in sums])
             self._replace(
                 f"{target}/{name}",
                 yaml.safe_dump(complete.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -217,7 +222,8 @@ class CentralStorage:
                 shutil.rmtree(folder, ignore_errors=True)
             raise CorruptBundleError(
                 f"{model_name} {version}: expected the published files. Missing or changed: {', '.join(wrong[:5])}. "
-                "Restore the bundle from a backup, or export the model again."
+                f"Restore {self._fs.unstrip_protocol(source)} from a backup, or remove it and materialise the bento "
+                "again."
             )
         return folder, metadata
 
@@ -358,10 +364,12 @@ class CentralStorage:
         """Writes a file in one step: a reader sees the old one or the new one, after a power cut too."""
         data = content.encode() if isinstance(content, str) else content
         parent = path.rsplit("/", 1)[0]
-        self._fs.makedirs(parent, exist_ok=True)
         if not self.is_local:
+            self._fs.makedirs(parent, exist_ok=True)
             self._fs.pipe_file(path, data)  # Object stores replace a whole object at once.
             return
+        is_new_folder = not Path(parent).is_dir()
+        self._fs.makedirs(parent, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=parent, prefix=".writing-")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -373,6 +381,23 @@ class CentralStorage:
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
+        for folder in self._folders(Path(path)) if is_new_folder else [Path(parent)]:
+            _sync_folder(folder)
+
+    def _sync(self, files: Iterable[Path]) -> None:
+        """Makes local files survive a power cut, and the names of all folders on the way to them."""
+        folders: dict[Path, None] = {}
+        for file in files:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            folders |= dict.fromkeys(self._folders(file))
+        for folder in folders:
+            _sync_folder(folder)
+
+    def _folders(self, file: Path) -> list[Path]:
+        """Lists the folders from the one that holds `file` up to the one that holds the storage."""
+        root = Path(self._root)
+        return [*(folder for folder in file.parents if folder.is_relative_to(root)), root.parent]
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:
@@ -388,6 +413,18 @@ def file_sha256(path: Path) -> str:
     """Returns a file's sha256 as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames and new names in `folder` survive a power cut, where the file system can."""
+    # Some network file systems refuse to sync a folder, and the one around the storage may not be ours to open; what
+    # the files hold is synced without it.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _name(part: str) -> str:

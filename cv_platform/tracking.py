@@ -362,7 +362,9 @@ def _artifact_location(tracking_uri: str, artifact_root: Path | str | None, expe
 
 def _find_run(client: Any, experiment_id: str, run_key: str) -> str | None:
     quoted = run_key.replace("'", "")
-    runs = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{quoted}'", max_results=1)
+    # A finished run is history: the same key again is a repetition, with a run of its own.
+    query = f"tags.`{RUN_KEY_TAG}` = '{quoted}' and attributes.status != 'FINISHED'"
+    runs = client.search_runs([experiment_id], query, max_results=1)
     return runs[0].info.run_id if runs else None
 
 

@@ -13,6 +13,7 @@ import bentoml
 
 from cv_platform.config import Settings
 from cv_platform.serving.app import create_app
+from cv_platform.serving.clean_requests import CleanRequest, escape_access_log
 from cv_platform.serving.context import ServingContext
 
 _settings = Settings.from_environment()
@@ -27,6 +28,8 @@ _per_worker = _context.limits.max_uploads + _context.limits.max_in_flight
     # The app's own limits answer first, with advice; these hold when the app does not. BentoML divides the
     # concurrency among the workers.
     traffic={"timeout": 120, "max_concurrency": 2 * _per_worker * _settings.service_workers},
+    # BentoML 1.4.39 decodes the header as UTF-8 before it sends the end of the answer: a wrong one cuts the connection.
+    logging={"access": {"request_content_type": False}},
 )
 @bentoml.asgi_app(create_app(_context), path="/")
 class ImageClassifier:
@@ -42,3 +45,9 @@ class ImageClassifier:
     def stop(self) -> None:
         """Takes the worker off the list and lets go of its files."""
         _context.stop()
+
+
+# Around everything that BentoML itself answers, such as /metrics; only its access log runs further out.
+# BentoML 1.4.39 types the class as an instance of its protocol.
+ImageClassifier.add_asgi_middleware(CleanRequest)  # pyright: ignore[reportArgumentType]
+escape_access_log()

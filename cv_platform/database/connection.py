@@ -13,6 +13,8 @@ import psycopg2
 from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Engine, ExceptionContext, make_url
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 
 from cv_platform.config import Settings
 from cv_platform.errors import ConfigError, DatabaseError, DatabaseUnavailableError, SchemaMismatchError
@@ -44,7 +46,26 @@ def normalise_url(url: str) -> URL:
     return parsed.set(drivername=_DRIVER)
 
 
-def make_engine(url: str, *, pool_size: int = 2, statement_timeout_seconds: float | None = None) -> Engine:
+class _TypedPool(QueuePool):
+    """A pool whose timeout is a `DatabaseUnavailableError`: that error comes from no driver, so no event types it."""
+
+    def connect(self) -> PoolProxiedConnection:
+        try:
+            return super().connect()
+        except PoolTimeoutError as err:
+            raise DatabaseUnavailableError(
+                "Expected a free connection to the database. Received: none in time, as all of them wait for it. "
+                "Check that PostgreSQL answers."
+            ) from err
+
+
+def make_engine(
+    url: str,
+    *,
+    pool_size: int = 2,
+    pool_timeout_seconds: float = 10,
+    statement_timeout_seconds: float | None = None,
+) -> Engine:
     """Returns an engine whose connections speak UTC and notice within seconds that the server is gone.
 
     It connects on first use. Anything that uses it may raise `DatabaseUnavailableError` (worth trying again) or
@@ -61,7 +82,8 @@ def make_engine(url: str, *, pool_size: int = 2, statement_timeout_seconds: floa
         parsed,
         pool_size=pool_size,
         max_overflow=pool_size,
-        pool_timeout=10,
+        poolclass=_TypedPool,
+        pool_timeout=pool_timeout_seconds,
         pool_pre_ping=True,
         connect_args={
             "connect_timeout": 5,

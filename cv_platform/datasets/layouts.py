@@ -18,10 +18,10 @@ from pathlib import Path, PurePosixPath
 
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.errors import InvalidDatasetError
+from cv_platform.predictions import LABEL_SEPARATOR
 
 IMAGE_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SPLIT_ALIASES = {**{split: split for split in SPLITS}, "val": "valid", "validation": "valid"}
-LABEL_SEPARATOR = "|"
 _PATH_COLUMNS = ("path", "image", "filename")
 _TRUE, _FALSE = {"1", "1.0", "true"}, {"0", "0.0", "false", ""}
 _SHOWN = 10

@@ -35,7 +35,7 @@ from cv_platform.datasets.durable import exclusive, require_free_space, whole_di
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.datasets.versions import DatasetVersion
-from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
+from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError, VerdictError
 from cv_platform.storage import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,19 @@ def pack_images(
             packed = _pack(version, model, usable, directory)
     # Another tag of the same images shares the pack.
     return packed.model_copy(update={"directory": directory, "dvc_tag": version.tag, "ds_name": version.ds_name})
+
+
+def require_same_pack(pack: str, packed: PackedImages) -> None:
+    """Refuses packed images that are not those a model was trained beside: their splits may overlap otherwise.
+
+    Raises:
+        VerdictError: `pack`, the name of the model's packed images, is another one.
+    """
+    if pack != packed.directory.name:
+        raise VerdictError(
+            f"Expected the packed images {pack}, whose training split the model has seen. "
+            f"Received: {packed.directory.name}. Materialise model, then this asset."
+        )
 
 
 def open_split(packed: PackedImages, split: str) -> PackedSplit:

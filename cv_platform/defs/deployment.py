@@ -41,12 +41,13 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         The bundle answers probabilities, drift features and the Grad-CAM map in a single call, and carries golden
         images with their outputs for its self-test.
         """
-        from cv_platform.datasets.packing import open_split
+        from cv_platform.datasets.packing import open_split, require_same_pack
         from cv_platform.deployment.bundle import publish_model
         from cv_platform.evaluation.report import require_promotion
 
         run = branch.run(context)
         require_promotion(evaluation, version=trained.version)
+        require_same_pack(trained.pack, packed)
         golden = open_split(packed, "test").images[: run.config.deploy.golden_images]
         for record in (detectors, reference):
             require_same_version(record, trained.version)

@@ -33,10 +33,11 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
 
         The false-alarm rate is measured on halves of the reference split, which the model has never seen.
         """
-        from cv_platform.datasets.packing import open_split
+        from cv_platform.datasets.packing import open_split, require_same_pack
         from cv_platform.drift.detectors import build_detectors, false_alarm_bound
 
         run = branch.run(context)
+        require_same_pack(trained.pack, packed)
         detectors = build_detectors(
             trained.keras_path,
             open_split(packed, "reference"),
@@ -90,10 +91,11 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
         Neither training, model selection nor calibration has seen these images. Columns: path, sha256, label, model
         and version, predicted class, UAE embedding, probabilities, penultimate features, pixel statistics.
         """
-        from cv_platform.datasets.packing import open_split
+        from cv_platform.datasets.packing import open_split, require_same_pack
         from cv_platform.drift.reference import build_reference_data
 
         run = branch.run(context)
+        require_same_pack(trained.pack, packed)
         reference = build_reference_data(
             trained.keras_path,
             detectors,

@@ -33,9 +33,11 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
 
         Bento and deployment refuse a model version whose latest verdict failed.
         """
+        from cv_platform.datasets.packing import require_same_pack
         from cv_platform.evaluation.run import evaluate_model
 
         run = branch.run(context)
+        require_same_pack(trained.pack, packed)
         champion_accuracy = _champion_accuracy(run, trained.model_name, packed.dvc_md5)
         with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
             result = evaluate_model(

@@ -138,9 +138,12 @@ def publish_model(
         load_folder(folder, metadata)
         try:
             storage.publish_bundle(folder, metadata)
-        except BundleExistsError:
+        except BundleExistsError as err:
             if storage.read_metadata(model_name, version).checksums.get(keras_name) != file_sha256(folder / keras_name):
-                raise
+                raise BundleExistsError(
+                    f"Expected the model that is published as {model_name} {version}. Received: {keras_path}, which "
+                    "differs from it. Train again: the new model gets a version of its own."
+                ) from err
             logger.info("%s %s is published already with this very model; it stays", model_name, version)
     published, metadata = storage.fetch_bundle(model_name, version, cache)
     tag = build_bento(published, metadata, bentoml_home=bentoml_home, source=source)

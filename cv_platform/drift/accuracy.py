@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from cv_platform.drift.localisation import ClassifierType
 from cv_platform.drift.sample import Float32Matrix
+from cv_platform.predictions import ClassifierType, decide
 
 
 class AccuracyEstimate(BaseModel):
@@ -87,7 +87,7 @@ def confidences(probabilities: Float32Matrix, classifier_type: ClassifierType, t
     values = probabilities.astype(np.float64)
     if classifier_type == "multi-class":
         return values.max(axis=1)
-    return np.where(values >= threshold, values, 1.0 - values).ravel()
+    return np.where(decide(probabilities, threshold), values, 1.0 - values).ravel()
 
 
 def decisions(
@@ -100,7 +100,7 @@ def decisions(
     if classifier_type == "multi-class":
         is_right = targets[np.arange(len(targets)), probabilities.argmax(axis=1)]
     else:
-        is_right = ((probabilities >= threshold) == targets).ravel()
+        is_right = (decide(probabilities, threshold) == targets).ravel()
     return confidences(probabilities, classifier_type, threshold), is_right
 
 

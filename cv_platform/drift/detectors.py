@@ -5,7 +5,7 @@ assumptions, and the numbers of `two_sample.py` deserve a check where they are u
 """
 
 # Keras comes without complete types.
-# pyright: standard
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 
 from __future__ import annotations
 

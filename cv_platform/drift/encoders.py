@@ -6,7 +6,8 @@ hash over its weights, which reference data and bundles carry.
 """
 
 # Keras comes without complete types.
-# pyright: standard
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 
 from __future__ import annotations
 

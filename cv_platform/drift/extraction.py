@@ -5,7 +5,8 @@ out of one call on image i.
 """
 
 # Keras and TensorFlow come without complete types.
-# pyright: standard
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -76,10 +77,10 @@ def extract(
     combined = keras.Model(classifier.inputs, outputs)
     signature = [tf.TensorSpec((None, *classifier.input_shape[1:]), tf.uint8)]  # One trace, whatever the batch's size.
 
-    @tf.function(input_signature=signature)
-    def run(images: Any) -> Any:
+    def answer(images: Any) -> Any:
         return combined(images, training=False)
 
+    run: Any = tf.function(answer, input_signature=signature)
     parts: tuple[list[Float32Matrix], ...] = tuple(
         [np.empty((0, int(output.shape[-1])), dtype=np.float32)] for output in outputs
     )

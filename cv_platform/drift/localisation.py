@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +20,10 @@ from cv_platform.drift.sample import DriftSample, Float32Matrix, require_compara
 from cv_platform.drift.scipy_tests import fisher_exact
 from cv_platform.drift.two_sample import gaussian_kernel, holm, ks_bonferroni, median_bandwidth, subsample
 from cv_platform.drift.verdict import DriftVerdict, settle_saturated
+from cv_platform.predictions import ClassifierType, predicted_flags
 from cv_platform.properties import PROPERTY_NAMES
 
 _BLOCK_ROWS = 2000
-ClassifierType = Literal["multi-class", "multi-label"]
 
 
 class _Record(BaseModel):
@@ -173,8 +172,8 @@ def class_movements(
     require_comparable(reference, current)
     _require_names(reference, class_names)
     ks = ks_bonferroni(settle_saturated(reference.bbsd), settle_saturated(current.bbsd))
-    left = predictions(reference.bbsd, classifier_type, threshold).sum(axis=0)
-    right = predictions(current.bbsd, classifier_type, threshold).sum(axis=0)
+    left = predicted_flags(reference.bbsd, classifier_type, threshold).sum(axis=0)
+    right = predicted_flags(current.bbsd, classifier_type, threshold).sum(axis=0)
     n, m = len(reference), len(current)
     share_p_values = [_fisher(int(a), n, int(b), m) for a, b in zip(left, right, strict=True)]
     classes = range(len(class_names))
@@ -195,15 +194,6 @@ def class_movements(
         for i in classes
     ]
     return tuple(sorted(movements, key=lambda c: (c.adjusted_p_value, -c.ks_distance, c.class_name)))
-
-
-def predictions(probabilities: Float32Matrix, classifier_type: ClassifierType, threshold: float) -> NDArray[np.bool_]:
-    """Returns `(N, C)` bool: which classes are predicted for which image."""
-    if classifier_type == "multi-label":
-        return probabilities >= threshold
-    predicted = np.zeros(probabilities.shape, dtype=np.bool_)
-    predicted[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = True
-    return predicted
 
 
 def image_scores(

@@ -6,7 +6,8 @@ Columns: `cv_platform.predictions.reference_schema`.
 """
 
 # PyArrow and pandas come without complete types.
-# pyright: standard
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 from __future__ import annotations
 
@@ -24,7 +25,6 @@ from pydantic import BaseModel, ConfigDict
 
 from cv_platform.config import ModelConfig
 from cv_platform.drift.detectors import DriftDetectors, HeldOutImages, extract_sample, seeded_rows
-from cv_platform.drift.localisation import predictions
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
 from cv_platform.images import preprocessing_hash
@@ -32,17 +32,18 @@ from cv_platform.predictions import (
     BBSD_FEATS,
     FEATURES,
     LABEL,
+    LABEL_SEPARATOR,
     MODEL_NAME,
     MODEL_VERSION,
     PREDICTED_CLASS,
     PROPERTIES,
     UAE_FEATS,
     VECTOR_COLUMNS,
+    predicted_flags,
     reference_schema,
 )
 from cv_platform.storage import CentralStorage
 
-LABEL_SEPARATOR = "|"
 _VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
 
 
@@ -103,7 +104,7 @@ def build_reference_data(
     sample = extract_sample(keras_path, detectors.uae_path, held_out, rows)
     targets = np.asarray(held_out.targets)[rows]
     chosen: list[int] = rows.tolist()
-    predicted = predictions(sample.bbsd, model.classifier_type, model.threshold)
+    predicted = predicted_flags(sample.bbsd, model.classifier_type, model.threshold)
     identity = ReferenceIdentity(
         model_name=detectors.model_name,
         model_version=detectors.version,

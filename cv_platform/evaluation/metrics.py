@@ -8,12 +8,12 @@ split does not have, say) is None, or left out of a mean; it is never NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.stats import rankdata
 
-ClassifierType = Literal["multi-class", "multi-label"]
+from cv_platform.predictions import ClassifierType, predicted_flags
+
 CALIBRATION_BINS = 15
 _SMALLEST = 1e-7
 """Probabilities are kept this far from 0 and 1 in the log loss: the resolution of float32 near 1."""
@@ -36,19 +36,6 @@ class ReliabilityBin:
     count: int
     confidence: float | None
     accuracy: float | None
-
-
-def decide(probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5) -> np.ndarray:
-    """Turns `(N, C)` probabilities into `(N, C)` bool decisions.
-
-    Multi-class: exactly one per row, the most probable (the first of equals). Multi-label: each from `threshold` on.
-    """
-    if classifier_type == "multi-label":
-        # In float32, the type of the model's outputs: 0.7 in float32 is just below 0.7 in float64.
-        return probabilities.astype(np.float32) >= np.float32(threshold)
-    decisions = np.zeros(probabilities.shape, dtype=bool)
-    decisions[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = True
-    return decisions
 
 
 def one_hot(targets: np.ndarray, classes: int) -> np.ndarray:
@@ -79,7 +66,7 @@ def compute_metrics(
     _require_shapes(targets, probabilities, classifier_type)
     probabilities = probabilities.astype(np.float64)
     truth = one_hot(targets, probabilities.shape[1])
-    decisions = decide(probabilities, classifier_type, threshold)
+    decisions = predicted_flags(probabilities, classifier_type, threshold)
     table = per_class_metrics(targets, probabilities, classifier_type, threshold)
     exact = (decisions == truth).all(axis=1)
     metrics: dict[str, float | None] = {}
@@ -113,7 +100,7 @@ def per_class_metrics(
     so, auc where every image or no image is of it.
     """
     truth = one_hot(targets, probabilities.shape[1])
-    decisions = decide(probabilities, classifier_type, threshold)
+    decisions = predicted_flags(probabilities, classifier_type, threshold)
     rows: list[dict[str, float | None]] = []
     for index in range(probabilities.shape[1]):
         positive, predicted = truth[:, index], decisions[:, index]
@@ -155,7 +142,7 @@ def confusion_matrix(
         per class: true negatives, false positives, false negatives, true positives.
     """
     classes = probabilities.shape[1]
-    decisions = decide(probabilities, classifier_type, threshold)
+    decisions = predicted_flags(probabilities, classifier_type, threshold)
     if classifier_type == "multi-class":
         cells = targets.astype(np.int64) * classes + decisions.argmax(axis=1)
         return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
@@ -172,7 +159,7 @@ def confidence_of(probabilities: np.ndarray, classifier_type: ClassifierType, th
     """
     if classifier_type == "multi-class":
         return probabilities.max(axis=1)
-    decisions = decide(probabilities, classifier_type, threshold)
+    decisions = predicted_flags(probabilities, classifier_type, threshold)
     return np.where(decisions, probabilities, 1 - probabilities).prod(axis=1)
 
 

@@ -23,11 +23,9 @@ from cv_platform.datasets.packing import PackedImages, PackedSplit, open_split
 from cv_platform.errors import InvalidDatasetError, TrainingError
 from cv_platform.evaluation.gate import judge_promotion
 from cv_platform.evaluation.metrics import (
-    ClassifierType,
     compute_metrics,
     confidence_of,
     confusion_matrix,
-    decide,
     expected_calibration_error,
     one_hot,
     per_class_metrics,
@@ -41,6 +39,7 @@ from cv_platform.evaluation.plots import (
     save_worst_errors,
 )
 from cv_platform.evaluation.report import Evaluation, render_report
+from cv_platform.predictions import LABEL_SEPARATOR, ClassifierType, predicted_flags
 from cv_platform.tracking import MlflowRun
 
 logger = logging.getLogger(__name__)
@@ -265,7 +264,7 @@ def _predictions(
     threshold: float,
 ) -> _Predictions:
     truth = one_hot(targets, len(class_names))
-    decisions = decide(probabilities, classifier_type, threshold)
+    decisions = predicted_flags(probabilities, classifier_type, threshold)
     return _Predictions(
         paths=test.paths,
         sha256=test.sha256,
@@ -278,8 +277,8 @@ def _predictions(
 
 
 def _joined(flags: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """Names the positive classes of each row, joined by `|`; none is the empty string."""
-    return ["|".join(class_names[int(i)] for i in np.flatnonzero(row)) for row in flags]
+    """Names the positive classes of each row, joined by the separator; none is the empty string."""
+    return [LABEL_SEPARATOR.join(class_names[int(i)] for i in np.flatnonzero(row)) for row in flags]
 
 
 def _log(run: MlflowRun, evaluation: Evaluation) -> None:

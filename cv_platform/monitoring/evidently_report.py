@@ -76,13 +76,12 @@ class EvidentlyRun:
     class_names: Sequence[str] = field(default=())
 
 
-def publish_run(target: Path | str, run: EvidentlyRun, *, replaces: str | None = None) -> str:
+def publish_run(target: Path | str, run: EvidentlyRun) -> str:
     """Adds a run to its project, which is made with its dashboard on first use, and returns the run's id.
 
     Args:
         target: a workspace folder, or the URL of an Evidently server.
         run: what to show.
-        replaces: id of the earlier run of the same report, which is removed.
 
     Raises:
         ServiceError: the server cannot be reached, or refuses the run.
@@ -93,15 +92,50 @@ def publish_run(target: Path | str, run: EvidentlyRun, *, replaces: str | None =
         try:
             workspace = _open(target)
             project_id = _project(workspace, run)
-            run_id = str(workspace.add_run(project_id, _snapshot(run), include_data=False, name=_name(run)).id)
+            return str(workspace.add_run(project_id, _snapshot(run), include_data=False, name=_name(run)).id)
         except (OSError, ValueError, EvidentlyError) as err:  # requests' errors are OSErrors.
             raise ServiceError(
                 f"Expected an Evidently workspace at {target} that takes a run. Received: {err}. "
                 "Start Evidently (make up), or unset EVIDENTLY_URL to use a folder."
             ) from err
-    if replaces is not None and replaces != run_id:
-        _delete(target, workspace, str(project_id), replaces)
-    return run_id
+
+
+def delete_run(target: Path | str, experiment: str, run_id: str) -> None:
+    """Removes a run from its project; one that has gone is no problem, one that stays is logged.
+
+    Call it when nothing refers to the run any more: it must not fail what has been published in its place.
+
+    Args:
+        target: a workspace folder, or the URL of an Evidently server.
+        experiment: the project's name.
+        run_id: of `publish_run`.
+    """
+    with _quiet():
+        from evidently.errors import EvidentlyError
+
+        try:
+            workspace = _open(target)
+            for project_id in _projects(workspace, experiment):
+                _delete(target, workspace, str(project_id), run_id)
+        except (OSError, ValueError, EvidentlyError, httpx.HTTPError) as err:  # requests' errors are OSErrors.
+            logger.warning(
+                "The earlier run %s of %s stays in Evidently at %s: %s. Delete it on the project's page.",
+                run_id,
+                experiment,
+                target,
+                err,
+            )
+
+
+def _delete(target: Path | str, workspace: Any, project_id: str, run_id: str) -> None:
+    try:
+        workspace.delete_run(project_id, run_id)
+    except FileNotFoundError:
+        return  # It has gone already.
+    except NotImplementedError:  # RemoteWorkspace (0.7.23) has no such call, its server has.
+        answer = httpx.delete(f"{str(target).rstrip('/')}/api/projects/{project_id}/{run_id}", timeout=10.0)
+        if answer.status_code != httpx.codes.NOT_FOUND:
+            answer.raise_for_status()
 
 
 def _open(target: Path | str) -> Any:
@@ -117,16 +151,20 @@ def _project(workspace: Any, run: EvidentlyRun) -> Any:
     """Returns the id of the project of that name; two processes that both find none make the same one."""
     from evidently.sdk.models import ProjectModel
 
-    # `list_projects` of the server and of the folder agree; `search_project` puts the name into a URL path unescaped.
-    found = [project for project in workspace.list_projects() if project.name == run.experiment]
+    found = _projects(workspace, run.experiment)
     if found:
-        return found[0].id
+        return found[0]
     model = ProjectModel(
         id=uuid.uuid5(_NAMESPACE, run.experiment), name=run.experiment, description="Drift reports of this experiment."
     )
     project = workspace.add_project(model)
     workspace.save_dashboard(project.id, _dashboard(run.class_names))
     return project.id
+
+
+def _projects(workspace: Any, name: str) -> list[Any]:
+    # `list_projects` of the server and of the folder agree; `search_project` puts the name into a URL path unescaped.
+    return [project.id for project in workspace.list_projects() if project.name == name]
 
 
 def _snapshot(run: EvidentlyRun) -> Any:
@@ -271,21 +309,6 @@ def _dashboard(class_names: Sequence[str]) -> Any:
 
 def _name(run: EvidentlyRun) -> str:
     return f"{run.metadata.get('verdict', 'report')} until {run.window_end_utc:%Y-%m-%d %H:%M} UTC"
-
-
-def _delete(target: Path | str, workspace: Any, project_id: str, run_id: str) -> None:
-    """Removes a run; one that has gone already, or stays because the server refuses, is no reason to fail."""
-    try:
-        with _quiet():
-            workspace.delete_run(project_id, run_id)
-    except FileNotFoundError:
-        return
-    except NotImplementedError:  # RemoteWorkspace (0.7.23) has no such call, its server has.
-        try:
-            url = f"{str(target).rstrip('/')}/api/projects/{project_id}/{run_id}"
-            httpx.delete(url, timeout=10.0).raise_for_status()
-        except httpx.HTTPError as err:
-            logger.warning("The earlier Evidently run %s stays: %s", run_id, err)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql import insert
 from cv_platform.config import ExperimentConfig
 from cv_platform.database.schema import drift_reports
 from cv_platform.drift.accuracy import estimate_accuracy
-from cv_platform.drift.localisation import ClassifierType, class_movements, effect_sizes, image_scores, predictions
+from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
 from cv_platform.drift.reference import label_targets, read_identity, read_reference, read_reference_labels
 from cv_platform.drift.sample import DriftSample, require_comparable
 from cv_platform.drift.sequential import run_stream
@@ -26,11 +26,11 @@ from cv_platform.drift.verdict import judge
 from cv_platform.errors import BundleNotFoundError, ServiceError
 from cv_platform.images import preprocessing_hash
 from cv_platform.monitoring.evidently_figures import evidently_run
-from cv_platform.monitoring.evidently_report import publish_run
+from cv_platform.monitoring.evidently_report import delete_run, publish_run
 from cv_platform.monitoring.report_page import render_page, thumbnails
 from cv_platform.monitoring.report_record import DriftReport
 from cv_platform.monitoring.window import Window, read_feedback, read_images, read_window, window_bounds
-from cv_platform.predictions import LABEL
+from cv_platform.predictions import LABEL, ClassifierType, predicted_flags
 from cv_platform.storage import CentralStorage
 
 __all__ = ["DriftReport", "make_drift_report"]
@@ -209,7 +209,7 @@ def _with_feedback(
         return report
     known = window.rows["prediction_id"].isin(list(stated)).to_numpy()
     targets = label_targets([stated[i] for i in window.rows["prediction_id"][known]], class_names)
-    predicted = predictions(window.sample.bbsd[known], facts.classifier_type, facts.threshold)
+    predicted = predicted_flags(window.sample.bbsd[known], facts.classifier_type, facts.threshold)
     is_right = (predicted & targets).any(axis=1) if facts.classifier_type == "multi-class" else predicted == targets
     return report.model_copy(update={"feedback_rows": int(known.sum()), "feedback_accuracy": float(np.mean(is_right))})
 
@@ -241,14 +241,17 @@ def _publish(
     reference: DriftSample,
     window: Window,
 ) -> DriftReport:
-    """Writes the report everywhere; the database row last, so that it never points to what does not exist."""
+    """Writes the report everywhere; the database row last, so that it never points to what does not exist.
+
+    Where storage or database refuse, the run already in Evidently stays there beside the earlier report's.
+    """
     wanted = [row["image_sha256"] for row in report.top_images if row["image_sha256"]]
     pictures, unreadable = thumbnails(read_images(engine, wanted))
     problems = [*report.problems, *unreadable]
+    earlier_run_id = _earlier_run(engine, report.report_id)
     try:
         run = evidently_run(report, reference, window.sample)
-        run_id = publish_run(evidently, run, replaces=_earlier_run(engine, report.report_id))
-        report = report.model_copy(update={"evidently_run_id": run_id})
+        report = report.model_copy(update={"evidently_run_id": publish_run(evidently, run)})
     except ServiceError as err:
         logger.warning("The drift report is kept without Evidently: %s", err)
         problems.append(f"Not in Evidently: {err}")
@@ -263,6 +266,9 @@ def _publish(
         url = storage.publish_report(report.experiment, report.report_id, directory)
     report = report.model_copy(update={"report_url": f"{url}/report.html"})
     _write_row(engine, report)
+    # Last: until the new row stands, the old one names the earlier run.
+    if earlier_run_id is not None and report.evidently_run_id is not None:
+        delete_run(evidently, report.experiment, earlier_run_id)
     return report
 
 

@@ -17,7 +17,8 @@ from uuid import UUID, uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.images import decode, read_size, resize
+from cv_platform.images import decode_with_format, resize
+from cv_platform.predictions import LABEL_SEPARATOR, decide
 from cv_platform.properties import image_properties
 from cv_platform.serving.explain import Explain, Pictures, draw, small_map, to_base64
 from cv_platform.serving.log_entry import LogEntry
@@ -73,8 +74,7 @@ def answer_upload(
         ImageError: the upload is no usable image.
     """
     metadata = model.metadata
-    image_format, _, _ = read_size(data, max_pixels=max_pixels)
-    image = decode(data, max_pixels=max_pixels)
+    image_format, image = decode_with_format(data, max_pixels=max_pixels)
     pixels = resize(image, metadata.image_size)
     prediction = model.predict(pixels)
     classes = predicted_classes(prediction.probabilities, metadata)
@@ -109,9 +109,8 @@ def answer_upload(
 def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetadata) -> tuple[str, ...]:
     """Returns the most probable class, or for multi-label every class from the threshold on, in class order."""
     if metadata.classifier_type == "multi-label":
-        return tuple(
-            name for name, p in zip(metadata.class_names, probabilities, strict=True) if p >= metadata.threshold
-        )
+        decisions = decide(probabilities, metadata.threshold)
+        return tuple(name for name, chosen in zip(metadata.class_names, decisions, strict=True) if chosen)
     return (metadata.class_names[int(np.argmax(probabilities))],)
 
 
@@ -133,7 +132,7 @@ def result_body(
         "model_name": model_name,
         "model_version": model_version,
         "classifier_type": classifier_type,
-        "predicted_class": "|".join(classes),
+        "predicted_class": LABEL_SEPARATOR.join(classes),
         "predicted_classes": list(classes),
         "prediction": {name: _number(p) for name, p in probabilities.items()},
         "overlaid_img": to_base64(pictures.overlaid) if pictures else None,
@@ -164,7 +163,7 @@ def log_entry(
         model_name=answer.model.model_name,
         model_version=answer.model.version,
         prediction_id=answer.prediction_id,
-        predicted_class="|".join(answer.predicted_classes),
+        predicted_class=LABEL_SEPARATOR.join(answer.predicted_classes),
         prediction_json={
             name: float(p) for name, p in zip(answer.model.class_names, prediction.probabilities, strict=True)
         },

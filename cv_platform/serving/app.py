@@ -1,9 +1,10 @@
 """The HTTP service of one worker: assembly only.
 
-    RequestEnvelope → RefusalLog → Unexpected → BodyLimit → routes
+    RequestEnvelope → RefusalLog → CleanRequest → SameSite → Unexpected → BodyLimit → routes
 
-From the outside in: every answer gets its id and headers, every refused `POST /predict` its log entry, everything
-unforeseen its 500, every body its limit. All of these are plain ASGI, so that nothing buffers a body or an answer.
+From the outside in: every answer gets its id and headers, every refused `POST /predict` its log entry, paths with
+control characters and what other sites' pages send their refusal, everything unforeseen its 500, every body its limit.
+All of these are plain ASGI, so that nothing buffers a body or an answer.
 
 BentoML mounts the app (`@bentoml.asgi_app`) and runs its lifespan; its own `/livez`, `/readyz` and `/metrics` come
 before ours. https://fastapi.tiangolo.com, https://www.starlette.io/middleware/#pure-asgi-middleware
@@ -20,6 +21,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Match
 
+from cv_platform.serving.clean_requests import CleanRequest
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import API_DESCRIPTION, API_TITLE, API_VERSION
 from cv_platform.serving.limits import FORM_OVERHEAD_BYTES, SMALL_BODY_BYTES, BodyLimit
@@ -29,7 +31,7 @@ from cv_platform.serving.routes_health import health_router
 from cv_platform.serving.routes_models import models_router
 from cv_platform.serving.routes_page import page_files, page_router
 from cv_platform.serving.routes_predict import PREDICT_PATH, RefusalLog, predict_router
-from cv_platform.serving.security import RequestEnvelope
+from cv_platform.serving.security import RequestEnvelope, SameSite
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
@@ -66,11 +68,13 @@ def create_app(context: ServingContext) -> FastAPI:
         middleware=[
             Middleware(RequestEnvelope),
             Middleware(RefusalLog, context=context),
+            Middleware(CleanRequest),
+            Middleware(SameSite),
             Middleware(Unexpected),
             Middleware(BodyLimit, limit_for=limit_for),
         ],
     )
-    install_problem_handlers(app)
+    install_problem_handlers(app, is_admin=context.guard.is_admin)
     for router in (
         predict_router(context),
         feedback_router(context),

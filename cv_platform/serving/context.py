@@ -10,7 +10,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
@@ -25,12 +24,15 @@ from cv_platform.serving.problems import try_later
 from cv_platform.serving.request_log import DrainStatus, FeedbackEntry, LogEntry, RequestLog, StoredPrediction
 from cv_platform.serving.runtime import LoadedModel
 from cv_platform.serving.security import Guard
+from cv_platform.serving.worker_threads import WorkerThreads
 from cv_platform.storage import CentralStorage
 
 logger = logging.getLogger(__name__)
 
 APPEND_SECONDS = 15.0
 """Longest wait for a log entry to become durable; the spool's own limit is shorter."""
+MAX_READS = 8
+"""Predictions looked up at the same time; a database that hangs takes no more threads than these."""
 _HOUSEKEEPING_SECONDS = 2.0
 
 _T = TypeVar("_T")
@@ -85,6 +87,7 @@ class ServingContext:
         self.guard = Guard(settings)
         self.uploads = Gate(self.limits.max_uploads)
         self.in_flight = Gate(self.limits.max_in_flight)
+        self.reads = Gate(MAX_READS)
         self.promotion = threading.Lock()
         """Held while a model is load-tested and promoted: two at once would cost memory for two."""
         self.model_threads = model_threads
@@ -102,7 +105,7 @@ class ServingContext:
         self._lifecycle = threading.Lock()
         self._log: RequestLog | None = None
         self._log_url: str | None = None
-        self._predict_pool: ThreadPoolExecutor | None = None
+        self._predict_pool: WorkerThreads | None = None
         self._stopping = threading.Event()
         self._housekeeper: threading.Thread | None = None
 
@@ -125,7 +128,7 @@ class ServingContext:
         return self._log
 
     @property
-    def predict_pool(self) -> ThreadPoolExecutor:
+    def predict_pool(self) -> WorkerThreads:
         """The threads that predict.
 
         Raises:
@@ -168,11 +171,21 @@ class ServingContext:
 
         Raises:
             DatabaseError: it is in no spool, and the database cannot be asked.
+            Problem: 429, too many are being looked up.
         """
-        found = self.log.find_prediction(prediction_id)
+        if not self.reads.enter():
+            raise overloaded("look-ups", self.reads.limit)
+        try:
+            found = self.log.find_prediction(prediction_id)
+        finally:
+            self.reads.leave()
         if found is None and self.log.status().database == "not configured":
             raise DatabaseUnavailableError("Expected the log's database. Received: none that runs. Start it: make up.")
         return found
+
+    def is_stuck(self) -> bool:
+        """Says whether every thread that predicts is at work that its client was told 504 about."""
+        return self._predict_pool is not None and self._predict_pool.are_stuck(self.limits.predict_seconds)
 
     def log_status(self) -> DrainStatus | None:
         """Returns what waits in the spool and how the database is; None before `start`."""
@@ -188,7 +201,7 @@ class ServingContext:
             if self._log is not None:
                 return
             self._stopping.clear()
-            self._predict_pool = ThreadPoolExecutor(self.limits.predict_threads, thread_name_prefix="predict")
+            self._predict_pool = WorkerThreads(self.limits.predict_threads, "predict")
             self._log_url = self._running_database()
             self._log = RequestLog(self.settings.home / "spool", self._log_url)
             self.models.start()
@@ -203,7 +216,9 @@ class ServingContext:
                 return
             self._stopping.set()
             housekeeper.join()
-            pool.shutdown(wait=True)
+            # Whoever waited for anything older has been told 504.
+            if not pool.close(self.limits.predict_seconds):
+                logger.warning("Predictions that never ended are left behind")
             self.models.stop()
             self._log = self._predict_pool = self._housekeeper = None
             log.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -28,6 +28,7 @@ from cv_platform.errors import (
     BundleNotFoundError,
     CorruptBundleError,
     CvPlatformError,
+    DatabaseError,
     DatabaseUnavailableError,
     DeploymentError,
     ImageError,
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5
 _TRACE = "cv_platform.trace"
+_MAX_MISTAKES = 20
 
 
 @dataclass
@@ -67,6 +69,11 @@ def set_trace(scope: Scope, trace: RequestTrace) -> None:
 def trace_of(scope: Scope) -> RequestTrace:
     """Returns the trace of a request; one of its own where no middleware has made it."""
     return scope.setdefault(_TRACE, RequestTrace(request_id="-"))
+
+
+def has_trace(scope: Scope) -> bool:
+    """Says whether the request has its trace already."""
+    return _TRACE in scope
 
 
 class Problem(HTTPException):
@@ -120,6 +127,22 @@ def problem_of(error: CvPlatformError) -> Problem:
     return Problem(500, text, expected="this service to be set up completely; its log says more")
 
 
+def public_reason(error: CvPlatformError) -> str | None:
+    """Returns in a few words what is wrong on this side; None for an error whose text anybody may read.
+
+    The text itself may hold paths, the database's address or a parser's view of a file: it is for the log and admins.
+    """
+    if isinstance(error, SchemaMismatchError):
+        return "database not migrated"
+    if isinstance(error, DatabaseError):
+        return "database unreachable"
+    if isinstance(error, SpoolFullError):
+        return "request log full or unwritable"
+    if isinstance(error, StorageError) and not isinstance(error, BundleNotFoundError | CorruptBundleError):
+        return "storage unreadable"
+    return None
+
+
 def problem_response(scope: Scope, problem: Problem) -> Response:
     """Renders a problem; the request's log entry takes its message from here."""
     trace = trace_of(scope)
@@ -154,8 +177,13 @@ _MEANINGS = {
 }
 
 
-def install_problem_handlers(app: FastAPI) -> None:
-    """Makes every error that leaves a route a problem in our shape."""
+def install_problem_handlers(app: FastAPI, *, is_admin: Callable[[Request], bool]) -> None:
+    """Makes every error that leaves a route a problem in our shape.
+
+    Args:
+        app: where.
+        is_admin: says who reads the whole text of what is wrong on this side; others get `public_reason`.
+    """
 
     async def on_http(request: Request, error: Exception) -> Response:
         if isinstance(error, Problem):
@@ -167,7 +195,12 @@ def install_problem_handlers(app: FastAPI) -> None:
 
     async def on_platform(request: Request, error: Exception) -> Response:
         assert isinstance(error, CvPlatformError)
-        return problem_response(request.scope, problem_of(error))
+        problem = problem_of(error)
+        reason = public_reason(error)
+        if reason is not None and not is_admin(request):
+            logger.warning("Request %s: %s", trace_of(request.scope).request_id, error)
+            problem.message = f"Expected: {problem.expected}. Received: {reason}. Try again later."
+        return problem_response(request.scope, problem)
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -210,14 +243,16 @@ class Unexpected:
 
 
 def validation_problem(errors: Sequence[Any]) -> Problem:
-    """Returns a 422 that lists every mistake with its place and what was received."""
+    """Returns a 422 that lists the mistakes, up to twenty, with their places and what was received."""
     details = [
         {
-            "place": ".".join(str(part) for part in error["loc"]),
+            "place": ".".join(str(part) for part in error["loc"])[:200],
             "message": error["msg"],
             "received": ascii(error.get("input"))[:200],
         }
-        for error in errors
+        for error in errors[:_MAX_MISTAKES]
     ]
     message = "; ".join(f"{d['place']}: {d['message']}. Received: {d['received']}" for d in details)
+    if len(errors) > _MAX_MISTAKES:
+        message += f"; and {len(errors) - _MAX_MISTAKES} more"
     return Problem(422, message, expected="fields as /docs describes them", extra={"errors": details})

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Self
 from uuid import UUID
 
+from sqlalchemy import Engine
+
 from cv_platform.database.connection import make_engine
 from cv_platform.errors import DatabaseError, DatabaseUnavailableError
 from cv_platform.serving.deletion import delete_from_database, delete_from_spools
@@ -37,6 +39,9 @@ __all__ = [
 
 _DRAIN_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
+_POOL_SECONDS = 2.0
+"""A person waits for what this engine reads: better no answer soon than one that never comes."""
+_STATEMENT_SECONDS = 5.0
 
 
 class RequestLog:
@@ -62,7 +67,7 @@ class RequestLog:
         append_timeout_seconds: float = 10.0,
     ) -> None:
         # The engine first: a wrong URL must not leave a spool behind.
-        self._engine = None if database_url is None else make_engine(database_url)
+        self._engine = None if database_url is None else _reading_engine(database_url)
         self._directory = directory
         self._spool = Spool(directory, max_bytes=max_bytes, append_timeout_seconds=append_timeout_seconds)
         self._drainer = Drainer(self._spool, database_url)
@@ -145,7 +150,7 @@ class RequestLog:
         Raises:
             ConfigError: the URL is no PostgreSQL URL.
         """
-        engine = make_engine(database_url)
+        engine = _reading_engine(database_url)
         self._drainer.close()
         former, self._engine = self._engine, engine
         self._drainer = Drainer(self._spool, database_url)
@@ -171,3 +176,7 @@ class RequestLog:
         self._spool.close()
         if self._engine is not None:
             self._engine.dispose()
+
+
+def _reading_engine(database_url: str) -> Engine:
+    return make_engine(database_url, pool_timeout_seconds=_POOL_SECONDS, statement_timeout_seconds=_STATEMENT_SECONDS)

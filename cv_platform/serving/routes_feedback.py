@@ -14,19 +14,19 @@ from starlette.responses import Response
 
 from cv_platform.errors import DatabaseError, ImageError, StorageError
 from cv_platform.images import decode
+from cv_platform.predictions import LABEL_SEPARATOR
 from cv_platform.serving.answer import result_body
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import PREDICTION_EXAMPLE, PREDICTION_ID, VERSION, responses
 from cv_platform.serving.explain import Explain, draw, to_base64
 from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.passport import make_passport
-from cv_platform.serving.problems import Problem, json_response, trace_of
+from cv_platform.serving.problems import Problem, json_response, public_reason, trace_of
 from cv_platform.serving.security import ADMIN_TOKEN, API_KEY
 from cv_platform.storage import BundleMetadata
 
 logger = logging.getLogger(__name__)
 
-LABEL_SEPARATOR = "|"
 _FEEDBACK_EXAMPLE = {"prediction_id": PREDICTION_ID, "true_class": "1", "source": "page", "message": "ok"}
 _PASSPORT_EXAMPLE = {
     "prediction": {"prediction_id": PREDICTION_ID, "created_on": "2026-01-31T06:05:01+00:00", "model_version": VERSION},
@@ -73,12 +73,16 @@ def feedback_router(context: ServingContext) -> APIRouter:
     ) -> Response:
         stored, reason = await run_in_threadpool(_find_or_reason, context, prediction_id)
         if stored is not None:
-            _require_known(said.true_class, list(stored.prediction_json))
+            await run_in_threadpool(_require_known_of, context, stored, said.true_class)
         else:
             # The prediction cannot be looked up, so the classes of the model that serves now have to do.
             model = context.models.current()
             if model is not None:
-                _require_known(said.true_class, model.metadata.class_names)
+                _require_known(
+                    said.true_class,
+                    model.metadata.class_names,
+                    is_multi_label=model.metadata.classifier_type == "multi-label",
+                )
         trace = trace_of(request.scope)
         # The same request sent twice (same X-Request-Id) is the same statement.
         entry_id = uuid5(prediction_id, "\n".join((said.source, said.true_class, trace.request_id)))
@@ -164,7 +168,8 @@ def _find_or_reason(context: ServingContext, prediction_id: UUID) -> tuple[Store
     try:
         return _find(context, prediction_id), ""
     except DatabaseError as err:
-        return None, str(err)
+        logger.warning("Prediction %s cannot be looked up: %s", prediction_id, err)
+        return None, public_reason(err) or "database unreachable"
 
 
 def _unknown(prediction_id: UUID) -> Problem:
@@ -175,9 +180,32 @@ def _unknown(prediction_id: UUID) -> Problem:
     )
 
 
-def _require_known(true_class: str, class_names: Sequence[str]) -> None:
+def _require_known_of(context: ServingContext, stored: StoredPrediction, true_class: str) -> None:
+    class_names = list(stored.prediction_json)
+    # Only what would be split needs the model's type, which may have to be read from central storage.
+    is_multi_label = False
+    if true_class not in class_names and LABEL_SEPARATOR in true_class:
+        metadata = _metadata_of(context, stored)
+        is_multi_label = (
+            metadata.classifier_type == "multi-label"
+            if metadata is not None
+            else stored.predicted_class not in stored.prediction_json
+        )
+    _require_known(true_class, class_names, is_multi_label=is_multi_label)
+
+
+def _metadata_of(context: ServingContext, stored: StoredPrediction) -> BundleMetadata | None:
+    model = context.models.current()
+    metadata = model.metadata if model is not None else None
+    if metadata is None or (metadata.model_name, metadata.version) != (stored.model_name, stored.model_version):
+        metadata, _ = _metadata(context, stored)
+    return metadata
+
+
+def _require_known(true_class: str, class_names: Sequence[str], *, is_multi_label: bool) -> None:
     # A class name may itself contain the separator, so the whole is tried first.
-    names = [true_class] if true_class in class_names else true_class.split(LABEL_SEPARATOR)
+    is_whole = true_class in class_names or not is_multi_label
+    names = [true_class] if is_whole else true_class.split(LABEL_SEPARATOR)
     unknown = [name for name in names if name not in class_names]
     if unknown:
         known = ", ".join(class_names)
@@ -202,10 +230,7 @@ def _result_again(context: ServingContext, stored: StoredPrediction) -> dict[str
             pictures = draw(image, stored.raw_hm, Explain.JPEG)
         except (ImageError, ValueError) as err:
             message = f"The pictures cannot be drawn again: {err}"
-    model = context.models.current()
-    metadata = model.metadata if model is not None else None
-    if metadata is None or (metadata.model_name, metadata.version) != (stored.model_name, stored.model_version):
-        metadata, _ = _metadata(context, stored)
+    metadata = _metadata_of(context, stored)
     names = metadata.class_names if metadata else tuple(stored.prediction_json)
     classifier_type = metadata.classifier_type if metadata else None
     is_single = classifier_type == "multi-class" or stored.predicted_class in stored.prediction_json

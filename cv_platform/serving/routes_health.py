@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from cv_platform.serving.context import ServingContext
@@ -25,8 +25,10 @@ def health_router(context: ServingContext) -> APIRouter:
             503: {"description": "not ready; the message says why"},
         },
     )
-    def health_check() -> Response:
-        report = health_report(context)
+    # On the event loop, not in a thread: it has to answer when a database that hangs holds all threads. It reads memory
+    # and counts rows of the local spool.
+    async def health_check(request: Request) -> Response:
+        report = health_report(context, is_admin=context.guard.is_admin(request))
         is_ready = report["status"] == "ready"
         response = json_response(report, status=200 if is_ready else 503)
         if not is_ready:
@@ -36,8 +38,15 @@ def health_router(context: ServingContext) -> APIRouter:
     return router
 
 
-def health_report(context: ServingContext) -> dict[str, Any]:
-    """Returns the health page's fields, as JSON values."""
+def health_report(context: ServingContext, *, is_admin: bool) -> dict[str, Any]:
+    """Returns the health page's fields, as JSON values; only admins read errors in full, the log has them too."""
+
+    def shown(error: str | None, public: str) -> str | None:
+        return error if is_admin or not error else public
+
+    models = context.models.status()
+    models = {**models, "last_swap_error": shown(models.get("last_swap_error"), "model refused")}
+    models["storage_error"] = shown(models.get("storage_error"), "storage unreadable")
     model = context.models.current()
     log = context.log_status()
     reasons: list[str] = []
@@ -46,26 +55,32 @@ def health_report(context: ServingContext) -> dict[str, Any]:
     if log is None:
         reasons.append("The service is starting or stopping.")
     elif context.append_error is not None:
-        reasons.append(f"The request log takes no entries: {context.append_error}")
+        reasons.append(f"The request log takes no entries: {shown(context.append_error, 'full or unwritable')}")
+    if context.is_stuck():
+        reasons.append("Every thread is busy with a prediction that takes too long.")
     notes: list[str] = []
-    swap_error = context.models.status().get("last_swap_error")
+    swap_error = models["last_swap_error"]
     if swap_error:
         notes.append(f"The model that production names was not taken up: {swap_error}")
     if log is not None and log.database != "ok":
         notes.append(f"Log entries wait in the spool; database: {log.database}.")
     if log is not None and log.rejected:
         notes.append(f"The database refused {log.rejected} log entries; they lie in the spool's table 'rejected'.")
+    database_error = shown(log.last_error, f"database {log.database}") if log else None
     return {
-        "status": "not ready" if reasons else "ready",
+        "status": "busy" if reasons and context.is_stuck() else "not ready" if reasons else "ready",
         "model_name": model.metadata.model_name if model else None,
         "model_version": model.metadata.version if model else None,
-        "model": context.models.status(),
+        "model": models,
         "spool": {
             "entries": log.depth if log else None,
             "oldest_seconds": round(log.oldest_age_seconds, 3) if log and log.oldest_age_seconds is not None else None,
             "rejected": log.rejected if log else None,
         },
-        "database": {"state": log.database if log else None, "error": log.last_error if log else None},
+        "database": {
+            "state": log.database if log else None,
+            "error": database_error,
+        },
         "in_flight": context.in_flight.inside,
         "max_upload_bytes": context.settings.max_upload_bytes,
         "max_upload_pixels": context.settings.max_upload_pixels,

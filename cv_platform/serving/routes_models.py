@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.responses import Response
 
 from cv_platform.serving.context import ServingContext
@@ -48,13 +48,15 @@ def models_router(context: ServingContext) -> APIRouter:
         summary="What is in production, and what each worker runs",
         responses=responses(_CURRENT_EXAMPLE, 503, description="pointer and heartbeats"),
     )
-    def current() -> Response:
+    def current(request: Request) -> Response:
+        is_admin = context.guard.is_admin(request)
         pointer = context.storage.read_pointer(service)
         now = datetime.now(UTC)
         wanted = (pointer.model_name, pointer.version) if pointer else None
         workers = [
             {
                 **beat.model_dump(mode="json"),
+                "last_swap_error": beat.last_swap_error if is_admin or not beat.last_swap_error else "model refused",
                 "is_live": is_live(beat, now),
                 "is_current": (beat.model_name, beat.version) == wanted,
             }

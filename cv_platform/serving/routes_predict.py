@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cv_platform.errors import CvPlatformError
 from cv_platform.images import SUPPORTED_FORMATS
 from cv_platform.serving.answer import Answer, answer_upload, log_entry
+from cv_platform.serving.clean_requests import escaped, has_control_characters
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
 from cv_platform.serving.explain import Explain
@@ -229,9 +230,12 @@ class RefusalLog:
 
 
 def _path(scope: Scope) -> str:
-    return scope["path"].removeprefix(scope.get("root_path", ""))
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    # As a router's regular expression sees it: `$` matches before a newline.
+    return "".join(c for c in path if not has_control_characters(c))
 
 
 def _url(scope: Scope) -> str:
     query = scope.get("query_string", b"").decode("latin-1")
-    return (f"{scope['path']}?{query}" if query else scope["path"])[:_MAX_URL]
+    path = escaped(scope["path"])
+    return (f"{path}?{query}" if query else path)[:_MAX_URL]

@@ -1,8 +1,10 @@
 """Who may call what, and the headers that every answer carries.
 
 Admin routes need `Authorization: Bearer $CV_ADMIN_TOKEN`; with no token set they are closed. With `CV_API_KEYS` set,
-predictions need `X-API-Key`. There are no cookies, so there is nothing that another site could forge; there is no CORS,
-so other sites read nothing.
+predictions need `X-API-Key`. There are no cookies, so another site's page has no credentials to abuse; there is no
+CORS, so it reads nothing. It could still send a plain form from a visitor's browser into the request log, and with it
+into the drift window: `SameSite` refuses what a browser says comes from another site.
+https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.config import Settings
-from cv_platform.serving.problems import Problem, RequestTrace, set_trace
+from cv_platform.serving.problems import Problem, RequestTrace, has_trace, problem_response, set_trace, trace_of
 
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 # What /docs says of a route's credentials; the checks themselves are `Guard`'s.
@@ -66,8 +69,9 @@ class RequestEnvelope:
             await self.app(scope, receive, send)
             return
         wished = Headers(scope=scope).get("x-request-id", "")
-        trace = RequestTrace(request_id=wished if _REQUEST_ID.fullmatch(wished) else uuid4().hex)
-        set_trace(scope, trace)
+        if not has_trace(scope):
+            set_trace(scope, RequestTrace(request_id=wished if _REQUEST_ID.fullmatch(wished) else uuid4().hex))
+        trace = trace_of(scope)
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -78,6 +82,31 @@ class RequestEnvelope:
             await send(message)
 
         await self.app(scope, receive, with_headers)
+
+
+class SameSite:
+    """ASGI middleware: 403 for a request that changes something and that a page of another site has sent.
+
+    Browsers set Sec-Fetch-Site, and no page can change it; programs send none, and pass.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
+            sites = {site.strip().lower() for site in Headers(scope=scope).getlist("sec-fetch-site")}
+            if "cross-site" in sites:
+                problem = Problem(
+                    403,
+                    "A page of another site sent this. Use this service's own page, or a program.",
+                    expected="a request that no other site's page has sent (Sec-Fetch-Site)",
+                    headers={"Connection": "close"},
+                )
+                await problem_response(scope, problem)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class Guard:
@@ -109,6 +138,14 @@ class Guard:
                 expected="the header X-API-Key with a valid key",
                 headers={"WWW-Authenticate": 'ApiKey realm="predictions"'},
             )
+
+    def is_admin(self, request: Request) -> bool:
+        """Says whether a request carries the admin token."""
+        try:
+            self.require_admin(request)
+        except Problem:
+            return False
+        return True
 
     def require_admin(self, request: Request) -> None:
         """Lets a request pass that carries the admin token.

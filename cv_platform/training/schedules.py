@@ -21,8 +21,7 @@ def build_schedule(train: TrainConfig, *, total_steps: int) -> float | keras.opt
     """Returns the learning rate as a function of the step, peaking at `train.init_lr`.
 
     constant: the same throughout. cosine: from the peak to 0 along half a cosine. one_cycle: linear warm-up from 1/25
-        of the peak
-    during `train.warmup_fraction` of the steps, then the cosine.
+    of the peak during `train.warmup_fraction` of the steps, then the cosine.
     """
     import keras
 

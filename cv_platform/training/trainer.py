@@ -56,6 +56,8 @@ class TrainedModel(BaseModel):
     dvc_tag: str
     ds_name: str
     preprocessing_hash: str
+    pack: str
+    """Name of the packed images' folder: data version, preprocessing, splits and quarantine in one."""
     class_names: tuple[str, ...]
     classifier_type: Literal["multi-class", "multi-label"]
     image_size: tuple[int, int] = Field(description="(height, width) in pixels")
@@ -95,11 +97,10 @@ def train_model(
         The trained model, whose folder exists.
 
     Raises:
-        TrainingError: data and config do not belong together (all mismatches are listed), the same key is being trained
-        already,
-            the network cannot be built, or the loss diverges.
-        TrackingError: MLflow refuses the parameters at the start, or the files at the end (the model's folder exists
-        then).
+        TrainingError: data and config do not belong together (all mismatches are listed), the same key is being
+            trained already, the network cannot be built, or the loss diverges.
+        TrackingError: MLflow refuses the parameters at the start, or the files at the end; with a `resume_key` a retry
+            then trains no epoch again.
     """
     _check(packed, config)
     model_name = config.model.model_name
@@ -123,9 +124,10 @@ def train_model(
             run=run,
         )
         trained = _publish(fitted, packed, config, parent=parent, run=run, git_commit=git_commit)
-    logger.info("wrote %s", trained.directory)
-    if run is not None:
-        _log(run, trained)
+        logger.info("wrote %s", trained.directory)
+        if run is not None:
+            # Inside: when MLflow is away, the work folder stays, and a retry finds a finished training in it.
+            _log(run, trained)
     return trained
 
 
@@ -243,6 +245,7 @@ def _publish(
         dvc_tag=packed.dvc_tag,
         ds_name=packed.ds_name,
         preprocessing_hash=packed.preprocessing_hash,
+        pack=packed.directory.name,
         class_names=tuple(packed.class_names),
         classifier_type=config.model.classifier_type,
         image_size=config.model.image_size,

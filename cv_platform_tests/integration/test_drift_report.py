@@ -18,7 +18,7 @@ from cv_platform.config import ExperimentConfig, parse_experiment
 from cv_platform.database.schema import drift_reports, feedback, images, predictions
 from cv_platform.drift.reference import ReferenceIdentity, write_reference
 from cv_platform.drift.sample import DriftSample
-from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
+from cv_platform.errors import InvalidSampleError, ReferenceMismatchError, StorageError
 from cv_platform.images import preprocessing_hash
 from cv_platform.monitoring.report import make_drift_report
 from cv_platform.monitoring.report_record import DriftReport
@@ -174,6 +174,26 @@ def test_a_second_report_of_the_same_window_replaces_the_first(installation: Ins
     runs = list((installation.home / "evidently").glob("*/snapshots/*.json"))
     assert [path.stem for path in runs] == [second.evidently_run_id]
     assert first.report_url == second.report_url
+
+
+def test_a_report_that_could_not_be_kept_leaves_the_run_that_the_row_names(installation: Installation) -> None:
+    installation.log(draw_sample(np.random.default_rng(1), 120))
+    first = installation.report()
+    blocked = installation.home / "blocked"
+    blocked.mkdir()
+    (blocked / "reports").touch()  # A file where the reports' folder should be.
+    with pytest.raises(StorageError, match="publish the report"):
+        installation.report(storage=CentralStorage(blocked))
+    (row,) = installation.stored()
+    assert row.details["evidently_run_id"] == first.evidently_run_id
+    runs = {path.stem for path in (installation.home / "evidently").glob("*/snapshots/*.json")}
+    assert first.evidently_run_id in runs
+    assert len(runs) == 2, "the failure came after the new run, which is when the earlier one used to be gone"
+
+    third = installation.report()
+    runs = {path.stem for path in (installation.home / "evidently").glob("*/snapshots/*.json")}
+    assert third.evidently_run_id in runs
+    assert first.evidently_run_id not in runs
 
 
 def test_the_same_window_gives_the_same_numbers(installation: Installation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from cv_platform.drift.verdict import DETECTORS
 from cv_platform.errors import ServiceError
-from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure, publish_run
+from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure, delete_run, publish_run
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,8 @@ def test_runs_make_one_line_per_detector_in_a_project_of_the_experiments_name(tm
     workspace = tmp_path / "evidently"
     first = publish_run(workspace, make_run(1, 0.5, with_table=True))
     second = publish_run(workspace, make_run(8, 0.01, verdict="drift"))
-    replaced = publish_run(workspace, make_run(8, 0.02, verdict="drift"), replaces=second)
+    replaced = publish_run(workspace, make_run(8, 0.02, verdict="drift"))
+    delete_run(workspace, "digits", second)
     assert len({first, second, replaced}) == 3
     with evidently_server(workspace) as url:
         (project,) = httpx.get(f"{url}/api/v2/projects").raise_for_status().json()
@@ -107,14 +109,30 @@ def test_runs_make_one_line_per_detector_in_a_project_of_the_experiments_name(tm
 
         # The same through the server.
         third = publish_run(url, make_run(15, 0.3))
-        publish_run(url, make_run(15, 0.4), replaces=third)
+        publish_run(url, make_run(15, 0.4))
+        delete_run(url, "digits", third)
         assert len(httpx.get(f"{url}/api/v2/projects").json()) == 1
         assert p_values(url, identity) == [0.5, 0.02, 0.4]
 
 
-def test_an_earlier_run_that_is_gone_does_not_matter(tmp_path: Path) -> None:
-    gone = "00000000-0000-0000-0000-000000000000"
-    assert publish_run(tmp_path, make_run(1, 0.5), replaces=gone) != gone
+GONE = "00000000-0000-0000-0000-000000000000"
+
+
+def test_a_run_that_is_gone_does_not_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = publish_run(tmp_path, make_run(1, 0.5))
+    with caplog.at_level(logging.WARNING, "cv_platform"):
+        delete_run(tmp_path, "digits", GONE)
+        delete_run(tmp_path, "no such project", kept)
+    assert caplog.messages == []
+    assert [path.stem for path in tmp_path.glob("*/snapshots/*.json")] == [kept]
+
+
+def test_a_run_that_stays_is_logged_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "cv_platform"):
+        delete_run("http://127.0.0.1:9", "digits", GONE)
+    (message,) = caplog.messages
+    assert GONE in message
+    assert "Delete it on the project's page" in message
 
 
 def test_a_server_that_does_not_answer_is_a_service_error() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from cv_platform import images
 from cv_platform.errors import (
@@ -215,13 +217,19 @@ def no_decoder(*_: object) -> None:
     raise AssertionError("decoded")
 
 
-def bomb_png(side: int) -> bytes:
-    """A PNG header that promises side × side pixels, followed by next to nothing."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
+
+
+def png_header(width: int, height: int) -> tuple[bytes, bytes]:
+    return b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+
+def bomb_png(side: int) -> bytes:
+    """A PNG header that promises side × side pixels, followed by next to nothing."""
+    return png(png_header(side, side), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
 
 
 @pytest.mark.parametrize("side", [7_000, 12_000, 20_000, 60_000])
@@ -236,6 +244,152 @@ def test_the_limit_is_the_largest_size_accepted() -> None:
     assert images.read_size(data, max_pixels=60 * 80) == ("PNG", 60, 80)
     with pytest.raises(ImageTooLargeError, match="80×60 = 4800"):
         images.read_size(data, max_pixels=60 * 80 - 1)
+
+
+def test_animated_png_with_a_bad_filter_is_refused_without_a_crash() -> None:
+    # 8×8 RGB: each row is one filter byte (0 to 4 are valid; the first row has 9) and 24 bytes.
+    rows = zlib.compress(b"\x09" + bytes(24) + bytes(25) * 7)
+    control = [(b"fcTL", struct.pack(">IIIIIHHBB", n, 8, 8, 0, 0, 1, 1, 0, 0)) for n in range(2)]
+    data = png(
+        png_header(8, 8),
+        (b"acTL", struct.pack(">II", 2, 0)),
+        control[0],
+        (b"IDAT", rows),
+        control[1],
+        (b"fdAT", struct.pack(">I", 2) + rows),
+        (b"IEND", b""),
+    )
+    # Whoever sends this to OpenCV 4.11 ends with the process, so another one does it.
+    code = (
+        "import sys\nfrom cv_platform import errors, images\n"
+        "try:\n    images.decode(bytes.fromhex(sys.argv[1]))\n"
+        "except errors.ImageError as err:\n    print(type(err).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, data.hex()], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "TruncatedImageError\n", "")
+
+
+@pytest.mark.parametrize("is_deep", [False, True])
+def test_animated_png_gives_its_first_frame(is_deep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "imdecode", no_decoder)
+    pixels = scene()[..., 0].astype(np.uint16) * 256 + 17 if is_deep else scene()
+    data = encode("PNG", pixels, save_all=True, append_images=[Image.fromarray(pixels[::-1].copy())])
+    assert b"acTL" in data
+    expected = np.repeat(scene()[..., :1], 3, axis=2) if is_deep else scene()
+    np.testing.assert_array_equal(images.decode(data), expected)
+
+
+def test_jpeg_with_more_scans_than_any_encoder_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode("JPEG", scene()[..., 0], progressive=True)
+    last = data.rindex(b"\xff\xda")
+    scans = data.count(b"\xff\xda")
+    assert scans > 1
+    full = data[:-2] + data[last:-2] * (images.MAX_SCANS - scans) + data[-2:]
+    assert images.read_size(full) == ("JPEG", 60, 80)
+    # What follows the image's end (a phone's film) is not the decoder's.
+    assert images.read_size(full + data[last:] * 200) == ("JPEG", 60, 80)
+    monkeypatch.setattr(cv2, "imdecode", no_decoder)
+    with pytest.raises(UnsupportedImageError, match="at most 100 scans"):
+        images.decode(full[:-2] + data[last:])
+
+
+@pytest.mark.parametrize("part", [b"\xff\xe5\0\2", b"\xff", b"\xff\xd0", b"\xff\xf0", b"\xff\0", b"\xff\xd9"])
+def test_jpeg_of_very_many_segments_is_refused_before_its_header_is_parsed(
+    part: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode("JPEG")
+    monkeypatch.setattr(Image, "open", no_decoder)
+    with pytest.raises(UnsupportedImageError, match="at most 10000 segments"):
+        images.read_size(data[:2] + b"\xff\xe5\0\2" + part * 10_001 + data[2:])
+
+
+def test_jpeg_of_very_many_segments_between_its_scans_is_refused() -> None:
+    data = encode("JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(UnsupportedImageError, match="at most 10000 segments"):
+        images.read_size(data[:last] + b"\xff\xfe\0\2" * 10_001 + data[last:])
+
+
+def test_png_of_very_many_chunks_is_refused_before_its_header_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (b"IDAT", zlib.compress(bytes(25) * 8))
+    # With IHDR, IDAT and IEND, the first has as many chunks as are accepted.
+    assert images.decode(png(png_header(8, 8), *[(b"prIv", b"")] * 9_997, rows, (b"IEND", b""))).shape == (8, 8, 3)
+    monkeypatch.setattr(Image, "open", no_decoder)
+    with pytest.raises(UnsupportedImageError, match="at most 10000 chunks"):
+        images.read_size(png(png_header(8, 8), *[(b"prIv", b"")] * 9_998, rows, (b"IEND", b"")))
+
+
+@pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)])
+def test_very_long_sides_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageTooLargeError, match="sides of at most 65535"):
+        images.read_size(png(png_header(*size), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")))
+
+
+def tiled_tiff(*tile_tags: tuple[int, int, int], is_big: bool = False) -> bytes:
+    """A black 16×16 TIFF, compressed; each tile tag is (tag, type, value)."""
+    content = zlib.compress(bytes(16 * 16))
+    tags = [(256, 3, 16), (257, 3, 16), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), *tile_tags]
+    start = 24 + 20 * (len(tags) + 2) if is_big else 14 + 12 * (len(tags) + 2)
+    tags += [(324, 4, start), (325, 4, len(content))]
+    entry = "<HHQQ" if is_big else "<HHII"
+    head = (
+        b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, len(tags)) if is_big else b"II*\0" + struct.pack("<IH", 8, len(tags))
+    )
+    directory = b"".join(struct.pack(entry, tag, kind, 1, value) for tag, kind, value in tags)
+    return (head + directory).ljust(start, b"\0") + content
+
+
+@pytest.mark.parametrize("is_big", [False, True])
+def test_tiles_count_as_pixels(is_big: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = tiled_tiff((322, 4, 16), (323, 3, 16), is_big=is_big)
+    np.testing.assert_array_equal(images.decode(sound, max_pixels=256), np.zeros((16, 16, 3)))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_decoder)
+    with pytest.raises(ImageTooLargeError, match="20000×20000 that hold 400000000 for an image of 16×16"):
+        images.decode(tiled_tiff((322, 4, 20_000), (323, 4, 20_000), is_big=is_big))
+
+
+@pytest.mark.parametrize(
+    "tile_tags",
+    [
+        [(322, 4, 20_000), (322, 4, 16), (323, 4, 16)],  # libtiff takes the first, Pillow the last.
+        [(322, 17, 16), (323, 4, 16)],  # A type that libtiff knows and Pillow does not.
+        [(322, 4, 16)],
+        [(322, 4, 0), (323, 4, 16)],
+    ],
+)
+def test_tiles_of_unclear_size_are_refused(tile_tags: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(UnsupportedImageError, match="one width and one length"):
+        images.decode(tiled_tiff(*tile_tags))
+
+
+def test_strips_longer_than_the_image_are_accepted() -> None:
+    data = encode("TIFF", tiffinfo={278: 2**32 - 1}, compression="tiff_lzw")
+    np.testing.assert_array_equal(images.decode(data), scene())
+
+
+def test_messages_keep_opencvs_text_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise cv2.error("OpenCV(4.11.0) /io/opencv/modules/imgcodecs/src/loadsave.cpp:798: error")
+
+    monkeypatch.setattr(cv2, "imdecode", refuse)
+    data = encode("PNG")
+    with pytest.raises(TruncatedImageError) as raised:
+        images.decode(data)
+    assert str(raised.value) == (
+        f"Expected a complete PNG. Received: {len(data)} bytes that its decoder refuses. Send the file again."
+    )
+    assert isinstance(raised.value.__cause__, cv2.error)
+
+
+@pytest.mark.parametrize("image_format", images.SUPPORTED_FORMATS)
+def test_decoding_reads_the_header_once(image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(image_format)
+    opened = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(1) or original(*args, **options))
+    found, decoded = images.decode_with_format(data)
+    assert (found, len(opened)) == (image_format, 1)
+    np.testing.assert_array_equal(decoded, images.decode(data))
 
 
 def test_errors_carry_their_http_status() -> None:

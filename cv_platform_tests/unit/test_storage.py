@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -71,6 +72,60 @@ def test_a_published_bundle_is_fetched_with_its_files(storage: CentralStorage, e
     assert storage.bundle_versions("cats") == [version]
 
 
+class Syncs:
+    """Notes what is synced, by inode, and whether `watched` existed at the time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, watched: Path) -> None:
+        self.seen: list[tuple[int, bool]] = []
+        sync = os.fsync
+
+        def noted(handle: int) -> None:
+            self.seen.append((os.fstat(handle).st_ino, watched.exists()))
+            sync(handle)
+
+        monkeypatch.setattr(os, "fsync", noted)
+
+    def has(self, path: Path, *, watched_existed: bool) -> bool:
+        return (path.stat().st_ino, watched_existed) in self.seen
+
+
+def test_files_and_folders_of_a_bundle_are_on_the_disk_before_its_metadata(
+    tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = new_version(NOW)
+    root = tmp_path / "storage"
+    bundle = root / "models" / "cats" / version
+    syncs = Syncs(monkeypatch, bundle / "cats.yaml")
+    CentralStorage(root).publish_bundle(export, metadata(version))
+    payload = [bundle / "cats.keras", bundle / "saved_model" / "graph.pb"]
+    folders = [bundle / "saved_model", bundle, bundle.parent, root / "models", root, tmp_path]
+    assert [str(path) for path in [*payload, *folders] if not syncs.has(path, watched_existed=False)] == []
+    assert syncs.has(bundle / "cats.yaml", watched_existed=False)
+    assert syncs.has(bundle, watched_existed=True), "the metadata's own name"
+
+
+def test_a_replaced_file_is_on_the_disk_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = CentralStorage(tmp_path / "storage")
+    folder = tmp_path / "storage" / "services" / "service"
+    pointer = ProductionPointer(model_name="cats", version="v", since_utc=NOW)
+    syncs = Syncs(monkeypatch, folder / "production.json")
+    storage.write_pointer("service", pointer)
+    made = [folder, folder.parent, tmp_path / "storage", tmp_path]
+    assert all(syncs.has(path, watched_existed=True) for path in made)
+    syncs.seen.clear()
+    storage.write_pointer("service", pointer)
+    assert [inode for inode, _ in syncs.seen] == [
+        (folder / "production.json").stat().st_ino,
+        folder.stat().st_ino,
+    ], "the content, then the name"
+
+
+def test_an_object_store_is_asked_for_no_local_syncs(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs = Syncs(monkeypatch, export)
+    CentralStorage(f"memory://{uuid4()}/prefix").publish_bundle(export, metadata(new_version(NOW)))
+    assert syncs.seen == []
+
+
 def test_versions_are_immutable(storage: CentralStorage, export: Path) -> None:
     version = new_version(NOW)
     storage.publish_bundle(export, metadata(version))
@@ -98,7 +153,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, export: Path, damage: str) -> N
         victim.write_bytes(b"weightz")
     else:
         victim.unlink()
-    with pytest.raises(CorruptBundleError, match=r"cats\.keras"):
+    with pytest.raises(CorruptBundleError, match=rf"cats\.keras.*Restore .*{version} .*remove it and materialise"):
         storage.fetch_bundle("cats", version, tmp_path / "cache")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from cv_platform.config import Settings
 from cv_platform.database.connection import database_url, make_engine, normalise_url, running_database_url
@@ -60,3 +61,15 @@ def test_a_wrong_database_url_is_refused_before_anything_starts(tmp_path: Path) 
 def test_asking_for_a_running_database_makes_no_file(tmp_path: Path) -> None:
     assert running_database_url(settings(tmp_path / "home", None)) is None
     assert not (tmp_path / "home").exists()
+
+
+def test_a_pool_whose_connections_all_wait_is_a_database_unavailable_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine("postgresql://me:s3cret@127.0.0.1:9/log", pool_size=1, pool_timeout_seconds=0.01)
+
+    def out(_: object) -> None:
+        raise PoolTimeoutError("QueuePool limit of size 1 overflow 1 reached")
+
+    for pool in (engine.pool, engine.pool.recreate()):
+        monkeypatch.setattr(type(pool), "_do_get", out)
+        with pytest.raises(DatabaseUnavailableError, match="free connection"):
+            engine.connect()

@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores, predictions
+from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.verdict import DriftVerdict, judge
+from cv_platform.predictions import predicted_flags
 from cv_platform_tests.drift_samples import CLASSES, draw_sample
 
 
@@ -83,8 +84,8 @@ def test_no_class_moves_between_halves_of_one_sample() -> None:
 
 def test_shares_of_multi_label_predictions_count_every_class_over_the_threshold() -> None:
     probabilities = np.array([[0.7, 0.6], [0.2, 0.6], [0.1, 0.1]], dtype=np.float32)
-    assert predictions(probabilities, "multi-label", 0.5).tolist() == [[True, True], [False, True], [False, False]]
-    assert predictions(probabilities, "multi-class", 0.5).tolist() == [[True, False], [False, True], [True, False]]
+    assert predicted_flags(probabilities, "multi-label", 0.5).tolist() == [[True, True], [False, True], [False, False]]
+    assert predicted_flags(probabilities, "multi-class", 0.5).tolist() == [[True, False], [False, True], [True, False]]
 
 
 def test_ranks_the_shifted_images_first() -> None:

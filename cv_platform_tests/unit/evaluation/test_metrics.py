@@ -9,11 +9,11 @@ from cv_platform.evaluation.metrics import (
     compute_metrics,
     confidence_of,
     confusion_matrix,
-    decide,
     expected_calibration_error,
     per_class_metrics,
     reliability,
 )
+from cv_platform.predictions import predicted_flags
 
 
 def _multi_class(seed: int, count: int = 300, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -134,12 +134,14 @@ def test_a_perfect_and_confident_model_has_finite_losses():
 
 def test_the_threshold_belongs_to_the_positive_side_in_the_models_own_type():
     probabilities = np.array([[0.7, 0.69999]], dtype=np.float32)
-    assert decide(probabilities, "multi-label", 0.7).tolist() == [[True, False]]
-    assert decide(probabilities.astype(np.float64), "multi-label", 0.7).tolist() == [[True, False]]
+    assert predicted_flags(probabilities, "multi-label", 0.7).tolist() == [[True, False]]
+    assert predicted_flags(probabilities.astype(np.float64), "multi-label", 0.7).tolist() == [[True, False]]
 
 
 def test_of_equal_probabilities_the_first_class_wins():
-    assert decide(np.array([[0.25, 0.25, 0.25, 0.25]]), "multi-class").tolist() == [[True, False, False, False]]
+    assert predicted_flags(np.array([[0.25, 0.25, 0.25, 0.25]]), "multi-class").tolist() == [
+        [True, False, False, False]
+    ]
 
 
 def test_confidence_of_a_set_is_the_product_of_its_decisions():

@@ -58,8 +58,6 @@ NO_METADATA_FILES = [
     "tiny",
     "tiny.yml",
     "Tiny.yaml",
-    "tiny.yaml%00",
-    "tiny%00.yaml",
     "tiny.yaml%20",
     "t%C3%AFny.yaml",
     "..%5c..%5ctiny.yaml",
@@ -77,7 +75,7 @@ def test_a_metadata_file_is_a_name_and_never_a_path(admin: Client):
 
 def test_a_name_with_a_newline_in_it_reaches_no_model(admin: Client):
     response = admin.put("/update_model/tiny%0a.yaml")
-    assert response.status_code == 404
+    assert response.status_code == 400
     assert response.json()["expected"] == "one of the routes of /docs"
 
 
@@ -158,13 +156,16 @@ def test_shows_the_pointer_and_which_workers_live_and_follow_it(client: Client, 
     ]
 
 
-def test_an_unreadable_pointer_is_a_503_that_names_it(client: Client, tmp_path: Path):
+def test_an_unreadable_pointer_is_a_503_that_names_it_to_an_admin(client: Client, admin: Client, tmp_path: Path):
     path = tmp_path / "storage" / "services" / SERVICE / "production.json"
     path.parent.mkdir(parents=True)
     path.write_text("{")
     response = client.get("/models/current")
     assert response.status_code == 503
-    assert "production.json" in response.json()["message"]
+    assert "storage unreadable" in response.json()["message"]
+    assert "production.json" not in response.text
+    assert str(tmp_path) not in response.text
+    assert "production.json" in admin.get("/models/current").json()["message"]
 
 
 @pytest.fixture

@@ -137,6 +137,8 @@ def test_goes_on_without_a_database_and_says_so(make_context: MakeContext):
     health = client.get("/health_check")
     assert health.status_code == 200
     assert health.json()["database"]["state"] == "unreachable"
+    assert health.json()["database"]["error"] == "database unreachable"
+    assert "127.0.0.1" not in health.text
     assert "nothing" not in health.text  # The password.
 
 

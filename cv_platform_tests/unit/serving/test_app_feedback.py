@@ -84,9 +84,30 @@ def test_a_large_statement_is_refused_before_it_is_read(client: Client, predicti
 
 
 def test_an_id_is_a_uuid(client: Client):
-    for bad in ("1", "x" * 36, "4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f1", "' OR 1=1--", "%00"):
+    for bad in ("1", "x" * 36, "4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f1", "' OR 1=1--"):
         assert client.post(f"/feedback/{bad}", json={"true_class": "cat"}).status_code == 422, bad
         assert client.get(f"/predictions/{bad}").status_code == 422, bad
+
+
+def test_only_a_multi_label_model_takes_several_classes(client: Client, context: ServingContext, prediction_id: str):
+    for path in (prediction_id, uuid4()):
+        for said in ("owl|owl|owl", "cat|owl", "owl|"):
+            assert client.post(f"/feedback/{path}", json={"true_class": said}).status_code == 422, said
+    assert statements(context) == []
+
+
+def test_lists_no_more_than_twenty_mistakes(client: Client, prediction_id: str):
+    said = {"true_class": "owl"} | {f"f{i}": 1 for i in range(100)}
+    body = client.post(f"/feedback/{prediction_id}", json=said).json()
+    assert len(body["errors"]) == 20
+    assert "and 80 more" in body["message"]
+
+
+def test_no_more_look_ups_than_the_gate_admits(client: Client, context: ServingContext):
+    while context.reads.enter():
+        pass
+    assert client.get(f"/predictions/{uuid4()}").status_code == 429
+    assert client.get("/health_check").status_code == 200
 
 
 def test_feedback_without_a_database_is_kept_and_says_what_was_not_checked(client: Client, context: ServingContext):

@@ -6,7 +6,7 @@ import pytest
 from cv_platform.serving.app import create_app
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.routes_page import PAGE
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels, flat_image, png
 
 FILES = sorted(path.name for path in PAGE.iterdir())
@@ -122,7 +122,10 @@ def test_health_tells_of_a_version_that_was_not_taken_up(make_context: MakeConte
     context = make_context(models=FixedModels(last_swap_error="tiny 2026: a checksum does not hold"))
     response = Client(create_app(context)).get("/health_check")
     assert response.status_code == 200
-    assert "a checksum does not hold" in response.json()["message"]
+    assert "was not taken up: model refused" in response.json()["message"]
+    assert "a checksum does not hold" not in response.text
+    admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    assert "a checksum does not hold" in Client(create_app(context)).get("/health_check", headers=admin).text
 
 
 def test_health_before_the_start_is_not_ready_and_predictions_are_a_503(make_context: MakeContext):

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from cv_platform.serving.context import ServingContext
 from cv_platform.serving.limits import ServingLimits
 from cv_platform.serving.runtime import LoadedModel, Prediction
 from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
 from cv_platform_tests.unit.serving.http_client import (
     BrightnessRuntime,
     Client,
@@ -210,7 +211,9 @@ def test_overload_is_refused_with_429_and_the_rest_is_answered(make_context: Mak
     async def flood() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
             tasks = [asyncio.create_task(client.post("/predict", files={"file": ("a", IMAGE)})) for _ in range(8)]
-            await asyncio.wait(tasks, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(30):
+                while sum(task.done() for task in tasks) < 5:
+                    await asyncio.sleep(0.01)
             runtime.go.set()
             return await asyncio.gather(*tasks)
 
@@ -243,6 +246,20 @@ def test_a_late_prediction_is_a_504_and_keeps_its_place_until_its_thread_is_free
     assert [record["response_status_code"] for record in spooled(context)] == [200, 504, 429]
 
 
+def test_a_worker_whose_threads_never_end_is_busy_and_still_stops(make_context: MakeContext):
+    runtime = WaitingRuntime()
+    limits = ServingLimits(predict_threads=1, predict_seconds=0.05)
+    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
+    client = Client(create_app(context))
+    assert client.predict(IMAGE).status_code == 504
+    health = client.get("/health_check")
+    assert (health.status_code, health.json()["status"]) == (503, "busy")
+    began = time.monotonic()
+    context.stop()
+    assert time.monotonic() - began < 10
+    runtime.go.set()
+
+
 def test_a_body_that_never_ends_is_a_408(make_context: MakeContext):
     context = make_context(limits=ServingLimits(upload_seconds=0.05))
 
@@ -270,7 +287,9 @@ def test_a_full_spool_is_a_503_and_no_prediction_leaves(
     assert "prediction" not in response.json()
     health = client.get("/health_check")
     assert health.status_code == 503
-    assert "Expected room" in health.json()["message"]
+    assert "request log takes no entries: full or unwritable" in health.json()["message"]
+    admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    assert "Expected room" in client.get("/health_check", headers=admin).json()["message"]
 
 
 def test_recovers_when_the_spool_has_room_again(client: Client, context: ServingContext):

@@ -123,7 +123,7 @@ def test_swaps_under_load_without_a_failed_or_mixed_answer(
         thread.start()
     for metadata in (two, one, two):
         point_to(storage, metadata)
-        wait_until(lambda version=metadata.version: answers[-1][0] == version)
+        wait_until(lambda version=metadata.version: bool(answers) and answers[-1][0] == version)
     done.set()
     for thread in threads:
         thread.join(timeout=30)

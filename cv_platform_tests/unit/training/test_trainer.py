@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -407,3 +407,38 @@ def test_a_state_that_cannot_be_used_starts_afresh(tmp_path: Path, damage: str) 
         (tmp_path / "w.weights.h5").unlink()
 
     assert read_state(tmp_path, "g" if damage == "other fingerprint" else "f") is None
+
+
+class ForgetfulRun:
+    """An MLflow run whose server is away when the files are to be logged; the next attempt finds it."""
+
+    run_id = "r1"
+
+    def __init__(self, *, is_away: bool) -> None:
+        self.is_away = is_away
+        self.epochs = 0
+
+    def set_tags(self, tags: dict[str, Any]) -> None: ...
+
+    def log_params(self, params: dict[str, Any]) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], *, step: int = 0) -> None:
+        self.epochs += "loss" in metrics
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> str:
+        if self.is_away:
+            raise TrackingError("server gone")
+        return path.name
+
+    def register_model_version(self, model_name: str, version: str, **options: Any) -> str:
+        return "1"
+
+
+def test_a_server_that_is_away_at_the_end_costs_no_training(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    first, second = ForgetfulRun(is_away=True), ForgetfulRun(is_away=False)
+    with pytest.raises(TrackingError):
+        train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, first), resume_key="k")
+    trained = train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, second), resume_key="k")
+    assert first.epochs == trained.epochs_run == 3
+    assert second.epochs == 0
+    assert trained.pack == tiny_packed.directory.name

@@ -1,0 +1,83 @@
+"""What no request may carry: control characters in its path, and headers that break the logs of the layers around us.
+
+`CleanRequest` also has to see what never reaches the app (BentoML's own `/metrics` and its plain 404), so the Bento
+adds it to the service as well. BentoML's access log runs outside of every middleware that a service can add: that is
+what `escape_access_log` is for. https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
+"""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cv_platform.serving.problems import Problem, problem_response
+from cv_platform.serving.security import RequestEnvelope
+
+_ACCESS_LOGGER = "bentoml.access"
+_CONTENT_TYPE = b"content-type"
+
+
+def has_control_characters(text: str) -> bool:
+    """Says whether there is a character below 0x20, or 0x7f."""
+    return any(character < " " or character == "\x7f" for character in text)
+
+
+def escaped(text: str) -> str:
+    """Returns the text with everything that a terminal would not print as one visible character spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class CleanRequest:
+    """ASGI middleware: 400 for a path with control characters, and no Content-Type that is not ASCII.
+
+    A regular expression's `$` matches before a last newline, so `/predict%0a` would be a route to one layer and unknown
+    to the next.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if has_control_characters(scope["path"]):
+            await RequestEnvelope(_refuse)(scope, receive, send)
+            return
+        if any(name.lower() == _CONTENT_TYPE and not value.isascii() for name, value in scope["headers"]):
+            headers = [
+                (name, b"application/octet-stream" if name.lower() == _CONTENT_TYPE else value)
+                for name, value in scope["headers"]
+            ]
+            scope = {**scope, "headers": headers}
+        await self.app(scope, receive, send)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    problem = Problem(
+        400,
+        f"A path has no control characters. Received: {ascii(scope['path'])[:200]}.",
+        expected="one of the routes of /docs",
+    )
+    await problem_response(scope, problem)(scope, receive, send)
+
+
+class EscapeControls(logging.Filter):
+    """Spells out control characters in the values of a log record: a path cannot forge a line or move the cursor."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns True: every record is kept."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(escaped(value) if isinstance(value, str) else value for value in record.args)
+        return True
+
+
+def escape_access_log() -> None:
+    """Makes BentoML's access log safe to look at; calling it again changes nothing."""
+    logger = logging.getLogger(_ACCESS_LOGGER)
+    if not any(isinstance(one, EscapeControls) for one in logger.filters):
+        logger.addFilter(EscapeControls())
