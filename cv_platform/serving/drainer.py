@@ -68,6 +68,10 @@ class _PoisonError(Exception):
     """The database refuses the values of at least one row of a batch, or a row's record is damaged."""
 
 
+class _ChangedMeanwhileError(Exception):
+    """A deletion has changed an entry between its reading and its commit."""
+
+
 class Drainer:
     """A thread that drains one replica's spool, and the spools of replicas that are gone.
 
@@ -188,7 +192,10 @@ class Drainer:
         if not rows:
             spool.shrink()
             return False
-        self._write_or_halve(connection, spool, rows)
+        try:
+            self._write_or_halve(connection, spool, rows)
+        except _ChangedMeanwhileError:
+            logger.info("An entry was deleted on its way to the database; the batch is read again.")
         return True
 
     def _write_or_halve(self, connection: PoolProxiedConnection, spool: Spool, rows: Sequence[SpoolRow]) -> None:
@@ -265,15 +272,24 @@ def _write(connection: PoolProxiedConnection, spool: Spool, rows: Sequence[Spool
     try:
         with _cursor(connection) as cursor:
             write_entries(cursor, rows, spool.read_image)
+        _require_unchanged(connection, spool, rows)  # What was deleted meanwhile must not arrive.
         connection.commit()
     except psycopg2.Error as err:
         if (err.pgcode or "")[:2] in _POISON_CLASSES:
             connection.rollback()
+            _require_unchanged(connection, spool, rows)
             raise _PoisonError(str(err).strip()) from err
         raise
     except _DAMAGED_RECORD as err:
         connection.rollback()
+        _require_unchanged(connection, spool, rows)
         raise _PoisonError(f"{type(err).__name__}: {err}") from err
+
+
+def _require_unchanged(connection: PoolProxiedConnection, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+    if not spool.still_holds(rows):
+        connection.rollback()
+        raise _ChangedMeanwhileError
 
 
 def _adopt_orphan(directory: Path, unusable: set[str]) -> Spool | None:

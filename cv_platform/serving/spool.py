@@ -46,7 +46,7 @@ _JOB_SECONDS = 60.0
 
 
 class SpoolRow(NamedTuple):
-    """One entry on its way to the database; `image_sha256` names its upload, which `Spool.read_images` returns."""
+    """One entry on its way to the database; `image_sha256` names its upload, which `Spool.read_image` returns."""
 
     id: int
     entry_id: str
@@ -177,6 +177,14 @@ class Spool:
                 break
             batch.append(row)
         return batch
+
+    def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
+        """Returns whether the entries are as they were read: a deletion may have stripped one since."""
+        span = (rows[0].id, rows[-1].id)
+        with self._reader() as connection:
+            query = "SELECT id, record, image_sha256 FROM entries WHERE id BETWEEN ? AND ?"
+            found = {number: rest for number, *rest in connection.execute(query, span)}
+        return all(found.get(row.id) == [row.record, row.image_sha256] for row in rows)
 
     def read_image(self, sha256: str) -> tuple[bytes, str, str] | None:
         """Returns an upload's content, media type and time of first reception (ISO 8601)."""
