@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 
 from cv_platform.errors import SpoolFullError
+from cv_platform.serving.deletion import delete_from_spools
 from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_entry import FeedbackEntry
 from cv_platform.serving.request_log import RequestLog
@@ -252,3 +253,16 @@ def test_a_request_log_without_a_database_finds_what_it_keeps(tmp_path: Path) ->
         assert found.predicted_class == "three"
         assert log.find_prediction(uuid4()) is None
         assert log.status().depth == 2
+
+
+def test_a_batch_knows_that_one_of_its_entries_was_deleted_meanwhile(spool: Spool) -> None:
+    first, second = answered(), answered()
+    spool.append(first)
+    spool.append(second)
+    rows = spool.read_batch(10, 10_000_000)
+    assert spool.still_holds(rows)
+    assert second.prediction_id is not None
+    assert delete_from_spools(spool.path.parent, second.prediction_id)
+    assert not spool.still_holds(rows)
+    assert spool.still_holds(rows[:1])
+    assert spool.still_holds(spool.read_batch(10, 10_000_000))
