@@ -11,8 +11,8 @@ from pathlib import Path
 
 from benchmarks.harness import table, write_report
 from benchmarks.options import REPOSITORY, UPLOADS, Options
-from cv_platform.config import quiet_variables
 from cv_platform.errors import CvPlatformError
+from cv_platform.settings import quiet_variables
 
 # First the servers: they are measured in processes of their own, beside which no TensorFlow of ours should lie.
 BENCHMARKS = {

@@ -39,8 +39,8 @@ from benchmarks.options import Options
 from benchmarks.original_serving import ReplicaSettings
 from benchmarks.servers import Server, process_tree_memory_bytes, serving, under_load
 from benchmarks.uploads import write_uploads
-from cv_platform.config import Settings
 from cv_platform.errors import BundleNotFoundError, ServiceError
+from cv_platform.settings import Settings
 from cv_platform.stack.environment import prepare_home
 from cv_platform.stack.http import free_port
 from cv_platform.stack.programs import service_command

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from benchmarks.harness import Stopwatch, machine_line
 from benchmarks.options import REPOSITORY
-from cv_platform.config import Settings, load_experiment, quiet_variables
+from cv_platform.config import load_experiment
 from cv_platform.errors import CvPlatformError, DatasetError
+from cv_platform.settings import Settings, quiet_variables
 
 CONFIG = REPOSITORY / "configs" / "examples" / "cifar10.yaml"
 LIBRARIES = ("tensorflow", "keras", "dagster", "bentoml")

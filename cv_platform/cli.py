@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cv_platform.config import Settings, json_schema, load_experiment, silence_telemetry
+from cv_platform.config import json_schema, load_experiment
 from cv_platform.errors import CvPlatformError
+from cv_platform.settings import Settings, silence_telemetry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

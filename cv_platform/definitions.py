@@ -11,12 +11,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from cv_platform.config import ExperimentConfig, Settings, config_files, load_experiment
+from cv_platform.config import ExperimentConfig, config_files, load_experiment
 from cv_platform.defs.automation import run_failure_sensor
 from cv_platform.defs.experiment import broken_config_definitions, experiment_definitions
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation, MlflowTracking
 from cv_platform.errors import ConfigError
+from cv_platform.settings import Settings
 
 
 def build_defs(configs: Path | None = None) -> dg.Definitions:

@@ -27,10 +27,11 @@ import numpy as np
 import pandas as pd
 from sqlalchemy import create_engine, text
 
-from cv_platform.config import Settings, load_experiment
+from cv_platform.config import load_experiment
 from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import CvPlatformError, ServiceError
+from cv_platform.settings import Settings
 from cv_platform.stack.environment import platform_environment, prepare_home
 from cv_platform.stack.graph import materialize
 from cv_platform.stack.http import free_port, wait_for_http

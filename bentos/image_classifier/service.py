@@ -11,10 +11,10 @@ from pathlib import Path
 
 import bentoml
 
-from cv_platform.config import Settings
 from cv_platform.serving.app import create_app
 from cv_platform.serving.clean_requests import CleanRequest, escape_access_log
 from cv_platform.serving.context import ServingContext
+from cv_platform.settings import Settings
 
 _settings = Settings.from_environment()
 _bundled = Path(__file__).resolve().with_name("bundled_model")

@@ -16,8 +16,8 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 
-from cv_platform.config import Settings
 from cv_platform.errors import ConfigError, DatabaseError, DatabaseUnavailableError, SchemaMismatchError
+from cv_platform.settings import Settings
 
 _DRIVER = "postgresql+psycopg2"
 _SCHEMA_CODES = frozenset({"42P01", "42703", "42804", "42P10"})

@@ -6,9 +6,10 @@ from typing import Any
 
 import dagster as dg
 
-from cv_platform.config import ExperimentConfig, Settings
+from cv_platform.config import ExperimentConfig
 from cv_platform.defs.branch import Branch
 from cv_platform.errors import TrackingError
+from cv_platform.settings import Settings
 
 TRAINING_ASSETS = (
     "dataset",

@@ -10,8 +10,9 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel
 
-from cv_platform.config import ExperimentConfig, Settings
+from cv_platform.config import ExperimentConfig
 from cv_platform.defs.resources import ExperimentResource, Installation, MlflowTracking
+from cv_platform.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import dagster as dg
 from pydantic import BaseModel, ValidationError
 
-from cv_platform.config import Settings
 from cv_platform.errors import StorageError
+from cv_platform.settings import Settings
 
 
 class RecordIOManager(dg.ConfigurableIOManager):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
-from cv_platform.config import ExperimentConfig, MlflowConfig, Settings, parse_experiment, silence_telemetry
+from cv_platform.config import ExperimentConfig, MlflowConfig, parse_experiment
+from cv_platform.settings import Settings, silence_telemetry
 from cv_platform.storage import CentralStorage
 
 if TYPE_CHECKING:

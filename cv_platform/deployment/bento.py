@@ -23,6 +23,7 @@ SHIPPED: tuple[str, ...] = (
     "__init__.py",
     "errors.py",
     "config.py",
+    "settings.py",
     "images.py",
     "properties.py",
     "predictions.py",

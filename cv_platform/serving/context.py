@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
-from cv_platform.config import Settings
 from cv_platform.database.connection import running_database_url
 from cv_platform.errors import CvPlatformError, DatabaseUnavailableError, ServiceError, SpoolFullError
 from cv_platform.serving.holder import ModelHolder, make_worker_id
@@ -25,6 +24,7 @@ from cv_platform.serving.request_log import DrainStatus, FeedbackEntry, LogEntry
 from cv_platform.serving.runtime import LoadedModel
 from cv_platform.serving.security import Guard
 from cv_platform.serving.worker_threads import WorkerThreads
+from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cv_platform.config import Settings
 from cv_platform.serving.problems import Problem, RequestTrace, has_trace, problem_response, set_trace, trace_of
+from cv_platform.settings import Settings
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cv_platform.config import Settings, quiet_variables
 from cv_platform.errors import ConfigError
+from cv_platform.settings import Settings, quiet_variables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME_FORMAT = "1"

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cv_platform.config import Settings
+from cv_platform.settings import Settings
 from cv_platform.stack.environment import REPOSITORY
 
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import httpx
 
-from cv_platform.config import Settings
 from cv_platform.database.connection import database_url, running_database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import ServiceError
+from cv_platform.settings import Settings
 from cv_platform.stack.environment import REPOSITORY, platform_environment, prepare_home
 from cv_platform.stack.http import is_taken, wait_for_http
 from cv_platform.stack.leftovers import end_leftovers, program_mark

@@ -39,8 +39,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cv_platform.config import ValidateConfig, silence_telemetry
+from cv_platform.config import ValidateConfig
 from cv_platform.properties import PROPERTY_NAMES
+from cv_platform.settings import silence_telemetry
 from cv_platform.validation.checks import ClassifierType, outcome
 from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.verdict import CheckOutcome

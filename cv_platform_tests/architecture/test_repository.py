@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.config import Settings
+from cv_platform.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs").rglob("*.md")])
@@ -32,8 +32,8 @@ def test_make_targets_exist(document: Path) -> None:
 
 def test_readme_describes_every_environment_variable() -> None:
     readme = (REPOSITORY / "README.md").read_text()
-    source = (REPOSITORY / "cv_platform" / "config.py").read_text()
-    names = r"CV_[A-Z_]+|DATABASE_URL|MLFLOW_TRACKING_URI|EVIDENTLY_URL|DAGSTER_HOME"
+    source = (REPOSITORY / "cv_platform" / "settings.py").read_text()
+    names = r"CV_[A-Z_]+|DATABASE_URL|MLFLOW_TRACKING_URI|EVIDENTLY_URL|DAGSTER_HOME|OTEL_[A-Z_]+"
     variables = set(re.findall(rf'"({names})"', source))
     assert len(variables) > 12
     assert {name for name in variables if f"`{name}`" not in readme} == set()
@@ -54,7 +54,7 @@ def test_default_ports_are_those_of_the_readme() -> None:
         assert str(port) in readme
 
 
-def test_only_the_config_module_reads_the_environment() -> None:
+def test_only_the_settings_module_reads_the_environment() -> None:
     # To the processes that they start; they read no setting.
     pass_it_on = {"cv_platform/stack/environment.py", "cv_platform/stack/run_program.py"}
     readers = {
@@ -62,7 +62,7 @@ def test_only_the_config_module_reads_the_environment() -> None:
         for path in (REPOSITORY / "cv_platform").rglob("*.py")
         if re.search(r"os\.environ|os\.getenv", path.read_text())
     }
-    assert readers == {"cv_platform/config.py"} | pass_it_on
+    assert readers == {"cv_platform/settings.py"} | pass_it_on
 
 
 def test_the_cli_explains_itself() -> None:

@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine, text
 
-from cv_platform.config import Settings, load_experiment
+from cv_platform.config import load_experiment
 from cv_platform.database.connection import make_engine
 from cv_platform.database.embedded import embedded_database
 from cv_platform.images import preprocess
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.properties import image_properties
+from cv_platform.settings import Settings
 from cv_platform.stack.environment import dagster_command, platform_environment
 from cv_platform.stack.http import free_port, wait_for_http
 from cv_platform.stack.programs import service_command

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cv_platform.config import Settings
+from cv_platform.settings import Settings
 from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home
 from cv_platform.stack.http import free_port, wait_for_http
 

@@ -9,15 +9,9 @@ import jsonschema
 import pytest
 import yaml
 
-from cv_platform.config import (
-    ExperimentConfig,
-    Settings,
-    config_files,
-    json_schema,
-    load_experiment,
-    parse_experiment,
-)
+from cv_platform.config import ExperimentConfig, config_files, json_schema, load_experiment, parse_experiment
 from cv_platform.errors import ConfigError
+from cv_platform.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 MINIMAL = {

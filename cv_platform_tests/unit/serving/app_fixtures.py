@@ -12,10 +12,10 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from cv_platform.config import Settings
 from cv_platform.serving.app import create_app
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.metrics import ServingMetrics
+from cv_platform.settings import Settings
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels
 
 ADMIN_TOKEN = "correct-horse"

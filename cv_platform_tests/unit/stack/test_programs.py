@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cv_platform.config import Settings
 from cv_platform.errors import ConfigError
+from cv_platform.settings import Settings
 from cv_platform.stack.environment import prepare_home
 from cv_platform.stack.programs import programs
 

@@ -1,0 +1,184 @@
+"""Where an installation keeps its state and what its service allows, read from environment variables (`Settings`).
+
+This module is the only reader of the environment and the only place where a default of it is written down; experiments
+are `config`'s part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from cv_platform.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Where this installation keeps its state; read once from the environment by `Settings.from_environment`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    home: Path = Field(description="CV_HOME: everything embedded lives here")
+    dagster_home: Path = Field(description="DAGSTER_HOME: Dagster's instance; by default below CV_HOME")
+    configs: Path = Field(description="CV_CONFIGS: one YAML or a folder of them")
+    storage_url: str = Field(description="CV_STORAGE: central storage, a folder or s3://bucket/prefix")
+    database_url: SecretStr | None = Field(
+        default=None, description="DATABASE_URL: request log; none: embedded PostgreSQL"
+    )
+    mlflow_tracking_uri: str = Field(description="MLFLOW_TRACKING_URI; by default SQLite below CV_HOME")
+    evidently_url: str | None = Field(
+        default=None, description="EVIDENTLY_URL: Evidently server; none: a workspace folder"
+    )
+    admin_token: SecretStr | None = Field(default=None, description="CV_ADMIN_TOKEN: opens the service's admin routes")
+    api_keys: tuple[SecretStr, ...] = Field(
+        default=(), description="CV_API_KEYS: comma-separated; closes /predict to others"
+    )
+    alert_urls: tuple[SecretStr, ...] = Field(default=(), description="CV_ALERT_URLS: apprise URLs, comma-separated")
+    service_workers: int = Field(default=2, ge=1, le=64, description="CV_SERVICE_WORKERS")
+    service_name: str = Field(
+        default="image_classifier", description="CV_SERVICE: whose production pointer the service follows"
+    )
+    service_port: int = Field(default=4242, ge=1, le=65535, description="CV_SERVICE_PORT")
+    dagster_port: int = Field(default=3001, ge=1, le=65535, description="CV_DAGSTER_PORT")
+    mlflow_port: int = Field(default=5050, ge=1, le=65535, description="CV_MLFLOW_PORT")
+    evidently_port: int = Field(default=8000, ge=1, le=65535, description="CV_EVIDENTLY_PORT")
+    postgres_port: int | None = Field(
+        default=None, ge=1, le=65535, description="CV_POSTGRES_PORT; none: a free port, kept"
+    )
+    max_upload_bytes: int = Field(default=10_000_000, ge=1024, description="CV_MAX_UPLOAD_BYTES")
+    max_upload_pixels: int = Field(default=40_000_000, ge=64, description="CV_MAX_UPLOAD_PIXELS")
+    max_batch_files: int = Field(default=32, ge=1, le=256, description="CV_MAX_BATCH_FILES: of one POST /predict/batch")
+    predict_threads: int | None = Field(
+        default=None, ge=1, le=256, description="CV_PREDICT_THREADS of each worker; none: the cores' share"
+    )
+    predict_timeout_seconds: float = Field(
+        default=30.0, gt=0.0, le=600.0, description="CV_PREDICT_TIMEOUT_SECONDS: then 504"
+    )
+    max_in_flight: int | None = Field(
+        default=None, ge=1, le=10_000, description="CV_MAX_IN_FLIGHT: predictions a worker takes; more get 429"
+    )
+    rate_limit_per_minute: int | None = Field(
+        default=None, ge=1, description="CV_RATE_LIMIT_PER_MINUTE: images of each API key; none: no limit"
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="CV_ALLOWED_HOSTS: comma-separated Host headers that are answered; none: any"
+    )
+    log_images: Literal["all", "sampled", "none"] = Field(
+        default="all", description="CV_LOG_IMAGES: which uploads are stored"
+    )
+    log_retention_days: int | None = Field(
+        default=365, ge=1, description="CV_LOG_RETENTION_DAYS: older rows of the request log are deleted; 0: never"
+    )
+    image_retention_days: int | None = Field(
+        default=90, ge=1, description="CV_IMAGE_RETENTION_DAYS: older stored uploads are deleted; 0: never"
+    )
+    log_format: Literal["text", "json"] = Field(default="json", description="CV_LOG_FORMAT of the service's log")
+    otlp_endpoint: str | None = Field(
+        default=None, description="OTEL_EXPORTER_OTLP_ENDPOINT: where traces go; none: no traces"
+    )
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Reads the environment (or `environ`).
+
+        Raises:
+            ConfigError: a variable has a wrong value, or a secret is a placeholder; all of them are named.
+        """
+        env = os.environ if environ is None else environ
+        home = Path(env.get("CV_HOME") or ".cv_platform").expanduser().absolute()
+        values: dict[str, Any] = {
+            "home": home,
+            "dagster_home": Path(env.get("DAGSTER_HOME") or home / "dagster").expanduser().absolute(),
+            "configs": Path(env.get("CV_CONFIGS") or "configs").expanduser().absolute(),
+            "storage_url": env.get("CV_STORAGE") or str(home / "storage"),
+            "mlflow_tracking_uri": env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}",
+            "api_keys": tuple(part.strip() for part in env.get("CV_API_KEYS", "").split(",") if part.strip()),
+            "allowed_hosts": tuple(part.strip() for part in env.get("CV_ALLOWED_HOSTS", "").split(",") if part.strip()),
+            "alert_urls": tuple(part.strip() for part in env.get("CV_ALERT_URLS", "").split(",") if part.strip()),
+        }
+        for field, variable in _PLAIN_VARIABLES.items():
+            if env.get(variable):
+                values[field] = env[variable]
+        for field in ("log_retention_days", "image_retention_days"):
+            if str(values.get(field, "")).strip() == "0":
+                values[field] = None
+        placeholders = [
+            variable
+            for variable in ("DATABASE_URL", "CV_ADMIN_TOKEN", "CV_API_KEYS")
+            if any(word in env.get(variable, "").lower() for word in _PLACEHOLDERS)
+        ]
+        if placeholders:
+            raise ConfigError(
+                f"Expected real secrets. Received placeholders in: {', '.join(placeholders)}. "
+                'Write a random value, as from: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+            )
+        try:
+            return cls(**values)
+        except ValidationError as err:
+            variables = {**_PLAIN_VARIABLES, "home": "CV_HOME", "configs": "CV_CONFIGS"}
+            lines = [
+                f"  {variables.get(str(e['loc'][0]), str(e['loc'][0]))}: {e['msg']}. Received: {e['input']!r}"
+                for e in err.errors()
+            ]
+            raise ConfigError("The environment is wrong:\n" + "\n".join(lines)) from err
+
+
+_PLAIN_VARIABLES = {
+    "database_url": "DATABASE_URL",
+    "evidently_url": "EVIDENTLY_URL",
+    "admin_token": "CV_ADMIN_TOKEN",
+    "service_workers": "CV_SERVICE_WORKERS",
+    "service_name": "CV_SERVICE",
+    "service_port": "CV_SERVICE_PORT",
+    "dagster_port": "CV_DAGSTER_PORT",
+    "mlflow_port": "CV_MLFLOW_PORT",
+    "evidently_port": "CV_EVIDENTLY_PORT",
+    "postgres_port": "CV_POSTGRES_PORT",
+    "max_upload_bytes": "CV_MAX_UPLOAD_BYTES",
+    "max_upload_pixels": "CV_MAX_UPLOAD_PIXELS",
+    "max_batch_files": "CV_MAX_BATCH_FILES",
+    "predict_threads": "CV_PREDICT_THREADS",
+    "predict_timeout_seconds": "CV_PREDICT_TIMEOUT_SECONDS",
+    "max_in_flight": "CV_MAX_IN_FLIGHT",
+    "rate_limit_per_minute": "CV_RATE_LIMIT_PER_MINUTE",
+    "log_images": "CV_LOG_IMAGES",
+    "log_retention_days": "CV_LOG_RETENTION_DAYS",
+    "image_retention_days": "CV_IMAGE_RETENTION_DAYS",
+    "log_format": "CV_LOG_FORMAT",
+    "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
+}
+_PLACEHOLDERS = (
+    "user:password@",
+    "changeme",
+    "change-me",
+    "change_me",
+    "placeholder",
+    "your-secret",
+    "yourpassword",
+    "<",
+    "example-secret",
+)
+
+
+def quiet_variables() -> dict[str, str]:
+    """Returns what every process of the platform exports: no telemetry, no import chatter."""
+    return {
+        "DAGSTER_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "BENTOML_DO_NOT_TRACK": "True",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DISABLE_LATEST_VERSION_CHECK": "True",
+        "DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY": "True",
+        "DVC_NO_ANALYTICS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TF_ENABLE_ONEDNN_OPTS": "1",
+    }
+
+
+def silence_telemetry() -> None:
+    """Exports `quiet_variables` to this process: before the libraries are imported, as they read them then."""
+    for name, value in quiet_variables().items():
+        os.environ.setdefault(name, value)
