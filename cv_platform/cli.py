@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cv_platform.config import json_schema, load_experiment
+from cv_platform.config import config_files, json_schema, load_experiment
 from cv_platform.errors import CvPlatformError
 from cv_platform.settings import Settings, silence_telemetry
 
@@ -57,6 +57,23 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument("--tag", required=True, help="dataset.dvc_tag in the config, such as v1.0.0")
     dataset.add_argument("--annotations", type=Path, help="CSV with path, split and label or one column per class")
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
+    backup = command("backup", _backup, "write one verified archive of the embedded installation, while it works")
+    backup.add_argument("--output", type=Path, default=Path("backups"), help="folder of the archive (default: backups)")
+    restore = command("restore", _restore, "make CV_HOME what a backup holds; what was there is kept beside it")
+    restore.add_argument("file", type=Path, help="an archive of `backup`")
+    gc = command("gc", _gc, "list what is not needed any more, and with --apply delete it")
+    gc.add_argument("--apply", action="store_true", help="delete it")
+    predict = command("predict", _predict, "classify image files with a running service")
+    predict.add_argument("files", type=Path, nargs="+", help="images, or folders of them")
+    predict.add_argument("--url", help="the service (default: http://127.0.0.1:$CV_SERVICE_PORT); the key: CV_API_KEYS")
+    predict.add_argument("--json", action="store_true", help="print one JSON object per file instead of a table")
+    predict.add_argument(
+        "--explain", choices=["jpeg", "png", "cam", "none"], default="none", help="shown by --json only (default: none)"
+    )
+    retention = command("retention", _retention, "delete what the request log has kept long enough, as every night")
+    retention.add_argument("--dry-run", action="store_true", help="count it, and delete nothing")
+    rollback = command("rollback", _rollback, "make the service serve again what it served before")
+    rollback.add_argument("--service", help="which one (default: CV_SERVICE)")
     database = command("database", _database, "run the embedded PostgreSQL in the foreground, or print its URL")
     database.add_argument("action", choices=["run", "url"])
     return parser
@@ -165,6 +182,112 @@ def _import_dataset(options: argparse.Namespace) -> int:
     print(
         f"In the config: dataset: {{ds_name: {imported.ds_name}, dvc_tag: {imported.tag}}}, and model.classes as above."
     )
+    return 0
+
+
+def _backup(options: argparse.Namespace) -> int:
+    from cv_platform.maintenance.backup import back_up
+
+    backup = back_up(Settings.from_environment(), options.output)
+    rows = backup.contents.database.rows if backup.contents.database else {}
+    print(f"{backup.path}: {backup.path.stat().st_size / 1e6:.1f} MB, read again and complete")
+    print(f"  files: {', '.join(f'{part} {count}' for part, count in backup.contents.files.items())}")
+    print(f"  rows: {', '.join(f'{table} {count}' for table, count in rows.items()) or 'none'}")
+    for part in backup.contents.left_out:
+        print(f"  not in it, as another server or folder holds it: {part}")
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from cv_platform.maintenance.restore import restore
+    from cv_platform.stack.environment import HOME_FORMAT, prepare_home
+
+    settings = Settings.from_environment()
+    restored = restore(options.file, settings.home, home_format=HOME_FORMAT, spare_bytes=settings.spare_disk_bytes)
+    prepare_home(settings)
+    print(f"{settings.home} is what {options.file} holds, of {restored.manifest.created_utc:%Y-%m-%d %H:%M} UTC.")
+    if restored.previous is not None:
+        print(f"What was there before: {restored.previous}. Remove it when you no longer need it.")
+    for part in restored.contents.left_out:
+        print(f"Not restored, as it was not in the backup: {part}")
+    return 0
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from cv_platform.maintenance.garbage import collect, find_garbage
+    from cv_platform.stack.environment import platform_environment
+    from cv_platform.stack.graph import unfinished_runs
+
+    settings = Settings.from_environment()
+    runs = unfinished_runs(settings.dagster_home, platform_environment(settings))
+    garbage = find_garbage(settings, unfinished_runs=runs)
+    for item in garbage.items:
+        print(f"{item.bytes:>15,}  {item.name}  ({item.reason})")
+    for line in garbage.kept:
+        print(f"kept: {line}")
+    if options.apply:
+        deleted = collect(settings, garbage)
+        print(f"Deleted {len(deleted)} things, {sum(item.bytes for item in deleted):,} bytes.")
+    else:
+        total = sum(item.bytes for item in garbage.items)
+        print(f"{len(garbage.items)} things, {total:,} bytes. Nothing was deleted: `cv-platform gc --apply` does it.")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from cv_platform.serving.predict_files import show_predictions
+
+    failures = show_predictions(
+        Settings.from_environment(),
+        options.files,
+        url=options.url,
+        as_json=options.json,
+        explain=options.explain,
+        say=lambda line: print(line, flush=True),
+    )
+    if failures:
+        print(f"error: {failures} files have no prediction.", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _retention(options: argparse.Namespace) -> int:
+    from datetime import UTC, datetime
+
+    from cv_platform.database.connection import database_url, make_engine
+    from cv_platform.database.migrate import migrate
+    from cv_platform.database.retention import delete_expired
+    from cv_platform.monitoring.window import monitored_since
+
+    settings, now = Settings.from_environment(), datetime.now(UTC)
+    # One that cannot be loaded ends the command: nobody knows what its monitor still needs.
+    experiments = [load_experiment(path) for path in config_files(settings.configs)]
+    with database_url(settings) as url:
+        migrate(url)
+        engine = make_engine(url)
+        try:
+            result = delete_expired(
+                engine,
+                now=now,
+                log_retention_days=settings.log_retention_days,
+                image_retention_days=settings.image_retention_days,
+                windows=monitored_since(experiments, now),
+                is_dry_run=options.dry_run,
+            )
+        finally:
+            engine.dispose()
+    print(result.summary())
+    return 0
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from cv_platform.deployment.rollout import rollback
+    from cv_platform.storage import CentralStorage
+
+    settings = Settings.from_environment()
+    moved = rollback(
+        options.service or settings.service_name, CentralStorage(settings.storage_url), settings.home / "cache"
+    )
+    print(moved.message)
     return 0
 
 

@@ -228,6 +228,9 @@ class MonitorConfig(Section):
     alpha: float = Field(default=0.05, gt=0.0, lt=0.5, description="family-wise false-alarm rate of one report")
     min_samples: int = Field(default=100, ge=20, description="fewer requests give the verdict 'insufficient data'")
     max_samples: int = Field(default=5000, ge=100, description="the latest rows of the window that are read")
+    min_feedback: int = Field(
+        default=30, ge=10, description="production_metrics: fewer predictions with feedback are not judged"
+    )
     window_days: float = Field(default=7.0, gt=0.0, le=366.0, description="the default window: the last days until now")
     window_start_utc: str | None = Field(
         default=None, description="ISO 8601 with zone: start (inclusive) instead of the default"

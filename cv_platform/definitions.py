@@ -16,6 +16,7 @@ from cv_platform.defs.automation import run_failure_sensor
 from cv_platform.defs.experiment import broken_config_definitions, experiment_definitions
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation, MlflowTracking
+from cv_platform.defs.retention import retention_definitions
 from cv_platform.errors import ConfigError
 from cv_platform.settings import Settings
 
@@ -40,6 +41,7 @@ def build_defs(configs: Path | None = None) -> dg.Definitions:
             # A launched run is a process of its own already; a process per step would load TensorFlow again and again.
             executor=dg.in_process_executor,
         ),
+        retention_definitions(experiments, broken),
         *(experiment_definitions(experiment) for experiment in experiments),
         *(broken_config_definitions(file_name, error) for file_name, error in broken.items()),
     )

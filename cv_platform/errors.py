@@ -24,11 +24,15 @@
     │   └── CorruptBundleError          a checksum, the metadata or the self-test does not hold
     ├── ExportError                     a trained model cannot become a bundle or a Bento
     ├── DeploymentError                 the production pointer was not moved
+    │   └── PromotionBusyError          another update is under way: worth trying again
     ├── DatabaseError
     │   ├── DatabaseUnavailableError    cannot connect: worth trying again
     │   └── SchemaMismatchError         migrate first: trying again is useless
+    ├── DiskSpaceError                  a large write would fill the disk, so it was not begun
+    ├── BackupError                     a backup cannot be made, or must not be restored
     ├── SpoolFullError                  the request log cannot promise durability: the request is refused
-    └── ServiceError                    a process of the local stack did not start or answer
+    ├── ServiceError                    a process of the local stack did not start or answer: worth trying again
+    └── RequestRefusedError             the service understood a request and refused it; `status_code` says how
 
 Messages say what was expected, what was received and what to do next. Failing verdicts about data are failed asset
 checks; `VerdictError` is only for what refuses to build upon them.
@@ -139,6 +143,10 @@ class DeploymentError(CvPlatformError):
     """The production pointer was not moved."""
 
 
+class PromotionBusyError(DeploymentError):
+    """Another update or rollback of this installation is under way; worth trying again."""
+
+
 class DatabaseError(CvPlatformError):
     """The request log's database cannot be used."""
 
@@ -151,9 +159,29 @@ class SchemaMismatchError(DatabaseError):
     """The database has another schema version; migrate first."""
 
 
+class DiskSpaceError(CvPlatformError):
+    """A large write would fill the disk, so it was not begun."""
+
+
+class BackupError(CvPlatformError):
+    """A backup cannot be made, or must not be restored."""
+
+
 class SpoolFullError(CvPlatformError):
     """The request log cannot promise durability, so the request is refused."""
 
 
 class ServiceError(CvPlatformError):
     """A process of the local stack did not start or answer."""
+
+
+class RequestRefusedError(CvPlatformError):
+    """A running service refused a request: the request or its credentials have to change.
+
+    Attributes:
+        status_code: of the answer.
+    """
+
+    def __init__(self, message: str, *, status_code: int) -> None:
+        super().__init__(message)
+        self.status_code = status_code

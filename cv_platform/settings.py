@@ -67,13 +67,22 @@ class Settings(BaseModel):
         default=(), description="CV_ALLOWED_HOSTS: comma-separated Host headers that are answered; none: any"
     )
     log_images: Literal["all", "sampled", "none"] = Field(
-        default="all", description="CV_LOG_IMAGES: which uploads are stored"
+        default="all", description="CV_LOG_IMAGES: which uploads are stored; sampled: one in ten, chosen by its content"
     )
     log_retention_days: int | None = Field(
         default=365, ge=1, description="CV_LOG_RETENTION_DAYS: older rows of the request log are deleted; 0: never"
     )
     image_retention_days: int | None = Field(
         default=90, ge=1, description="CV_IMAGE_RETENTION_DAYS: older stored uploads are deleted; 0: never"
+    )
+    gc_keep_days: int = Field(
+        default=30, ge=0, description="CV_GC_KEEP_DAYS: `cv-platform gc` deletes nothing that is younger"
+    )
+    gc_keep_versions: int = Field(
+        default=3, ge=1, description="CV_GC_KEEP_VERSIONS: newest versions of each model that `gc` keeps anyway"
+    )
+    spare_disk_bytes: int = Field(
+        default=256 * 2**20, ge=0, description="CV_SPARE_DISK_BYTES: left free by every large write"
     )
     log_format: Literal["text", "json"] = Field(default="json", description="CV_LOG_FORMAT of the service's log")
     otlp_endpoint: str | None = Field(
@@ -147,6 +156,9 @@ _PLAIN_VARIABLES = {
     "log_images": "CV_LOG_IMAGES",
     "log_retention_days": "CV_LOG_RETENTION_DAYS",
     "image_retention_days": "CV_IMAGE_RETENTION_DAYS",
+    "gc_keep_days": "CV_GC_KEEP_DAYS",
+    "gc_keep_versions": "CV_GC_KEEP_VERSIONS",
+    "spare_disk_bytes": "CV_SPARE_DISK_BYTES",
     "log_format": "CV_LOG_FORMAT",
     "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
 }

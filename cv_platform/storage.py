@@ -31,6 +31,7 @@ import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BundleExistsError, BundleNotFoundError, CorruptBundleError, StorageError
 
 FORMAT_VERSION = 1
@@ -54,10 +55,17 @@ class BundleMetadata(_Record):
     version: str = Field(pattern=VERSION_PATTERN)
     created_utc: datetime
     runtime: Literal["tensorflow", "onnx"] = "tensorflow"
+    runtime_reason: str = Field("", description="why that runtime was chosen")
+    parity: dict[str, float] = Field(
+        default_factory=dict, description="differences of the ONNX graph from the gradient tape on the golden images"
+    )
     classifier_type: Literal["multi-class", "multi-label"]
     class_names: tuple[str, ...]
     image_size: tuple[int, int] = Field(description="(height, width) in pixels")
     threshold: float = Field(0.5, description="multi-label only")
+    temperature: float = Field(
+        1.0, description="what the logits are divided by, in the weights: nothing has to apply it"
+    )
     uae_dims: int
     feature_dims: int
     preprocessing_hash: str
@@ -201,6 +209,7 @@ class CentralStorage:
         Raises:
             BundleNotFoundError: there is no such version.
             CorruptBundleError: a file is missing or differs from its checksum.
+            DiskSpaceError: a download would fill the disk.
         """
         metadata = self.read_metadata(model_name, version)
         source = self._bundle(model_name, version)
@@ -208,6 +217,8 @@ class CentralStorage:
         if not self.is_local and not (folder / ".complete").exists():
             with self._errors(f"fetch {model_name} {version}"):
                 shutil.rmtree(folder, ignore_errors=True)
+                size = sum(int(self._fs.size(f"{source}/{relative}") or 0) for relative in metadata.checksums)
+                require_free_space(cache, size, purpose=f"a copy of {model_name} {version}")
                 for relative in metadata.checksums:
                     (folder / relative).parent.mkdir(parents=True, exist_ok=True)
                     self._fs.get_file(f"{source}/{relative}", str(folder / relative))
@@ -226,6 +237,40 @@ class CentralStorage:
                 "again."
             )
         return folder, metadata
+
+    # What is there, whole or not, and its deletion
+
+    def service_names(self) -> list[str]:
+        """Lists the services that have a pointer or workers."""
+        return self._folder_names("services")
+
+    def stored_bundles(self) -> dict[tuple[str, str], int]:
+        """Returns the bytes of each `(model_name, version)` there, the unfinished ones included."""
+        with self._errors("measure the bundles"):
+            return {
+                (model, version): int(self._fs.du(f"{self._root}/models/{model}/{version}"))
+                for model in self._folder_names("models")
+                for version in self._folder_names(f"models/{model}")
+            }
+
+    def delete_bundle(self, model_name: str, version: str) -> None:
+        """Deletes a version and its reference data: the metadata first, so that no reader ever sees half of it."""
+        bundle = self._bundle(model_name, version)
+        reference = self._reference(model_name, version).rsplit("/", 1)[0]
+        with self._errors(f"delete {model_name} {version}"):
+            self._fs.invalidate_cache()
+            for path in (f"{bundle}/{model_name}.yaml", bundle, reference):
+                if self._fs.exists(path):
+                    self._fs.rm(path, recursive=True)
+
+    def _folder_names(self, relative: str) -> list[str]:
+        folder = f"{self._root}/{relative}"
+        with self._errors(f"list {relative}"):
+            self._fs.invalidate_cache()
+            if not self._fs.exists(folder):
+                return []
+            entries = self._fs.ls(folder, detail=True)
+            return sorted(str(e["name"]).rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
 
     # The production pointer and the workers
 

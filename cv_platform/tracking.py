@@ -17,13 +17,10 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from cv_platform.errors import TrackingError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -93,21 +90,6 @@ class MlflowRun:
         with _errors(f"log {path.name} to run {self.run_id}"):
             self._client.log_artifact(self.run_id, str(path), folder)
         return f"{folder}/{path.name}" if folder else path.name
-
-    def log_directory(self, directory: Path, folder: str) -> None:
-        """Copies a folder's content into the run's artifacts below `folder`."""
-        with _errors(f"log {directory.name} to run {self.run_id}"):
-            self._client.log_artifacts(self.run_id, str(directory), folder)
-
-    def log_figure(self, figure: Figure, name: str) -> None:
-        """Logs a matplotlib figure as the artifact `name` (with its suffix: .png, .svg, …)."""
-        with _errors(f"log {name} to run {self.run_id}"):
-            self._client.log_figure(self.run_id, figure, name)
-
-    def log_dict(self, content: Mapping[str, Any], name: str) -> None:
-        """Logs `content` as the artifact `name` (.json or .yaml)."""
-        with _errors(f"log {name} to run {self.run_id}"):
-            self._client.log_dict(self.run_id, dict(content), name)
 
     def register_model_version(
         self, model_name: str, version: str, *, artifact_path: str, tags: Mapping[str, Any] | None = None
@@ -238,38 +220,6 @@ def set_alias(tracking_uri: str, model_name: str, alias: str, version: str) -> N
                 "Materialise its model with MLflow tracking first."
             )
         client.set_registered_model_alias(model_name, alias, found.version)
-
-
-def get_champion(tracking_uri: str, model_name: str, *, alias: str = CHAMPION) -> dict[str, Any] | None:
-    """Returns what `alias` points at, or None when there is no such model or alias.
-
-    Returns:
-        `version` (ours), `mlflow_version`, `run_id`, `source`, `tags` and `metrics` (the last values of its run).
-
-    Raises:
-        TrackingError: MLflow cannot be reached.
-    """
-    from mlflow.exceptions import MlflowException
-
-    client = _client(tracking_uri)
-    with _errors(f"read the alias {alias} of {model_name}"):
-        try:
-            found = client.get_model_version_by_alias(model_name, alias)
-        except MlflowException as err:
-            # A missing alias of an existing model is INVALID_PARAMETER_VALUE in MLflow 3, a missing model
-            # RESOURCE_DOES_NOT_EXIST.
-            if err.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-                return None
-            raise
-        metrics = client.get_run(found.run_id).data.metrics if found.run_id else {}
-    return {
-        "version": found.tags.get(VERSION_TAG),
-        "mlflow_version": str(found.version),
-        "run_id": found.run_id,
-        "source": found.source,
-        "tags": dict(found.tags),
-        "metrics": dict(metrics),
-    }
 
 
 def end_leftover_runs(tracking_uri: str, *, dagster_run_id: str) -> int:

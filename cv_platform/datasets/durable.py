@@ -16,8 +16,6 @@ from cv_platform.errors import DatasetError
 
 LOCK_TIMEOUT_SECONDS = 3600.0
 """The longest honest work under a lock: checking out or packing a large dataset."""
-SPARE_BYTES = 256 * 2**20
-"""Left free on the disk, so that databases beside the data keep working."""
 
 
 @contextmanager
@@ -105,17 +103,3 @@ def sync_directory(directory: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def require_free_space(directory: Path, needed_bytes: int, *, purpose: str) -> None:
-    """Refuses to start what would fill the disk.
-
-    Raises:
-        DatasetError: fewer than `needed_bytes` and a reserve are free where `directory` is.
-    """
-    free = shutil.disk_usage(directory).free
-    if needed_bytes + SPARE_BYTES > free:
-        raise DatasetError(
-            f"Expected {(needed_bytes + SPARE_BYTES) / 1e9:.2f} GB free at {directory} for {purpose}. "
-            f"Received: {free / 1e9:.2f} GB. Free some space, or move CV_HOME to a larger disk."
-        )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cv_platform.config import DatasetConfig
 from cv_platform.datasets.archives import is_archive, unpack
-from cv_platform.datasets.durable import exclusive, require_free_space, scratch_directory, whole_directory
+from cv_platform.datasets.durable import exclusive, scratch_directory, whole_directory
 from cv_platform.datasets.dvc_store import store_images
 from cv_platform.datasets.layouts import (
     SPLIT_ALIASES,
@@ -34,6 +34,7 @@ from cv_platform.datasets.repository import (
     show_version,
     version_md5,
 )
+from cv_platform.disk_space import require_free_space
 from cv_platform.errors import InvalidDatasetError
 
 logger = logging.getLogger(__name__)

@@ -31,10 +31,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cv_platform import images
 from cv_platform.config import ModelConfig
-from cv_platform.datasets.durable import exclusive, require_free_space, whole_directory
+from cv_platform.datasets.durable import exclusive, whole_directory
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.disk_space import require_free_space
 from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError, VerdictError
 from cv_platform.storage import file_sha256
 
@@ -104,7 +105,12 @@ class PackedSplit:
 
 
 def pack_images(
-    version: DatasetVersion, model: ModelConfig, *, quarantined: Collection[str], home: Path
+    version: DatasetVersion,
+    model: ModelConfig,
+    *,
+    quarantined: Collection[str],
+    home: Path,
+    spare_bytes: int | None = None,
 ) -> PackedImages:
     """Decodes the readable images that are not quarantined, or returns the pack that has them already.
 
@@ -113,11 +119,12 @@ def pack_images(
         model: image size, classes and classifier type.
         quarantined: paths of the manifest that validation keeps out.
         home: the pack is made in `home/packed`.
+        spare_bytes: see `disk_space.require_free_space`.
 
     Raises:
         InvalidDatasetError: nothing is left to train on, quarantined paths are not in the manifest, or a file is not
             the one that the manifest describes.
-        DatasetError: there is not enough disk space.
+        DiskSpaceError: there is not enough disk space.
     """
     manifest = read_manifest(version.manifest_path)
     unknown = sorted(set(quarantined) - set(manifest["path"]))
@@ -136,7 +143,7 @@ def pack_images(
     with exclusive(directory.parent / f".{directory.name}.lock"):
         packed = _intact(directory)
         if packed is None:
-            packed = _pack(version, model, usable, directory)
+            packed = _pack(version, model, usable, directory, spare_bytes)
     # Another tag of the same images shares the pack.
     return packed.model_copy(update={"directory": directory, "dvc_tag": version.tag, "ds_name": version.ds_name})
 
@@ -216,11 +223,14 @@ def _intact(directory: Path) -> PackedImages | None:
     return packed
 
 
-def _pack(version: DatasetVersion, model: ModelConfig, usable: pd.DataFrame, directory: Path) -> PackedImages:
+def _pack(
+    version: DatasetVersion, model: ModelConfig, usable: pd.DataFrame, directory: Path, spare_bytes: int | None
+) -> PackedImages:
     height, width = model.image_size
     directory.parent.mkdir(parents=True, exist_ok=True)
     needed = len(usable) * (height * width * 3 + 4 * len(model.classes) + 256)
-    require_free_space(directory.parent, needed, purpose=f"the decoded images of {version.ds_name}")
+    purpose = f"the decoded images of {version.ds_name}"
+    require_free_space(directory.parent, needed, purpose=purpose, spare_bytes=spare_bytes)
     started = time.perf_counter()
     with whole_directory(directory) as partial, ThreadPoolExecutor(_DECODERS) as pool:
         files: dict[str, tuple[int, str]] = {}

@@ -64,18 +64,6 @@ def repository_directory(dataset: DatasetConfig, *, home: Path) -> Path:
     return root.absolute() / dataset.ds_name
 
 
-def resolve_version(dataset: DatasetConfig, *, home: Path) -> tuple[str, str]:
-    """Returns `(dvc_md5, git_commit)` of the configured tag, in milliseconds and without a checkout.
-
-    Raises:
-        DatasetNotFoundError: there is no repository; a built-in one is made by `checkout_version`.
-        UnknownDatasetVersionError: it has no such tag; the message lists the tags.
-        InvalidDatasetError: the tag does not track a folder with DVC.
-    """
-    version = read_version(_require(dataset, home), dataset.dvc_tag)
-    return version.dvc_md5, version.commit
-
-
 def list_tags(dataset: DatasetConfig, *, home: Path) -> dict[str, str]:
     """Returns the md5 of every tag that carries a dataset, in version order.
 

@@ -25,12 +25,15 @@ TRAINING_ASSETS = (
 
 
 def experiment_jobs(branch: Branch) -> list[Any]:
-    """Returns `<name>_experiment` (everything), `<name>_retrain` (up to the deployment) and `<name>_drift_report`."""
+    """Returns `<name>_experiment` (everything), `<name>_retrain` (up to the deployment) and `<name>_drift_report`.
+
+    The last one makes the production metrics too.
+    """
     name = branch.config.name
     selections = {
         f"{name}_experiment": dg.AssetSelection.groups(name),
         f"{name}_retrain": dg.AssetSelection.assets(*(branch.key(asset) for asset in TRAINING_ASSETS)),
-        f"{name}_drift_report": dg.AssetSelection.assets(branch.key("drift_report")),
+        f"{name}_drift_report": dg.AssetSelection.assets(branch.key("drift_report"), branch.key("production_metrics")),
     }
     return [
         # Concurrency limits in dagster.yaml match the tags of runs: one run of these jobs per experiment at a time.
@@ -47,7 +50,7 @@ def drift_schedule(config: ExperimentConfig) -> dg.ScheduleDefinition:
         cron_schedule=config.monitor.schedule_cron,
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description="Judges the last days of requests.",
+        description="Judges the last days of requests, and counts what people said about them.",
     )
 
 

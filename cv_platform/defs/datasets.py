@@ -22,7 +22,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         readability. The data version is DVC's md5, so the same images leave everything downstream fresh.
         """
         from cv_platform.datasets.contact_sheet import contact_sheet
-        from cv_platform.datasets.manifest import read_manifest
+        from cv_platform.datasets.manifest import read_manifest, split_counts
         from cv_platform.datasets.versions import checkout_version
 
         run = branch.run(context)
@@ -41,7 +41,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
                 "directory": file_link(version.directory),
                 "manifest": file_link(version.manifest_path),
                 "unreadable": int((~manifest["is_readable"]).sum()),
-                "splits": table([{"split": s, "images": int(n)} for s, n in manifest["split"].value_counts().items()]),
+                "splits": table([{"split": s, "images": n} for s, n in split_counts(manifest).items()]),
                 "classes": table(
                     [{"class": name, **{str(k): int(v) for k, v in row.items()}} for name, row in counts.iterrows()]
                 ),
@@ -89,7 +89,13 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
 
         run = branch.run(context)
         require_verdict(verdict, dvc_md5=dataset.dvc_md5, manifest=dataset.manifest_path.name, must_pass=False)
-        packed = pack_images(dataset, run.config.model, quarantined=verdict.quarantined, home=run.settings.home)
+        packed = pack_images(
+            dataset,
+            run.config.model,
+            quarantined=verdict.quarantined,
+            home=run.settings.home,
+            spare_bytes=run.settings.spare_disk_bytes,
+        )
         manifest = read_manifest(dataset.manifest_path)
         is_usable = manifest["is_readable"] & ~manifest["path"].isin(list(verdict.quarantined))
         expected = dict(Counter(manifest.loc[is_usable, "split"].astype(str)))

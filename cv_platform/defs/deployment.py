@@ -60,6 +60,8 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
             class_names=trained.class_names,
             classifier_type=trained.classifier_type,
             threshold=run.config.model.threshold,
+            temperature=trained.temperature,
+            runtime=run.config.deploy.runtime,
             preprocessing_hash=trained.preprocessing_hash,
             encoder_hash=detectors.encoder_hash,
             dataset_name=trained.ds_name,
@@ -72,6 +74,7 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
             storage=run.installation.storage(),
             bentoml_home=run.settings.home / "bentoml",
             cache=run.settings.home / "cache",
+            spare_bytes=run.settings.spare_disk_bytes,
         )
         return dg.MaterializeResult(
             value=bundle,
@@ -80,6 +83,9 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
                 "bento_tag": bundle.bento_tag,
                 "bytes": bundle.bytes,
                 "published": bundle.url,
+                "runtime": bundle.runtime,
+                "runtime_reason": bundle.runtime_reason,
+                **{f"parity_{name}": value for name, value in bundle.parity.items()},
             },
         )
 

@@ -50,6 +50,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
                 packed=packed,
                 config=run.config.evaluate,
                 champion_accuracy=champion_accuracy,
+                temperature=trained.temperature,
                 directory=run.settings.home / "evaluation",
                 run=mlflow_run,
             )

@@ -1,4 +1,4 @@
-"""One experiment config becomes its branch of the graph: ten assets with their checks, jobs, a schedule and sensors."""
+"""One experiment config becomes its branch of the graph: eleven assets with checks, jobs, a schedule and sensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cv_platform.defs.datasets import dataset_asset, packed_images_asset
 from cv_platform.defs.deployment import bento_asset, deployment_asset
 from cv_platform.defs.drift import drift_detectors_asset, reference_data_asset
 from cv_platform.defs.evaluation import evaluation_asset
-from cv_platform.defs.monitoring import drift_report_asset
+from cv_platform.defs.monitoring import drift_report_asset, production_metrics_asset
 from cv_platform.defs.resources import experiment_resource
 from cv_platform.defs.training import model_asset
 from cv_platform.defs.validation import validation_report_asset
@@ -38,6 +38,7 @@ def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
             bento_asset(branch),
             deployment_asset(branch),
             drift_report_asset(branch),
+            production_metrics_asset(branch),
         ],
         jobs=experiment_jobs(branch),
         schedules=[drift_schedule(config)],

@@ -1,10 +1,11 @@
-"""The asset `drift_report`: the verdict on a window of requests."""
+"""The assets `drift_report` (the verdict on a window of requests) and `production_metrics` (what people said of it)."""
 
 import dagster as dg
 
 from cv_platform.defs.branch import Branch
-from cv_platform.defs.metadata import table
+from cv_platform.defs.metadata import picture, table
 from cv_platform.deployment.rollout import Deployment
+from cv_platform.monitoring.production_record import ProductionMetrics
 from cv_platform.monitoring.report import DriftReport
 
 
@@ -85,3 +86,70 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         )
 
     return drift_report
+
+
+def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/production_metrics`."""
+    as_on_the_test_split = branch.check(
+        "accuracy_holds_in_production",
+        "production_metrics",
+        blocking=False,
+        description="Predictions with feedback are not significantly less often right than those of the test split.",
+    )
+
+    @branch.asset(
+        value=ProductionMetrics,
+        kinds={"postgres", "mlflow"},
+        sections=["monitor"],
+        deps=["deployment"],
+        checks=[as_on_the_test_split],
+    )
+    def production_metrics(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        """Accuracy in production by model version, from the feedback on the predictions of the monitor's window.
+
+        A prediction's latest feedback counts, from any source. People choose what they comment on, mistakes more often
+        than hits: these figures are of the predictions with feedback, and of all only where those are a random sample.
+        """
+        from datetime import UTC, datetime
+
+        from cv_platform.monitoring.production_metrics import log_production, measure_production
+
+        run = branch.run(context)
+        with run.installation.engine() as engine:
+            metrics = measure_production(
+                run.config,
+                model_name=run.config.model.model_name,
+                engine=engine,
+                storage=run.installation.storage(),
+                now=datetime.now(UTC),
+                directory=run.settings.home / "production_metrics" / run.config.name,
+            )
+        if metrics.with_feedback:
+            with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
+                log_production(mlflow_run, metrics)
+        return dg.MaterializeResult(
+            value=metrics,
+            metadata={
+                "summary": metrics.summary(),
+                "predictions": metrics.predictions,
+                "with_feedback": metrics.with_feedback,
+                "versions": table([version.row() for version in metrics.versions]),
+                **{
+                    f"per_class_{version.model_version}": table(version.per_class)
+                    for version in metrics.versions
+                    if version.per_class
+                },
+                **{name: picture(path, name) for name, path in metrics.plots.items()},
+                "problems": list(metrics.problems),
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    check_name=as_on_the_test_split.name,
+                    passed=not metrics.worse_versions,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    description=metrics.summary(),
+                )
+            ],
+        )
+
+    return production_metrics

@@ -135,7 +135,7 @@ class MlflowTracking(dg.ConfigurableResource):
             experiment=mlflow.exp_name or experiment.name,
             run_name=f"{experiment.name} {stage}",
             # A retry resumes its run; one with other settings is another run, as MLflow's parameters never change.
-            run_key=f"{context.run.root_run_id or context.run_id}:{context.asset_key.to_user_string()}:{recipe}",
+            run_key=f"{context.run.root_run_id or context.run.run_id}:{context.asset_key.to_user_string()}:{recipe}",
             tags={"experiment": experiment.name, "stage": stage},
             # Without it MLflow 3 opens its pages for language models.
             experiment_tags={
@@ -158,7 +158,7 @@ class MlflowTracking(dg.ConfigurableResource):
             MlFlow(
                 SimpleNamespace(
                     log=context.log,
-                    run_id=context.run_id,
+                    run_id=context.run.run_id,
                     dagster_run=context.run,
                     resource_config={
                         "experiment_name": exp_name,

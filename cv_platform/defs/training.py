@@ -27,6 +27,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """A trained Keras model with its effective config and provenance, and its MLflow run.
 
+        Its confidences are calibrated: a temperature, fitted on the valid split, is in the weights of the last layer.
         Refuses a dataset version whose latest verdict failed. A killed training resumes when its run is retried.
         """
         from cv_platform.tracking import head_commit
@@ -43,7 +44,8 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 directory=run.settings.home / "models",
                 run=mlflow_run,
                 git_commit=head_commit(REPOSITORY),
-                resume_key=context.run.root_run_id or context.run_id,
+                resume_key=context.run.root_run_id or context.run.run_id,
+                spare_bytes=run.settings.spare_disk_bytes,
             )
         last = {name: values[-1] for name, values in trained.history.items()}
         return dg.MaterializeResult(
@@ -54,6 +56,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 "mlflow_run_id": trained.mlflow_run_id or "",
                 "mlflow_url": dg.MetadataValue.url(mlflow_run.url(f"http://127.0.0.1:{run.settings.mlflow_port}")),
                 "epochs": trained.epochs_run,
+                "temperature": trained.temperature,
                 "seconds": trained.seconds,
                 "images_per_second": trained.images_per_second,
                 "last_epoch": table([{"metric": name, "value": value} for name, value in last.items()]),

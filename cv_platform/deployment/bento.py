@@ -23,6 +23,7 @@ SHIPPED: tuple[str, ...] = (
     "__init__.py",
     "errors.py",
     "config.py",
+    "disk_space.py",
     "settings.py",
     "images.py",
     "properties.py",
@@ -90,7 +91,10 @@ def build_bento(folder: Path, metadata: BundleMetadata, *, bentoml_home: Path, s
 
 
 def write_build_context(context: Path, folder: Path, metadata: BundleMetadata, *, source: Path | None = None) -> None:
-    """Fills `context` with all that goes into a Bento: the slice of the package, the service, the bundled model."""
+    """Fills `context` with all that goes into a Bento: the slice of the package, the service, the bundled model.
+
+    Its requirements hold what the model's runtime needs: TensorFlow only for a model that runs by it.
+    """
     source = source or _PACKAGE.parent
     skip = shutil.ignore_patterns("__pycache__", "*.pyc", BUNDLED_FOLDER)
     package = context / _PACKAGE.name
@@ -101,6 +105,12 @@ def write_build_context(context: Path, folder: Path, metadata: BundleMetadata, *
         else:
             shutil.copyfile(_PACKAGE / name, package / name)
     shutil.copytree(source / BENTO_FOLDER, context / BENTO_FOLDER, ignore=skip)
+    further = context / BENTO_FOLDER / f"requirements-{metadata.runtime}.txt"
+    if further.is_file():
+        with (context / BENTO_FOLDER / "requirements.txt").open("a", encoding="utf-8") as requirements:
+            requirements.write(further.read_text(encoding="utf-8"))
+    for leftover in (context / BENTO_FOLDER).glob("requirements-*.txt"):
+        leftover.unlink()
     # A regular package, or that of an installed checkout would be imported instead, wherever it stands in sys.path.
     (context / BENTO_FOLDER.parts[0] / "__init__.py").touch()
     # BentoML looks for it at the top of the context; its paths are relative to there.

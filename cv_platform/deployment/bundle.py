@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cv_platform.deployment.bento import build_bento
 from cv_platform.deployment.export import export_bundle
+from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BundleExistsError, ExportError
 from cv_platform.serving.runtime import load_folder
 from cv_platform.storage import BundleMetadata, CentralStorage, file_sha256
 
 logger = logging.getLogger(__name__)
+
+_COPIES = 6
 
 
 class ModelBundle(BaseModel):
@@ -32,6 +35,9 @@ class ModelBundle(BaseModel):
         bento_tag: serve it with `bentoml serve`.
         bytes: size of the bundle's files.
         url: the bundle's folder in central storage.
+        runtime: what runs the exported model.
+        runtime_reason: why that one.
+        parity: see `export.ExportedModel`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -41,6 +47,9 @@ class ModelBundle(BaseModel):
     bento_tag: str
     bytes: int
     url: str
+    runtime: Literal["tensorflow", "onnx"] = "tensorflow"
+    runtime_reason: str = ""
+    parity: dict[str, float] = Field(default_factory=dict)
 
 
 def publish_model(
@@ -61,11 +70,14 @@ def publish_model(
     bentoml_home: Path,
     cache: Path,
     threshold: float = 0.5,
+    temperature: float = 1.0,
+    runtime: Literal["auto", "onnx", "tensorflow"] = "auto",
     git_commit: str | None = None,
     mlflow_run_id: str | None = None,
     metrics: Mapping[str, float] | None = None,
     effective_config: Mapping[str, Any] | None = None,
     source: Path | None = None,
+    spare_bytes: int | None = None,
 ) -> ModelBundle:
     """Exports, load-tests and publishes a model, then builds its Bento.
 
@@ -89,25 +101,37 @@ def publish_model(
         bentoml_home: receives the Bento.
         cache: folder for downloads.
         threshold: multi-label: probability from which a class is predicted.
+        temperature: that the classifier's weights have in them, for the record.
+        runtime: see `export.export_bundle`.
         git_commit: of the code that trained.
         mlflow_run_id: of the training.
         metrics: of the evaluation.
         effective_config: the experiment as it ran, JSON values.
         source: see `bento.build_bento`.
+        spare_bytes: see `disk_space.require_free_space`.
 
     Raises:
         ExportError: the models do not fit each other or the metadata, or the Bento cannot be built.
         CorruptBundleError: the export did not pass its load test; nothing was published.
         BundleExistsError: that version is published with another model.
         StorageError: central storage cannot be written.
+        DiskSpaceError: the export and its copies would fill the disk.
     """
+    # Keras file, exported graphs, bundle, Bento and its fallback: each holds the weights once.
+    needed = _COPIES * (_existing(keras_path).stat().st_size + _existing(uae_path).stat().st_size)
+    for directory in (Path(tempfile.gettempdir()), bentoml_home):
+        require_free_space(directory, needed, purpose=f"the bundle of {model_name}", spare_bytes=spare_bytes)
     with tempfile.TemporaryDirectory(prefix="cv-bundle-") as temporary:
         folder = Path(temporary)
         keras_name = f"{model_name}.keras"
         shutil.copyfile(_existing(keras_path), folder / keras_name)
         shutil.copyfile(_existing(uae_path), folder / f"{model_name}_uae.keras")
         exported = export_bundle(
-            folder / keras_name, folder / f"{model_name}_uae.keras", folder, golden_images=golden_images
+            folder / keras_name,
+            folder / f"{model_name}_uae.keras",
+            folder,
+            golden_images=golden_images,
+            runtime=runtime,
         )
         if exported.classes != len(class_names):
             raise ExportError(
@@ -118,11 +142,14 @@ def publish_model(
             model_name=model_name,
             version=version,
             created_utc=datetime.now(UTC),
-            runtime="tensorflow",
+            runtime=exported.runtime,
+            runtime_reason=exported.runtime_reason,
+            parity=exported.parity,
             classifier_type=classifier_type,
             class_names=class_names,
             image_size=exported.image_size,
             threshold=threshold,
+            temperature=temperature,
             uae_dims=exported.uae_dims,
             feature_dims=exported.feature_dims,
             preprocessing_hash=preprocessing_hash,
@@ -153,6 +180,9 @@ def publish_model(
         bento_tag=tag,
         bytes=sum((published / relative).stat().st_size for relative in metadata.checksums),
         url=f"{storage.url.rstrip('/')}/models/{model_name}/{version}",
+        runtime=metadata.runtime,
+        runtime_reason=metadata.runtime_reason,
+        parity=metadata.parity,
     )
 
 

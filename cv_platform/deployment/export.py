@@ -1,26 +1,24 @@
-"""From trained Keras files to one SavedModel whose single signature answers everything that serving needs.
+"""From trained Keras files to one file whose single signature answers everything that serving needs.
 
-    serve(images uint8 (N, H, W, 3), class_index int32 (N,)) ->
-        probabilities (N, C), features (N, F), uae (N, D), cam (N, h, w), all float32
-
-Grad-CAM (Selvaraju et al. 2017, https://arxiv.org/abs/1610.02391, section 3) is part of the signature, in the guided
-form of the system that users know: with the last feature map f and g = ∂score/∂f, a channel's weight is the mean over
-space of relu(g)·[f > 0]; the map is relu of the weighted sum, scaled to 0–1 per image.
-
-Exported with https://keras.io/api/models/model_saving_apis/export/.
+The signature, with the map that explains an answer, is `signature`'s part. It is exported as an ONNX graph where the
+head has a plain form and the graph answers as the gradient tape does on the golden images; else as a SavedModel with
+the tape inside. https://keras.io/api/models/model_saving_apis/export/
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from cv_platform.errors import ExportError
-from cv_platform.serving.runtime import GOLDEN, PREDICTED_CLASS, SAVED_MODEL, Prediction
+from cv_platform.deployment.onnx_export import write_onnx
+from cv_platform.deployment.signature import Signature, tape_signature
+from cv_platform.errors import CorruptBundleError, ExportError
+from cv_platform.serving.runtime import GOLDEN, ONNX_MODEL, PREDICTED_CLASS, SAVED_MODEL, Prediction
+from cv_platform.serving.runtime_onnx import OnnxRuntime
 from cv_platform.serving.runtime_tensorflow import ENDPOINT, TensorFlowRuntime
 
 logger = logging.getLogger(__name__)
@@ -34,11 +32,21 @@ _PARITY = 1e-5
 
 
 class ExportedModel(BaseModel):
-    """What was exported, as read from the model itself."""
+    """What was exported, as read from the model itself.
+
+    Attributes:
+        runtime: what runs it.
+        runtime_reason: why that one.
+        parity: differences of the ONNX graph from the gradient tape on the golden images, see `_measure_parity`; empty
+            when there was no graph.
+        golden: the file of golden images and answers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    saved_model: Path
+    runtime: Literal["tensorflow", "onnx"]
+    runtime_reason: str
+    parity: dict[str, float]
     golden: Path
     image_size: tuple[int, int]
     classes: int
@@ -47,8 +55,15 @@ class ExportedModel(BaseModel):
     cam_size: tuple[int, int]
 
 
-def export_bundle(keras_path: Path, uae_path: Path, directory: Path, *, golden_images: np.ndarray) -> ExportedModel:
-    """Writes `saved_model/` and `golden.npz` into `directory`.
+def export_bundle(
+    keras_path: Path,
+    uae_path: Path,
+    directory: Path,
+    *,
+    golden_images: np.ndarray,
+    runtime: Literal["auto", "onnx", "tensorflow"] = "auto",
+) -> ExportedModel:
+    """Writes `model.onnx` or `saved_model/`, and `golden.npz`, into `directory`.
 
     Args:
         keras_path: trained classifier, `.keras`: input uint8 RGB, a last 4-D feature map, a head with a layer
@@ -56,32 +71,34 @@ def export_bundle(keras_path: Path, uae_path: Path, directory: Path, *, golden_i
         uae_path: untrained encoder, `.keras`, of the same input.
         directory: receives the files; exists.
         golden_images: `(G, H, W, 3)` uint8 RGB, G ≥ 1; kept with the answers for the self-test of every later load.
+        runtime: `auto` takes ONNX Runtime where the model converts and answers alike, else TensorFlow.
 
     Raises:
-        ExportError: the files are no such models, or the export does not answer as Keras does.
+        ExportError: the files are no such models, the export does not answer as Keras does, or `runtime` is `onnx` and
+            the model does not convert or answers otherwise.
     """
-    import tensorflow as tf
-
     model, uae = _load(keras_path), _load(uae_path)
     _check_inputs(model, uae, golden_images)
-    serve = _combined_signature(model, uae)
-    height, width, channels = (int(side) for side in model.input_shape[1:])
-    import keras
-
-    archive: Any = keras.export.ExportArchive()
-    archive.track(model)
-    archive.track(uae)
-    archive.add_endpoint(
-        name=ENDPOINT,
-        fn=serve,
-        input_signature=[
-            tf.TensorSpec((None, height, width, channels), tf.uint8, name="images"),
-            tf.TensorSpec((None,), tf.int32, name="class_index"),
-        ],
-    )
-    archive.write_out(str(directory / SAVED_MODEL), verbose=False)
-    answer = _answer_golden(directory / SAVED_MODEL, golden_images)
-    _check_parity(model, uae, golden_images, answer)
+    serve = tape_signature(model, uae)
+    chosen, parity = "tensorflow", dict[str, float]()
+    if runtime == "tensorflow":
+        reason = "deploy.runtime asks for TensorFlow."
+    else:
+        refusal, parity = _export_onnx(model, uae, serve, directory / ONNX_MODEL, golden_images)
+        if refusal is None:
+            chosen, reason = "onnx", f"It answers as the gradient tape does on {len(golden_images)} golden images."
+        elif runtime == "onnx":
+            raise ExportError(f"{refusal} Set deploy.runtime to auto or tensorflow.")
+        else:
+            reason = f"No ONNX: {refusal}"
+    logger.info("The runtime is %s. %s", chosen, reason)
+    if chosen == "tensorflow":
+        _write_saved_model(model, uae, serve, directory / SAVED_MODEL)
+        loaded = TensorFlowRuntime(directory / SAVED_MODEL)
+    else:
+        loaded = OnnxRuntime(directory / ONNX_MODEL)
+    answer = loaded(golden_images, np.full(len(golden_images), PREDICTED_CLASS, dtype=np.int32))
+    _check_keras_parity(model, uae, golden_images, answer)
     np.savez_compressed(
         directory / GOLDEN,
         images=golden_images,
@@ -94,9 +111,11 @@ def export_bundle(keras_path: Path, uae_path: Path, directory: Path, *, golden_i
         cam=answer.cam,
     )
     return ExportedModel(
-        saved_model=directory / SAVED_MODEL,
+        runtime=chosen,
+        runtime_reason=reason,
+        parity=parity,
         golden=directory / GOLDEN,
-        image_size=(height, width),
+        image_size=(golden_images.shape[1], golden_images.shape[2]),
         classes=answer.probabilities.shape[1],
         feature_dims=answer.features.shape[1],
         uae_dims=answer.uae.shape[1],
@@ -139,92 +158,73 @@ def _check_inputs(model: Any, uae: Any, golden_images: np.ndarray) -> None:
         raise ExportError("The models cannot be exported: " + "; ".join(mistakes) + ".")
 
 
-def _combined_signature(model: Any, uae: Any) -> Any:
-    """Returns `serve(images, class_index)`: one forward pass, and the map by a gradient through the head only."""
-    import keras
-    import tensorflow as tf
-
-    maps = [
-        layer
-        for layer in model.layers
-        if len(getattr(layer.output, "shape", ())) == 4 and layer.output is not model.input
+def _export_onnx(
+    model: Any, uae: Any, tape: Signature, path: Path, golden_images: np.ndarray
+) -> tuple[str | None, dict[str, float]]:
+    """Leaves the graph at `path` and returns None when it answers as the tape; else why not. Both with its parity."""
+    try:
+        write_onnx(model, uae, path)
+        parity = _measure_parity(OnnxRuntime(path), tape, golden_images, classes=int(model.output_shape[1]))
+    except (ExportError, CorruptBundleError, ValueError) as err:
+        path.unlink(missing_ok=True)
+        return str(err), {}
+    allowed = {"probabilities": PROBABILITY_TOLERANCE, "cam": CAM_TOLERANCE}
+    wide = [
+        f"{name} off by {value:.2g}, allowed {allowed.get(name, PROBABILITY_TOLERANCE):g}"
+        for name, value in parity.items()
+        if name != "cam_largest" and not value <= allowed.get(name, PROBABILITY_TOLERANCE)  # A NaN fails too.
     ]
-    if not maps:
-        raise ExportError("Expected a convolutional classifier. Received: one without a 4-D feature map to explain.")
-    feature_map = maps[-1].output
-    head = model.get_layer("probabilities")
-    logits_of, activation = _logits(head)
-    body = keras.Model(model.input, feature_map)
-    # Each tensor once: Keras loses the first of two equal outputs when it clones the head's graph.
-    wanted = [model.get_layer("features").output, head.input, model.output]
-    outputs = list({id(tensor): tensor for tensor in wanted}.values())
-    places = [next(i for i, tensor in enumerate(outputs) if tensor is one) for one in wanted]
-    tail = keras.Model(feature_map, outputs)
-
-    def serve(images: Any, class_index: Any) -> dict[str, Any]:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            features_at_map = body(images, training=False)
-            tape.watch(features_at_map)
-            answers = tail(features_at_map, training=False)
-            features, head_input, probabilities = (answers[place] for place in places)
-            logits = logits_of(head_input)
-        predicted = tf.argmax(probabilities, axis=1, output_type=tf.int32)
-        chosen = tf.one_hot(tf.where(class_index < 0, predicted, class_index), tf.shape(logits)[1], dtype=tf.float32)
-        direction = chosen
-        if activation == "softmax":
-            # The gradient of p_c by the logits is p_c(1−p_c) times this. The factor cancels in the scaling below, but a
-            # confident model rounds it to 0 and would lose the map.
-            others = tf.where(chosen > 0, tf.fill(tf.shape(logits), tf.float32.min), logits)
-            direction = chosen - tf.nn.softmax(others)
-        gradient = tape.gradient(logits, features_at_map, output_gradients=direction)
-        feature_values = tf.cast(features_at_map, tf.float32)
-        guided = tf.nn.relu(tf.cast(gradient, tf.float32)) * tf.cast(feature_values > 0, tf.float32)
-        weights = tf.reduce_mean(guided, axis=(1, 2), keepdims=True)
-        # Scaled before the sum: weights of a confident model may be too small for the products' range.
-        weights = tf.math.divide_no_nan(weights, tf.reduce_max(weights, axis=3, keepdims=True))
-        cam = tf.nn.relu(tf.reduce_sum(weights * feature_values, axis=3))
-        cam = tf.math.divide_no_nan(cam, tf.reduce_max(cam, axis=(1, 2), keepdims=True))
-        return {
-            "probabilities": tf.cast(probabilities, tf.float32),
-            "features": tf.cast(features, tf.float32),
-            "uae": tf.cast(uae(images, training=False), tf.float32),
-            "cam": cam,
-        }
-
-    return serve
+    if not wide:
+        return None, parity
+    path.unlink()
+    return f"Expected a graph that answers as the gradient tape. Received: {'; '.join(wide)}.", parity
 
 
-def _logits(head: Any) -> tuple[Any, str]:
-    """Returns a function from the output layer's input to float32 logits, and the activation that follows them."""
+def _measure_parity(
+    runtime: OnnxRuntime, tape: Signature, golden_images: np.ndarray, *, classes: int
+) -> dict[str, float]:
+    """Returns the largest differences over the golden images, each explained for its predicted and another class.
+
+    `probabilities` in absolute terms; `features` and `uae` as shares of their largest value (at least 1); `cam` as an
+    image's mean over cells, since rounding may flip the gate of a cell that is all but 0; `cam_largest` of one cell.
+    """
+    import tensorflow as tf
+
+    images = np.concatenate([golden_images, golden_images])
+    asked = np.concatenate([np.full(len(golden_images), PREDICTED_CLASS), np.arange(len(golden_images)) % classes])
+    asked = asked.astype(np.int32)
+    expected = {name: np.asarray(value) for name, value in tf.function(tape)(images, asked).items()}
+    received = runtime(images, asked)
+    off = {name: np.abs(getattr(received, name).astype(np.float64) - value) for name, value in expected.items()}
+    scales = {name: max(1.0, float(np.abs(expected[name]).max())) for name in ("features", "uae")}
+    return {
+        "probabilities": float(off["probabilities"].max()),
+        "features": float(off["features"].max()) / scales["features"],
+        "uae": float(off["uae"].max()) / scales["uae"],
+        "cam": float(off["cam"].mean(axis=(1, 2)).max()),
+        "cam_largest": float(off["cam"].max()),
+    }
+
+
+def _write_saved_model(model: Any, uae: Any, serve: Signature, folder: Path) -> None:
     import keras
     import tensorflow as tf
 
-    if isinstance(head, keras.layers.Softmax):
-        return lambda x: tf.cast(x, tf.float32), "softmax"
-    activation = getattr(getattr(head, "activation", None), "__name__", None)
-    if activation not in {"softmax", "sigmoid"}:
-        raise ExportError(
-            f"Expected an output layer with softmax or sigmoid. Received: {type(head).__name__}, {activation}."
-        )
-    if isinstance(head, keras.layers.Activation):
-        return lambda x: tf.cast(x, tf.float32), activation
-    if isinstance(head, keras.layers.Dense):
-        dense: Any = head
-
-        def logits(x: Any) -> Any:
-            z = tf.matmul(tf.cast(x, tf.float32), tf.cast(tf.convert_to_tensor(dense.kernel), tf.float32))
-            return z if dense.bias is None else z + tf.cast(tf.convert_to_tensor(dense.bias), tf.float32)
-
-        return logits, activation
-    raise ExportError(f"Expected a Dense or Activation layer called 'probabilities'. Received: {type(head).__name__}.")
+    archive: Any = keras.export.ExportArchive()
+    archive.track(model)
+    archive.track(uae)
+    archive.add_endpoint(
+        name=ENDPOINT,
+        fn=serve,
+        input_signature=[
+            tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8, name="images"),
+            tf.TensorSpec((None,), tf.int32, name="class_index"),
+        ],
+    )
+    archive.write_out(str(folder), verbose=False)
 
 
-def _answer_golden(saved_model: Path, golden_images: np.ndarray) -> Prediction:
-    runtime = TensorFlowRuntime(saved_model)
-    return runtime(golden_images, np.full(len(golden_images), PREDICTED_CLASS, dtype=np.int32))
-
-
-def _check_parity(model: Any, uae: Any, golden_images: np.ndarray, answer: Prediction) -> None:
+def _check_keras_parity(model: Any, uae: Any, golden_images: np.ndarray, answer: Prediction) -> None:
     tolerance = _PARITY * _tolerances(model)[0] / PROBABILITY_TOLERANCE
     expected = np.asarray(model(golden_images, training=False), dtype=np.float32)
     encoded = np.asarray(uae(golden_images, training=False), dtype=np.float32)

@@ -17,12 +17,14 @@ from cv_platform.config import DeployConfig
 from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.errors import DeploymentError, StorageError
 from cv_platform.serving.holder import is_live
-from cv_platform.serving.promotion import promote, roll_back
+from cv_platform.serving.promotion import PROMOTION_LOCK, promote, roll_back
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.25
+_PROMOTION_SECONDS = 120.0
+"""Longest wait for an update that somebody else has started: it load-tests a model."""
 
 
 class Deployment(BaseModel):
@@ -56,7 +58,13 @@ def deploy(bundle: ModelBundle, config: DeployConfig, *, storage: CentralStorage
     """
     return _move(
         lambda: promote(
-            storage, service=config.service, model_name=bundle.model_name, version=bundle.version, cache=cache
+            storage,
+            service=config.service,
+            model_name=bundle.model_name,
+            version=bundle.version,
+            cache=cache,
+            lock=cache / PROMOTION_LOCK,
+            wait_seconds=_PROMOTION_SECONDS,
         ),
         storage=storage,
         service=config.service,
@@ -74,7 +82,13 @@ def rollback(
         BundleNotFoundError, CorruptBundleError, StorageError: see `deploy`.
     """
     return _move(
-        lambda: roll_back(storage, service=service, cache=cache),
+        lambda: roll_back(
+            storage,
+            service=service,
+            cache=cache,
+            lock=cache / PROMOTION_LOCK,
+            wait_seconds=_PROMOTION_SECONDS,
+        ),
         storage=storage,
         service=service,
         confirm_timeout_seconds=confirm_timeout_seconds,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit, logit, softmax
 from scipy.stats import rankdata
 
 from cv_platform.predictions import ClassifierType, predicted_flags
@@ -207,6 +208,23 @@ def expected_calibration_error(table: list[ReliabilityBin]) -> float | None:
         if row.confidence is not None and row.accuracy is not None
     ]
     return sum(gaps) / total
+
+
+def uncalibrated_error(
+    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, temperature: float
+) -> float:
+    """Returns the expected calibration error that `probabilities` would have without their temperature.
+
+    Multi-class: `p ∝ softmax(z / T)`, so the logits are `T log p` but for a constant; multi-label: `T logit(p)`.
+    """
+    inside = np.clip(probabilities.astype(np.float64), _SMALLEST, 1 - _SMALLEST)
+    if classifier_type == "multi-class":
+        before = softmax(temperature * np.log(inside), axis=1)
+    else:
+        before = expit(temperature * logit(inside))
+    error = expected_calibration_error(reliability(targets, before, classifier_type))
+    assert error is not None  # There is a row: `compute_metrics` has seen to it.
+    return error
 
 
 def _mean(values: list[float | None]) -> float | None:

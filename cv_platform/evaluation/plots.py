@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,19 @@ _MAX_LETTERS = 24
 _BLUE, _RED = "#2f6db3", "#b3322f"
 
 
-def save_confusion_matrix(path: Path, matrix: np.ndarray, class_names: Sequence[str]) -> None:
+class Interval(NamedTuple):
+    """A measured share, its confidence interval, and what it was expected to be; all 0–1."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    expected: float | None
+
+
+def save_confusion_matrix(
+    path: Path, matrix: np.ndarray, class_names: Sequence[str], *, what: str = "images of the test split"
+) -> None:
     """Draws `(C, C)` counts, coloured by their share of the true class (row)."""
     classes = len(class_names)
     side = min(max(4.0, 0.45 * classes + 2.0), 14.0)
@@ -40,7 +52,7 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray, class_names: Sequence[
                     axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title("Confusion matrix (images of the test split)")
+    axes.set_title(f"Confusion matrix ({what})", parse_math=False)
     _save(figure, path)
 
 
@@ -56,6 +68,24 @@ def save_per_class(path: Path, rows: Sequence[Mapping[str, float | None]], class
     axes.set_xlim(0, 1)
     axes.legend(loc="lower right")
     axes.set_title("Precision, recall and F1 per class (test split)")
+    _save(figure, path)
+
+
+def save_intervals(path: Path, rows: Sequence[Interval], title: str) -> None:
+    """Draws shares with their confidence intervals, one below the other, and a mark at what was expected of each."""
+    figure = _figure(8.0, min(max(2.5, 0.5 * len(rows) + 1.5), 20.0))
+    axes = figure.subplots()
+    places = np.arange(len(rows))
+    for place, row in zip(places, rows, strict=True):
+        axes.plot([row.low, row.high], [place, place], color=_BLUE, linewidth=2)
+        axes.plot([row.value], [place], "o", color=_BLUE)
+        if row.expected is not None:
+            axes.plot([row.expected], [place], "|", color=_RED, markersize=18, markeredgewidth=2)
+    axes.set_yticks(places, labels=[row.name for row in rows], parse_math=False)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(title, parse_math=False)
     _save(figure, path)
 
 

@@ -22,7 +22,9 @@ class Evaluation(BaseModel):
     version: str
     passed: bool = Field(description="the promotion gate's verdict")
     reasons: tuple[str, ...] = Field(description="what failed; when nothing did, what was satisfied")
-    metrics: dict[str, float] = Field(description="see compute_metrics; without what is undefined; and `images`")
+    metrics: dict[str, float] = Field(
+        description="see compute_metrics; and `images`, `temperature`, `ece_uncalibrated`"
+    )
     per_class: list[dict[str, Any]] = Field(description="per class: class, precision, recall, f1, auc, support")
     confusion: list[list[int]] = Field(description="see metrics.confusion_matrix")
     predictions_path: Path = Field(

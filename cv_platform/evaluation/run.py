@@ -30,6 +30,7 @@ from cv_platform.evaluation.metrics import (
     one_hot,
     per_class_metrics,
     reliability,
+    uncalibrated_error,
 )
 from cv_platform.evaluation.plots import (
     caption,
@@ -74,6 +75,7 @@ def evaluate_model(
     champion_accuracy: float | None,
     directory: Path,
     run: MlflowRun | None,
+    temperature: float = 1.0,
 ) -> Evaluation:
     """Evaluates a model on the test split and judges whether it may be promoted.
 
@@ -92,6 +94,7 @@ def evaluate_model(
         champion_accuracy: accuracy of the model in production; None when there is none.
         directory: `home/evaluation`.
         run: MLflow run that metrics, plots and report are logged to; None logs nothing.
+        temperature: that the model's logits are divided by already; the metric `ece_uncalibrated` shows what it brings.
 
     Returns:
         The evaluation. A model that misses a limit gives `passed=False`, never an exception.
@@ -116,6 +119,8 @@ def evaluate_model(
     probabilities = predict_split(keras_path, test, classes=len(class_names))
     metrics = compute_metrics(targets, probabilities, classifier_type, threshold)
     gate = judge_promotion(metrics, config, champion_accuracy)
+    metrics["ece_uncalibrated"] = uncalibrated_error(targets, probabilities, classifier_type, temperature)
+    metrics["temperature"] = temperature
     metrics["images"] = float(len(targets))
     per_class = [
         {"class": name, **row}

@@ -6,6 +6,7 @@ import logging
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -243,7 +244,7 @@ def _publish(
 ) -> DriftReport:
     """Writes the report everywhere; the database row last, so that it never points to what does not exist.
 
-    Where storage or database refuse, the run already in Evidently stays there beside the earlier report's.
+    Where storage or database refuse, the run already in Evidently is taken away again.
     """
     wanted = [row["image_sha256"] for row in report.top_images if row["image_sha256"]]
     pictures, unreadable = thumbnails(read_images(engine, wanted))
@@ -256,6 +257,27 @@ def _publish(
         logger.warning("The drift report is kept without Evidently: %s", err)
         problems.append(f"Not in Evidently: {err}")
     report = report.model_copy(update={"problems": tuple(problems)})
+    try:
+        report = _keep(report, engine, storage, work_directory, pictures)
+    except BaseException:
+        # Nothing names that run: it would stand in the dashboard beside the one of the next attempt.
+        if report.evidently_run_id is not None:
+            delete_run(evidently, report.experiment, report.evidently_run_id)
+        raise
+    # Last: until the new row stands, the old one names the earlier run.
+    if earlier_run_id is not None and report.evidently_run_id is not None:
+        delete_run(evidently, report.experiment, earlier_run_id)
+    return report
+
+
+def _keep(
+    report: DriftReport,
+    engine: Engine,
+    storage: CentralStorage,
+    work_directory: Path,
+    pictures: Mapping[str, str],
+) -> DriftReport:
+    """Writes the page to storage, then the row."""
     work_directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work_directory) as folder:
         directory = Path(folder)
@@ -266,9 +288,6 @@ def _publish(
         url = storage.publish_report(report.experiment, report.report_id, directory)
     report = report.model_copy(update={"report_url": f"{url}/report.html"})
     _write_row(engine, report)
-    # Last: until the new row stands, the old one names the earlier run.
-    if earlier_run_id is not None and report.evidently_run_id is not None:
-        delete_run(evidently, report.experiment, earlier_run_id)
     return report
 
 

@@ -7,7 +7,7 @@ columns that the report needs are read; images are fetched later, by sha256, for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from sqlalchemy import Engine, func, select
 
-from cv_platform.config import MonitorConfig
+from cv_platform.config import ExperimentConfig, MonitorConfig
 from cv_platform.database.schema import api_log, feedback, images, predictions
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import ConfigError
@@ -97,6 +97,15 @@ def window_bounds(monitor: MonitorConfig, now: datetime) -> tuple[datetime, date
             f"{end.isoformat()}."
         )
     return start, end
+
+
+def monitored_since(experiments: Iterable[ExperimentConfig], now: datetime) -> dict[str, datetime]:
+    """Returns by experiment where the window begins that its monitor judges now.
+
+    Raises:
+        ConfigError: see `window_bounds`.
+    """
+    return {config.name: window_bounds(config.monitor, now)[0] for config in experiments}
 
 
 def read_window(

@@ -22,6 +22,7 @@ from cv_platform.predictions import LABEL_SEPARATOR, decide
 from cv_platform.properties import image_properties
 from cv_platform.serving.explain import Explain, Pictures, draw, small_map, to_base64
 from cv_platform.serving.log_entry import LogEntry
+from cv_platform.serving.observation import note_prediction, staged
 from cv_platform.serving.problems import RequestTrace
 from cv_platform.serving.runtime import LoadedModel, Prediction
 from cv_platform.storage import BundleMetadata
@@ -74,15 +75,18 @@ def answer_upload(
         ImageError: the upload is no usable image.
     """
     metadata = model.metadata
-    image_format, image = decode_with_format(data, max_pixels=max_pixels)
-    pixels = resize(image, metadata.image_size)
-    prediction = model.predict(pixels)
+    with staged("decode"):
+        image_format, image = decode_with_format(data, max_pixels=max_pixels)
+        pixels = resize(image, metadata.image_size)
+    with staged("model"):
+        prediction = model.predict(pixels)
     classes = predicted_classes(prediction.probabilities, metadata)
     message = OK
     pictures: Pictures | None = None
     if explain.media_type is not None:
         try:
-            pictures = draw(image, prediction.cam, explain)
+            with staged("explain"):
+                pictures = draw(image, prediction.cam, explain)
         # Whatever drawing meets: the prediction is already there, and it is what was asked for.
         except Exception as err:
             logger.exception(
@@ -91,6 +95,9 @@ def answer_upload(
             on_explain_failure()
             message = f"The prediction is complete, but its pictures could not be drawn ({type(err).__name__})."
     prediction_id = uuid4()
+    note_prediction(
+        prediction_id, metadata.model_name, metadata.version, classes, float(prediction.probabilities.max())
+    )
     body = result_body(
         prediction_id=prediction_id,
         model_name=metadata.model_name,

@@ -1,13 +1,15 @@
 """The HTTP service of one worker: assembly only.
 
-    RequestEnvelope → RefusalLog → CleanRequest → SameSite → Unexpected → BodyLimit → routes
+    ObserveRequests → RequestEnvelope → RefusalLog → CleanRequest → AllowedHosts → SameSite → Unexpected → BodyLimit
+    → routes
 
-From the outside in: every answer gets its id and headers, every refused `POST /predict` its log entry, paths with
-control characters and what other sites' pages send their refusal, everything unforeseen its 500, every body its limit.
+From the outside in: every request gets its access line, count and span, every answer its id and headers, every refused
+prediction its log entry, paths with control characters, other hosts' names and what other sites' pages send their
+refusal, everything unforeseen its 500, every body its limits.
 All of these are plain ASGI, so that nothing buffers a body or an answer.
 
-BentoML mounts the app (`@bentoml.asgi_app`) and runs its lifespan; its own `/livez`, `/readyz` and `/metrics` come
-before ours. https://fastapi.tiangolo.com, https://www.starlette.io/middleware/#pure-asgi-middleware
+BentoML mounts the app (`@bentoml.asgi_app`) and runs its lifespan; its own `/livez` and `/readyz` come before ours.
+https://fastapi.tiangolo.com, https://www.starlette.io/middleware/#pure-asgi-middleware
 """
 
 from __future__ import annotations
@@ -19,18 +21,23 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, Mount, Route
 
+from cv_platform.serving.access import CATCH_ALL, ObserveRequests
 from cv_platform.serving.clean_requests import CleanRequest
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import API_DESCRIPTION, API_TITLE, API_VERSION
-from cv_platform.serving.limits import FORM_OVERHEAD_BYTES, SMALL_BODY_BYTES, BodyLimit
+from cv_platform.serving.hosts import AllowedHosts
+from cv_platform.serving.limits import BATCH_UPLOADS, FORM_OVERHEAD_BYTES, SMALL_BODY_BYTES, BodyAllowance, BodyLimit
 from cv_platform.serving.problems import Problem, Unexpected, install_problem_handlers
+from cv_platform.serving.refusal_log import RefusalLog
+from cv_platform.serving.routes_batch import BATCH_PATH, batch_router
 from cv_platform.serving.routes_feedback import feedback_router
 from cv_platform.serving.routes_health import health_router
+from cv_platform.serving.routes_metrics import metrics_router
 from cv_platform.serving.routes_models import models_router
 from cv_platform.serving.routes_page import page_files, page_router
-from cv_platform.serving.routes_predict import PREDICT_PATH, RefusalLog, predict_router
+from cv_platform.serving.routes_predict import PREDICT_PATH, predict_router
 from cv_platform.serving.security import RequestEnvelope, SameSite
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -52,10 +59,14 @@ def create_app(context: ServingContext) -> FastAPI:
         finally:
             await run_in_threadpool(context.stop)
 
-    def limit_for(path: str) -> int:
-        if path.rstrip("/").endswith(PREDICT_PATH):
-            return context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES
-        return SMALL_BODY_BYTES
+    def allowance_for(path: str) -> BodyAllowance:
+        limits, path = context.limits, path.rstrip("/")
+        if path.endswith(PREDICT_PATH):
+            return BodyAllowance(context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES, limits.upload_seconds)
+        if path.endswith(BATCH_PATH):
+            size = BATCH_UPLOADS * (context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES)
+            return BodyAllowance(size, limits.upload_seconds)
+        return BodyAllowance(SMALL_BODY_BYTES, limits.small_body_seconds)
 
     app = FastAPI(
         title=API_TITLE,
@@ -66,24 +77,30 @@ def create_app(context: ServingContext) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
+            Middleware(ObserveRequests, context=context),
             Middleware(RequestEnvelope),
-            Middleware(RefusalLog, context=context),
+            Middleware(RefusalLog, context=context, paths=(PREDICT_PATH, BATCH_PATH)),
             Middleware(CleanRequest),
+            Middleware(AllowedHosts, hosts=context.settings.allowed_hosts),
             Middleware(SameSite),
             Middleware(Unexpected),
-            Middleware(BodyLimit, limit_for=limit_for),
+            Middleware(BodyLimit, allowance_for=allowance_for, small_bodies=context.small_bodies),
         ],
     )
     install_problem_handlers(app, is_admin=context.guard.is_admin)
-    for router in (
+    routers = (
         predict_router(context),
+        batch_router(context),
         feedback_router(context),
         models_router(context),
         health_router(context),
+        metrics_router(context),
         page_router(),
-    ):
+    )
+    for router in routers:
         app.include_router(router)
     app.router.routes.append(page_files())
+    context.routes = [r for router in (app, *routers) for r in router.routes if isinstance(r, Route | Mount)]
     _answer_unknown_paths(app)
     return app
 
@@ -98,4 +115,4 @@ def _answer_unknown_paths(app: FastAPI) -> None:
             raise Problem(405, f"{path} does not take {request.method}.", expected="one of the methods in /docs")
         raise Problem(404, f"There is nothing at {path}.", expected="one of the routes in /docs")
 
-    app.add_api_route("/{path:path}", unknown, methods=_METHODS, include_in_schema=False)
+    app.add_api_route(CATCH_ALL, unknown, methods=_METHODS, include_in_schema=False)

@@ -1,20 +1,16 @@
 """What no request may carry: control characters in its path, and headers that break the logs of the layers around us.
 
-`CleanRequest` also has to see what never reaches the app (BentoML's own `/metrics` and its plain 404), so the Bento
-adds it to the service as well. BentoML's access log runs outside of every middleware that a service can add: that is
-what `escape_access_log` is for. https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
+`CleanRequest` also has to see what never reaches the app (BentoML's own `/livez` and its plain 404), so the Bento adds
+it to the service as well. https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
 """
 
 from __future__ import annotations
-
-import logging
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cv_platform.serving.problems import Problem, problem_response
 from cv_platform.serving.security import RequestEnvelope
 
-_ACCESS_LOGGER = "bentoml.access"
 _CONTENT_TYPE = b"content-type"
 
 
@@ -53,7 +49,7 @@ class CleanRequest:
                 (name, b"application/octet-stream" if name.lower() == _CONTENT_TYPE else value)
                 for name, value in scope["headers"]
             ]
-            scope = {**scope, "headers": headers}
+            scope["headers"] = headers  # In place: those around it read from the same scope which route it took.
         await self.app(scope, receive, send)
 
 
@@ -64,20 +60,3 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
         expected="one of the routes of /docs",
     )
     await problem_response(scope, problem)(scope, receive, send)
-
-
-class EscapeControls(logging.Filter):
-    """Spells out control characters in the values of a log record: a path cannot forge a line or move the cursor."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Returns True: every record is kept."""
-        if isinstance(record.args, tuple):
-            record.args = tuple(escaped(value) if isinstance(value, str) else value for value in record.args)
-        return True
-
-
-def escape_access_log() -> None:
-    """Makes BentoML's access log safe to look at; calling it again changes nothing."""
-    logger = logging.getLogger(_ACCESS_LOGGER)
-    if not any(isinstance(one, EscapeControls) for one in logger.filters):
-        logger.addFilter(EscapeControls())

@@ -57,6 +57,7 @@ class DrainStatus:
     last_error: str | None
     drained_rows: int
     rejected: int
+    spool_bytes: int = 0
     dropped: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,13 +118,14 @@ class Drainer:
     def status(self) -> DrainStatus:
         """Returns the state now; `depth` includes a spool that is being taken over."""
         spools = [spool for spool in (self._spool, self._adopted) if spool is not None]
-        depths, rejected = 0, 0
+        depths, rejected, size = 0, 0, 0
         ages: list[float | None] = []
         for spool in spools:
             try:
                 depths += spool.depth()
                 ages.append(spool.oldest_age_seconds())
                 rejected += spool.rejected_count()
+                size += spool.size_bytes()
             except sqlite3.ProgrammingError:
                 continue  # A spool that was taken over has just been emptied and closed.
         return DrainStatus(
@@ -133,6 +135,7 @@ class Drainer:
             last_error=self._last_error,
             drained_rows=self._drained_rows,
             rejected=rejected,
+            spool_bytes=size,
         )
 
     def wait_until_drained(self, timeout_seconds: float) -> bool:

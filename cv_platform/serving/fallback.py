@@ -11,7 +11,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cv_platform.serving.runtime import GOLDEN, SAVED_MODEL, LoadedModel, load_bundle, locked
+from cv_platform.serving.runtime import GOLDEN, MODEL_PATHS, LoadedModel, load_bundle, locked
 from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer
 
 BUNDLED = "bundled"
@@ -31,7 +31,9 @@ def write_fallback(folder: Path, metadata: BundleMetadata, directory: Path, *, p
             shutil.rmtree(leftover, ignore_errors=True)
         if metadata.version not in storage.bundle_versions(metadata.model_name):
             with tempfile.TemporaryDirectory(dir=directory, prefix=".copying-") as slim:
-                shutil.copytree(folder / SAVED_MODEL, Path(slim) / SAVED_MODEL)
+                model = MODEL_PATHS[metadata.runtime]
+                copy = shutil.copytree if (folder / model).is_dir() else shutil.copyfile
+                copy(folder / model, Path(slim) / model)
                 shutil.copyfile(folder / GOLDEN, Path(slim) / GOLDEN)
                 storage.publish_bundle(Path(slim), metadata)
         storage.write_pointer(

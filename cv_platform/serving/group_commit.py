@@ -139,6 +139,6 @@ class GroupCommit:
 
 
 def _as_spool_error(err: Exception, path: Path) -> Exception:
-    if not isinstance(err, sqlite3.Error):
+    if not isinstance(err, sqlite3.Error | OSError):
         return err
     return SpoolFullError(f"Expected {path} to take an entry. Received: {err}. Free space on its disk, and try again.")

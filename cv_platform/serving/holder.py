@@ -21,6 +21,7 @@ from typing import Any
 
 from cv_platform.errors import CvPlatformError, StorageError
 from cv_platform.serving.fallback import BUNDLED, load_fallback, write_fallback
+from cv_platform.serving.metrics import SwapOutcome
 from cv_platform.serving.runtime import LoadedModel, fetch, load_bundle
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 2.0
 HEARTBEAT_STALE_SECONDS = 10.0
 """A worker whose last beat is older than this does not count as running."""
+_POINTER_GONE = (
+    "Expected the production pointer that named the model in use. Received: none. Check that the storage is mounted."
+)
 _FORGET_HEARTBEAT = timedelta(hours=1)
 """Heartbeats of workers that died without saying goodbye are removed by the next one that starts."""
 
@@ -57,6 +61,8 @@ class ModelHolder:
         cache: folder for downloads and the last good bundle; workers of one host share it.
         bundled: folder written by `fallback.write_fallback` (the one inside a Bento), or None.
         threads: see `runtime.load_bundle`.
+        on_swap: is told how an attempt to take up a model ended, after how many seconds, and of the model that serves
+            from then on, unless it was refused.
         poll_seconds: how often the pointer is read.
         retry_seconds: how long a version that failed is left alone while the pointer does not move.
     """
@@ -70,6 +76,7 @@ class ModelHolder:
         cache: Path,
         bundled: Path | None = None,
         threads: int | None = None,
+        on_swap: Callable[[SwapOutcome, float, LoadedModel | None], None] | None = None,
         poll_seconds: float = 0.5,
         retry_seconds: float = 60.0,
     ) -> None:
@@ -79,6 +86,7 @@ class ModelHolder:
         self._cache = cache
         self._bundled = bundled
         self._threads = threads
+        self._on_swap = on_swap or _tell_nobody
         self._poll_seconds = poll_seconds
         self._retry_seconds = retry_seconds
         self._current: LoadedModel | None = None
@@ -157,7 +165,9 @@ class ModelHolder:
         except Exception as err:
             self._note_storage("read the production pointer", str(err) or type(err).__name__)
             return
-        self._note_storage("read the production pointer", None)
+        # An unmounted disk is an empty folder: no pointer is only right for who has never served what one named.
+        is_gone = pointer is None and self._source not in (None, BUNDLED)
+        self._note_storage("read the production pointer", _POINTER_GONE if is_gone else None)
         if pointer is None:
             with self._lock:
                 self._pointer, self._failed, self._last_swap_error = None, None, None
@@ -183,15 +193,19 @@ class ModelHolder:
         except CvPlatformError as err:
             logger.error("Worker %s keeps its model: %s", self.worker_id, err)
             self._note_failure(pointer, str(err))
+            self._on_swap("refused", time.monotonic() - started, None)
             return
         # Anything at all: a worker with a good model must not die of a bad one.
         except Exception as err:
             logger.exception("Worker %s keeps its model", self.worker_id)
             self._note_failure(pointer, f"{pointer.model_name} {pointer.version}: {str(err) or type(err).__name__}")
+            self._on_swap("refused", time.monotonic() - started, None)
             return
         self._swap(model, "pointer")
         name = f"{pointer.model_name} {pointer.version}"
-        logger.info("Worker %s serves %s after %.2f s", self.worker_id, name, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        logger.info("Worker %s serves %s after %.2f s", self.worker_id, name, seconds)
+        self._on_swap("swapped", seconds, model)
         self._changed.set()
         self._keep_as_last_good(model)
 
@@ -212,6 +226,7 @@ class ModelHolder:
         if self._bundled is not None:
             candidates.append((BUNDLED, self._bundled, BUNDLED))
         for source, directory, pointer in candidates:
+            started = time.monotonic()
             try:
                 model = load_fallback(directory, pointer=pointer, threads=self._threads)
             except CvPlatformError as err:
@@ -225,6 +240,7 @@ class ModelHolder:
                 name = f"{model.metadata.model_name} {model.metadata.version}"
                 logger.warning("Worker %s starts with the %s model %s", self.worker_id, source, name)
                 self._swap(model, source)
+                self._on_swap("fallback", time.monotonic() - started, model)
                 return
         logger.warning("Worker %s starts without a model and waits for one: deploy it.", self.worker_id)
 
@@ -288,3 +304,7 @@ class ModelHolder:
         thread = threading.Thread(target=target, name=f"model-{name}", daemon=True)
         self._threads_running.append(thread)
         thread.start()
+
+
+def _tell_nobody(outcome: SwapOutcome, seconds: float, model: LoadedModel | None) -> None:
+    del outcome, seconds, model

@@ -1,26 +1,37 @@
 """How much a worker takes on at once, and how large a request may be.
 
-`Gate` counts what is in progress. `BodyLimit` ends a request whose body is larger than allowed: by its Content-Length
-before a byte is read, and by counting when there is none (chunked), so that no more than the limit is ever read.
+`Gate` counts what is in progress. `BodyLimit` ends a request whose body is larger than allowed (by its Content-Length
+before a byte is read, and by counting when there is none, so that no more than the limit is ever read) or arrives too
+slowly.
 
 Both are per worker; the reverse proxy in front has limits of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cv_platform.serving.cores import available_cores, share_cores
 from cv_platform.serving.problems import Problem, problem_response, try_later
+from cv_platform.settings import Settings
 
 FORM_OVERHEAD_BYTES = 16_384
 """What a multipart body may hold beside the file: boundaries, part headers, the field `explain`."""
 SMALL_BODY_BYTES = 65_536
 """Largest body of every route that takes no file."""
+BATCH_UPLOADS = 8
+"""A batch's files together have at most as many bytes as so many largest uploads; it counts as so many, too."""
+BATCH_PREDICTIONS = 2
+"""A batch may take as long as so many of the slowest predictions."""
+_WAITING_PER_THREAD = 16
+_APPEND_ALLOWANCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -30,16 +41,59 @@ class ServingLimits:
     Attributes:
         max_in_flight: predictions running or waiting for a thread; beyond, 429.
         max_uploads: bodies being received; beyond, 429.
+        max_small_bodies: requests with any other body in progress; beyond, 429.
+        max_batch_files: images of one batch; beyond, 422.
         predict_threads: predictions that run at the same time.
-        upload_seconds: longest time for receiving a body; beyond, 408.
+        model_threads: threads of one model call; None leaves it to the framework.
+        upload_seconds: longest time for receiving an upload; beyond, 408.
+        small_body_seconds: longest time for receiving any other body; beyond, 408.
         predict_seconds: longest time for a prediction; beyond, 504.
     """
 
-    max_in_flight: int = 32
+    max_in_flight: int = 64
     max_uploads: int = 128
+    max_small_bodies: int = 64
+    max_batch_files: int = 32
     predict_threads: int = 2
+    model_threads: int | None = 1
     upload_seconds: float = 30.0
-    predict_seconds: float = 20.0
+    small_body_seconds: float = 10.0
+    predict_seconds: float = 30.0
+
+    @classmethod
+    def of(cls, settings: Settings, *, cores: int | None = None) -> Self:
+        """Returns the limits of each of the installation's workers.
+
+        Without a setting of its own a worker computes its share of the cores at the same time, and takes on sixteen
+        predictions for each of its threads beside one full batch.
+
+        Args:
+            settings: of the installation.
+            cores: of this machine; None asks it.
+        """
+        share = share_cores(
+            cores or available_cores(), workers=settings.service_workers, predict_threads=settings.predict_threads
+        )
+        in_flight = settings.max_in_flight or (_WAITING_PER_THREAD * share.predict_threads + settings.max_batch_files)
+        # A larger batch would never be admitted: it is refused for good, not with advice to come again.
+        files = min(settings.max_batch_files, in_flight, settings.rate_limit_per_minute or in_flight)
+        return cls(
+            max_in_flight=in_flight,
+            max_batch_files=files,
+            predict_threads=share.predict_threads,
+            model_threads=share.model_threads,
+            predict_seconds=settings.predict_timeout_seconds,
+        )
+
+    @property
+    def max_concurrency(self) -> int:
+        """Requests that one worker can have in progress while each of its own limits holds, and as many again."""
+        return 2 * (self.max_uploads + self.max_in_flight + self.max_small_bodies)
+
+    @property
+    def longest_seconds(self) -> float:
+        """Seconds after which no request of this worker is still to be answered by it."""
+        return self.upload_seconds + BATCH_PREDICTIONS * self.predict_seconds + _APPEND_ALLOWANCE_SECONDS
 
 
 class Gate:
@@ -62,65 +116,113 @@ class Gate:
         """Whether the next one would be refused."""
         return self._inside >= self.limit
 
-    def enter(self) -> bool:
-        """Takes a place, or returns False when there is none; never waits."""
+    def enter(self, places: int = 1) -> bool:
+        """Takes places, all or none, or returns False when there are not so many; never waits."""
         with self._lock:
-            if self._inside >= self.limit:
+            if self._inside + places > self.limit:
                 return False
-            self._inside += 1
+            self._inside += places
             return True
 
-    def leave(self) -> None:
-        """Gives a place back; once for every `enter` that returned True."""
+    def leave(self, places: int = 1) -> None:
+        """Gives places back; once for all that an `enter` which returned True has taken."""
         with self._lock:
-            self._inside -= 1
+            self._inside -= places
+
+
+@dataclass(frozen=True)
+class BodyAllowance:
+    """What a route's body may be: at most `max_bytes`, complete within `seconds`."""
+
+    max_bytes: int
+    seconds: float
 
 
 class BodyLimit:
-    """ASGI middleware: refuses bodies larger than `limit_for(path)` bytes with 413, having read at most that much."""
+    """ASGI middleware: refuses bodies that are too large (413, having read no more than allowed) or too slow (408).
 
-    def __init__(self, app: ASGIApp, *, limit_for: Callable[[str], int]) -> None:
+    Args:
+        app: what it stands before.
+        allowance_for: what the body of a request to this path may be.
+        small_bodies: places of the requests with a body whose route counts no uploads itself; beyond, 429.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, allowance_for: Callable[[str], BodyAllowance], small_bodies: Gate | None = None
+    ) -> None:
         self.app = app
-        self.limit_for = limit_for
+        self.allowance_for = allowance_for
+        self.small_bodies = small_bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.limit_for(scope["path"])
-        declared = Headers(scope=scope).getlist("content-length")
-        if declared:
-            lengths = {value.strip() for value in declared}
-            length = lengths.pop()
-            # `isdigit` alone would accept digits of other scripts.
-            if lengths or not (length.isascii() and length.isdigit()):
-                problem = Problem(
-                    400,
-                    "Content-Length is not one number of bytes. Send one.",
-                    expected="one Content-Length, in digits",
-                )
-                await problem_response(scope, problem)(scope, receive, send)
-                return
-            digits = length.lstrip("0") or "0"
-            # By the number of digits first: Python refuses to convert thousands of them.
-            if len(digits) > 18 or int(digits) > limit:
-                await problem_response(scope, too_large(limit, f"{length[:40]} bytes (Content-Length)"))(
-                    scope, receive, send
-                )
-                return
-        seen = 0
+        allowance = self.allowance_for(scope["path"])
+        headers = Headers(scope=scope)
+        problem = _declared_problem(headers, allowance.max_bytes)
+        has_body = "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""
+        gate = self.small_bodies if has_body and allowance.max_bytes <= SMALL_BODY_BYTES else None
+        if problem is None and gate is not None and not gate.enter():
+            problem, gate = overloaded("requests with a body", gate.limit), None
+        if problem is not None:
+            await problem_response(scope, problem)(scope, receive, send)
+            return
+        try:
+            await self.app(scope, _bounded(receive, allowance), send)
+        finally:
+            if gate is not None:
+                gate.leave()
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > limit:
-                    raise too_large(limit, f"more than {limit} bytes")
-            return message
 
-        await self.app(scope, counted, send)
+def _declared_problem(headers: Headers, limit: int) -> Problem | None:
+    """Returns what is wrong with a request's Content-Length; None where it is right, or where there is none."""
+    declared = headers.getlist("content-length")
+    if not declared:
+        return None
+    lengths = {value.strip() for value in declared}
+    length = lengths.pop()
+    # `isdigit` alone would accept digits of other scripts.
+    if lengths or not (length.isascii() and length.isdigit()):
+        return Problem(
+            400, "Content-Length is not one number of bytes. Send one.", expected="one Content-Length, in digits"
+        )
+    digits = length.lstrip("0") or "0"
+    # By the number of digits first: Python refuses to convert thousands of them.
+    if len(digits) > 18 or int(digits) > limit:
+        return too_large(limit, f"{length[:40]} bytes (Content-Length)")
+    return None
+
+
+def _bounded(receive: Receive, allowance: BodyAllowance) -> Receive:
+    """Returns `receive` with an end: of bytes, and of time until the body is complete."""
+    deadline = asyncio.get_running_loop().time() + allowance.seconds
+    seen = 0
+    is_complete = False
+
+    async def bounded() -> Message:
+        nonlocal seen, is_complete
+        if is_complete:  # What follows is the client's going away, for which nobody is in a hurry.
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError as err:
+            raise Problem(
+                408,
+                f"The body was not complete after {allowance.seconds:g} s. Send it again.",
+                expected=f"a body within {allowance.seconds:g} s",
+                headers={"Connection": "close"},
+            ) from err
+        if message["type"] == "http.request":
+            seen += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
+            if seen > allowance.max_bytes:
+                raise too_large(allowance.max_bytes, f"more than {allowance.max_bytes} bytes")
+        return message
+
+    return bounded
 
 
 def too_large(limit: int, received: str) -> Problem:

@@ -32,6 +32,7 @@ from cv_platform.errors import (
     DatabaseUnavailableError,
     DeploymentError,
     ImageError,
+    PromotionBusyError,
     SchemaMismatchError,
     SpoolFullError,
     StorageError,
@@ -55,6 +56,7 @@ class RequestTrace:
     message: str = ""
     is_logged: bool = False
     model_version: str | None = None
+    prediction_ids: list[str] = field(default_factory=list[str])
 
     def seconds(self) -> float:
         """Returns the seconds since the request arrived."""
@@ -118,6 +120,8 @@ def problem_of(error: CvPlatformError) -> Problem:
         return try_later(503, text, expected="room in the request log: free disk space or start the database")
     if isinstance(error, BundleNotFoundError):
         return Problem(404, text, expected="the name, and optionally the version, of a published model")
+    if isinstance(error, PromotionBusyError):
+        return Problem(409, text, expected="one update at a time", headers={"Retry-After": str(RETRY_SECONDS)})
     if isinstance(error, CorruptBundleError | DeploymentError):
         return Problem(409, f"Production stays as it is. {text}", expected="a model that passes its load test")
     if isinstance(error, DatabaseUnavailableError | SchemaMismatchError):
@@ -141,6 +145,25 @@ def public_reason(error: CvPlatformError) -> str | None:
     if isinstance(error, StorageError) and not isinstance(error, BundleNotFoundError | CorruptBundleError):
         return "storage unreadable"
     return None
+
+
+def shown_problem(error: CvPlatformError, *, is_admin: bool, request_id: str) -> Problem:
+    """Returns the HTTP answer to an error as this client may read it; the log has what it may not."""
+    problem = problem_of(error)
+    reason = public_reason(error)
+    if reason is not None and not is_admin:
+        logger.warning("Request %s: %s", request_id, error)
+        problem.message = f"Expected: {problem.expected}. Received: {reason}. Try again later."
+    return problem
+
+
+def defect(request_id: str) -> Problem:
+    """Returns the 500 of what nobody foresaw; the log has the traceback."""
+    return Problem(
+        500,
+        f"Something went wrong in the service. Its log says more of request {request_id}.",
+        expected="this not to happen: please report it with the request_id",
+    )
 
 
 def problem_response(scope: Scope, problem: Problem) -> Response:
@@ -195,11 +218,7 @@ def install_problem_handlers(app: FastAPI, *, is_admin: Callable[[Request], bool
 
     async def on_platform(request: Request, error: Exception) -> Response:
         assert isinstance(error, CvPlatformError)
-        problem = problem_of(error)
-        reason = public_reason(error)
-        if reason is not None and not is_admin(request):
-            logger.warning("Request %s: %s", trace_of(request.scope).request_id, error)
-            problem.message = f"Expected: {problem.expected}. Received: {reason}. Try again later."
+        problem = shown_problem(error, is_admin=is_admin(request), request_id=trace_of(request.scope).request_id)
         return problem_response(request.scope, problem)
 
     async def on_validation(request: Request, error: Exception) -> Response:
@@ -234,12 +253,7 @@ class Unexpected:
                 raise
             request_id = trace_of(scope).request_id
             logger.exception("Request %s failed", request_id)
-            problem = Problem(
-                500,
-                f"Something went wrong in the service. Its log says more of request {request_id}.",
-                expected="this not to happen: please report it with the request_id",
-            )
-            await problem_response(scope, problem)(scope, receive, send)
+            await problem_response(scope, defect(request_id))(scope, receive, send)
 
 
 def validation_problem(errors: Sequence[Any]) -> Problem:

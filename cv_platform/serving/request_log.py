@@ -158,6 +158,14 @@ class RequestLog:
         if former is not None:
             former.dispose()
 
+    def try_out(self) -> None:
+        """Returns once the disk has shown that it would take an entry; blocks as `append` does, and leaves nothing.
+
+        Raises:
+            SpoolFullError: it would not.
+        """
+        self._spool.try_out()
+
     def rejected(self) -> list[RejectedEntry]:
         """Returns the entries that the database refuses for their values, with the reasons."""
         return self._spool.rejected()

@@ -9,15 +9,22 @@ from uuid import UUID, uuid5
 
 from fastapi import APIRouter, Body, Depends, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from cv_platform.errors import DatabaseError, ImageError, StorageError
 from cv_platform.images import decode
 from cv_platform.predictions import LABEL_SEPARATOR
 from cv_platform.serving.answer import result_body
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.examples import PREDICTION_EXAMPLE, PREDICTION_ID, VERSION, responses
+from cv_platform.serving.api_models import DeletionResult, FeedbackResult, Passport, StoredResult
+from cv_platform.serving.context import DELETION_SECONDS, ServingContext
+from cv_platform.serving.examples import (
+    DELETION_EXAMPLE,
+    FEEDBACK_EXAMPLE,
+    PASSPORT_EXAMPLE,
+    PREDICTION_ID,
+    STORED_EXAMPLE,
+    responses,
+)
 from cv_platform.serving.explain import Explain, draw, to_base64
 from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.passport import make_passport
@@ -27,14 +34,6 @@ from cv_platform.storage import BundleMetadata
 
 logger = logging.getLogger(__name__)
 
-_FEEDBACK_EXAMPLE = {"prediction_id": PREDICTION_ID, "true_class": "1", "source": "page", "message": "ok"}
-_PASSPORT_EXAMPLE = {
-    "prediction": {"prediction_id": PREDICTION_ID, "created_on": "2026-01-31T06:05:01+00:00", "model_version": VERSION},
-    "model": {"dataset_name": "digits", "dvc_tag": "v2.0.0", "dvc_md5": "…", "mlflow_run_id": "…", "git_commit": "…"},
-    "training_run": "http://localhost:5050/#/runs/…",
-    "config": {"model": {"model_name": "digits_classifier"}},
-    "message": "ok",
-}
 PredictionId = Annotated[UUID, Path(description="as POST /predict returned it", examples=[PREDICTION_ID])]
 
 
@@ -62,8 +61,13 @@ def feedback_router(context: ServingContext) -> APIRouter:
         description="Kept beside the prediction. The latest statement counts; all are kept.",
         dependencies=keyed,
         responses={
-            **responses(_FEEDBACK_EXAMPLE, 401, 404, 422, 503, description="kept for good"),
-            202: {"description": "kept for good; whether the prediction exists is checked when the database is back"},
+            **responses(
+                FeedbackResult, FEEDBACK_EXAMPLE, 401, 403, 404, 408, 413, 422, 429, 503, description="kept for good"
+            ),
+            202: {
+                "model": FeedbackResult,
+                "description": "kept for good; whether the prediction exists is checked when the database is back",
+            },
         },
     )
     async def feedback(
@@ -71,9 +75,9 @@ def feedback_router(context: ServingContext) -> APIRouter:
         prediction_id: PredictionId,
         said: Annotated[Feedback, Body(examples=[{"true_class": "1", "source": "page"}])],
     ) -> Response:
-        stored, reason = await run_in_threadpool(_find_or_reason, context, prediction_id)
+        stored, reason = await _find_or_reason(context, prediction_id)
         if stored is not None:
-            await run_in_threadpool(_require_known_of, context, stored, said.true_class)
+            await _require_known_of(context, stored, said.true_class)
         else:
             # The prediction cannot be looked up, so the classes of the model that serves now have to do.
             model = context.models.current()
@@ -111,26 +115,23 @@ def feedback_router(context: ServingContext) -> APIRouter:
         summary="See a result again",
         description="The fields of POST /predict, with the pictures drawn again, where the image was kept.",
         dependencies=keyed,
-        responses=responses(
-            {**PREDICTION_EXAMPLE, "original_img": "/9j/4AAQSkZJRg…", "created_on": "2026-01-31T06:05:01+00:00"},
-            401, 404, 422, 429, 503, 504,
-            description="the result",
-        ),
-    )  # fmt: skip
+        responses=responses(StoredResult, STORED_EXAMPLE, 401, 404, 422, 429, 503, 504, description="the result"),
+    )
     async def prediction(prediction_id: PredictionId) -> Response:
-        stored = await run_in_threadpool(_find, context, prediction_id)
-        return json_response(await context.compute(lambda: _result_again(context, stored)))
+        stored = await context.look_ups.run(lambda: _find(context, prediction_id))
+        metadata = await _metadata_of(context, stored)
+        return json_response(await context.compute(lambda: _result_again(context, stored, metadata)))
 
     @router.get(
         "/predictions/{prediction_id}/passport",
         summary="Where a result comes from",
         description="Request → model version → training run → dataset version → config.",
         dependencies=keyed,
-        responses=responses(_PASSPORT_EXAMPLE, 401, 404, 422, 503, description="the passport"),
+        responses=responses(Passport, PASSPORT_EXAMPLE, 401, 404, 422, 429, 503, description="the passport"),
     )
-    def passport(prediction_id: PredictionId) -> Response:
-        stored = _find(context, prediction_id)
-        metadata, reason = _metadata(context, stored)
+    async def passport(prediction_id: PredictionId) -> Response:
+        stored = await context.look_ups.run(lambda: _find(context, prediction_id))
+        metadata, reason = await context.storage_reads.run(lambda: _metadata(context, stored))
         return json_response(
             make_passport(stored, metadata, mlflow_tracking_uri=context.settings.mlflow_tracking_uri, reason=reason)
         )
@@ -141,11 +142,12 @@ def feedback_router(context: ServingContext) -> APIRouter:
         description="With what was said of it, and with its image unless another prediction has the same one.",
         dependencies=[Depends(context.guard.require_admin), *ADMIN_TOKEN],
         responses=responses(
-            {"prediction_id": PREDICTION_ID, "message": "deleted"}, 401, 403, 404, 422, 503, description="deleted"
+            DeletionResult, DELETION_EXAMPLE, 401, 403, 404, 408, 413, 422, 429, 503, description="deleted"
         ),
     )
-    def delete(prediction_id: PredictionId) -> Response:
-        if not context.log.delete_prediction(prediction_id):
+    async def delete_prediction(prediction_id: PredictionId) -> Response:
+        delete = context.log.delete_prediction
+        if not await context.look_ups.run(lambda: delete(prediction_id), seconds=DELETION_SECONDS):
             raise _unknown(prediction_id)
         return json_response({"prediction_id": str(prediction_id), "message": "deleted"})
 
@@ -159,14 +161,14 @@ def _find(context: ServingContext, prediction_id: UUID) -> StoredPrediction:
     return stored
 
 
-def _find_or_reason(context: ServingContext, prediction_id: UUID) -> tuple[StoredPrediction | None, str]:
+async def _find_or_reason(context: ServingContext, prediction_id: UUID) -> tuple[StoredPrediction | None, str]:
     """Returns the prediction, or why nobody can say now whether there is one.
 
     Raises:
         Problem: 404, there is none.
     """
     try:
-        return _find(context, prediction_id), ""
+        return await context.look_ups.run(lambda: _find(context, prediction_id)), ""
     except DatabaseError as err:
         logger.warning("Prediction %s cannot be looked up: %s", prediction_id, err)
         return None, public_reason(err) or "database unreachable"
@@ -180,12 +182,12 @@ def _unknown(prediction_id: UUID) -> Problem:
     )
 
 
-def _require_known_of(context: ServingContext, stored: StoredPrediction, true_class: str) -> None:
+async def _require_known_of(context: ServingContext, stored: StoredPrediction, true_class: str) -> None:
     class_names = list(stored.prediction_json)
     # Only what would be split needs the model's type, which may have to be read from central storage.
     is_multi_label = False
     if true_class not in class_names and LABEL_SEPARATOR in true_class:
-        metadata = _metadata_of(context, stored)
+        metadata = await _metadata_of(context, stored)
         is_multi_label = (
             metadata.classifier_type == "multi-label"
             if metadata is not None
@@ -194,11 +196,11 @@ def _require_known_of(context: ServingContext, stored: StoredPrediction, true_cl
     _require_known(true_class, class_names, is_multi_label=is_multi_label)
 
 
-def _metadata_of(context: ServingContext, stored: StoredPrediction) -> BundleMetadata | None:
+async def _metadata_of(context: ServingContext, stored: StoredPrediction) -> BundleMetadata | None:
     model = context.models.current()
     metadata = model.metadata if model is not None else None
     if metadata is None or (metadata.model_name, metadata.version) != (stored.model_name, stored.model_version):
-        metadata, _ = _metadata(context, stored)
+        metadata, _ = await context.storage_reads.run(lambda: _metadata(context, stored))
     return metadata
 
 
@@ -218,7 +220,9 @@ def _require_known(true_class: str, class_names: Sequence[str], *, is_multi_labe
         )
 
 
-def _result_again(context: ServingContext, stored: StoredPrediction) -> dict[str, object]:
+def _result_again(
+    context: ServingContext, stored: StoredPrediction, metadata: BundleMetadata | None
+) -> dict[str, object]:
     pictures, message = None, "ok"
     if stored.image is None:
         message = "The image was not kept, so there are no pictures."
@@ -230,7 +234,6 @@ def _result_again(context: ServingContext, stored: StoredPrediction) -> dict[str
             pictures = draw(image, stored.raw_hm, Explain.JPEG)
         except (ImageError, ValueError) as err:
             message = f"The pictures cannot be drawn again: {err}"
-    metadata = _metadata_of(context, stored)
     names = metadata.class_names if metadata else tuple(stored.prediction_json)
     classifier_type = metadata.classifier_type if metadata else None
     is_single = classifier_type == "multi-class" or stored.predicted_class in stored.prediction_json

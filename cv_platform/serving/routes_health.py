@@ -7,9 +7,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from cv_platform.serving.api_models import Health
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import HEALTH_EXAMPLE, responses
 from cv_platform.serving.problems import RETRY_SECONDS, json_response
+from cv_platform.serving.request_log import DrainStatus
+
+_STALE_SECONDS = 5.0
+"""Older figures than these are said to be old: the housekeeper renews them every two seconds."""
 
 
 def health_router(context: ServingContext) -> APIRouter:
@@ -21,14 +26,14 @@ def health_router(context: ServingContext) -> APIRouter:
         summary="Whether this worker can answer predictions",
         description="200 when it can, else 503 with the same fields. A database that is away stops nothing.",
         responses={
-            **responses(HEALTH_EXAMPLE, description="ready"),
-            503: {"description": "not ready; the message says why"},
+            **responses(Health, HEALTH_EXAMPLE, description="ready"),
+            503: {"model": Health, "description": "not ready; the message says why"},
         },
     )
-    # On the event loop, not in a thread: it has to answer when a database that hangs holds all threads. It reads memory
-    # and counts rows of the local spool.
+    # On the event loop, not in one of Starlette's threads: it has to answer when all of them hang.
     async def health_check(request: Request) -> Response:
-        report = health_report(context, is_admin=context.guard.is_admin(request))
+        log, age_seconds = await context.log_status()
+        report = health_report(context, log, age_seconds, is_admin=context.guard.is_admin(request))
         is_ready = report["status"] == "ready"
         response = json_response(report, status=200 if is_ready else 503)
         if not is_ready:
@@ -38,8 +43,17 @@ def health_router(context: ServingContext) -> APIRouter:
     return router
 
 
-def health_report(context: ServingContext, *, is_admin: bool) -> dict[str, Any]:
-    """Returns the health page's fields, as JSON values; only admins read errors in full, the log has them too."""
+def health_report(
+    context: ServingContext, log: DrainStatus | None, age_seconds: float, *, is_admin: bool
+) -> dict[str, Any]:
+    """Returns the health page's fields, as JSON values.
+
+    Args:
+        context: the worker's.
+        log: what the request log last said of itself; None before the start.
+        age_seconds: how long ago that was.
+        is_admin: only admins read errors in full; the service's log has them too.
+    """
 
     def shown(error: str | None, public: str) -> str | None:
         return error if is_admin or not error else public
@@ -48,7 +62,6 @@ def health_report(context: ServingContext, *, is_admin: bool) -> dict[str, Any]:
     models = {**models, "last_swap_error": shown(models.get("last_swap_error"), "model refused")}
     models["storage_error"] = shown(models.get("storage_error"), "storage unreadable")
     model = context.models.current()
-    log = context.log_status()
     reasons: list[str] = []
     if model is None:
         reasons.append("No model is deployed yet.")
@@ -62,6 +75,10 @@ def health_report(context: ServingContext, *, is_admin: bool) -> dict[str, Any]:
     swap_error = models["last_swap_error"]
     if swap_error:
         notes.append(f"The model that production names was not taken up: {swap_error}")
+    if models["storage_error"]:
+        notes.append(f"The model goes on serving without central storage: {models['storage_error']}")
+    if log is not None and age_seconds > _STALE_SECONDS:
+        notes.append(f"The spool's disk does not answer; its figures are {age_seconds:.0f} s old.")
     if log is not None and log.database != "ok":
         notes.append(f"Log entries wait in the spool; database: {log.database}.")
     if log is not None and log.rejected:
@@ -76,6 +93,7 @@ def health_report(context: ServingContext, *, is_admin: bool) -> dict[str, Any]:
             "entries": log.depth if log else None,
             "oldest_seconds": round(log.oldest_age_seconds, 3) if log and log.oldest_age_seconds is not None else None,
             "rejected": log.rejected if log else None,
+            "as_of_seconds": round(age_seconds, 3),
         },
         "database": {
             "state": log.database if log else None,
@@ -84,5 +102,6 @@ def health_report(context: ServingContext, *, is_admin: bool) -> dict[str, Any]:
         "in_flight": context.in_flight.inside,
         "max_upload_bytes": context.settings.max_upload_bytes,
         "max_upload_pixels": context.settings.max_upload_pixels,
+        "max_batch_files": context.limits.max_batch_files,
         "message": " ".join(reasons + notes) or "ok",
     }

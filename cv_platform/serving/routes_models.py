@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.responses import Response
 
+from cv_platform.serving.api_models import CurrentModels, MovedPointer
 from cv_platform.serving.context import ServingContext
-from cv_platform.serving.examples import POINTER_EXAMPLE, VERSION, responses
+from cv_platform.serving.examples import CURRENT_EXAMPLE, POINTER_EXAMPLE, VERSION, responses
 from cv_platform.serving.holder import is_live
 from cv_platform.serving.problems import Problem, json_response
 from cv_platform.serving.promotion import promote, roll_back
@@ -21,20 +20,6 @@ from cv_platform.storage import VERSION_PATTERN, ProductionPointer
 
 _METADATA_FILE = re.compile(r"([a-z][a-z0-9_]{0,62})\.yaml")
 _VERSION = re.compile(VERSION_PATTERN)
-_CURRENT_EXAMPLE = {
-    **{key: POINTER_EXAMPLE[key] for key in ("service", "production")},
-    "workers": [
-        {
-            "worker_id": "host-4711",
-            "model_name": "digits_classifier",
-            "version": VERSION,
-            "beat_utc": "2026-01-31T06:05:01+00:00",
-            "is_live": True,
-            "is_current": True,
-            "last_swap_error": None,
-        }
-    ],
-}
 
 
 def models_router(context: ServingContext) -> APIRouter:
@@ -46,11 +31,13 @@ def models_router(context: ServingContext) -> APIRouter:
     @router.get(
         "/models/current",
         summary="What is in production, and what each worker runs",
-        responses=responses(_CURRENT_EXAMPLE, 503, description="pointer and heartbeats"),
+        responses=responses(CurrentModels, CURRENT_EXAMPLE, 429, 503, description="pointer and heartbeats"),
     )
-    def current(request: Request) -> Response:
+    async def current(request: Request) -> Response:
         is_admin = context.guard.is_admin(request)
-        pointer = context.storage.read_pointer(service)
+        pointer, heartbeats = await context.storage_reads.run(
+            lambda: (context.storage.read_pointer(service), context.storage.read_heartbeats(service))
+        )
         now = datetime.now(UTC)
         wanted = (pointer.model_name, pointer.version) if pointer else None
         workers = [
@@ -60,7 +47,7 @@ def models_router(context: ServingContext) -> APIRouter:
                 "is_live": is_live(beat, now),
                 "is_current": (beat.model_name, beat.version) == wanted,
             }
-            for beat in context.storage.read_heartbeats(service)
+            for beat in heartbeats
         ]
         return json_response(
             {"service": service, "production": pointer.model_dump(mode="json") if pointer else None, "workers": workers}
@@ -75,7 +62,9 @@ def models_router(context: ServingContext) -> APIRouter:
             "The model is fetched, verified and load-tested first; only then does the production pointer move."
         ),
         dependencies=admin,
-        responses=responses(POINTER_EXAMPLE, 401, 403, 404, 409, 422, 503, description="the new production pointer"),
+        responses=responses(
+            MovedPointer, POINTER_EXAMPLE, 401, 403, 404, 408, 409, 413, 422, 429, 503, description="the new pointer"
+        ),
     )
     def update_model(
         metadata_file: Annotated[str, Path(description="<model_name>.yaml", examples=["digits_classifier.yaml"])],
@@ -94,15 +83,15 @@ def models_router(context: ServingContext) -> APIRouter:
                 f"version: expected one such as {VERSION}. Received: {ascii(version)[:80]}.",
                 expected="a published version",
             )
-        with _only_one(context):
-            pointer = promote(
-                context.storage,
-                service=service,
-                model_name=name[1],
-                version=version,
-                cache=context.cache / "bundles",
-                threads=context.model_threads,
-            )
+        pointer = promote(
+            context.storage,
+            service=service,
+            model_name=name[1],
+            version=version,
+            cache=context.cache / "bundles",
+            lock=context.promotion_lock,
+            threads=context.limits.model_threads,
+        )
         return _moved(service, pointer)
 
     @router.post(
@@ -110,31 +99,21 @@ def models_router(context: ServingContext) -> APIRouter:
         summary="Put the previous model back into production",
         description="Load-tests what was served before, then moves the pointer back. Twice returns to the start.",
         dependencies=admin,
-        responses=responses(POINTER_EXAMPLE, 401, 403, 404, 409, 503, description="the new production pointer"),
+        responses=responses(
+            MovedPointer, POINTER_EXAMPLE, 401, 403, 404, 408, 409, 413, 429, 503, description="the new pointer"
+        ),
     )
     def rollback() -> Response:
-        with _only_one(context):
-            pointer = roll_back(
-                context.storage, service=service, cache=context.cache / "bundles", threads=context.model_threads
-            )
+        pointer = roll_back(
+            context.storage,
+            service=service,
+            cache=context.cache / "bundles",
+            lock=context.promotion_lock,
+            threads=context.limits.model_threads,
+        )
         return _moved(service, pointer)
 
     return router
-
-
-@contextmanager
-def _only_one(context: ServingContext) -> Generator[None]:
-    if not context.promotion.acquire(blocking=False):
-        raise Problem(
-            409,
-            "Another update or rollback is running on this worker. Wait for it, then look at /models/current.",
-            expected="one update at a time",
-            headers={"Retry-After": "5"},
-        )
-    try:
-        yield
-    finally:
-        context.promotion.release()
 
 
 def _moved(service: str, pointer: ProductionPointer) -> Response:

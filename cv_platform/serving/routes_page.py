@@ -10,7 +10,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from cv_platform.serving.security import PAGE_POLICY
+from cv_platform.serving.security import PAGE_PERMISSIONS, PAGE_POLICY
 
 PAGE = Path(__file__).parent / "page"
 # Browsers ask each time whether a file has changed, so that a new release is seen at once.
@@ -32,7 +32,8 @@ def page_router() -> APIRouter:
 
     @router.get("/")
     def page() -> Response:
-        return FileResponse(PAGE / "index.html", media_type="text/html", headers=_HEADERS)
+        headers = {**_HEADERS, "Permissions-Policy": PAGE_PERMISSIONS}
+        return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
 
     @router.get("/docs")
     def docs() -> Response:

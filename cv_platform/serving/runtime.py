@@ -1,7 +1,8 @@
 """From a published bundle to a model that answers: fetch, verify, load, warm up, self-test.
 
-This module knows no framework. A bundle's metadata name its runtime; `runtime_tensorflow` is the only one today and the
-only module of the service that imports TensorFlow, late. Swapping versions while serving is `holder`'s part.
+This module knows no framework. A bundle's metadata name its runtime: `runtime_onnx`, or `runtime_tensorflow`, the only
+module of the service that imports TensorFlow; each imports its framework late. Swapping versions while serving is
+`holder`'s part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from cv_platform.storage import BundleMetadata, CentralStorage
 logger = logging.getLogger(__name__)
 
 SAVED_MODEL = "saved_model"
-"""Folder of the exported model inside a bundle."""
+"""Folder of the exported model inside a bundle for TensorFlow."""
+ONNX_MODEL = "model.onnx"
+"""File of the exported model inside a bundle for ONNX Runtime."""
+MODEL_PATHS = {"tensorflow": SAVED_MODEL, "onnx": ONNX_MODEL}
+"""Where a bundle keeps its exported model, by the runtime in its metadata."""
 GOLDEN = "golden.npz"
 """Golden images and what the model answered to them when it was exported."""
 PREDICTED_CLASS = -1
@@ -111,7 +116,8 @@ def load_bundle(
         model_name: the model.
         version: its version.
         cache: folder for downloads; local storage is read in place.
-        threads: threads of one model call; only the first model of a process can choose. None: the framework's default.
+        threads: threads of one model call (with TensorFlow only the first model of a process can choose). None: the
+            framework's default.
 
     Raises:
         BundleNotFoundError: there is no such version.
@@ -177,14 +183,8 @@ def load_folder(folder: Path, metadata: BundleMetadata, *, threads: int | None =
             f"{name}: expected a model trained on this installation's preprocessing ({here}). "
             f"Received: {metadata.preprocessing_hash}. Train it again, or serve it with the release that trained it."
         )
-    if metadata.runtime != "tensorflow":
-        raise CorruptBundleError(
-            f"{name}: expected runtime tensorflow. Received: {metadata.runtime}. Update this installation."
-        )
-    from cv_platform.serving.runtime_tensorflow import TensorFlowRuntime
-
     golden = _read_golden(folder / GOLDEN, name)
-    model = LoadedModel(metadata, TensorFlowRuntime(folder / SAVED_MODEL, threads=threads))
+    model = LoadedModel(metadata, _open_runtime(folder / MODEL_PATHS[metadata.runtime], metadata, threads))
     try:
         model.predict(golden["images"][0])  # Warm: the first call allocates and traces nothing afterwards.
         answer = model.predict_batch(golden["images"], golden["class_index"])
@@ -193,6 +193,22 @@ def load_folder(folder: Path, metadata: BundleMetadata, *, threads: int | None =
     _self_test(answer, golden, metadata, name)
     logger.info("%s is loaded and passed its self-test on %d images", name, len(golden["images"]))
     return model
+
+
+def _open_runtime(path: Path, metadata: BundleMetadata, threads: int | None) -> Runtime:
+    try:
+        if metadata.runtime == "onnx":
+            from cv_platform.serving.runtime_onnx import OnnxRuntime
+
+            return OnnxRuntime(path, threads=threads)
+        from cv_platform.serving.runtime_tensorflow import TensorFlowRuntime
+
+        return TensorFlowRuntime(path, threads=threads)
+    except ImportError as err:
+        raise CorruptBundleError(
+            f"{metadata.model_name} {metadata.version}: expected what its runtime {metadata.runtime} needs. Received: "
+            f"{err}. Serve it by its own Bento, whose requirements hold it, or export it with another deploy.runtime."
+        ) from err
 
 
 def _read_golden(path: Path, name: str) -> dict[str, NDArray[Any]]:

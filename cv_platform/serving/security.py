@@ -19,6 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.serving.problems import Problem, RequestTrace, has_trace, problem_response, set_trace, trace_of
+from cv_platform.serving.rate_limit import client_of_address
 from cv_platform.settings import Settings
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -41,6 +42,8 @@ PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """Content-Security-Policy of the page: its own files, pictures it was given, nothing else."""
+PAGE_PERMISSIONS = "camera=(self), microphone=(), geolocation=()"
+"""Permissions-Policy of the page, which may ask its visitor for the camera; every other answer forbids that as well."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -68,10 +71,7 @@ class RequestEnvelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        wished = Headers(scope=scope).get("x-request-id", "")
-        if not has_trace(scope):
-            set_trace(scope, RequestTrace(request_id=wished if _REQUEST_ID.fullmatch(wished) else uuid4().hex))
-        trace = trace_of(scope)
+        trace = open_trace(scope)
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -82,6 +82,14 @@ class RequestEnvelope:
             await send(message)
 
         await self.app(scope, receive, with_headers)
+
+
+def open_trace(scope: Scope) -> RequestTrace:
+    """Returns the request's trace, made by the first who asks; see `RequestEnvelope` for its id."""
+    if not has_trace(scope):
+        wished = Headers(scope=scope).get("x-request-id", "")
+        set_trace(scope, RequestTrace(request_id=wished if _REQUEST_ID.fullmatch(wished) else uuid4().hex))
+    return trace_of(scope)
 
 
 class SameSite:
@@ -110,7 +118,7 @@ class SameSite:
 
 
 class Guard:
-    """Checks the secrets of a request; both methods are FastAPI dependencies.
+    """Checks the secrets of a request; the methods that require something are FastAPI dependencies.
 
     Args:
         settings: `admin_token` and `api_keys`.
@@ -138,6 +146,15 @@ class Guard:
                 expected="the header X-API-Key with a valid key",
                 headers={"WWW-Authenticate": 'ApiKey realm="predictions"'},
             )
+
+    def client_of(self, request: Request) -> bytes:
+        """Returns who a request counts for: the API key that it was let pass with; without keys, its address.
+
+        Behind a reverse proxy the address is the proxy's: X-Forwarded-For is not believed, as anybody may send it.
+        """
+        if self._api_keys:
+            return b"key:" + request.headers.get("x-api-key", "").encode("latin-1")
+        return client_of_address(request.client.host if request.client else None)
 
     def is_admin(self, request: Request) -> bool:
         """Says whether a request carries the admin token."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
+from cv_platform.disk_space import free_bytes
 from cv_platform.errors import SpoolFullError
 from cv_platform.serving.group_commit import GroupCommit
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, SpooledEntry, StoredPrediction, encode
@@ -38,10 +39,14 @@ from cv_platform.serving.spool_file import (
     insert_entry,
     move_to_rejected,
     prepare,
+    try_insert,
 )
 
 logger = logging.getLogger(__name__)
 
+RESERVE_BYTES = 32 * 1024 * 1024
+"""Of the disk that entries leave free: deleting what the database has needs room in the write-ahead log, too, and so a
+disk that the spool itself has filled to its end would never get any back."""
 _JOB_SECONDS = 60.0
 
 
@@ -154,6 +159,24 @@ class Spool:
         size = len(spooled.record) + len(spooled.vectors) + (len(spooled.image.content) if spooled.image else 0)
         return self._writer.submit(lambda connection: self._insert(connection, spooled), size)
 
+    def try_out(self) -> None:
+        """Returns once the disk has shown that it would take an entry: one is written and removed in one transaction.
+
+        Raises:
+            SpoolFullError: it would not.
+        """
+
+        def write_and_remove(connection: sqlite3.Connection) -> None:
+            self._require_room(connection)
+            try_insert(connection)
+
+        try:
+            self._writer.submit(write_and_remove).result(self._timeout)
+        except TimeoutError as err:
+            raise SpoolFullError(
+                f"Expected {self.path} to be written to within {self._timeout:g} s. Received: no answer."
+            ) from err
+
     def on_append(self, listener: Callable[[], None]) -> None:
         """Calls `listener` after each commit of new entries, on the writer's thread."""
         self._listener = listener
@@ -232,6 +255,14 @@ class Spool:
             row = connection.execute("SELECT spooled_on FROM entries ORDER BY id LIMIT 1").fetchone()
         return None if row is None else max(0.0, time.time() - row[0])
 
+    def size_bytes(self) -> int:
+        """Returns the size of the file and its write-ahead log; 0 once they are gone."""
+        size = 0
+        for extension in EXTENSIONS:
+            with contextlib.suppress(FileNotFoundError):
+                size += self.path.with_name(self.path.name + extension).stat().st_size
+        return size
+
     def find(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction that is still here; None when there is none, or no more."""
         with self._reader() as connection:
@@ -264,16 +295,27 @@ class Spool:
         os.close(self._lock)
 
     def _insert(self, connection: sqlite3.Connection, entry: SpooledEntry) -> None:
+        self._require_room(connection)
+        insert_entry(connection, entry)
+
+    def _require_room(self, connection: sqlite3.Connection) -> None:
         pages, unused, page_bytes = (
             int(connection.execute(f"PRAGMA {name}").fetchone()[0])
             for name in ("page_count", "freelist_count", "page_size")
         )
+        # What the files hold and do not use counts as free: they seldom give it back to the disk.
+        log = self.path.with_name(f"{self.path.name}-wal").stat().st_size
+        free = free_bytes(self.path.parent) + unused * page_bytes + min(log, RESERVE_BYTES // 2)
+        if free < RESERVE_BYTES:
+            raise SpoolFullError(
+                f"Expected {RESERVE_BYTES} bytes free on the disk of {self.path}. Received: {free}. "
+                "Free space on it, or bring the database back."
+            )
         if (pages - unused) * page_bytes > self._max_bytes:
             raise SpoolFullError(
                 f"Expected less than {self._max_bytes} bytes of entries that the database does not have yet. "
                 f"Received: {(pages - unused) * page_bytes} in {self.path}. Bring the database back."
             )
-        insert_entry(connection, entry)
 
     @contextlib.contextmanager
     def _reader(self) -> Generator[sqlite3.Connection]:

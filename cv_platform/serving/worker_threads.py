@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
 import queue
 import threading
 import time
@@ -15,7 +17,10 @@ _Job = tuple[Future[Any], Callable[[], Any]]
 
 
 class WorkerThreads:
-    """Runs jobs in `count` daemon threads, in the order of their arrival; safe to use from any thread."""
+    """Runs jobs in `count` daemon threads, in the order of their arrival; safe to use from any thread.
+
+    Each runs in a copy of the context of whoever submits it, so that its log lines name the request.
+    """
 
     def __init__(self, count: int, name: str) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -39,7 +44,7 @@ class WorkerThreads:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("Expected running threads. Received: closed ones.")
-            self._jobs.put((done, work))
+            self._jobs.put((done, functools.partial(contextvars.copy_context().run, work)))
         return done
 
     def are_stuck(self, seconds: float) -> bool:

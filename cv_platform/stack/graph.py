@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cv_platform.errors import CvPlatformError
-from cv_platform.stack.environment import dagster_command, run_logged
+from cv_platform.stack.environment import REPOSITORY, dagster_command, run_logged
 
 _FINISHED = re.compile(r'STEP_SUCCESS - Finished execution of step "(.+?)" in (.+?)\.?$')
 _FAILED_CHECK = re.compile(r"ASSET_CHECK_EVALUATION - (Asset check .+ did not pass.*)$")
 _PLATFORM_ERROR = re.compile(r"^cv_platform\.errors\.\w+: (.+)$")
+
+
+def unfinished_runs(dagster_home: Path, environment: Mapping[str, str]) -> list[str]:
+    """Returns the ids of the runs that Dagster holds for unfinished, wherever it keeps them.
+
+    Raises:
+        CvPlatformError: Dagster cannot say it.
+    """
+    if not (dagster_home / "dagster.yaml").is_file():
+        return []  # Nothing was ever run here.
+    command = [sys.executable, "-m", "cv_platform.defs.unfinished_runs"]
+    result = subprocess.run(command, env=dict(environment), cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise CvPlatformError(
+            f"Expected Dagster to list its unfinished runs. Received: {result.stderr.strip()[-2000:]}. "
+            f"Check {dagster_home}/dagster.yaml and the database that it names."
+        )
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def materialize(

@@ -31,11 +31,6 @@ class Augmenter:
         self.seed = seed
         self._sequence = _build(config)
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether no image is ever changed."""
-        return self._sequence is None
-
     def __call__(self, images: np.ndarray, *, epoch: int, batch_index: int) -> np.ndarray:
         """Returns changed copies of `images`.
 

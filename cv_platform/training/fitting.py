@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cv_platform.config import ModelConfig, TrainConfig
+from cv_platform.disk_space import require_free_space
 from cv_platform.errors import TrainingError
 from cv_platform.training.architectures import build_model, resolve_precision
 from cv_platform.training.augmentation import Augmenter
@@ -65,6 +66,7 @@ def fit_model(
     folder: Path,
     fingerprint: str = "",
     run: MlflowRun | None = None,
+    spare_bytes: int | None = None,
 ) -> FittedModel:
     """Trains a network; the same arguments give the same weights.
 
@@ -81,12 +83,17 @@ def fit_model(
             `fingerprint` goes on from there, to the weights that it would have had.
         fingerprint: of everything that decides the result.
         run: MLflow run that gets each epoch's metrics.
+        spare_bytes: see `disk_space.require_free_space`.
 
     Raises:
         TrainingError: the network cannot be built, the data cannot be read, or the loss is not finite.
+        DiskSpaceError: the state of the training would fill the disk.
     """
     precision = resolve_precision(train.precision)
     network = build_model(model, weight_decay=train.weight_decay, seed=train.seed, precision=precision)
+    # The state (weights, best weights, two moments of the optimizer) beside its successor, and the finished model.
+    state_bytes = 9 * 4 * network.count_params()
+    require_free_space(folder, state_bytes, purpose=f"training {model.architecture}", spare_bytes=spare_bytes)
     batches = ShuffledBatches(
         train_images,
         train_targets,

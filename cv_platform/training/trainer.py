@@ -2,7 +2,7 @@
 
 A training's folder, `<directory>/<model_name>/<version>/`, appears at once, complete:
 
-    <model_name>.keras      the network: uncompiled, float32, weights of the best epoch
+    <model_name>.keras      the network: uncompiled, float32, weights of the best epoch, its temperature in them
     history.json            metric by name, a value per epoch
     config.json             the effective config
     learning_curves.png
@@ -32,6 +32,7 @@ from cv_platform.datasets.packing import PackedImages, open_split
 from cv_platform.errors import TrainingError
 from cv_platform.images import preprocessing_hash
 from cv_platform.storage import new_version
+from cv_platform.training.calibration import calibrate
 from cv_platform.training.callbacks import write_history
 from cv_platform.training.fitting import FittedModel, fit_model
 
@@ -63,6 +64,9 @@ class TrainedModel(BaseModel):
     image_size: tuple[int, int] = Field(description="(height, width) in pixels")
     epochs_run: int
     best_epoch: int = Field(description="from 1: the epoch whose weights are kept")
+    temperature: float = Field(
+        default=1.0, description="by which the logits were divided, in the weights: see calibration"
+    )
     history: dict[str, list[float]] = Field(description="metric by name, a value per epoch")
     seconds: float
     images_per_second: float
@@ -79,8 +83,11 @@ def train_model(
     run: MlflowRun | None = None,
     git_commit: str | None = None,
     resume_key: str | None = None,
+    spare_bytes: int | None = None,
 ) -> TrainedModel:
-    """Trains `config.model` with `config.train` on the split `train`; the split `valid` chooses the best epoch.
+    """Trains `config.model` with `config.train` on the split `train`.
+
+    The split `valid` chooses the best epoch, and the temperature of its confidences.
 
     Same config, same pixels, same machine: same weights.
 
@@ -92,6 +99,7 @@ def train_model(
         git_commit: of the code and configs, for the record.
         resume_key: names this training. When a training with the same key, config and data was killed, this one goes on
             after its last complete epoch and ends with the weights that it would have had. None starts afresh.
+        spare_bytes: see `disk_space.require_free_space`.
 
     Returns:
         The trained model, whose folder exists.
@@ -122,26 +130,20 @@ def train_model(
             folder=work,
             fingerprint=fingerprint,
             run=run,
+            spare_bytes=spare_bytes,
         )
-        trained = _publish(fitted, packed, config, parent=parent, run=run, git_commit=git_commit)
+        # On a network that was only just read from the work folder, which a retry finds as it was: never twice.
+        temperature = (
+            calibrate(fitted.network, valid.images, valid.targets, config.model.classifier_type)
+            if config.train.temperature_scaling
+            else 1.0
+        )
+        trained = _publish(fitted, temperature, packed, config, parent=parent, run=run, git_commit=git_commit)
         logger.info("wrote %s", trained.directory)
         if run is not None:
             # Inside: when MLflow is away, the work folder stays, and a retry finds a finished training in it.
             _log(run, trained)
     return trained
-
-
-def read_trained_model(directory: Path) -> TrainedModel:
-    """Reads the record of a training's folder.
-
-    Raises:
-        TrainingError: there is no such record, or it is damaged.
-    """
-    path = directory / "trained_model.json"
-    try:
-        return TrainedModel.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise TrainingError(f"Expected the record of a trained model. Received: {path}: {err}. Train again.") from err
 
 
 def _check(packed: PackedImages, config: ExperimentConfig) -> None:
@@ -225,6 +227,7 @@ def _work_folder(parent: Path, resume_key: str | None) -> Iterator[Path]:
 
 def _publish(
     fitted: FittedModel,
+    temperature: float,
     packed: PackedImages,
     config: ExperimentConfig,
     *,
@@ -251,6 +254,7 @@ def _publish(
         image_size=config.model.image_size,
         epochs_run=len(fitted.history["loss"]),
         best_epoch=fitted.best_epoch,
+        temperature=temperature,
         history=fitted.history,
         seconds=fitted.seconds,
         images_per_second=fitted.images_per_second,
@@ -302,6 +306,7 @@ def _log(run: MlflowRun, trained: TrainedModel) -> None:
             "best_val_cross_entropy": trained.history["val_cross_entropy"][best],
             "best_val_accuracy": trained.history["val_accuracy"][best],
             "training_seconds": trained.seconds,
+            "temperature": trained.temperature,
         },
         step=trained.epochs_run,
     )

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from cv_platform.config import ValidateConfig
 from cv_platform.datasets.splits import SPLITS
+from cv_platform.predictions import ClassifierType
 from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.verdict import MAX_OFFENDERS, CheckOutcome
-
-ClassifierType = Literal["multi-class", "multi-label"]
 
 
 def outcome(

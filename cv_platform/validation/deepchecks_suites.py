@@ -40,9 +40,10 @@ import numpy as np
 import pandas as pd
 
 from cv_platform.config import ValidateConfig
+from cv_platform.predictions import ClassifierType
 from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.settings import silence_telemetry
-from cv_platform.validation.checks import ClassifierType, outcome
+from cv_platform.validation.checks import outcome
 from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.verdict import CheckOutcome
 

@@ -14,8 +14,8 @@ from cv_platform.config import ValidateConfig
 from cv_platform.datasets.durable import exclusive, whole_directory
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.predictions import ClassifierType
 from cv_platform.validation.checks import (
-    ClassifierType,
     check_class_coverage,
     check_conflicting_labels,
     check_duplicates,

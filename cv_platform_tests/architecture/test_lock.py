@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 LOCK = (REPOSITORY / "requirements.lock").read_text()
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==([^\s;]+)", re.MULTILINE)
@@ -37,8 +39,9 @@ def test_the_lock_holds_every_direct_dependency() -> None:
     assert direct <= set(pins(LOCK))
 
 
-def test_the_bentos_requirements_are_a_part_of_the_lock() -> None:
-    requirements = pins((REPOSITORY / "bentos" / "image_classifier" / "requirements.txt").read_text())
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-tensorflow.txt"])
+def test_the_bentos_requirements_are_a_part_of_the_lock(name: str) -> None:
+    requirements = pins((REPOSITORY / "bentos" / "image_classifier" / name).read_text())
     locked = pins(LOCK)
     assert requirements
     assert {name: locked.get(name) for name in requirements} == requirements

@@ -39,8 +39,8 @@ def keys(definitions: dg.Definitions) -> set[str]:
     return {key.to_user_string() for key in definitions.resolve_asset_graph().get_all_asset_keys()}
 
 
-def test_a_config_becomes_ten_assets_under_its_name(digits: dg.Definitions) -> None:
-    assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report")}
+def test_a_config_becomes_eleven_assets_under_its_name(digits: dg.Definitions) -> None:
+    assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report", "production_metrics")}
 
 
 def test_data_walk_one_way(digits: dg.Definitions) -> None:
@@ -81,11 +81,14 @@ def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:
     assert blocking["promotion_gate"]
     assert not blocking["duplicates"]
     assert not blocking["no_drift"]
+    assert not blocking["accuracy_holds_in_production"]
 
 
 def test_jobs_schedule_and_sensors_are_there(digits: dg.Definitions) -> None:
     repository = digits.get_repository_def()
     assert {"digits_experiment", "digits_retrain", "digits_drift_report"} <= set(repository.job_names)
+    report = repository.get_job("digits_drift_report").asset_layer.selected_asset_keys
+    assert {key.path[-1] for key in report} == {"drift_report", "production_metrics"}
     schedule = repository.get_schedule_def("digits_weekly_drift_report")
     assert schedule.cron_schedule == "0 6 * * 1"
     sensors = {sensor.name: sensor.default_status for sensor in repository.sensor_defs}
@@ -133,7 +136,7 @@ def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
     dg.Definitions.validate_loadable(definitions)
     names = keys(definitions)
     assert {"digits/model", "other/model"} <= names
-    assert len(names) == 20
+    assert len(names) == 22
 
 
 def run_config(definitions: dg.Definitions, override: dict[str, object]) -> object:

@@ -96,7 +96,7 @@ def test_the_demo_ends_with_zero_and_says_why(demo: Demo) -> None:
     assert "demo: everything held." in demo.output
     finished = re.findall(r"^    digits/(\w+): [0-9]", demo.output, re.MULTILINE)
     assert finished[:2] == ["dataset", "validation_report"]
-    assert len(finished) == 10 + 2, "ten assets, and a drift report for each window"
+    assert len(finished) == 11 + 2, "eleven assets, and a drift report for each window"
     assert "unshifted window (359 requests): no drift" in demo.output
     assert demo.record("evaluation")["metrics"]["accuracy"] >= 0.985
     assert re.search(r"shifted window \(359 requests\): drift, .*classes that moved: ", demo.output)

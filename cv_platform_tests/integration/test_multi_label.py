@@ -40,6 +40,7 @@ ASSETS = (
     "bento",
     "deployment",
     "drift_report",
+    "production_metrics",
 )
 SIZE = 16
 THRESHOLD = 0.4

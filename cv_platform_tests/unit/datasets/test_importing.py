@@ -10,7 +10,7 @@ import pytest
 from cv_platform.datasets.importing import import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.repository import list_versions
-from cv_platform.datasets.versions import checkout_version, resolve_version
+from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import InvalidDatasetError
 
 from .conftest import class_folders, dataset, model, write_pictures
@@ -36,8 +36,8 @@ def test_imports_class_folders_and_leaves_the_source_alone(tmp_path: Path) -> No
     assert imported.counts == {"no split": 6}
     assert imported.class_counts == {"cat": 3, "dog": 3}
     config = dataset(ds_root=str(tmp_path / "ds"))
-    assert resolve_version(config, home=tmp_path / "home")[0] == imported.dvc_md5
     version = checkout_version(config, model(), home=tmp_path / "home")
+    assert version.dvc_md5 == imported.dvc_md5
     expected = sorted(p.relative_to(source).as_posix() for p in source.rglob("*.png"))
     assert sorted(read_manifest(version.manifest_path)["path"]) == [f"images/{name}" for name in expected]
     assert (version.directory / "images/cat/0.png").read_bytes() == (source / "cat/0.png").read_bytes()
@@ -155,10 +155,10 @@ def test_refuses_what_is_neither_folder_nor_archive(tmp_path: Path) -> None:
 
 
 def test_says_when_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cv_platform.datasets import durable
-    from cv_platform.errors import DatasetError
+    from cv_platform import disk_space
+    from cv_platform.errors import DiskSpaceError
 
-    monkeypatch.setattr(durable, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
-    with pytest.raises(DatasetError, match="Free some space"):
+    monkeypatch.setattr(disk_space, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
+    with pytest.raises(DiskSpaceError, match="Free some space"):
         import_dataset(class_folders(tmp_path / "s", 2), ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
     assert [path.name for path in (tmp_path / "ds").iterdir()] == [".pets.lock"]

@@ -12,7 +12,7 @@ from cv_platform.datasets.contact_sheet import contact_sheet
 from cv_platform.datasets.manifest import build_manifest, read_manifest
 from cv_platform.datasets.packing import PackedImages, open_split, pack_images
 from cv_platform.datasets.versions import DatasetVersion
-from cv_platform.errors import DatasetError, InvalidDatasetError
+from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError
 
 from .conftest import class_folders, dataset, model, picture, write_pictures
 
@@ -204,10 +204,10 @@ def test_refuses_unknown_quarantine_and_nothing_to_train_on(tmp_path: Path, vers
 def test_says_when_the_disk_is_too_small(
     tmp_path: Path, version: DatasetVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cv_platform.datasets import durable
+    from cv_platform import disk_space
 
-    monkeypatch.setattr(durable, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
-    with pytest.raises(DatasetError, match="GB free"):
+    monkeypatch.setattr(disk_space, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
+    with pytest.raises(DiskSpaceError, match="GB free"):
         pack_images(version, model(), quarantined=(), home=tmp_path)
 
 

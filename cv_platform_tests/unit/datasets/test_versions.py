@@ -9,7 +9,7 @@ import pytest
 
 from cv_platform.datasets.importing import import_dataset
 from cv_platform.datasets.manifest import read_manifest
-from cv_platform.datasets.versions import DatasetVersion, checkout_version, list_tags, resolve_version
+from cv_platform.datasets.versions import DatasetVersion, checkout_version, list_tags
 from cv_platform.errors import DatasetError, DatasetNotFoundError, InvalidDatasetError, UnknownDatasetVersionError
 
 from .conftest import class_folders, dataset, model, picture, write_pictures
@@ -39,7 +39,7 @@ def inode(version: DatasetVersion) -> int:
 def test_lists_tags_with_their_data_versions(home: Path) -> None:
     tags = list_tags(dataset(), home=home)
     assert list(tags) == ["v1.0.0", "v1.1.0"]
-    assert resolve_version(dataset(), home=home)[0] == tags["v1.0.0"]
+    assert checkout_version(dataset(), model(), home=home).dvc_md5 == tags["v1.0.0"]
     text = (home / "datasets/pets/images.dvc").read_text()
     assert f"md5: {tags['v1.0.0']}.dir" in text
 
@@ -51,9 +51,9 @@ def test_unknown_tag_lists_the_tags(home: Path) -> None:
 
 def test_missing_repository_says_how_to_import(tmp_path: Path) -> None:
     with pytest.raises(DatasetNotFoundError, match="cv-platform import-dataset"):
-        resolve_version(dataset(), home=tmp_path)
+        list_tags(dataset(), home=tmp_path)
     with pytest.raises(DatasetNotFoundError, match="made on first use"):
-        resolve_version(dataset("digits", source="digits"), home=tmp_path)
+        list_tags(dataset("digits", source="digits"), home=tmp_path)
 
 
 def test_folder_inside_another_repository_is_not_a_dataset(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_tag_without_a_dvc_file_is_named(home: Path) -> None:
     ).stdout.strip()
     subprocess.run(["git", "-C", repository, "tag", "code-only", commit], check=True)
     with pytest.raises(InvalidDatasetError, match=r"tracking one folder"):
-        resolve_version(dataset(tag="code-only"), home=home)
+        checkout_version(dataset(tag="code-only"), model(), home=home)
     assert list(list_tags(dataset(), home=home)) == ["v1.0.0", "v1.1.0"]
 
 
@@ -145,7 +145,7 @@ def test_changed_checkout_is_made_again(home: Path, damage: str) -> None:
 
 
 def test_leftovers_of_a_killed_checkout_are_cleared(home: Path) -> None:
-    md5, _ = resolve_version(dataset(), home=home)
+    md5 = list_tags(dataset(), home=home)["v1.0.0"]
     killed = home / "worktrees" / "pets" / f".{md5}.partial-0badc0de"
     (killed / "images").mkdir(parents=True)
     version = checkout_version(dataset(), model(), home=home)
@@ -198,7 +198,7 @@ def test_damaged_cache_is_found_and_named(home: Path) -> None:
     damaged.chmod(0o444)
     with pytest.raises(InvalidDatasetError, match=r"cat/0\.png"):
         checkout_version(dataset(), model(), home=home)
-    assert not (home / "worktrees" / "pets" / resolve_version(dataset(), home=home)[0]).exists()
+    assert not (home / "worktrees" / "pets" / list_tags(dataset(), home=home)["v1.0.0"]).exists()
 
 
 def with_remote(home: Path, tmp_path: Path) -> None:

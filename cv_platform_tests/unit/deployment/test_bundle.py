@@ -62,11 +62,15 @@ def no_bento(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_publishes_all_files_with_their_provenance(home: Path, published: ModelBundle, tiny_export: TinyExport):
     storage = CentralStorage(home / "storage")
     metadata = storage.read_metadata("tiny", VERSION)
-    assert {"tiny.keras", "tiny_uae.keras", "golden.npz", "saved_model/saved_model.pb"} <= set(metadata.checksums)
+    assert {"tiny.keras", "tiny_uae.keras", "golden.npz", "model.onnx"} <= set(metadata.checksums)
     assert metadata.checksums["tiny.keras"] == file_sha256(tiny_export.keras_path)
     assert (metadata.dataset_name, metadata.dvc_tag) == ("animals", "v1.0.0")
     assert (metadata.git_commit, metadata.mlflow_run_id) == ("0" * 40, "f" * 32)
     assert (metadata.uae_dims, metadata.feature_dims, metadata.image_size) == (4, 5, (16, 16))
+    assert (metadata.runtime, published.runtime) == ("onnx", "onnx")
+    assert (published.runtime_reason, published.parity) == (metadata.runtime_reason, metadata.parity)
+    assert metadata.parity["probabilities"] <= 1e-4
+    assert metadata.parity["cam"] <= 1e-3
     assert (metadata.metrics, metadata.effective_config) == ({"accuracy": 0.5}, {"name": "animals"})
     folder = home / "storage" / "models" / "tiny" / VERSION
     assert published.bytes == sum((folder / relative).stat().st_size for relative in metadata.checksums)
@@ -128,3 +132,12 @@ def test_multi_label_threshold_is_kept(tmp_path: Path, tiny_export: TinyExport, 
     )
     metadata = CentralStorage(tmp_path / "storage").read_metadata("tiny", VERSION)
     assert (metadata.classifier_type, metadata.threshold) == ("multi-label", 0.3)
+
+
+def test_a_bundle_for_tensorflow_says_why(tmp_path: Path, tiny_export: TinyExport, no_bento: None):
+    published = publish_model(**arguments(tiny_export, tmp_path, runtime="tensorflow"))
+    metadata = CentralStorage(tmp_path / "storage").read_metadata("tiny", VERSION)
+    assert "saved_model/saved_model.pb" in metadata.checksums
+    assert "model.onnx" not in metadata.checksums
+    assert (published.runtime, published.runtime_reason) == ("tensorflow", "deploy.runtime asks for TensorFlow.")
+    assert metadata.runtime_reason == published.runtime_reason

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from cv_platform.deployment.export import export_bundle
 from cv_platform.errors import ExportError
 from cv_platform.serving.runtime import Prediction
+from cv_platform.serving.runtime_onnx import OnnxRuntime
 from cv_platform.serving.runtime_tensorflow import TensorFlowRuntime
 from cv_platform_tests.tiny_models import TinyExport, build_classifier, build_encoder, tiny_images
 
@@ -29,17 +31,25 @@ def grad_cam_oracle(model, images: np.ndarray, classes: np.ndarray) -> np.ndarra
 
 
 def run(folder: Path, images: np.ndarray, class_index: int = -1) -> Prediction:
-    return TensorFlowRuntime(folder / "saved_model")(images, np.full(len(images), class_index, dtype=np.int32))
+    exported = folder / "model.onnx"
+    runtime = OnnxRuntime(exported) if exported.is_file() else TensorFlowRuntime(folder / "saved_model")
+    return runtime(images, np.full(len(images), class_index, dtype=np.int32))
 
 
-def test_probabilities_features_and_embeddings_are_those_of_keras(tiny_export: TinyExport):
+@pytest.fixture(params=["onnx", "tensorflow"])
+def exported(request: pytest.FixtureRequest, tiny_export: TinyExport, tensorflow_export: TinyExport) -> TinyExport:
+    """The same model in each runtime."""
+    return tiny_export if request.param == "onnx" else tensorflow_export
+
+
+def test_probabilities_features_and_embeddings_are_those_of_keras(exported: TinyExport):
     import keras
 
     images = tiny_images(7, seed=11)
-    model = keras.saving.load_model(tiny_export.keras_path, compile=False)
-    encoder = keras.saving.load_model(tiny_export.uae_path, compile=False)
+    model = keras.saving.load_model(exported.keras_path, compile=False)
+    encoder = keras.saving.load_model(exported.uae_path, compile=False)
     features = keras.Model(model.input, model.get_layer("features").output)
-    answer = run(tiny_export.folder, images)
+    answer = run(exported.folder, images)
     np.testing.assert_allclose(answer.probabilities, np.asarray(model(images, training=False)), atol=1e-6)
     np.testing.assert_allclose(answer.features, np.asarray(features(images, training=False)), atol=1e-6)
     np.testing.assert_allclose(answer.uae, np.asarray(encoder(images, training=False)), atol=1e-6)
@@ -47,49 +57,52 @@ def test_probabilities_features_and_embeddings_are_those_of_keras(tiny_export: T
 
 
 @pytest.mark.parametrize("class_index", [-1, 0, 1, 2])
-def test_map_equals_an_independent_grad_cam(tiny_export: TinyExport, class_index: int):
+def test_map_equals_an_independent_grad_cam(exported: TinyExport, class_index: int):
     import keras
 
     images = tiny_images(6, seed=12)
-    model = keras.saving.load_model(tiny_export.keras_path, compile=False)
+    model = keras.saving.load_model(exported.keras_path, compile=False)
     predicted = np.asarray(model(images)).argmax(axis=1)
     classes = predicted if class_index < 0 else np.full(len(images), class_index)
-    answer = run(tiny_export.folder, images, class_index)
+    answer = run(exported.folder, images, class_index)
     assert answer.cam.shape == (6, 8, 8)
     np.testing.assert_allclose(answer.cam, grad_cam_oracle(model, images, classes), atol=1e-4)
 
 
-def test_an_answer_does_not_depend_on_its_batch(tiny_export: TinyExport):
+def test_an_answer_does_not_depend_on_its_batch(exported: TinyExport):
     images = tiny_images(5, seed=13)
-    together = run(tiny_export.folder, images)
-    alone = run(tiny_export.folder, images[3:4])
+    together = run(exported.folder, images)
+    alone = run(exported.folder, images[3:4])
     np.testing.assert_allclose(alone.probabilities[0], together.probabilities[3], atol=1e-6)
     np.testing.assert_allclose(alone.cam[0], together.cam[3], atol=1e-5)
 
 
-def test_multi_label_model_exports_with_the_map_of_the_asked_class(tmp_path: Path):
+@pytest.mark.parametrize("runtime", ["onnx", "tensorflow"])
+def test_multi_label_model_exports_with_the_map_of_the_asked_class(tmp_path: Path, runtime: Any):
     model = build_classifier(seed=5, activation="sigmoid")
     model.save(tmp_path / "m.keras")
     build_encoder(seed=6).save(tmp_path / "u.keras")
     images = tiny_images(4, seed=14)
-    export_bundle(tmp_path / "m.keras", tmp_path / "u.keras", tmp_path, golden_images=images)
+    export_bundle(tmp_path / "m.keras", tmp_path / "u.keras", tmp_path, golden_images=images, runtime=runtime)
     answer = run(tmp_path, images, 2)
     np.testing.assert_allclose(answer.probabilities, np.asarray(model(images, training=False)), atol=1e-6)
     np.testing.assert_allclose(answer.cam, grad_cam_oracle(model, images, np.full(4, 2)), atol=1e-4)
 
 
-def test_a_model_that_is_certain_keeps_its_map(tmp_path: Path):
+@pytest.mark.parametrize("runtime", ["onnx", "tensorflow"])
+def test_a_model_that_is_certain_keeps_its_map(tmp_path: Path, runtime: Any):
     # With logits in the thousands the probability is exactly 1 and its own gradient exactly 0.
     build_classifier(seed=1, sharpness=10_000.0).save(tmp_path / "m.keras")
     build_encoder(seed=6).save(tmp_path / "u.keras")
     images = tiny_images(8, seed=15)
-    export_bundle(tmp_path / "m.keras", tmp_path / "u.keras", tmp_path, golden_images=images)
+    export_bundle(tmp_path / "m.keras", tmp_path / "u.keras", tmp_path, golden_images=images, runtime=runtime)
     answer = run(tmp_path, images)
     assert (answer.probabilities.max(axis=1) == 1.0).all()
     assert (answer.cam.max(axis=(1, 2)) == 1.0).any()
 
 
-def test_a_map_without_evidence_is_zero_not_nan(tmp_path: Path):
+@pytest.mark.parametrize("runtime", ["onnx", "tensorflow"])
+def test_a_map_without_evidence_is_zero_not_nan(tmp_path: Path, runtime: Any):
     import keras
 
     inputs = keras.Input((16, 16, 3), dtype="uint8", name="image")
@@ -99,14 +112,14 @@ def test_a_map_without_evidence_is_zero_not_nan(tmp_path: Path):
     x = keras.layers.Dense(3, activation="relu", name="features")(x)
     keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="probabilities")(x)).save(tmp_path / "m.keras")
     build_encoder(seed=6).save(tmp_path / "u.keras")
-    export_bundle(tmp_path / "m.keras", tmp_path / "u.keras", tmp_path, golden_images=tiny_images(2))
+    export_bundle(tmp_path / "m.keras", tmp_path / "u.keras", tmp_path, golden_images=tiny_images(2), runtime=runtime)
     np.testing.assert_array_equal(run(tmp_path, tiny_images(2)).cam, np.zeros((2, 14, 14), dtype=np.float32))
 
 
-def test_golden_file_holds_images_and_answers(tiny_export: TinyExport):
-    answer = run(tiny_export.folder, tiny_export.images)
-    with np.load(tiny_export.folder / "golden.npz", allow_pickle=False) as golden:
-        np.testing.assert_array_equal(golden["images"], tiny_export.images)
+def test_golden_file_holds_images_and_answers(exported: TinyExport):
+    answer = run(exported.folder, exported.images)
+    with np.load(exported.folder / "golden.npz", allow_pickle=False) as golden:
+        np.testing.assert_array_equal(golden["images"], exported.images)
         np.testing.assert_array_equal(golden["class_index"], answer.probabilities.argmax(axis=1))
         np.testing.assert_allclose(golden["cam"], answer.cam, atol=1e-6)
         assert golden["tolerance"].tolist() == [1e-4, 1e-3]

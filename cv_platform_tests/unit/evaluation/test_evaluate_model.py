@@ -162,6 +162,8 @@ def test_each_row_has_the_label_and_the_probabilities_of_its_own_image(colours, 
     assert wrong > 0
     assert evaluation.metrics["accuracy"] == pytest.approx(1 - wrong / len(rows))
     assert evaluation.metrics["images"] == len(rows)
+    assert evaluation.metrics["temperature"] == 1.0
+    assert evaluation.metrics["ece_uncalibrated"] == pytest.approx(evaluation.metrics["ece"], abs=1e-6)
     assert np.trace(np.array(evaluation.confusion)) == len(rows) - wrong
     assert [row["class"] for row in evaluation.per_class] == list(CLASSES)
 

@@ -12,6 +12,7 @@ from cv_platform.evaluation.metrics import (
     expected_calibration_error,
     per_class_metrics,
     reliability,
+    uncalibrated_error,
 )
 from cv_platform.predictions import predicted_flags
 
@@ -182,3 +183,21 @@ def test_a_calibrated_model_has_a_small_calibration_error():
 def test_refuses_arrays_that_do_not_belong_together(targets, probabilities, kind):
     with pytest.raises(ValueError, match="Received: probabilities"):
         compute_metrics(targets, probabilities, kind)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_error_without_the_temperature_is_that_of_the_undivided_logits(temperature):
+    generator = np.random.default_rng(4)
+    logits, targets = generator.normal(size=(400, 5)) * 2, generator.integers(0, 5, 400)
+    labels = (generator.random((400, 5)) < 0.4).astype(np.float32)
+
+    def softmax(z):
+        return np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+
+    def sigmoid(z):
+        return 1 / (1 + np.exp(-z))
+
+    for kind, read, truth in (("multi-class", softmax, targets), ("multi-label", sigmoid, labels)):
+        expected = expected_calibration_error(reliability(truth, read(logits), kind))
+        found = uncalibrated_error(truth, read(logits / temperature).astype(np.float32), kind, temperature)
+        assert found == pytest.approx(expected, abs=1e-3)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from cv_platform.database.file_lock import exclusive
 from cv_platform.serving.app import create_app
 from cv_platform.serving.context import ServingContext
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
@@ -129,10 +130,13 @@ def test_a_corrupt_model_is_refused_and_production_stays(
 
 
 def test_only_one_update_runs_at_a_time(admin: Client, context: ServingContext):
-    with context.promotion:
+    context.promotion_lock.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(context.promotion_lock, timeout_seconds=1):  # As another worker would hold it.
         response = admin.put("/update_model/tiny.yaml")
+        assert admin.post("/rollback").status_code == 409
     assert response.status_code == 409
-    assert "Another update" in response.json()["message"]
+    assert int(response.headers["retry-after"]) > 0
+    assert "another update" in response.json()["message"]
     assert admin.put("/update_model/tiny.yaml").status_code == 404  # The lock is free again.
 
 
@@ -175,6 +179,7 @@ def closed(make_context: MakeContext) -> Client:
 
 KEYED = [
     ("POST", "/predict"),
+    ("POST", "/predict/batch"),
     ("POST", "/feedback/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"),
     ("GET", "/predictions/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"),
     ("GET", "/predictions/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11/passport"),
@@ -193,7 +198,7 @@ def test_api_keys_close_the_predictions(closed: Client, method: str, path: str):
 def test_each_api_key_opens_them(closed: Client, key: str):
     headers = {"X-API-Key": key}
     assert closed.predict(png(flat_image(1, 2, 3)), headers=headers).status_code == 200
-    assert closed.get(KEYED[2][1], headers=headers).status_code in {404, 503}
+    assert closed.get(KEYED[3][1], headers=headers).status_code in {404, 503}
 
 
 def test_the_page_the_health_and_the_docs_stay_open(closed: Client):

@@ -104,7 +104,7 @@ def test_lists_no_more_than_twenty_mistakes(client: Client, prediction_id: str):
 
 
 def test_no_more_look_ups_than_the_gate_admits(client: Client, context: ServingContext):
-    while context.reads.enter():
+    while context.look_ups.gate.enter():
         pass
     assert client.get(f"/predictions/{uuid4()}").status_code == 429
     assert client.get("/health_check").status_code == 200

@@ -205,6 +205,27 @@ def test_storage_that_goes_away_changes_nothing_and_its_return_is_noticed(
     wait_until(lambda: holder.status()["storage_error"] is None)
 
 
+def test_a_pointer_that_vanishes_is_noticed_and_changes_nothing(storage, root, start, tiny_export: TinyExport):
+    metadata = publish_tiny(storage, tiny_export)
+    point_to(storage, metadata)
+    holder = start()
+    away = root.with_name("away")
+    root.rename(away)  # An unmounted disk: an empty folder, which the heartbeat makes anew.
+    wait_until(lambda: "pointer" in (holder.status()["storage_error"] or ""))
+    assert version_of(holder) == metadata.version
+
+    def is_back() -> bool:
+        shutil.rmtree(root, ignore_errors=True)
+        try:
+            away.rename(root)
+        except OSError:  # A heartbeat was faster.
+            return False
+        return True
+
+    wait_until(is_back)
+    wait_until(lambda: holder.status()["storage_error"] is None)
+
+
 class FlakyStorage(CentralStorage):
     """Storage whose driver raises an error of its own while `broken`."""
 

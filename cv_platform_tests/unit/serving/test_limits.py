@@ -1,14 +1,18 @@
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from cv_platform.serving.limits import BodyLimit, Gate
+from cv_platform.serving.limits import BodyAllowance, BodyLimit, Gate, ServingLimits
 from cv_platform.serving.problems import Problem, problem_response
+from cv_platform.settings import Settings
 from cv_platform_tests.unit.serving.http_client import RawAnswer, send_raw
 
 LIMIT = 1000
@@ -25,7 +29,7 @@ async def on_problem(request: Request, error: Exception) -> Response:
 
 APP = BodyLimit(
     Starlette(routes=[Route("/", echo_length, methods=["POST"])], exception_handlers={Problem: on_problem}),
-    limit_for=lambda path: LIMIT,
+    allowance_for=lambda path: BodyAllowance(LIMIT, 5.0),
 )
 
 
@@ -99,6 +103,121 @@ def test_the_gate_counts_right_when_threads_race():
     assert gate.inside == 10
 
 
+def test_several_places_are_taken_all_or_none():
+    gate = Gate(4)
+    assert [gate.enter(3), gate.enter(2), gate.enter(1)] == [True, False, True]
+    gate.leave(3)
+    assert gate.inside == 1
+
+
 def test_a_gate_for_nobody_is_refused():
     with pytest.raises(ValueError, match="1 or more"):
         Gate(0)
+
+
+class Stalled:
+    """Sends its chunks, and then nothing any more."""
+
+    def __init__(self, *chunks: bytes, is_complete: bool) -> None:
+        self.messages: list[Any] = [
+            {"type": "http.request", "body": chunk, "more_body": not is_complete or number < len(chunks) - 1}
+            for number, chunk in enumerate(chunks)
+        ]
+
+    async def __call__(self) -> Any:
+        if self.messages:
+            return self.messages.pop(0)
+        return await asyncio.Event().wait()
+
+
+async def answer(app: ASGIApp, receive: Stalled, *headers: tuple[bytes, bytes]) -> int:
+    statuses: list[int] = []
+
+    async def send(message: Any) -> None:
+        statuses.extend([message["status"]] if message["type"] == "http.response.start" else [])
+
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": list(headers)}
+    async with asyncio.timeout(30):
+        await app(scope, receive, send)
+    return statuses[0]
+
+
+def limited(routes: Route, *, seconds: float, small_bodies: Gate | None = None) -> BodyLimit:
+    return BodyLimit(
+        Starlette(routes=[routes], exception_handlers={Problem: on_problem}),
+        allowance_for=lambda path: BodyAllowance(LIMIT, seconds),
+        small_bodies=small_bodies,
+    )
+
+
+def test_a_body_that_does_not_arrive_in_time_is_a_408():
+    app = limited(Route("/", echo_length, methods=["POST"]), seconds=0.05)
+    assert asyncio.run(answer(app, Stalled(b"x", is_complete=False), (b"content-length", b"2"))) == 408
+
+
+def test_a_body_in_time_may_take_as_long_as_it_likes_to_answer():
+    async def wait_for_the_end(request: Request) -> Response:
+        await request.body()
+        receiving = asyncio.ensure_future(request.receive())  # As whoever watches for the client's going away.
+        done, _ = await asyncio.wait([receiving], timeout=0.3)
+        receiving.cancel()
+        return JSONResponse({"received": len(done)})
+
+    app = limited(Route("/", wait_for_the_end, methods=["POST"]), seconds=0.05)
+    assert asyncio.run(answer(app, Stalled(b"x", is_complete=True), (b"content-length", b"1"))) == 200
+
+
+@pytest.mark.parametrize("header", [(b"content-length", b"2"), (b"transfer-encoding", b"chunked")])
+def test_no_more_small_bodies_than_there_are_places(header: tuple[bytes, bytes]):
+    gate = Gate(1)
+    app = limited(Route("/", echo_length, methods=["POST", "GET"]), seconds=0.5, small_bodies=gate)
+
+    async def three() -> list[int]:
+        slow = asyncio.create_task(answer(app, Stalled(b"x", is_complete=False), header))
+        await asyncio.sleep(0)
+        return [
+            await answer(app, Stalled(b"xx", is_complete=True), header),
+            await answer(app, Stalled(b"", is_complete=True)),
+            await slow,
+        ]
+
+    assert asyncio.run(three()) == [429, 200, 408]
+    assert gate.inside == 0
+
+
+def settings(**environment: str) -> Settings:
+    return Settings.from_environment(environment)
+
+
+def test_without_settings_a_worker_takes_its_share_of_the_cores_and_room_for_a_batch():
+    limits = ServingLimits.of(settings(CV_SERVICE_WORKERS="2"), cores=8)
+    assert (limits.predict_threads, limits.model_threads) == (4, 1)
+    assert limits.max_in_flight == 16 * 4 + 32
+    assert limits.max_batch_files == 32
+    assert limits.predict_seconds == 30.0
+
+
+def test_settings_win_over_what_is_derived():
+    limits = ServingLimits.of(
+        settings(
+            CV_SERVICE_WORKERS="2",
+            CV_PREDICT_THREADS="1",
+            CV_PREDICT_TIMEOUT_SECONDS="5",
+            CV_MAX_IN_FLIGHT="7",
+            CV_MAX_BATCH_FILES="3",
+        ),
+        cores=8,
+    )
+    assert (limits.predict_threads, limits.model_threads) == (1, 4)
+    assert (limits.max_in_flight, limits.max_batch_files, limits.predict_seconds) == (7, 3, 5.0)
+
+
+def test_a_batch_is_never_larger_than_what_could_be_admitted():
+    assert ServingLimits.of(settings(CV_MAX_IN_FLIGHT="4"), cores=2).max_batch_files == 4
+    assert ServingLimits.of(settings(CV_RATE_LIMIT_PER_MINUTE="10"), cores=2).max_batch_files == 10
+
+
+def test_bentomls_limits_hold_only_where_the_apps_own_do_not():
+    limits = ServingLimits.of(settings(CV_PREDICT_TIMEOUT_SECONDS="100"), cores=2)
+    assert limits.longest_seconds > limits.upload_seconds + 2 * 100
+    assert limits.max_concurrency > limits.max_uploads + limits.max_in_flight + limits.max_small_bodies

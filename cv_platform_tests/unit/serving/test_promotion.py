@@ -1,10 +1,13 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cv_platform.errors import BundleNotFoundError, CorruptBundleError, DeploymentError
-from cv_platform.serving.promotion import promote, roll_back
-from cv_platform.storage import CentralStorage
+from cv_platform.database.file_lock import exclusive
+from cv_platform.errors import BundleNotFoundError, CorruptBundleError, DeploymentError, PromotionBusyError
+from cv_platform.serving.promotion import PROMOTION_LOCK, promote, roll_back
+from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, publish_tiny
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
@@ -22,7 +25,11 @@ def storage(tmp_path: Path, tiny_export: TinyExport) -> CentralStorage:
 
 
 def move(storage: CentralStorage, cache: Path, version: str | None = None) -> None:
-    promote(storage, service=SERVICE, model_name=MODEL_NAME, version=version, cache=cache)
+    promote(storage, service=SERVICE, model_name=MODEL_NAME, version=version, cache=cache, lock=cache / PROMOTION_LOCK)
+
+
+def move_back(storage: CentralStorage, cache: Path) -> ProductionPointer:
+    return roll_back(storage, service=SERVICE, cache=cache, lock=cache / PROMOTION_LOCK)
 
 
 def served(storage: CentralStorage) -> tuple[str, str | None]:
@@ -64,7 +71,7 @@ def test_a_corrupt_version_does_not_move_the_pointer(storage: CentralStorage, ca
 
 def test_unknown_models_and_versions_are_named(storage: CentralStorage, cache: Path):
     with pytest.raises(BundleNotFoundError, match="which has none"):
-        promote(storage, service=SERVICE, model_name="unknown", cache=cache)
+        promote(storage, service=SERVICE, model_name="unknown", cache=cache, lock=cache / PROMOTION_LOCK)
     with pytest.raises(BundleNotFoundError, match=THIRD):
         move(storage, cache, "20260104T000000Z-00000004")
     assert storage.read_pointer(SERVICE) is None
@@ -73,15 +80,60 @@ def test_unknown_models_and_versions_are_named(storage: CentralStorage, cache: P
 def test_rolls_back_and_forth(storage: CentralStorage, cache: Path):
     move(storage, cache, FIRST)
     move(storage, cache, THIRD)
-    assert roll_back(storage, service=SERVICE, cache=cache).version == FIRST
+    assert move_back(storage, cache).version == FIRST
     assert served(storage) == (FIRST, THIRD)
-    roll_back(storage, service=SERVICE, cache=cache)
+    move_back(storage, cache)
     assert served(storage) == (THIRD, FIRST)
 
 
 def test_refuses_to_roll_back_where_nothing_was_before(storage: CentralStorage, cache: Path):
     with pytest.raises(DeploymentError, match="nothing was deployed"):
-        roll_back(storage, service=SERVICE, cache=cache)
+        move_back(storage, cache)
     move(storage, cache, FIRST)
     with pytest.raises(DeploymentError, match=FIRST):
-        roll_back(storage, service=SERVICE, cache=cache)
+        move_back(storage, cache)
+
+
+def test_a_second_promotion_is_refused_while_one_is_under_way_and_waits_where_it_may(
+    storage: CentralStorage, cache: Path
+):
+    lock = cache / PROMOTION_LOCK
+    cache.mkdir()
+    with exclusive(lock, timeout_seconds=1):
+        for attempt in (lambda: move(storage, cache, FIRST), lambda: move_back(storage, cache)):
+            with pytest.raises(PromotionBusyError, match="another update"):
+                attempt()
+    assert storage.read_pointer(SERVICE) is None
+
+    held, waiting = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive(lock, timeout_seconds=1):
+            held.set()
+            assert waiting.wait(30)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(30)
+    threading.Timer(0.2, waiting.set).start()
+    promote(storage, service=SERVICE, model_name=MODEL_NAME, version=FIRST, cache=cache, lock=lock, wait_seconds=60)
+    other.join(30)
+    assert waiting.is_set()
+    assert served(storage) == (FIRST, None)
+
+
+def test_promotions_that_race_leave_a_pointer_that_remembers_the_one_before(storage: CentralStorage, cache: Path):
+    def race(version: str) -> None:
+        promote(
+            storage,
+            service=SERVICE,
+            model_name=MODEL_NAME,
+            version=version,
+            cache=cache,
+            lock=cache / PROMOTION_LOCK,
+            wait_seconds=60,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(race, (FIRST, SECOND)))
+    assert served(storage) in {(FIRST, SECOND), (SECOND, FIRST)}

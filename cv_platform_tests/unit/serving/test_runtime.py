@@ -16,9 +16,10 @@ from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, publish_tiny, 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 
 
-@pytest.fixture(scope="module")
-def model(tiny_export: TinyExport) -> LoadedModel:
-    return load_folder(tiny_export.folder, tiny_metadata())
+@pytest.fixture(scope="module", params=["onnx", "tensorflow"])
+def model(request: pytest.FixtureRequest, tiny_export: TinyExport, tensorflow_export: TinyExport) -> LoadedModel:
+    export = tiny_export if request.param == "onnx" else tensorflow_export
+    return load_folder(export.folder, tiny_metadata(runtime=request.param))
 
 
 def changed_golden(folder: Path, target: Path, **changes: np.ndarray) -> Path:
@@ -47,7 +48,7 @@ def test_downloads_from_storage_that_is_no_folder(tiny_export: TinyExport, cache
     storage = CentralStorage("memory://runtime-test")
     metadata = publish_tiny(storage, tiny_export)
     load_bundle(storage, MODEL_NAME, metadata.version, cache=cache)
-    assert (cache / MODEL_NAME / metadata.version / "saved_model" / "saved_model.pb").is_file()
+    assert (cache / MODEL_NAME / metadata.version / "model.onnx").is_file()
 
 
 def test_keeps_the_last_few_downloads_only(tiny_export: TinyExport, cache: Path):
@@ -124,7 +125,7 @@ def test_unknown_version_lists_the_published_ones(tmp_path: Path, tiny_export: T
         load_bundle(storage, MODEL_NAME, new_version(), cache=cache)
 
 
-@pytest.mark.parametrize("damaged", ["golden.npz", "saved_model/saved_model.pb"])
+@pytest.mark.parametrize("damaged", ["golden.npz", "model.onnx"])
 def test_refuses_a_changed_file(tmp_path: Path, tiny_export: TinyExport, cache: Path, damaged: str):
     storage = CentralStorage(tmp_path / "storage")
     version = publish_tiny(storage, tiny_export).version
@@ -136,8 +137,8 @@ def test_refuses_a_changed_file(tmp_path: Path, tiny_export: TinyExport, cache: 
 
 def test_refuses_a_model_whose_file_was_broken_before_it_was_published(tmp_path: Path, tiny_export: TinyExport):
     folder = shutil.copytree(tiny_export.folder, tmp_path / "copy")
-    (folder / "saved_model" / "saved_model.pb").write_bytes(b"not a model")
-    with pytest.raises(CorruptBundleError, match="SavedModel"):
+    (folder / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(CorruptBundleError, match="ONNX"):
         load_folder(folder, tiny_metadata())
 
 
@@ -183,16 +184,38 @@ def test_refuses_a_model_of_another_preprocessing(tiny_export: TinyExport):
         load_folder(tiny_export.folder, tiny_metadata(preprocessing_hash="0" * 16))
 
 
-def test_refuses_a_runtime_that_is_not_installed(tiny_export: TinyExport):
-    with pytest.raises(CorruptBundleError, match="onnx"):
-        load_folder(tiny_export.folder, tiny_metadata(runtime="onnx"))
+def test_refuses_a_model_that_is_not_exported_for_its_runtime(tiny_export: TinyExport, tensorflow_export: TinyExport):
+    with pytest.raises(CorruptBundleError, match=r"model\.onnx"):
+        load_folder(tensorflow_export.folder, tiny_metadata(runtime="onnx"))
+    with pytest.raises(CorruptBundleError, match="SavedModel"):
+        load_folder(tiny_export.folder, tiny_metadata(runtime="tensorflow"))
+
+
+def test_names_the_runtime_that_is_not_installed(tensorflow_export: TinyExport, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # What an import finds then is ImportError.
+    with pytest.raises(CorruptBundleError, match=r"runtime tensorflow needs.*own Bento"):
+        load_folder(tensorflow_export.folder, tiny_metadata(runtime="tensorflow"))
+
+
+def test_an_onnx_model_is_loaded_and_asked_without_tensorflow(tiny_export: TinyExport):
+    code = (
+        "import sys, pathlib, numpy as np\n"
+        "from cv_platform.serving.runtime import load_folder\n"
+        "from cv_platform_tests.tiny_models import tiny_images, tiny_metadata\n"
+        "load_folder(pathlib.Path(sys.argv[1]), tiny_metadata(), threads=1).predict(tiny_images(1)[0])\n"
+        "assert not {'tensorflow', 'keras', 'onnx', 'tf2onnx', 'pandas'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_export.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_serving_modules_loads_no_framework():
     code = (
         "import sys, cv_platform.serving.holder, cv_platform.serving.promotion, cv_platform.deployment.rollout, "
         "cv_platform.deployment.export, cv_platform.serving.runtime_tensorflow\n"
-        "assert not {'tensorflow', 'keras', 'bentoml', 'dagster', 'mlflow'} & set(sys.modules)"
+        "frameworks = {'tensorflow', 'keras', 'onnx', 'onnxruntime', 'tf2onnx', 'bentoml', 'dagster', 'mlflow'}\n"
+        "assert not frameworks & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.xdist_group("tensorflow")
 PREDICTED = np.array([-1], dtype=np.int32)
 
 
-def test_calls_of_any_batch_size_trace_nothing(tiny_export: TinyExport):
+def test_calls_of_any_batch_size_trace_nothing(tensorflow_export: TinyExport):
     import tensorflow as tf
 
-    runtime = TensorFlowRuntime(tiny_export.folder / "saved_model")
+    runtime = TensorFlowRuntime(tensorflow_export.folder / "saved_model")
     graphs: list[object] = []
     original = tf.Graph.__init__
 
@@ -34,8 +34,8 @@ def test_calls_of_any_batch_size_trace_nothing(tiny_export: TinyExport):
     assert not graphs
 
 
-def test_wrong_shape_is_a_value_error(tiny_export: TinyExport):
-    runtime = TensorFlowRuntime(tiny_export.folder / "saved_model")
+def test_wrong_shape_is_a_value_error(tensorflow_export: TinyExport):
+    runtime = TensorFlowRuntime(tensorflow_export.folder / "saved_model")
     with pytest.raises(ValueError, match="Expected images"):
         runtime(np.zeros((1, 9, 9, 3), np.uint8), PREDICTED)
 
@@ -45,13 +45,13 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path):
         TensorFlowRuntime(tmp_path)
 
 
-def test_threads_are_left_alone_once_tensorflow_runs(tiny_export: TinyExport):
-    TensorFlowRuntime(tiny_export.folder / "saved_model")(tiny_images(1), PREDICTED)
-    TensorFlowRuntime(tiny_export.folder / "saved_model", threads=1)(tiny_images(1), PREDICTED)
+def test_threads_are_left_alone_once_tensorflow_runs(tensorflow_export: TinyExport):
+    TensorFlowRuntime(tensorflow_export.folder / "saved_model")(tiny_images(1), PREDICTED)
+    TensorFlowRuntime(tensorflow_export.folder / "saved_model", threads=1)(tiny_images(1), PREDICTED)
 
 
-def test_a_dropped_model_is_released(tiny_export: TinyExport):
-    runtime = TensorFlowRuntime(tiny_export.folder / "saved_model")
+def test_a_dropped_model_is_released(tensorflow_export: TinyExport):
+    runtime = TensorFlowRuntime(tensorflow_export.folder / "saved_model")
     runtime(tiny_images(1), PREDICTED)
     loaded = weakref.ref(runtime._loaded)
     del runtime

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from cv_platform.datasets.packing import PackedImages, open_split
-from cv_platform.errors import TrackingError, TrainingError
+from cv_platform.errors import DiskSpaceError, TrackingError, TrainingError
 from cv_platform.storage import VERSION_PATTERN
 from cv_platform.tracking import start_run
 from cv_platform.training.architectures import build_model
+from cv_platform.training.calibration import scale_logits
 from cv_platform.training.callbacks import TrainingMonitor, TrainingState, read_state
-from cv_platform.training.trainer import TrainedModel, _fingerprint, _work_folder, read_trained_model, train_model
+from cv_platform.training.trainer import TrainedModel, _fingerprint, _work_folder, train_model
 from cv_platform_tests.unit.training.conftest import experiment
 
 # One worker: each would train the module's model anew.
@@ -85,6 +86,12 @@ def trained(
     return trained
 
 
+@pytest.fixture(scope="module")
+def unsure(tiny_packed: PackedImages, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A training that ends less sure than it may be, so that it gets a temperature."""
+    return train_model(tiny_packed, experiment(train__label_smoothing=0.3), directory=tmp_path_factory.mktemp("unsure"))
+
+
 def weights_of(trained: TrainedModel) -> list[np.ndarray]:
     import keras
 
@@ -121,7 +128,7 @@ def test_writes_a_complete_folder(trained: TrainedModel) -> None:
 
 
 def test_the_record_says_what_was_trained_and_on_what(trained: TrainedModel, tiny_packed: PackedImages) -> None:
-    assert read_trained_model(trained.directory) == trained
+    assert TrainedModel.model_validate_json((trained.directory / "trained_model.json").read_text()) == trained
     assert re.match(VERSION_PATTERN, trained.version)
     assert (trained.dvc_md5, trained.dvc_tag, trained.ds_name) == (tiny_packed.dvc_md5, "v1", "tiny")
     assert (trained.class_names, trained.classifier_type) == (("blue", "green", "red"), "multi-class")
@@ -161,6 +168,7 @@ def test_it_learns_and_keeps_the_weights_of_the_best_epoch(trained: TrainedModel
     import keras
 
     network = keras.models.load_model(trained.keras_path, safe_mode=True)
+    scale_logits(network, 1 / trained.temperature)  # The epochs knew no temperature.
     valid = open_split(tiny_packed, "valid")
     probabilities = network(np.asarray(valid.images)).numpy()
 
@@ -213,6 +221,7 @@ def test_a_killed_training_resumes_to_the_weights_it_would_have_had(
 
     assert started == [1, 2]
     assert resumed.epochs_run == 3
+    assert resumed.temperature == trained.temperature
     assert resumed.history["val_loss"] == pytest.approx(trained.history["val_loss"], abs=1e-6)
     assert_same_weights(trained, resumed)
     assert not list((tmp_path / "tiny_model").glob(".training-*/*"))
@@ -226,6 +235,12 @@ def test_what_decides_the_weights_decides_what_may_be_resumed(tiny_packed: Packe
     assert _fingerprint(tiny_packed, experiment(model__dropout=0.3)) != base
     requarantined = tiny_packed.model_copy(update={"directory": tiny_packed.directory.with_name("other")})
     assert _fingerprint(requarantined, experiment()) != base
+
+
+def test_a_training_that_would_fill_the_disk_is_not_begun(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    with pytest.raises(DiskSpaceError, match="for training "):
+        train_model(tiny_packed, experiment(), directory=tmp_path, spare_bytes=10**15)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_two_trainings_with_one_key_do_not_mix(tiny_packed: PackedImages, tmp_path: Path) -> None:
@@ -442,3 +457,41 @@ def test_a_server_that_is_away_at_the_end_costs_no_training(tiny_packed: PackedI
     assert first.epochs == trained.epochs_run == 3
     assert second.epochs == 0
     assert trained.pack == tiny_packed.directory.name
+
+
+def test_a_training_that_is_repeated_from_its_finished_epochs_has_its_temperature_once(
+    unsure: TrainedModel, tiny_packed: PackedImages, tmp_path: Path
+) -> None:
+    config, away = experiment(train__label_smoothing=0.3), ForgetfulRun(is_away=True)
+    for _ in range(2):
+        with pytest.raises(TrackingError):
+            train_model(tiny_packed, config, directory=tmp_path, run=cast(Any, away), resume_key="k")
+    again = train_model(tiny_packed, config, directory=tmp_path, resume_key="k")
+
+    assert unsure.temperature != 1.0
+    assert again.temperature == unsure.temperature
+    assert_same_weights(unsure, again)
+
+
+def test_the_temperature_is_in_the_saved_weights_and_changes_no_answer(
+    unsure: TrainedModel, tiny_packed: PackedImages, tmp_path: Path
+) -> None:
+    import keras
+
+    config = experiment(train__label_smoothing=0.3, train__temperature_scaling=False)
+    plain = train_model(tiny_packed, config, directory=tmp_path)
+    calibrated = keras.models.load_model(unsure.keras_path)
+    uncalibrated = keras.models.load_model(plain.keras_path)
+    kernel, bias = (np.asarray(w) for w in calibrated.get_layer("logits").get_weights())
+    valid = open_split(tiny_packed, "valid")
+    ours, theirs = calibrated(valid.images).numpy(), uncalibrated(valid.images).numpy()
+
+    assert plain.temperature == 1.0
+    assert kernel.dtype == bias.dtype == np.float32
+    np.testing.assert_allclose(kernel * unsure.temperature, uncalibrated.get_layer("logits").get_weights()[0], 1e-6)
+    np.testing.assert_array_equal(ours.argmax(axis=1), theirs.argmax(axis=1))
+    true = (np.arange(len(valid.targets)), valid.targets)
+    assert np.log(ours[true]).mean() > np.log(theirs[true]).mean()
+    # By the definition: the softmax of log p / T.
+    powered = theirs.astype(np.float64) ** (1 / unsure.temperature)
+    np.testing.assert_allclose(ours, powered / powered.sum(axis=1, keepdims=True), atol=1e-5)

@@ -1,0 +1,54 @@
+"""From the plain signature to `model.onnx`, by tf2onnx; what does not convert is refused with its reason.
+
+https://github.com/onnx/tensorflow-onnx
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from cv_platform.deployment.signature import plain_signature
+from cv_platform.errors import ExportError
+
+logger = logging.getLogger(__name__)
+
+OPSET = 17
+"""Of ONNX: the newest that tf2onnx writes without reservations; ONNX Runtime reads it since 1.12."""
+
+
+def write_onnx(model: Any, uae: Any, path: Path) -> None:
+    """Writes classifier, encoder and Grad-CAM as one graph of standard operators, N dynamic, weights inside.
+
+    Args:
+        model: Keras classifier, see `signature.plain_signature`.
+        uae: Keras encoder of the same images.
+        path: the file.
+
+    Raises:
+        ExportError: the head has no plain form, or a layer does not convert.
+    """
+    import tensorflow as tf
+
+    serve = plain_signature(model, uae)
+    height, width, channels = (int(side) for side in model.input_shape[1:])
+    signature = [
+        tf.TensorSpec((None, height, width, channels), tf.uint8, name="images"),
+        tf.TensorSpec((None,), tf.int32, name="class_index"),
+    ]
+    try:
+        import onnx
+        import tf2onnx
+
+        graph, _ = tf2onnx.convert.from_function(tf.function(serve), signature, opset=OPSET)
+        onnx.checker.check_model(graph, full_check=True)
+    # tf2onnx meets foreign layers with errors of many unrelated classes.
+    except Exception as err:
+        line = (str(err).strip() or type(err).__name__).splitlines()[0][:300]
+        raise ExportError(f"Expected layers that convert to ONNX. Received: {line}") from err
+    foreign = sorted({node.op_type for node in graph.graph.node if node.domain not in {"", "ai.onnx"}})
+    if foreign:
+        raise ExportError(f"Expected standard ONNX operators. Received: {', '.join(foreign)}.")
+    path.write_bytes(graph.SerializeToString())
+    logger.info("Converted to ONNX: %d nodes, %.1f MB", len(graph.graph.node), path.stat().st_size / 1e6)

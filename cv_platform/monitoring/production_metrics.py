@@ -1,0 +1,266 @@
+"""What people said about the predictions of a window: production accuracy by model version, against the test split's.
+
+A prediction has one true class: its latest feedback, whichever source it came from (people correct themselves and each
+other; the history stays in the database). Predictions belong to the window by their own time, not by their feedback's.
+
+People choose what they comment on, mistakes more often than hits. The figures are of the predictions with feedback, and
+only where those are a random sample (a labelling campaign, say) are they of all predictions.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import binomtest, fisher_exact
+from sqlalchemy import Engine, func, select
+
+from cv_platform.config import ExperimentConfig
+from cv_platform.database.schema import feedback, predictions
+from cv_platform.drift.reference import label_targets
+from cv_platform.errors import BundleNotFoundError, CorruptBundleError
+from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
+from cv_platform.monitoring.production_record import ProductionMetrics, Verdict, VersionMetrics
+from cv_platform.monitoring.window import window_bounds
+from cv_platform.storage import BundleMetadata, CentralStorage
+from cv_platform.tracking import MlflowRun
+
+logger = logging.getLogger(__name__)
+
+
+def measure_production(
+    config: ExperimentConfig,
+    *,
+    model_name: str,
+    engine: Engine,
+    storage: CentralStorage,
+    now: datetime,
+    directory: Path,
+) -> ProductionMetrics:
+    """Measures the predictions of the monitor's window against the feedback on them, by model version.
+
+    Args:
+        config: the experiment; `monitor` has the window, `alpha` and `min_feedback`.
+        model_name: whose predictions.
+        engine: of the request log.
+        storage: has the bundles, whose metadata say what a version reached on its test split.
+        now: end of the default window, with its zone.
+        directory: receives plots and JSON; earlier ones are replaced.
+
+    Returns:
+        The figures; without any feedback they say so.
+
+    Raises:
+        ConfigError: the window's bounds are wrong.
+        DatabaseUnavailableError, SchemaMismatchError, StorageError: see there.
+    """
+    start_utc, end_utc = window_bounds(config.monitor, now)
+    totals, statements = _read(engine, model_name, start_utc, end_utc)
+    problems: list[str] = []
+    versions = [
+        _measure(
+            config, storage, model_name, version, total, statements.loc[statements["version"] == version], problems
+        )
+        for version, total in totals.items()
+    ]
+    metrics = ProductionMetrics(
+        experiment=config.name,
+        model_name=model_name,
+        window_start_utc=start_utc,
+        window_end_utc=end_utc,
+        predictions=sum(version.predictions for version in versions),
+        with_feedback=sum(version.with_feedback for version in versions),
+        alpha=config.monitor.alpha,
+        min_feedback=config.monitor.min_feedback,
+        record_path=directory / "production_metrics.json",
+        versions=_judged(versions, config.monitor.alpha, config.monitor.min_feedback),
+        problems=tuple(problems),
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics = metrics.model_copy(update={"plots": _draw(metrics, directory)})
+    metrics.record_path.write_text(metrics.model_dump_json(indent=1), encoding="utf-8")
+    logger.info("%s", metrics.summary())
+    return metrics
+
+
+def log_production(run: MlflowRun, metrics: ProductionMetrics) -> None:
+    """Logs the figures of the newest version with feedback, the plots and the JSON.
+
+    Raises:
+        TrackingError: MLflow cannot be reached.
+    """
+    run.log_metrics(metrics.figures())
+    for path in metrics.plots.values():
+        run.log_artifact(path, "plots")
+    run.log_artifact(metrics.record_path, "production_metrics")
+
+
+def _read(
+    engine: Engine, model_name: str, start_utc: datetime, end_utc: datetime
+) -> tuple[dict[str, int], pd.DataFrame]:
+    """Returns the predictions per version, the newest first, and how often each pair of predicted and true was said."""
+    inside = (
+        (predictions.c.model_name == model_name)
+        & (predictions.c.created_on >= start_utc)
+        & (predictions.c.created_on < end_utc)
+    )
+    totals = (
+        select(predictions.c.model_version, func.count())
+        .where(inside)
+        .group_by(predictions.c.model_version)
+        .order_by(predictions.c.model_version.desc())  # Versions sort by time.
+    )
+    latest = (
+        select(predictions.c.model_version, predictions.c.predicted_class, feedback.c.true_class, feedback.c.source)
+        .join(feedback, feedback.c.prediction_id == predictions.c.prediction_id)
+        .where(inside)
+        .distinct(feedback.c.prediction_id)
+        .order_by(feedback.c.prediction_id, feedback.c.created_on.desc(), feedback.c.id.desc())
+        .subquery()
+    )
+    counted = select(*latest.c, func.count()).group_by(*latest.c)
+    # One snapshot, so that no prediction has feedback without being counted.
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        known = {version: int(count) for version, count in connection.execute(totals)}
+        rows = [tuple(row) for row in connection.execute(counted)]
+    return known, pd.DataFrame(rows, columns=pd.Index(["version", "predicted", "true", "source", "count"]))
+
+
+def _measure(
+    config: ExperimentConfig,
+    storage: CentralStorage,
+    model_name: str,
+    version: str,
+    total: int,
+    statements: pd.DataFrame,
+    problems: list[str],
+) -> VersionMetrics:
+    metadata = _metadata(storage, model_name, version)
+    kind = metadata.classifier_type if metadata else config.model.classifier_type
+    names = metadata.class_names if metadata else tuple(config.model.classes)
+    usable = statements
+    if kind == "multi-class":
+        usable = statements.loc[statements["true"].isin(names) & statements["predicted"].isin(names)]
+    left_out = int(statements["count"].sum() - usable["count"].sum())
+    if left_out:
+        problems.append(
+            f"{version}: {left_out} predictions were left out, as their class or the stated one is none of the model's."
+        )
+    rows = int(usable["count"].sum())
+    facts: dict[str, Any] = {
+        "model_version": version,
+        "classifier_type": kind,
+        "predictions": total,
+        "with_feedback": rows,
+        "coverage": rows / total,
+        "class_names": names,
+    }
+    if metadata is not None:
+        facts |= {
+            "test_right_share": metadata.metrics.get("accuracy" if kind == "multi-class" else "exact_match"),
+            "test_images": int(metadata.metrics["images"]) if "images" in metadata.metrics else None,
+        }
+    if not rows:
+        return VersionMetrics(**facts)
+    weights = usable["count"].to_numpy(dtype=np.int64)
+    truth, predicted = label_targets(usable["true"], names), label_targets(usable["predicted"], names)
+    right = int(weights[(truth == predicted).all(axis=1)].sum())
+    interval = binomtest(right, rows).proportion_ci(confidence_level=1 - config.monitor.alpha, method="wilson")
+    cells = _cells(truth, predicted, weights)
+    is_multi_class = kind == "multi-class"
+    return VersionMetrics(
+        **facts,
+        accuracy=right / rows if is_multi_class else float(cells[:, [0, 3]].sum() / cells.sum()),
+        right_share=right / rows,
+        interval=(float(interval.low), float(interval.high)),
+        per_class=[
+            _class_row(name, *row, with_accuracy=not is_multi_class)
+            for name, row in zip(names, cells.tolist(), strict=True)
+        ],
+        confusion=((truth * weights[:, None]).T @ predicted).tolist() if is_multi_class else cells.tolist(),
+        sources={str(name): int(count) for name, count in usable.groupby("source")["count"].sum().items()},
+    )
+
+
+def _judged(versions: list[VersionMetrics], alpha: float, min_feedback: int) -> tuple[VersionMetrics, ...]:
+    """Compares each version that has enough feedback with its test split; Bonferroni over those that are compared."""
+    enough = [version for version in versions if version.with_feedback >= min_feedback]
+    comparable = [v for v in enough if v.test_right_share is not None and v.test_images]
+    judged: list[VersionMetrics] = []
+    for version in versions:
+        if version in comparable:
+            p_value = _p_value(version)
+            verdict: Verdict = (
+                "worse than on the test split" if p_value * len(comparable) <= alpha else "as on the test split"
+            )
+            judged.append(version.model_copy(update={"p_value": p_value, "verdict": verdict}))
+        else:
+            verdict = "not comparable" if version in enough else "insufficient feedback"
+            judged.append(version.model_copy(update={"verdict": verdict}))
+    return tuple(judged)
+
+
+def _p_value(version: VersionMetrics) -> float:
+    # Against the test split's counts, not its share: an accuracy of 1.0 on 300 images promises no flawless production.
+    assert version.right_share is not None
+    assert version.test_right_share is not None
+    assert version.test_images is not None
+    table = [
+        [round(version.right_share * version.with_feedback), version.with_feedback],
+        [round(version.test_right_share * version.test_images), version.test_images],
+    ]
+    result: Any = fisher_exact([[right, rows - right] for right, rows in table], alternative="less")
+    return float(result.pvalue)
+
+
+def _cells(truth: NDArray[np.bool_], predicted: NDArray[np.bool_], weights: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns `(C, 4)`: true negatives, false positives, false negatives, true positives of each class."""
+    kinds = (~truth & ~predicted, ~truth & predicted, truth & ~predicted, truth & predicted)
+    return np.stack([weights @ kind for kind in kinds], axis=1)
+
+
+def _class_row(name: str, tn: int, fp: int, fn: int, tp: int, *, with_accuracy: bool) -> dict[str, Any]:
+    row = {
+        "class": name,
+        "feedback": tp + fn,
+        "predicted": tp + fp,
+        "precision": tp / (tp + fp) if tp + fp else None,
+        "recall": tp / (tp + fn) if tp + fn else None,
+        "f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None,
+    }
+    return {**row, "accuracy": (tp + tn) / (tp + tn + fp + fn)} if with_accuracy else row
+
+
+def _metadata(storage: CentralStorage, model_name: str, version: str) -> BundleMetadata | None:
+    try:
+        return storage.read_metadata(model_name, version)
+    except (BundleNotFoundError, CorruptBundleError) as err:
+        logger.warning("%s %s is not compared with its test split: %s", model_name, version, err)
+        return None
+
+
+def _draw(metrics: ProductionMetrics, directory: Path) -> dict[str, Path]:
+    plots: dict[str, Path] = {}
+    intervals = [
+        Interval(f"{v.model_version}\n{v.with_feedback} with feedback", v.right_share, *v.interval, v.test_right_share)
+        for v in metrics.versions
+        if v.right_share is not None and v.interval is not None
+    ]
+    if intervals:
+        plots["accuracy"] = directory / "accuracy.png"
+        save_intervals(plots["accuracy"], intervals, "Share of right predictions (mark: on the test split)")
+    newest = next((version for version in metrics.versions if version.with_feedback), None)
+    if newest is not None and newest.classifier_type == "multi-class":
+        plots["confusion_matrix"] = directory / "confusion_matrix.png"
+        save_confusion_matrix(
+            plots["confusion_matrix"],
+            np.array(newest.confusion),
+            newest.class_names,
+            what=f"feedback on {newest.model_version}",
+        )
+    return plots

@@ -1,0 +1,104 @@
+"""What a connection may cost before there is a request: a bound on the bytes of a request's head, and on its time.
+
+Uvicorn's fast parser reads heads of any size, for any time, and waits for ever for the first byte; a middleware only
+sees requests whose head is complete. BentoML leaves the choice of the protocol to Uvicorn ("auto") and has no option
+for it: `bound_connections` puts ours in its place, in a worker, before BentoML makes the server.
+https://www.uvicorn.org/settings/#implementation, https://docs.python.org/3/library/asyncio-protocol.html
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from uvicorn import config as uvicorn_config
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+
+class BoundedProtocol(asyncio.Protocol):
+    """Uvicorn's protocol for HTTP/1.1, with bounds; the arguments are Uvicorn's own.
+
+    Attributes:
+        head_seconds: longest time for a head, from the connection's start or the head's first byte; beyond, 408, or
+            nothing where nothing was sent.
+        max_head_bytes: largest head, and at most one read from the socket more; beyond, 431.
+    """
+
+    head_seconds = 15.0
+    max_head_bytes = 65_536
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # Typed as any protocol: Uvicorn chooses it by what is installed.
+        self._inner: Any = AutoHTTPProtocol(*arguments, **options)
+        self._transport: Any = None
+        self._head_bytes = 0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begins to wait for the first head."""
+        self._transport = transport
+        self._inner.connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Hands the bytes on, and counts those that belong to no request yet."""
+        before = self._inner.cycle
+        is_between = before is None or not before.more_body
+        self._inner.data_received(data)
+        if self._transport.is_closing():
+            self._stop_waiting()
+        elif not is_between or self._inner.cycle is not before:
+            self._head_bytes = 0
+            self._stop_waiting()
+        elif data.strip(b"\r\n"):  # Empty lines before a request line are allowed.
+            self._head_bytes += len(data)
+            if self._head_bytes > self.max_head_bytes:
+                self._refuse(431, "Request Header Fields Too Large", f"at most {self.max_head_bytes} bytes of headers")
+            elif self._deadline is None:
+                self._expect_head()
+
+    def eof_received(self) -> bool | None:
+        """Hands it on."""
+        return self._inner.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Hands it on."""
+        self._stop_waiting()
+        self._inner.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Hands it on."""
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Hands it on."""
+        self._inner.resume_writing()
+
+    def _expect_head(self) -> None:
+        self._deadline = asyncio.get_running_loop().call_later(self.head_seconds, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        # A connection that has become a websocket is another protocol's.
+        if self._transport.get_protocol() is self:
+            self._refuse(408, "Request Timeout", f"complete headers within {self.head_seconds:g} s")
+
+    def _refuse(self, status: int, reason: str, expected: str) -> None:
+        """Closes the connection; says why, unless nobody asked or an earlier request is still being answered."""
+        self._stop_waiting()
+        cycle = self._inner.cycle
+        if self._head_bytes and (cycle is None or cycle.response_complete):
+            body = json.dumps({"message": f"{reason}. Expected {expected}.", "expected": expected})
+            head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            self._transport.write(f"{head}connection: close\r\n\r\n{body}".encode())
+        self._transport.close()
+
+
+def bound_connections() -> None:
+    """Makes servers that this process makes from now on bound their connections, unless they choose a protocol."""
+    uvicorn_config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"

@@ -1,0 +1,86 @@
+"""The log of what was refused: every request for a prediction leaves an entry, also the ones without an answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cv_platform.errors import CvPlatformError
+from cv_platform.serving.clean_requests import escaped, has_control_characters
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.log_entry import LogEntry
+from cv_platform.serving.problems import RequestTrace, trace_of
+
+logger = logging.getLogger(__name__)
+
+_MAX_URL = 2000
+_MAX_MESSAGE = 1000
+
+
+class RefusalLog:
+    """ASGI middleware: gives each refused request for a prediction its log entry before the refusal leaves.
+
+    It sits outside of everything that can refuse (body limit, keys, overload, validation), so that nothing is missed.
+
+    Args:
+        app: what it stands before.
+        context: whose log it is.
+        paths: of the routes that predict.
+    """
+
+    def __init__(self, app: ASGIApp, *, context: ServingContext, paths: Collection[str]) -> None:
+        self.app = app
+        self.context = context
+        self.paths = frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in self.paths:
+            await self.app(scope, receive, send)
+            return
+
+        async def logged(message: Message) -> None:
+            trace = trace_of(scope)
+            if message["type"] == "http.response.start" and not trace.is_logged:
+                trace.is_logged = True
+                await log_refusal(self.context, scope, message["status"], trace.message)
+            await send(message)
+
+        await self.app(scope, receive, logged)
+
+
+async def log_refusal(context: ServingContext, scope: Scope, status: int, message: str) -> None:
+    """Makes the log entry of one refused image; a refusal that cannot be logged is still given, and counted."""
+    trace: RequestTrace = trace_of(scope)
+    message = message[:_MAX_MESSAGE]
+    context.metrics.image_answered(status)
+    entry = LogEntry(
+        request_method="POST",
+        request_url=logged_url(scope),
+        response_status_code=status,
+        response_message=message,
+        timespan=trace.seconds(),
+        created_on=trace.created_on,
+        model_version=trace.model_version,
+        client_error=message if 400 <= status < 500 else None,
+    )
+    try:
+        await context.append(entry)
+    except CvPlatformError as err:
+        context.metrics.refusal_unlogged()
+        logger.warning("Request %s was refused (%d) without a log entry: %s", trace.request_id, status, err)
+
+
+def logged_url(scope: Scope) -> str:
+    """Returns path and query as the log keeps them."""
+    query = scope.get("query_string", b"").decode("latin-1")
+    path = escaped(scope["path"])
+    return (f"{path}?{query}" if query else path)[:_MAX_URL]
+
+
+def _path(scope: Scope) -> str:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    # As a router's regular expression sees it: `$` matches before a newline.
+    return "".join(c for c in path if not has_control_characters(c))

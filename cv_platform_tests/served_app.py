@@ -1,0 +1,112 @@
+"""The service's app over real HTTP, in a process of its own: `python -m cv_platform_tests.served_app PORT LIMITS`.
+
+Settings come from the environment; LIMITS is JSON that replaces fields of `ServingLimits`, and `head_seconds`. Uvicorn
+is set up as BentoML sets it up in its workers. The model is the one that computes by hand, so the process starts in
+seconds and holds no model framework: what is looked at is everything around the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cv_platform.stack.http import free_port, wait_for_http
+
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class ServedApp:
+    """A running one."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self, timeout_seconds: float = 10.0) -> socket.socket:
+        """Opens a connection to write to by hand."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=timeout_seconds)
+
+    def health(self) -> dict[str, Any]:
+        """Returns what `/health_check` says; it has to be 200, soon."""
+        response = httpx.get(f"{self.url}/health_check", timeout=5)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def peak_memory_bytes(self) -> int:
+        """Returns the largest resident memory of the process so far."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+
+
+@contextmanager
+def serve_app(limits: dict[str, float], **environment: str) -> Iterator[ServedApp]:
+    """Runs the app to the end of the block; it has to be alive then."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="cv-served-") as folder:
+        log = Path(folder) / "served.log"
+        variables = {"CV_HOME": f"{folder}/home", "CV_STORAGE": f"{folder}/storage", **environment}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "cv_platform_tests.served_app", str(port), json.dumps(limits)],
+                env={**os.environ, **variables},
+                cwd=Path(__file__).parents[1],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            wait_for_http(
+                f"http://127.0.0.1:{port}/health_check", seconds=START_SECONDS, alive=lambda: process.poll() is None
+            )
+            yield ServedApp(process, port)
+            assert process.poll() is None, f"it ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def main(port: int, changed_limits: dict[str, Any]) -> None:
+    """Serves until it is told to stop."""
+    import uvicorn
+
+    from cv_platform.serving.app import create_app
+    from cv_platform.serving.connections import BoundedProtocol, bound_connections
+    from cv_platform.serving.context import ServingContext
+    from cv_platform.serving.limits import ServingLimits
+    from cv_platform.settings import Settings
+    from cv_platform_tests.unit.serving.http_client import FixedModels
+
+    settings = Settings.from_environment()
+    BoundedProtocol.head_seconds = changed_limits.pop("head_seconds", BoundedProtocol.head_seconds)
+    limits = replace(ServingLimits.of(settings), **changed_limits)
+    app = create_app(ServingContext(settings, limits=limits, models=FixedModels()))
+    # As `_bentoml_impl/worker/service.py` of BentoML 1.4.39, whose "auto" is ours by then.
+    bound_connections()
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=port, backlog=2048, log_config=None, timeout_keep_alive=5, server_header=False
+    )
+    uvicorn.Server(config).run()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,141 @@
+"""What does not answer (a frozen database, a disk, an object store) costs its own routes, and those in bounded time."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+from sqlalchemy import create_engine, text
+
+from cv_platform.serving import context as serving_context
+from cv_platform.serving import routes_feedback
+from cv_platform.serving.app import create_app
+from cv_platform.serving.bounded_calls import BoundedCalls
+from cv_platform.serving.context import LOOK_UP_THREADS, ServingContext
+from cv_platform.serving.limits import ServingLimits
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
+from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+
+IMAGE = png(flat_image(1, 2, 3))
+ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+
+
+def test_a_slow_statement_is_a_408(make_context: MakeContext):
+    client = Client(create_app(make_context(limits=ServingLimits(small_body_seconds=0.05))))
+
+    async def stuck() -> AsyncIterator[bytes]:
+        yield b'{"true_class": '
+        await asyncio.sleep(30)
+
+    response = client.post(f"/feedback/{uuid4()}", content=stuck(), headers={"Content-Type": "application/json"})
+    assert response.status_code == 408
+    assert response.headers["connection"] == "close"
+
+
+@pytest.fixture
+def hung_disk(context: ServingContext, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Lets no look at the spool end until the event is set."""
+    go = threading.Event()
+    status = context.log.status
+
+    def hang() -> object:
+        assert go.wait(60)
+        return status()
+
+    monkeypatch.setattr(context.log, "status", hang)
+    yield go
+    go.set()
+
+
+def test_health_answers_while_the_spools_disk_hangs_with_the_figures_it_had(
+    client: Client, context: ServingContext, hung_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+):
+    context._status_reads = BoundedCalls("looks at the spool", "its disk", threads=1, places=1, seconds=0.05)
+    known = context._last_status
+    if known is None:
+        hung_disk.set()
+        client.get("/health_check")
+        hung_disk.clear()
+        known = context._last_status
+    assert known is not None
+    context._last_status = known[0] - 60, known[1]
+    for _ in range(3):
+        health = client.get("/health_check")
+        assert health.status_code == 200
+        assert health.json()["spool"]["entries"] == 0
+        assert health.json()["spool"]["as_of_seconds"] >= 60
+        assert "disk does not answer" in health.json()["message"]
+
+
+def test_storage_that_hangs_is_a_503_and_takes_no_thread_of_the_others(
+    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+):
+    go = threading.Event()
+    monkeypatch.setattr(context.storage, "read_pointer", lambda service: go.wait(60))
+    context._storage_reads = BoundedCalls("reads of storage", "central storage", threads=2, places=2, seconds=0.05)
+    statuses = [client.get("/models/current").status_code for _ in range(3)]
+    assert statuses == [503, 503, 429]
+    assert client.get("/").status_code == 200
+    assert client.predict(IMAGE).status_code == 200
+    go.set()
+
+
+@pytest.fixture
+def freeze(database_url: str) -> Iterator[Callable[[], None]]:
+    """Returns a function that stops PostgreSQL (its postmaster and every backend) by SIGSTOP; it goes on at the end."""
+    stopped: list[int] = []
+    engine = create_engine(database_url)
+
+    def stop() -> None:
+        with engine.connect() as connection:
+            pids = connection.execute(text("SELECT pid FROM pg_stat_activity ORDER BY pid")).scalars().all()
+            postmaster = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+        for pid in (postmaster, *pids):
+            os.kill(pid, signal.SIGSTOP)
+            stopped.append(pid)
+
+    yield stop
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    engine.dispose()
+
+
+def test_a_frozen_database_answers_503_in_time_and_the_rest_goes_on(
+    make_context: MakeContext, database_url: str, freeze: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(serving_context, "LOOK_UP_SECONDS", 1.0)
+    monkeypatch.setattr(routes_feedback, "DELETION_SECONDS", 1.0)
+    context = make_context(DATABASE_URL=database_url)
+    app = create_app(context)
+    drained = Client(app).predict(IMAGE).json()["prediction_id"]
+    assert context.log.wait_until_drained(30)
+
+    async def look_up(client: httpx.AsyncClient, count: int) -> list[int]:
+        responses = await asyncio.gather(*(client.get(f"/predictions/{drained}") for _ in range(count)))
+        return [response.status_code for response in responses]
+
+    async def scenario() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client, asyncio.timeout(60):
+            assert await look_up(client, 2) == [200, 200]  # Their two connections stay in the pool.
+            freeze()
+            # Many more than there are threads: none of them is left without an answer.
+            statuses = await look_up(client, 3 * LOOK_UP_THREADS)
+            assert set(statuses) <= {429, 503}
+            assert 503 in statuses
+            assert (await client.get("/health_check")).status_code == 200
+            assert (await client.get("/")).status_code == 200
+            fresh = await client.post("/predict", files={"file": ("a.png", IMAGE)})
+            assert fresh.status_code == 200
+            # What has not reached the database yet is found in the spool, by the threads that do not hang.
+            while (await client.get(f"/predictions/{fresh.json()['prediction_id']}")).status_code != 200:
+                await asyncio.sleep(0.1)  # Those that wait for a connection have not given up yet.
+            delete = await client.delete(f"/predictions/{drained}", headers=ADMIN)
+            assert delete.status_code == 503
+
+    asyncio.run(scenario())

@@ -1,0 +1,93 @@
+"""Overload over real connections: what is too much is refused with advice, the rest is answered, health stays green."""
+
+import asyncio
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from cv_platform.serving.app import create_app
+from cv_platform.serving.limits import ServingLimits
+from cv_platform.serving.runtime import LoadedModel, Prediction
+from cv_platform.stack.http import free_port
+from cv_platform_tests.tiny_models import tiny_metadata
+from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
+from cv_platform_tests.unit.serving.http_client import BrightnessRuntime, FixedModels, flat_image, png
+
+IMAGE = png(flat_image(199, 99, 99))
+CLIENTS = 60
+
+
+class GatedRuntime(BrightnessRuntime):
+    """Answers when it is allowed to."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self, images: np.ndarray, class_index: np.ndarray) -> Prediction:
+        assert self.go.wait(60)
+        return super().__call__(images, class_index)
+
+
+@pytest.fixture
+def runtime() -> GatedRuntime:
+    return GatedRuntime()
+
+
+@contextlib.contextmanager
+def listening(server: uvicorn.Server) -> Iterator[None]:
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+def test_overload_answers_429_with_advice_while_health_stays_green(make_context: MakeContext, runtime: GatedRuntime):
+    limits = ServingLimits(max_in_flight=8, predict_threads=2, max_batch_files=4)
+    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(create_app(context), port=port, lifespan="off", log_config=None))
+
+    async def flood() -> tuple[list[httpx.Response], list[int]]:
+        no_limit = httpx.Limits(max_connections=None)
+        async with (
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=no_limit, timeout=60) as client,
+            asyncio.timeout(120),
+        ):
+            while not server.started:
+                await asyncio.sleep(0.02)
+            images = [("files", (f"{number}.png", IMAGE)) for number in range(3)]
+            tasks = [
+                asyncio.create_task(
+                    client.post("/predict/batch", files=images)
+                    if number % 3 == 0
+                    else client.post("/predict", files={"file": ("a.png", IMAGE)})
+                )
+                for number in range(CLIENTS)
+            ]
+            health: list[int] = []
+            while context.in_flight.inside < 6 or sum(task.done() for task in tasks) < CLIENTS - 8:
+                health.append((await client.get("/health_check")).status_code)
+            runtime.go.set()
+            return list(await asyncio.gather(*tasks)), health
+
+    with listening(server):
+        responses, health = asyncio.run(flood())
+    statuses = Counter(response.status_code for response in responses)
+    assert set(statuses) == {200, 429}
+    assert statuses[429] >= CLIENTS - 8
+    assert all(int(r.headers["retry-after"]) > 0 for r in responses if r.status_code == 429)
+    assert health
+    assert set(health) == {200}
+    images = sum(len(r.json().get("results", [None])) for r in responses if r.status_code == 200)
+    assert 6 <= images <= 8
+    assert Counter(record["response_status_code"] for record in spooled(context)) == {200: images, 429: statuses[429]}
+    assert context.in_flight.inside == context.uploads.inside == context.small_bodies.inside == 0

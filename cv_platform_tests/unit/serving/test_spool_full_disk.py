@@ -1,0 +1,73 @@
+"""What the spool does at the end of its disk, and how it gets away from there."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cv_platform.disk_space import free_bytes
+from cv_platform.errors import SpoolFullError
+from cv_platform.serving import spool as spool_module
+from cv_platform.serving.app import create_app
+from cv_platform.serving.spool import Spool
+from cv_platform_tests.unit.serving.app_fixtures import MakeContext
+from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+from cv_platform_tests.unit.serving.test_log_entry import answered
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool(tmp_path / "spool")
+    yield spool
+    spool.close()
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes what is free count as the reserve, as at the end of a disk."""
+    monkeypatch.setattr(spool_module, "RESERVE_BYTES", 2 * free_bytes(folder))
+
+
+def test_entries_end_before_the_disk_does_and_what_is_drained_still_leaves(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spool.append(answered())
+    with monkeypatch.context() as full:
+        fill_the_disk(full, tmp_path)
+        with pytest.raises(SpoolFullError, match="bytes free on the disk"):
+            spool.append(answered())
+        with pytest.raises(SpoolFullError):
+            spool.try_out()
+        spool.delete(spool.read_batch(10, 10**6))
+        assert spool.depth() == 0
+    spool.try_out()
+    assert spool.depth() == 0, "trying leaves nothing"
+    spool.append(answered())
+    assert spool.depth() == 1
+
+
+def test_a_spool_whose_folder_was_deleted_takes_nothing_more(spool: Spool) -> None:
+    spool.append(answered())
+    shutil.rmtree(spool.path.parent)
+    # SQLite itself would go on writing to files that nobody can open again.
+    with pytest.raises(SpoolFullError, match="No such file"):
+        spool.append(answered())
+
+
+def test_health_recovers_without_a_request_that_would_show_it(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client = Client(create_app(make_context()))
+    picture = png(flat_image(10, 20, 30))
+    with monkeypatch.context() as full:
+        fill_the_disk(full, tmp_path)
+        assert client.predict(picture).status_code == 503
+        assert client.get("/health_check").status_code == 503
+    deadline = time.monotonic() + 30
+    while client.get("/health_check").status_code != 200:
+        assert time.monotonic() < deadline, "it stays not ready"
+        time.sleep(0.1)
+    assert client.predict(picture).status_code == 200
