@@ -1,13 +1,8 @@
 // Renders openapi.json: what each route takes, answers and costs in credentials, with an example to copy.
 
-const $ = (id) => document.getElementById(id);
-const LOCKS = { adminToken: 'admin token', apiKey: 'API key, if set' };
+import { $, element } from './dom.js';
 
-function element(tag, props = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...children);
-  return node;
-}
+const LOCKS = { adminToken: 'admin token', apiKey: 'API key, if set' };
 
 // `this` becomes code; everything else stays text.
 function prose(text) {
@@ -28,6 +23,7 @@ function resolve(spec, schema) {
 }
 
 function kind(schema) {
+  if (schema.type === 'array' && schema.items) return `several: ${kind(schema.items)}`;
   if (schema.enum) return schema.enum.join(' | ');
   if (schema.anyOf) return schema.anyOf.map(kind).filter((k) => k !== 'null').join(' or ');
   return [schema.type, schema.format ?? schema.contentMediaType].filter(Boolean).join(', ');
@@ -40,7 +36,7 @@ function inputs(spec, operation) {
   for (const [type, { schema }] of Object.entries(operation.requestBody?.content ?? {})) {
     const body = resolve(spec, schema);
     for (const [name, field] of Object.entries(body.properties ?? {})) {
-      rows.push([name, `${type}${body.required?.includes(name) ? '' : ', optional'}`, kind(field), field.description ?? '']);
+      rows.push([name, `${type}${body.required?.includes(name) ? '' : ', optional'}`, kind(field), field.description ?? field.items?.description ?? '']);
     }
   }
   return rows;
@@ -51,7 +47,11 @@ function curl(path, verb, operation) {
   if (verb !== 'get') parts.push(`-X ${verb.toUpperCase()}`);
   if (JSON.stringify(operation.security ?? []).includes('adminToken')) parts.push('-H "Authorization: Bearer $CV_ADMIN_TOKEN"');
   const content = operation.requestBody?.content ?? {};
-  if (content['multipart/form-data']) parts.push('-F file=@image.jpg');
+  const form = content['multipart/form-data']?.schema;
+  for (const name of form?.required ?? []) {
+    parts.push(`-F ${name}=@image.jpg`);
+    if (form.properties[name].type === 'array') parts.push(`-F ${name}=@another.jpg`);
+  }
   const example = content['application/json']?.example;
   if (example) parts.push(`-H 'Content-Type: application/json' -d '${JSON.stringify(example)}'`);
   const filled = (operation.parameters ?? []).filter((p) => p.in === 'path').reduce((at, p) => at.replace(`{${p.name}}`, p.example ?? `{${p.name}}`), path);
@@ -68,9 +68,11 @@ function route(spec, path, verb, operation) {
   body.append(element('h3', { textContent: 'Example' }), code(curl(path, verb, operation)));
   const answers = Object.entries(operation.responses ?? {});
   body.append(element('h3', { textContent: 'Answers' }), table(answers.map(([status, { description }]) => [status, description])));
-  for (const [status, answer] of answers) {
-    const example = answer.content?.['application/json']?.example;
-    if (example) body.append(element('h3', { textContent: `Example of ${status}` }), json(example));
+  // Refusals all look alike: the first stands for the others.
+  const examples = answers.map(([status, answer]) => [status, answer.content?.['application/json']?.example]).filter(([, example]) => example);
+  const isGood = ([status]) => status.startsWith('2');
+  for (const [status, example] of [...examples.filter(isGood), ...examples.filter((one) => !isGood(one)).slice(0, 1)]) {
+    body.append(element('h3', { textContent: `Example of ${status}` }), json(example));
   }
   return element('details', { className: 'card route' },
     element('summary', {},
