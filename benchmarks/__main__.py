@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import table, write_report
-from benchmarks.options import REPOSITORY, UPLOADS, Options
+from benchmarks.options import PHASES, REPOSITORY, UPLOADS, Options
 from cv_platform.errors import CvPlatformError
 from cv_platform.settings import quiet_variables
 
@@ -18,18 +18,27 @@ from cv_platform.settings import quiet_variables
 BENCHMARKS = {
     "predict": "benchmarks.bench_predict",
     "training-input": "benchmarks.bench_training_input",
+    "serving": "benchmarks.bench_serving",
+    "runtime": "benchmarks.bench_runtime",
+    "soak": "benchmarks.soak.run",
 }
+DEFAULT = ("predict", "training-input")
+"""What runs when nothing is named: the others have make targets of their own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what is named (all, when nothing is) and returns the exit status."""
+    """Runs what is named and returns the exit status: 1 when something could not run, or a check did not hold."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of: {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"of: {', '.join(BENCHMARKS)}; default: {', '.join(DEFAULT)}"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each comparison (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of image order, augmentation and bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="of image order, augmentation, bootstrap, uploads")
     parser.add_argument("--archive", type=Path, help="images for training-input instead of the built-in digits")
     parser.add_argument("--home", type=Path, help="CV_HOME with a deployed model, for predict (default: temporary)")
     parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of what soak does (default 1)")
+    parser.add_argument("--phases", default=PHASES, help=f"of soak, by letter (default {PHASES})")
     parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
@@ -37,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"Expected --rounds ≥ 1 and names of {', '.join(BENCHMARKS)}. Received: {options.rounds}, {unknown}."
         )
+    if options.scale <= 0 or not set(options.phases) <= set(PHASES):
+        parser.error(f"Expected --scale > 0 and --phases of {PHASES}. Received: {options.scale:g}, {options.phases!r}.")
     for name, value in quiet_variables().items():
         os.environ.setdefault(name, value)
     chosen = Options(
@@ -46,10 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         home=options.home.absolute() if options.home else None,
         uploads=options.uploads,
         seed=options.seed,
+        scale=options.scale,
+        phases=options.phases,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     status = 0
-    for name in options.names or BENCHMARKS:
+    for name in options.names or DEFAULT:
         print(f"{name} …", file=sys.stderr, flush=True)
         try:
             report = importlib.import_module(BENCHMARKS[name]).run(chosen)
@@ -59,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         path = write_report(report, chosen.output)
         print(f"{table(report)}\n{path}\n", flush=True)
+        if not all(check.held for check in report.checks):
+            status = 1
     return status
 
 

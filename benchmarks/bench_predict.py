@@ -7,11 +7,8 @@ counted at the end: speed that loses the log would be no speed.
 
 from __future__ import annotations
 
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -33,17 +30,15 @@ from benchmarks.installation import (
     isolated_environment,
     isolated_settings,
     quick_experiment,
+    scratch_folder,
     write_config,
 )
 from benchmarks.options import Options
-from benchmarks.original_serving import ReplicaSettings
-from benchmarks.servers import Server, process_tree_memory_bytes, serving, under_load
+from benchmarks.servers import Server, process_tree_memory_bytes, under_load
+from benchmarks.services import original_replica, platform_service
 from benchmarks.uploads import write_uploads
 from cv_platform.errors import BundleNotFoundError, ServiceError
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import prepare_home
-from cv_platform.stack.http import free_port
-from cv_platform.stack.programs import service_command
 from cv_platform.storage import BundleMetadata, CentralStorage
 
 UPLOADS = 16
@@ -55,8 +50,8 @@ LIBRARIES = ("tensorflow", "keras", "bentoml", "fastapi", "uvicorn", "pillow", "
 
 def run(options: Options) -> Report:
     """Runs the comparison on the model that `options.home` serves, or on the original's network, trained for it."""
-    with tempfile.TemporaryDirectory(prefix="cv-bench-predict-") as folder:
-        return _run(options, Path(folder))
+    with scratch_folder("bench-predict") as folder:
+        return _run(options, folder)
 
 
 def _run(options: Options, scratch: Path) -> Report:
@@ -77,8 +72,8 @@ def _run(options: Options, scratch: Path) -> Report:
         answers = {"original": 0, "platform": 0}
         rows_before = _rows(url, metadata)
         with (
-            _original(bundle, metadata, url, environment, scratch) as original,
-            _platform(settings, environment, scratch) as platform,
+            original_replica(bundle, metadata, url, environment, scratch) as original,
+            platform_service(settings, environment, scratch) as platform,
         ):
             servers = {"original": original, "platform": platform}
 
@@ -164,48 +159,6 @@ def _production(settings: Settings, cache: Path) -> tuple[Path, BundleMetadata]:
             f"Expected a deployed model in {settings.home}. Received: none. Run `make demo` there, or leave --home out."
         )
     return storage.fetch_bundle(pointer.model_name, pointer.version, cache)
-
-
-@contextmanager
-def _original(
-    bundle: Path, metadata: BundleMetadata, url: str, environment: dict[str, str], scratch: Path
-) -> Iterator[Server]:
-    port = free_port()
-    replica = ReplicaSettings(
-        model_name=metadata.model_name,
-        class_names=metadata.class_names,
-        keras_path=bundle / f"{metadata.model_name}.keras",
-        uae_path=bundle / f"{metadata.model_name}_uae.keras",
-        database_url=url,
-    )
-    application = ("--factory", "benchmarks.original_serving:application", "--no-access-log")
-    with serving(
-        "the original's replica",
-        (sys.executable, "-m", "uvicorn", *application, "--host", "127.0.0.1", "--port", str(port)),
-        environment={**environment, original_serving.SETTINGS_VARIABLE: replica.model_dump_json()},
-        base_url=f"http://127.0.0.1:{port}",
-        health_path="/health_check",
-        log=scratch / "original.log",
-    ) as server:
-        yield server
-
-
-@contextmanager
-def _platform(settings: Settings, environment: dict[str, str], scratch: Path) -> Iterator[Server]:
-    prepare_home(settings)
-    port = free_port()
-    # Servers that share a BENTOML_HOME share and wipe one folder of Prometheus files.
-    bentoml_home = scratch / "bentoml"
-    bentoml_home.mkdir()
-    with serving(
-        "the platform's service",
-        service_command(port),
-        environment={**environment, "BENTOML_HOME": str(bentoml_home), "CV_SERVICE_PORT": str(port)},
-        base_url=f"http://127.0.0.1:{port}",
-        health_path="/health_check",
-        log=scratch / "platform.log",
-    ) as server:
-        yield server
 
 
 def _rows(url: str, metadata: BundleMetadata) -> dict[str, int]:

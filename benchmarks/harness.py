@@ -83,6 +83,21 @@ class Ratio(Record):
         )
 
 
+class Check(Record):
+    """What was to be, what was found, and whether that is it."""
+
+    what: str
+    expected: str
+    received: str
+    held: bool
+
+    def __str__(self) -> str:
+        """Returns a line such as `held    p99 / p50 at c=8: expected ≤ 3. Received: 1.6.`."""
+        return (
+            f"{'held  ' if self.held else 'FAILED'}  {self.what}: expected {self.expected}. Received: {self.received}."
+        )
+
+
 class Report(Record):
     """What one benchmark found, and on what machine."""
 
@@ -96,6 +111,8 @@ class Report(Record):
     settings: dict[str, str | int | float | bool]
     observations: dict[str, list[Observation]]
     ratios: list[Ratio]
+    checks: list[Check] = []
+    """What was promised, and whether it held."""
     notes: list[str] = []
 
 
@@ -232,7 +249,7 @@ def available_cores() -> int:
 
 
 def table(report: Report) -> str:
-    """Returns the report as text: a row per alternative with the median of each quantity, then ratios and machine."""
+    """Returns the report as text: a row per alternative with each quantity's median, ratios, checks and the machine."""
     quantities: list[str] = []
     medians: dict[str, dict[str, float]] = {}
     for name, observations in report.observations.items():
@@ -243,8 +260,10 @@ def table(report: Report) -> str:
         medians[name] = {quantity: float(np.median(values)) for quantity, values in columns.items()}
         quantities += [quantity for quantity in columns if quantity not in quantities]
     heads = [quantity.replace("unit", report.unit) for quantity in quantities]
-    width = max(len(name) for name in medians)
-    lines = [report.title, "  ".join([" " * width, *heads])]
+    width = max((len(name) for name in medians), default=0)
+    lines = [report.title]
+    if medians:
+        lines.append("  ".join([" " * width, *heads]))
     for name, row in medians.items():
         cells = [
             f"{row[quantity]:,.1f}".rjust(len(head)) if quantity in row else "–".rjust(len(head))
@@ -253,6 +272,9 @@ def table(report: Report) -> str:
         lines.append("  ".join([name.ljust(width), *cells]))
     lines += [str(ratio).replace("unit", report.unit) for ratio in report.ratios]
     lines += report.notes
+    lines += [str(check) for check in report.checks]
+    if report.checks:
+        lines.append(f"{sum(check.held for check in report.checks)} of {len(report.checks)} held")
     lines.append(f"{report.machine}; {report.seconds:.0f} s")
     return "\n".join(lines)
 

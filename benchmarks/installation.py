@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,17 @@ from cv_platform.settings import Settings
 from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home, run_logged
 
 ORIGINAL_ARCHITECTURE: dict[str, Any] = {"architecture": "small_cnn", "input_size": {"h": 50, "w": 50}}
+
+
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """Yields a temporary folder in which PostgreSQL's own user can reach its data when root runs the benchmark."""
+    folder = Path(tempfile.mkdtemp(prefix=f"cv-{name}-"))
+    try:
+        folder.chmod(0o711)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def isolated_settings(home: Path, configs: Path, **values: Any) -> Settings:

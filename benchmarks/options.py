@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 UPLOADS = ("photos", "digits")
+PHASES = "abcdefg"
+"""Of the soak, in their order."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -24,5 +26,9 @@ class Options:
     uploads: str
     """What is sent to the servers (predict): crops of scikit-learn's photographs, or its digits, enlarged."""
     seed: int
-    """Of image order, augmentation and bootstrap."""
+    """Of image order, augmentation, bootstrap and hostile uploads."""
+    scale: float
+    """Share of the soak's requests, swaps, outages and uploads; 1 is what it promises."""
+    phases: str
+    """Letters of the soak's phases to play."""
     say: Callable[[str], None]

@@ -131,14 +131,16 @@ def process_tree_memory_bytes(pid: int, proc: Path = Path("/proc")) -> int | Non
     table = _process_table(proc)
     if pid not in table:
         return None
-    total = 0
-    for member in _tree(pid, table):
-        try:
-            rollup = (proc / str(member) / "smaps_rollup").read_text(encoding="utf-8")
-        except OSError:
-            continue
-        total += sum(1024 * int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-    return total
+    return sum(process_memory_bytes(member, proc) or 0 for member in _tree(pid, table))
+
+
+def process_memory_bytes(pid: int, proc: Path = Path("/proc")) -> int | None:
+    """Returns the memory (PSS) of one process; None when it is gone, or without /proc."""
+    try:
+        rollup = (proc / str(pid) / "smaps_rollup").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return sum(1024 * int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,12 @@ def _process_table(proc: Path) -> dict[int, _Process]:
         fields = stat.rpartition(")")[2].split()
         table[int(folder.name)] = _Process(parent=int(fields[1]), ticks=sum(int(value) for value in fields[11:15]))
     return table
+
+
+def process_tree(pid: int, proc: Path = Path("/proc")) -> list[int]:
+    """Lists a process and all below it, parents before their children; empty for a process that is gone."""
+    table = _process_table(proc)
+    return _tree(pid, table) if pid in table else []
 
 
 def _tree(pid: int, table: Mapping[int, _Process]) -> list[int]:

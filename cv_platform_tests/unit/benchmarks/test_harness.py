@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.harness import (
     Alternative,
+    Check,
     Observation,
     Ratio,
     Report,
@@ -177,6 +178,21 @@ def test_table_shows_medians_ratios_notes_and_machine(report: Report) -> None:
     assert ratio.startswith("requests_per_second: platform / original = 15.00 (")
     assert note == "a note"
     assert machine == "a machine; 61 s"
+
+
+def test_table_of_a_trial_shows_its_checks_and_how_many_held(report: Report) -> None:
+    checks = [
+        Check(what="swaps", expected="0 failed", received="0 failed", held=True),
+        Check(what="kills", expected="0 lost", received="2 lost", held=False),
+    ]
+    trial = report.model_copy(update={"observations": {}, "ratios": [], "notes": [], "checks": checks})
+    assert table(trial).splitlines() == [
+        "An example",
+        "held    swaps: expected 0 failed. Received: 0 failed.",
+        "FAILED  kills: expected 0 lost. Received: 2 lost.",
+        "1 of 2 held",
+        "a machine; 61 s",
+    ]
 
 
 def test_report_survives_its_json(report: Report, tmp_path: Path) -> None:

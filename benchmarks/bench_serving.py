@@ -1,0 +1,309 @@
+"""`make bench-serving`: what the service promises of its speed, each promise with its number.
+
+Four comparisons, each of alternatives that take turns: the original's replica against the service (`bench_predict`),
+the service against decoding and the combined call alone (`ceiling`), the service with its request log against one
+without (`unlogged_service`), and the drainer. Networks have random weights where nothing was trained: the speed does
+not depend on what was learnt. `bench_runtime` compares the runtimes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from sqlalchemy import create_engine, text
+
+from benchmarks import bench_predict
+from benchmarks.ceiling import CeilingPlan, in_process_ceiling
+from benchmarks.drain_rate import ROWS, draining
+from benchmarks.harness import (
+    Alternative,
+    Check,
+    Observation,
+    Ratio,
+    Report,
+    Stopwatch,
+    compare,
+    machine_line,
+    measure_interleaved,
+)
+from benchmarks.installation import isolated_environment, isolated_settings, scratch_folder
+from benchmarks.options import Options
+from benchmarks.servers import Server, under_load
+from benchmarks.services import SERVICE, platform_service
+from benchmarks.untrained import deploy_untrained
+from benchmarks.uploads import write_uploads
+from cv_platform.errors import ServiceError
+from cv_platform.serving.limits import ServingLimits
+from cv_platform.settings import Settings
+
+UNLOGGED = "benchmarks.unlogged_service:ImageClassifier"
+NETWORKS = {"resnet50": 224, "small_cnn": 50}
+"""Architecture to the side of its input in pixels."""
+CEILING_CONCURRENCY = 4
+CEILING_SECONDS = 6.0
+LOG_LOADS = ((1, 4.0), (8, 4.0))
+"""(requests in flight, seconds) with the log and without."""
+LEAST_RATIO = {1: 45.0, 8: 60.0}
+"""Requests in flight to how many times as many requests per second as the replica answers."""
+MOST_TAIL = 3.0
+LEAST_SHARE = 0.9
+MOST_LOGGING = 1.1
+LEAST_ROWS = 5_000.0
+
+
+def run(options: Options) -> Report:
+    """Takes all measurements and judges them.
+
+    Raises:
+        CvPlatformError: a server did not start or refused requests, or rows are missing.
+    """
+    clock = Stopwatch()
+    options.say("against the replica …")
+    report = bench_predict.run(options)
+    observations = {name: list(found) for name, found in report.observations.items()}
+    ratios, notes = list(report.ratios), list(report.notes)
+    checks = _checks_against_replica(report)
+    with scratch_folder("bench-serving") as scratch:
+        for part in (_against_ceiling, _log_on_and_off):
+            found, compared, judged = part(options, scratch)
+            observations |= found
+            ratios += compared
+            checks += judged
+    notes.append("resnet50 and the networks behind the ceiling and the log's cost have random weights")
+    return Report(
+        name="serving",
+        title="The service's promises of speed; one worker, 320×240 JPEG, explained",
+        unit="request",
+        started_utc=clock.started_utc,
+        seconds=clock.seconds,
+        machine=machine_line(bench_predict.LIBRARIES),
+        settings={**report.settings, "drained_rows": ROWS, "ceiling_concurrency": CEILING_CONCURRENCY},
+        observations=observations,
+        ratios=ratios,
+        checks=checks,
+        notes=notes,
+    )
+
+
+Part = tuple[dict[str, list[Observation]], list[Ratio], list[Check]]
+
+
+def _checks_against_replica(report: Report) -> list[Check]:
+    checks: list[Check] = []
+    for concurrency, least in LEAST_RATIO.items():
+        ratio = next(
+            ratio
+            for ratio in report.ratios
+            if ratio.quantity == "units_per_second" and ratio.numerator == f"platform, c={concurrency}"
+        )
+        checks.append(
+            Check(
+                what=f"requests per second against the original's replica, c={concurrency}",
+                expected=f"≥ {least:g}×",
+                received=_interval(ratio),
+                held=ratio.median >= least,
+            )
+        )
+    tails = [found.metrics["p99_ms"] / found.metrics["p50_ms"] for found in report.observations["platform, c=8"]]
+    tail = statistics.median(tails)
+    checks.append(
+        Check(
+            what="p99 / p50, c=8",
+            expected=f"≤ {MOST_TAIL:g}",
+            received=f"{tail:.2f} ({min(tails):.2f}–{max(tails):.2f}, {len(tails)} rounds)",
+            held=tail <= MOST_TAIL,
+        )
+    )
+    return checks
+
+
+def _against_ceiling(options: Options, scratch: Path) -> Part:
+    """The service at four requests in flight against the better of two ways to call the model without it."""
+    from cv_platform.database.connection import database_url
+    from cv_platform.database.migrate import migrate
+
+    observations: dict[str, list[Observation]] = {}
+    ratios: list[Ratio] = []
+    checks: list[Check] = []
+    images = write_uploads(options.uploads, scratch / "uploads", count=bench_predict.UPLOADS, seed=options.seed)
+    for architecture, side_px in NETWORKS.items():
+        settings, place = _installation(scratch, architecture)
+        limits = ServingLimits.of(settings)
+        with database_url(settings) as url, ExitStack() as stack:
+            migrate(url)
+            environment = isolated_environment(settings, database_url=url)
+            options.say(f"publishing {architecture} …")
+            version = deploy_untrained(
+                settings, environment, place / "export", name="ceiling", architecture=architecture, side_px=side_px
+            )[0]
+            server = stack.enter_context(platform_service(settings, environment, place))
+            service = f"{architecture}, service, c={CEILING_CONCURRENCY}"
+            ways = {
+                f"{architecture}, in process, {callers} callers": in_process_ceiling(
+                    CeilingPlan(
+                        storage_url=settings.storage_url,
+                        model_name="ceiling_classifier",
+                        version=version,
+                        cache=place / "cache",
+                        images=images,
+                        callers=callers,
+                        model_threads=limits.model_threads,
+                        seconds=CEILING_SECONDS,
+                    ),
+                    environment,
+                )
+                for callers in sorted({limits.predict_threads, CEILING_CONCURRENCY})
+            }
+            load = under_load(
+                server,
+                images,
+                concurrency=CEILING_CONCURRENCY,
+                seconds=CEILING_SECONDS,
+                minimum_requests=8,
+            )
+            alternatives = [Alternative(service, load), *(Alternative(name, measure) for name, measure in ways.items())]
+            found = measure_interleaved(alternatives, rounds=options.rounds, say=options.say)
+        best = max(ways, key=lambda name: statistics.median(o.units / o.wall_seconds for o in found[name]))
+        ratio = compare(found, service, best, "units_per_second", seed=options.seed)
+        assert ratio is not None
+        observations |= found
+        ratios.append(ratio)
+        is_promised = architecture == "resnet50"
+        checks.append(
+            Check(
+                what=f"{architecture} at {side_px} px, c={CEILING_CONCURRENCY}: share of {best.partition(', ')[2]}",
+                expected=f"≥ {LEAST_SHARE:g}" if is_promised else "to be stated",
+                received=_interval(ratio),
+                held=ratio.median >= LEAST_SHARE or not is_promised,
+            )
+        )
+    return observations, ratios, checks
+
+
+def _log_on_and_off(options: Options, scratch: Path) -> Part:
+    """Two services of the same model, one of which keeps no log; then the drainer alone, on the same database."""
+    from cv_platform.database.connection import database_url, make_engine
+    from cv_platform.database.migrate import migrate
+
+    images = write_uploads(options.uploads, scratch / "uploads", count=bench_predict.UPLOADS, seed=options.seed)
+    logged, place = _installation(scratch, "logged")
+    with database_url(logged) as url, ExitStack() as stack:
+        migrate(url)
+        servers: dict[str, Server] = {}
+        homes: dict[str, Settings] = {"log on": logged, "log off": _installation(scratch, "unlogged")[0]}
+        for name, settings in homes.items():
+            environment = isolated_environment(settings, database_url=url)
+            deploy_untrained(
+                settings,
+                environment,
+                settings.home.parent / "export",
+                name=_model_of(name).removesuffix("_classifier"),
+                architecture="small_cnn",
+                side_px=NETWORKS["small_cnn"],
+            )
+            servers[name] = stack.enter_context(
+                platform_service(
+                    settings,
+                    environment,
+                    settings.home.parent,
+                    name=name.replace(" ", "-"),
+                    service=SERVICE if name == "log on" else UNLOGGED,
+                )
+            )
+        answered = dict.fromkeys(servers, 0)
+
+        def count(name: str, answers: int) -> None:
+            answered[name] += answers
+
+        observations = measure_interleaved(
+            [
+                Alternative(
+                    f"{name}, c={concurrency}",
+                    under_load(
+                        server,
+                        images,
+                        concurrency=concurrency,
+                        seconds=seconds,
+                        minimum_requests=50,
+                        on_answers=lambda answers, name=name: count(name, answers),
+                    ),
+                )
+                for concurrency, seconds in LOG_LOADS
+                for name, server in servers.items()
+            ],
+            rounds=options.rounds,
+            say=options.say,
+        )
+        _require_log_of(url, answered)
+        stack.close()
+        engine = make_engine(url)
+        observations |= measure_interleaved(
+            [Alternative("drain, rows", draining(url, place))], rounds=options.rounds, say=options.say
+        )
+        engine.dispose()
+    ratios: list[Ratio] = []
+    checks: list[Check] = []
+    for concurrency, _ in LOG_LOADS:
+        ratio = compare(
+            observations, f"log on, c={concurrency}", f"log off, c={concurrency}", "p50_ms", seed=options.seed
+        )
+        assert ratio is not None
+        ratios.append(ratio)
+        checks.append(
+            Check(
+                what=f"p50 with the request log against without, c={concurrency}",
+                expected=f"≤ {MOST_LOGGING:g}",
+                received=_interval(ratio),
+                held=ratio.median <= MOST_LOGGING,
+            )
+        )
+    return observations, ratios, [*checks, _drain_check(observations["drain, rows"])]
+
+
+def _installation(scratch: Path, name: str) -> tuple[Settings, Path]:
+    """Returns settings of an installation with one worker in a folder of its own, and that folder."""
+    place = scratch / name
+    place.mkdir(exist_ok=True)
+    return isolated_settings(place / "home", place / "configs", service_workers=1), place
+
+
+def _require_log_of(url: str, answered: Mapping[str, int]) -> None:
+    """Raises ServiceError unless one service has logged each of its answers and the other none."""
+    expected = {_model_of("log on"): answered["log on"]}
+    engine = create_engine(url)
+    deadline = time.monotonic() + bench_predict.DRAIN_SECONDS
+    try:
+        while True:
+            with engine.connect() as connection:
+                found = connection.execute(text("SELECT model_name, count(*) FROM predictions GROUP BY model_name"))
+                rows = {name: int(count) for name, count in found}
+            if rows == expected:
+                return
+            if time.monotonic() > deadline:
+                raise ServiceError(f"Expected the rows {expected} in the request log. Received: {rows}.")
+            time.sleep(0.5)
+    finally:
+        engine.dispose()
+
+
+def _model_of(name: str) -> str:
+    return f"{name.replace(' ', '_')}_classifier"
+
+
+def _drain_check(observations: Sequence[Observation]) -> Check:
+    rates = [found.units / found.wall_seconds for found in observations]
+    rate = statistics.median(rates)
+    return Check(
+        what="rows per second from the spool to PostgreSQL, without images",
+        expected=f"≥ {LEAST_ROWS:,.0f}",
+        received=f"{rate:,.0f} ({min(rates):,.0f}–{max(rates):,.0f}, {len(rates)} rounds)",
+        held=rate >= LEAST_ROWS,
+    )
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f}, {ratio.rounds} rounds)"

@@ -1,0 +1,20 @@
+"""The service without its request log, for `bench_serving` alone: the product has no such switch.
+
+What a request costs here is everything but making its entry durable and bringing it to PostgreSQL.
+"""
+
+from __future__ import annotations
+
+from cv_platform.serving.context import ServingContext
+from cv_platform.serving.request_log import FeedbackEntry, LogEntry
+
+
+async def _keep_nothing(self: ServingContext, entry: LogEntry | FeedbackEntry) -> None:
+    del self, entry
+
+
+ServingContext.append = _keep_nothing
+
+from bentos.image_classifier.service import ImageClassifier  # noqa: E402  Its context must be made of the changed class.
+
+__all__ = ["ImageClassifier"]

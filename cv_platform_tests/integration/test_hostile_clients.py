@@ -1,0 +1,288 @@
+"""Clients that are slow, gone, endless or talking nonsense: each gets its end, and nobody else notices."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from cv_platform_tests.served_app import ServedApp, serve_app
+from cv_platform_tests.unit.serving.http_client import flat_image, png
+
+MAX_UPLOAD_BYTES = 200_000
+PICTURE = png(flat_image(200, 30, 30))
+FORM_START = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+FORM_END = b"\r\n--b--\r\n"
+FORM = FORM_START + PICTURE + FORM_END
+pytestmark = [pytest.mark.xdist_group("hostile_clients"), pytest.mark.timeout(120)]
+
+
+def head(*headers: bytes, method: bytes = b"POST", path: bytes = b"/predict") -> bytes:
+    lines = [method + b" " + path + b" HTTP/1.1", b"Host: service", b"Content-Type: multipart/form-data; boundary=b"]
+    return b"\r\n".join([*lines, *headers]) + b"\r\n\r\n"
+
+
+def with_length(form: bytes, length: int | None = None) -> bytes:
+    return head(b"Content-Length: %d" % (len(form) if length is None else length)) + form
+
+
+def chunk(content: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(content), content)
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """Reads until the server closes; a connection that stays open fails by its time-out."""
+    received = b""
+    while part := connection.recv(65_536):
+        received += part
+    return received
+
+
+def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    received = b""
+    while mark not in received:
+        part = connection.recv(65_536)
+        assert part, f"closed after {received!r}"
+        received += part
+    return received
+
+
+def send_for_ever(connection: socket.socket, part: bytes, *, most_bytes: int) -> int:
+    """Sends until the server has had enough, and returns how many bytes it took."""
+    sent = 0
+    try:
+        while sent < most_bytes:
+            connection.sendall(part)
+            sent += len(part)
+    except OSError:
+        return sent
+    raise AssertionError(f"it still listened after {sent} bytes")
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServedApp]:
+    limits = {"upload_seconds": 2.0, "small_body_seconds": 2.0, "head_seconds": 2.0, "max_uploads": 4}
+    with serve_app(limits, CV_MAX_UPLOAD_BYTES=str(MAX_UPLOAD_BYTES)) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def nobody_else_notices(served: ServedApp) -> Iterator[None]:
+    """After each of them all places are free again, and an ordinary client is served."""
+    yield
+    deadline = time.monotonic() + 10
+    while served.health()["in_flight"]:
+        assert time.monotonic() < deadline, "a place is still taken"
+        time.sleep(0.05)
+    # More than `max_uploads`, one after the other: a place that is not given back would soon be missed.
+    for _ in range(5):
+        answer = httpx.post(f"{served.url}/predict", files={"file": ("a.png", PICTURE)}, timeout=10)
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_body_that_trickles_gets_408_and_the_connection_ends(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM_START + b"\x89PNG", 5_000))
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"The body was not complete after 2 s" in answer
+
+
+def test_trickling_bytes_do_not_prolong_the_time(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM_START, 5_000))
+        begin = time.monotonic()
+        connection.settimeout(0.1)
+        answer = b""
+        while not answer and time.monotonic() - begin < 10:
+            connection.sendall(b"a")
+            try:
+                answer = connection.recv(65_536)
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_clients_that_go_in_the_middle_of_a_body_leave_nothing_behind(served: ServedApp) -> None:
+    # Twice as many as there are places.
+    for _ in range(8):
+        with served.connect() as connection:
+            connection.sendall(with_length(FORM_START + PICTURE[:20], len(FORM)))
+
+
+def test_a_client_that_resets_the_connection_leaves_nothing_behind(served: ServedApp) -> None:
+    for _ in range(8):
+        with served.connect() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            connection.sendall(with_length(FORM))
+
+
+def test_a_client_that_does_not_read_its_answers_leaves_nothing_behind(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(with_length(FORM) * 3)
+        time.sleep(0.5)
+
+
+def test_a_half_closed_connection_with_half_a_body_is_ended(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM_START, len(FORM)))
+        connection.shutdown(socket.SHUT_WR)
+        assert read_to_end(connection) == b""
+
+
+def test_a_chunked_upload_without_end_gets_413_at_the_limit(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(head(b"Transfer-Encoding: chunked") + chunk(FORM_START))
+        part = chunk(bytes(16_384))
+        try:
+            for _ in range(100):
+                connection.sendall(part)
+        except OSError:
+            pass  # It may close while we still send.
+        answer = connection.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in answer.lower()
+
+
+def test_a_chunked_upload_that_stops_gets_408(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(head(b"Transfer-Encoding: chunked") + chunk(FORM_START) + b"ffff\r\nabc")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_broken_chunk_length_ends_the_connection(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(head(b"Transfer-Encoding: chunked") + chunk(FORM_START) + b"-1\r\nabc\r\n")
+        assert b" 200 " not in read_to_end(connection)[:20]
+
+
+def test_a_promise_of_too_much_is_refused_before_it_is_kept(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(head(b"Content-Length: 9999999999"))
+        assert read_to_end(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def test_two_lengths_are_refused(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(head(b"Content-Length: %d" % len(FORM), b"Transfer-Encoding: chunked") + FORM)
+        assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        (b"GET /livez HTTP/1.1\r\nHost: service\r\n", b"X-Filler: " + b"a" * 8_000 + b"\r\n"),
+        (b"GET /livez HTTP/1.1\r\nHost: service\r\nX-Filler: ", b"a" * 8_000),
+        (b"GET /", b"a" * 8_000),
+    ],
+    ids=["headers", "one header", "path"],
+)
+def test_a_head_without_end_is_cut_off_at_its_limit(served: ServedApp, start: bytes, part: bytes) -> None:
+    before = served.peak_memory_bytes()
+    with served.connect() as connection:
+        connection.sendall(start)
+        # What the sockets' buffers take comes on top of what the service has read.
+        sent = send_for_ever(connection, part, most_bytes=50_000_000)
+    assert sent < 20_000_000
+    assert served.peak_memory_bytes() - before < 20_000_000
+
+
+def test_a_head_too_large_is_told_so(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: service\r\n")
+        for _ in range(9):
+            connection.sendall(b"X-Filler: " + b"a" * 8_000 + b"\r\n")
+            time.sleep(0.01)
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 431 ")
+
+
+def test_half_a_head_gets_408_and_silence_is_closed(served: ServedApp) -> None:
+    with served.connect() as half, served.connect() as silent:
+        half.sendall(b"POST /predict HTTP/1.1\r\nHost: service\r\n")
+        assert read_to_end(half).startswith(b"HTTP/1.1 408 ")
+        assert read_to_end(silent) == b""
+
+
+def test_half_a_second_head_on_a_kept_connection_gets_408(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM))
+        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: service\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_slow_body_and_an_empty_line_are_not_taken_for_a_slow_head(served: ServedApp) -> None:
+    # An empty line after the body begins no head: the connection is still there after `head_seconds`.
+    with served.connect() as connection:
+        connection.sendall(head(b"Content-Length: %d" % len(FORM)))
+        for at in range(0, len(FORM), 64):
+            connection.sendall(FORM[at : at + 64])
+            time.sleep(0.5 * 64 / len(FORM))
+        connection.sendall(b"\r\n")
+        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        time.sleep(2.5)
+        connection.sendall(with_length(FORM))
+        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+
+
+def test_health_stays_green_beside_200_idle_connections(served: ServedApp) -> None:
+    connections = [served.connect() for _ in range(200)]
+    try:
+        for _ in range(10):
+            assert served.health()["status"] == "ready"
+        answer = httpx.post(f"{served.url}/predict", files={"file": ("a.png", PICTURE)}, timeout=10)
+        assert answer.status_code == 200
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def test_uploads_that_stall_take_their_places_and_no_more(served: ServedApp) -> None:
+    stalled = [served.connect() for _ in range(8)]
+    try:
+        for connection in stalled:
+            connection.sendall(with_length(FORM_START, 5_000))
+        statuses = [read_until(connection, b"\r\n\r\n")[9:12] for connection in stalled]
+        # Four places: the others are told to come again, at once.
+        assert sorted(statuses) == [b"408"] * 4 + [b"429"] * 4
+    finally:
+        for connection in stalled:
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\0" * 1_000,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+        b"GET\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+    ids=["zeros", "TLS", "half a request line", "HTTP/2"],
+)
+def test_garbage_ends_the_connection(served: ServedApp, garbage: bytes) -> None:
+    with served.connect() as connection:
+        connection.sendall(garbage)
+        assert read_to_end(connection)[:13] in {b"HTTP/1.1 400 ", b""}
+
+
+def test_garbage_behind_a_request_costs_that_client_alone(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM))
+        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"\0\1\2 garbage\r\n\r\n")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+
+
+def test_pipelined_requests_are_answered_in_their_order(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(
+            with_length(FORM) + head(method=b"GET", path=b"/health_check") + head(method=b"GET", path=b"/nowhere")
+        )
+        answers = read_until(connection, b"There is nothing at")
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", answers) == [b"200", b"200", b"404"]
