@@ -1,0 +1,2 @@
+#!/bin/sh
+exec /etc/nginx/stack/upstream.sh start
