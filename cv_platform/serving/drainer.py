@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 DatabaseState = Literal["ok", "unreachable", "schema mismatch", "not configured"]
 
 _BATCH_ROWS = 1000
-_LINGER_SECONDS = 0.05
+_LINGER_SECONDS = 0.5
 """After an append: gathers the next ones into the same transaction."""
 _BATCH_IMAGE_BYTES = 32 * 1024 * 1024
 _IDLE_SECONDS = 5.0
