@@ -138,8 +138,14 @@ def test_a_disk_that_does_not_answer_refuses_and_the_entry_never_arrives(tmp_pat
 
 
 def test_too_many_waiting_entries_are_refused_at_once(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    held = spool._writer.submit(lambda _: gate.wait(10))
+    is_held, gate = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        is_held.set()
+        gate.wait(10)
+
+    held = spool._writer.submit(hold)
+    assert is_held.wait(10)  # Else the writer may take the next one into the same transaction.
     monkeypatch.setattr("cv_platform.serving.group_commit._MAX_QUEUED_BYTES", 1000)
     waiting = spool.submit(answered(image=b"x" * 5000))  # A single one may be larger than the limit.
     with pytest.raises(SpoolFullError, match="less than 1000 bytes waiting"):
