@@ -254,7 +254,7 @@ def _retention(options: argparse.Namespace) -> int:
     from datetime import UTC, datetime
 
     from cv_platform.database.connection import database_url, make_engine
-    from cv_platform.database.migrate import migrate
+    from cv_platform.database.migrate import check_schema
     from cv_platform.database.retention import delete_expired
     from cv_platform.monitoring.window import monitored_since
 
@@ -262,7 +262,7 @@ def _retention(options: argparse.Namespace) -> int:
     # One that cannot be loaded ends the command: nobody knows what its monitor still needs.
     experiments = [load_experiment(path) for path in config_files(settings.configs)]
     with database_url(settings) as url:
-        migrate(url)
+        check_schema(url)
         engine = make_engine(url)
         try:
             result = delete_expired(
