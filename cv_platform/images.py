@@ -23,13 +23,14 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
@@ -45,6 +46,17 @@ MAX_PARTS = 10_000
 MAX_SCANS = 100
 """Of a progressive JPEG. Encoders write about ten; each makes the decoder visit the whole image again."""
 
+_BAND_PIXELS = 2**20
+_TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
+    2: lambda image: cv2.flip(image, 1),
+    3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
+    4: lambda image: cv2.flip(image, 0),
+    5: cv2.transpose,
+    6: lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda image: cv2.flip(cv2.transpose(image), -1),
+    8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
+"""EXIF's orientation to what undoes it."""
 _BARE_JPEG_MARKERS = frozenset({0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
 """Those that no length follows, or that Pillow treats so."""
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -100,16 +112,18 @@ def decode_with_format(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[st
         _refuse_truncated(data, image_format)
         if _needs_pillow(data, image_format):
             return image_format, _decode_with_pillow(picture, data)
+        turn = _webp_turn(picture, data) if image_format == "WEBP" else None
         try:
-            bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
+            # Not as BGR, to be exchanged afterwards: that takes as long again as reading a BMP.
+            rgb = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
         except cv2.error as err:  # Its text names files of the machine that OpenCV was built on.
             raise TruncatedImageError(
                 f"Expected a complete {image_format}. Received: {len(data)} bytes that its decoder refuses. "
                 "Send the file again."
             ) from err
-        if bgr is None:
+        if rgb is None:
             return image_format, _decode_with_pillow(picture, data)
-        return image_format, np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+        return image_format, np.asarray(turn(rgb) if turn else rgb, dtype=np.uint8)
 
 
 def resize(image: NDArray[np.uint8], image_size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -197,32 +211,58 @@ def _needs_pillow(data: bytes, image_format: str) -> bool:
     """Tells what OpenCV 4.11 decodes otherwise than the policy says.
 
     GIF support depends on how it was built; TIFF comes with alpha multiplied into the colours, and with holes where the
-    data are damaged; the EXIF orientation of a WebP is not applied (bit 3 of its extended header says there is one). A
-    damaged animated PNG (`acTL`) ends the process with a segmentation fault, and the 16-bit samples of a whole one
-    become noise.
+    data are damaged. A damaged animated PNG (`acTL`) ends the process with a segmentation fault, and the 16-bit samples
+    of a whole one become noise.
     """
     if image_format == "PNG":
         return any(kind == b"acTL" for kind, _, _ in _png_chunks(data))
-    has_webp_exif = image_format == "WEBP" and data[12:16] == b"VP8X" and bool(data[20] & 0x08)
-    return image_format in {"GIF", "TIFF"} or has_webp_exif
+    return image_format in {"GIF", "TIFF"}
+
+
+def _webp_turn(picture: ImageFile.ImageFile, data: bytes) -> Callable[[cv2.typing.MatLike], cv2.typing.MatLike] | None:
+    """Returns what makes a decoded WebP upright: OpenCV 4.11 does so for a JPEG only. None: it is already.
+
+    Bit 3 of the extended header says that there is EXIF. Pillow decodes the same pixels, in 26 bytes for each.
+    """
+    if data[12:16] != b"VP8X" or not data[20] & 0x08:
+        return None
+    with _refusals_of_pillow(data):
+        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def _decode_with_pillow(picture: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint8]:
-    """Decodes what OpenCV cannot; stricter, slower. `picture` is what `_open` returned for `data`."""
+    """Decodes what OpenCV cannot; stricter, slower. `picture` is what `_open` returned for `data`, and is changed."""
+    with _refusals_of_pillow(data):
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode in {"I", "F"}:
+            raise UnsupportedImageError(
+                "Expected 8 or 16 bits per sample. Received: an image with 32. Convert it to 8 bits, with the "
+                "range of values that the training images have."
+            )
+        # Band by band: the whole image's conversion, copies and buffers are four more of its size.
+        width_px, height_px = picture.size
+        rows = max(1, _BAND_PIXELS // width_px)
+        rgb = np.empty((height_px, width_px, 3), dtype=np.uint8)
+        for top in range(0, height_px, rows):
+            bottom = min(top + rows, height_px)
+            rgb[top:bottom] = _to_rgb(picture.crop((0, top, width_px, bottom)))
+        return rgb
+
+
+def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    if picture.mode.startswith("I;16"):
+        return (np.asarray(picture) >> 8).astype(np.uint8)[:, :, np.newaxis]
+    return np.asarray(picture.convert("RGB"))
+
+
+@contextmanager
+def _refusals_of_pillow(data: bytes) -> Generator[None]:
+    """Turns whatever Pillow raises for a hostile file into an `ImageError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I;16"):
-                grey = (np.asarray(upright) >> 8).astype(np.uint8)
-                return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
-            if upright.mode in {"I", "F"}:
-                raise UnsupportedImageError(
-                    "Expected 8 or 16 bits per sample. Received: an image with 32. Convert it to 8 bits, with the "
-                    "range of values that the training images have."
-                )
-            return np.array(upright.convert("RGB"))
+            yield
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, Image.DecompressionBombError) as err:
         raise TruncatedImageError(
             f"Expected a complete image. Received: {len(data)} bytes that decode only in part ({err}). Send it again."

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -29,6 +30,14 @@ class Settings(BaseModel):
         default=None, description="DATABASE_URL: request log; none: embedded PostgreSQL"
     )
     mlflow_tracking_uri: str = Field(description="MLFLOW_TRACKING_URI; by default SQLite below CV_HOME")
+    mlflow_public_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="MLFLOW_PUBLIC_URL: where people open MLflow; by default MLFLOW_TRACKING_URI if that is an address",
+    )
+    revision: str | None = Field(
+        default=None, description="CV_REVISION: the code's commit where there is no repository; images have it"
+    )
     evidently_url: str | None = Field(
         default=None, description="EVIDENTLY_URL: Evidently server; none: a workspace folder"
     )
@@ -81,6 +90,10 @@ class Settings(BaseModel):
     gc_keep_versions: int = Field(
         default=3, ge=1, description="CV_GC_KEEP_VERSIONS: newest versions of each model that `gc` keeps anyway"
     )
+    mlflow_artifacts: Path | None = Field(
+        default=None,
+        description="CV_MLFLOW_ARTIFACTS: folder of an MLflow server's artifacts, for `gc`; none: it leaves them alone",
+    )
     spare_disk_bytes: int = Field(
         default=256 * 2**20, ge=0, description="CV_SPARE_DISK_BYTES: left free by every large write"
     )
@@ -88,6 +101,11 @@ class Settings(BaseModel):
     otlp_endpoint: str | None = Field(
         default=None, description="OTEL_EXPORTER_OTLP_ENDPOINT: where traces go; none: no traces"
     )
+
+    @property
+    def mlflow_pages(self) -> str:
+        """Where links to MLflow lead: `mlflow_public_url`, or the server that `cv-platform up` starts."""
+        return self.mlflow_public_url or f"http://127.0.0.1:{self.mlflow_port}"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
@@ -104,6 +122,7 @@ class Settings(BaseModel):
             "configs": Path(env.get("CV_CONFIGS") or "configs").expanduser().absolute(),
             "storage_url": env.get("CV_STORAGE") or str(home / "storage"),
             "mlflow_tracking_uri": env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}",
+            "mlflow_public_url": env.get("MLFLOW_PUBLIC_URL") or _address(env.get("MLFLOW_TRACKING_URI", "")),
             "api_keys": tuple(part.strip() for part in env.get("CV_API_KEYS", "").split(",") if part.strip()),
             "allowed_hosts": tuple(part.strip() for part in env.get("CV_ALLOWED_HOSTS", "").split(",") if part.strip()),
             "alert_urls": tuple(part.strip() for part in env.get("CV_ALERT_URLS", "").split(",") if part.strip()),
@@ -127,7 +146,12 @@ class Settings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as err:
-            variables = {**_PLAIN_VARIABLES, "home": "CV_HOME", "configs": "CV_CONFIGS"}
+            variables = {
+                **_PLAIN_VARIABLES,
+                "mlflow_public_url": "MLFLOW_PUBLIC_URL",
+                "home": "CV_HOME",
+                "configs": "CV_CONFIGS",
+            }
             lines = [
                 f"  {variables.get(str(e['loc'][0]), str(e['loc'][0]))}: {e['msg']}. Received: {e['input']!r}"
                 for e in err.errors()
@@ -135,7 +159,16 @@ class Settings(BaseModel):
             raise ConfigError("The environment is wrong:\n" + "\n".join(lines)) from err
 
 
+def _address(uri: str) -> str | None:
+    """Returns a web address without the name and password in it; None for what is no web address."""
+    parts = urlsplit(uri)
+    if parts.scheme not in {"http", "https"}:
+        return None
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
 _PLAIN_VARIABLES = {
+    "revision": "CV_REVISION",
     "database_url": "DATABASE_URL",
     "evidently_url": "EVIDENTLY_URL",
     "admin_token": "CV_ADMIN_TOKEN",
@@ -158,6 +191,7 @@ _PLAIN_VARIABLES = {
     "image_retention_days": "CV_IMAGE_RETENTION_DAYS",
     "gc_keep_days": "CV_GC_KEEP_DAYS",
     "gc_keep_versions": "CV_GC_KEEP_VERSIONS",
+    "mlflow_artifacts": "CV_MLFLOW_ARTIFACTS",
     "spare_disk_bytes": "CV_SPARE_DISK_BYTES",
     "log_format": "CV_LOG_FORMAT",
     "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",

@@ -97,7 +97,8 @@ def main(port: int, changed_limits: dict[str, Any]) -> None:
     from cv_platform_tests.unit.serving.http_client import FixedModels
 
     settings = Settings.from_environment()
-    BoundedProtocol.head_seconds = changed_limits.pop("head_seconds", BoundedProtocol.head_seconds)
+    for name in ("head_seconds", "kept_seconds"):
+        setattr(BoundedProtocol, name, changed_limits.pop(name, getattr(BoundedProtocol, name)))
     limits = replace(ServingLimits.of(settings), **changed_limits)
     app = create_app(ServingContext(settings, limits=limits, models=FixedModels()))
     # As `_bentoml_impl/worker/service.py` of BentoML 1.4.39, whose "auto" is ours by then.

@@ -65,7 +65,7 @@ def run(options: Options) -> Report:
         started_utc=clock.started_utc,
         seconds=clock.seconds,
         machine=machine_line(LIBRARIES),
-        settings={"scale": options.scale, "phases": options.phases, "seed": options.seed},
+        settings={"scale": options.scale, "phases": "".join(options.phases), "seed": options.seed},
         observations={},
         ratios=[],
         checks=checks,

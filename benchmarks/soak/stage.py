@@ -56,19 +56,32 @@ class Findings:
     """What one phase expected and received; its line is printed when it ends."""
 
     def __init__(self) -> None:
-        self._expected: list[str] = []
-        self._received: list[str] = []
-        self.held = True
+        self._things: list[tuple[str, str, bool]] = []
 
     def add(self, expected: str, received: object, held: bool) -> None:
         """Adds one thing that was looked at."""
-        self._expected.append(expected)
-        self._received.append(f"{received}" if held else f"NOT: {received}")
-        self.held = self.held and held
+        self._things.append((expected, f"{received}", held))
+
+    @property
+    def held(self) -> bool:
+        """Whether all of it was as expected."""
+        return all(held for _, _, held in self._things)
 
     def check(self, what: str) -> Check:
         """Returns all of it as one check."""
-        return Check(what=what, expected="; ".join(self._expected), received="; ".join(self._received), held=self.held)
+        return Check(
+            what=what,
+            expected="; ".join(expected for expected, _, _ in self._things),
+            received="; ".join(received if held else f"NOT: {received}" for _, received, held in self._things),
+            held=self.held,
+        )
+
+    def checks(self, what: str) -> list[Check]:
+        """Returns each thing as a check of its own."""
+        return [
+            Check(what=what, expected=expected, received=received, held=held)
+            for expected, received, held in self._things
+        ]
 
 
 class Stage:

@@ -2,29 +2,44 @@
 
 From a checkout: `bentoml serve bentos.image_classifier.service:ImageClassifier`; by tag: `bentoml serve <tag>`, with a
 model inside. Give each server a BENTOML_HOME of its own: servers that share one wipe each other's metrics.
-https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
+
+BentoML imports this module twice: in its first process, which reads the class, starts the workers and serves nothing,
+and in each worker. The first must fail at once where a setting is wrong, and be quick: the workers wait for it. So
+what serves is imported in workers alone. https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import bentoml
 
-from cv_platform.serving.access import ObserveRequests
-from cv_platform.serving.app import create_app
-from cv_platform.serving.clean_requests import CleanRequest
-from cv_platform.serving.connections import bound_connections
-from cv_platform.serving.context import ServingContext
+from cv_platform.database.address import postgres_url
+from cv_platform.serving.limits import ServingLimits
 from cv_platform.serving.log_format import configure_logging
 from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage
+
+if TYPE_CHECKING:
+    from cv_platform.serving.context import ServingContext
 
 _settings = Settings.from_environment()
 configure_logging(_settings)
-bound_connections()
-_bundled = Path(__file__).resolve().with_name("bundled_model")
-_context = ServingContext(_settings, bundled=_bundled if _bundled.is_dir() else None)
-_limits = _context.limits
+# Without these no worker could start, and each would be started again and again.
+CentralStorage(_settings.storage_url)
+if _settings.database_url is not None:
+    postgres_url(_settings.database_url.get_secret_value())
+_limits = ServingLimits.of(_settings)
+
+
+@functools.cache
+def _context() -> ServingContext:
+    from cv_platform.serving.context import ServingContext
+
+    bundled = Path(__file__).resolve().with_name("bundled_model")
+    return ServingContext(_settings, bundled=bundled if bundled.is_dir() else None, limits=_limits)
 
 
 @bentoml.service(
@@ -41,23 +56,37 @@ _limits = _context.limits
     metrics={"enabled": False},
     tracing={"excluded_urls": ".*"},
 )
-@bentoml.asgi_app(create_app(_context), path="/")
 class ImageClassifier:
     """Classifies images, explains the answers, and logs every request durably."""
 
     def __init__(self) -> None:
-        _context.start()
+        _context().start()
 
     def __is_ready__(self) -> bool:
-        return _context.models.current() is not None
+        return _context().models.current() is not None
 
     @bentoml.on_shutdown
     def stop(self) -> None:
         """Takes the worker off the list and lets go of its files."""
-        _context.stop()
+        _context().stop()
 
 
-# Around everything that BentoML itself answers, such as /livez. BentoML 1.4.39 types a class as an instance of its
-# protocol.
-ImageClassifier.add_asgi_middleware(ObserveRequests, context=_context)  # pyright: ignore[reportArgumentType]
-ImageClassifier.add_asgi_middleware(CleanRequest)  # pyright: ignore[reportArgumentType]
+def _mount() -> None:
+    """Gives the service of this worker its app."""
+    from cv_platform.serving.access import ObserveRequests
+    from cv_platform.serving.app import create_app
+    from cv_platform.serving.clean_requests import CleanRequest
+    from cv_platform.serving.connections import bound_connections
+    from cv_platform.serving.memory import return_large_blocks
+
+    return_large_blocks()
+    bound_connections()
+    bentoml.asgi_app(create_app(_context()), path="/")(ImageClassifier)
+    # Around everything that BentoML itself answers, such as /livez. BentoML 1.4.39 types a class as an instance of its
+    # protocol.
+    ImageClassifier.add_asgi_middleware(ObserveRequests, context=_context())  # pyright: ignore[reportArgumentType]
+    ImageClassifier.add_asgi_middleware(CleanRequest)  # pyright: ignore[reportArgumentType]
+
+
+if bentoml.server_context.worker_index is not None:
+    _mount()

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import psycopg2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cv_platform.database import pg_binaries
@@ -211,6 +210,8 @@ class Cluster:
         Raises:
             ServiceError: it refuses the password.
         """
+        import psycopg2  # Late: who only looks whether there is a server needs no driver.
+
         try:
             psycopg2.connect(
                 host=HOST, port=port, user=NAME, dbname=NAME, password=self._password(), connect_timeout=2

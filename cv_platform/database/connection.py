@@ -16,10 +16,10 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 
+from cv_platform.database.address import postgres_url
 from cv_platform.errors import ConfigError, DatabaseError, DatabaseUnavailableError, SchemaMismatchError
 from cv_platform.settings import Settings
 
-_DRIVER = "postgresql+psycopg2"
 _SCHEMA_CODES = frozenset({"42P01", "42703", "42804", "42P10"})
 """Undefined table, undefined column, other column type, no such unique constraint."""
 _UNAVAILABLE_CLASSES = frozenset({"08", "28", "3D", "53", "57"})
@@ -27,23 +27,18 @@ _UNAVAILABLE_CLASSES = frozenset({"08", "28", "3D", "53", "57"})
 
 
 def normalise_url(url: str) -> URL:
-    """Returns the URL with the driver that the platform ships: `postgres://` and `postgresql://` are understood.
+    """Returns the parts of a URL, see `address.postgres_url`.
 
     Raises:
         ConfigError: it is no PostgreSQL URL.
     """
     try:
-        parsed = make_url(url.strip())
+        return make_url(postgres_url(url))
     except ArgumentError as err:
         # The text may hold a password, so it is not repeated.
         raise ConfigError(
             "DATABASE_URL: expected postgresql://user:password@host:port/database. Received: no URL."
         ) from err
-    if parsed.drivername not in {"postgres", "postgresql", _DRIVER}:
-        raise ConfigError(
-            f"DATABASE_URL: expected postgresql://user:password@host:port/database. Received: {parsed.drivername}://…"
-        )
-    return parsed.set(drivername=_DRIVER)
 
 
 class _TypedPool(QueuePool):
@@ -140,19 +135,3 @@ def database_url(settings: Settings) -> Iterator[str]:
 
     with embedded_database(settings.home, port=settings.postgres_port) as url:
         yield url
-
-
-def running_database_url(settings: Settings) -> str | None:
-    """Returns the URL of the request log if it can be used now; starts nothing. None: no embedded PostgreSQL runs.
-
-    `DATABASE_URL` is returned without asking the server.
-
-    Raises:
-        ConfigError: DATABASE_URL is no PostgreSQL URL.
-        ServiceError: the embedded PostgreSQL's files belong to another user.
-    """
-    if settings.database_url is not None:
-        return normalise_url(settings.database_url.get_secret_value()).render_as_string(hide_password=False)
-    from cv_platform.database.embedded import existing_url
-
-    return existing_url(settings.home)

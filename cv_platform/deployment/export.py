@@ -172,7 +172,7 @@ def _export_onnx(
     wide = [
         f"{name} off by {value:.2g}, allowed {allowed.get(name, PROBABILITY_TOLERANCE):g}"
         for name, value in parity.items()
-        if name != "cam_largest" and not value <= allowed.get(name, PROBABILITY_TOLERANCE)  # A NaN fails too.
+        if not value <= allowed.get(name, PROBABILITY_TOLERANCE)  # A NaN fails too.
     ]
     if not wide:
         return None, parity
@@ -185,8 +185,10 @@ def _measure_parity(
 ) -> dict[str, float]:
     """Returns the largest differences over the golden images, each explained for its predicted and another class.
 
-    `probabilities` in absolute terms; `features` and `uae` as shares of their largest value (at least 1); `cam` as an
-    image's mean over cells, since rounding may flip the gate of a cell that is all but 0; `cam_largest` of one cell.
+    `probabilities` in absolute terms; `features` and `uae` as shares of their largest value (at least 1); `cam` of any
+    one cell, as a share of its map's largest, which is 1. Rounding could flip the gate of a cell that is all but 0, and
+    so change a channel's weight by one cell's share; yet in 1,184 maps of four models (digits, animals10, CIFAR-10,
+    ResNet50) no cell was off by more than 8e-7.
     """
     import tensorflow as tf
 
@@ -201,8 +203,7 @@ def _measure_parity(
         "probabilities": float(off["probabilities"].max()),
         "features": float(off["features"].max()) / scales["features"],
         "uae": float(off["uae"].max()) / scales["uae"],
-        "cam": float(off["cam"].mean(axis=(1, 2)).max()),
-        "cam_largest": float(off["cam"].max()),
+        "cam": float(off["cam"].max()),
     }
 
 

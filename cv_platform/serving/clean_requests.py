@@ -19,13 +19,6 @@ def has_control_characters(text: str) -> bool:
     return any(character < " " or character == "\x7f" for character in text)
 
 
-def escaped(text: str) -> str:
-    """Returns the text with everything that a terminal would not print as one visible character spelled out."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 class CleanRequest:
     """ASGI middleware: 400 for a path with control characters, and no Content-Type that is not ASCII.
 

@@ -1,7 +1,12 @@
-"""What a connection may cost before there is a request: a bound on the bytes of a request's head, and on its time.
+"""What a connection may cost before there is a request, how long it is kept, and what a half-closed one still gets.
 
 Uvicorn's fast parser reads heads of any size, for any time, and waits for ever for the first byte; a middleware only
-sees requests whose head is complete. BentoML leaves the choice of the protocol to Uvicorn ("auto") and has no option
+sees requests whose head is complete. Whichever worker is first takes all the connections that wait: eight clients at
+once were one worker's in half of the trials, and would stay with it. So a connection ends, announced, with the first
+answer after its time, as gRPC's do (`MAX_CONNECTION_AGE`), and the next may be another worker's. A client that has
+closed its sending side still reads: it gets the answers to what it has sent whole (RFC 9112, section 9.6).
+
+BentoML leaves the choice of the protocol to Uvicorn ("auto") and has no option
 for it: `bound_connections` puts ours in its place, in a worker, before BentoML makes the server.
 https://www.uvicorn.org/settings/#implementation, https://docs.python.org/3/library/asyncio-protocol.html
 """
@@ -10,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from typing import Any
 
 from uvicorn import config as uvicorn_config
@@ -23,10 +29,13 @@ class BoundedProtocol(asyncio.Protocol):
         head_seconds: longest time for a head, from the connection's start or the head's first byte; beyond, 408, or
             nothing where nothing was sent.
         max_head_bytes: largest head, and at most one read from the socket more; beyond, 431.
+        kept_seconds: longest time for which a connection takes further requests; at random down to half of that, so
+            that what came together does not come again together.
     """
 
     head_seconds = 15.0
     max_head_bytes = 65_536
+    kept_seconds = 60.0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         # Typed as any protocol: Uvicorn chooses it by what is installed.
@@ -34,10 +43,12 @@ class BoundedProtocol(asyncio.Protocol):
         self._transport: Any = None
         self._head_bytes = 0
         self._deadline: asyncio.TimerHandle | None = None
+        self._kept_until = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins to wait for the first head."""
         self._transport = transport
+        self._kept_until = asyncio.get_running_loop().time() + random.uniform(0.5, 1.0) * self.kept_seconds
         self._inner.connection_made(transport)
         self._expect_head()
 
@@ -51,6 +62,8 @@ class BoundedProtocol(asyncio.Protocol):
         elif not is_between or self._inner.cycle is not before:
             self._head_bytes = 0
             self._stop_waiting()
+            if asyncio.get_running_loop().time() > self._kept_until:
+                self._end_after(self._inner.cycle)
         elif data.strip(b"\r\n"):  # Empty lines before a request line are allowed.
             self._head_bytes += len(data)
             if self._head_bytes > self.max_head_bytes:
@@ -59,8 +72,14 @@ class BoundedProtocol(asyncio.Protocol):
                 self._expect_head()
 
     def eof_received(self) -> bool | None:
-        """Hands it on."""
-        return self._inner.eof_received()
+        """Ends the connection, but not before the answers to what has arrived whole."""
+        newest = self._inner.cycle
+        # Only the fast parser reads on behind a request that waits for its turn.
+        waiting = getattr(self._inner, "pipeline", ())
+        if newest is None or newest.response_complete or (newest.more_body and not waiting):
+            return self._inner.eof_received()
+        self._end_after(newest)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Hands it on."""
@@ -77,6 +96,12 @@ class BoundedProtocol(asyncio.Protocol):
 
     def _expect_head(self) -> None:
         self._deadline = asyncio.get_running_loop().call_later(self.head_seconds, self._give_up)
+
+    def _end_after(self, newest: Any) -> None:
+        """Makes the connection end with this request's answer, which says so unless it has begun."""
+        newest.keep_alive = False
+        # Uvicorn's slower parser announces an end only where there is such a header.
+        newest.default_headers = [*newest.default_headers, (b"connection", b"close")]
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:

@@ -10,14 +10,14 @@ import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from uuid import UUID
 
-from sqlalchemy import Engine, delete, select
-
-from cv_platform.database.schema import feedback, images, predictions
 from cv_platform.serving.spool_file import SQLITE
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
 _BUSY_SECONDS = 10.0
 _REQUEST_FIELDS = (
@@ -43,6 +43,11 @@ def delete_from_database(engine: Engine, prediction_id: UUID) -> bool:
         DatabaseUnavailableError: the database cannot be reached.
         SchemaMismatchError: migrate first.
     """
+    # Late: no spool needs them, and a worker is to start soon.
+    from sqlalchemy import delete, select
+
+    from cv_platform.database.schema import feedback, images, predictions
+
     with engine.begin() as connection:
         connection.execute(delete(feedback).where(feedback.c.prediction_id == prediction_id))
         row = connection.execute(

@@ -10,24 +10,20 @@ from __future__ import annotations
 import logging
 import random
 import sqlite3
-import struct
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
-import psycopg2
-from sqlalchemy import Engine
-from sqlalchemy.pool import PoolProxiedConnection
-
-from cv_platform.database.connection import make_engine, normalise_url, typed_error
+from cv_platform.database.address import postgres_url
 from cv_platform.errors import SchemaMismatchError, SpoolFullError
-from cv_platform.serving.log_tables import Cursor, check_revision, prepare_session, write_entries
-from cv_platform.serving.spool import Spool, SpoolRow
+from cv_platform.serving.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
 from cv_platform.serving.spool_file import EXTENSIONS, LOCK, SQLITE
+
+if TYPE_CHECKING:
+    from cv_platform.serving.log_database import LogDatabase
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +35,13 @@ _LINGER_SECONDS = 0.5
 _BATCH_IMAGE_BYTES = 32 * 1024 * 1024
 _IDLE_SECONDS = 5.0
 """How often an idle drainer looks whether the database is still there, and for the spools of others that are gone."""
-_STATEMENT_SECONDS = 120.0
 _FIRST_WAIT_SECONDS = 0.2
 _LONGEST_WAIT_SECONDS = 15.0
-_POISON_CLASSES = frozenset({"21", "22", "23", "54", "P0"})
-"""Cardinality, data, constraint, limit of the program, a trigger's own error: the row is at fault, and will stay so."""
-_DAMAGED_RECORD = (ValueError, KeyError, TypeError, AttributeError, struct.error)
 
 
 @dataclass(frozen=True)
 class DrainStatus:
-    """What the request log is doing; `dropped` is there to say that nothing ever is."""
+    """What the request log is doing."""
 
     depth: int
     oldest_age_seconds: float | None
@@ -58,19 +50,6 @@ class DrainStatus:
     drained_rows: int
     rejected: int
     spool_bytes: int = 0
-    dropped: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the fields by name, for JSON."""
-        return asdict(self)
-
-
-class _PoisonError(Exception):
-    """The database refuses the values of at least one row of a batch, or a row's record is damaged."""
-
-
-class _ChangedMeanwhileError(Exception):
-    """A deletion has changed an entry between its reading and its commit."""
 
 
 class Drainer:
@@ -80,17 +59,15 @@ class Drainer:
         spool: this replica's.
         database_url: PostgreSQL's URL; None: nothing is drained, everything stays in the spool.
         adopt: whether to look for the spools of others that are gone.
+
+    Raises:
+        ConfigError: the URL is no PostgreSQL URL.
     """
 
     def __init__(self, spool: Spool, database_url: str | None, *, adopt: bool = True) -> None:
         self._spool = spool
-        self._url = None if database_url is None else normalise_url(database_url)
-        self._engine = (
-            None
-            if database_url is None
-            else make_engine(database_url, pool_size=1, statement_timeout_seconds=_STATEMENT_SECONDS)
-        )
-        self._connection: PoolProxiedConnection | None = None
+        self._url = None if database_url is None else postgres_url(database_url)
+        self._database: LogDatabase | None = None
         self._adopts = adopt
         self._adopted: Spool | None = None
         self._next_adoption = 0.0
@@ -156,7 +133,8 @@ class Drainer:
             try:
                 has_more = self._drain_once()
             except Exception as err:  # A drainer that died would fill the disk in silence.
-                self._disconnect()
+                if self._database is not None:
+                    self._database.disconnect()
                 self._note(err)
                 # Replicas that lost the database together must not come back together.
                 self._stopping.wait(wait_seconds * random.uniform(0.5, 1.0))
@@ -169,61 +147,57 @@ class Drainer:
                 self._wake.wait(_IDLE_SECONDS)
                 self._wake.clear()
                 self._stopping.wait(_LINGER_SECONDS)
-        self._disconnect()
         if self._adopted is not None:
             self._adopted.close()
-        if self._engine is not None:
-            self._engine.dispose()
+        if self._database is not None:
+            self._database.close()
 
     def _drain_once(self) -> bool:
         """Drains one batch of each spool; returns whether there may be more."""
-        if self._engine is None:
+        if self._url is None:
             return False
-        if self._connection is None:
-            self._connection = _connect(self._engine)
+        if self._database is None:
+            from cv_platform.serving.log_database import LogDatabase
+
+            self._database = LogDatabase(self._url)
+        database = self._database
+        if database.connect():
             self._state, self._last_error = "ok", None
-        has_more = self._drain_batch(self._connection, self._spool)
-        has_more = self._drain_orphan(self._connection) or has_more
+        has_more = self._drain_batch(database, self._spool)
+        has_more = self._drain_orphan(database) or has_more
         if not has_more:
-            with _cursor(self._connection) as cursor:
-                check_revision(cursor)
-            self._connection.rollback()
+            database.check()
         return has_more
 
-    def _drain_batch(self, connection: PoolProxiedConnection, spool: Spool) -> bool:
+    def _drain_batch(self, database: LogDatabase, spool: Spool) -> bool:
         rows = spool.read_batch(_BATCH_ROWS, _BATCH_IMAGE_BYTES)
         if not rows:
             spool.shrink()
             return False
         try:
-            self._write_or_halve(connection, spool, rows)
-        except _ChangedMeanwhileError:
+            self._write_or_halve(database, spool, rows)
+        except ChangedMeanwhileError:
             logger.info("An entry was deleted on its way to the database; the batch is read again.")
         return True
 
-    def _write_or_halve(self, connection: PoolProxiedConnection, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+    def _write_or_halve(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
         try:
-            _write(connection, spool, rows)
-        except _PoisonError as err:
+            database.write(spool, rows)
+        except PoisonError as err:
             if len(rows) == 1:
                 logger.error("The request log refuses entry %s for good: %s", rows[0].entry_id, err)
                 spool.reject(rows[0], str(err))
                 return
             middle = len(rows) // 2
-            self._write_or_halve(connection, spool, rows[:middle])
-            self._write_or_halve(connection, spool, rows[middle:])
+            self._write_or_halve(database, spool, rows[:middle])
+            self._write_or_halve(database, spool, rows[middle:])
             return
         spool.delete(rows)
         self._drained_rows += len(rows)
 
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.invalidate()
-            self._connection = None
-
     def _note(self, err: Exception) -> None:
-        if isinstance(err, psycopg2.Error) and self._url is not None:
-            err = typed_error(err, self._url) or err
+        if self._database is not None:
+            err = self._database.explained(err)
         if isinstance(err, SpoolFullError | sqlite3.Error):
             message = f"The spool fails: {err}"
         else:
@@ -233,7 +207,7 @@ class Drainer:
             logger.warning("The request log stays in the spool: %s", message)
         self._last_error = message
 
-    def _drain_orphan(self, connection: PoolProxiedConnection) -> bool:
+    def _drain_orphan(self, database: LogDatabase) -> bool:
         if self._adopted is None and self._adopts and time.monotonic() >= self._next_adoption:
             self._adopted = _adopt_orphan(self._spool.path.parent, self._unusable)
             if self._adopted is None:
@@ -242,7 +216,7 @@ class Drainer:
         if orphan is None:
             return False
         try:
-            if not self._drain_batch(connection, orphan):
+            if not self._drain_batch(database, orphan):
                 self._spool.take_rejected(orphan)
                 self._adopted = None
                 orphan.close()
@@ -253,46 +227,6 @@ class Drainer:
             orphan.close()
             _put_aside(orphan.path, err)
         return True
-
-
-def _cursor(connection: PoolProxiedConnection) -> AbstractContextManager[Cursor]:
-    return closing(cast(Cursor, connection.cursor()))  # SQLAlchemy's type is that of any driver.
-
-
-def _connect(engine: Engine) -> PoolProxiedConnection:
-    connection = engine.raw_connection()
-    try:
-        with _cursor(connection) as cursor:
-            prepare_session(cursor)
-        connection.commit()
-    except BaseException:
-        connection.invalidate()
-        raise
-    return connection
-
-
-def _write(connection: PoolProxiedConnection, spool: Spool, rows: Sequence[SpoolRow]) -> None:
-    try:
-        with _cursor(connection) as cursor:
-            write_entries(cursor, rows, spool.read_image)
-        _require_unchanged(connection, spool, rows)  # What was deleted meanwhile must not arrive.
-        connection.commit()
-    except psycopg2.Error as err:
-        if (err.pgcode or "")[:2] in _POISON_CLASSES:
-            connection.rollback()
-            _require_unchanged(connection, spool, rows)
-            raise _PoisonError(str(err).strip()) from err
-        raise
-    except _DAMAGED_RECORD as err:
-        connection.rollback()
-        _require_unchanged(connection, spool, rows)
-        raise _PoisonError(f"{type(err).__name__}: {err}") from err
-
-
-def _require_unchanged(connection: PoolProxiedConnection, spool: Spool, rows: Sequence[SpoolRow]) -> None:
-    if not spool.still_holds(rows):
-        connection.rollback()
-        raise _ChangedMeanwhileError
 
 
 def _adopt_orphan(directory: Path, unusable: set[str]) -> Spool | None:

@@ -1,15 +1,17 @@
-"""One thread that writes to a SQLite file for many: it commits all that has gathered since its last commit at once.
+"""Writes to a SQLite file for many threads: whoever writes commits all that has gathered since the last commit at once.
 
-Concurrent requests then share one fsync, and no writer ever waits for another one's lock.
+Concurrent requests then share one fsync, and nobody ever waits for another one's lock. A thread of its own writes what
+is queued by `submit`; a caller of `write` commits in its own thread when nobody else is at it, which saves an idle
+service two thread switches a request: they cost more than the commit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -38,17 +40,19 @@ class GroupCommit:
     """The writer of one file; owns the connection from its start to its end.
 
     Args:
-        connection: in autocommit mode; used by the writer's thread only.
+        connection: in autocommit mode, usable from any thread; only whoever holds the turn uses it.
         path: of the file, for messages.
-        on_append: called on the writer's thread after a commit with operations that have a size.
+        on_append: called after operations that have a size, by the thread that tried to commit them.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path, on_append: Callable[[], None]) -> None:
         self._connection = connection
         self._path = path
         self._on_append = on_append
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(_MAX_QUEUED)
-        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        """Of what waits, and of being closed."""
         self._queued_bytes = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"spool-{path.stem[:8]}", daemon=True)
@@ -60,8 +64,41 @@ class GroupCommit:
         Raises:
             SpoolFullError: too much is waiting, or the file is closed. The future holds one if the disk is full.
         """
+        return self._queue(run, size_bytes, wake=True).done
+
+    def write(self, run: Operation, size_bytes: int = 0) -> Future[None]:
+        """Does as `submit`, and writes in the calling thread when nobody else does: the future is then done.
+
+        Raises:
+            SpoolFullError: as `submit`.
+        """
+        job = self._queue(run, size_bytes, wake=False)
+        if self._turn.acquire(blocking=False):
+            try:
+                self._write_group()
+            finally:
+                self._turn.release()
+        # What came after the group was taken, or while somebody else had the turn.
+        with self._changed:
+            if self._waiting:
+                self._changed.notify()
+        return job.done
+
+    def close(self) -> bool:
+        """Runs what is queued and ends; returns False if it was closed before."""
+        with self._changed:
+            if self._is_closed:
+                return False
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+        with self._turn:
+            self._connection.close()
+        return True
+
+    def _queue(self, run: Operation, size_bytes: int, *, wake: bool) -> _Job:
         job = _Job(run, Future(), size_bytes)
-        with self._lock:
+        with self._changed:
             if self._is_closed:
                 raise SpoolFullError(f"Expected an open spool. Received: {self._path}, which is closed.")
             # A single one may be larger than the limit.
@@ -70,53 +107,38 @@ class GroupCommit:
                     f"Expected less than {_MAX_QUEUED_BYTES} bytes waiting for {self._path}. "
                     f"Received: {self._queued_bytes}. The disk is overloaded; try again later."
                 )
-            try:
-                self._jobs.put_nowait(job)
-            except queue.Full as err:
+            if len(self._waiting) >= _MAX_QUEUED:
                 raise SpoolFullError(
                     f"Expected at most {_MAX_QUEUED} entries waiting for {self._path}. Received: one more. "
                     "The disk is overloaded; try again later."
-                ) from err
+                )
+            self._waiting.append(job)
             self._queued_bytes += size_bytes
-        return job.done
-
-    def close(self) -> bool:
-        """Runs what is queued and ends; returns False if it was closed before."""
-        with self._lock:
-            if self._is_closed:
-                return False
-            self._is_closed = True
-        self._jobs.put(None)
-        self._thread.join()
-        self._connection.close()
-        return True
+            if wake:
+                self._changed.notify()
+        return job
 
     def _run(self) -> None:
-        is_open = True
-        while is_open:
-            jobs, is_open = self._gather()
-            if jobs and not self._commit(jobs):
-                for job in jobs:  # One of them fails: find out which, so that the others do not suffer.
-                    self._commit([job])
-            if any(job.bytes for job in jobs):
-                self._on_append()
+        while True:
+            with self._changed:
+                while not self._waiting and not self._is_closed:
+                    self._changed.wait()
+                if not self._waiting:
+                    return
+            with self._turn:
+                self._write_group()
 
-    def _gather(self) -> tuple[list[_Job], bool]:
-        """Waits for a job and returns it with all that wait behind it, and whether there will be more."""
-        jobs: list[_Job] = []
-        job = self._jobs.get()
-        while job is not None:
-            with self._lock:
-                self._queued_bytes -= job.bytes
-            if job.done.set_running_or_notify_cancel():
-                jobs.append(job)
-            if len(jobs) >= _MAX_GROUP:
-                return jobs, True
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return jobs, True
-        return jobs, False
+    def _write_group(self) -> None:
+        """Commits what waits, at most `_MAX_GROUP` operations; the caller has the turn."""
+        with self._changed:
+            taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MAX_GROUP))]
+            self._queued_bytes -= sum(job.bytes for job in taken)
+        jobs = [job for job in taken if job.done.set_running_or_notify_cancel()]
+        if jobs and not self._commit(jobs):
+            for job in jobs:  # One of them fails: find out which, so that the others do not suffer.
+                self._commit([job])
+        if any(job.bytes for job in jobs):
+            self._on_append()
 
     def _commit(self, jobs: list[_Job]) -> bool:
         """Runs jobs in one transaction; returns False, with nothing done, if one of several fails."""

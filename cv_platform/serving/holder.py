@@ -8,9 +8,6 @@ second thread writes the heartbeat, so that a long load does not look like a dea
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import logging
 import os
 import socket
@@ -23,6 +20,7 @@ from typing import Any
 
 from cv_platform.errors import CvPlatformError, StorageError
 from cv_platform.serving.fallback import BUNDLED, load_fallback, write_fallback
+from cv_platform.serving.memory import release_memory
 from cv_platform.serving.metrics import SwapOutcome
 from cv_platform.serving.runtime import LoadedModel, fetch, load_bundle
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
@@ -37,15 +35,6 @@ _POINTER_GONE = (
 )
 _FORGET_HEARTBEAT = timedelta(hours=1)
 """Heartbeats of workers that died without saying goodbye are removed by the next one that starts."""
-
-
-def _release_memory() -> None:
-    """Gives the memory of the model before back to the system."""
-    # Its graph may hold reference cycles, which would wait for a full collection.
-    gc.collect()
-    # glibc keeps the pages between those of two models; other C libraries have no such call.
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def make_worker_id() -> str:
@@ -107,6 +96,8 @@ class ModelHolder:
         self._answered: datetime | None = None
         self._failed: ProductionPointer | None = None
         self._retry_at = 0.0
+        self._unkept: LoadedModel | None = None
+        """Serves, and is still to be kept as the last good one: nobody waits for that."""
         self._last_swap_error: str | None = None
         self._storage_errors: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -165,8 +156,10 @@ class ModelHolder:
         while not self._stopping.wait(self._poll_seconds):
             before = self._since_utc
             self._follow_pointer()
+            self._keep_as_last_good()
             if self._since_utc != before:
-                _release_memory()
+                release_memory()
+        self._keep_as_last_good()
 
     def _follow_pointer(self) -> None:
         try:
@@ -217,7 +210,7 @@ class ModelHolder:
         logger.info("Worker %s serves %s after %.2f s", self.worker_id, name, seconds)
         self._on_swap("swapped", seconds, model)
         self._changed.set()
-        self._keep_as_last_good(model)
+        self._unkept = model
 
     def _note_failure(self, pointer: ProductionPointer, message: str) -> None:
         with self._lock:
@@ -254,8 +247,10 @@ class ModelHolder:
                 return
         logger.warning("Worker %s starts without a model and waits for one: deploy it.", self.worker_id)
 
-    def _keep_as_last_good(self, model: LoadedModel) -> None:
-        metadata = model.metadata
+    def _keep_as_last_good(self) -> None:
+        if self._unkept is None:
+            return
+        metadata, self._unkept = self._unkept.metadata, None
         try:
             folder, _ = fetch(self._storage, metadata.model_name, metadata.version, cache=self._cache / "bundles")
             write_fallback(folder, metadata, self._cache / "last_good", pointer=self.service)

@@ -31,7 +31,7 @@ class LogEntry:
 
     Attributes:
         request_method: such as `POST`.
-        request_url: as received.
+        request_url: path and query, see `refusal_log.logged_url`.
         response_status_code: HTTP status.
         response_message: what the client was told.
         timespan: seconds from reception to answer.

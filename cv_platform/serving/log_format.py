@@ -17,7 +17,6 @@ from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import SecretStr
 
-from cv_platform.serving.clean_requests import escaped
 from cv_platform.serving.observation import current_observation
 from cv_platform.settings import Settings
 
@@ -67,6 +66,13 @@ def _passwords(url: str) -> list[str]:
     except ValueError:  # A malformed address: whoever uses the URL says so.
         return []
     return [password, unquote(password)] if password else []
+
+
+def escaped(text: str) -> str:
+    """Returns the text with everything that a terminal would not print as one visible character spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class _Lines(logging.Formatter):

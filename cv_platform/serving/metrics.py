@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from cv_platform.serving.drainer import DrainStatus
+if TYPE_CHECKING:
+    from cv_platform.serving.drainer import DrainStatus
 
 Stage = Literal["receive", "wait", "decode", "model", "explain", "encode", "append"]
 """Of a prediction: read the body, wait for a thread, decode and resize, call the model, draw, render, make durable."""

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
-from cv_platform.serving.metrics import ServingMetrics, Stage
-from cv_platform.serving.problems import RequestTrace
-from cv_platform.serving.tracing import RequestSpan
+# For names alone: the log format, which every process of the service begins with, needs this module.
+if TYPE_CHECKING:
+    from cv_platform.serving.metrics import ServingMetrics, Stage
+    from cv_platform.serving.problems import RequestTrace
+    from cv_platform.serving.tracing import RequestSpan
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from cv_platform.serving.log_entry import StoredPrediction
 from cv_platform.storage import BundleMetadata
 
 
 def make_passport(
-    stored: StoredPrediction, metadata: BundleMetadata | None, *, mlflow_tracking_uri: str, reason: str | None = None
+    stored: StoredPrediction, metadata: BundleMetadata | None, *, mlflow_url: str | None, reason: str | None = None
 ) -> dict[str, Any]:
     """Returns a prediction's passport as JSON values.
 
     Args:
         stored: the prediction.
         metadata: of the model version that made it; None when it cannot be read, for `reason`.
-        mlflow_tracking_uri: where its training run lies; only shown when it is an address, and without credentials.
+        mlflow_url: where people open MLflow, which has its training run.
         reason: why there are no metadata.
     """
     prediction = {
@@ -41,17 +40,12 @@ def make_passport(
             **metadata.model_dump(mode="json", exclude={"effective_config", "checksums"}),
             "files": len(metadata.checksums),
         },
-        "training_run": _run_url(mlflow_tracking_uri, metadata.mlflow_run_id),
+        "training_run": _run_url(mlflow_url, metadata.mlflow_run_id),
         "config": metadata.effective_config,
         "message": "ok",
     }
 
 
-def _run_url(tracking_uri: str, run_id: str | None) -> str | None:
+def _run_url(mlflow_url: str | None, run_id: str | None) -> str | None:
     """Returns the address that opens the run in MLflow's pages, whichever experiment it belongs to."""
-    parts = urlsplit(tracking_uri)
-    if run_id is None or parts.scheme not in {"http", "https"}:
-        return None
-    host = parts.hostname or ""
-    netloc = f"{host}:{parts.port}" if parts.port else host
-    return urlunsplit((parts.scheme, netloc, f"{parts.path.rstrip('/')}/", "", f"/runs/{run_id}"))
+    return f"{mlflow_url.rstrip('/')}/#/runs/{run_id}" if mlflow_url and run_id else None

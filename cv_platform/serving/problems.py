@@ -15,12 +15,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,7 +36,9 @@ from cv_platform.errors import (
     SpoolFullError,
     StorageError,
 )
-from cv_platform.images import SUPPORTED_FORMATS
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,9 @@ def problem_of(error: CvPlatformError) -> Problem:
     """Returns the HTTP answer to an error of the platform."""
     text = str(error)
     if isinstance(error, ImageError):
+        # Late, like FastAPI below: BentoML's first process needs the limits, and with them this module.
+        from cv_platform.images import SUPPORTED_FORMATS
+
         return Problem(
             error.status_code, text, expected=f"a complete image ({', '.join(SUPPORTED_FORMATS)}) within the limits"
         )
@@ -207,6 +211,7 @@ def install_problem_handlers(app: FastAPI, *, is_admin: Callable[[Request], bool
         app: where.
         is_admin: says who reads the whole text of what is wrong on this side; others get `public_reason`.
     """
+    from fastapi.exceptions import RequestValidationError
 
     async def on_http(request: Request, error: Exception) -> Response:
         if isinstance(error, Problem):

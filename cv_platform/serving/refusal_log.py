@@ -8,14 +8,17 @@ from collections.abc import Collection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.errors import CvPlatformError
-from cv_platform.serving.clean_requests import escaped, has_control_characters
+from cv_platform.serving.clean_requests import has_control_characters
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.log_entry import LogEntry
+from cv_platform.serving.log_format import BLOT, escaped
 from cv_platform.serving.problems import RequestTrace, trace_of
 
 logger = logging.getLogger(__name__)
 
 _MAX_URL = 2000
+_KEPT_VALUES = frozenset({"explain"})
+"""Query parameters that the routes know. What else is in a query may be a key that a client took for one of ours."""
 _MAX_MESSAGE = 1000
 
 
@@ -74,10 +77,19 @@ async def log_refusal(context: ServingContext, scope: Scope, status: int, messag
 
 
 def logged_url(scope: Scope) -> str:
-    """Returns path and query as the log keeps them."""
+    """Returns path and query as the log keeps them: of what the service does not ask for, the name alone."""
     query = scope.get("query_string", b"").decode("latin-1")
     path = escaped(scope["path"])
-    return (f"{path}?{query}" if query else path)[:_MAX_URL]
+    if not query:
+        return path[:_MAX_URL]
+    return f"{path}?{'&'.join(_logged_parameter(parameter) for parameter in query.split('&'))}"[:_MAX_URL]
+
+
+def _logged_parameter(parameter: str) -> str:
+    name, equals, _ = parameter.partition("=")
+    if name in _KEPT_VALUES:
+        return parameter
+    return f"{name}={BLOT}" if equals else BLOT
 
 
 def _path(scope: Scope) -> str:

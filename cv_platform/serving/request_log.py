@@ -1,40 +1,31 @@
 """The request log as the service sees it: keep an entry for good, record feedback, find a prediction again.
 
-`append` returns once the entry is in the local spool (`spool.py`); the drainer (`drainer.py`) brings it to PostgreSQL
-when PostgreSQL is there. The service therefore answers, and loses nothing, while the database is away.
+What `submit` and `write` return is done once the entry is in the local spool (`spool.py`); the drainer (`drainer.py`)
+brings it to PostgreSQL when PostgreSQL is there. The service therefore answers, and loses nothing, while the database
+is away.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
-from sqlalchemy import Engine
-
-from cv_platform.database.connection import make_engine
+from cv_platform.database.address import postgres_url
 from cv_platform.errors import DatabaseError, DatabaseUnavailableError
 from cv_platform.serving.deletion import delete_from_database, delete_from_spools
 from cv_platform.serving.drainer import Drainer, DrainStatus
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
-from cv_platform.serving.log_tables import find_prediction
 from cv_platform.serving.spool import RejectedEntry, Spool
 from cv_platform.serving.spool_file import find_spooled
 
-__all__ = [
-    "DrainStatus",
-    "Drainer",
-    "FeedbackEntry",
-    "LogEntry",
-    "RejectedEntry",
-    "RequestLog",
-    "Spool",
-    "StoredPrediction",
-    "find_prediction",
-    "find_spooled",
-]
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+__all__ = ["DrainStatus", "FeedbackEntry", "LogEntry", "RequestLog", "StoredPrediction"]
 
 
 _DRAIN_SECONDS = 10.0
@@ -66,8 +57,10 @@ class RequestLog:
         max_bytes: int = 10_000_000_000,
         append_timeout_seconds: float = 10.0,
     ) -> None:
-        # The engine first: a wrong URL must not leave a spool behind.
-        self._engine = None if database_url is None else _reading_engine(database_url)
+        # The URL first: a wrong one must not leave a spool behind.
+        self._url = None if database_url is None else postgres_url(database_url)
+        self._engine: Engine | None = None
+        self._making_engine = threading.Lock()
         self._directory = directory
         self._spool = Spool(directory, max_bytes=max_bytes, append_timeout_seconds=append_timeout_seconds)
         self._drainer = Drainer(self._spool, database_url)
@@ -95,6 +88,14 @@ class RequestLog:
         """
         return self._spool.submit(entry)
 
+    def write(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
+        """Does as `submit`, and writes in the calling thread when nobody else does: not for an event loop's thread.
+
+        Raises:
+            SpoolFullError: as `submit`.
+        """
+        return self._spool.write(entry)
+
     def find_prediction(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction wherever it is: in a replica's spool, or in the database.
 
@@ -104,9 +105,12 @@ class RequestLog:
         """
         # In this order: an entry leaves the spool only after the database has it.
         found = self._spool.find(prediction_id) or find_spooled(self._directory, prediction_id)
-        if found is not None or self._engine is None:
+        engine = None if found is not None else self._reading_engine()
+        if engine is None:
             return found
-        return find_prediction(self._engine, prediction_id)
+        from cv_platform.serving.log_tables import find_prediction
+
+        return find_prediction(engine, prediction_id)
 
     def delete_prediction(self, prediction_id: UUID) -> bool:
         """Deletes a prediction wherever it is; returns whether there was one.
@@ -137,7 +141,7 @@ class RequestLog:
             raise
 
     def _delete_from_database(self, prediction_id: UUID) -> bool:
-        engine = self._engine
+        engine = self._reading_engine()
         if engine is None:
             raise DatabaseUnavailableError(
                 "Expected the request log's database. Received: none. Start it, or set DATABASE_URL."
@@ -150,9 +154,11 @@ class RequestLog:
         Raises:
             ConfigError: the URL is no PostgreSQL URL.
         """
-        engine = _reading_engine(database_url)
+        url = postgres_url(database_url)
         self._drainer.close()
-        former, self._engine = self._engine, engine
+        with self._making_engine:
+            self._url = url
+            former, self._engine = self._engine, None
         self._drainer = Drainer(self._spool, database_url)
         self._drainer.start()
         if former is not None:
@@ -185,6 +191,13 @@ class RequestLog:
         if self._engine is not None:
             self._engine.dispose()
 
+    def _reading_engine(self) -> Engine | None:
+        """Returns the engine of what is looked up, made by the first look-up: SQLAlchemy would hold up the start."""
+        with self._making_engine:
+            if self._engine is None and self._url is not None:
+                from cv_platform.database.connection import make_engine
 
-def _reading_engine(database_url: str) -> Engine:
-    return make_engine(database_url, pool_timeout_seconds=_POOL_SECONDS, statement_timeout_seconds=_STATEMENT_SECONDS)
+                self._engine = make_engine(
+                    self._url, pool_timeout_seconds=_POOL_SECONDS, statement_timeout_seconds=_STATEMENT_SECONDS
+                )
+            return self._engine

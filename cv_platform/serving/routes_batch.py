@@ -21,11 +21,11 @@ from starlette.responses import Response
 
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.api_models import BatchResult
-from cv_platform.serving.clean_requests import escaped
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import BATCH_DESCRIPTION, BATCH_EXAMPLE, predict_responses
 from cv_platform.serving.explain import Explain
 from cv_platform.serving.limits import BATCH_UPLOADS, too_large
+from cv_platform.serving.log_format import escaped
 from cv_platform.serving.problems import RETRY_SECONDS, Problem, defect, shown_problem, trace_of, try_later
 from cv_platform.serving.refusal_log import log_refusal
 from cv_platform.serving.routes_predict import PREDICT_PATH, answer_and_log, begin

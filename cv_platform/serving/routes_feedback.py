@@ -133,7 +133,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
         stored = await context.look_ups.run(lambda: _find(context, prediction_id))
         metadata, reason = await context.storage_reads.run(lambda: _metadata(context, stored))
         return json_response(
-            make_passport(stored, metadata, mlflow_tracking_uri=context.settings.mlflow_tracking_uri, reason=reason)
+            make_passport(stored, metadata, mlflow_url=context.settings.mlflow_public_url, reason=reason)
         )
 
     @router.delete(

@@ -66,7 +66,7 @@ def models_router(context: ServingContext) -> APIRouter:
             MovedPointer, POINTER_EXAMPLE, 401, 403, 404, 408, 409, 413, 422, 429, 503, description="the new pointer"
         ),
     )
-    def update_model(
+    async def update_model(
         metadata_file: Annotated[str, Path(description="<model_name>.yaml", examples=["digits_classifier.yaml"])],
         version: Annotated[str | None, Query(description=f"such as {VERSION}; by default the newest")] = None,
     ) -> Response:
@@ -83,14 +83,16 @@ def models_router(context: ServingContext) -> APIRouter:
                 f"version: expected one such as {VERSION}. Received: {ascii(version)[:80]}.",
                 expected="a published version",
             )
-        pointer = promote(
-            context.storage,
-            service=service,
-            model_name=name[1],
-            version=version,
-            cache=context.cache / "bundles",
-            lock=context.promotion_lock,
-            threads=context.limits.model_threads,
+        pointer = await context.promotions.run(
+            lambda: promote(
+                context.storage,
+                service=service,
+                model_name=name[1],
+                version=version,
+                cache=context.cache / "bundles",
+                lock=context.promotion_lock,
+                threads=context.limits.model_threads,
+            )
         )
         return _moved(service, pointer)
 
@@ -103,13 +105,15 @@ def models_router(context: ServingContext) -> APIRouter:
             MovedPointer, POINTER_EXAMPLE, 401, 403, 404, 408, 409, 413, 429, 503, description="the new pointer"
         ),
     )
-    def rollback() -> Response:
-        pointer = roll_back(
-            context.storage,
-            service=service,
-            cache=context.cache / "bundles",
-            lock=context.promotion_lock,
-            threads=context.limits.model_threads,
+    async def rollback() -> Response:
+        pointer = await context.promotions.run(
+            lambda: roll_back(
+                context.storage,
+                service=service,
+                cache=context.cache / "bundles",
+                lock=context.promotion_lock,
+                threads=context.limits.model_threads,
+            )
         )
         return _moved(service, pointer)
 

@@ -6,20 +6,22 @@ then until its thread is free again, even when its client was told 504 meanwhile
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from cv_platform.serving.answer import Answer, answer_upload, log_entry
+from cv_platform.serving.answer import answer_upload, log_entry
 from cv_platform.serving.api_models import PredictionResult
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
 from cv_platform.serving.explain import Explain
 from cv_platform.serving.limits import overloaded, too_large
 from cv_platform.serving.observation import staged
-from cv_platform.serving.problems import json_response, trace_of, try_later
+from cv_platform.serving.problems import Problem, json_response, trace_of, try_later
 from cv_platform.serving.refusal_log import logged_url
 from cv_platform.serving.runtime import LoadedModel
 from cv_platform.serving.security import API_KEY
@@ -98,10 +100,13 @@ async def answer_and_log(
     Raises:
         ImageError: the upload is no usable image.
         Problem: 504, it took too long.
-        SpoolFullError: the log cannot keep it.
+        SpoolFullError: the log cannot keep it, or did not in time; then its row may still come.
     """
 
-    def work() -> tuple[Answer, bytes, _T]:
+    trace, url = trace_of(request.scope), logged_url(request.scope)
+    claim = threading.Lock()  # Who gets it says what becomes of the request: the entry is written, or it was too late.
+
+    def work() -> tuple[_T, Future[None]]:
         data = read()
         answer = answer_upload(
             model,
@@ -111,12 +116,19 @@ async def answer_and_log(
             on_explain_failure=context.metrics.explain_failed,
         )
         with staged("encode"):
-            return answer, data, render(answer.body)
+            rendered = render(answer.body)
+        entry = log_entry(answer, data, trace, url=url, keep_images=context.settings.log_images)
+        if not claim.acquire(blocking=False):
+            raise TimeoutError("Nobody waits for this answer any more.")
+        return rendered, context.write_entry(entry)
 
-    answer, data, rendered = await context.compute_admitted(work)
-    trace = trace_of(request.scope)
-    await context.append(
-        log_entry(answer, data, trace, url=logged_url(request.scope), keep_images=context.settings.log_images)
-    )
+    try:
+        rendered, entry = await context.compute_admitted(work)
+    except BaseException as err:
+        is_written = not claim.acquire(blocking=False)
+        if is_written and isinstance(err, Problem) and err.status_code == 504:
+            raise context.entry_overdue() from err
+        raise
+    await context.entry_written(entry)
     context.metrics.image_answered(200)
     return rendered

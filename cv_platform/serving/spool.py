@@ -4,7 +4,7 @@ One SQLite file per replica process (`<uuid>.sqlite`, write-ahead log, `synchron
 which its owner keeps locked; the kernel drops the lock with the process, and then a successor may adopt the file. (The
 lock is a file of its own because closing any descriptor of a database file drops SQLite's own locks on it.)
 
-One thread writes (`group_commit.py`), any number read. https://www.sqlite.org/wal.html
+One thread at a time writes (`group_commit.py`), any number read. https://www.sqlite.org/wal.html
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from uuid import UUID, uuid4
 
 from cv_platform.disk_space import free_bytes
 from cv_platform.errors import SpoolFullError
-from cv_platform.serving.group_commit import GroupCommit
+from cv_platform.serving.group_commit import GroupCommit, Operation
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, SpooledEntry, StoredPrediction, encode
 from cv_platform.serving.spool_file import (
     EXTENSIONS,
@@ -69,6 +69,14 @@ class RejectedEntry(NamedTuple):
     kind: str
     record: str
     reason: str
+
+
+class PoisonError(Exception):
+    """The database refuses the values of at least one row of a batch, or a row's record is damaged."""
+
+
+class ChangedMeanwhileError(Exception):
+    """A deletion has changed an entry between its reading and its commit."""
 
 
 class Spool:
@@ -155,9 +163,15 @@ class Spool:
         Raises:
             SpoolFullError: too much is waiting for the disk. The future may hold a SpoolFullError, too.
         """
-        spooled = encode(entry)
-        size = len(spooled.record) + len(spooled.vectors) + (len(spooled.image.content) if spooled.image else 0)
-        return self._writer.submit(lambda connection: self._insert(connection, spooled), size)
+        return self._writer.submit(*self._insertion(entry))
+
+    def write(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
+        """Does as `submit`, and writes in the calling thread when nobody else does: not for an event loop's thread.
+
+        Raises:
+            SpoolFullError: as `submit`.
+        """
+        return self._writer.write(*self._insertion(entry))
 
     def try_out(self) -> None:
         """Returns once the disk has shown that it would take an entry: one is written and removed in one transaction.
@@ -178,7 +192,7 @@ class Spool:
             ) from err
 
     def on_append(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` after each commit of new entries, on the writer's thread."""
+        """Calls `listener` after each commit of new entries, on the thread that committed."""
         self._listener = listener
 
     def read_batch(self, max_rows: int, max_image_bytes: int) -> list[SpoolRow]:
@@ -293,6 +307,12 @@ class Spool:
                 self.path.with_name(self.path.name + extension).unlink(missing_ok=True)
             self.path.with_suffix(LOCK).unlink(missing_ok=True)
         os.close(self._lock)
+
+    def _insertion(self, entry: LogEntry | FeedbackEntry) -> tuple[Operation, int]:
+        """Returns what adds the entry, and its size in bytes."""
+        spooled = encode(entry)
+        size = len(spooled.record) + len(spooled.vectors) + (len(spooled.image.content) if spooled.image else 0)
+        return lambda connection: self._insert(connection, spooled), size
 
     def _insert(self, connection: sqlite3.Connection, entry: SpooledEntry) -> None:
         self._require_room(connection)

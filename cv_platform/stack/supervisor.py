@@ -19,7 +19,8 @@ from pathlib import Path
 
 import httpx
 
-from cv_platform.database.connection import database_url, running_database_url
+from cv_platform.database.address import running_database_url
+from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import ServiceError
 from cv_platform.settings import Settings

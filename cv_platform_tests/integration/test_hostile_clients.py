@@ -112,6 +112,7 @@ def test_clients_that_go_in_the_middle_of_a_body_leave_nothing_behind(served: Se
     for _ in range(8):
         with served.connect() as connection:
             connection.sendall(with_length(FORM_START + PICTURE[:20], len(FORM)))
+    assert served.health()["status"] == "ready"  # And `nobody_else_notices`.
 
 
 def test_a_client_that_resets_the_connection_leaves_nothing_behind(served: ServedApp) -> None:
@@ -119,6 +120,7 @@ def test_a_client_that_resets_the_connection_leaves_nothing_behind(served: Serve
         with served.connect() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             connection.sendall(with_length(FORM))
+    assert served.health()["status"] == "ready"  # And `nobody_else_notices`.
 
 
 def test_a_client_that_does_not_read_its_answers_leaves_nothing_behind(served: ServedApp) -> None:
@@ -126,6 +128,7 @@ def test_a_client_that_does_not_read_its_answers_leaves_nothing_behind(served: S
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(with_length(FORM) * 3)
         time.sleep(0.5)
+    assert served.health()["status"] == "ready"  # And `nobody_else_notices`.
 
 
 def test_a_half_closed_connection_with_half_a_body_is_ended(served: ServedApp) -> None:
@@ -133,6 +136,46 @@ def test_a_half_closed_connection_with_half_a_body_is_ended(served: ServedApp) -
         connection.sendall(with_length(FORM_START, len(FORM)))
         connection.shutdown(socket.SHUT_WR)
         assert read_to_end(connection) == b""
+
+
+def test_a_client_that_has_sent_all_and_closed_its_side_gets_its_answer(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM))
+        connection.shutdown(socket.SHUT_WR)
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"connection: close\r\n" in answer
+    assert b'"message": "ok"' in answer
+
+
+@pytest.mark.parametrize("last", [with_length(FORM), with_length(FORM_START, len(FORM))], ids=["whole", "half"])
+def test_half_closed_behind_several_requests_all_whole_ones_are_answered(served: ServedApp, last: bytes) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM) + head(method=b"GET", path=b"/health_check") + last)
+        connection.shutdown(socket.SHUT_WR)
+        statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", read_to_end(connection))
+    # Half a body stays half: it has its time, then 408.
+    assert statuses == [b"200", b"200", b"200" if last.endswith(FORM_END) else b"408"]
+
+
+def test_closing_one_side_after_the_answer_ends_the_connection(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM))
+        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        connection.shutdown(socket.SHUT_WR)
+        assert b"HTTP/1.1" not in read_to_end(connection)
+
+
+def test_an_old_connection_ends_with_an_answer_that_says_so() -> None:
+    with serve_app({"kept_seconds": 1.0}) as served, served.connect() as connection:
+        connection.sendall(with_length(FORM))
+        first = read_until(connection, b'"message": "ok"')
+        time.sleep(1.1)
+        connection.sendall(with_length(FORM))
+        second = read_to_end(connection)
+    assert b"connection: close" not in first
+    assert second.count(b"HTTP/1.1 200 ") == 1
+    assert b"connection: close\r\n" in second
 
 
 def test_a_chunked_upload_without_end_gets_413_at_the_limit(served: ServedApp) -> None:

@@ -24,7 +24,8 @@ from cv_platform.database.pg_binaries import find_binaries, server_user
 from cv_platform.database.schema import SCHEMA_REVISION, metadata
 from cv_platform.errors import DatabaseUnavailableError, SchemaMismatchError
 from cv_platform.serving.log_entry import FeedbackEntry
-from cv_platform.serving.request_log import RequestLog, find_prediction
+from cv_platform.serving.log_tables import find_prediction
+from cv_platform.serving.request_log import RequestLog
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
 

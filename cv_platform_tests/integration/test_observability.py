@@ -147,3 +147,4 @@ def test_the_gauges_of_a_killed_worker_do_not_linger(served: Served):
     os.kill(victim, signal.SIGKILL)
     wait_until(lambda: victim not in served.workers())
     wait_until(lambda: len(served.workers()) == WORKERS)  # BentoML starts another one.
+    assert victim not in served.workers()

@@ -108,6 +108,27 @@ def test_several_images_become_a_list_of_answers_and_failures(service: Service, 
     expect(page.locator("#history")).to_be_hidden()
 
 
+def test_the_first_image_chosen_is_shown_and_not_the_first_that_is_answered(service: Service, make_visit: MakeVisit):
+    page = make_visit().open(service.url)
+    held: list[Route] = []
+
+    def hold_ice(route: Route) -> None:
+        if b"ice.png" in (route.request.post_data_buffer or b""):
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/predict", hold_ice)
+    choose(page, *[upload(f"{fruit}.png", drawn(fruit)) for fruit in ("ice", "plum", "lime")])
+    entries = page.locator("#history-list button.entry")
+    expect(entries).to_have_count(2)
+    expect(page.locator("#result")).to_be_hidden()
+    (late,) = held
+    late.continue_()
+    expect(entries).to_have_count(3)
+    expect_verdict(page, "ice")
+
+
 def test_the_camera_starts_on_a_click_takes_pictures_and_lets_go(service: Service, make_visit: MakeVisit):
     page = make_visit().open(service.url)
     expect(page.locator("#camera")).to_be_hidden()
@@ -292,6 +313,32 @@ def test_a_closed_service_asks_for_its_key_and_keeps_it_in_this_tab_only(serve: 
     expect(other.get_by_role("dialog")).to_be_visible()
     other.keyboard.press("Escape")
     expect(other.get_by_role("alert")).to_contain_text("This service needs a key.")
+
+
+def test_a_refusal_that_comes_after_the_new_key_asks_for_none(serve: Serve, make_visit: MakeVisit):
+    page = make_visit().open(serve(CV_API_KEYS=KEY).url)
+    held: list[Route] = []
+
+    def hold_the_first(route: Route) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/predict", hold_the_first)
+    choose(page, *[upload(f"{fruit}.png", drawn(fruit)) for fruit in ("ice", "plum")])
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Key").fill(KEY)
+    page.keyboard.press("Enter")
+    entries = page.locator("#history-list button.entry")
+    expect(entries).to_have_count(1)
+    # It was sent without a key, and only now the service says so.
+    (late,) = held
+    with page.expect_response(lambda response: response.status == 401):
+        late.continue_()
+    expect(entries).to_have_count(2)
+    expect(dialog).to_have_count(0)
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 @pytest.mark.parametrize(

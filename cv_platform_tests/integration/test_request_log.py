@@ -408,7 +408,6 @@ def test_nothing_is_lost_while_the_server_stops_and_starts(
         for thread in threads:
             thread.join(WAIT_SECONDS)
         assert log.wait_until_drained(WAIT_SECONDS)
-        assert log.status().dropped == 0
     assert entry_ids(engine) == sorted(map(str, ids))
     assert count(engine, "predictions") == len(ids)
     engine.dispose()

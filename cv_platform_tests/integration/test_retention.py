@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -17,6 +18,7 @@ from cv_platform.config import parse_experiment
 from cv_platform.database.binary_copy import copy_stream, row_encoder
 from cv_platform.database.retention import Retention, delete_expired
 from cv_platform.database.schema import api_log, drift_reports, feedback, images, predictions
+from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation
 from cv_platform.defs.retention import retention_definitions
 from cv_platform.errors import DatabaseError
@@ -351,8 +353,19 @@ def test_deleting_one_prediction_by_hand_meets_no_lock_of_it(engine: Engine, lar
     assert (done.predictions, count(engine, predictions)) == (4_999, 15_000)
 
 
+def definitions() -> dg.Definitions:
+    own = dg.Definitions(
+        resources={"installation": Installation(), "io_manager": RecordIOManager()}, executor=dg.in_process_executor
+    )
+    return dg.Definitions.merge(own, retention_definitions([], []))
+
+
+def retention_job() -> dg.JobDefinition:
+    return definitions().resolve_job_def("log_retention")
+
+
 def test_the_job_deletes_and_reports_and_its_schedule_runs_every_day(
-    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("CV_LOG_RETENTION_DAYS", "1")
@@ -360,19 +373,19 @@ def test_the_job_deletes_and_reports_and_its_schedule_runs_every_day(
     with engine.begin() as connection:
         connection.execute(predictions.update().values(created_on=datetime(2020, 1, 1, tzinfo=UTC)))
         connection.execute(api_log.update().values(created_on=datetime(2020, 1, 1, tzinfo=UTC)))
-    definitions = dg.Definitions.merge(
-        dg.Definitions(resources={"installation": Installation()}), retention_definitions([], [])
-    )
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
 
-    result = definitions.resolve_job_def("log_retention").execute_in_process()
+    # As a schedule runs it, with the installation's own I/O manager.
+    with dg.instance_for_test() as instance:
+        result = dg.execute_job(dg.reconstructable(retention_job), instance=instance)
 
-    output = result.output_for_node("delete_expired_log")
-    assert (output["requests"], output["predictions"]) == (1, 1)
-    metadata = result.events_for_node("delete_expired_log")
-    (event_of_output,) = [e for e in metadata if e.event_type_value == "STEP_OUTPUT"]
-    assert event_of_output.step_output_data.metadata["requests"].value == 1
+    assert result.success
+    (event_of_output,) = [e for e in result.all_node_events if e.event_type_value == "STEP_OUTPUT"]
+    metadata = event_of_output.step_output_data.metadata
+    assert (metadata["requests"].value, metadata["predictions"].value) == (1, 1)
     assert count(engine, predictions) == 0
-    schedule = definitions.get_repository_def().get_schedule_def("daily_log_retention")
+    assert "cv_log_retention_timestamp_seconds" in (tmp_path / "home" / "metrics" / "log_retention.prom").read_text()
+    schedule = definitions().get_repository_def().get_schedule_def("daily_log_retention")
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("30 3 * * *", "UTC")
 
 
@@ -380,10 +393,10 @@ def test_the_job_deletes_nothing_while_a_config_cannot_be_read(
     engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", database_url)
-    definitions = dg.Definitions.merge(
+    broken = dg.Definitions.merge(
         dg.Definitions(resources={"installation": Installation()}), retention_definitions([], ["broken.yaml"])
     )
-    job = definitions.resolve_job_def("log_retention")
+    job = broken.resolve_job_def("log_retention")
 
     result = job.execute_in_process(raise_on_error=False)
 

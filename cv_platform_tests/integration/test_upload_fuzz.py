@@ -9,6 +9,7 @@ import pytest
 from benchmarks.hostile_files import FAMILIES
 from benchmarks.hostile_load import send_hostile
 from benchmarks.mutations import HostileUpload, hostile_upload
+from benchmarks.soak.hostile import PIXEL_BYTES
 from cv_platform_tests.served_app import serve_app
 
 MUTATED = 300
@@ -16,8 +17,6 @@ SEED = 20_260_131
 MAX_PIXELS = 4_000_000
 ANSWER_SECONDS = 30.0
 CONCURRENCY = 8
-PIXEL_BYTES = 10
-"""Of one image on its way through a decoder: samples as they were, as RGB, and turned upright."""
 BODY_BYTES = 3_000_000
 """More than the largest of these files."""
 pytestmark = pytest.mark.timeout(240)

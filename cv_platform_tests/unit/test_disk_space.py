@@ -13,6 +13,7 @@ from cv_platform_tests.tiny_models import tiny_images, tiny_metadata
 
 def test_what_fits_may_begin_even_where_the_folder_is_still_to_be_made(tmp_path: Path) -> None:
     require_free_space(tmp_path / "to" / "be" / "made", 1, purpose="a byte", spare_bytes=0)
+    assert not (tmp_path / "to").exists()
 
 
 def test_what_leaves_less_than_the_reserve_is_refused_with_both_numbers(tmp_path: Path) -> None:

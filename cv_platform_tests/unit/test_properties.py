@@ -50,6 +50,26 @@ def test_blur_lowers_and_noise_raises_the_laplacian() -> None:
     assert named(cv2.GaussianBlur(image, (5, 5), 2))[key] < named(image)[key] < named(noisy)[key]
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 8), (3, 3), (5, 4), (50, 50), (61, 47)])
+def test_values_are_those_of_their_definition(height: int, width: int) -> None:
+    import cv2
+
+    image = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float64)
+    laplacian = cv2.Laplacian(luma, cv2.CV_64F)
+    red, green, blue = image.reshape(-1, 3).astype(np.float64).mean(axis=0)
+    expected = [
+        luma.mean(),
+        luma.std(),
+        np.log1p(laplacian.var()),
+        np.log1p(np.median(np.abs(laplacian - np.median(laplacian)))),
+        red - green,
+        blue - (red + green) / 2,
+        (image.max(axis=2).astype(float) - image.min(axis=2)).mean(),
+    ]
+    np.testing.assert_allclose(image_properties(image), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_channel_order_is_rgb() -> None:
     assert named(flat(250, 0, 0))["red_green"] == 250
     assert named(flat(0, 0, 250))["blue_yellow"] == 250

@@ -9,7 +9,8 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from cv_platform.database.connection import database_url, make_engine, normalise_url, running_database_url
+from cv_platform.database.address import running_database_url
+from cv_platform.database.connection import database_url, make_engine, normalise_url
 from cv_platform.errors import ConfigError, DatabaseUnavailableError
 from cv_platform.settings import Settings
 

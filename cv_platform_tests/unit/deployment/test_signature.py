@@ -160,7 +160,7 @@ def test_each_architecture_runs_by_onnx_and_answers_as_the_tape(
     expected = {k: np.asarray(v) for k, v in tf.function(tape_signature(model, encoder))(images, asked).items()}
     answer: Prediction = OnnxRuntime(tmp_path / "model.onnx", threads=1)(images, asked)
     np.testing.assert_allclose(answer.probabilities, expected["probabilities"], atol=1e-5)
-    assert np.abs(answer.cam - expected["cam"]).mean(axis=(1, 2)).max() <= 1e-3
+    assert np.abs(answer.cam - expected["cam"]).max() <= 1e-3
     assert expected["cam"].any()
 
 

@@ -157,7 +157,7 @@ def test_housekeeping_finds_the_embedded_database_when_it_starts(
     make_context: MakeContext, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     running: list[str | None] = [None]
-    monkeypatch.setattr("cv_platform.serving.context.running_database_url", lambda settings: running[0])
+    monkeypatch.setattr("cv_platform.serving.worker_log.running_database_url", lambda settings: running[0])
     context = make_context()
     context._follow_database()
     assert context.log.status().database == "not configured"

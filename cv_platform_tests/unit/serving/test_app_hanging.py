@@ -9,17 +9,22 @@ from pathlib import Path
 from uuid import uuid4
 
 import httpx
+import prometheus_client
 import pytest
 from sqlalchemy import create_engine, text
 
+from cv_platform.errors import ServiceError, SpoolFullError
 from cv_platform.serving import context as serving_context
 from cv_platform.serving import routes_feedback
 from cv_platform.serving.app import create_app
 from cv_platform.serving.bounded_calls import BoundedCalls
 from cv_platform.serving.context import LOOK_UP_THREADS, ServingContext
 from cv_platform.serving.limits import ServingLimits
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+from cv_platform.serving.log_entry import LogEntry
+from cv_platform.serving.metrics import ServingMetrics
+from cv_platform.settings import Settings
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
+from cv_platform_tests.unit.serving.http_client import Client, FixedModels, flat_image, png
 
 IMAGE = png(flat_image(1, 2, 3))
 ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
@@ -35,6 +40,48 @@ def test_a_slow_statement_is_a_408(make_context: MakeContext):
     response = client.post(f"/feedback/{uuid4()}", content=stuck(), headers={"Content-Type": "application/json"})
     assert response.status_code == 408
     assert response.headers["connection"] == "close"
+
+
+def test_a_disk_that_hangs_while_a_prediction_is_written_is_a_503_once(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+):
+    context = make_context(limits=ServingLimits(predict_threads=1, predict_seconds=0.5))
+    client = Client(create_app(context))
+    go, taken = threading.Event(), context.log.write
+
+    def hang(entry: LogEntry) -> object:
+        assert go.wait(60)
+        return taken(entry)
+
+    monkeypatch.setattr(context.log, "write", hang)
+    response = client.predict(IMAGE)
+    assert response.status_code == 503
+    assert client.get("/health_check").status_code == 503
+    go.set()
+    context.predict_pool.submit(lambda: None).result(30)
+    # The refusal, and what may still come: the entry whose writing had begun.
+    assert sorted(record["response_status_code"] for record in spooled(context)) == [200, 503]
+
+
+def test_a_worker_that_could_not_start_lets_go_and_can_start_later(tmp_path: Path):
+    home = tmp_path / "home"
+    (home / "cache" / "rate_limits").mkdir(parents=True)  # A folder where a file belongs.
+    settings = Settings.from_environment(
+        {"CV_HOME": str(home), "CV_STORAGE": str(tmp_path / "storage"), "CV_RATE_LIMIT_PER_MINUTE": "5"}
+    )
+    metrics = ServingMetrics(prometheus_client.CollectorRegistry())
+    context = ServingContext(settings, models=FixedModels(), metrics=metrics)
+    with pytest.raises(ServiceError, match="rate_limits"):
+        context.start()
+    assert list((home / "spool").iterdir()) == []
+    with pytest.raises(SpoolFullError, match="Expected a started service"):
+        _ = context.log
+    (home / "cache" / "rate_limits").rmdir()
+    context.start()
+    assert context.log.status().depth == 0
+    context.stop()
+    context.stop()
+    assert list((home / "spool").iterdir()) == []
 
 
 @pytest.fixture
@@ -83,6 +130,31 @@ def test_storage_that_hangs_is_a_503_and_takes_no_thread_of_the_others(
     assert client.get("/").status_code == 200
     assert client.predict(IMAGE).status_code == 200
     go.set()
+
+
+def test_an_update_whose_storage_hangs_is_a_503_and_takes_no_thread_of_the_others(
+    context: ServingContext, monkeypatch: pytest.MonkeyPatch
+):
+    admin = Client(create_app(context), ADMIN)
+    go = threading.Event()
+    ended = threading.Event()
+
+    def hang(model_name: str) -> list[str]:
+        assert go.wait(60)
+        ended.set()
+        return []
+
+    monkeypatch.setattr(context.storage, "bundle_versions", hang)
+    context._promotions = BoundedCalls("updates", "fetching the model", threads=2, places=2, seconds=1.0)
+    late = admin.put("/update_model/tiny.yaml")
+    assert late.status_code == 503
+    assert "fetching the model hangs" in late.json()["message"]
+    # It still holds the lock of updates: whoever comes next is told so, however many come.
+    assert [admin.post("/rollback").status_code for _ in range(50)] == [409] * 50
+    assert admin.get("/models/current").status_code == 200
+    assert admin.predict(IMAGE).status_code == 200
+    go.set()
+    assert ended.wait(60)
 
 
 @pytest.fixture

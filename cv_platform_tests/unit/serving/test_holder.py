@@ -94,6 +94,7 @@ def test_starts_without_a_model_and_takes_the_first_deployment(storage, start, t
     metadata = publish_tiny(storage, tiny_export)
     point_to(storage, metadata)
     wait_until(lambda: version_of(holder) == metadata.version)
+    assert holder.status()["model_source"] == "pointer"
 
 
 def test_swaps_under_load_without_a_failed_or_mixed_answer(
@@ -166,6 +167,7 @@ def test_a_version_that_failed_is_left_alone_until_the_pointer_moves(storage, ro
     assert holder.current() is None
     point_to(storage, bad)
     wait_until(lambda: version_of(holder) == bad.version)
+    assert (holder.status()["failed_version"], holder.status()["last_swap_error"]) == (None, None)
 
 
 def test_a_version_that_failed_is_tried_again_after_a_while(storage, root, start, tiny_export: TinyExport):
@@ -177,6 +179,7 @@ def test_a_version_that_failed_is_tried_again_after_a_while(storage, root, start
     holder = start(retry_seconds=0.05)
     path.write_bytes(whole)
     wait_until(lambda: version_of(holder) == bad.version)
+    assert (holder.status()["failed_version"], holder.status()["last_swap_error"]) == (None, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"model_name": "tiny"}', b"\xff\xfe"])
@@ -203,6 +206,7 @@ def test_storage_that_goes_away_changes_nothing_and_its_return_is_noticed(
     root.unlink()
     away.rename(root)
     wait_until(lambda: holder.status()["storage_error"] is None)
+    assert version_of(holder) == metadata.version
 
 
 def test_a_pointer_that_vanishes_is_noticed_and_changes_nothing(storage, root, start, tiny_export: TinyExport):
@@ -224,6 +228,7 @@ def test_a_pointer_that_vanishes_is_noticed_and_changes_nothing(storage, root, s
 
     wait_until(is_back)
     wait_until(lambda: holder.status()["storage_error"] is None)
+    assert version_of(holder) == metadata.version
 
 
 class FlakyStorage(CentralStorage):
@@ -249,6 +254,7 @@ def test_an_error_of_the_storage_driver_does_not_end_the_following(storage, root
         flaky.broken = False
         point_to(storage, two)
         wait_until(lambda: version_of(holder) == two.version)
+        assert holder.status()["storage_error"] is None
     finally:
         holder.stop()
 
@@ -306,7 +312,9 @@ def test_a_bundled_model_serves_until_a_version_is_deployed_and_is_not_kept_as_l
     assert not (cache / "last_good").exists()
     deployed = publish_tiny(storage, tiny_export)
     point_to(storage, deployed)
-    wait_until(lambda: version_of(holder) == deployed.version)
+    wait_until((cache / "last_good" / "models" / MODEL_NAME / deployed.version).exists)
+    assert version_of(holder) == deployed.version
+    assert not (cache / "last_good" / "models" / MODEL_NAME / bundled.version).exists()
 
 
 def test_only_the_last_good_version_is_kept(storage, start, cache, tiny_export: TinyExport):
@@ -317,7 +325,9 @@ def test_only_the_last_good_version_is_kept(storage, start, cache, tiny_export: 
     for metadata in versions:
         point_to(storage, metadata)
         wait_until(lambda version=metadata.version: version_of(holder) == version)
-        wait_until(lambda version=metadata.version: [path.name for path in kept.iterdir()] == [version])
+        wait_until(lambda version=metadata.version: [path.name for path in kept.glob("*")] == [version])
+    assert version_of(holder) == versions[-1].version
+    assert len(storage.bundle_versions(MODEL_NAME)) == 3  # In storage all of them stay.
 
 
 def test_workers_of_one_host_start_together(storage, cache, tiny_export: TinyExport):
@@ -357,8 +367,11 @@ def test_can_be_started_again_after_a_stop(storage, start, tiny_export: TinyExpo
     holder = start()
     holder.stop()
     holder.start()
+    assert version_of(holder) == one.version
     point_to(storage, two)
     wait_until(lambda: version_of(holder) == two.version)
+    wait_until(lambda: [beat.version for beat in storage.read_heartbeats(SERVICE)] == [two.version])
+    assert is_live(storage.read_heartbeats(SERVICE)[0])
 
 
 def test_heartbeats_of_long_dead_workers_are_removed_at_the_start(storage, start):
@@ -367,6 +380,10 @@ def test_heartbeats_of_long_dead_workers_are_removed_at_the_start(storage, start
         storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id=worker_id, beat_utc=now - age))
     start(worker_id="new")
     wait_until(lambda: {beat.worker_id for beat in storage.read_heartbeats(SERVICE)} == {"just-died", "new"})
+    assert {beat.worker_id: is_live(beat) for beat in storage.read_heartbeats(SERVICE)} == {
+        "just-died": False,
+        "new": True,
+    }
 
 
 def test_a_worker_is_live_until_its_beat_is_stale():

@@ -1,0 +1,71 @@
+"""How much memory an image takes on its way through its decoder: what the limit of pixels is worth."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SIDE_PX = 2_000
+MOST_BYTES = 11
+"""For each pixel, as docs/serving.md says. Nothing needs more than a progressive JPEG of four channels: two bytes for
+each of its coefficients, and three for RGB."""
+SLACK_BYTES = 4 * 2**20
+"""Tables, buffers of a few rows, code that was not needed before."""
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from benchmarks.soak.workers import forget_peak_memory, peak_memory_bytes
+from cv_platform.images import decode
+
+small, large = (Path(name).read_bytes() for name in sys.argv[1:])
+decode(small)
+forget_peak_memory(os.getpid())
+before = peak_memory_bytes(os.getpid())
+decode(large)
+print(peak_memory_bytes(os.getpid()) - before)
+"""
+
+
+def picture(side_px: int, mode: str) -> Image.Image:
+    y, x = np.mgrid[0:side_px, 0:side_px]
+    return Image.fromarray(np.dstack([x & 255, y & 255, (x + y) & 255]).astype(np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "mode", "options"),
+    [
+        ("JPEG", "CMYK", {"progressive": True}),
+        ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "RGB", {"save_all": True}),
+        ("WEBP", "RGBA", {"quality": 20, "method": 0}),
+        ("WEBP", "RGB", {"quality": 20, "method": 0, "save_all": True}),
+        ("BMP", "RGB", {}),
+        ("GIF", "P", {}),
+        ("TIFF", "RGBA", {"compression": "tiff_lzw"}),
+        ("TIFF", "1", {"compression": "group4"}),
+    ],
+)
+def test_decoding_takes_at_most_eleven_bytes_a_pixel(
+    tmp_path: Path, image_format: str, mode: str, options: dict[str, Any]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turned by 90°, which takes a second image where the format has such a thing.
+    files: list[Path] = []
+    for side_px in (20, SIDE_PX):
+        image, stream = picture(side_px, mode), io.BytesIO()
+        frames = {"append_images": [image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]} if "save_all" in options else {}
+        image.save(stream, image_format, exif=exif, **options, **frames)
+        files.append(tmp_path / f"{side_px}")
+        files[-1].write_bytes(stream.getvalue())
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *files], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert int(done.stdout) <= MOST_BYTES * SIDE_PX**2 + SLACK_BYTES
