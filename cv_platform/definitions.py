@@ -14,6 +14,7 @@ import dagster as dg
 from cv_platform.config import ExperimentConfig, config_files, load_experiment
 from cv_platform.defs.automation import run_failure_sensor
 from cv_platform.defs.experiment import broken_config_definitions, experiment_definitions
+from cv_platform.defs.interrupted_runs import interrupted_runs_sensor
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation, MlflowTracking
 from cv_platform.defs.retention import retention_definitions
@@ -37,7 +38,7 @@ def build_defs(configs: Path | None = None) -> dg.Definitions:
                 "mlflow": MlflowTracking(),
                 "io_manager": RecordIOManager(),
             },
-            sensors=[run_failure_sensor(experiments)],
+            sensors=[run_failure_sensor(experiments), interrupted_runs_sensor()],
             # A launched run is a process of its own already; a process per step would load TensorFlow again and again.
             executor=dg.in_process_executor,
         ),

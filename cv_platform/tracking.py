@@ -245,14 +245,15 @@ def end_leftover_runs(tracking_uri: str, *, dagster_run_id: str) -> int:
     return len(left)
 
 
-def head_commit(repository: Path) -> str | None:
-    """Returns the commit that `repository` stands at, or None outside git."""
+def head_commit(repository: Path, *, otherwise: str | None = None) -> str | None:
+    """Returns the commit that `repository` stands at; `otherwise` outside git, as in an image."""
     command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None  # Without a commit, it prints "HEAD" and fails.
+        return otherwise
+    # Without a commit, it prints "HEAD" and fails.
+    return result.stdout.strip() if result.returncode == 0 else otherwise
 
 
 def run_url(base_url: str, experiment_id: str, run_id: str) -> str:

@@ -21,7 +21,8 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 platform \
  && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin platform \
- && install -d -o 10001 -g 10001 -m 0750 /data /data/home /data/storage /data/mlflow /data/evidently \
+ && install -d -o 10001 -g 10001 -m 0750 /data /data/home /data/home/metrics /data/storage /data/mlflow /data/evidently \
+      /data/notebooks /data/service \
  && install -d /app /opt/dagster
 COPY --from=packages /opt/venv /opt/venv
 COPY docker/cv-platform /usr/local/bin/cv-platform
@@ -30,10 +31,10 @@ COPY dagster.yaml workspace.yaml /app/
 COPY bentos /app/bentos
 COPY cv_platform /app/cv_platform
 RUN /opt/venv/bin/python -m compileall -q /app/cv_platform /app/bentos
-ARG REVISION=unknown
+ARG REVISION=
 LABEL org.opencontainers.image.title="cv-platform" org.opencontainers.image.revision="${REVISION}"
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
-    CV_HOME=/data/home CV_STORAGE=/data/storage CV_CONFIGS=/app/configs DAGSTER_HOME=/opt/dagster \
+    CV_REVISION=${REVISION} CV_HOME=/data/home CV_STORAGE=/data/storage CV_CONFIGS=/app/configs DAGSTER_HOME=/opt/dagster \
     DAGSTER_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1 BENTOML_DO_NOT_TRACK=True MLFLOW_DISABLE_TELEMETRY=true \
     DISABLE_LATEST_VERSION_CHECK=True DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY=True DVC_NO_ANALYTICS=1 \
     TF_CPP_MIN_LOG_LEVEL=2

@@ -27,7 +27,7 @@ COPY cv_platform/__init__.py cv_platform/errors.py cv_platform/config.py cv_plat
 COPY cv_platform/database /app/cv_platform/database
 COPY cv_platform/serving /app/cv_platform/serving
 RUN /opt/venv/bin/python -m compileall -q /app/cv_platform /app/bentos
-ARG REVISION=unknown
+ARG REVISION=
 LABEL org.opencontainers.image.title="cv-platform service" org.opencontainers.image.revision="${REVISION}"
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     CV_HOME=/data/service CV_STORAGE=/data/storage BENTOML_HOME=/tmp/bentoml \

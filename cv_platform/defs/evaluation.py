@@ -63,7 +63,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
                 "per_class": table(result.per_class),
                 "predictions": file_link(result.predictions_path),
                 "mlflow_run_id": result.mlflow_run_id or "",
-                "mlflow_url": dg.MetadataValue.url(mlflow_run.url(f"http://127.0.0.1:{run.settings.mlflow_port}")),
+                "mlflow_url": dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages)),
                 **{name: picture(path, name) for name, path in result.plots.items()},
             },
             check_results=[

@@ -33,6 +33,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         from datetime import UTC, datetime
 
         from cv_platform.monitoring.alerts import send_alert
+        from cv_platform.monitoring.exported_metrics import export_drift
         from cv_platform.monitoring.report import make_drift_report
 
         run = branch.run(context)
@@ -61,6 +62,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
             )
             for failure in failures:
                 context.log.warning(failure)
+        export_drift(run.settings.home, report)
         return dg.MaterializeResult(
             value=report,
             metadata={
@@ -112,6 +114,7 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
         """
         from datetime import UTC, datetime
 
+        from cv_platform.monitoring.exported_metrics import export_production
         from cv_platform.monitoring.production_metrics import log_production, measure_production
 
         run = branch.run(context)
@@ -127,6 +130,7 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
         if metrics.with_feedback:
             with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
                 log_production(mlflow_run, metrics)
+        export_production(run.settings.home, metrics)
         return dg.MaterializeResult(
             value=metrics,
             metadata={

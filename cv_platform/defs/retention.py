@@ -30,10 +30,11 @@ def retention_definitions(experiments: Sequence[ExperimentConfig], broken: Colle
         required_resource_keys={"installation"},
         description="Deletes requests, predictions, feedback and uploads that are older than their retention.",
     )
-    def delete_expired_log(context: dg.OpExecutionContext, config: RetentionOptions) -> dg.Output[dict[str, int]]:
+    def delete_expired_log(context: dg.OpExecutionContext, config: RetentionOptions) -> None:
         from datetime import UTC, datetime
 
         from cv_platform.database.retention import delete_expired
+        from cv_platform.monitoring.exported_metrics import export_retention
         from cv_platform.monitoring.window import monitored_since
 
         if broken:
@@ -52,10 +53,12 @@ def retention_definitions(experiments: Sequence[ExperimentConfig], broken: Colle
                 windows=monitored_since(experiments, now),
                 is_dry_run=config.is_dry_run,
             )
+        if not config.is_dry_run:
+            export_retention(settings.home)
         context.log.info(result.summary())
         for warning in result.warnings:
             context.log.warning(warning)
-        return dg.Output(result.counts(), metadata={"summary": result.summary(), **result.model_dump(mode="json")})
+        context.add_output_metadata({"summary": result.summary(), **result.model_dump(mode="json")})
 
     @dg.job(
         name=JOB,

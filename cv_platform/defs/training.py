@@ -43,7 +43,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 run.config,
                 directory=run.settings.home / "models",
                 run=mlflow_run,
-                git_commit=head_commit(REPOSITORY),
+                git_commit=head_commit(REPOSITORY, otherwise=run.settings.revision),
                 resume_key=context.run.root_run_id or context.run.run_id,
                 spare_bytes=run.settings.spare_disk_bytes,
             )
@@ -54,7 +54,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 "version": trained.version,
                 "keras": file_link(trained.keras_path),
                 "mlflow_run_id": trained.mlflow_run_id or "",
-                "mlflow_url": dg.MetadataValue.url(mlflow_run.url(f"http://127.0.0.1:{run.settings.mlflow_port}")),
+                "mlflow_url": dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages)),
                 "epochs": trained.epochs_run,
                 "temperature": trained.temperature,
                 "seconds": trained.seconds,

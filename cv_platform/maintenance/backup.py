@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,7 +15,8 @@ from cv_platform.database.connection import database_url
 from cv_platform.database.file_lock import exclusive
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BackupError
-from cv_platform.maintenance.archive import ArchiveWriter, write_archive
+from cv_platform.maintenance.archive import write_archive
+from cv_platform.maintenance.archive_stream import ArchiveWriter
 from cv_platform.maintenance.contents import Part, elsewhere, parts, spool_part
 from cv_platform.maintenance.database_dump import DatabaseDump, database_bytes, dump_database
 from cv_platform.maintenance.sqlite_copy import copy_sqlite
@@ -102,7 +103,7 @@ def _fill(writer: ArchiveWriter, settings: Settings, staging: Path) -> Contents:
     copied = parts(settings)
     database: DatabaseDump | None = None
     _require_space([spool_part(), *copied], settings, staging)
-    counts["spool"] = _add(writer, spool_part(), home, staging)
+    counts["spool"] = add_part(writer, spool_part(), home, below=HOME, staging=staging)
     if settings.database_url is None:
         with database_url(settings) as url:
             needed = 2 * database_bytes(url)
@@ -112,7 +113,7 @@ def _fill(writer: ArchiveWriter, settings: Settings, staging: Path) -> Contents:
             writer.add_file(dump, DUMP)
             dump.unlink()
     for part in copied:
-        counts[part.folder] += _add(writer, part, home, staging)
+        counts[part.folder] += add_part(writer, part, home, below=HOME, staging=staging)
     writer.add_file(home / FORMAT_FILE, f"{HOME}/{FORMAT_FILE}")
     return Contents(
         home=home,
@@ -123,16 +124,24 @@ def _fill(writer: ArchiveWriter, settings: Settings, staging: Path) -> Contents:
     )
 
 
-def _add(writer: ArchiveWriter, part: Part, home: Path, staging: Path) -> int:
-    """Adds a part's files and returns how many; one that has gone since it was listed is left out."""
+def add_part(writer: ArchiveWriter, part: Part, root: Path, *, below: str, staging: Path) -> int:
+    """Adds the files of a part and returns how many; one that has gone since it was listed is left out.
+
+    Args:
+        writer: gets them, as `<below>/<path relative to root>`.
+        part: of `root`.
+        root: CV_HOME, or another folder of parts.
+        below: a folder of the archive.
+        staging: a folder for copies of databases.
+    """
     count = 0
-    if (home / part.folder).is_dir() and not part.only:
-        writer.add_folder(f"{HOME}/{part.folder}")
-    for relative, path in part.files(home):
-        name = f"{HOME}/{relative}"
+    if (root / part.folder).is_dir() and not part.only:
+        writer.add_folder(str(PurePosixPath(below, part.folder)))
+    for relative, path in part.files(root):
+        name = f"{below}/{relative}"
         try:
             if path.is_dir():
-                if str(relative) != part.folder:
+                if relative != PurePosixPath(part.folder):
                     writer.add_folder(name)
             elif part.is_database(relative):
                 copy = staging / "copy.sqlite"
@@ -148,13 +157,18 @@ def _add(writer: ArchiveWriter, part: Part, home: Path, staging: Path) -> int:
     return count
 
 
-def _require_space(all_parts: list[Part], settings: Settings, staging: Path) -> None:
+def part_bytes(part: Part, root: Path) -> int:
+    """Returns how much disk a copy of a part may need."""
     needed = 0
-    for part in all_parts:
-        for relative, path in part.files(settings.home):
-            try:
-                # A database is copied before it is packed.
-                needed += path.stat().st_size * (2 if part.is_database(relative) else 1)
-            except FileNotFoundError:
-                continue
+    for relative, path in part.files(root):
+        try:
+            # A database is copied before it is packed.
+            needed += path.stat().st_size * (2 if part.is_database(relative) else 1)
+        except FileNotFoundError:
+            continue
+    return needed
+
+
+def _require_space(all_parts: list[Part], settings: Settings, staging: Path) -> None:
+    needed = sum(part_bytes(part, settings.home) for part in all_parts)
     require_free_space(staging, needed, purpose="the backup", spare_bytes=settings.spare_disk_bytes)

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from cv_platform.settings import Settings
 
 SPOOL = "spool"
-_UNFINISHED = (".writing-*", ".*.partial-*", ".*.stale-*", ".*.scratch-*", "*.lock")
+UNFINISHED = (".writing-*", ".*.partial-*", ".*.stale-*", ".*.scratch-*", "*.lock")
 _SQLITE_SIDES = ("*-wal", "*-shm", "*-journal")
 
 
@@ -72,31 +72,51 @@ def spool_part() -> Part:
 
 def parts(settings: Settings) -> list[Part]:
     """Returns what is copied after the spool and the database."""
-    found = [Part("records", skip=_UNFINISHED)]
+    found = [records_part()]
     storage = _below(settings.home, settings.storage_url)
     if storage is not None:
-        # A worker's heartbeat says what runs now, which nothing of a backup does.
-        found.append(Part(f"{storage}/services", skip=("workers", *_UNFINISHED)))
+        found.append(pointers_part(storage))
     if settings.dagster_home == settings.home / "dagster":
         # What assets printed (`logs`) is large, and its texts are in the events.
         skip = ("logs", "dagster.yaml", ".dagster.yaml.*", "*.lock", *_SQLITE_SIDES)
         found.append(Part("dagster", skip=skip, databases=".db"))
-    mlflow = (*_UNFINISHED, *_SQLITE_SIDES)
+    mlflow = (*UNFINISHED, *_SQLITE_SIDES)
     if embedded_mlflow(settings):
         found.append(Part("mlflow", skip=("artifacts", *mlflow), databases=".db"))
     if settings.evidently_url is None:
         found.append(Part("evidently"))
-    cached = ("*/.git/objects", "*/.dvc/cache")
-    found += [
-        Part("datasets", skip=("*/.dvc/tmp", *cached, *_UNFINISHED)),
-        Part("datasets", skip=("*/.dvc/tmp",), only=tuple(f"{pattern}/*" for pattern in cached)),
-        *(Part(folder, skip=(".*",)) for folder in ("models", "evaluation", "validation")),
-    ]
+    found += training_parts()
     if storage is not None:
-        found += [Part(f"{storage}/{folder}", skip=_UNFINISHED) for folder in ("ref_data", "reports", "models")]
+        found += stored_parts(storage)
     if embedded_mlflow(settings):
-        found.append(Part("mlflow/artifacts", skip=_UNFINISHED))
+        found.append(Part("mlflow/artifacts", skip=UNFINISHED))
     return found
+
+
+def records_part() -> Part:
+    """Returns what the latest materialisations say."""
+    return Part("records", skip=UNFINISHED)
+
+
+def pointers_part(storage: str) -> Part:
+    """Returns what each service serves; `storage` is central storage's folder."""
+    # A worker's heartbeat says what runs now, which nothing of a backup does.
+    return Part(f"{storage}/services", skip=("workers", *UNFINISHED))
+
+
+def training_parts() -> list[Part]:
+    """Returns the dataset repositories, and what trainings and evaluations have made."""
+    cached = ("*/.git/objects", "*/.dvc/cache")
+    return [
+        Part("datasets", skip=("*/.dvc/tmp", *cached, *UNFINISHED)),
+        Part("datasets", skip=("*/.dvc/tmp",), only=tuple(f"{pattern}/*" for pattern in cached)),
+        *(Part(folder, skip=(".*",)) for folder in ("models", "evaluation", "validation", "production_metrics")),
+    ]
+
+
+def stored_parts(storage: str) -> list[Part]:
+    """Returns what central storage keeps for good."""
+    return [Part(f"{storage}/{folder}", skip=UNFINISHED) for folder in ("ref_data", "reports", "models")]
 
 
 def elsewhere(settings: Settings) -> list[str]:

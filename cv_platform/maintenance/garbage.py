@@ -89,7 +89,7 @@ def find_garbage(settings: Settings, *, unfinished_runs: Sequence[str], now: flo
 
     Raises:
         StorageError: a pointer or record is unreadable, so nobody can say what is in use.
-        TrackingError: MLflow's database cannot be read.
+        TrackingError: MLflow's database cannot be read, or is not that of the artifacts.
     """
     now = time.time() if now is None else now
     search = _Search(settings, CentralStorage(settings.storage_url), now)
@@ -102,8 +102,8 @@ def find_garbage(settings: Settings, *, unfinished_runs: Sequence[str], now: flo
         )
     else:
         items += [*search.data(), *search.trainings(), *search.bundles(), *search.bentos()]
-        if embedded_mlflow(settings):
-            items += search.mlflow_artifacts()
+        if search.artifacts is not None:
+            items += search.mlflow_artifacts(search.artifacts)
         else:
             kept.append("MLflow's artifacts: a server has them (`mlflow gc` there).")
     return Garbage(items, kept, unfinished_runs, now)
@@ -145,12 +145,16 @@ class _Search:
         self._storage = storage
         self._oldest_kept = now - settings.gc_keep_days * _DAY_SECONDS
         self._in_use: InUse = find_in_use(settings, storage)
+        # MLflow's: below CV_HOME, or those of a server that are mounted here.
+        self.artifacts = self._home / "mlflow" / "artifacts" if embedded_mlflow(settings) else settings.mlflow_artifacts
 
     def interrupted_deletions(self) -> Iterator[Item]:
-        for folder in _SWEPT:
-            for path in sorted(self._home.glob(f"{folder}/.*{_DELETING}*")):
-                delete = functools.partial(_empty, path)
-                yield Item(self._name(path), _bytes(path), "left by a killed deletion", delete)
+        found = [path for folder in _SWEPT for path in sorted(self._home.glob(f"{folder}/.*{_DELETING}*"))]
+        if self.artifacts is not None and not self.artifacts.is_relative_to(self._home):
+            found += sorted(self.artifacts.glob(f"*/.*{_DELETING}*"))
+        for path in found:
+            delete = functools.partial(_empty, path)
+            yield Item(self._name(path), _bytes(path), "left by a killed deletion", delete)
 
     def logs(self) -> Iterator[Item]:
         """Logs that nobody appends to: of single runs, and what supervisord has put aside."""
@@ -218,10 +222,10 @@ class _Search:
                 if _as_version(match[1]) in needless and self._is_old(path):
                     yield self._folder(path, "a Bento of an old version")
 
-    def mlflow_artifacts(self) -> Iterator[Item]:
+    def mlflow_artifacts(self, artifacts: Path) -> Iterator[Item]:
         """Files of deleted and old runs; their parameters and metrics stay in MLflow."""
         newer: Counter[tuple[str, str]] = Counter()
-        for run in run_artifacts(self._settings.mlflow_tracking_uri, self._home / "mlflow" / "artifacts"):
+        for run in run_artifacts(self._settings.mlflow_tracking_uri, artifacts):
             is_kept = not run.is_deleted and newer[run.series] < self._settings.gc_keep_versions
             newer[run.series] += not run.is_deleted
             if is_kept or run.run_id in self._in_use.runs or run.started_ms / 1000 >= self._oldest_kept:
@@ -245,7 +249,9 @@ class _Search:
         return path.stat().st_mtime < self._oldest_kept
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self._home).as_posix()
+        if path.is_relative_to(self._home) or self.artifacts is None:
+            return path.relative_to(self._home).as_posix()
+        return f"mlflow/{path.relative_to(self.artifacts).as_posix()}"
 
 
 def _delete_bundle(storage: CentralStorage, model: str, version: str) -> bool:

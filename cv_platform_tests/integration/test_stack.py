@@ -16,7 +16,8 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from cv_platform.database.connection import make_engine, running_database_url
+from cv_platform.database.address import running_database_url
+from cv_platform.database.connection import make_engine
 from cv_platform.settings import Settings
 from cv_platform.stack.http import free_port, is_taken
 from cv_platform.stack.leftovers import leftover_pids, program_mark

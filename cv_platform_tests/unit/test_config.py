@@ -130,6 +130,40 @@ def test_settings_default_below_cv_home(tmp_path: Path) -> None:
     assert settings.api_keys == ()
 
 
+@pytest.mark.parametrize(
+    ("variables", "public", "pages"),
+    [
+        ({}, None, "http://127.0.0.1:5050"),
+        ({"CV_MLFLOW_PORT": "6060"}, None, "http://127.0.0.1:6060"),
+        (
+            {"MLFLOW_TRACKING_URI": "https://me:s3cr3t@mlflow.example.org:8443/base"},
+            "https://mlflow.example.org:8443/base",
+            "https://mlflow.example.org:8443/base",
+        ),
+        (
+            {"MLFLOW_TRACKING_URI": "http://mlflow:5050", "MLFLOW_PUBLIC_URL": "https://vision.example.org:5050"},
+            "https://vision.example.org:5050",
+            "https://vision.example.org:5050",
+        ),
+        ({"MLFLOW_TRACKING_URI": "postgresql://u:p@db/mlflow"}, None, "http://127.0.0.1:5050"),
+    ],
+)
+def test_links_to_mlflow_lead_where_people_open_it(variables: dict[str, str], public: str | None, pages: str) -> None:
+    settings = Settings.from_environment(variables)
+    assert settings.mlflow_public_url == public
+    assert settings.mlflow_pages == pages
+
+
+def test_the_public_address_of_mlflow_is_a_web_address() -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_PUBLIC_URL"):
+        Settings.from_environment({"MLFLOW_PUBLIC_URL": "vision.example.org:5050"})
+
+
+def test_an_image_knows_its_revision_and_an_empty_one_is_none() -> None:
+    assert Settings.from_environment({"CV_REVISION": "b40259d"}).revision == "b40259d"
+    assert Settings.from_environment({"CV_REVISION": ""}).revision is None
+
+
 def test_settings_name_each_wrong_variable() -> None:
     with pytest.raises(ConfigError) as caught:
         Settings.from_environment({"CV_SERVICE_PORT": "http", "CV_SERVICE_WORKERS": "0"})

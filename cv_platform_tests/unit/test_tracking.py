@@ -237,12 +237,13 @@ def test_addresses_of_runs(start: Start) -> None:
 
 def test_the_head_commit_is_read_where_there_is_one(tmp_path: Path) -> None:
     assert head_commit(tmp_path) is None
+    assert head_commit(tmp_path, otherwise="of the image") == "of the image"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
     subprocess.run([*git, "init", "-q"], check=True)
     assert head_commit(tmp_path) is None
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
 
-    commit = head_commit(tmp_path)
+    commit = head_commit(tmp_path, otherwise="of the image")
 
     assert commit is not None
     assert re.fullmatch(r"[0-9a-f]{40}", commit)

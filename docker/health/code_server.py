@@ -4,11 +4,12 @@ Its own health check is content with a server whose code does not load, and cost
 repositories, and reads of the answer whether it is one or an error.
 """
 
+import os
 import sys
 
 import grpc
 
-with grpc.insecure_channel("127.0.0.1:4000") as channel:
+with grpc.insecure_channel(f"{os.environ['CODE_LISTEN']}:4000") as channel:
     # The empty message asks for everything; generated classes would import all of Dagster.
     answer = channel.unary_unary("/api.DagsterApi/ListRepositories")(b"", timeout=8)
 if b'"ListRepositoriesResponse"' in answer:

@@ -4,10 +4,12 @@
 #
 #   start        write the first list, and watch from now on (called by the image's entrypoint)
 #   list         print the addresses that get requests
-#   update       look for replicas now
-#   begin, end   around several changes: from `begin` on, answers close their connections, see `reload`
+#   update       look for replicas now; fails, and leaves the list as it was, when nginx refuses its configuration
+#   begin, end   around several changes: from `begin` on, answers close their connections, see `reload`; without `end`,
+#                until CLOSING_MINUTES after the latest `update`
 #   drain IP     give a replica no new requests, and return when it has answered those it has (or after DRAIN_SECONDS)
 #   undrain IP   it has ended: the next replica may get its address
+#   renew        read certificate, key and nginx.conf anew, without a failed request
 #
 # A replica gets requests once it has answered /readyz; from then on nginx itself sees whether it answers. While none is
 # ready (no model is deployed yet), all get them, and say so.
@@ -17,6 +19,7 @@ PORT=4242
 WATCH_SECONDS=3
 KEEPALIVE_SECONDS=16 # One more than keepalive_timeout in nginx.conf.
 DRAIN_SECONDS=${DRAIN_SECONDS:-60}
+CLOSING_MINUTES=15
 mkdir -p "$STATE"
 touch "$STATE/current" "$STATE/drained"
 
@@ -44,39 +47,54 @@ wanted() {
     fi
 }
 
-write() { # Lists that nginx includes; a closed socket where there is no replica, as a list may not be empty.
-    printf '%s\n' "$1" | sed '/^$/d' >"$STATE/current"
+write() { # What nginx includes; a closed socket where there is no replica, as a list may not be empty.
     {
         echo 'upstream service {'
         echo '    zone service 64k;'
         echo '    least_conn;'
-        if [ -s "$STATE/current" ]; then
-            while read -r address; do echo "    server $address:$PORT max_fails=2 fail_timeout=3s;"; done <"$STATE/current"
-        else
-            echo '    server unix:/tmp/upstream/no-replica.sock;'
-        fi
+        for address in $1; do echo "    server $address:$PORT max_fails=2 fail_timeout=3s;"; done
+        [ -n "$1" ] || echo '    server unix:/tmp/upstream/no-replica.sock;'
         echo '}'
     } >"$STATE/service.conf.new"
     mv "$STATE/service.conf.new" "$STATE/service.conf"
 }
 
-update() {
-    addresses=$(wanted)
-    [ "$addresses" != "$(cat "$STATE/current")" ] || return 0
-    if [ -e "$STATE/closing" ]; then
-        write "$addresses"
-        reload
+record() { printf '%s\n' "$1" | sed '/^$/d' >"$STATE/current"; }
+
+apply() { # `current` is what nginx has: it changes only when nginx has taken the list.
+    write "$1"
+    if reload; then
+        record "$1"
     else
-        begin
-        # Replicas may have come or gone meanwhile.
-        write "$(wanted)"
-        reload
-        end
+        write "$(cat "$STATE/current")"
+        return 1
     fi
 }
 
+update() {
+    addresses=$(wanted)
+    [ "$addresses" != "$(cat "$STATE/current")" ] || return 0
+    nginx -t -q || return 1 # Before anything else: it says what is wrong.
+    if [ -e "$STATE/closing" ]; then
+        apply "$addresses"
+    else
+        # Replicas may have come or gone until answers close their connections.
+        closing apply_wanted
+    fi
+}
+
+apply_wanted() { apply "$(wanted)"; }
+
+closing() { # Between `begin` and `end`: `end` whatever becomes of it.
+    status=0
+    begin
+    "$@" || status=$?
+    end
+    return "$status"
+}
+
 reload() { # A reload cuts idle connections; after `begin` there are none.
-    nginx -t -q && nginx -s reload
+    nginx -t -q && nginx -s reload || return 1
     sleep 1
 }
 
@@ -90,7 +108,10 @@ requests_at() { # How many connections there are to a replica: /proc/net/tcp has
 
 drain() {
     echo "$1" >>"$STATE/drained"
-    update
+    if ! update; then
+        sed -i "/^$1$/d" "$STATE/drained" # It still gets requests.
+        return 1
+    fi
     waited=0
     while [ "$(requests_at "$1")" -gt 0 ] && [ "$waited" -lt "$DRAIN_SECONDS" ]; do
         sleep 1
@@ -108,6 +129,8 @@ forget() { # Addresses of replicas that are gone: the next replica may get one o
 watch() {
     while sleep "$WATCH_SECONDS"; do
         date +%s >"$STATE/watched"
+        # Who was to call `end` may have been killed.
+        find "$STATE" -name closing -mmin "+$CLOSING_MINUTES" -exec rm -f {} + || true
         (flock 9; forget; update) 9>"$STATE/lock" || true
     done
 }
@@ -120,12 +143,17 @@ case ${1:-} in
         # The service refuses what is too large with advice; this is a little above its limits.
         echo "client_max_body_size $((STACK_MAX_UPLOAD_BYTES + 65536));" >/etc/nginx/conf.d/body_limit.inc
         echo "client_max_body_size $((STACK_MAX_UPLOAD_BYTES * 8 + 1048576));" >/etc/nginx/conf.d/batch_limit.inc
-        write "$(wanted)"
+        addresses=$(wanted)
+        write "$addresses"
+        record "$addresses"
         date +%s >"$STATE/watched"
         watch &
         ;;
     list) cat "$STATE/current" ;;
-    update) (flock 9; forget; update) 9>"$STATE/lock" ;;
+    update)
+        [ ! -e "$STATE/closing" ] || touch "$STATE/closing"
+        (flock 9; forget; update) 9>"$STATE/lock"
+        ;;
     begin) (flock 9; begin) 9>"$STATE/lock" ;;
     end) end ;;
     drain) (flock 9; drain "$2") 9>"$STATE/lock" ;;
@@ -133,6 +161,10 @@ case ${1:-} in
         curl -fs -o /dev/null --max-time 3 http://127.0.0.1:8081/health
         [ $(($(date +%s) - $(cat "$STATE/watched"))) -lt 180 ]
         ;;
+    renew)
+        nginx -t -q # Before anything else: it says what is wrong.
+        (flock 9; closing reload) 9>"$STATE/lock"
+        ;;
     undrain) (flock 9; sed -i "/^$2$/d" "$STATE/drained"; update) 9>"$STATE/lock" ;;
-    *) sed -n '2,14p' "$0"; exit 2 ;;
+    *) sed -n '2,16p' "$0"; exit 2 ;;
 esac

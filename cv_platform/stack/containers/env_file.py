@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from cv_platform.errors import ConfigError
@@ -32,9 +33,18 @@ def read_env(path: Path) -> dict[str, str]:
     Raises:
         ConfigError: a line is no assignment; all of them are named.
     """
+    return parse_env(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_env(text: str, name: str) -> dict[str, str]:
+    """Returns the variables of an env file's text; `name` is for the message.
+
+    Raises:
+        ConfigError: as `read_env`.
+    """
     values: dict[str, str] = {}
     wrong: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         found = _LINE.match(line.strip())
@@ -47,7 +57,7 @@ def read_env(path: Path) -> dict[str, str]:
         values[found[1]] = value
     if wrong:
         # Without its text, which may be a password.
-        raise ConfigError(f"{path}: expected NAME=value. Received: something else in line {', '.join(wrong)}. Mend it.")
+        raise ConfigError(f"{name}: expected NAME=value. Received: something else in line {', '.join(wrong)}. Mend it.")
     return values
 
 
@@ -66,14 +76,15 @@ def make_secrets(example: Path, target: Path) -> list[str]:
     values = {name: secrets.token_urlsafe(24) for name in made if wanted[name] == RANDOM}
     if PASSWORD_HASH in made:
         values[PASSWORD_HASH] = ssha(values.get(PASSWORD) or present[PASSWORD])
-    for name in made:
-        line = re.compile(rf"^(?:export\s+)?{name}=.*$", re.MULTILINE)
-        assignment = f"{name}={values[name]}"
-        text = line.sub(assignment, text) if line.search(text) else f"{text.rstrip()}\n{assignment}\n"
     if made or not target.exists():
-        _write_private(target, text)
+        write_private(target, _assigned(text, values))
     target.chmod(0o600)
     return made
+
+
+def set_values(target: Path, values: Mapping[str, str]) -> None:
+    """Sets variables of an env file; everything else in it stays as it is."""
+    write_private(target, _assigned(target.read_text(encoding="utf-8"), values))
 
 
 def ssha(password: str, salt: bytes | None = None) -> str:
@@ -147,7 +158,16 @@ def is_weak(secret: str) -> bool:
     return len(secret) < SHORTEST_SECRET or len(set(secret)) < 6 or stripped in _WEAK
 
 
-def _write_private(path: Path, text: str) -> None:
+def _assigned(text: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        line = re.compile(rf"^(?:export\s+)?{name}=.*$", re.MULTILINE)
+        assignment = f"{name}={value}"
+        text = line.sub(assignment, text) if line.search(text) else f"{text.rstrip()}\n{assignment}\n"
+    return text
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that its owner alone may read; it appears at once, complete."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:

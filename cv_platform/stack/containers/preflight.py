@@ -12,6 +12,7 @@ from typing import Any
 
 from cv_platform.errors import ConfigError, ServiceError
 from cv_platform.stack.containers import engine
+from cv_platform.stack.containers.certificate import certificate_problems, certificate_warnings, has_tls
 from cv_platform.stack.containers.env_file import env_problems, read_env
 
 OLDEST_ENGINE = (20, 10)
@@ -23,20 +24,25 @@ POSTGRES_MAJOR = "17"
 FREE_DISK_BYTES = 10 * 10**9
 FREE_MEMORY_BYTES = 4 * 10**9
 
-PORTS = {
-    "HTTP_PORT": "80",
-    "SERVICE_PORT": "4242",
-    "PAGE_PORT": "4243",
-    "DAGSTER_PORT": "3001",
-    "MLFLOW_PORT": "5050",
-    "EVIDENTLY_PORT": "8000",
+PORTS = {name: default for name, default in engine.DEFAULTS.items() if name.endswith("_PORT")}
+"""The published ports, with docker/compose.yaml's defaults; HTTPS_PORT with TLS only."""
+PROFILE_OF_PORT = {
+    "PROMETHEUS_PORT": "monitoring",
+    "ALERTMANAGER_PORT": "monitoring",
+    "GRAFANA_PORT": "monitoring",
+    "JUPYTER_PORT": "notebook",
+    "PGADMIN_PORT": "admin",
 }
-"""The published ports, with docker/compose.yaml's defaults."""
+"""Whose page a port is; nginx publishes it with its profile off too."""
+GPU_PROFILE = "gpu"
+_GPU_CODE_HOST = "dagster-code-gpu"
+_IMAGE_OF_PROFILE = {"notebook": "NOTEBOOK_IMAGE", GPU_PROFILE: "GPU_IMAGE"}
 
 
 def preflight(*, needs_images: bool = True) -> list[str]:
     """Returns everything that keeps the stack from starting, worded for a person; empty when it may start."""
-    problems = env_problems(engine.EXAMPLE, engine.ENV_FILE)
+    problems = restoration_problems()
+    problems += env_problems(engine.EXAMPLE, engine.ENV_FILE)
     try:
         values = read_env(engine.ENV_FILE) if engine.ENV_FILE.exists() else {}
     except ConfigError:
@@ -44,12 +50,48 @@ def preflight(*, needs_images: bool = True) -> list[str]:
     found, information = engine_problems()
     if found:
         return problems + found
+    problems += certificate_problems(values, engine.DOCKER)
     problems += port_problems(values, is_free, published_ports(engine.project_name(values)))
     problems += capacity_problems(values, information, free_memory_bytes(), is_running=_is_running(values))
-    problems += volume_problems(volume_labels(engine.project_name(values)))
+    problems += volume_problems(volume_labels(values))
+    problems += run_container_problems(values)
+    problems += code_host_problems(values)
     if needs_images:
         problems += image_problems(values)
     return problems
+
+
+def warnings(values: Mapping[str, str]) -> list[str]:
+    """Returns what a person should know although everything starts."""
+    found = certificate_warnings(values, engine.DOCKER)
+    address = engine.setting(values, "BIND_ADDRESS")
+    lacks = [
+        text
+        for text, is_there in (
+            ("TLS_CERTIFICATE: passwords and images travel in clear (make stack-certificate)", has_tls(values)),
+            ("CV_API_KEYS: everybody may predict", bool(values.get("CV_API_KEYS"))),
+        )
+        if not is_there
+    ]
+    if lacks and not is_loopback(address):
+        found.append(f"BIND_ADDRESS={address} opens the ports to the network, without {' and without '.join(lacks)}.")
+    return found
+
+
+def is_loopback(address: str) -> bool:
+    """Returns whether only this machine reaches an address."""
+    return address == "localhost" or address.startswith("127.") or address == "::1"
+
+
+def restoration_problems() -> list[str]:
+    """Returns that a restoration has not ended, if so: it works, or was killed."""
+    if not engine.RESTORING.exists():
+        return []
+    return [
+        f"Expected no unfinished restoration. Received: {engine.RESTORING}, which a running or killed one has left. "
+        "Nothing of the stack was changed by it. Run it again (make stack-restore FILE=…), or clear it away "
+        "(make stack-restore GIVE_UP=1)."
+    ]
 
 
 def engine_problems() -> tuple[list[str], Mapping[str, Any]]:
@@ -94,11 +136,13 @@ def port_problems(
         ours: ports that this stack publishes already.
     """
     problems: list[str] = []
-    address = values.get("BIND_ADDRESS") or "127.0.0.1"
+    address = engine.setting(values, "BIND_ADDRESS")
     taken: dict[int, str] = {}
     ours = set(ours)
-    for name, default in PORTS.items():
-        text = values.get(name) or default
+    for name in PORTS:
+        if name == "HTTPS_PORT" and not has_tls(values):
+            continue
+        text = engine.setting(values, name)
         if not text.isdigit() or not 1 <= int(text) <= 65535:
             problems.append(f"{name}: expected a port, 1 to 65535. Received: {text!r}. Mend docker/.env.")
             continue
@@ -110,9 +154,13 @@ def port_problems(
             continue
         taken[port] = name
         if port not in ours and not is_free(address, port):
+            profile = PROFILE_OF_PORT.get(name)
+            is_off = profile is not None and profile not in engine.profiles(values)
+            because = f" nginx publishes it although the profile {profile} is off, to say so there." if is_off else ""
             problems.append(
                 f"{name}: expected {address}:{port} to be free. Received: something listens there, or the address is "
-                f"not this machine's. Stop it (`ss -ltnp 'sport = :{port}'` names it), or set {name} in docker/.env."
+                f"not this machine's.{because} Stop it (`ss -ltnp 'sport = :{port}'` names it), or set {name} in "
+                "docker/.env to a port that is free."
             )
     return problems
 
@@ -167,26 +215,56 @@ def volume_problems(labels: Mapping[str, Mapping[str, str]]) -> list[str]:
         if found != FORMAT:
             problems.append(
                 f"Expected the volume {name} to have format {FORMAT}. Received: format {found}. Start the release that "
-                "made it, back it up (make backup), and restore that here; or choose another STACK_NAME in docker/.env."
+                "made it, back it up (make stack-backup), and restore that here (make stack-restore); or choose "
+                "another STACK_NAME in docker/.env."
             )
         major = of_volume.get("cv-platform.postgres", POSTGRES_MAJOR)
         if major != POSTGRES_MAJOR:
             problems.append(
                 f"Expected the volume {name} to be of PostgreSQL {POSTGRES_MAJOR}. Received: of PostgreSQL {major}, "
-                f"which {POSTGRES_MAJOR} does not start on. Back it up with the release that made it, and restore that "
-                "here."
+                f"which {POSTGRES_MAJOR} does not start on. Back it up with the release that made it "
+                "(make stack-backup), and restore that here (make stack-restore)."
             )
     return problems
 
 
+def run_container_problems(values: Mapping[str, str]) -> list[str]:
+    """Returns what keeps run-gate from Docker's socket; nothing unless RUN_CONTAINERS is set."""
+    chosen = values.get("RUN_CONTAINERS")
+    if not chosen:
+        return []
+    if chosen != "1":
+        return [f"RUN_CONTAINERS: expected 1, or nothing. Received: {chosen!r}. Mend docker/.env."]
+    path = Path(engine.setting(values, "DOCKER_SOCKET"))
+    if not path.is_socket():
+        return [f"DOCKER_SOCKET: expected Docker's socket. Received: none at {path}. Mend docker/.env."]
+    group = str(path.stat().st_gid)
+    named = engine.setting(values, "DOCKER_GID")
+    return (
+        []
+        if named == group
+        else [f"DOCKER_GID: expected {group}, the group of {path}. Received: {named}. Mend docker/.env."]
+    )
+
+
+def code_host_problems(values: Mapping[str, str]) -> list[str]:
+    """Returns that Dagster would look for a code location that is not there, or leave the GPU's without work."""
+    host = engine.setting(values, "CV_CODE_HOST")
+    expected = _GPU_CODE_HOST if GPU_PROFILE in engine.profiles(values) else engine.DEFAULTS["CV_CODE_HOST"]
+    if host == expected:
+        return []
+    return [
+        f"CV_CODE_HOST: expected {_GPU_CODE_HOST} with the profile {GPU_PROFILE} in COMPOSE_PROFILES, and "
+        f"{engine.DEFAULTS['CV_CODE_HOST']} without it. Received: {host}. Mend docker/.env."
+    ]
+
+
 def image_problems(values: Mapping[str, str]) -> list[str]:
     """Returns which of the project's own images are not built."""
-    names = [
-        values.get("PLATFORM_IMAGE") or "cv-platform/platform:0.1.0",
-        values.get("SERVICE_IMAGE") or "cv-platform/service:0.1.0",
-    ]
+    variables = ["PLATFORM_IMAGE", "SERVICE_IMAGE"]
+    variables += [variable for profile, variable in _IMAGE_OF_PROFILE.items() if profile in engine.profiles(values)]
     missing: list[str] = []
-    for name in names:
+    for name in (engine.setting(values, variable) for variable in variables):
         try:
             engine.docker("image", "inspect", "--format", "{{.Id}}", name)
         except ServiceError:
@@ -194,13 +272,22 @@ def image_problems(values: Mapping[str, str]) -> list[str]:
     return [f"Expected the image {name}. Received: none. Run: make stack-build" for name in missing]
 
 
-def volume_labels(project: str) -> dict[str, dict[str, str]]:
-    """Returns the labels of the project's volumes, by name."""
+def volume_labels(values: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Returns the labels of the volumes that the stack of these settings uses, by name.
+
+    Those with another suffix are from before a restoration.
+    """
+    project = engine.project_name(values)
     names = engine.volumes(project)
     if not names:
         return {}
-    described = json.loads(engine.docker("volume", "inspect", *names))
-    return {volume["Name"]: volume.get("Labels") or {} for volume in described}
+    present = engine.present_volumes(values)
+    labels = {v["Name"]: v.get("Labels") or {} for v in json.loads(engine.docker("volume", "inspect", *names))}
+    return {
+        name: of_volume
+        for name, of_volume in labels.items()
+        if name in present or of_volume.get("com.docker.compose.volume") not in engine.RESTORED_VOLUMES
+    }
 
 
 def published_ports(project: str) -> set[int]:

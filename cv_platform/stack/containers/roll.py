@@ -2,11 +2,12 @@
 
 For each replica: a new one is started beside it and gets requests once it is ready; then nginx stops sending to the old
 one, which ends when it has answered what it has. A new one that does not become healthy is removed again, and the rest
-stay as they are. What nginx does is docker/nginx/upstream.sh's part.
+stay as they are; so they do when nginx refuses its configuration. What nginx does is docker/nginx/upstream.sh's part.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -24,7 +25,8 @@ def roll(project: str, say: Callable[[str], None]) -> int:
     """Replaces every running replica by one of the image and settings of now; returns how many.
 
     Raises:
-        ServiceError: the stack does not run, or a new replica did not become healthy; the old ones go on.
+        ServiceError: the stack does not run, a new replica did not become healthy, or nginx refused its configuration;
+            the old ones that are left go on.
     """
     old = [c for c in engine.containers(project, "service") if c.state == "running"]
     doors = [c for c in engine.containers(project, "nginx") if c.is_well]
@@ -55,27 +57,35 @@ def _replace(project: str, door: Container, old: Container, count: int, say: Cal
     new = fresh[0]
     try:
         _wait(lambda: _is_well(project, new), READY_SECONDS, f"{new.name} to become healthy")
-        address = front_address(new, project)
+        address = service_address(new, project)
         # A replica without a model is well, but gets requests only while none has one.
         _wait(lambda: _gets_requests(door, address), READY_SECONDS, f"nginx to send requests to {new.name} ({address})")
     except ServiceError as err:
         log = engine.last_lines(new)
         engine.docker("rm", "--force", new.id)
-        _upstream(door, "update")
+        with contextlib.suppress(ServiceError):  # Why nginx refuses is `err` already; it looks again by itself.
+            _upstream(door, "update")
         raise ServiceError(f"{err} It is removed again; the others go on. The end of its log:\n{log}") from err
     say(f"  {new.name} is ready and gets requests")
-    address = front_address(old, project)
-    say(f"  {old.name} gets no more: {_upstream(door, 'drain', address)}")
+    address = service_address(old, project)
+    try:
+        drained = _upstream(door, "drain", address)
+    except ServiceError as err:
+        raise ServiceError(
+            f"Expected nginx to send {old.name} nothing more. Received: {err} Both it and {new.name} go on. "
+            "Mend what nginx names, then: make stack-up"
+        ) from err
+    say(f"  {old.name} gets no more: {drained}")
     engine.docker("stop", "--time", "45", old.id, seconds=90)
     engine.docker("rm", old.id)
     _upstream(door, "undrain", address)
     say(f"  {old.name} has ended")
 
 
-def front_address(container: Container, project: str) -> str:
+def service_address(container: Container, project: str) -> str:
     """Returns the address at which nginx reaches a container."""
     networks = json.loads(engine.docker("inspect", "--format", "{{json .NetworkSettings.Networks}}", container.id))
-    return str(networks[f"{project}_front"]["IPAddress"])
+    return str(networks[f"{project}_service"]["IPAddress"])
 
 
 def _is_well(project: str, container: Container) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from cv_platform.errors import ServiceError, StorageError
+from cv_platform.errors import ServiceError, StorageError, TrackingError
 from cv_platform.maintenance.garbage import Garbage, collect, find_garbage
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
@@ -228,6 +228,54 @@ def test_files_of_deleted_and_old_mlflow_runs_go_and_their_numbers_stay(settings
     collect(two, garbage)
     assert sorted(p.name for p in (artifacts / "tiny").iterdir()) == sorted([runs[0], runs[2], runs[3]])
     assert client.get_run(runs[1]).data.metrics == {"accuracy": 0.5}
+
+
+def test_files_of_a_servers_runs_go_where_its_folder_is_named(settings: Settings, home: Path, tmp_path: Path) -> None:
+    from cv_platform.tracking import start_run
+
+    # As a server keeps them: by number of the experiment, with the files one folder deeper.
+    artifacts = tmp_path / "server"
+    server = settings.model_copy(update={"mlflow_tracking_uri": f"sqlite:///{tmp_path}/server.db"})
+    runs = []
+    for _ in range(2):
+        with start_run(server.mlflow_tracking_uri, "tiny", run_name="r", artifact_root=tmp_path / "unused") as run:
+            folder(artifacts / "1" / run.run_id / "artifacts")
+            runs.append(run.run_id)
+    folder(artifacts / "1" / ".0.deleting-00")
+    later = (datetime.now(UTC) + timedelta(days=31)).timestamp()
+    left_alone = find_garbage(server, unfinished_runs=(), now=later)
+    assert [line for line in left_alone.kept if "MLflow" in line]
+    one = server.model_copy(update={"gc_keep_versions": 1, "mlflow_artifacts": artifacts})
+    garbage = find_garbage(one, unfinished_runs=(), now=later)
+    assert {name for name in names(garbage) if name.startswith("mlflow")} == {
+        "mlflow/1/.0.deleting-00",
+        f"mlflow/1/{runs[0]}",
+    }
+    collect(one, garbage)
+    assert [path.name for path in (artifacts / "1").iterdir()] == [runs[1]]
+
+
+@pytest.mark.xdist_group("tracking")
+def test_nothing_is_deleted_when_mlflow_knows_none_of_the_runs_whose_files_are_there(
+    settings: Settings, home: Path, tmp_path: Path
+) -> None:
+    from cv_platform.tracking import start_run
+
+    artifacts = tmp_path / "server"
+    lost = [folder(artifacts / "1" / f"{number:032x}") for number in (90, 91)]
+    other = settings.model_copy(
+        update={"mlflow_tracking_uri": f"sqlite:///{tmp_path}/other.db", "mlflow_artifacts": artifacts}
+    )
+    with pytest.raises(TrackingError, match=r"the 2 whose files .* Received: 0 runs.* MLFLOW_TRACKING_URI"):
+        find(other)
+    with start_run(other.mlflow_tracking_uri, "tiny", run_name="r", artifact_root=tmp_path / "unused") as run:
+        pass
+    with pytest.raises(TrackingError, match=r"Received: 1 runs, none of them"):
+        find(other)
+    assert all(path.is_dir() for path in lost)
+    # One that it knows: then it is the same server, and what it does not know it has deleted.
+    folder(artifacts / "1" / run.run_id)
+    assert {name for name in names(find(other)) if name.startswith("mlflow")} == {f"mlflow/1/{p.name}" for p in lost}
 
 
 def test_downloads_go_but_not_of_what_is_served(settings: Settings, home: Path, tmp_path: Path) -> None:

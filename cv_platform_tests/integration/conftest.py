@@ -1,0 +1,16 @@
+"""Fixtures that several modules of this folder share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cv_platform_tests.integration.demo_run import Demo, finished_demo
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Demo]:
+    """A finished demo; who uses it is in the xdist_group "demo", so that there is one."""
+    with finished_demo() as demo:
+        yield demo
