@@ -28,7 +28,14 @@ from cv_platform.serving.clean_requests import CleanRequest
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import API_DESCRIPTION, API_TITLE, API_VERSION
 from cv_platform.serving.hosts import AllowedHosts
-from cv_platform.serving.limits import BATCH_UPLOADS, FORM_OVERHEAD_BYTES, SMALL_BODY_BYTES, BodyAllowance, BodyLimit
+from cv_platform.serving.limits import (
+    BATCH_UPLOADS,
+    FORM_OVERHEAD_BYTES,
+    SHRINK_IMAGE,
+    SMALL_BODY_BYTES,
+    BodyAllowance,
+    BodyLimit,
+)
 from cv_platform.serving.problems import Problem, Unexpected, install_problem_handlers
 from cv_platform.serving.refusal_log import RefusalLog
 from cv_platform.serving.routes_batch import BATCH_PATH, batch_router
@@ -62,10 +69,11 @@ def create_app(context: ServingContext) -> FastAPI:
     def allowance_for(path: str) -> BodyAllowance:
         limits, path = context.limits, path.rstrip("/")
         if path.endswith(PREDICT_PATH):
-            return BodyAllowance(context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES, limits.upload_seconds)
+            size = context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES
+            return BodyAllowance(size, limits.upload_seconds, SHRINK_IMAGE)
         if path.endswith(BATCH_PATH):
             size = BATCH_UPLOADS * (context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES)
-            return BodyAllowance(size, limits.upload_seconds)
+            return BodyAllowance(size, limits.upload_seconds, "Send fewer or smaller images.")
         return BodyAllowance(SMALL_BODY_BYTES, limits.small_body_seconds)
 
     app = FastAPI(

@@ -6,6 +6,7 @@ origin as the service; its requests still carry that name. https://owasp.org/www
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -13,6 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cv_platform.serving.problems import Problem, problem_response
 
+_HOST = re.compile(r"(?P<name>[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?:(?<!])\.)?(?P<port>:[0-9]{1,5})?")
+"""What a Host may look like, in lower case. The underscore is no host name's, but container networks use it."""
 ALWAYS_ANSWERED = frozenset({"/health_check"})
 """Load balancers and supervisors ask by address; BentoML's /livez, /readyz and /metrics come before this anyway."""
 
@@ -49,15 +52,11 @@ class AllowedHosts:
         await problem_response(scope, problem)(scope, receive, send)
 
     def _is_allowed(self, host: str) -> bool:
-        host = host.strip().lower()
-        name = _without_port(host).rstrip(".")
-        if host in self.hosts or name in self.hosts:
+        parts = _HOST.fullmatch(host.strip(" \t").lower())
+        if parts is None:
+            return False
+        name = parts["name"]
+        if name in self.hosts or name + (parts["port"] or "") in self.hosts:
             return True
         labels = name.split(".")
         return any("*." + ".".join(labels[start:]) in self.hosts for start in range(1, len(labels)))
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):  # An IPv6 address: its colons are not the port's.
-        return host.partition("]")[0] + "]"
-    return host.rpartition(":")[0] if ":" in host else host

@@ -30,6 +30,8 @@ BATCH_UPLOADS = 8
 """A batch's files together have at most as many bytes as so many largest uploads; it counts as so many, too."""
 BATCH_PREDICTIONS = 2
 """A batch may take as long as so many of the slowest predictions."""
+SHRINK_IMAGE = "Shrink or recompress the image."
+"""What to do about an upload that is too large."""
 _WAITING_PER_THREAD = 16
 _APPEND_ALLOWANCE_SECONDS = 30.0
 
@@ -132,10 +134,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class BodyAllowance:
-    """What a route's body may be: at most `max_bytes`, complete within `seconds`."""
+    """What a route's body may be: at most `max_bytes`, complete within `seconds`; of a larger one `advice` is given."""
 
     max_bytes: int
     seconds: float
+    advice: str = "Send less."
 
 
 class BodyLimit:
@@ -161,7 +164,7 @@ class BodyLimit:
             return
         allowance = self.allowance_for(scope["path"])
         headers = Headers(scope=scope)
-        problem = _declared_problem(headers, allowance.max_bytes)
+        problem = _declared_problem(headers, allowance)
         has_body = "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""
         gate = self.small_bodies if has_body and allowance.max_bytes <= SMALL_BODY_BYTES else None
         if problem is None and gate is not None and not gate.enter():
@@ -176,7 +179,7 @@ class BodyLimit:
                 gate.leave()
 
 
-def _declared_problem(headers: Headers, limit: int) -> Problem | None:
+def _declared_problem(headers: Headers, allowance: BodyAllowance) -> Problem | None:
     """Returns what is wrong with a request's Content-Length; None where it is right, or where there is none."""
     declared = headers.getlist("content-length")
     if not declared:
@@ -190,8 +193,8 @@ def _declared_problem(headers: Headers, limit: int) -> Problem | None:
         )
     digits = length.lstrip("0") or "0"
     # By the number of digits first: Python refuses to convert thousands of them.
-    if len(digits) > 18 or int(digits) > limit:
-        return too_large(limit, f"{length[:40]} bytes (Content-Length)")
+    if len(digits) > 18 or int(digits) > allowance.max_bytes:
+        return too_large(allowance.max_bytes, f"{length[:40]} bytes (Content-Length)", advice=allowance.advice)
     return None
 
 
@@ -219,17 +222,18 @@ def _bounded(receive: Receive, allowance: BodyAllowance) -> Receive:
             seen += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if seen > allowance.max_bytes:
-                raise too_large(allowance.max_bytes, f"more than {allowance.max_bytes} bytes")
+                received = f"more than {allowance.max_bytes} bytes"
+                raise too_large(allowance.max_bytes, received, advice=allowance.advice)
         return message
 
     return bounded
 
 
-def too_large(limit: int, received: str) -> Problem:
+def too_large(limit: int, received: str, *, advice: str = SHRINK_IMAGE) -> Problem:
     """Returns the 413 of a body of more than `limit` bytes; the connection closes, as the rest stays unread."""
     return Problem(
         413,
-        f"Expected at most {limit} bytes. Received: {received}. Shrink or recompress the image.",
+        f"Expected at most {limit} bytes. Received: {received}. {advice}",
         expected=f"a body of at most {limit} bytes",
         headers={"Connection": "close"},
         extra={"max_bytes": limit},

@@ -88,6 +88,7 @@ class Problem(HTTPException):
         expected: what would have been accepted.
         headers: such as Retry-After.
         extra: further fields of the JSON body.
+        logged: the message as the request log keeps it, where it is not to have what was received; None: as it is.
     """
 
     def __init__(
@@ -98,11 +99,13 @@ class Problem(HTTPException):
         expected: str,
         headers: Mapping[str, str] | None = None,
         extra: Mapping[str, Any] | None = None,
+        logged: str | None = None,
     ) -> None:
         super().__init__(status_code=status, detail=message, headers=dict(headers or {}))
         self.message = message
         self.expected = expected
         self.extra = dict(extra or {})
+        self.logged = logged
 
 
 def try_later(status: int, message: str, *, expected: str, seconds: int = RETRY_SECONDS) -> Problem:
@@ -173,7 +176,7 @@ def defect(request_id: str) -> Problem:
 def problem_response(scope: Scope, problem: Problem) -> Response:
     """Renders a problem; the request's log entry takes its message from here."""
     trace = trace_of(scope)
-    trace.message = problem.message
+    trace.message = problem.message if problem.logged is None else problem.logged
     body = {"message": problem.message, "expected": problem.expected, "request_id": trace.request_id, **problem.extra}
     # ASCII with escapes: whatever a client sent (lone surrogates, say) can be quoted back without failing to encode.
     return Response(

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.clean_requests import has_control_characters
 from cv_platform.serving.context import ServingContext
+from cv_platform.serving.explain import Explain
 from cv_platform.serving.log_entry import LogEntry
 from cv_platform.serving.log_format import BLOT, escaped
 from cv_platform.serving.problems import RequestTrace, trace_of
@@ -17,8 +18,8 @@ from cv_platform.serving.problems import RequestTrace, trace_of
 logger = logging.getLogger(__name__)
 
 _MAX_URL = 2000
-_KEPT_VALUES = frozenset({"explain"})
-"""Query parameters that the routes know. What else is in a query may be a key that a client took for one of ours."""
+_KEPT = {"explain": frozenset(wish.value for wish in Explain)}
+"""The query parameters that the routes know, with their values. Whatever else a query holds may be a secret."""
 _MAX_MESSAGE = 1000
 
 
@@ -77,7 +78,7 @@ async def log_refusal(context: ServingContext, scope: Scope, status: int, messag
 
 
 def logged_url(scope: Scope) -> str:
-    """Returns path and query as the log keeps them: of what the service does not ask for, the name alone."""
+    """Returns path and query as the log keeps them: of the query only the names and values that the routes know."""
     query = scope.get("query_string", b"").decode("latin-1")
     path = escaped(scope["path"])
     if not query:
@@ -86,10 +87,11 @@ def logged_url(scope: Scope) -> str:
 
 
 def _logged_parameter(parameter: str) -> str:
-    name, equals, _ = parameter.partition("=")
-    if name in _KEPT_VALUES:
-        return parameter
-    return f"{name}={BLOT}" if equals else BLOT
+    name, equals, value = parameter.partition("=")
+    known = _KEPT.get(name)
+    if known is None:
+        return f"{BLOT}={BLOT}" if equals else BLOT
+    return parameter if not equals or value in known else f"{name}={BLOT}"
 
 
 def _path(scope: Scope) -> str:

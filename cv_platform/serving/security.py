@@ -104,7 +104,10 @@ class SameSite:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
-            sites = {site.strip().lower() for site in Headers(scope=scope).getlist("sec-fetch-site")}
+            # A proxy may join several headers into one.
+            sites = {
+                site.strip().lower() for site in ",".join(Headers(scope=scope).getlist("sec-fetch-site")).split(",")
+            }
             if "cross-site" in sites:
                 problem = Problem(
                     403,
@@ -136,7 +139,7 @@ class Guard:
         """
         if not self._api_keys:
             return
-        given = request.headers.get("x-api-key", "").encode("latin-1")
+        given = _given_key(request)
         # All of them, always: how long it takes says nothing about which one was close.
         matches = [hmac.compare_digest(given, key) for key in self._api_keys]
         if not any(matches):
@@ -153,7 +156,7 @@ class Guard:
         Behind a reverse proxy the address is the proxy's: X-Forwarded-For is not believed, as anybody may send it.
         """
         if self._api_keys:
-            return b"key:" + request.headers.get("x-api-key", "").encode("latin-1")
+            return b"key:" + _given_key(request)
         return client_of_address(request.client.host if request.client else None)
 
     def is_admin(self, request: Request) -> bool:
@@ -187,3 +190,8 @@ class Guard:
             )
         if not hmac.compare_digest(token.strip().encode("latin-1"), self._admin_token):
             raise Problem(403, "That is not the admin token of this service.", expected=expected)
+
+
+def _given_key(request: Request) -> bytes:
+    # Not every HTTP parser takes away the white space around a value, which is none of it (RFC 9110, section 5.5).
+    return request.headers.get("x-api-key", "").strip(" \t").encode("latin-1")

@@ -19,6 +19,7 @@ from cv_platform.images import SUPPORTED_FORMATS
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.explain import Explain
 from cv_platform.serving.limits import overloaded
+from cv_platform.serving.log_format import BLOT
 from cv_platform.serving.observation import staged
 from cv_platform.serving.problems import Problem
 
@@ -136,6 +137,10 @@ def _explain(fields: Sequence[Any], query: str | None) -> Explain:
     except ValueError as err:
         known = ", ".join(e.value for e in Explain)
         received_value = ascii(value)[:60] if isinstance(value, str) else "a file"
+        expected = f"explain: expected {known}. Received: "
         raise Problem(
-            422, f"explain: expected {known}. Received: {received_value}.", expected=f"explain={known}"
+            422,
+            f"{expected}{received_value}.",
+            expected=f"explain={known}",
+            logged=f"{expected}{BLOT}.",  # It may be a secret in the wrong place.
         ) from err

@@ -9,7 +9,7 @@ from cv_platform.serving.context import ServingContext
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+from cv_platform_tests.unit.serving.http_client import Client, flat_image, png, send_raw
 
 SERVICE = "image_classifier"
 VERSIONS = ("20260101T000000Z-0000000a", "20260102T000000Z-0000000b")
@@ -199,6 +199,13 @@ def test_each_api_key_opens_them(closed: Client, key: str):
     headers = {"X-API-Key": key}
     assert closed.predict(png(flat_image(1, 2, 3)), headers=headers).status_code == 200
     assert closed.get(KEYED[3][1], headers=headers).status_code in {404, 503}
+
+
+def test_white_space_around_an_api_key_is_no_part_of_it(closed: Client):
+    for key in (b"first-key  ", b"\tfirst-key \t", b"  second-key"):
+        assert send_raw(closed.app, "GET", KEYED[3][1], headers=[(b"x-api-key", key)]).status in {404, 503}, key
+    for key in (b"first-key\xa0", b"first -key", b" \t"):
+        assert send_raw(closed.app, "GET", KEYED[3][1], headers=[(b"x-api-key", key)]).status == 401, key
 
 
 def test_the_page_the_health_and_the_docs_stay_open(closed: Client):

@@ -96,13 +96,27 @@ def test_the_entry_is_in_the_spool_when_the_answer_arrives(client: Client, conte
 
 @pytest.mark.parametrize("upload", [REDDISH, b"no image"], ids=["answered", "refused"])
 def test_the_log_keeps_no_key_that_a_client_put_into_the_query(client: Client, context: ServingContext, upload: bytes):
-    for query in ("api_key=s3cret&explain=none&token=s3cret", "s3cret", "a=1&%65xplain=s3cret"):
+    queries = (
+        "api_key=s3cret&explain=none&token=s3cret",
+        "s3cret",
+        "s3cret=",
+        "a=1&%65xplain=s3cret",
+        "explain=none;k=s3cret",
+        "explain=s3cret",
+        "explain&explain=cam",
+    )
+    for query in queries:
         client.post(f"/predict?{query}", files={"file": ("image.png", upload, "image/png")})
     assert [record["request_url"] for record in spooled(context)] == [
-        "/predict?api_key=***&explain=none&token=***",
+        "/predict?***=***&explain=none&***=***",
         "/predict?***",
-        "/predict?a=***&%65xplain=***",
+        "/predict?***=***",
+        "/predict?***=***&***=***",
+        "/predict?explain=***",
+        "/predict?explain=***",
+        "/predict?explain&explain=cam",
     ]
+    assert not any("s3cret" in str(record) for record in spooled(context))
 
 
 def test_properties_and_model_input_are_those_of_the_one_preprocessing(make_context: MakeContext):

@@ -21,6 +21,7 @@ def test_each_key_has_its_images_per_minute(make_context: MakeContext):
     refused = client.predict(IMAGE, headers={"X-API-Key": "first"})
     assert 1 <= int(refused.headers["retry-after"]) <= 20
     assert "3 images per minute" in refused.json()["message"]
+    assert client.predict(IMAGE, headers={"X-API-Key": "first "}).status_code == 429
     assert client.predict(IMAGE, headers={"X-API-Key": "second"}).status_code == 200
     assert client.predict(IMAGE, headers={"X-API-Key": "wrong"}).status_code == 401
     assert client.get("/health_check").status_code == 200

@@ -26,6 +26,12 @@ from cv_platform_tests.unit.serving.http_client import (
 )
 
 IMAGE = png(flat_image(10, 20, 30))
+LARGE = {
+    "/predict": "Shrink or recompress the image.",
+    "/predict/batch": "Send fewer or smaller images.",
+    "/feedback/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11": "Send less.",
+}
+"""What a body of 2 MB is told."""
 
 
 def jpeg() -> bytes:
@@ -34,8 +40,10 @@ def jpeg() -> bytes:
     return data.tobytes()
 
 
-def refused(context: ServingContext, response: httpx.Response, status: int) -> dict[str, Any]:
-    """Checks a refusal and its log entry, and returns the answer's body."""
+def refused(
+    context: ServingContext, response: httpx.Response, status: int, *, logged: str | None = None
+) -> dict[str, Any]:
+    """Checks a refusal and its log entry (`logged`: its message, if it is not the answer's); returns the body."""
     assert response.status_code == status, response.text
     body = response.json()
     assert body["message"]
@@ -43,7 +51,8 @@ def refused(context: ServingContext, response: httpx.Response, status: int) -> d
     assert response.headers["x-request-id"] == body["request_id"]
     record = spooled(context)[-1]
     assert record["response_status_code"] == status
-    assert record["response_message"] == body["message"][:1000]
+    assert record["response_message"] == (logged or body["message"])[:1000]
+    assert record["client_error"] in {None, record["response_message"]}
     assert record["prediction_id"] is None
     assert record["timespan"] >= 0
     assert (record["client_error"] is not None) == (status < 500)
@@ -95,6 +104,11 @@ def test_refuses_a_file_above_the_limit_that_hides_in_the_forms_allowance(client
     refused(context, client.predict(b"x" * 200_000), 415)
 
 
+def test_a_large_upload_is_told_to_shrink_its_images_and_any_other_body_only_to_be_smaller(client: Client):
+    messages = {path: client.post(path, content=b"x" * 2_000_000).json()["message"] for path in LARGE}
+    assert {path: message.partition("(Content-Length). ")[2] for path, message in messages.items()} == LARGE
+
+
 def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, context: ServingContext):
     taken = 0
 
@@ -123,10 +137,6 @@ def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, context: Se
         {"files": [("file", (f"{i}.png", b"x")) for i in range(50)]},
         {"files": {"file": ("a.png", IMAGE)}, "data": {"explain": "x" * 10_000}},
         {"files": {"file": ("a.png", IMAGE)}, "data": {f"f{i}": "x" for i in range(50)}},
-        {"files": {"file": ("a.png", IMAGE)}, "data": {"explain": "gif"}},
-        {"files": {"file": ("a.png", IMAGE)}, "params": {"explain": "JPEG"}},
-        {"files": {"file": ("a.png", IMAGE)}, "params": {"explain": ""}},
-        {"files": {"file": ("a.png", IMAGE), "explain": ("jpeg", b"jpeg")}},
         {"content": b"", "headers": {"Content-Type": "multipart/form-data"}},
         {"content": b"garbage", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
         {"content": b"--x\r\n\r\n\r\n--x--", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
@@ -137,6 +147,24 @@ def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, context: Se
 )
 def test_says_which_field_it_expected(client: Client, context: ServingContext, options: dict[str, Any]):
     refused(context, client.post("/predict", **options), 422)
+
+
+@pytest.mark.parametrize(
+    ("options", "received"),
+    [
+        ({"data": {"explain": "gif"}}, "'gif'"),
+        ({"params": {"explain": "JPEG"}}, "'JPEG'"),
+        ({"params": {"explain": ""}}, "''"),
+        ({"files": {"file": ("a.png", IMAGE), "explain": ("jpeg", b"jpeg")}}, "a file"),
+    ],
+)
+def test_says_which_explain_it_received_and_logs_it_masked(
+    client: Client, context: ServingContext, options: dict[str, Any], received: str
+):
+    response = client.post("/predict", **{"files": {"file": ("a.png", IMAGE)}, **options})
+    expected = "explain: expected jpeg, png, cam, none. Received: "
+    body = refused(context, response, 422, logged=f"{expected}***.")
+    assert body["message"] == f"{expected}{received}."
 
 
 def test_a_multipart_form_inside_the_file_is_only_bytes(client: Client, context: ServingContext):
@@ -175,9 +203,11 @@ def test_a_newline_in_the_filename_breaks_only_its_own_request(client: Client, c
 
 
 def test_what_a_client_sends_can_be_quoted_back_and_logged_whatever_it_is(client: Client, context: ServingContext):
-    body = refused(
-        context, client.predict(IMAGE, params={"explain": "\x00\ud800<script>".encode("utf-8", "surrogatepass")}), 422
-    )
+    hostile = "\x00\ud800<script>".encode("utf-8", "surrogatepass")
+    logged = "explain: expected jpeg, png, cam, none. Received: ***."
+    body = refused(context, client.predict(IMAGE, params={"explain": hostile}), 422, logged=logged)
+    assert "<script>" in body["message"]  # JSON, with nosniff: text, never markup.
+    body = refused(context, client.post("/predict", files={"<script>\x00": ("a.png", IMAGE)}), 422)
     assert "<script>" in body["message"]  # JSON, with nosniff: text, never markup.
 
 

@@ -60,6 +60,12 @@ def test_what_another_sites_page_sends_is_refused(client: Client, method: str, p
     assert "another site" in response.json()["message"]
 
 
+@pytest.mark.parametrize("values", [["none, cross-site"], ["cross-site,none"], ["none", "cross-site"]])
+def test_another_sites_page_is_found_among_several_values(client: Client, values: list[str]):
+    answer = send_raw(client.app, "DELETE", "/x", headers=[(b"sec-fetch-site", value.encode()) for value in values])
+    assert answer.status == 403
+
+
 def test_this_services_page_programs_and_links_from_elsewhere_pass(client: Client):
     for site in ("same-origin", "same-site", "none"):
         assert client.predict(IMAGE, headers={"Sec-Fetch-Site": site}).status_code == 200

@@ -5,7 +5,7 @@ from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png, send_raw
 
 IMAGE = png(flat_image(1, 2, 3))
-HOSTS = "cv.example.org, *.shop.example, 127.0.0.1, [::1], only-here:8080"
+HOSTS = "cv.example.org, *.shop.example, 127.0.0.1, [::1], only-here:8080, my_service"
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def named(make_context: MakeContext) -> Client:
     "host",
     [
         "cv.example.org", "CV.Example.ORG", "cv.example.org:4242", "cv.example.org.", "a.shop.example",
-        "a.b.shop.example:80", "127.0.0.1:4242", "[::1]:4242", "[::1]", "only-here:8080",
+        "a.b.shop.example:80", "127.0.0.1:4242", "[::1]:4242", "[::1]", "only-here:8080", "my_service:4242",
     ],
 )  # fmt: skip
 def test_answers_to_its_names(named: Client, host: str):
@@ -33,6 +33,18 @@ def test_refuses_any_other_host_before_anything_else(named: Client, host: str):
     response = named.get("/openapi.json", headers={"Host": host})
     assert response.status_code == 421
     assert "CV_ALLOWED_HOSTS" in response.json()["expected"]
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.com/.shop.example", "evil.com#.shop.example", "x@a.shop.example", ".shop.example", "a..shop.example",
+     "*.shop.example", "127.0.0.1:80@evil.com", "127.0.0.1:evil.com", "127.0.0.1:", "127.0.0.1:80:80",
+     "127.0.0.1..", "[::1]evil.com", "[::1].", "[::1]:evil.com", "[::1", "cv.example.org\\.shop.example",
+     "evil.com a.shop.example", "cv.example.org,evil.com", "\xa0cv.example.org", "cv.example.org:\xb2"],
+)  # fmt: skip
+def test_refuses_what_is_no_host_although_it_holds_an_allowed_name(named: Client, host: str):
+    answer = send_raw(named.app, "GET", "/openapi.json", headers=[(b"host", host.encode("latin-1"))])
+    assert answer.status == 421
 
 
 def test_a_refused_host_is_logged_like_every_refused_prediction(make_context: MakeContext):
