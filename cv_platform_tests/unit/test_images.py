@@ -319,6 +319,64 @@ def test_png_of_very_many_chunks_is_refused_before_its_header_is_parsed(monkeypa
         images.read_size(png(png_header(8, 8), *[(b"prIv", b"")] * 9_998, rows, (b"IEND", b"")))
 
 
+def test_png_data_past_the_last_row_are_not_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Behind some more rows, 0xFF begins a deflate block of a kind that there is none of: who inflates it, fails.
+    monkeypatch.setattr(cv2, "imdecode", no_decoder)
+    stream = zlib.compressobj()
+    rows = stream.compress((b"\0" + bytes([9] * 24)) * 8) + stream.flush(zlib.Z_FULL_FLUSH)
+    surplus = stream.compress(bytes(2**20)) + stream.flush(zlib.Z_FULL_FLUSH) + b"\xff" * images.MAX_OPENCV_IDAT_BYTES
+    for idats in ([(b"IDAT", rows + surplus)], [(b"IDAT", rows), (b"IDAT", surplus)]):
+        decoded = images.decode(png(png_header(8, 8), *idats, (b"IEND", b"")))
+        np.testing.assert_array_equal(decoded, np.full((8, 8, 3), 9))
+
+
+def test_png_texts_reach_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two megabytes, which Pillow would refuse before the pixels and OpenCV would inflate after them.
+    text = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 * 2**20)))
+    rows = (b"IDAT", zlib.compress((b"\0" + bytes([9] * 24)) * 8))
+    received = []
+    original = cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda data, flags: received.append(data.tobytes()) or original(data, flags))
+    decoded = images.decode(png(png_header(8, 8), text, rows, *[text] * 900, (b"tEXt", b"a\0b"), (b"IEND", b"")))
+    np.testing.assert_array_equal(decoded, np.full((8, 8, 3), 9))
+    assert received == [png(png_header(8, 8), rows, (b"IEND", b""))]
+
+
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+"""Each pass's first column, first row, and its steps."""
+PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""A pixel's, for each colour type."""
+
+
+@pytest.mark.parametrize("is_interlaced", [False, True])
+@pytest.mark.parametrize(
+    ("color", "bits"),
+    [(color, bits) for color in (0, 3) for bits in (1, 2, 4, 8)]
+    + [(0, 16)]
+    + [(c, b) for c in (2, 4, 6) for b in (8, 16)],
+)
+def test_large_and_small_pngs_of_every_kind_decode_to_the_same_pixels(
+    color: int, bits: int, is_interlaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(1)
+    width, height = 37, 29
+    rows = b""
+    for left, top, step_x, step_y in ADAM7 if is_interlaced else [(0, 0, 1, 1)]:
+        row_bytes = (len(range(left, width, step_x)) * PNG_SAMPLES[color] * bits + 7) // 8
+        for _ in range(top, height, step_y):
+            rows += b"\0" + rng.bytes(row_bytes)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, int(is_interlaced)))]
+    if color == 3:
+        chunks += [(b"PLTE", rng.bytes(3 * 2**bits)), (b"tRNS", b"\x40\x80")]
+    orientation = (b"eXIf", struct.pack("<4sIHHHIII", b"II*\0", 8, 1, 0x0112, 3, 1, 6, 0))
+    for last in ([], [orientation]):
+        data = png(*chunks, (b"gAMA", b"\0\0\x75\x30"), (b"IDAT", zlib.compress(rows)), *last, (b"IEND", b""))
+        expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        for limit in (len(data), 0):
+            monkeypatch.setattr(images, "MAX_OPENCV_IDAT_BYTES", limit)
+            np.testing.assert_array_equal(images.decode(data), expected)
+
+
 @pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)])
 def test_very_long_sides_are_refused(size: tuple[int, int]) -> None:
     with pytest.raises(ImageTooLargeError, match="sides of at most 65535"):
