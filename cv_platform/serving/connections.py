@@ -1,10 +1,11 @@
 """What a connection may cost before there is a request, how long it is kept, and what a half-closed one still gets.
 
-Uvicorn's fast parser reads heads of any size, for any time, and waits for ever for the first byte; a middleware only
-sees requests whose head is complete. Whichever worker is first takes all the connections that wait: eight clients at
-once were one worker's in half of the trials, and would stay with it. So a connection ends, announced, with the first
-answer after its time, as gRPC's do (`MAX_CONNECTION_AGE`), and the next may be another worker's. A client that has
-closed its sending side still reads: it gets the answers to what it has sent whole (RFC 9112, section 9.6).
+Uvicorn's fast parser reads heads of any size, for any time, and waits for ever for the first byte and for the rest of a
+body that nobody reads; a middleware only sees requests whose head is complete. Whichever worker is first takes all the
+connections that wait: eight clients at once were one worker's in half of the trials, and would stay with it. So a
+connection ends, announced, with the first answer after its time, as gRPC's do (`MAX_CONNECTION_AGE`), and the next may
+be another worker's. A client that has closed its sending side still reads: it gets the answers to what it has sent
+whole (RFC 9112, section 9.6).
 
 BentoML leaves the choice of the protocol to Uvicorn ("auto") and has no option
 for it: `bound_connections` puts ours in its place, in a worker, before BentoML makes the server.
@@ -19,7 +20,11 @@ import random
 from typing import Any
 
 from uvicorn import config as uvicorn_config
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+try:
+    from cv_platform.serving.plain_http import PlainHttpProtocol as _InnerProtocol
+except ImportError:  # Without `httptools`, which Uvicorn does not require.
+    from uvicorn.protocols.http.h11_impl import H11Protocol as _InnerProtocol
 
 
 class BoundedProtocol(asyncio.Protocol):
@@ -27,7 +32,8 @@ class BoundedProtocol(asyncio.Protocol):
 
     Attributes:
         head_seconds: longest time for a head, from the connection's start or the head's first byte; beyond, 408, or
-            nothing where nothing was sent.
+            nothing where nothing was sent. From an answer on, Uvicorn's keep-alive time comes on top; whatever is sent
+            meanwhile, such as the rest of a body that nobody has read, does not prolong it.
         max_head_bytes: largest head, and at most one read from the socket more; beyond, 431.
         kept_seconds: longest time for which a connection takes further requests; at random down to half of that, so
             that what came together does not come again together.
@@ -39,18 +45,24 @@ class BoundedProtocol(asyncio.Protocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         # Typed as any protocol: Uvicorn chooses it by what is installed.
-        self._inner: Any = AutoHTTPProtocol(*arguments, **options)
+        self._inner: Any = _InnerProtocol(*arguments, **options)
+        # Else Uvicorn hands a connection whose client asks for websockets over to a protocol without these bounds.
+        self._inner.ws_protocol_class = None
+        self._after_answer = self._inner.on_response_complete
+        self._inner.on_response_complete = self._answered
         self._transport: Any = None
         self._head_bytes = 0
         self._deadline: asyncio.TimerHandle | None = None
         self._kept_until = 0.0
+        self._last: Any = None
+        self._is_cut_off = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins to wait for the first head."""
         self._transport = transport
         self._kept_until = asyncio.get_running_loop().time() + random.uniform(0.5, 1.0) * self.kept_seconds
         self._inner.connection_made(transport)
-        self._expect_head()
+        self._wait_at_most(self.head_seconds)
 
     def data_received(self, data: bytes) -> None:
         """Hands the bytes on, and counts those that belong to no request yet."""
@@ -61,23 +73,30 @@ class BoundedProtocol(asyncio.Protocol):
             self._stop_waiting()
         elif not is_between or self._inner.cycle is not before:
             self._head_bytes = 0
-            self._stop_waiting()
+            if self._inner.cycle is not before:
+                self._stop_waiting()
             if asyncio.get_running_loop().time() > self._kept_until:
                 self._end_after(self._inner.cycle)
         elif data.strip(b"\r\n"):  # Empty lines before a request line are allowed.
+            if not self._head_bytes:
+                self._wait_at_most(self.head_seconds)
             self._head_bytes += len(data)
             if self._head_bytes > self.max_head_bytes:
                 self._refuse(431, "Request Header Fields Too Large", f"at most {self.max_head_bytes} bytes of headers")
-            elif self._deadline is None:
-                self._expect_head()
 
     def eof_received(self) -> bool | None:
         """Ends the connection, but not before the answers to what has arrived whole."""
         newest = self._inner.cycle
         # Only the fast parser reads on behind a request that waits for its turn.
-        waiting = getattr(self._inner, "pipeline", ())
+        waiting: Any = getattr(self._inner, "pipeline", None)
         if newest is None or newest.response_complete or (newest.more_body and not waiting):
             return self._inner.eof_received()
+        if newest.more_body:  # The rest will never come: the connection ends with the answer before.
+            self._is_cut_off = True
+            waiting.popleft()
+            if not waiting:
+                return True
+            newest = waiting[0][0]
         self._end_after(newest)
         return True
 
@@ -94,11 +113,27 @@ class BoundedProtocol(asyncio.Protocol):
         """Hands it on."""
         self._inner.resume_writing()
 
-    def _expect_head(self) -> None:
-        self._deadline = asyncio.get_running_loop().call_later(self.head_seconds, self._give_up)
+    def _answered(self) -> None:
+        if self._is_cut_off and not self._inner.pipeline:
+            self._transport.close()
+        self._after_answer()
+        if self._transport.is_closing() or not self._inner.cycle.response_complete:
+            self._stop_waiting()
+        else:
+            self._wait_at_most(self._inner.timeout_keep_alive + self.head_seconds)
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """Gives the connection up after that time, or when it was to be given up already, whatever is earlier."""
+        loop = asyncio.get_running_loop()
+        if self._deadline is None or loop.time() + seconds < self._deadline.when():
+            self._stop_waiting()
+            self._deadline = loop.call_later(seconds, self._give_up)
 
     def _end_after(self, newest: Any) -> None:
-        """Makes the connection end with this request's answer, which says so unless it has begun."""
+        """Makes the connection end with this request's answer, which says so, once, unless it has begun."""
+        if newest is self._last:
+            return
+        self._last = newest
         newest.keep_alive = False
         # Uvicorn's slower parser announces an end only where there is such a header.
         newest.default_headers = [*newest.default_headers, (b"connection", b"close")]
@@ -109,9 +144,7 @@ class BoundedProtocol(asyncio.Protocol):
             self._deadline = None
 
     def _give_up(self) -> None:
-        # A connection that has become a websocket is another protocol's.
-        if self._transport.get_protocol() is self:
-            self._refuse(408, "Request Timeout", f"complete headers within {self.head_seconds:g} s")
+        self._refuse(408, "Request Timeout", f"complete headers within {self.head_seconds:g} s")
 
     def _refuse(self, status: int, reason: str, expected: str) -> None:
         """Closes the connection; says why, unless nobody asked or an earlier request is still being answered."""

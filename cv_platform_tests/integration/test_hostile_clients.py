@@ -70,6 +70,12 @@ def served() -> Iterator[ServedApp]:
         yield served
 
 
+@pytest.fixture(scope="module")
+def held() -> Iterator[ServedApp]:
+    with serve_app({"head_seconds": 0.5, "small_body_seconds": 2.0}) as served:
+        yield served
+
+
 @pytest.fixture(autouse=True)
 def nobody_else_notices(served: ServedApp) -> Iterator[None]:
     """After each of them all places are free again, and an ordinary client is served."""
@@ -154,8 +160,17 @@ def test_half_closed_behind_several_requests_all_whole_ones_are_answered(served:
         connection.sendall(with_length(FORM) + head(method=b"GET", path=b"/health_check") + last)
         connection.shutdown(socket.SHUT_WR)
         statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", read_to_end(connection))
-    # Half a body stays half: it has its time, then 408.
-    assert statuses == [b"200", b"200", b"200" if last.endswith(FORM_END) else b"408"]
+    # Half a body stays half: nobody waits for the rest.
+    assert statuses == [b"200"] * (3 if last.endswith(FORM_END) else 2)
+
+
+def test_half_closed_in_the_second_body_the_first_is_answered_and_nobody_waits() -> None:
+    limits = {"upload_seconds": 60.0}
+    with serve_app(limits) as served, served.connect() as connection:
+        connection.sendall(with_length(FORM) + with_length(FORM_START, len(FORM)))
+        connection.shutdown(socket.SHUT_WR)
+        statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", read_to_end(connection))
+    assert statuses == [b"200"]
 
 
 def test_closing_one_side_after_the_answer_ends_the_connection(served: ServedApp) -> None:
@@ -176,6 +191,78 @@ def test_an_old_connection_ends_with_an_answer_that_says_so() -> None:
     assert b"connection: close" not in first
     assert second.count(b"HTTP/1.1 200 ") == 1
     assert b"connection: close\r\n" in second
+
+
+def test_an_old_connection_says_once_that_it_ends() -> None:
+    with serve_app({"kept_seconds": 0.0}) as served, served.connect() as connection:
+        request = with_length(FORM)
+        for at in range(0, len(request), 20):
+            connection.sendall(request[at : at + 20])
+            time.sleep(0.01)
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"connection: close\r\n") == 1
+
+
+GET_HEALTH = b"GET /health_check HTTP/1.1\r\nHost: service\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        (GET_HEALTH + b"\r\n\r\n", b""),
+        (b"POST /nowhere HTTP/1.1\r\nHost: service\r\n" + CHUNKED, b"1\r\na\r\n"),
+        (GET_HEALTH + CHUNKED, b"1\r\na\r\n"),
+        (GET_HEALTH + b"Content-Length: 999999999999\r\n\r\n", b"a"),
+        (GET_HEALTH + CHUNKED + b"0\r\n", b"X-Trailer: a\r\n"),
+        (GET_HEALTH + b"Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: 40\r\n\r\n", b""),
+    ],
+    ids=["an empty line", "chunks", "chunks to health", "a length", "trailers", "half an upgrade"],
+)
+def test_nothing_but_a_request_keeps_an_answered_connection(held: ServedApp, start: bytes, part: bytes) -> None:
+    with held.connect() as connection:
+        connection.sendall(start)
+        answer = b""
+        connection.settimeout(0.2)
+        begin = time.monotonic()
+        while time.monotonic() - begin < 30:
+            try:
+                connection.sendall(part)
+                received = connection.recv(65_536)
+            except TimeoutError:
+                continue
+            except OSError:
+                break  # Closed while we still sent.
+            if not received:
+                break
+            answer += received
+        else:
+            raise AssertionError(f"it is still open after {answer!r}")
+    assert re.match(rb"HTTP/1\.1 (200|404|408|413) ", answer)
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("connection_header", [b"Upgrade, HTTP2-Settings", b"Upgrade"])
+def test_a_wish_for_another_protocol_is_ignored(served: ServedApp, protocol: bytes, connection_header: bytes) -> None:
+    wish = [b"Connection: " + connection_header, b"Upgrade: " + protocol, b"HTTP2-Settings: AAMAAABkAAQAAP__"]
+    with served.connect() as connection:
+        for body, status in ((FORM, b"200"), (b"GET /nowhere HTTP/1.1\r\nHost: service\r\n\r\n", b"422")):
+            connection.sendall(head(b"Content-Length: %d" % len(body), *wish))
+            time.sleep(0.1)
+            connection.sendall(body)
+            assert read_until(connection, b'"message": ').startswith(b"HTTP/1.1 " + status)
+        chunks = head(b"Transfer-Encoding: chunked", *wish) + chunk(FORM) + b"0\r\n\r\n"
+        connection.sendall(chunks + head(*wish, method=b"GET", path=b"/health_check") + head(path=b"/nowhere"))
+        answers = read_until(connection, b"There is nothing at")
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", answers) == [b"200", b"200", b"404"]
+
+
+def test_connect_gets_400(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(b"CONNECT service:80 HTTP/1.1\r\nHost: service\r\n\r\n" + head(method=b"GET"))
+        answer = read_to_end(connection)
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", answer) == [b"400"]
 
 
 def test_a_chunked_upload_without_end_gets_413_at_the_limit(served: ServedApp) -> None:

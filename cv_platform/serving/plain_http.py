@@ -1,0 +1,74 @@
+"""Uvicorn's fast parser for HTTP/1.1 without other protocols: a request with `Upgrade` is read as if it had none.
+
+The parser under it stops behind a head with `Upgrade` and would take the request's body for the next request. A server
+may ignore the header (RFC 9110, section 7.8), and Java's HttpClient sends it by default: such a request is read anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class PlainHttpProtocol(HttpToolsProtocol):
+    """Answers requests of HTTP/1.1 only; the arguments are Uvicorn's own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ws_protocol_class = None
+        self._is_head = False
+
+    def data_received(self, data: bytes) -> None:
+        """Parses the bytes; what is no HTTP, and `CONNECT`, gets 400."""
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while (end_of_head := self._feed(rest)) is not None:
+                rest = rest[end_of_head:]
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # As Uvicorn's.
+                self.parser.feed_data(head)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def on_message_begin(self) -> None:
+        """Begins a head."""
+        self._is_head = True
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keeps a header; trailers, of which there may be any number, are read and forgotten."""
+        if self._is_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Starts the request, unless it will be read anew."""
+        self._is_head = False
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Notes that the body is whole, also where the answer did not wait for it."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+            self.cycle.more_body = False
+
+    def _feed(self, data: memoryview) -> int | None:
+        """Returns where a head ends that asks for another protocol, if one does."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return upgrade.args[0]
+        return None
+
+    def _head_without_upgrade(self) -> bytes:
+        method = self.parser.get_method()
+        if method == b"CONNECT":  # It has no body: whatever follows is for somebody else.
+            raise httptools.HttpParserError("CONNECT")
+        start = b" ".join([method, self.url, b"HTTP/" + self.parser.get_http_version().encode()])
+        headers = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([start, *headers, b"", b""])
