@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -14,6 +17,22 @@ from psycopg2 import sql
 from sqlalchemy import Engine, make_url
 
 _TEMPLATE = "cv_template"
+
+
+@pytest.fixture(autouse=True)
+def _process_as_found() -> Iterator[None]:
+    """Gives the next test the environment and the handling of SIGTERM that this one found: children inherit both.
+
+    MLflow, for one, writes the tracking address of each run into the environment.
+    """
+    environment = dict(os.environ)
+    handler, mask = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.signal(signal.SIGTERM, handler)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +66,7 @@ def database_url(_template_url: str) -> Iterator[str]:
     identifiers = {"name": sql.Identifier(name), "template": sql.Identifier(_TEMPLATE)}
     _administrate(_template_url, sql.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**identifiers))
     yield _renamed(_template_url, name)
-    _administrate(_template_url, sql.SQL("DROP DATABASE {name} WITH (FORCE)").format(**identifiers))
+    _drop_database(_template_url, name)
 
 
 @pytest.fixture
@@ -62,6 +81,19 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 def _renamed(url: str, database: str) -> str:
     return make_url(url).set(database=database).render_as_string(hide_password=False)
+
+
+def _drop_database(url: str, name: str) -> None:
+    """Drops a database and whatever connections a test left to it."""
+    statement = sql.SQL("DROP DATABASE {name} WITH (FORCE)").format(name=sql.Identifier(name))
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return _administrate(url, statement)
+        except psycopg2.errors.InsufficientPrivilege:  # Autovacuum is in it: a process that is not this role's to end.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _administrate(url: str, statement: sql.Composable) -> None:

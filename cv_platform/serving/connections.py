@@ -21,10 +21,7 @@ from typing import Any
 
 from uvicorn import config as uvicorn_config
 
-try:
-    from cv_platform.serving.plain_http import PlainHttpProtocol as _InnerProtocol
-except ImportError:  # Without `httptools`, which Uvicorn does not require.
-    from uvicorn.protocols.http.h11_impl import H11Protocol as _InnerProtocol
+from cv_platform.serving.plain_http import PlainHttpProtocol
 
 
 class BoundedProtocol(asyncio.Protocol):
@@ -44,17 +41,13 @@ class BoundedProtocol(asyncio.Protocol):
     kept_seconds = 60.0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        # Typed as any protocol: Uvicorn chooses it by what is installed.
-        self._inner: Any = _InnerProtocol(*arguments, **options)
-        # Else Uvicorn hands a connection whose client asks for websockets over to a protocol without these bounds.
-        self._inner.ws_protocol_class = None
+        self._inner: Any = PlainHttpProtocol(*arguments, **options)
         self._after_answer = self._inner.on_response_complete
         self._inner.on_response_complete = self._answered
         self._transport: Any = None
         self._head_bytes = 0
         self._deadline: asyncio.TimerHandle | None = None
         self._kept_until = 0.0
-        self._last: Any = None
         self._is_cut_off = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -87,8 +80,7 @@ class BoundedProtocol(asyncio.Protocol):
     def eof_received(self) -> bool | None:
         """Ends the connection, but not before the answers to what has arrived whole."""
         newest = self._inner.cycle
-        # Only the fast parser reads on behind a request that waits for its turn.
-        waiting: Any = getattr(self._inner, "pipeline", None)
+        waiting = self._inner.pipeline
         if newest is None or newest.response_complete or (newest.more_body and not waiting):
             return self._inner.eof_received()
         if newest.more_body:  # The rest will never come: the connection ends with the answer before.
@@ -130,13 +122,8 @@ class BoundedProtocol(asyncio.Protocol):
             self._deadline = loop.call_later(seconds, self._give_up)
 
     def _end_after(self, newest: Any) -> None:
-        """Makes the connection end with this request's answer, which says so, once, unless it has begun."""
-        if newest is self._last:
-            return
-        self._last = newest
+        """Makes the connection end with this request's answer, which says so unless it has begun."""
         newest.keep_alive = False
-        # Uvicorn's slower parser announces an end only where there is such a header.
-        newest.default_headers = [*newest.default_headers, (b"connection", b"close")]
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:

@@ -17,6 +17,7 @@ class PlainHttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        # Else Uvicorn hands a connection whose client asks for websockets over to a protocol without our bounds.
         self.ws_protocol_class = None
         self._is_head = False
 

