@@ -31,7 +31,8 @@ DatabaseState = Literal["ok", "unreachable", "schema mismatch", "not configured"
 
 _BATCH_ROWS = 1000
 _LINGER_SECONDS = 0.5
-"""After an append: gathers the next ones into the same transaction."""
+"""After an append, and after each batch that was not full: gathers the next entries into one transaction. Under load a
+transaction for each few rows would take the processor from the predictions."""
 _BATCH_IMAGE_BYTES = 32 * 1024 * 1024
 _IDLE_SECONDS = 5.0
 """How often an idle drainer looks whether the database is still there, and for the spools of others that are gone."""
@@ -153,7 +154,7 @@ class Drainer:
             self._database.close()
 
     def _drain_once(self) -> bool:
-        """Drains one batch of each spool; returns whether there may be more."""
+        """Drains one batch of each spool; returns whether there was more than that."""
         if self._url is None:
             return False
         if self._database is None:
@@ -170,15 +171,17 @@ class Drainer:
         return has_more
 
     def _drain_batch(self, database: LogDatabase, spool: Spool) -> bool:
-        rows = spool.read_batch(_BATCH_ROWS, _BATCH_IMAGE_BYTES)
-        if not rows:
-            spool.shrink()
-            return False
+        """Returns whether there was more than one batch."""
+        rows, are_all = spool.read_batch(_BATCH_ROWS, _BATCH_IMAGE_BYTES)
         try:
-            self._write_or_halve(database, spool, rows)
+            if rows:
+                self._write_or_halve(database, spool, rows)
         except ChangedMeanwhileError:
             logger.info("An entry was deleted on its way to the database; the batch is read again.")
-        return True
+            return True
+        if are_all:
+            spool.shrink()
+        return not are_all
 
     def _write_or_halve(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
         try:
@@ -216,7 +219,7 @@ class Drainer:
         if orphan is None:
             return False
         try:
-            if not self._drain_batch(database, orphan):
+            if not self._drain_batch(database, orphan):  # Nobody adds to it any more.
                 self._spool.take_rejected(orphan)
                 self._adopted = None
                 orphan.close()

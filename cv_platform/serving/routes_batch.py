@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
@@ -30,7 +30,6 @@ from cv_platform.serving.problems import RETRY_SECONDS, Problem, defect, shown_p
 from cv_platform.serving.refusal_log import log_refusal
 from cv_platform.serving.routes_predict import PREDICT_PATH, answer_and_log, begin
 from cv_platform.serving.runtime import LoadedModel
-from cv_platform.serving.security import API_KEY
 from cv_platform.serving.upload_form import EXPLAIN_QUERY, UploadForm, received
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def batch_router(context: ServingContext) -> APIRouter:
         BATCH_PATH,
         summary="Classify several images",
         description=BATCH_DESCRIPTION,
-        dependencies=[Depends(context.guard.require_api_key), *API_KEY],
+        dependencies=[context.guard.api_key],
         responses=predict_responses(BatchResult, BATCH_EXAMPLE),
         openapi_extra={"requestBody": form.request_body()},
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated
 from uuid import UUID, uuid5
 
-from fastapi import APIRouter, Body, Depends, Path, Request
+from fastapi import APIRouter, Body, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
@@ -29,7 +29,6 @@ from cv_platform.serving.explain import Explain, draw, to_base64
 from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.passport import make_passport
 from cv_platform.serving.problems import Problem, json_response, public_reason, trace_of
-from cv_platform.serving.security import ADMIN_TOKEN, API_KEY
 from cv_platform.storage import BundleMetadata
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class Feedback(BaseModel):
 def feedback_router(context: ServingContext) -> APIRouter:
     """Returns the routes `/feedback/…` and `/predictions/…`."""
     router = APIRouter(tags=["predictions"])
-    keyed = [Depends(context.guard.require_api_key), *API_KEY]
+    keyed = [context.guard.api_key]
 
     @router.post(
         "/feedback/{prediction_id}",
@@ -140,7 +139,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
         "/predictions/{prediction_id}",
         summary="Delete a result for good",
         description="With what was said of it, and with its image unless another prediction has the same one.",
-        dependencies=[Depends(context.guard.require_admin), *ADMIN_TOKEN],
+        dependencies=[context.guard.admin],
         responses=responses(
             DeletionResult, DELETION_EXAMPLE, 401, 403, 404, 408, 413, 422, 429, 503, description="deleted"
         ),

@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
 from cv_platform.serving.api_models import CurrentModels, MovedPointer
@@ -15,7 +15,6 @@ from cv_platform.serving.examples import CURRENT_EXAMPLE, POINTER_EXAMPLE, VERSI
 from cv_platform.serving.holder import is_live
 from cv_platform.serving.problems import Problem, json_response
 from cv_platform.serving.promotion import promote, roll_back
-from cv_platform.serving.security import ADMIN_TOKEN
 from cv_platform.storage import VERSION_PATTERN, ProductionPointer
 
 _METADATA_FILE = re.compile(r"([a-z][a-z0-9_]{0,62})\.yaml")
@@ -25,7 +24,7 @@ _VERSION = re.compile(VERSION_PATTERN)
 def models_router(context: ServingContext) -> APIRouter:
     """Returns the routes `/models/current`, `/update_model/…` and `/rollback`."""
     router = APIRouter(tags=["models"])
-    admin = [Depends(context.guard.require_admin), *ADMIN_TOKEN]
+    admin = [context.guard.admin]
     service = context.settings.service_name
 
     @router.get(

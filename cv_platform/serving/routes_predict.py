@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from cv_platform.serving.answer import answer_upload, log_entry
@@ -24,7 +24,6 @@ from cv_platform.serving.observation import staged
 from cv_platform.serving.problems import Problem, json_response, trace_of, try_later
 from cv_platform.serving.refusal_log import logged_url
 from cv_platform.serving.runtime import LoadedModel
-from cv_platform.serving.security import API_KEY
 from cv_platform.serving.upload_form import EXPLAIN_QUERY, UploadForm, received
 
 PREDICT_PATH = "/predict"
@@ -41,7 +40,7 @@ def predict_router(context: ServingContext) -> APIRouter:
         PREDICT_PATH,
         summary="Classify an image",
         description=PREDICT_DESCRIPTION,
-        dependencies=[Depends(context.guard.require_api_key), *API_KEY],
+        dependencies=[context.guard.api_key],
         responses=predict_responses(PredictionResult, PREDICTION_EXAMPLE),
         openapi_extra={"requestBody": _FORM.request_body()},
     )

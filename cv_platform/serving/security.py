@@ -13,9 +13,11 @@ import hmac
 import re
 from uuid import uuid4
 
-from fastapi import Request, Security
+from fastapi import Request
+from fastapi.params import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.serving.problems import Problem, RequestTrace, has_trace, problem_response, set_trace, trace_of
@@ -24,18 +26,6 @@ from cv_platform.settings import Settings
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-# What /docs says of a route's credentials; the checks themselves are `Guard`'s.
-API_KEY = (
-    Security(
-        APIKeyHeader(
-            name="X-API-Key", scheme_name="apiKey", description="Needed while CV_API_KEYS is set.", auto_error=False
-        )
-    ),
-)
-ADMIN_TOKEN = (
-    Security(HTTPBearer(scheme_name="adminToken", description="The value of CV_ADMIN_TOKEN.", auto_error=False)),
-)
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -121,17 +111,23 @@ class SameSite:
 
 
 class Guard:
-    """Checks the secrets of a request; the methods that require something are FastAPI dependencies.
+    """Checks the secrets of a request.
 
     Args:
         settings: `admin_token` and `api_keys`.
+
+    Attributes:
+        api_key: dependency of the routes that need an API key while there are any; /docs shows it.
+        admin: dependency of the routes that need the admin token.
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.api_key = Security(_RequiredApiKey(self))
+        self.admin = Security(_RequiredAdminToken(self))
         self._admin_token = settings.admin_token.get_secret_value().encode() if settings.admin_token else None
         self._api_keys = tuple(key.get_secret_value().encode() for key in settings.api_keys)
 
-    def require_api_key(self, request: Request) -> None:
+    def require_api_key(self, request: HTTPConnection) -> None:
         """Lets a request pass when there are no API keys, or when it has one of them.
 
         Raises:
@@ -167,7 +163,7 @@ class Guard:
             return False
         return True
 
-    def require_admin(self, request: Request) -> None:
+    def require_admin(self, request: HTTPConnection) -> None:
         """Lets a request pass that carries the admin token.
 
         Raises:
@@ -192,6 +188,27 @@ class Guard:
             raise Problem(403, "That is not the admin token of this service.", expected=expected)
 
 
-def _given_key(request: Request) -> bytes:
+class _RequiredApiKey(APIKeyHeader):
+    def __init__(self, guard: Guard) -> None:
+        super().__init__(
+            name="X-API-Key", scheme_name="apiKey", description="Needed while CV_API_KEYS is set.", auto_error=False
+        )
+        self._guard = guard
+
+    # A coroutine, as FastAPI would hand anything else to a thread and wait for it.
+    async def __call__(self, request: HTTPConnection) -> None:
+        self._guard.require_api_key(request)
+
+
+class _RequiredAdminToken(HTTPBearer):
+    def __init__(self, guard: Guard) -> None:
+        super().__init__(scheme_name="adminToken", description="The value of CV_ADMIN_TOKEN.", auto_error=False)
+        self._guard = guard
+
+    async def __call__(self, request: HTTPConnection) -> None:
+        self._guard.require_admin(request)
+
+
+def _given_key(request: HTTPConnection) -> bytes:
     # Not every HTTP parser takes away the white space around a value, which is none of it (RFC 9110, section 5.5).
     return request.headers.get("x-api-key", "").strip(" \t").encode("latin-1")

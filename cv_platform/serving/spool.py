@@ -62,6 +62,13 @@ class SpoolRow(NamedTuple):
     image_bytes: int
 
 
+class SpoolBatch(NamedTuple):
+    """The oldest entries of a spool, and whether there are no others."""
+
+    rows: list[SpoolRow]
+    are_all: bool
+
+
 class RejectedEntry(NamedTuple):
     """An entry that the database refuses, with the reason; it keeps its record and arrays for a person to look at."""
 
@@ -195,13 +202,13 @@ class Spool:
         """Calls `listener` after each commit of new entries, on the thread that committed."""
         self._listener = listener
 
-    def read_batch(self, max_rows: int, max_image_bytes: int) -> list[SpoolRow]:
+    def read_batch(self, max_rows: int, max_image_bytes: int) -> SpoolBatch:
         """Returns the oldest entries, with uploads of at most `max_image_bytes` in all, but at least one entry."""
         with self._reader() as connection:
             rows = connection.execute(
                 "SELECT e.id, e.entry_id, e.kind, e.record, e.vectors, e.image_sha256, coalesce(i.bytes, 0) "
                 "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 ORDER BY e.id LIMIT ?",
-                (max_rows,),
+                (max_rows + 1,),
             ).fetchall()
         batch: list[SpoolRow] = []
         seen: set[str | None] = set()
@@ -210,10 +217,10 @@ class Spool:
             if row.image_sha256 not in seen:
                 image_bytes += row.image_bytes
                 seen.add(row.image_sha256)
-            if batch and image_bytes > max_image_bytes:
+            if len(batch) == max_rows or (batch and image_bytes > max_image_bytes):
                 break
             batch.append(row)
-        return batch
+        return SpoolBatch(batch, are_all=len(batch) == len(rows))
 
     def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
         """Returns whether the entries are as they were read: a deletion may have stripped one since."""

@@ -146,6 +146,20 @@ def test_the_same_upload_is_stored_once(log: RequestLog, engine: Engine) -> None
     assert scalar(engine, "SELECT string_agg(encode(content, 'escape'), ',' ORDER BY content) FROM images") == "one,two"
 
 
+def test_entries_that_come_one_by_one_share_transactions(log: RequestLog, engine: Engine) -> None:
+    begin = time.monotonic()
+    for _ in range(60):
+        log.append(answered(image=None))
+        time.sleep(0.02)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    seconds = time.monotonic() - begin
+    assert count(engine, "api_log") == 60
+    # At most one each half second, however long the entries took; before, nearly as many as entries.
+    transactions = scalar(engine, "SELECT count(DISTINCT xmin::text) FROM api_log")
+    assert isinstance(transactions, int)
+    assert transactions <= seconds / 0.5 + 2
+
+
 def test_feedback_keeps_its_history_and_may_arrive_before_its_prediction(log: RequestLog, engine: Engine) -> None:
     entry = answered()
     assert entry.prediction_id is not None

@@ -65,7 +65,7 @@ def test_concurrent_appends_all_arrive_in_order_of_their_thread(spool: Spool) ->
         thread.start()
     for thread in threads:
         thread.join()
-    found = [row.entry_id for row in spool.read_batch(1000, 10**9)]
+    found = [row.entry_id for row in spool.read_batch(1000, 10**9).rows]
     assert sorted(found) == sorted(str(entry.entry_id) for part in entries for entry in part)
     for part in entries:
         wanted = [str(entry.entry_id) for entry in part]
@@ -77,7 +77,7 @@ def test_an_upload_is_kept_once_and_until_its_last_entry_goes(spool: Spool) -> N
         spool.append(answered(image=b"the same"))
     spool.append(answered(image=b"another"))
     assert images_in(spool) == 2
-    rows = spool.read_batch(10, 10**9)
+    rows = spool.read_batch(10, 10**9).rows
     spool.delete(rows[:2])
     assert images_in(spool) == 2
     spool.delete(rows[2:3])
@@ -89,11 +89,13 @@ def test_an_upload_is_kept_once_and_until_its_last_entry_goes(spool: Spool) -> N
 def test_a_batch_ends_before_its_uploads_grow_too_large_but_is_never_empty(spool: Spool) -> None:
     for content in (b"a" * 60, b"b" * 60, b"a" * 60, b"c" * 500):
         spool.append(answered(image=content))
-    assert len(spool.read_batch(10, 100)) == 1
-    assert len(spool.read_batch(10, 120)) == 3  # The third has the first one's upload.
-    assert len(spool.read_batch(2, 10**9)) == 2
-    spool.delete(spool.read_batch(3, 10**9))
-    assert len(spool.read_batch(10, 100)) == 1
+    assert len(spool.read_batch(10, 100).rows) == 1
+    assert len(spool.read_batch(10, 120).rows) == 3  # The third has the first one's upload.
+    assert len(spool.read_batch(2, 10**9).rows) == 2
+    assert [spool.read_batch(rows, 10**9).are_all for rows in (3, 4, 5)] == [False, True, True]
+    assert not spool.read_batch(10, 120).are_all
+    spool.delete(spool.read_batch(3, 10**9).rows)
+    assert len(spool.read_batch(10, 100).rows) == 1
 
 
 def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_pat
     with pytest.raises(SpoolFullError, match="less than 150000 bytes"):
         spool.append(answered())
     assert spool.depth() == 1
-    spool.delete(spool.read_batch(1, 10**9))
+    spool.delete(spool.read_batch(1, 10**9).rows)
     spool.append(answered())
     assert spool.depth() == 1
     spool.close()
@@ -134,7 +136,7 @@ def test_a_disk_that_does_not_answer_refuses_and_the_entry_never_arrives(tmp_pat
     spool._timeout = 10.0
     last = answered()
     spool.append(last)
-    assert [row.entry_id for row in spool.read_batch(10, 10**9)] == [str(last.entry_id)]
+    assert [row.entry_id for row in spool.read_batch(10, 10**9).rows] == [str(last.entry_id)]
     spool.close()
 
 
@@ -192,7 +194,7 @@ def test_entries_written_by_many_threads_are_all_there_once(spool: Spool) -> Non
         done = list(pool.map(lambda number: (spool.write, spool.submit)[number % 2](entries[number]), range(400)))
     for future in done:
         assert future.result(10) is None
-    assert {row.entry_id for row in spool.read_batch(1000, 10**9)} == {str(entry.entry_id) for entry in entries}
+    assert {row.entry_id for row in spool.read_batch(1000, 10**9).rows} == {str(entry.entry_id) for entry in entries}
     assert spool.depth() == 400
 
 
@@ -205,7 +207,7 @@ def test_a_spool_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 def test_closing_an_empty_spool_leaves_no_file(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.append(answered())
-    spool.delete(spool.read_batch(1, 10**9))
+    spool.delete(spool.read_batch(1, 10**9).rows)
     spool.close()
     spool.close()
     assert list(tmp_path.iterdir()) == []
@@ -221,9 +223,9 @@ def test_what_is_left_is_adopted_by_a_successor(tmp_path: Path) -> None:
     former.close()
     adopted = Spool.adopt(former.path)
     assert adopted is not None
-    assert [row.entry_id for row in adopted.read_batch(10, 10**9)] == [str(entry.entry_id)]
+    assert [row.entry_id for row in adopted.read_batch(10, 10**9).rows] == [str(entry.entry_id)]
     assert Spool.adopt(former.path) is None, "it has a new owner"
-    adopted.delete(adopted.read_batch(10, 10**9))
+    adopted.delete(adopted.read_batch(10, 10**9).rows)
     adopted.close()
     assert Spool.adopt(former.path) is None, "it is gone"
     assert list(tmp_path.iterdir()) == []
@@ -233,7 +235,7 @@ def test_a_rejected_entry_keeps_everything_and_survives_its_spool(tmp_path: Path
     former = Spool(tmp_path)
     entry = answered(image=b"kept")
     former.append(entry)
-    former.reject(former.read_batch(1, 10**9)[0], "because")
+    former.reject(former.read_batch(1, 10**9).rows[0], "because")
     assert (former.depth(), former.rejected_count()) == (0, 1)
     former.close()
     adopted, successor = Spool.adopt(former.path), Spool(tmp_path)
@@ -268,7 +270,7 @@ def test_a_prediction_is_found_in_any_replicas_spool(tmp_path: Path) -> None:
 def test_space_is_given_back_after_an_outage(spool: Spool) -> None:
     for number in range(8):
         spool.append(answered(image=bytes([number]) * 1_000_000))
-    spool.delete(spool.read_batch(10, 10**9))
+    spool.delete(spool.read_batch(10, 10**9).rows)
     with sqlite3.connect(spool.path) as connection:
         before = connection.execute("PRAGMA page_count").fetchone()[0]
         spool.shrink()
@@ -305,10 +307,10 @@ def test_a_batch_knows_that_one_of_its_entries_was_deleted_meanwhile(spool: Spoo
     first, second = answered(), answered()
     spool.append(first)
     spool.append(second)
-    rows = spool.read_batch(10, 10_000_000)
+    rows = spool.read_batch(10, 10_000_000).rows
     assert spool.still_holds(rows)
     assert second.prediction_id is not None
     assert delete_from_spools(spool.path.parent, second.prediction_id)
     assert not spool.still_holds(rows)
     assert spool.still_holds(rows[:1])
-    assert spool.still_holds(spool.read_batch(10, 10_000_000))
+    assert spool.still_holds(spool.read_batch(10, 10_000_000).rows)

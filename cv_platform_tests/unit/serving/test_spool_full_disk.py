@@ -41,7 +41,7 @@ def test_entries_end_before_the_disk_does_and_what_is_drained_still_leaves(
             spool.append(answered())
         with pytest.raises(SpoolFullError):
             spool.try_out()
-        spool.delete(spool.read_batch(10, 10**6))
+        spool.delete(spool.read_batch(10, 10**6).rows)
         assert spool.depth() == 0
     spool.try_out()
     assert spool.depth() == 0, "trying leaves nothing"
