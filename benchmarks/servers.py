@@ -16,6 +16,8 @@ from cv_platform.errors import ServiceError
 from cv_platform.stack.http import wait_for_http
 
 STOP_SECONDS = 30.0
+_POLL_SECONDS = 0.02
+"""The time to the first healthy answer is measured."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ def serving(
         )
     try:
         try:
-            wait_for_http(base_url + health_path, seconds=start_seconds, alive=lambda: process.poll() is None)
+            wait_for_http(
+                base_url + health_path,
+                seconds=start_seconds,
+                alive=lambda: process.poll() is None,
+                every_seconds=_POLL_SECONDS,
+            )
         except ServiceError as err:
             end = log.read_text(encoding="utf-8", errors="replace")[-3000:]
             raise ServiceError(f"{name} did not start: {err}\nThe end of {log}:\n{end}") from err

@@ -18,8 +18,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for_http(url: str, *, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
-    """Waits until `url` answers 200.
+def wait_for_http(
+    url: str, *, seconds: float, alive: Callable[[], bool] = lambda: True, every_seconds: float = 0.3
+) -> None:
+    """Waits until `url` answers 200, which is asked `every_seconds`.
 
     Raises:
         ServiceError: it did not within `seconds`, or `alive` turned false.
@@ -37,7 +39,7 @@ def wait_for_http(url: str, *, seconds: float, alive: Callable[[], bool] = lambd
             if response.status_code == 200:
                 return
             last = f"status {response.status_code}: {response.text[:500]}"
-        time.sleep(0.3)
+        time.sleep(every_seconds)
     raise ServiceError(f"Expected {url} to answer 200 within {seconds:.0f} s. Received: {last}.")
 
 
