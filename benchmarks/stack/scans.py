@@ -136,7 +136,7 @@ def _pages(stage: Stage, findings: Findings) -> None:
 
 
 def _databases(stage: Stage, findings: Findings) -> None:
-    roles = {"postgres", "request_log", "service", "dagster", "mlflow", "monitor"} | {
+    roles = {"postgres", "request_log", "service", "dagster", "mlflow", "monitor", "reader"} | {
         user for user, _ in DEFAULT_LOGINS
     }
     tries = sorted({(role, word) for role in roles for word in (role, *(word for _, word in DEFAULT_LOGINS)) if word})

@@ -212,69 +212,66 @@ def test_a_failed_run_alerts_unless_its_experiment_is_silent(
     assert all(alert["title"] == "cats: run failed" for alert in received)
 
 
+class KilledRun:
+    """A run whose container is gone, on an instance that retries such runs, and the sensor that looks at it."""
+
+    def __init__(self, instance: dg.DagsterInstance, experiment: ExperimentConfig, tags: dict[str, str]) -> None:
+        @dg.job(tags={"experiment": "cats"})
+        def killed() -> None:
+            pass
+
+        self.instance, self.experiment = instance, experiment
+        run = instance.create_run_for_job(killed, status=dg.DagsterRunStatus.STARTED)
+        instance.add_run_tags(run.run_id, tags)
+        self.run_id = run.run_id
+        self.event = instance.report_run_failed(run, "Its container is gone.")
+
+    def look(self) -> int:
+        """Lets the sensor look at the run, and returns how often Dagster has been told of its failure."""
+        failed = self.instance.get_run_by_id(self.run_id)
+        assert failed is not None
+        context = dg.build_run_status_sensor_context(
+            sensor_name="run_failure", dagster_instance=self.instance, dagster_run=failed, dagster_event=self.event
+        ).for_run_failure()
+        run_failure_sensor([self.experiment])(context)
+        return len(self.instance.all_logs(self.run_id, of_type=dg.DagsterEventType.RUN_FAILURE))
+
+
+@pytest.fixture
+def retrying_instance(home: Path, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    retries = {"run_retries": {"enabled": True, "max_retries": 1, "retry_on_asset_or_op_failure": False}}
+    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=retries) as instance:
+        yield instance
+
+
 def test_a_run_that_is_retried_alerts_nobody_and_is_not_forgotten(
     experiment: ExperimentConfig,
-    home: Path,
+    retrying_instance: dg.DagsterInstance,
     alert_server: tuple[str, list[dict[str, str]]],
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
 ) -> None:
     url, received = alert_server
     monkeypatch.setenv("CV_ALERT_URLS", url)
-
-    @dg.job(tags={"experiment": "cats"})
-    def killed() -> None:
-        pass
-
-    retries = {"run_retries": {"enabled": True, "max_retries": 1, "retry_on_asset_or_op_failure": False}}
-    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=retries) as instance:
-        run = instance.create_run_for_job(killed, status=dg.DagsterRunStatus.STARTED)
-        event = instance.report_run_failed(run, "Its container is gone.")
-
-        def failures_after_a_look() -> int:
-            failed = instance.get_run_by_id(run.run_id)
-            assert failed is not None
-            context = dg.build_run_status_sensor_context(
-                sensor_name="run_failure", dagster_instance=instance, dagster_run=failed, dagster_event=event
-            ).for_run_failure()
-            run_failure_sensor([experiment])(context)
-            return len(instance.all_logs(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE))
-
-        assert failures_after_a_look() == 2  # Dagster's daemon has not looked at the first, and is told again.
-        instance.add_run_tags(run.run_id, {"dagster/auto_retry_run_id": "its retry"})
-        assert failures_after_a_look() == 2
+    run = KilledRun(retrying_instance, experiment, {})
+    assert run.look() == 2  # Dagster's daemon has not looked at the first, and is told again.
+    retrying_instance.add_run_tags(run.run_id, {"dagster/auto_retry_run_id": "its retry"})
+    assert run.look() == 2
     assert received == []
 
 
 @pytest.mark.parametrize("inherited", [{}, {"cv-platform/retold": "the run that it retries"}])
 def test_a_killed_run_that_nobody_retries_alerts_after_dagster_was_told_once_more(
     experiment: ExperimentConfig,
-    home: Path,
+    retrying_instance: dg.DagsterInstance,
     alert_server: tuple[str, list[dict[str, str]]],
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     inherited: dict[str, str],
 ) -> None:
     url, received = alert_server
     monkeypatch.setenv("CV_ALERT_URLS", url)
-
-    @dg.job(tags={"experiment": "cats"})
-    def killed() -> None:
-        pass
-
-    retries = {"run_retries": {"enabled": True, "max_retries": 1, "retry_on_asset_or_op_failure": False}}
-    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=retries) as instance:
-        run = instance.create_run_for_job(killed, status=dg.DagsterRunStatus.STARTED)
-        instance.add_run_tags(run.run_id, inherited)
-        event = instance.report_run_failed(run, "Its container is gone.")
-        for alerts in (0, 1):
-            failed = instance.get_run_by_id(run.run_id)
-            assert failed is not None
-            context = dg.build_run_status_sensor_context(
-                sensor_name="run_failure", dagster_instance=instance, dagster_run=failed, dagster_event=event
-            ).for_run_failure()
-            run_failure_sensor([experiment])(context)
-            assert len(received) == alerts
-            # No third event: this sensor would see it, and go on for ever.
-            assert len(instance.all_logs(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE)) == 2
+    run = KilledRun(retrying_instance, experiment, inherited)
+    for alerts in (0, 1):
+        # No third event: this sensor would see it, and go on for ever.
+        assert run.look() == 2
+        assert len(received) == alerts
     assert "No retry was started" in received[0]["message"]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,19 @@ class Demo:
         return json.loads((self.home / "records" / "digits" / f"{asset}.json").read_text())
 
 
+def cli(variables: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a `cv-platform` command of the repository with these variables added to the environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "cv_platform.cli", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=840,
+    )
+
+
 @contextmanager
 def finished_demo() -> Iterator[Demo]:
     # Not below pytest's own folder, which is closed to the unprivileged user that runs PostgreSQL for root.
@@ -41,15 +54,7 @@ def finished_demo() -> Iterator[Demo]:
     config = REPOSITORY / "configs" / "digits.yaml"
     variables = {"CV_HOME": str(folder / "home"), "CV_CONFIGS": str(config)}
     try:
-        result = subprocess.run(
-            [sys.executable, "-m", "cv_platform.cli", "demo"],
-            cwd=REPOSITORY,
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=840,
-        )
+        result = cli(variables, "demo")
         yield Demo(
             result.returncode,
             result.stdout + result.stderr,

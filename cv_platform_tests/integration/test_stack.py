@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,21 +21,9 @@ from cv_platform.stack.http import free_port, is_taken
 from cv_platform.stack.leftovers import leftover_pids, program_mark
 from cv_platform.stack.programs import programs
 from cv_platform.stack.supervisor import control
+from cv_platform_tests.integration.demo_run import cli
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(600)]
-
-
-def cli(variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cv_platform.cli", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ It adds requests and reports to the installation of test_demo, which counts them
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +19,7 @@ from sqlalchemy import Row, text
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import make_engine
 from cv_platform.stack.http import free_port
-from cv_platform_tests.integration.demo_run import REPOSITORY, Demo
+from cv_platform_tests.integration.demo_run import REPOSITORY, Demo, cli
 
 TEST_IMAGES = 359
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
@@ -54,18 +52,6 @@ class Tour:
                 return list(connection.execute(text(statement), values))
         finally:
             engine.dispose()
-
-
-def cli(variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cv_platform.cli", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -113,8 +113,9 @@ def shipped_configs() -> list[Path]:
 
 @pytest.mark.parametrize("path", shipped_configs(), ids=lambda path: path.stem)
 def test_shipped_configs_load_and_satisfy_the_schema(path: Path) -> None:
-    load_experiment(path)
-    jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
+    content = yaml.safe_load(path.read_text())
+    jsonschema.validate(content, json_schema())
+    assert load_experiment(path).name == content["name"]
 
 
 def test_schema_file_is_the_generated_schema() -> None:
