@@ -9,7 +9,7 @@ from pathlib import Path
 UPLOADS = ("photos", "digits")
 PHASES = "abcdefg"
 """Of the soak, in their order."""
-STACK_PHASES = ("up", "digits", "predict", "monitoring", "scans", "kills", "roll", "reboot", "restore")
+STACK_PHASES = ("up", "digits", "predict", "monitoring", "scans", "kills", "roll", "tls", "reboot", "restore")
 """Of the stack's proof, in their order: those that are played when none is named."""
 STACK_EXTRA_PHASES = ("processes", "containers")
 """Also of the stack's proof, when they are named: each takes five minutes."""

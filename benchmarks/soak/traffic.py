@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import ssl
 import threading
 import time
 from collections import Counter
@@ -47,12 +48,20 @@ class Traffic:
         uploads: JPEG files, sent in turn.
         concurrency: requests in flight.
         is_unique: whether a number is put behind each file's end, so that the log keeps each upload by itself.
+        trusting: the certificates that an https:// service may have.
     """
 
     def __init__(
-        self, base_url: str, uploads: Sequence[bytes], *, concurrency: int = 8, is_unique: bool = False
+        self,
+        base_url: str,
+        uploads: Sequence[bytes],
+        *,
+        concurrency: int = 8,
+        is_unique: bool = False,
+        trusting: ssl.SSLContext | None = None,
     ) -> None:
         self._target = urlsplit(base_url)
+        self._trusting = trusting
         self._uploads = uploads
         self._is_unique = is_unique
         self._numbers = itertools.count()
@@ -96,7 +105,7 @@ class Traffic:
             return sum(outcome.status == 200 for outcome in self._outcomes)
 
     def _client(self) -> None:
-        connection = http.client.HTTPConnection(self._target.netloc, timeout=ANSWER_SECONDS)
+        connection = self._connection()
         for turn in itertools.count(1):
             if self._stopping.is_set():
                 break
@@ -113,6 +122,11 @@ class Traffic:
             elif turn % _REQUESTS_PER_CONNECTION == 0:
                 connection.close()
         connection.close()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._target.scheme == "https":
+            return http.client.HTTPSConnection(self._target.netloc, timeout=ANSWER_SECONDS, context=self._trusting)
+        return http.client.HTTPConnection(self._target.netloc, timeout=ANSWER_SECONDS)
 
 
 def statuses(outcomes: Sequence[Outcome]) -> str:

@@ -22,6 +22,7 @@ from benchmarks.stack.rolling import roll_under_load
 from benchmarks.stack.run_isolation import resume_after_code_location, resume_in_containers
 from benchmarks.stack.scans import scan
 from benchmarks.stack.stage import Stage
+from benchmarks.stack.tls import speak_tls
 from benchmarks.stack.up import start
 from cv_platform.errors import CvPlatformError, ServiceError
 from cv_platform.stack.containers import engine
@@ -51,6 +52,7 @@ PHASES: dict[str, Phase] = {
     "scans": Phase("ports, rights, default passwords, secrets", scan, 240),
     "kills": Phase("each container killed under load", kill_each, 600),
     "roll": Phase("rolling update under load", roll_under_load, 420),
+    "tls": Phase("a certificate, renewed under load", speak_tls, 240),
     "reboot": Phase("everything killed at once, and a stop and start", reboot, 420),
     "restore": Phase("backup, everything destroyed, restored", destroy_and_restore, 480),
     "processes": Phase("a training resumed after its code location's death", resume_after_code_location, 480),
