@@ -126,7 +126,7 @@ def chosen_phases(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str
 
 def test_the_long_phases_are_played_when_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     default = chosen_phases(monkeypatch)
-    assert default == ("up", "digits", "predict", "monitoring", "scans", "kills", "roll", "reboot", "restore")
+    assert default == ("up", "digits", "predict", "monitoring", "scans", "kills", "roll", "tls", "reboot", "restore")
     assert chosen_phases(monkeypatch, "--phases", "up,processes,containers") == ("up", "processes", "containers")
 
 
