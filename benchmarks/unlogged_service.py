@@ -18,8 +18,8 @@ async def _append_nothing(self: ServingContext, entry: LogEntry | FeedbackEntry)
     del self, entry
 
 
-def _write_nothing(self: ServingContext, entry: LogEntry) -> Future[None]:
-    del self, entry
+def _write_nothing(self: ServingContext, entry: LogEntry, *, more_follow: bool) -> Future[None]:
+    del self, entry, more_follow
     return _DONE
 
 

@@ -52,7 +52,7 @@ PHASES: dict[str, Phase] = {
     "scans": Phase("ports, rights, default passwords, secrets", scan, 240),
     "kills": Phase("each container killed under load", kill_each, 600),
     "roll": Phase("rolling update under load", roll_under_load, 420),
-    "tls": Phase("a certificate, renewed under load", speak_tls, 240),
+    "tls": Phase("a certificate, renewed under load", speak_tls, 300),
     "reboot": Phase("everything killed at once, and a stop and start", reboot, 420),
     "restore": Phase("backup, everything destroyed, restored", destroy_and_restore, 480),
     "processes": Phase("a training resumed after its code location's death", resume_after_code_location, 480),

@@ -46,6 +46,11 @@ class Admission:
             raise RuntimeError("Expected a started context.")
         return self._predict_pool
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether predictions wait for a thread: those that run now are then not the last."""
+        return self.in_flight.inside > self.limits.predict_threads
+
     def admit(self, images: int = 1) -> None:
         """Takes a place for each image; `compute_admitted` gives one back, or `in_flight.leave` what was not used.
 

@@ -2,7 +2,8 @@
 
 Concurrent requests then share one fsync, and nobody ever waits for another one's lock. A thread of its own writes what
 is queued by `submit`; a caller of `write` commits in its own thread when nobody else is at it, which saves an idle
-service two thread switches a request: they cost more than the commit.
+service two thread switches a request: they cost more than the commit. A busy one is slowed down by the fsync itself,
+so a caller who knows that others follow leaves its operation to the next but one of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,9 +26,14 @@ logger = logging.getLogger(__name__)
 Operation = Callable[[sqlite3.Connection], object]
 """Something to do within a transaction; what it returns is ignored."""
 
+_SHARING = 3
+"""Operations of busy callers that share a transaction: with more, so many answers would leave at once that the threads
+which predict would have to wait for the next requests."""
+_LONGEST_WAIT_SECONDS = 0.01
+"""Of an operation for those that were said to follow."""
 _MAX_GROUP = 512
 _MAX_QUEUED = 4096
-_MAX_QUEUED_BYTES = 256 * 1024 * 1024
+MAX_QUEUED_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class _Job:
     run: Operation
     done: Future[None]
     bytes: int
+    due: float
+    """When the thread commits it, on `time.monotonic`'s clock, unless a caller has before."""
 
 
 class GroupCommit:
@@ -64,15 +73,25 @@ class GroupCommit:
         Raises:
             SpoolFullError: too much is waiting, or the file is closed. The future holds one if the disk is full.
         """
-        return self._queue(run, size_bytes, wake=True).done
+        job = self._queue(run, size_bytes)
+        with self._changed:
+            self._changed.notify()
+        return job.done
 
-    def write(self, run: Operation, size_bytes: int = 0) -> Future[None]:
+    def write(self, run: Operation, size_bytes: int = 0, *, more_follow: bool = False) -> Future[None]:
         """Does as `submit`, and writes in the calling thread when nobody else does: the future is then done.
+
+        Args:
+            run: the operation.
+            size_bytes: what it adds to the file.
+            more_follow: whether other callers are about to write, so that this operation may wait for them, a little.
 
         Raises:
             SpoolFullError: as `submit`.
         """
-        job = self._queue(run, size_bytes, wake=False)
+        job = self._queue(run, size_bytes, is_patient=more_follow)
+        if job.due:
+            return job.done
         if self._turn.acquire(blocking=False):
             try:
                 self._write_group()
@@ -96,15 +115,14 @@ class GroupCommit:
             self._connection.close()
         return True
 
-    def _queue(self, run: Operation, size_bytes: int, *, wake: bool) -> _Job:
-        job = _Job(run, Future(), size_bytes)
+    def _queue(self, run: Operation, size_bytes: int, *, is_patient: bool = False) -> _Job:
         with self._changed:
             if self._is_closed:
                 raise SpoolFullError(f"Expected an open spool. Received: {self._path}, which is closed.")
             # A single one may be larger than the limit.
-            if self._queued_bytes and self._queued_bytes + size_bytes > _MAX_QUEUED_BYTES:
+            if self._queued_bytes and self._queued_bytes + size_bytes > MAX_QUEUED_BYTES:
                 raise SpoolFullError(
-                    f"Expected less than {_MAX_QUEUED_BYTES} bytes waiting for {self._path}. "
+                    f"Expected less than {MAX_QUEUED_BYTES} bytes waiting for {self._path}. "
                     f"Received: {self._queued_bytes}. The disk is overloaded; try again later."
                 )
             if len(self._waiting) >= _MAX_QUEUED:
@@ -112,21 +130,29 @@ class GroupCommit:
                     f"Expected at most {_MAX_QUEUED} entries waiting for {self._path}. Received: one more. "
                     "The disk is overloaded; try again later."
                 )
+            waits = is_patient and len(self._waiting) + 1 < _SHARING
+            job = _Job(run, Future(), size_bytes, due=time.monotonic() + _LONGEST_WAIT_SECONDS if waits else 0.0)
             self._waiting.append(job)
             self._queued_bytes += size_bytes
-            if wake:
-                self._changed.notify()
+            if waits and len(self._waiting) == 1:
+                self._changed.notify()  # The thread has to look at the clock now.
         return job
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._is_closed:
-                    self._changed.wait()
+                while not self._is_closed and (left := self._seconds_left()) != 0.0:
+                    self._changed.wait(left)
                 if not self._waiting:
                     return
             with self._turn:
                 self._write_group()
+
+    def _seconds_left(self) -> float | None:
+        """Returns how long what waits may still wait; None when nothing does."""
+        if not self._waiting:
+            return None
+        return max(0.0, min(job.due for job in self._waiting) - time.monotonic())
 
     def _write_group(self) -> None:
         """Commits what waits, at most `_MAX_GROUP` operations; the caller has the turn."""

@@ -88,13 +88,17 @@ class RequestLog:
         """
         return self._spool.submit(entry)
 
-    def write(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
+    def write(self, entry: LogEntry | FeedbackEntry, *, more_follow: bool = False) -> Future[None]:
         """Does as `submit`, and writes in the calling thread when nobody else does: not for an event loop's thread.
+
+        Args:
+            entry: what to keep.
+            more_follow: whether other threads are about to write, and share their transaction.
 
         Raises:
             SpoolFullError: as `submit`.
         """
-        return self._spool.write(entry)
+        return self._spool.write(entry, more_follow=more_follow)
 
     def find_prediction(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction wherever it is: in a replica's spool, or in the database.

@@ -119,7 +119,7 @@ async def answer_and_log(
         entry = log_entry(answer, data, trace, url=url, keep_images=context.settings.log_images)
         if not claim.acquire(blocking=False):
             raise TimeoutError("Nobody waits for this answer any more.")
-        return rendered, context.write_entry(entry)
+        return rendered, context.write_entry(entry, more_follow=context.has_waiting)
 
     try:
         rendered, entry = await context.compute_admitted(work)

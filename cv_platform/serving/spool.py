@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
-from cv_platform.disk_space import free_bytes
 from cv_platform.errors import SpoolFullError
-from cv_platform.serving.group_commit import GroupCommit, Operation
+from cv_platform.serving.group_commit import MAX_QUEUED_BYTES, GroupCommit, Operation
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, SpooledEntry, StoredPrediction, encode
 from cv_platform.serving.spool_file import (
     EXTENSIONS,
@@ -126,6 +125,7 @@ class Spool:
 
     def _open(self, path: Path, lock: int, max_bytes: int, append_timeout_seconds: float) -> None:
         self.path = path
+        self._log_path = path.with_name(f"{path.name}-wal")
         self._lock = lock
         self._max_bytes = max_bytes
         self._timeout = append_timeout_seconds
@@ -172,13 +172,17 @@ class Spool:
         """
         return self._writer.submit(*self._insertion(entry))
 
-    def write(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
+    def write(self, entry: LogEntry | FeedbackEntry, *, more_follow: bool = False) -> Future[None]:
         """Does as `submit`, and writes in the calling thread when nobody else does: not for an event loop's thread.
+
+        Args:
+            entry: what to keep.
+            more_follow: whether other threads are about to write, and share their transaction.
 
         Raises:
             SpoolFullError: as `submit`.
         """
-        return self._writer.write(*self._insertion(entry))
+        return self._writer.write(*self._insertion(entry), more_follow=more_follow)
 
     def try_out(self) -> None:
         """Returns once the disk has shown that it would take an entry: one is written and removed in one transaction.
@@ -326,13 +330,19 @@ class Spool:
         insert_entry(connection, entry)
 
     def _require_room(self, connection: sqlite3.Connection) -> None:
+        log = self._log_path.stat().st_size
+        disk = os.statvfs(self.path.parent)
+        free = disk.f_bavail * disk.f_frsize
+        # Mostly the files tell enough, and spare three statements an entry; they lack what this transaction adds.
+        margin = 2 * MAX_QUEUED_BYTES
+        if free >= RESERVE_BYTES + margin and self.path.stat().st_size + log + margin <= self._max_bytes:
+            return
         pages, unused, page_bytes = (
             int(connection.execute(f"PRAGMA {name}").fetchone()[0])
             for name in ("page_count", "freelist_count", "page_size")
         )
         # What the files hold and do not use counts as free: they seldom give it back to the disk.
-        log = self.path.with_name(f"{self.path.name}-wal").stat().st_size
-        free = free_bytes(self.path.parent) + unused * page_bytes + min(log, RESERVE_BYTES // 2)
+        free += unused * page_bytes + min(log, RESERVE_BYTES // 2)
         if free < RESERVE_BYTES:
             raise SpoolFullError(
                 f"Expected {RESERVE_BYTES} bytes free on the disk of {self.path}. Received: {free}. "

@@ -77,14 +77,18 @@ class WorkerLog:
         with staged("append"), self._append_failures():
             await self._until_durable(self.log.submit(entry))
 
-    def write_entry(self, entry: LogEntry) -> Future[None]:
+    def write_entry(self, entry: LogEntry, *, more_follow: bool) -> Future[None]:
         """Writes an entry from a thread that predicts, the shortest way to the disk; `entry_written` awaits its end.
+
+        Args:
+            entry: what to keep.
+            more_follow: whether other threads are about to write, and share their transaction.
 
         Raises:
             SpoolFullError: it cannot be kept.
         """
         with staged("append"), self._append_failures():
-            return self.log.write(entry)
+            return self.log.write(entry, more_follow=more_follow)
 
     async def entry_written(self, entry: Future[None]) -> None:
         """Returns once what `write_entry` returned is durable.

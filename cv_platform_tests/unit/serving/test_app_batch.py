@@ -217,7 +217,7 @@ def test_a_full_log_is_a_503_for_the_images_it_could_not_keep(
     taken = context.log.write
     kept: list[object] = []
 
-    def one_only(entry: Any) -> Any:
+    def one_only(entry: Any, **_: object) -> Any:
         if entry.prediction_id is not None and kept:
             raise SpoolFullError(f"Expected room in {context.settings.home}. Received: none. Free space.")
         kept.append(entry)

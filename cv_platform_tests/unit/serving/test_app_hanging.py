@@ -49,7 +49,7 @@ def test_a_disk_that_hangs_while_a_prediction_is_written_is_a_503_once(
     client = Client(create_app(context))
     go, taken = threading.Event(), context.log.write
 
-    def hang(entry: LogEntry) -> object:
+    def hang(entry: LogEntry, **_: object) -> object:
         assert go.wait(60)
         return taken(entry)
 

@@ -307,7 +307,7 @@ def test_a_body_that_never_ends_is_a_408(make_context: MakeContext):
 def test_a_full_spool_is_a_503_and_no_prediction_leaves(
     client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
 ):
-    def full(entry: object) -> None:
+    def full(entry: object, **_: object) -> None:
         raise SpoolFullError("Expected room. Received: none. Free space.")
 
     monkeypatch.setattr(context.log, "write", full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from uuid import uuid4
 import pytest
 
 from cv_platform.errors import SpoolFullError
+from cv_platform.serving import group_commit
 from cv_platform.serving.deletion import delete_from_spools
 from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_entry import FeedbackEntry
@@ -149,7 +151,7 @@ def test_too_many_waiting_entries_are_refused_at_once(spool: Spool, monkeypatch:
 
     held = spool._writer.submit(hold)
     assert is_held.wait(10)  # Else the writer may take the next one into the same transaction.
-    monkeypatch.setattr("cv_platform.serving.group_commit._MAX_QUEUED_BYTES", 1000)
+    monkeypatch.setattr("cv_platform.serving.group_commit.MAX_QUEUED_BYTES", 1000)
     waiting = spool.submit(answered(image=b"x" * 5000))  # A single one may be larger than the limit.
     with pytest.raises(SpoolFullError, match="less than 1000 bytes waiting"):
         spool.submit(answered())
@@ -188,10 +190,51 @@ def test_a_writer_that_finds_another_one_writing_leaves_its_entry_to_it(spool: S
     assert spool.depth() == 1
 
 
+def test_entries_of_busy_writers_share_one_transaction(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_commit, "_LONGEST_WAIT_SECONDS", 60.0)
+    seen: list[threading.Thread] = []
+    spool.on_append(lambda: seen.append(threading.current_thread()))
+    patient = [spool.write(answered(), more_follow=True) for _ in range(2)]
+    assert not any(done.done() for done in patient)
+    assert spool.depth() == 0
+    last = spool.write(answered(), more_follow=True)
+    assert [done.result(0) for done in (*patient, last)] == [None] * 3
+    assert seen == [threading.current_thread()]
+    assert spool.depth() == 3
+
+
+def test_a_patient_entry_goes_with_whoever_writes_next(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_commit, "_LONGEST_WAIT_SECONDS", 60.0)
+    for write_next in (spool.write, spool.submit):
+        patient = spool.write(answered(), more_follow=True)
+        assert not patient.done()
+        assert write_next(answered()).result(10) is None
+        assert patient.result(10) is None
+    assert spool.depth() == 4
+
+
+def test_a_patient_entry_that_nobody_follows_is_written_soon(spool: Spool) -> None:
+    assert spool.write(answered(), more_follow=True).result(10) is None
+    assert spool.depth() == 1
+
+
+def test_a_spool_that_closes_writes_its_patient_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_commit, "_LONGEST_WAIT_SECONDS", 60.0)
+    spool = Spool(tmp_path)
+    patient = spool.write(answered(), more_follow=True)
+    spool.close()
+    assert patient.result(0) is None
+    adopted = Spool.adopt(spool.path)
+    assert adopted is not None
+    assert adopted.depth() == 1
+    adopted.close()
+
+
 def test_entries_written_by_many_threads_are_all_there_once(spool: Spool) -> None:
     entries = [answered() for _ in range(400)]
     with ThreadPoolExecutor(8) as pool:
-        done = list(pool.map(lambda number: (spool.write, spool.submit)[number % 2](entries[number]), range(400)))
+        ways = (spool.write, spool.submit, functools.partial(spool.write, more_follow=True))
+        done = list(pool.map(lambda number: ways[number % 3](entries[number]), range(400)))
     for future in done:
         assert future.result(10) is None
     assert {row.entry_id for row in spool.read_batch(1000, 10**9).rows} == {str(entry.entry_id) for entry in entries}
