@@ -68,10 +68,10 @@ def create_app(context: ServingContext) -> FastAPI:
 
     def allowance_for(path: str) -> BodyAllowance:
         limits, path = context.limits, path.rstrip("/")
-        if path.endswith(PREDICT_PATH):
+        if path == PREDICT_PATH:
             size = context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES
             return BodyAllowance(size, limits.upload_seconds, SHRINK_IMAGE)
-        if path.endswith(BATCH_PATH):
+        if path == BATCH_PATH:
             size = BATCH_UPLOADS * (context.settings.max_upload_bytes + FORM_OVERHEAD_BYTES)
             return BodyAllowance(size, limits.upload_seconds, "Send fewer or smaller images.")
         return BodyAllowance(SMALL_BODY_BYTES, limits.small_body_seconds)

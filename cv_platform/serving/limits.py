@@ -162,7 +162,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        allowance = self.allowance_for(scope["path"])
+        allowance = self.allowance_for(scope["path"].removeprefix(scope.get("root_path", "")))
         headers = Headers(scope=scope)
         problem = _declared_problem(headers, allowance)
         has_body = "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""

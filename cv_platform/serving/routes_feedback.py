@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated
 from uuid import UUID, uuid5
 
-from fastapi import APIRouter, Body, Path, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Depends, Path, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cv_platform.errors import DatabaseError, ImageError, StorageError
@@ -28,7 +29,7 @@ from cv_platform.serving.examples import (
 from cv_platform.serving.explain import Explain, draw, to_base64
 from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.passport import make_passport
-from cv_platform.serving.problems import Problem, json_response, public_reason, trace_of
+from cv_platform.serving.problems import Problem, json_response, public_reason, trace_of, validation_problem
 from cv_platform.storage import BundleMetadata
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,33 @@ class Feedback(BaseModel):
     )
 
 
+_FEEDBACK_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": Feedback.model_json_schema(),
+            "example": {"true_class": "1", "source": "page"},
+        }
+    },
+}
+
+
+async def _said(request: Request) -> Feedback:
+    """Reads the body. FastAPI itself would do so before it asks for a key: any stranger's, for as long as it takes."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Problem(
+            422, f"Expected JSON. Received: content type {ascii(media_type)[:100]}.", expected="application/json"
+        )
+    try:
+        return Feedback.model_validate_json(await request.body())
+    except ClientDisconnect as err:
+        raise Problem(400, "The client went away before its body was complete.", expected="a complete body") from err
+    except ValidationError as err:
+        mistakes = err.errors(include_url=False, include_context=False)
+        raise validation_problem([{**mistake, "loc": ("body", *mistake["loc"])} for mistake in mistakes]) from err
+
+
 def feedback_router(context: ServingContext) -> APIRouter:
     """Returns the routes `/feedback/…` and `/predictions/…`."""
     router = APIRouter(tags=["predictions"])
@@ -59,6 +87,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
         summary="Say what an image really shows",
         description="Kept beside the prediction. The latest statement counts; all are kept.",
         dependencies=keyed,
+        openapi_extra={"requestBody": _FEEDBACK_BODY},
         responses={
             **responses(
                 FeedbackResult, FEEDBACK_EXAMPLE, 401, 403, 404, 408, 413, 422, 429, 503, description="kept for good"
@@ -72,7 +101,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
     async def feedback(
         request: Request,
         prediction_id: PredictionId,
-        said: Annotated[Feedback, Body(examples=[{"true_class": "1", "source": "page"}])],
+        said: Annotated[Feedback, Depends(_said)],
     ) -> Response:
         stored, reason = await _find_or_reason(context, prediction_id)
         if stored is not None:

@@ -1,7 +1,10 @@
+import asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+from starlette.types import ASGIApp, Message
 
 from cv_platform.database.file_lock import exclusive
 from cv_platform.serving.app import create_app
@@ -210,3 +213,30 @@ def test_white_space_around_an_api_key_is_no_part_of_it(closed: Client):
 
 def test_the_page_the_health_and_the_docs_stay_open(closed: Client):
     assert [closed.get(path).status_code for path in ("/", "/docs", "/openapi.json", "/health_check")] == [200] * 4
+
+
+def test_a_stranger_is_refused_before_a_body_is_read(make_context: MakeContext) -> None:
+    app = create_app(make_context(CV_API_KEYS="first-key"))
+    for path, content_type in (
+        (f"/feedback/{uuid4()}", "application/json"),
+        ("/predict", "multipart/form-data; boundary=y"),
+        ("/predict/batch", "multipart/form-data; boundary=y"),
+    ):
+        assert asyncio.run(_status_without_body(app, path, content_type)) == 401, path
+
+
+async def _status_without_body(app: ASGIApp, path: str, content_type: str) -> int:
+    async def receive() -> Message:
+        raise AssertionError("the body was read")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"x"), (b"content-type", content_type.encode()), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    await app(
+        {**scope, "http_version": "1.1", "scheme": "http", "root_path": "", "client": ("127.0.0.1", 1)}, receive, send
+    )
+    return sent[0]["status"]

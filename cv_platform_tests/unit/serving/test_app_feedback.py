@@ -176,3 +176,32 @@ def test_keeps_an_image_that_another_prediction_in_the_spool_has(
     assert client.get(f"/predictions/{other}").json()["overlaid_img"]
     admin.delete(f"/predictions/{other}")
     assert spooled_images(context) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/feedback/predict", "/feedback/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11", "/x/predict/batch"]
+)
+def test_only_uploads_may_be_large(client: Client, path: str):
+    response = client.post(path, content=b"[" * 100_000, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    assert response.json()["max_bytes"] == 65_536
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "said"),
+    [
+        (b'{"true_class": "owl"', "application/json", "body: Invalid JSON"),
+        (b'["owl"]', "application/json", "body: Input should be an object"),
+        (b'{"true_class": "owl", "sauce": "me"}', "application/json", "body.sauce: Extra inputs"),
+        (b'{"true_class": "owl", "source": "<script>"}', "application/json", "body.source: String should match"),
+        (b"", "application/json", "body: Invalid JSON"),
+        (b'{"true_class": "owl"}', "text/plain", "Expected JSON"),
+    ],
+)
+def test_says_what_is_wrong_with_a_statement(
+    client: Client, context: ServingContext, prediction_id: str, content: bytes, content_type: str, said: str
+):
+    response = client.post(f"/feedback/{prediction_id}", content=content, headers={"Content-Type": content_type})
+    assert response.status_code == 422
+    assert said in response.json()["message"]
+    assert statements(context) == []
