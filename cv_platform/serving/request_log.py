@@ -20,7 +20,7 @@ from cv_platform.serving.deletion import delete_from_database, delete_from_spool
 from cv_platform.serving.drainer import Drainer, DrainStatus
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.spool import RejectedEntry, Spool
-from cv_platform.serving.spool_file import find_spooled
+from cv_platform.serving.spool_file import find_spooled, is_spooled
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -117,24 +117,26 @@ class RequestLog:
         return find_prediction(engine, prediction_id)
 
     def delete_prediction(self, prediction_id: UUID) -> bool:
-        """Deletes a prediction wherever it is; returns whether there was one.
+        """Deletes a prediction and what was said of it, wherever they are; returns whether there was one.
 
         Raises:
-            DatabaseUnavailableError: it is in no spool and the database cannot be asked, or it waits in a long queue on
-                its way to the database; nothing has been deleted.
+            DatabaseUnavailableError: it is in no spool and the database cannot be asked, or it or what was said of
+                it waits in a long queue on its way to the database; nothing has been deleted.
             SchemaMismatchError: as the former.
         """
-        was_spooled = False
         if self.status().database == "ok":
-            was_spooled = delete_from_spools(self._directory, prediction_id, only_rejected=True)
+            # First the wait, for feedback as well: an entry leaves a spool only once the database has committed or
+            # refused it, so nothing accepted before this call is left that could arrive after the deletion. Taking
+            # it out of the spool instead would not stop a batch that is being committed.
             deadline = time.monotonic() + _DRAIN_SECONDS
-            while find_spooled(self._directory, prediction_id) is not None:
+            while is_spooled(self._directory, prediction_id):
                 if time.monotonic() > deadline:
                     raise DatabaseUnavailableError(
                         f"Expected the spool to reach the database within {_DRAIN_SECONDS:g} s. Received: a longer "
                         "queue. Nothing was deleted; try again later."
                     )
                 time.sleep(_LOOK_SECONDS)
+            was_spooled = delete_from_spools(self._directory, prediction_id, only_rejected=True)
         else:
             was_spooled = delete_from_spools(self._directory, prediction_id)
         try:

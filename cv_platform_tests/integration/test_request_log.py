@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -29,7 +29,7 @@ from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.log_tables import find_prediction
 from cv_platform.serving.request_log import RequestLog
-from cv_platform.serving.spool import Spool
+from cv_platform.serving.spool import Spool, SpoolRow
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
 WAIT_SECONDS = 60.0
@@ -323,6 +323,43 @@ def test_another_replicas_spool_is_left_alone_while_it_lives(log: RequestLog, tm
     assert_same_prediction(log.find_prediction(entry.prediction_id), entry)
     assert count(engine, "predictions") == 1
     living.close()
+
+
+def test_a_deletion_waits_for_feedback_on_its_way_in_another_replicas_spool(
+    log: RequestLog, tmp_path: Path, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cv_platform.serving.request_log._DRAIN_SECONDS", 0.0)
+    entry = answered()
+    prediction_id = entry.prediction_id
+    assert prediction_id is not None
+    refusals: list[DatabaseUnavailableError] = []
+
+    def deletion_is_refused() -> None:
+        with pytest.raises(DatabaseUnavailableError, match="Nothing was deleted") as caught:
+            log.delete_prediction(prediction_id)
+        refusals.append(caught.value)
+
+    class DeletedWhileCommitting(Spool):
+        def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
+            is_unchanged = super().still_holds(rows)
+            deletion_is_refused()  # The rows are written, and are to be committed next.
+            return is_unchanged
+
+    log.append(entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    living = DeletedWhileCommitting(tmp_path / "spool")
+    living.append(FeedbackEntry(prediction_id=prediction_id, true_class="four", source="page"))
+    deletion_is_refused()
+    drainer = Drainer(living, database_url, adopt=False)
+    drainer.start()
+    assert drainer.wait_until_drained(WAIT_SECONDS)
+    drainer.close()
+    living.close()
+    assert len(refusals) == 2
+    assert (count(engine, "predictions"), count(engine, "feedback")) == (1, 1)
+
+    assert log.delete_prediction(prediction_id)
+    assert (count(engine, "predictions"), count(engine, "feedback")) == (0, 0)
 
 
 def test_a_damaged_spool_is_put_aside_and_the_next_one_is_adopted(
