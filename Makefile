@@ -44,7 +44,7 @@ run: setup ## One config, one command: make run CONFIG=configs/digits.yaml
 	@test -n "$(CONFIG)" || { echo "Expected CONFIG=configs/….yaml. Received: nothing."; exit 2; }
 	@$(RUN) run $(CONFIG)
 
-up: setup ## Start Dagster 3001, MLflow 5050, Evidently 8000 and the service 4242, and stay.
+up: setup ## Start Dagster 3001, MLflow 5050, Evidently 8000 and the service 4242, in the background.
 	@$(RUN) up
 
 down: setup ## Stop what `make up` started.

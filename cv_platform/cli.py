@@ -230,7 +230,7 @@ def _gc(options: argparse.Namespace) -> int:
         print(f"Deleted {len(deleted)} things, {sum(item.bytes for item in deleted):,} bytes.")
     else:
         total = sum(item.bytes for item in garbage.items)
-        print(f"{len(garbage.items)} things, {total:,} bytes. Nothing was deleted: `cv-platform gc --apply` does it.")
+        print(f"{len(garbage.items)} things, {total:,} bytes. Nothing was deleted; --apply (make gc APPLY=1) does.")
     return 0
 
 

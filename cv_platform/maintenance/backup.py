@@ -85,7 +85,10 @@ def back_up(settings: Settings, output: Path) -> Backup:
     home = settings.home
     if not (home / FORMAT_FILE).is_file():
         raise BackupError(f"Expected an installation at {home}. Received: none. Set CV_HOME.")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise BackupError(f"Expected a folder to write the backup to. Received: {err}. Name another: OUTPUT=…") from err
     with exclusive(maintenance_lock(home), timeout_seconds=0.0):
         target = output.absolute() / f"cv-platform-{new_version()}.tar.gz"
         version = importlib.metadata.version("cv-platform")

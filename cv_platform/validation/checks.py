@@ -54,8 +54,9 @@ def check_unreadable_images(total: int, problems: Mapping[str, str], config: Val
         "unreadable_images",
         config.unreadable_images,
         passed=fraction <= config.max_unreadable_fraction,
-        summary=f"{len(problems)} of {total} images do not decode"
-        + (" and are quarantined: nothing downstream uses them." if problems else "."),
+        summary=f"{len(problems)} of {total} images do not decode; {config.max_unreadable_fraction:.1%} may "
+        "(validate.max_unreadable_fraction), and nothing downstream uses them."
+        + (f" The first: {', '.join(sorted(problems)[:3])}." if problems else ""),
         value=fraction,
         limit=config.max_unreadable_fraction,
         offenders=[f"{path}: {problem}" for path, problem in sorted(problems.items())],

@@ -287,6 +287,8 @@ def test_what_does_not_fit_is_not_begun(used: Used, restored: Settings) -> None:
         restore(used.backup.path, restored.home, home_format=HOME_FORMAT, spare_bytes=total)
     with pytest.raises(DiskSpaceError, match="the backup"):
         back_up(restored.model_copy(update={"spare_disk_bytes": total}), restored.home.parent / "never")
+    with pytest.raises(BackupError, match="Expected a folder to write the backup to"):
+        back_up(restored, restored.home / "FORMAT_VERSION")
     assert list((restored.home.parent / "never").iterdir()) == []
 
 
