@@ -59,7 +59,7 @@ def real_images() -> dict[str, bytes]:
         "tiff-lzw": save(picture, "TIFF", compression="tiff_lzw"),
         "tiff-deflate": save(alpha, "TIFF", compression="tiff_adobe_deflate"),
         "tiff-jpeg": save(picture, "TIFF", compression="jpeg"),
-        "tiff-fax": save(picture.convert("1"), "TIFF", compression="group4"),
+        "tiff-1": save(picture.convert("1"), "TIFF", compression="packbits"),
         "tiff-16": save(Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64)), "TIFF"),
         "tiff-pages": save(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
     }
@@ -78,11 +78,13 @@ def bombs() -> dict[str, bytes]:
         "png-text": _with_chunk(images["png"], b"zTXt", b"k\0\0" + zlib.compress(bytes(20_000_000), 9)),
         "png-profile": _with_chunk(images["png"], b"iCCP", b"k\0\0" + zlib.compress(bytes(20_000_000), 9)),
         "png-chunks": _with_chunk(images["png"], b"tEXt", b"k\0v", times=50_000),
+        "png-orientations": _with_chunk(images["png"], b"eXIf", b"junk", times=9_000),
         "png-frames": _with_chunk(images["png-animated"], b"acTL", struct.pack(">II", 2**31 - 1, 0)),
         "jpeg-huge-sides": jpeg_with_size(images["jpeg"], 65_500, 65_500),
         "jpeg-scans": _with_scans(images["jpeg-progressive"], 20_000),
         "jpeg-segments": images["jpeg"][:2] + b"\xff\xfe\x00\x03x" * 100_000 + images["jpeg"][2:],
         "jpeg-padding": images["jpeg"][:2] + b"\xff" * 1_000_000 + images["jpeg"][2:],
+        "gif-comment": _with_gif_comment(images["gif"], 1_000_000),
         "gif-frames": _gif_bomb(images["gif"], 50_000),
         "gif-huge-screen": _patched(images["gif"], 6, struct.pack("<HH", 65_535, 65_535)),
         "gif-huge-frame": images["gif"][:6] + struct.pack("<HH", 60_000, 60_000) + images["gif"][10:],
@@ -93,6 +95,7 @@ def bombs() -> dict[str, bytes]:
         "tiff-tiles": _tiff(16, 16, tile_px=40_000),
         "tiff-strips": _tiff(64, 64, rows_per_strip=1, claimed_strips=2**28),
         "tiff-loop": _tiff(64, 64, loops=True),
+        "tiff-fax": _tiff(8, 65_535, compression=2, bits=1),
     }
 
 
@@ -212,6 +215,12 @@ def _gif_bomb(gif: bytes, frames: int) -> bytes:
     return gif[:-1] + frame * frames + gif[-1:]
 
 
+def _with_gif_comment(gif: bytes, blocks: int) -> bytes:
+    """Puts a comment of one letter a block behind a GIF's colours."""
+    end = 13 + (3 << (gif[10] & 7) + 1)
+    return gif[:end] + b"\x21\xfe" + b"\x01a" * blocks + b"\0" + gif[end:]
+
+
 def _webp_canvas(webp: bytes, width_px: int, height_px: int) -> bytes:
     at = webp.find(b"VP8X")
     sides = (width_px - 1).to_bytes(3, "little") + (height_px - 1).to_bytes(3, "little")
@@ -225,6 +234,8 @@ def _tiff(
     tile_px: int | None = None,
     rows_per_strip: int | None = None,
     claimed_strips: int = 1,
+    compression: int = 8,
+    bits: int = 8,
     loops: bool = False,
 ) -> bytes:
     """Writes a little-endian TIFF of grey pixels whose directory says whatever is asked of it."""
@@ -232,8 +243,8 @@ def _tiff(
     tags: list[tuple[int, int, int, int]] = [
         (256, 4, 1, width_px),
         (257, 4, 1, height_px),
-        (258, 3, 1, 8),
-        (259, 3, 1, 8),
+        (258, 3, 1, bits),
+        (259, 3, 1, compression),
         (262, 3, 1, 1),
         (277, 3, 1, 1),
     ]

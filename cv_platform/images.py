@@ -2,10 +2,11 @@
 
 Training (through packed pixels), reference data and serving all call `preprocess`, so they cannot differ. The policy:
 
-* JPEG, PNG, WebP, BMP, TIFF and GIF (first frame); anything else is refused.
+* JPEG, PNG, WebP, BMP, TIFF (no fax pages) and GIF (first frame); anything else is refused.
 * The size is read from the header and judged before a pixel is decoded; so is what else makes a small file costly: the
-  number of its chunks, segments and scans, and the size of its tiles. Of a PNG, only what its first picture is made of
-  is read; compressed data past the picture's last row are not inflated.
+  number of its chunks, segments, blocks and scans, the size of its tiles, and a compression whose decoder tells stderr
+  of every damaged row. Of a PNG, only what its first picture is made of is read; compressed data past the picture's
+  last row are not inflated.
 * Channels are RGB; grey becomes three equal channels; alpha is dropped; 16-bit samples become 8-bit.
 * EXIF orientation is applied, so that an image is seen the way a person sees it.
 * Resizing ignores the aspect ratio: `INTER_AREA` when both sides shrink, `INTER_LINEAR` otherwise.
@@ -43,13 +44,27 @@ MAX_PIXELS = 40_000_000
 MAX_SIDE_PX = 65_535
 """What a JPEG can have at most; longer sides are only met in attacks, and every row costs."""
 MAX_PARTS = 10_000
-"""PNG chunks or JPEG segments: walking them costs Python's time, however small they are."""
+"""PNG chunks, JPEG segments or GIF blocks: walking them costs Python's time, however small they are."""
 MAX_SCANS = 100
 """Of a progressive JPEG. Encoders write about ten; each makes the decoder visit the whole image again."""
 MAX_OPENCV_IDAT_BYTES = 2**16
 """Of a PNG's compressed pixels. OpenCV inflates them to their end, even far past the last row: 1032 bytes from each."""
 
 _BAND_PIXELS = 2**20
+_GIF_BLOCK_BYTES = 255
+_COMPRESSION, _PHOTOMETRIC, _PLANAR, _TILE_WIDTH, _TILE_LENGTH = 259, 262, 284, 322, 323
+"""The tags of a TIFF that are judged."""
+_TIFF_COMPRESSIONS = {
+    1: "none",
+    5: "LZW",
+    7: "JPEG",
+    8: "deflate",
+    32773: "PackBits",
+    32946: "deflate",
+    34925: "LZMA",
+    50000: "Zstandard",
+}
+"""Those whose decoder ends at the first damage. One for fax pages goes on, and tells stderr of every row."""
 _TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
     2: lambda image: cv2.flip(image, 1),
     3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
@@ -83,7 +98,7 @@ def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, i
         EmptyImageError: there are no bytes.
         TruncatedImageError: the bytes begin as one, but the header is cut off or damaged.
         UnsupportedImageError: the bytes are not an image of a supported format, or one in so many parts (PNG chunks,
-            JPEG segments or scans) that it can only be an attack.
+            JPEG segments or scans, GIF blocks) that it can only be an attack, or a TIFF compressed as fax pages are.
         ImageTooLargeError: the header promises more than `max_pixels`, in the image or in its tiles, or a side of more
             than `MAX_SIDE_PX`.
     """
@@ -158,16 +173,19 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not data:
         raise EmptyImageError("Expected an image. Received: 0 bytes. Send the file's content.")
     begins_as = _format_by_signature(data)
+    stream = io.BytesIO
     readable = data
     if begins_as == "JPEG":
         _refuse_costly_jpeg(data)
     elif begins_as == "PNG":
         _refuse_costly_png(data)
         readable = _essential_png(data)
+    elif begins_as == "GIF":
+        stream = _GifStream
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb warning: `_judge` has a limit of ours.
-            return Image.open(io.BytesIO(readable), formats=SUPPORTED_FORMATS)
+            return Image.open(stream(readable), formats=SUPPORTED_FORMATS)
     except Image.DecompressionBombError as err:
         raise ImageTooLargeError(f"Expected at most {max_pixels} pixels. Received: {err}") from err
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError) as err:
@@ -204,7 +222,9 @@ def _judge(picture: ImageFile.ImageFile, data: bytes, max_pixels: int) -> tuple[
             "Cut or shrink the image before sending it."
         )
     if isinstance(picture, TiffImageFile):
-        tile_width_px, tile_height_px = _tiff_tile(data, picture.tag_v2.offset) or (1, 1)
+        tags = _tiff_tags(data, picture.tag_v2.offset)
+        _refuse_patient_tiff(tags)
+        tile_width_px, tile_height_px = tags.get(_TILE_WIDTH, 1), tags.get(_TILE_LENGTH, 1)
         padded_px = -(-width_px // tile_width_px) * tile_width_px * -(-height_px // tile_height_px) * tile_height_px
         if padded_px > max_pixels:
             raise ImageTooLargeError(
@@ -332,11 +352,14 @@ def _essential_png(data: bytes) -> bytes:
     """Drops the chunks that no pixel depends on, whose contents the decoders would parse and inflate nevertheless.
 
     Kept are the critical ones (an upper-case first letter), transparency and orientation. What is left of an animated
-    PNG is its first picture.
+    PNG is its first picture. Of those that there may be one of, the first is kept: libpng tells stderr of each other,
+    and Pillow would take the last.
     """
-    view, parts, start = memoryview(data), [], 0
+    view, parts, start, single = memoryview(data), [], 0, {b"PLTE", b"tRNS", b"eXIf"}
     for kind, at, end in _png_chunks(data):
-        if kind[0] & 0x20 and kind not in {b"tRNS", b"eXIf"}:
+        if kind in single:
+            single.remove(kind)
+        elif kind[0] & 0x20 or kind == b"PLTE":
             parts.append(view[start:at])
             start = end
     return b"".join([*parts, view[start:]]) if parts else data
@@ -388,8 +411,52 @@ def _too_many_segments() -> UnsupportedImageError:
     )
 
 
-def _tiff_tile(data: bytes, directory: int) -> tuple[int, int] | None:
-    """Returns a tile's `(width_px, height_px)`, or nothing when the image comes in strips.
+class _GifStream(io.BytesIO):
+    """What Pillow reads a GIF from; ends it when there are very many blocks before the picture.
+
+    Pillow lists the blocks of a comment and joins them, which takes 90 bytes for two of the file's. Counted are its own
+    reads, two for a block, since a walk of ours could be led where Pillow does not go. The picture's data are read in
+    larger pieces.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._left = 2 * MAX_PARTS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and 0 <= size <= _GIF_BLOCK_BYTES:
+            self._left -= 1
+            if self._left < 0:
+                raise UnsupportedImageError(
+                    f"Expected a GIF of at most {MAX_PARTS} blocks before its picture. Received: one of more. "
+                    "Save the image anew."
+                )
+        return super().read(size)
+
+
+def _refuse_patient_tiff(tags: dict[int, int]) -> None:
+    """Refuses what libtiff decodes to the end although it is damaged, with a line on stderr for each row or strip.
+
+    These are fax pages, and YCbCr that is not converted within a JPEG: Pillow has it converted by an interface that
+    skips damaged strips. Without compression, Pillow reads it by itself.
+    """
+    compression = tags.get(_COMPRESSION, 1)
+    if compression not in _TIFF_COMPRESSIONS:
+        known = ", ".join(dict.fromkeys(_TIFF_COMPRESSIONS.values()))
+        raise UnsupportedImageError(
+            f"Expected a TIFF of a compression for pictures ({known}). Received: compression {compression}, as "
+            "fax pages have, or a rare one. Save the image anew, or as PNG."
+        )
+    is_ycbcr_of_jpeg = compression == 7 and tags.get(_PLANAR, 1) == 1
+    if tags.get(_PHOTOMETRIC) == 6 and compression != 1 and not is_ycbcr_of_jpeg:
+        raise UnsupportedImageError(
+            "Expected a TIFF whose YCbCr samples, if it has any, are compressed as one JPEG or not at all. Received: "
+            f"such samples in compression {compression} ({_TIFF_COMPRESSIONS[compression]}). Save the image as RGB."
+        )
+
+
+def _tiff_tags(data: bytes, directory: int) -> dict[int, int]:
+    """Returns what the first directory says about compression, colours, planes and tiles, as far as it does.
 
     libtiff allocates a whole tile, however small the image. It takes the first of a tag's values and converts any type;
     Pillow takes the last, and skips types that it does not know. So the directory is read here, and whatever the two
@@ -404,23 +471,25 @@ def _tiff_tile(data: bytes, directory: int) -> tuple[int, int] | None:
     start, step, value_at = (directory + 8, 20, 12) if is_big else (directory + 2, 12, 8)
     formats = {(3, 1): "H", (4, 1): "L"} | ({(16, 1): "Q"} if is_big else {})
     is_known = data[2:4] != b"\0+"
-    sides: dict[int, int] = {}
+    values: dict[int, int] = {}
     try:
         (entries,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, directory)
         for at in range(start, start + min(entries, (len(data) - start) // step) * step, step):
             tag, kind, count = struct.unpack_from(order + ("HHQ" if is_big else "HHL"), data, at)
-            if tag in {322, 323}:
+            if tag in {_COMPRESSION, _PHOTOMETRIC, _PLANAR, _TILE_WIDTH, _TILE_LENGTH}:
                 value_format = formats.get((kind, count))
-                is_known = is_known and value_format is not None and tag not in sides
-                (sides[tag],) = struct.unpack_from(order + (value_format or "H"), data, at + value_at)
+                is_known = is_known and value_format is not None and tag not in values
+                (values[tag],) = struct.unpack_from(order + (value_format or "H"), data, at + value_at)
     except struct.error:
         is_known = False
-    if not is_known or len(sides) == 1 or 0 in sides.values():
+    sides = [values[tag] for tag in (_TILE_WIDTH, _TILE_LENGTH) if tag in values]
+    if not is_known or len(sides) == 1 or 0 in sides:
         raise UnsupportedImageError(
-            "Expected a TIFF whose tiles, if it has any, have one width and one length of at least 1. Received: one "
-            "with others. Save the image anew."
+            "Expected a TIFF that says once, as one number, how it is compressed, coloured and laid out, and whose "
+            "tiles, if it has any, have one width and one length of at least 1. Received: one that says otherwise. "
+            "Save the image anew."
         )
-    return (sides[322], sides[323]) if sides else None
+    return values
 
 
 def _start_of_scan(data: bytes) -> int:

@@ -50,7 +50,7 @@ def picture(side_px: int, mode: str) -> Image.Image:
         ("BMP", "RGB", {}),
         ("GIF", "P", {}),
         ("TIFF", "RGBA", {"compression": "tiff_lzw"}),
-        ("TIFF", "1", {"compression": "group4"}),
+        ("TIFF", "1", {"compression": "tiff_lzw"}),
     ],
 )
 def test_decoding_takes_at_most_eleven_bytes_a_pixel(

@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -423,6 +424,134 @@ def test_tiles_of_unclear_size_are_refused(tile_tags: list[tuple[int, int, int]]
 def test_strips_longer_than_the_image_are_accepted() -> None:
     data = encode("TIFF", tiffinfo={278: 2**32 - 1}, compression="tiff_lzw")
     np.testing.assert_array_equal(images.decode(data), scene())
+
+
+def striped_tiff(
+    *tags: tuple[int, int, int], strips: int = 1, content: bytes = bytes(range(200)), is_big: bool = False
+) -> bytes:
+    """8×65535 px, each strip of which is the same noise; each tag is (tag, type, value)."""
+    count, entry = ("<Q", "<HHQQ") if is_big else ("<H", "<HHII")
+    at = (16 if is_big else 8) + len(content)
+    offsets, sizes = struct.pack("<I", at - len(content)) * strips, struct.pack("<I", len(content)) * strips
+    rows = -(-65_535 // strips)
+    entries = [(tag, kind, 1, value) for tag, kind, value in [(256, 3, 8), (257, 3, 65_535), (278, 3, rows), *tags]]
+    if strips == 1:
+        entries += [(273, 4, 1, at - len(content)), (279, 4, 1, len(content))]
+    else:
+        entries += [(273, 4, strips, at), (279, 4, strips, at + len(offsets))]
+        content += offsets + sizes
+    directory = (16 if is_big else 8) + len(content)
+    head = b"II+\0" + struct.pack("<HHQ", 8, 0, directory) if is_big else b"II*\0" + struct.pack("<I", directory)
+    written = b"".join(struct.pack(entry, *each) for each in sorted(entries, key=lambda each: each[0]))
+    return head + content + struct.pack(count, len(entries)) + written + bytes(8)
+
+
+@pytest.mark.parametrize("is_big", [False, True])
+@pytest.mark.parametrize("compression", [2, 3, 4, 32771])
+def test_fax_pages_are_refused_without_a_word_on_stderr(
+    compression: int, is_big: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = striped_tiff((258, 3, 1), (259, 3, compression), (262, 3, 1), (277, 3, 1), is_big=is_big)
+    assert len(data) < 500
+    with pytest.raises(UnsupportedImageError, match=rf"compression for pictures.*Received: compression {compression},"):
+        images.decode(data)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_whole_fax_pages_are_refused_too() -> None:
+    with pytest.raises(UnsupportedImageError, match="compression 4,"):
+        images.read_size(encode("TIFF", Image.fromarray(scene()).convert("1"), compression="group4"))
+
+
+@pytest.mark.parametrize(
+    "compressions",
+    [
+        [(259, 3, 3), (259, 3, 5)],  # libtiff takes the first, Pillow the last.
+        [(259, 17, 3)],  # A type that libtiff knows and Pillow does not.
+    ],
+)
+def test_tiffs_of_unclear_compression_are_refused(
+    compressions: list[tuple[int, int, int]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UnsupportedImageError, match="says once, as one number, how it is compressed"):
+        images.decode(striped_tiff((258, 3, 1), *compressions, (262, 3, 1), (277, 3, 1)))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("compression", [5, 8, 32773, 32946, 34925, 50000])
+def test_damaged_strips_cost_at_most_a_few_lines_on_stderr(compression: int, capfd: pytest.CaptureFixture[str]) -> None:
+    # Each strip is one byte: too little in any compression. YCbCr is what libtiff would go on with.
+    for photometric, refused_as in ((1, TruncatedImageError), (6, UnsupportedImageError)):
+        samples = 3 if photometric == 6 else 1
+        tags = [(258, 3, 8), (259, 3, compression), (262, 3, photometric), (277, 3, samples)]
+        with pytest.raises(refused_as):
+            images.decode(striped_tiff(*tags, strips=65_535, content=b"\x80\0"))
+    assert len(capfd.readouterr().err) < 1_000
+
+
+def test_ycbcr_in_a_jpeg_in_a_tiff_is_accepted() -> None:
+    data = encode("TIFF", Image.fromarray(scene()).convert("YCbCr"), compression="jpeg", quality=95)
+    assert largest_difference(images.decode(data), scene()) <= 20
+
+
+def gif_with(extensions: bytes) -> bytes:
+    """A GIF with these bytes between its colours and its picture."""
+    data = encode("GIF")
+    end = 13 + (3 << (data[10] & 7) + 1)
+    return data[:end] + extensions + data[end:]
+
+
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        b"\x21\xfe" + b"\x01a" * 300_000 + b"\0",
+        b"\x21\xfe\x01a\0" * 150_000,
+        b"\x21\xff\0" + b"\x01," * 10 + b"\0" + b"\x21\xfe\x01a\0" * 150_000,  # Pillow reads on after an empty block.
+        b"\x21\xf9\4\0\0\0\0\0" * 100_000,
+        b"\0" * 500_000,
+    ],
+    ids=["blocks", "comments", "disguised", "controls", "padding"],
+)
+def test_gif_of_very_many_blocks_before_its_picture_is_refused_without_its_cost(extensions: bytes) -> None:
+    data = gif_with(extensions)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnsupportedImageError, match="at most 10000 blocks"):
+            images.decode(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 2**20
+
+
+def test_gif_of_many_blocks_is_accepted() -> None:
+    plain, comment = encode("GIF"), b"\x21\xfe" + b"\x01a" * 9_900 + b"\0"
+    np.testing.assert_array_equal(images.decode(gif_with(comment)), images.decode(plain))
+    # What follows the first picture is not read.
+    np.testing.assert_array_equal(images.decode(plain[:-1] + comment * 3 + plain[-1:]), images.decode(plain))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [(b"tRNS", bytes(6)), (b"eXIf", b"junk"), (b"PLTE", bytes(6))],
+)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_repeated_png_chunks_cost_at_most_a_few_lines_on_stderr(
+    kind: bytes, content: bytes, is_before: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    repeated, rows = [(kind, content)] * 5_000, (b"IDAT", zlib.compress((b"\0" + bytes([9] * 24)) * 8))
+    chunks = [*repeated, rows] if is_before else [rows, *repeated]
+    decoded = images.decode(png(png_header(8, 8), *chunks, (b"IEND", b"")))
+    np.testing.assert_array_equal(decoded, np.full((8, 8, 3), 9))
+    assert len(capfd.readouterr().err) < 300
+
+
+@pytest.mark.parametrize("limit", [0, 2**16])
+def test_the_first_orientation_of_a_png_counts(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_OPENCV_IDAT_BYTES", limit)
+    turns = [(b"eXIf", struct.pack("<4sIHHHIII", b"II*\0", 8, 1, 0x0112, 3, 1, turn, 0)) for turn in (6, 1)]
+    rows = (b"IDAT", zlib.compress((b"\0" + bytes(24)) * 4))
+    assert images.decode(png(png_header(8, 4), *turns, rows, (b"IEND", b""))).shape == (8, 4, 3)
 
 
 def test_messages_keep_opencvs_text_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
