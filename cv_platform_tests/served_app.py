@@ -1,8 +1,8 @@
 """The service's app over real HTTP, in a process of its own: `python -m cv_platform_tests.served_app PORT LIMITS`.
 
-Settings come from the environment; LIMITS is JSON that replaces fields of `ServingLimits`, and `head_seconds`. Uvicorn
-is set up as BentoML sets it up in its workers. The model is the one that computes by hand, so the process starts in
-seconds and holds no model framework: what is looked at is everything around the model.
+Settings come from the environment; LIMITS is JSON that replaces fields of `ServingLimits`, and of
+`BoundedProtocol`. Uvicorn is set up as BentoML sets it up in its workers. The model is the one that computes by hand,
+so the process starts in seconds and holds no model framework: what is looked at is everything around the model.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class ServedApp:
 
     process: subprocess.Popen[bytes]
     port: int
+    log: Path
 
     @property
     def url(self) -> str:
@@ -74,7 +75,7 @@ def serve_app(limits: dict[str, float], **environment: str) -> Iterator[ServedAp
             wait_for_http(
                 f"http://127.0.0.1:{port}/health_check", seconds=START_SECONDS, alive=lambda: process.poll() is None
             )
-            yield ServedApp(process, port)
+            yield ServedApp(process, port, log)
             assert process.poll() is None, f"it ended with {process.returncode}:\n{log.read_text()[-3000:]}"
         finally:
             process.terminate()
@@ -97,7 +98,7 @@ def main(port: int, changed_limits: dict[str, Any]) -> None:
     from cv_platform_tests.unit.serving.http_client import FixedModels
 
     settings = Settings.from_environment()
-    for name in ("head_seconds", "kept_seconds"):
+    for name in ("head_seconds", "kept_seconds", "untaken_seconds", "closing_seconds"):
         setattr(BoundedProtocol, name, changed_limits.pop(name, getattr(BoundedProtocol, name)))
     limits = replace(ServingLimits.of(settings), **changed_limits)
     app = create_app(ServingContext(settings, limits=limits, models=FixedModels()))

@@ -5,7 +5,8 @@ body that nobody reads; a middleware only sees requests whose head is complete. 
 connections that wait: eight clients at once were one worker's in half of the trials, and would stay with it. So a
 connection ends, announced, with the first answer after its time, as gRPC's do (`MAX_CONNECTION_AGE`), and the next may
 be another worker's. A client that has closed its sending side still reads: it gets the answers to what it has sent
-whole (RFC 9112, section 9.6).
+whole (RFC 9112, section 9.6). One that takes nothing of its answers is cut off: they, the request whose answer waits
+behind them, and the service's stop would wait for it for ever.
 
 BentoML leaves the choice of the protocol to Uvicorn ("auto") and has no option
 for it: `bound_connections` puts ours in its place, in a worker, before BentoML makes the server.
@@ -15,8 +16,11 @@ https://www.uvicorn.org/settings/#implementation, https://docs.python.org/3/libr
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import random
+import sys
+import termios
 from typing import Any
 
 from uvicorn import config as uvicorn_config
@@ -34,11 +38,15 @@ class BoundedProtocol(asyncio.Protocol):
         max_head_bytes: largest head, and at most one read from the socket more; beyond, 431.
         kept_seconds: longest time for which a connection takes further requests; at random down to half of that, so
             that what came together does not come again together.
+        untaken_seconds: longest time for which a client may take nothing of what is written; beyond, a reset.
+        closing_seconds: the same once the connection is closed, or the service stops; every so often we look.
     """
 
     head_seconds = 15.0
     max_head_bytes = 65_536
     kept_seconds = 60.0
+    untaken_seconds = 30.0
+    closing_seconds = 5.0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._inner: Any = PlainHttpProtocol(*arguments, **options)
@@ -49,11 +57,17 @@ class BoundedProtocol(asyncio.Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._kept_until = 0.0
         self._is_cut_off = False
+        self._look: asyncio.TimerHandle | None = None
+        self._untaken_bytes = 0
+        self._taken_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins to wait for the first head."""
         self._transport = transport
         self._kept_until = asyncio.get_running_loop().time() + random.uniform(0.5, 1.0) * self.kept_seconds
+        # Paused is then whatever has anything to write, also what was closed with it: `pause_writing` sees them all.
+        # Not 0: with TLS, uvloop pauses at the limit and not above it.
+        self._transport.set_write_buffer_limits(high=1, low=0)
         self._inner.connection_made(transport)
         self._wait_at_most(self.head_seconds)
 
@@ -62,7 +76,7 @@ class BoundedProtocol(asyncio.Protocol):
         before = self._inner.cycle
         is_between = before is None or not before.more_body
         self._inner.data_received(data)
-        if self._transport.is_closing():
+        if self._transport.is_closing() or self._inner.is_garbled:
             self._stop_waiting()
         elif not is_between or self._inner.cycle is not before:
             self._head_bytes = 0
@@ -79,6 +93,8 @@ class BoundedProtocol(asyncio.Protocol):
 
     def eof_received(self) -> bool | None:
         """Ends the connection, but not before the answers to what has arrived whole."""
+        if self._inner.is_garbled:
+            return True
         newest = self._inner.cycle
         waiting = self._inner.pipeline
         if newest is None or newest.response_complete or (newest.more_body and not waiting):
@@ -95,14 +111,21 @@ class BoundedProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Hands it on."""
         self._stop_waiting()
+        self._stop_looking()
         self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Hands it on."""
+        """Hands it on, and begins to look whether the client takes anything."""
         self._inner.pause_writing()
+        loop = asyncio.get_running_loop()
+        self._stop_looking()
+        self._untaken_bytes = self._count_untaken()
+        self._taken_at = loop.time()
+        self._look = loop.call_later(min(self.closing_seconds, self.untaken_seconds), self._look_again)
 
     def resume_writing(self) -> None:
         """Hands it on."""
+        self._stop_looking()
         self._inner.resume_writing()
 
     def _answered(self) -> None:
@@ -120,6 +143,36 @@ class BoundedProtocol(asyncio.Protocol):
         if self._deadline is None or loop.time() + seconds < self._deadline.when():
             self._stop_waiting()
             self._deadline = loop.call_later(seconds, self._give_up)
+
+    def _look_again(self) -> None:
+        """Cuts the client off if it has taken nothing for its time; one that reads slowly keeps its connection."""
+        loop = asyncio.get_running_loop()
+        untaken = self._count_untaken()
+        if untaken < self._untaken_bytes:
+            self._taken_at = loop.time()
+        self._untaken_bytes = untaken
+        is_last = self._transport.is_closing() or self._inner.is_stopping
+        ends_at = self._taken_at + (self.closing_seconds if is_last else self.untaken_seconds)
+        if loop.time() >= ends_at:
+            self._stop_looking()
+            self._transport.abort()
+        else:
+            # Not later than in `closing_seconds`: meanwhile it may be closed.
+            self._look = loop.call_at(min(ends_at, loop.time() + self.closing_seconds), self._look_again)
+
+    def _count_untaken(self) -> int:
+        """Returns how many bytes the peer has not acknowledged.
+
+        The kernel's are among them: it asks for more only when a third of its buffer is free, and of its up to 4 MB a
+        slow reader takes a third in minutes.
+        """
+        queued = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return self._transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+
+    def _stop_looking(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
 
     def _end_after(self, newest: Any) -> None:
         """Makes the connection end with this request's answer, which says so unless it has begun."""

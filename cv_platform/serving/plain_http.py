@@ -2,6 +2,9 @@
 
 The parser under it stops behind a head with `Upgrade` and would take the request's body for the next request. A server
 may ignore the header (RFC 9110, section 7.8), and Java's HttpClient sends it by default: such a request is read anew.
+
+Uvicorn knows the newest request of a connection only. Here the one that is being answered is known, too: it hears of
+the connection's end, and nonsense behind it does not cost its answer.
 """
 
 from __future__ import annotations
@@ -13,16 +16,26 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 class PlainHttpProtocol(HttpToolsProtocol):
-    """Answers requests of HTTP/1.1 only; the arguments are Uvicorn's own."""
+    """Answers requests of HTTP/1.1 only; the arguments are Uvicorn's own.
+
+    Attributes:
+        is_garbled: what came last is no HTTP: nothing more is read, and 400 follows the answers that are due.
+        is_stopping: the service waits for this connection's end.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         # Else Uvicorn hands a connection whose client asks for websockets over to a protocol without our bounds.
         self.ws_protocol_class = None
+        self.is_garbled = False
+        self.is_stopping = False
         self._is_head = False
+        self._answering: Any = None
 
     def data_received(self, data: bytes) -> None:
-        """Parses the bytes; what is no HTTP, and `CONNECT`, gets 400."""
+        """Parses the bytes; what is no HTTP, and `CONNECT`, gets 400, behind the answers to what came whole before."""
+        if self.is_garbled:
+            return
         self._unset_keepalive_if_required()
         rest = memoryview(data)
         try:
@@ -34,7 +47,25 @@ class PlainHttpProtocol(HttpToolsProtocol):
                 self.parser.feed_data(head)
         except httptools.HttpParserError:
             self.logger.warning("Invalid HTTP request received.")
+            self._end_garbled()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tells the request that is being answered, which would else write on, or wait for ever for its client."""
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """Goes on to the next request, or to the 400 behind the last."""
+        if self.is_garbled and not self.pipeline and not self.transport.is_closing():
             self.send_400_response("Invalid HTTP request received.")
+        super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """Ends the connection with the answers that are due."""
+        self.is_stopping = True
+        super().shutdown()
 
     def on_message_begin(self) -> None:
         """Begins a head."""
@@ -57,6 +88,20 @@ class PlainHttpProtocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
             self.cycle.more_body = False
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _end_garbled(self) -> None:
+        newest = self.cycle
+        is_due = bool(newest and not newest.response_complete and not newest.more_body)
+        if self.pipeline and not is_due:
+            self.pipeline.popleft()  # The newest, whose body is broken; those before it are whole.
+            is_due = True
+        self.is_garbled = is_due
+        if not is_due:
+            self.send_400_response("Invalid HTTP request received.")
 
     def _feed(self, data: memoryview) -> int | None:
         """Returns where a head ends that asks for another protocol, if one does."""

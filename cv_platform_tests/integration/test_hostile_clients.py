@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import select
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -61,6 +63,23 @@ def send_for_ever(connection: socket.socket, part: bytes, *, most_bytes: int) ->
     except OSError:
         return sent
     raise AssertionError(f"it still listened after {sent} bytes")
+
+
+def send_until_reset(connection: socket.socket, part: bytes) -> None:
+    """Sends until the server resets the connection; one that it lets wait fails by its time-out."""
+    try:
+        while True:
+            connection.sendall(part)
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+def fill(connection: socket.socket, part: bytes) -> None:
+    """Sends until nothing more fits into the buffers between the client, who reads nothing, and the server."""
+    connection.setblocking(False)
+    # While the server reads on, there is room again within a moment.
+    while select.select([], [connection], [], 0.5)[1]:
+        connection.send(part)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +154,48 @@ def test_a_client_that_does_not_read_its_answers_leaves_nothing_behind(served: S
         connection.sendall(with_length(FORM) * 3)
         time.sleep(0.5)
     assert served.health()["status"] == "ready"  # And `nobody_else_notices`.
+
+
+LONG_ANSWER = b"GET /openapi.json HTTP/1.1\r\nHost: service\r\n\r\n"
+LAST_LONG_ANSWER = LONG_ANSWER.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+
+
+def connect_without_room(served: ServedApp) -> socket.socket:
+    """Connects so that little fits between: the server has the rest of an answer on its hands."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", served.port))
+    return connection
+
+
+def test_a_client_that_never_reads_is_cut_off_without_a_word_in_the_log() -> None:
+    with serve_app({"untaken_seconds": 1.0, "closing_seconds": 0.2}) as served:
+        with connect_without_room(served) as connection:
+            send_until_reset(connection, LONG_ANSWER * 1_000)
+        assert served.health()["status"] == "ready"
+        assert "Traceback" not in served.log.read_text()
+
+
+def test_a_client_that_never_reads_does_not_hold_up_the_stop() -> None:
+    with serve_app({"untaken_seconds": 600.0, "closing_seconds": 1.0}) as served:
+        connection = connect_without_room(served)
+        fill(connection, LONG_ANSWER * 1_000)
+    connection.close()
+    assert served.process.returncode == -signal.SIGTERM  # `serve_app` kills one that does not stop in time.
+
+
+def test_a_client_that_reads_slowly_but_steadily_gets_everything() -> None:
+    answers = 200
+    with serve_app({"untaken_seconds": 1.0, "closing_seconds": 1.0}) as served, served.connect() as connection:
+        connection.sendall(LONG_ANSWER * (answers - 1) + LAST_LONG_ANSWER)
+        received = bytearray()
+        while part := connection.recv(16_384):
+            received += part
+            time.sleep(0.01)
+    assert received.count(b"HTTP/1.1 200 ") == answers
+    assert received.endswith(b"}")
 
 
 def test_a_half_closed_connection_with_half_a_body_is_ended(served: ServedApp) -> None:
@@ -407,6 +468,16 @@ def test_garbage_behind_a_request_costs_that_client_alone(served: ServedApp) -> 
         assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
         connection.sendall(b"\0\1\2 garbage\r\n\r\n")
         assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("broken", [b"\0\1\2 garbage\r\n\r\n", head(CHUNKED[:-4]) + b"-1\r\n"], ids=["head", "body"])
+@pytest.mark.parametrize("whole", [1, 2])
+def test_garbage_sent_with_requests_does_not_cost_their_answers(served: ServedApp, whole: int, broken: bytes) -> None:
+    with served.connect() as connection:
+        connection.sendall(with_length(FORM) * whole + broken)
+        answers = read_to_end(connection)
+    assert re.findall(rb"HTTP/1\.1 (\d{3}) ", answers) == [b"200"] * whole + [b"400"]
+    assert answers.count(b"connection: close\r\n") == 1
 
 
 def test_pipelined_requests_are_answered_in_their_order(served: ServedApp) -> None:
