@@ -16,6 +16,7 @@ https://www.uvicorn.org/settings/#implementation, https://docs.python.org/3/libr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import random
@@ -166,7 +167,9 @@ class BoundedProtocol(asyncio.Protocol):
         The kernel's are among them: it asks for more only when a third of its buffer is free, and of its up to 4 MB a
         slow reader takes a third in minutes.
         """
-        queued = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        queued = bytes(4)
+        with contextlib.suppress(OSError):  # Not every system tells of a socket's queue.
+            queued = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
         return self._transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     def _stop_looking(self) -> None:
