@@ -17,13 +17,16 @@ from psycopg2 import sql
 from sqlalchemy import Engine, make_url
 
 _TEMPLATE = "cv_template"
+_TRACKING = "MLFLOW_TRACKING_URI"
+_GIVEN_TRACKING = os.environ.get(_TRACKING)
 
 
 @pytest.fixture(autouse=True)
 def _process_as_found() -> Iterator[None]:
     """Gives the next test the environment and the handling of SIGTERM that this one found: children inherit both.
 
-    MLflow, for one, writes the tracking address of each run into the environment.
+    MLflow writes the tracking address of each run into the environment, also from a module's fixture, which this one
+    cannot look behind: that address is again what the session began with.
     """
     environment = dict(os.environ)
     handler, mask = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -33,6 +36,9 @@ def _process_as_found() -> Iterator[None]:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
+    os.environ.pop(_TRACKING, None)
+    if _GIVEN_TRACKING is not None:
+        os.environ[_TRACKING] = _GIVEN_TRACKING
 
 
 @pytest.fixture(scope="session")

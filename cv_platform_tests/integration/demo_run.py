@@ -34,11 +34,14 @@ class Demo:
 
 
 def cli(variables: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a `cv-platform` command of the repository with these variables added to the environment."""
+    """Runs a `cv-platform` command of the repository with these variables added to the environment.
+
+    What MLflow has left there in this process is not: the command would log its runs somewhere else.
+    """
     return subprocess.run(
         [sys.executable, "-m", "cv_platform.cli", *arguments],
         cwd=REPOSITORY,
-        env={**os.environ, **variables},
+        env={**{name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}, **variables},
         capture_output=True,
         text=True,
         check=False,
