@@ -16,7 +16,6 @@ from sqlalchemy import create_engine, text
 
 from benchmarks import original_serving
 from benchmarks.harness import (
-    Alternative,
     Observation,
     Ratio,
     Report,
@@ -34,7 +33,7 @@ from benchmarks.installation import (
     write_config,
 )
 from benchmarks.options import Options
-from benchmarks.servers import Server, process_tree_memory_bytes, under_load
+from benchmarks.servers import Server, all_under_load, process_tree_memory_bytes
 from benchmarks.services import original_replica, platform_service
 from benchmarks.uploads import write_uploads
 from cv_platform.errors import BundleNotFoundError, ServiceError
@@ -76,26 +75,8 @@ def _run(options: Options, scratch: Path) -> Report:
             platform_service(settings, environment, scratch) as platform,
         ):
             servers = {"original": original, "platform": platform}
-
-            def count(name: str, answered: int) -> None:
-                answers[name] += answered
-
             observations = measure_interleaved(
-                [
-                    Alternative(
-                        f"{name}, c={concurrency}",
-                        under_load(
-                            server,
-                            images,
-                            concurrency=concurrency,
-                            seconds=seconds,
-                            minimum_requests=minimum,
-                            on_answers=lambda answered, name=name: count(name, answered),
-                        ),
-                    )
-                    for concurrency, seconds, minimum in LOADS
-                    for name, server in servers.items()
-                ],
+                all_under_load(servers, images, LOADS, answers),
                 rounds=options.rounds,
                 say=options.say,
             )

@@ -32,7 +32,7 @@ from benchmarks.harness import (
 )
 from benchmarks.installation import isolated_environment, isolated_settings, scratch_folder
 from benchmarks.options import Options
-from benchmarks.servers import under_load
+from benchmarks.servers import all_under_load, under_load
 from benchmarks.services import SERVICE, platform_service
 from benchmarks.untrained import deploy_untrained
 from benchmarks.uploads import write_uploads
@@ -45,8 +45,8 @@ NETWORKS = {"resnet50": 224, "small_cnn": 50}
 """Architecture to the side of its input in pixels."""
 CEILING_CONCURRENCY = 4
 CEILING_SECONDS = 6.0
-LOG_LOADS = ((1, 3.0), (8, 3.0))
-"""(requests in flight, seconds) with the log and without."""
+LOG_LOADS = ((1, 3.0, 50), (8, 3.0, 50))
+"""(requests in flight, seconds, at least so many requests) with the log and without."""
 LOG_STARTS = 3
 """Starts of both services for each round."""
 LEAST_RATIO = {1: 45.0, 8: 60.0}
@@ -209,10 +209,7 @@ def _log_on_and_off(options: Options, scratch: Path) -> Part:
             )
         answered = dict.fromkeys(homes, 0)
 
-        def count(name: str, answers: int) -> None:
-            answered[name] += answers
-
-        # New processes each round: two of the same program differ by more than the log costs.
+        # New processes each round: what one of them has by chance, such as its memory's layout, no repetition averages.
         for _ in range(LOG_STARTS * options.rounds):
             with ExitStack() as stack:
                 servers = {
@@ -228,21 +225,7 @@ def _log_on_and_off(options: Options, scratch: Path) -> Part:
                     for name, home in homes.items()
                 }
                 found = measure_interleaved(
-                    [
-                        Alternative(
-                            f"{name}, c={concurrency}",
-                            under_load(
-                                server,
-                                images,
-                                concurrency=concurrency,
-                                seconds=seconds,
-                                minimum_requests=50,
-                                on_answers=lambda answers, name=name: count(name, answers),
-                            ),
-                        )
-                        for concurrency, seconds in LOG_LOADS
-                        for name, server in servers.items()
-                    ],
+                    all_under_load(servers, images, LOG_LOADS, answered),
                     rounds=1,
                     say=options.say,
                 )
@@ -256,7 +239,7 @@ def _log_on_and_off(options: Options, scratch: Path) -> Part:
         engine.dispose()
     ratios: list[Ratio] = []
     checks: list[Check] = []
-    for concurrency, _ in LOG_LOADS:
+    for concurrency, _, _ in LOG_LOADS:
         ratio = compare(
             observations, f"log on, c={concurrency}", f"log off, c={concurrency}", "p50_ms", seed=options.seed
         )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness import Observation
+from benchmarks.harness import Alternative, Observation
 from benchmarks.load import LoadPlan, send
 from cv_platform.errors import ServiceError
 from cv_platform.stack.http import wait_for_http
@@ -119,6 +119,41 @@ def under_load(
         )
 
     return measure
+
+
+def all_under_load(
+    servers: Mapping[str, Server],
+    images: Sequence[Path],
+    loads: Sequence[tuple[int, float, int]],
+    answered: dict[str, int],
+) -> list[Alternative]:
+    """Returns a measurement `<name>, c=<concurrency>` of each server under each load, by `under_load`.
+
+    Args:
+        servers: by name.
+        images: files sent in turn.
+        loads: requests in flight, seconds, at least so many requests.
+        answered: by name; receives the answers with status 200, those of warm-ups included.
+    """
+
+    def count(name: str, answers: int) -> None:
+        answered[name] += answers
+
+    return [
+        Alternative(
+            f"{name}, c={concurrency}",
+            under_load(
+                server,
+                images,
+                concurrency=concurrency,
+                seconds=seconds,
+                minimum_requests=minimum,
+                on_answers=lambda answers, name=name: count(name, answers),
+            ),
+        )
+        for concurrency, seconds, minimum in loads
+        for name, server in servers.items()
+    ]
 
 
 def process_tree_cpu_seconds(pid: int, proc: Path = Path("/proc")) -> float | None:

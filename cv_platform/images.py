@@ -21,13 +21,10 @@ import hashlib
 import io
 import json
 import logging
-import re
 import struct
 import warnings
-import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from itertools import islice
 
 import cv2
 import numpy as np
@@ -36,6 +33,19 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
+from cv_platform.image_files import (
+    TILE_LENGTH,
+    TILE_WIDTH,
+    GifStream,
+    essential_png,
+    format_by_signature,
+    png_chunks,
+    refuse_costly_jpeg,
+    refuse_costly_png,
+    refuse_patient_tiff,
+    refuse_truncated,
+    tiff_tags,
+)
 
 PREPROCESSING_VERSION = 2
 SUPPORTED_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
@@ -43,28 +53,10 @@ MAX_PIXELS = 40_000_000
 """Default limit: 40 megapixels decode to 120 MB."""
 MAX_SIDE_PX = 65_535
 """What a JPEG can have at most; longer sides are only met in attacks, and every row costs."""
-MAX_PARTS = 10_000
-"""PNG chunks, JPEG segments or GIF blocks: walking them costs Python's time, however small they are."""
-MAX_SCANS = 100
-"""Of a progressive JPEG. Encoders write about ten; each makes the decoder visit the whole image again."""
 MAX_OPENCV_IDAT_BYTES = 2**16
 """Of a PNG's compressed pixels. OpenCV inflates them to their end, even far past the last row: 1032 bytes from each."""
 
 _BAND_PIXELS = 2**20
-_GIF_BLOCK_BYTES = 255
-_COMPRESSION, _PHOTOMETRIC, _PLANAR, _TILE_WIDTH, _TILE_LENGTH = 259, 262, 284, 322, 323
-"""The tags of a TIFF that are judged."""
-_TIFF_COMPRESSIONS = {
-    1: "none",
-    5: "LZW",
-    7: "JPEG",
-    8: "deflate",
-    32773: "PackBits",
-    32946: "deflate",
-    34925: "LZMA",
-    50000: "Zstandard",
-}
-"""Those whose decoder ends at the first damage. One for fax pages goes on, and tells stderr of every row."""
 _TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
     2: lambda image: cv2.flip(image, 1),
     3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
@@ -75,11 +67,6 @@ _TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
     8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
 """EXIF's orientation to what undoes it."""
-_BARE_JPEG_MARKERS = frozenset({0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
-"""Those that no length follows, or that Pillow treats so."""
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-"""What ends a run of compressed data: neither an escaped 0xFF, nor a restart, nor padding."""
-
 # OpenCV writes its decoder warnings to stderr; the exceptions below already name the image.
 cv2.setLogLevel(1)
 logging.getLogger("PIL").setLevel(logging.WARNING)
@@ -127,11 +114,11 @@ def decode_with_format(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[st
     """Decodes an image as `decode` does, and tells its format: for those who need both, the header is read once."""
     with _open(data, max_pixels) as picture:
         image_format, _, _ = _judge(picture, data, max_pixels)
-        _refuse_truncated(data, image_format)
+        refuse_truncated(data, image_format)
         if _needs_pillow(data, image_format):
             return image_format, _decode_with_pillow(picture, data)
         if image_format == "PNG":
-            data = _essential_png(data)
+            data = essential_png(data)
         turn = _webp_turn(picture, data) if image_format == "WEBP" else None
         try:
             # Not as BGR, to be exchanged afterwards: that takes as long again as reading a BMP.
@@ -172,16 +159,16 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Reads an image's header; `max_pixels` is only for the message."""
     if not data:
         raise EmptyImageError("Expected an image. Received: 0 bytes. Send the file's content.")
-    begins_as = _format_by_signature(data)
+    begins_as = format_by_signature(data)
     stream = io.BytesIO
     readable = data
     if begins_as == "JPEG":
-        _refuse_costly_jpeg(data)
+        refuse_costly_jpeg(data)
     elif begins_as == "PNG":
-        _refuse_costly_png(data)
-        readable = _essential_png(data)
+        refuse_costly_png(data)
+        readable = essential_png(data)
     elif begins_as == "GIF":
-        stream = _GifStream
+        stream = GifStream
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb warning: `_judge` has a limit of ours.
@@ -222,9 +209,9 @@ def _judge(picture: ImageFile.ImageFile, data: bytes, max_pixels: int) -> tuple[
             "Cut or shrink the image before sending it."
         )
     if isinstance(picture, TiffImageFile):
-        tags = _tiff_tags(data, picture.tag_v2.offset)
-        _refuse_patient_tiff(tags)
-        tile_width_px, tile_height_px = tags.get(_TILE_WIDTH, 1), tags.get(_TILE_LENGTH, 1)
+        tags = tiff_tags(data, picture.tag_v2.offset)
+        refuse_patient_tiff(tags)
+        tile_width_px, tile_height_px = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
         padded_px = -(-width_px // tile_width_px) * tile_width_px * -(-height_px // tile_height_px) * tile_height_px
         if padded_px > max_pixels:
             raise ImageTooLargeError(
@@ -243,8 +230,8 @@ def _needs_pillow(data: bytes, image_format: str) -> bool:
     one, and to find out where that is takes two thirds of the time of decoding.
     """
     if image_format == "PNG":
-        idat_bytes = sum(end - at - 12 for kind, at, end in _png_chunks(data) if kind == b"IDAT")
-        return idat_bytes > MAX_OPENCV_IDAT_BYTES or any(kind == b"acTL" for kind, _, _ in _png_chunks(data))
+        idat_bytes = sum(end - at - 12 for kind, at, end in png_chunks(data) if kind == b"IDAT")
+        return idat_bytes > MAX_OPENCV_IDAT_BYTES or any(kind == b"acTL" for kind, _, _ in png_chunks(data))
     return image_format in {"GIF", "TIFF"}
 
 
@@ -298,213 +285,3 @@ def _refusals_of_pillow(data: bytes) -> Generator[None]:
         ) from err
     except (MemoryError, OverflowError, RuntimeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as err:
         raise UnsupportedImageError(f"Expected a readable image. Received: a broken one ({err}).") from err
-
-
-def _format_by_signature(data: bytes) -> str | None:
-    """Returns the format that the first bytes announce, for headers that Pillow does not accept."""
-    signatures = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
-    signatures |= {b"II*\0": "TIFF", b"MM\0*": "TIFF"}
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[:2] == b"BM" and data[6:10] == bytes(4):
-        return "BMP"
-    return next((name for signature, name in signatures.items() if data.startswith(signature)), None)
-
-
-def _refuse_truncated(data: bytes, image_format: str) -> None:
-    """Looks for each format's end, so that no decoder build decides (or tells stderr) what missing data look like."""
-    complete = True
-    if image_format == "JPEG":
-        complete = data.rfind(b"\xff\xd9") > _start_of_scan(data)
-    elif image_format == "PNG":
-        complete = _is_whole_png(data)
-    elif image_format == "WEBP":
-        complete = len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    if not complete:
-        raise TruncatedImageError(
-            f"Expected a complete {image_format}. Received: {len(data)} bytes without its end, or damaged on the way. "
-            "Send the file again."
-        )
-
-
-def _is_whole_png(data: bytes) -> bool:
-    """Walks the chunks to the last one; their checksums must fit."""
-    for kind, at, end in _png_chunks(data):
-        if end > len(data):
-            return False
-        if zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            return False
-        if kind == b"IEND":
-            return True
-    return False
-
-
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yields each chunk's kind, start and end, to the last one; a chunk that is cut off ends past the data."""
-    at, kind = 8, b""
-    while at + 12 <= len(data) and kind != b"IEND":
-        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
-        yield kind, at, end
-        at = end
-
-
-def _essential_png(data: bytes) -> bytes:
-    """Drops the chunks that no pixel depends on, whose contents the decoders would parse and inflate nevertheless.
-
-    Kept are the critical ones (an upper-case first letter), transparency and orientation. What is left of an animated
-    PNG is its first picture. Of those that there may be one of, the first is kept: libpng tells stderr of each other,
-    and Pillow would take the last.
-    """
-    view, parts, start, single = memoryview(data), [], 0, {b"PLTE", b"tRNS", b"eXIf"}
-    for kind, at, end in _png_chunks(data):
-        if kind in single:
-            single.remove(kind)
-        elif kind[0] & 0x20 or kind == b"PLTE":
-            parts.append(view[start:at])
-            start = end
-    return b"".join([*parts, view[start:]]) if parts else data
-
-
-def _refuse_costly_png(data: bytes) -> None:
-    if next(islice(_png_chunks(data), MAX_PARTS, None), None):
-        raise UnsupportedImageError(
-            f"Expected a PNG of at most {MAX_PARTS} chunks. Received: one of more. Save the image anew."
-        )
-
-
-def _refuse_costly_jpeg(data: bytes) -> None:
-    """Walks the segments and scans to the image's end, as Pillow does before the first scan and libjpeg after it."""
-    at = 2
-    for _ in range(MAX_PARTS):
-        if at + 2 > len(data) or data[at : at + 2] == b"\xff\xda":
-            break
-        if data[at] != 0xFF or data[at + 1] == 0xFF:
-            at += 1  # Pillow walks through padding byte by byte, so here it counts.
-        else:
-            at = _next_jpeg_segment(data, at)
-    else:
-        raise _too_many_segments()
-    scans = 0
-    for _ in range(MAX_PARTS):
-        found = _JPEG_MARKER.search(data, at)
-        if found is None or found[0] == b"\xff\xd9":
-            return
-        scans += found[0] == b"\xff\xda"
-        if scans > MAX_SCANS:
-            raise UnsupportedImageError(
-                f"Expected a JPEG of at most {MAX_SCANS} scans. Received: one of more. Save the image anew."
-            )
-        at = _next_jpeg_segment(data, found.start())
-    raise _too_many_segments()
-
-
-def _next_jpeg_segment(data: bytes, at: int) -> int:
-    """Returns where the segment ends whose marker is at `at`."""
-    if data[at + 1] in _BARE_JPEG_MARKERS:
-        return at + 2
-    return at + 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
-
-
-def _too_many_segments() -> UnsupportedImageError:
-    return UnsupportedImageError(
-        f"Expected a JPEG of at most {MAX_PARTS} segments. Received: one of more. Save the image anew."
-    )
-
-
-class _GifStream(io.BytesIO):
-    """What Pillow reads a GIF from; ends it when there are very many blocks before the picture.
-
-    Pillow lists the blocks of a comment and joins them, which takes 90 bytes for two of the file's. Counted are its own
-    reads, two for a block, since a walk of ours could be led where Pillow does not go. The picture's data are read in
-    larger pieces.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self._left = 2 * MAX_PARTS
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and 0 <= size <= _GIF_BLOCK_BYTES:
-            self._left -= 1
-            if self._left < 0:
-                raise UnsupportedImageError(
-                    f"Expected a GIF of at most {MAX_PARTS} blocks before its picture. Received: one of more. "
-                    "Save the image anew."
-                )
-        return super().read(size)
-
-
-def _refuse_patient_tiff(tags: dict[int, int]) -> None:
-    """Refuses what libtiff decodes to the end although it is damaged, with a line on stderr for each row or strip.
-
-    These are fax pages, and YCbCr that is not converted within a JPEG: Pillow has it converted by an interface that
-    skips damaged strips. Without compression, Pillow reads it by itself.
-    """
-    compression = tags.get(_COMPRESSION, 1)
-    if compression not in _TIFF_COMPRESSIONS:
-        known = ", ".join(dict.fromkeys(_TIFF_COMPRESSIONS.values()))
-        raise UnsupportedImageError(
-            f"Expected a TIFF of a compression for pictures ({known}). Received: compression {compression}, as "
-            "fax pages have, or a rare one. Save the image anew, or as PNG."
-        )
-    is_ycbcr_of_jpeg = compression == 7 and tags.get(_PLANAR, 1) == 1
-    if tags.get(_PHOTOMETRIC) == 6 and compression != 1 and not is_ycbcr_of_jpeg:
-        raise UnsupportedImageError(
-            "Expected a TIFF whose YCbCr samples, if it has any, are compressed as one JPEG or not at all. Received: "
-            f"such samples in compression {compression} ({_TIFF_COMPRESSIONS[compression]}). Save the image as RGB."
-        )
-
-
-def _tiff_tags(data: bytes, directory: int) -> dict[int, int]:
-    """Returns what the first directory says about compression, colours, planes and tiles, as far as it does.
-
-    libtiff allocates a whole tile, however small the image. It takes the first of a tag's values and converts any type;
-    Pillow takes the last, and skips types that it does not know. So the directory is read here, and whatever the two
-    would understand differently is refused.
-
-    Args:
-        data: the file's bytes.
-        directory: where its first directory begins.
-    """
-    order = "<" if data[:2] == b"II" else ">"
-    is_big = data[2:4] == b"+\0"  # BigTIFF; Pillow reads the big-endian one as if it were none.
-    start, step, value_at = (directory + 8, 20, 12) if is_big else (directory + 2, 12, 8)
-    formats = {(3, 1): "H", (4, 1): "L"} | ({(16, 1): "Q"} if is_big else {})
-    is_known = data[2:4] != b"\0+"
-    values: dict[int, int] = {}
-    try:
-        (entries,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, directory)
-        for at in range(start, start + min(entries, (len(data) - start) // step) * step, step):
-            tag, kind, count = struct.unpack_from(order + ("HHQ" if is_big else "HHL"), data, at)
-            if tag in {_COMPRESSION, _PHOTOMETRIC, _PLANAR, _TILE_WIDTH, _TILE_LENGTH}:
-                value_format = formats.get((kind, count))
-                is_known = is_known and value_format is not None and tag not in values
-                (values[tag],) = struct.unpack_from(order + (value_format or "H"), data, at + value_at)
-    except struct.error:
-        is_known = False
-    sides = [values[tag] for tag in (_TILE_WIDTH, _TILE_LENGTH) if tag in values]
-    if not is_known or len(sides) == 1 or 0 in sides:
-        raise UnsupportedImageError(
-            "Expected a TIFF that says once, as one number, how it is compressed, coloured and laid out, and whose "
-            "tiles, if it has any, have one width and one length of at least 1. Received: one that says otherwise. "
-            "Save the image anew."
-        )
-    return values
-
-
-def _start_of_scan(data: bytes) -> int:
-    """Returns the offset of a JPEG's first scan, past its headers (whose thumbnails have ends of their own)."""
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return at
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif marker == 0xDA:
-            return at
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:
-            at += 2
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return len(data)

@@ -25,6 +25,7 @@ SHIPPED: tuple[str, ...] = (
     "config.py",
     "disk_space.py",
     "settings.py",
+    "image_files.py",
     "images.py",
     "properties.py",
     "predictions.py",

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from cv_platform import images
+from cv_platform import image_files, images
 from cv_platform.errors import (
     EmptyImageError,
     ImageError,
@@ -285,7 +285,7 @@ def test_jpeg_with_more_scans_than_any_encoder_writes_is_refused(monkeypatch: py
     last = data.rindex(b"\xff\xda")
     scans = data.count(b"\xff\xda")
     assert scans > 1
-    full = data[:-2] + data[last:-2] * (images.MAX_SCANS - scans) + data[-2:]
+    full = data[:-2] + data[last:-2] * (image_files.MAX_SCANS - scans) + data[-2:]
     assert images.read_size(full) == ("JPEG", 60, 80)
     # What follows the image's end (a phone's film) is not the decoder's.
     assert images.read_size(full + data[last:] * 200) == ("JPEG", 60, 80)
