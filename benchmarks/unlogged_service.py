@@ -8,7 +8,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from cv_platform.serving.context import ServingContext
-from cv_platform.serving.request_log import FeedbackEntry, LogEntry
+from cv_platform.serving.request_log import BegunEntry, FeedbackEntry, LogEntry
 
 _DONE: Future[None] = Future()
 _DONE.set_result(None)
@@ -18,13 +18,13 @@ async def _append_nothing(self: ServingContext, entry: LogEntry | FeedbackEntry)
     del self, entry
 
 
-def _write_nothing(self: ServingContext, entry: LogEntry, *, more_follow: bool) -> Future[None]:
+def _begin_nothing(self: ServingContext, entry: LogEntry, *, more_follow: bool) -> BegunEntry:
     del self, entry, more_follow
-    return _DONE
+    return BegunEntry(_DONE, lambda message, seconds: None)
 
 
 ServingContext.append = _append_nothing
-ServingContext.write_entry = _write_nothing
+ServingContext.begin_entry = _begin_nothing
 
 from bentos.image_classifier.service import ImageClassifier  # noqa: E402  Its context must be made of the changed class.
 

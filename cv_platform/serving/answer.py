@@ -35,8 +35,8 @@ SAMPLED_SHARE = 10
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answered upload.
+class Predicted:
+    """One upload that a model has answered.
 
     Attributes:
         prediction_id: UUIDv4; whoever knows it may see the result again.
@@ -44,8 +44,7 @@ class Answer:
         prediction: its outputs.
         predicted_classes: one class name, or for multi-label any number.
         properties: `(7,)` float32 of the preprocessed image.
-        body: what the client gets, ready for JSON.
-        message: `ok`, or what is missing from the answer.
+        image: `(H, W, 3)` uint8 RGB, the decoded upload.
         media_type: of the upload.
     """
 
@@ -54,22 +53,17 @@ class Answer:
     prediction: Prediction
     predicted_classes: tuple[str, ...]
     properties: NDArray[np.float32]
-    body: dict[str, Any]
-    message: str
+    image: NDArray[np.uint8]
     media_type: str
 
 
-def answer_upload(
-    model: LoadedModel, data: bytes, *, explain: Explain, max_pixels: int, on_explain_failure: Callable[[], None]
-) -> Answer:
-    """Predicts one upload and explains the prediction; a failing explanation costs the pictures, nothing else.
+def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predicted:
+    """Predicts one upload.
 
     Args:
         model: the model to ask; the caller's own reference, so that a swap cannot change it half-way.
         data: the upload.
-        explain: what to add to the probabilities.
         max_pixels: largest height × width, judged before decoding.
-        on_explain_failure: is called when there are no pictures although they were asked for.
 
     Raises:
         ImageError: the upload is no usable image.
@@ -81,12 +75,29 @@ def answer_upload(
     with staged("model"):
         prediction = model.predict(pixels)
     classes = predicted_classes(prediction.probabilities, metadata)
+    prediction_id = uuid4()
+    note_prediction(
+        prediction_id, metadata.model_name, metadata.version, classes, float(prediction.probabilities.max())
+    )
+    media_type = f"image/{image_format.lower()}"
+    return Predicted(prediction_id, metadata, prediction, classes, image_properties(pixels), image, media_type)
+
+
+def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: Callable[[], None]) -> dict[str, Any]:
+    """Returns what the client gets, ready for JSON; a failing explanation costs the pictures, nothing else.
+
+    Args:
+        predicted: the prediction.
+        explain: what to add to the probabilities.
+        on_explain_failure: is called when there are no pictures although they were asked for; `message` says so, too.
+    """
+    metadata, prediction = predicted.model, predicted.prediction
     message = OK
     pictures: Pictures | None = None
     if explain.media_type is not None:
         try:
             with staged("explain"):
-                pictures = draw(image, prediction.cam, explain)
+                pictures = draw(predicted.image, prediction.cam, explain)
         # Whatever drawing meets: the prediction is already there, and it is what was asked for.
         except Exception as err:
             logger.exception(
@@ -94,23 +105,17 @@ def answer_upload(
             )
             on_explain_failure()
             message = f"The prediction is complete, but its pictures could not be drawn ({type(err).__name__})."
-    prediction_id = uuid4()
-    note_prediction(
-        prediction_id, metadata.model_name, metadata.version, classes, float(prediction.probabilities.max())
-    )
-    body = result_body(
-        prediction_id=prediction_id,
+    return result_body(
+        prediction_id=predicted.prediction_id,
         model_name=metadata.model_name,
         model_version=metadata.version,
         classifier_type=metadata.classifier_type,
-        classes=classes,
+        classes=predicted.predicted_classes,
         probabilities=dict(zip(metadata.class_names, (float(p) for p in prediction.probabilities), strict=True)),
         pictures=pictures,
         cam=prediction.cam if explain is Explain.CAM else None,
         message=message,
     )
-    media_type = f"image/{image_format.lower()}"
-    return Answer(prediction_id, metadata, prediction, classes, image_properties(pixels), body, message, media_type)
 
 
 def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetadata) -> tuple[str, ...]:
@@ -156,31 +161,31 @@ def _number(probability: float | None) -> float | None:
 
 
 def log_entry(
-    answer: Answer, data: bytes, trace: RequestTrace, *, url: str, keep_images: Literal["all", "sampled", "none"]
+    predicted: Predicted, data: bytes, trace: RequestTrace, *, url: str, keep_images: Literal["all", "sampled", "none"]
 ) -> LogEntry:
-    """Returns the log entry of an answered upload."""
-    prediction = answer.prediction
+    """Returns the log entry of a prediction whose answer is still to be made: `BegunEntry.settle` completes it."""
+    prediction = predicted.prediction
     return LogEntry(
         request_method="POST",
         request_url=url,
         response_status_code=200,
-        response_message=answer.message,
+        response_message=OK,
         timespan=trace.seconds(),
         created_on=trace.created_on,
-        model_name=answer.model.model_name,
-        model_version=answer.model.version,
-        prediction_id=answer.prediction_id,
-        predicted_class=LABEL_SEPARATOR.join(answer.predicted_classes),
+        model_name=predicted.model.model_name,
+        model_version=predicted.model.version,
+        prediction_id=predicted.prediction_id,
+        predicted_class=LABEL_SEPARATOR.join(predicted.predicted_classes),
         prediction_json={
-            name: float(p) for name, p in zip(answer.model.class_names, prediction.probabilities, strict=True)
+            name: float(p) for name, p in zip(predicted.model.class_names, prediction.probabilities, strict=True)
         },
         uae_feats=prediction.uae,
         bbsd_feats=prediction.probabilities,
         features=prediction.features,
-        properties=answer.properties,
+        properties=predicted.properties,
         raw_hm=prediction.cam,
         image=data if _is_kept(data, keep_images) else None,
-        media_type=answer.media_type,
+        media_type=predicted.media_type,
     )
 
 

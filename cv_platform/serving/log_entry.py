@@ -201,6 +201,11 @@ def encode(entry: LogEntry | FeedbackEntry) -> SpooledEntry:
     return SpooledEntry(str(entry.entry_id), "request", prediction_id, _json(record), packed, image)
 
 
+def encode_outcome(message: str, seconds: float) -> str:
+    """Returns what `spool_file.settle_entry` replaces in an entry's record."""
+    return _json({"response_message": _clean(message), "timespan": _finite(seconds) or 0.0})
+
+
 def decode(record: str, vectors: bytes) -> dict[str, Any]:
     """Returns an entry's columns by name, from its spooled form.
 

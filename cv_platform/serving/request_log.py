@@ -1,6 +1,6 @@
 """The request log as the service sees it: keep an entry for good, record feedback, find a prediction again.
 
-What `submit` and `write` return is done once the entry is in the local spool (`spool.py`); the drainer (`drainer.py`)
+What `submit` and `begin` return is done once the entry is in the local spool (`spool.py`); the drainer (`drainer.py`)
 brings it to PostgreSQL when PostgreSQL is there. The service therefore answers, and loses nothing, while the database
 is away.
 """
@@ -19,13 +19,13 @@ from cv_platform.errors import DatabaseError, DatabaseUnavailableError
 from cv_platform.serving.deletion import delete_from_database, delete_from_spools
 from cv_platform.serving.drainer import Drainer, DrainStatus
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
-from cv_platform.serving.spool import RejectedEntry, Spool
+from cv_platform.serving.spool import BegunEntry, RejectedEntry, Spool
 from cv_platform.serving.spool_file import find_spooled, is_spooled
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-__all__ = ["DrainStatus", "FeedbackEntry", "LogEntry", "RequestLog", "StoredPrediction"]
+__all__ = ["BegunEntry", "DrainStatus", "FeedbackEntry", "LogEntry", "RequestLog", "StoredPrediction"]
 
 
 _DRAIN_SECONDS = 10.0
@@ -88,17 +88,17 @@ class RequestLog:
         """
         return self._spool.submit(entry)
 
-    def write(self, entry: LogEntry | FeedbackEntry, *, more_follow: bool = False) -> Future[None]:
-        """Does as `submit`, and writes in the calling thread when nobody else does: not for an event loop's thread.
+    def begin(self, entry: LogEntry, *, more_follow: bool = False) -> BegunEntry:
+        """Queues the entry of a prediction whose answer is still being made; `settle` it, whatever happens.
 
         Args:
-            entry: what to keep.
-            more_follow: whether other threads are about to write, and share their transaction.
+            entry: what is known so far, all of it but message and time.
+            more_follow: whether others are about to be queued, and share its transaction.
 
         Raises:
             SpoolFullError: as `submit`.
         """
-        return self._spool.write(entry, more_follow=more_follow)
+        return self._spool.begin(entry, more_follow=more_follow)
 
     def find_prediction(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction wherever it is: in a replica's spool, or in the database.

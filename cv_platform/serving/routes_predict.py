@@ -1,4 +1,4 @@
-"""`POST /predict`: receive, predict in a thread, make the log entry durable, answer.
+"""`POST /predict`: receive, predict in a thread, make the log entry durable while the answer is made, answer.
 
 The event loop only ever waits. A request holds a place in `uploads` while its body arrives and one in `in_flight` from
 then until its thread is free again, even when its client was told 504 meanwhile: an abandoned prediction still costs.
@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from cv_platform.serving.answer import answer_upload, log_entry
+from cv_platform.serving.answer import OK, answer_body, log_entry, predict_upload
 from cv_platform.serving.api_models import PredictionResult
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
 from cv_platform.serving.explain import Explain
 from cv_platform.serving.limits import overloaded, too_large
 from cv_platform.serving.observation import staged
-from cv_platform.serving.problems import Problem, json_response, trace_of, try_later
+from cv_platform.serving.problems import json_response, trace_of, try_later
 from cv_platform.serving.refusal_log import logged_url
+from cv_platform.serving.request_log import BegunEntry
 from cv_platform.serving.runtime import LoadedModel
 from cv_platform.serving.upload_form import EXPLAIN_QUERY, UploadForm, received
 
@@ -98,35 +98,33 @@ async def answer_and_log(
 
     Raises:
         ImageError: the upload is no usable image.
-        Problem: 504, it took too long.
+        Problem: 504, it took too long; a prediction that was made in time to be logged keeps its row.
         SpoolFullError: the log cannot keep it, or did not in time; then its row may still come.
     """
-
     trace, url = trace_of(request.scope), logged_url(request.scope)
     claim = threading.Lock()  # Who gets it says what becomes of the request: the entry is written, or it was too late.
 
-    def work() -> tuple[_T, Future[None]]:
+    def work() -> tuple[_T, BegunEntry]:
         data = read()
-        answer = answer_upload(
-            model,
-            data,
-            explain=explain,
-            max_pixels=context.settings.max_upload_pixels,
-            on_explain_failure=context.metrics.explain_failed,
-        )
-        with staged("encode"):
-            rendered = render(answer.body)
-        entry = log_entry(answer, data, trace, url=url, keep_images=context.settings.log_images)
+        predicted = predict_upload(model, data, max_pixels=context.settings.max_upload_pixels)
+        entry = log_entry(predicted, data, trace, url=url, keep_images=context.settings.log_images)
         if not claim.acquire(blocking=False):
             raise TimeoutError("Nobody waits for this answer any more.")
-        return rendered, context.write_entry(entry, more_follow=context.has_waiting)
+        # The disk takes the entry while the pictures are drawn: together they need hardly longer than either.
+        begun = context.begin_entry(entry, more_follow=context.has_waiting)
+        message = OK
+        try:
+            body = answer_body(predicted, explain, on_explain_failure=context.metrics.explain_failed)
+            message = body["message"]
+            with staged("encode"):
+                return render(body), begun
+        finally:
+            begun.settle(message, trace.seconds())
 
     try:
         rendered, entry = await context.compute_admitted(work)
-    except BaseException as err:
-        is_written = not claim.acquire(blocking=False)
-        if is_written and isinstance(err, Problem) and err.status_code == 504:
-            raise context.entry_overdue() from err
+    except BaseException:
+        claim.acquire(blocking=False)
         raise
     await context.entry_written(entry)
     context.metrics.image_answered(200)

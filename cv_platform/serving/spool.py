@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import sqlite3
@@ -24,7 +25,14 @@ from uuid import UUID, uuid4
 
 from cv_platform.errors import SpoolFullError
 from cv_platform.serving.group_commit import MAX_QUEUED_BYTES, GroupCommit, Operation
-from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, SpooledEntry, StoredPrediction, encode
+from cv_platform.serving.log_entry import (
+    FeedbackEntry,
+    LogEntry,
+    SpooledEntry,
+    StoredPrediction,
+    encode,
+    encode_outcome,
+)
 from cv_platform.serving.spool_file import (
     EXTENSIONS,
     LOCK,
@@ -38,6 +46,7 @@ from cv_platform.serving.spool_file import (
     insert_entry,
     move_to_rejected,
     prepare,
+    settle_entry,
     try_insert,
 )
 
@@ -47,6 +56,24 @@ RESERVE_BYTES = 32 * 1024 * 1024
 """Of the disk that entries leave free: deleting what the database has needs room in the write-ahead log, too, and so a
 disk that the spool itself has filled to its end would never get any back."""
 _JOB_SECONDS = 60.0
+_SHARING_SECONDS = 0.005
+"""How long a busy worker's entry waits for others to share its transaction: each one costs more than an entry, but with
+too many of them so many answers would leave at once that the threads which predict would have to wait for requests."""
+_SETTLING_SECONDS = 0.25
+"""How long what is known last of an entry waits for the next entry's transaction. Until then nobody drains it."""
+
+
+class BegunEntry(NamedTuple):
+    """An entry that is written while its answer is still being made.
+
+    Attributes:
+        written: done once the entry is durable; it may hold a SpoolFullError.
+        settle: takes the message that the client gets and the seconds from reception to answer. What they replace is
+            what a crash in between leaves.
+    """
+
+    written: Future[None]
+    settle: Callable[[str, float], None]
 
 
 class SpoolRow(NamedTuple):
@@ -131,6 +158,8 @@ class Spool:
         self._timeout = append_timeout_seconds
         self._listener: Callable[[], None] = lambda: None
         self._read_lock = threading.Lock()
+        self._unsettled: set[str] = set()
+        """Ids of entries that `begin` has queued and `settle` not completed; a successor drains them as they are."""
         writing = None
         try:
             writing = connect(path)
@@ -172,17 +201,40 @@ class Spool:
         """
         return self._writer.submit(*self._insertion(entry))
 
-    def write(self, entry: LogEntry | FeedbackEntry, *, more_follow: bool = False) -> Future[None]:
-        """Does as `submit`, and writes in the calling thread when nobody else does: not for an event loop's thread.
+    def begin(self, entry: LogEntry, *, more_follow: bool = False) -> BegunEntry:
+        """Queues the entry of a prediction whose answer is still being made; `settle` it, whatever happens.
 
         Args:
-            entry: what to keep.
-            more_follow: whether other threads are about to write, and share their transaction.
+            entry: what is known so far, all of it but message and time.
+            more_follow: whether others are about to be queued, and share its transaction.
 
         Raises:
             SpoolFullError: as `submit`.
         """
-        return self._writer.write(*self._insertion(entry), more_follow=more_follow)
+        entry_id = str(entry.entry_id)
+        self._unsettled.add(entry_id)
+        try:
+            written = self._writer.submit(
+                *self._insertion(entry), within_seconds=_SHARING_SECONDS if more_follow else 0.0
+            )
+        except BaseException:
+            self._unsettled.discard(entry_id)
+            raise
+        return BegunEntry(written, functools.partial(self._settle, entry_id, str(entry.prediction_id)))
+
+    def _settle(self, entry_id: str, prediction_id: str, message: str, seconds: float) -> None:
+        outcome = encode_outcome(message, seconds)
+        try:
+            settled = self._writer.submit(
+                lambda connection: settle_entry(connection, prediction_id, outcome),
+                len(outcome),
+                within_seconds=_SETTLING_SECONDS,
+            )
+        except SpoolFullError as err:  # The entry itself is kept, or its own future says why not.
+            logger.warning("Entry %s keeps the time and message that it began with: %s", entry_id, err)
+            self._unsettled.discard(entry_id)
+        else:
+            settled.add_done_callback(lambda _: self._unsettled.discard(entry_id))
 
     def try_out(self) -> None:
         """Returns once the disk has shown that it would take an entry: one is written and removed in one transaction.
@@ -207,24 +259,30 @@ class Spool:
         self._listener = listener
 
     def read_batch(self, max_rows: int, max_image_bytes: int) -> SpoolBatch:
-        """Returns the oldest entries, with uploads of at most `max_image_bytes` in all, but at least one entry."""
+        """Returns the oldest settled entries, with uploads of at most `max_image_bytes` in all, but at least one entry.
+
+        Those that are not settled count as not there.
+        """
+        unsettled = self._unsettled.copy()  # First: what is added later must not be in what is read.
         with self._reader() as connection:
             rows = connection.execute(
                 "SELECT e.id, e.entry_id, e.kind, e.record, e.vectors, e.image_sha256, coalesce(i.bytes, 0) "
                 "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 ORDER BY e.id LIMIT ?",
                 (max_rows + 1,),
             ).fetchall()
+        unsettled |= self._unsettled
+        settled = [row for row in map(SpoolRow._make, rows) if row.entry_id not in unsettled]
         batch: list[SpoolRow] = []
         seen: set[str | None] = set()
         image_bytes = 0
-        for row in map(SpoolRow._make, rows):
+        for row in settled:
             if row.image_sha256 not in seen:
                 image_bytes += row.image_bytes
                 seen.add(row.image_sha256)
             if len(batch) == max_rows or (batch and image_bytes > max_image_bytes):
                 break
             batch.append(row)
-        return SpoolBatch(batch, are_all=len(batch) == len(rows))
+        return SpoolBatch(batch, are_all=len(batch) == len(settled))
 
     def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
         """Returns whether the entries are as they were read: a deletion may have stripped one since."""

@@ -104,6 +104,14 @@ def insert_entry(connection: sqlite3.Connection, entry: SpooledEntry) -> None:
     )
 
 
+def settle_entry(connection: sqlite3.Connection, prediction_id: str, outcome: str) -> None:
+    """Replaces fields of a prediction's record, see `log_entry.encode_outcome`; one that was deleted stays so."""
+    connection.execute(
+        "UPDATE entries SET record = json_patch(record, ?) WHERE prediction_id = ? AND kind = 'request'",
+        (outcome, prediction_id),
+    )
+
+
 def try_insert(connection: sqlite3.Connection) -> None:
     """Adds an entry and removes it; inside a transaction nobody else ever sees it."""
     entry_id = "trial"

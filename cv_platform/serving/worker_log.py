@@ -17,13 +17,20 @@ from cv_platform.serving.bounded_calls import BoundedCalls
 from cv_platform.serving.metrics import ServingMetrics, process_metrics
 from cv_platform.serving.observation import staged
 from cv_platform.serving.problems import Problem
-from cv_platform.serving.request_log import DrainStatus, FeedbackEntry, LogEntry, RequestLog, StoredPrediction
+from cv_platform.serving.request_log import (
+    BegunEntry,
+    DrainStatus,
+    FeedbackEntry,
+    LogEntry,
+    RequestLog,
+    StoredPrediction,
+)
 from cv_platform.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 APPEND_SECONDS = 15.0
-"""Longest wait for an entry that another thread writes. Who writes itself hangs with the disk; see `routes_predict`."""
+"""Longest wait for an entry, once its answer is ready."""
 _OVERDUE = "Expected the disk to take an entry in time. Received: no answer. Try again later."
 _STATUS_SECONDS = 1.0
 """A health check waits no longer for the spool's disk, and shows the figures that it had last."""
@@ -77,27 +84,27 @@ class WorkerLog:
         with staged("append"), self._append_failures():
             await self._until_durable(self.log.submit(entry))
 
-    def write_entry(self, entry: LogEntry, *, more_follow: bool) -> Future[None]:
-        """Writes an entry from a thread that predicts, the shortest way to the disk; `entry_written` awaits its end.
+    def begin_entry(self, entry: LogEntry, *, more_follow: bool) -> BegunEntry:
+        """Queues a prediction's entry, to be written while its answer is made; `entry_written` awaits its end.
 
         Args:
             entry: what to keep.
-            more_follow: whether other threads are about to write, and share their transaction.
+            more_follow: whether others are about to be queued, and share its transaction.
 
         Raises:
             SpoolFullError: it cannot be kept.
         """
-        with staged("append"), self._append_failures():
-            return self.log.write(entry, more_follow=more_follow)
+        with self._append_failures():
+            return self.log.begin(entry, more_follow=more_follow)
 
-    async def entry_written(self, entry: Future[None]) -> None:
-        """Returns once what `write_entry` returned is durable.
+    async def entry_written(self, entry: BegunEntry) -> None:
+        """Returns once what `begin_entry` returned is durable.
 
         Raises:
             SpoolFullError: it is not, and will not be.
         """
-        with self._append_failures():
-            await self._until_durable(entry)
+        with staged("append"), self._append_failures():
+            await self._until_durable(entry.written)
 
     def find(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction from a spool of this host or from the database; None when there is none.
@@ -143,12 +150,6 @@ class WorkerLog:
         status = self.log.status()
         self._last_status = time.monotonic(), status
         return status
-
-    def entry_overdue(self) -> SpoolFullError:
-        """Returns the error of an entry whose writing did not end in time, kept for `/health_check`."""
-        self.metrics.append_failed()
-        self.append_error = _OVERDUE
-        return SpoolFullError(_OVERDUE)
 
     async def _until_durable(self, entry: Future[None]) -> None:
         try:

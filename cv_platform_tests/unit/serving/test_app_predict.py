@@ -165,6 +165,7 @@ def test_a_failing_explanation_never_loses_the_prediction(
     assert body["predicted_class"] == "cat"
     assert body["overlaid_img"] is None
     assert "pictures could not be drawn" in body["message"]
+    context.stop()  # Its message follows the entry, see `BegunEntry`.
     assert spooled(context)[0]["response_message"] == body["message"]
 
 

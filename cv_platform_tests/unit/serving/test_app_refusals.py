@@ -310,7 +310,7 @@ def test_a_full_spool_is_a_503_and_no_prediction_leaves(
     def full(entry: object, **_: object) -> None:
         raise SpoolFullError("Expected room. Received: none. Free space.")
 
-    monkeypatch.setattr(context.log, "write", full)
+    monkeypatch.setattr(context.log, "begin", full)
     monkeypatch.setattr(context.log, "submit", full)
     response = client.predict(IMAGE)
     assert response.status_code == 503

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import sqlite3
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,9 +18,9 @@ from cv_platform.errors import SpoolFullError
 from cv_platform.serving import group_commit
 from cv_platform.serving.deletion import delete_from_spools
 from cv_platform.serving.drainer import Drainer
-from cv_platform.serving.log_entry import FeedbackEntry
+from cv_platform.serving.log_entry import FeedbackEntry, encode
 from cv_platform.serving.request_log import RequestLog
-from cv_platform.serving.spool import Spool
+from cv_platform.serving.spool import Spool, SpoolRow
 from cv_platform.serving.spool_file import find_spooled, is_spooled
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
@@ -35,6 +37,21 @@ def images_in(spool: Spool) -> int:
         count = connection.execute("SELECT count(*) FROM images").fetchone()[0]
     connection.close()
     return count
+
+
+def eventually(look: Callable[[], list[SpoolRow]]) -> list[SpoolRow]:
+    """Returns what is found once it is something."""
+    deadline = time.monotonic() + 20
+    while not (found := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+def count_commits(spool: Spool) -> list[None]:
+    commits: list[None] = []
+    spool.on_append(lambda: commits.append(None))
+    return commits
 
 
 def test_an_appended_entry_is_on_disk_for_another_process(spool: Spool) -> None:
@@ -161,84 +178,132 @@ def test_too_many_waiting_entries_are_refused_at_once(spool: Spool, monkeypatch:
     spool.append(answered())
 
 
-def test_a_writer_that_finds_nobody_writing_writes_itself(spool: Spool) -> None:
-    seen: list[threading.Thread] = []
-    spool.on_append(lambda: seen.append(threading.current_thread()))
-    done = spool.write(answered())
-    assert done.done()
-    assert done.result() is None
-    assert seen == [threading.current_thread()]
+def test_a_begun_entry_is_on_disk_at_once_and_drained_when_it_is_settled(spool: Spool) -> None:
+    entry = answered()
+    begun = spool.begin(entry)
+    assert begun.written.result(10) is None
     assert spool.depth() == 1
+    assert find_spooled(spool.path.parent, entry.prediction_id) is not None
+    assert spool.read_batch(10, 10**9) == ([], True)
+    begun.settle("No pictures.\0", 1.5)
+    (row,) = eventually(lambda: spool.read_batch(10, 10**9).rows)
+    expected = encode(replace(entry, response_message="No pictures.\ufffd", timespan=1.5))
+    assert json.loads(row.record) == json.loads(expected.record)
+    assert row.vectors == expected.vectors
+    assert spool.still_holds([row])
 
 
-def test_a_writer_that_finds_another_one_writing_leaves_its_entry_to_it(spool: Spool) -> None:
-    is_held, gate = threading.Event(), threading.Event()
-
-    def hold(_: object) -> None:
-        is_held.set()
-        gate.wait(10)
-
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(spool._writer.write, hold)
-        assert is_held.wait(10)
-        second = spool.write(answered())
-        assert not second.done()
-        assert spool.depth() == 0
-        gate.set()
-        assert first.result(10).result(10) is None
-        assert second.result(10) is None
-    assert spool.depth() == 1
+def test_settled_entries_pass_those_that_are_not(spool: Spool) -> None:
+    first, second = spool.begin(answered()), answered()
+    spool.append(second)
+    assert [row.entry_id for row in spool.read_batch(10, 10**9).rows] == [str(second.entry_id)]
+    first.settle("ok", 0.1)
+    assert len(eventually(lambda: spool.read_batch(10, 10**9).rows[1:])) == 1
 
 
-def test_entries_of_busy_writers_share_one_transaction(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_commit, "_LONGEST_WAIT_SECONDS", 60.0)
-    seen: list[threading.Thread] = []
-    spool.on_append(lambda: seen.append(threading.current_thread()))
-    patient = [spool.write(answered(), more_follow=True) for _ in range(2)]
-    assert not any(done.done() for done in patient)
+def test_what_is_known_last_shares_the_next_entrys_transaction(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cv_platform.serving.spool._SETTLING_SECONDS", 60.0)
+    commits = count_commits(spool)
+    first, second = (spool.begin(answered()) for _ in range(2))
+    first.written.result(10)
+    second.written.result(10)
+    second.settle("ok", 0.2)
+    assert spool.read_batch(10, 10**9).rows == []
+    before = len(commits)
+    third = spool.begin(answered())
+    third.written.result(10)
+    assert len(commits) == before + 1
+    (row,) = eventually(lambda: spool.read_batch(10, 10**9).rows)
+    assert json.loads(row.record)["timespan"] == 0.2
+
+
+def test_an_entry_that_is_never_settled_is_drained_by_the_next_owner(tmp_path: Path) -> None:
+    spool, entry = Spool(tmp_path), answered()
+    spool.begin(entry)
+    spool.close()
+    adopted = Spool.adopt(spool.path)
+    assert adopted is not None
+    (row,) = adopted.read_batch(10, 10**9).rows
+    assert json.loads(row.record) == json.loads(encode(entry).record)
+    adopted.close()
+
+
+def test_an_entry_whose_settling_is_refused_is_drained_as_it_began(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = spool.begin(answered())
+    begun.written.result(10)
+    monkeypatch.setattr(group_commit, "_MAX_QUEUED", 0)
+    begun.settle("too late", 9.0)
+    (row,) = spool.read_batch(10, 10**9).rows
+    assert json.loads(row.record)["response_message"] == answered().response_message
+    assert "keeps the time and message" in caplog.text
+    with pytest.raises(SpoolFullError):
+        spool.begin(answered())
+    assert len(spool.read_batch(10, 10**9).rows) == 1
+
+
+def test_settling_brings_nothing_back_that_was_deleted_meanwhile(spool: Spool) -> None:
+    entry = answered()
+    begun = spool.begin(entry)
+    begun.written.result(10)
+    assert delete_from_spools(spool.path.parent, entry.prediction_id)
+    begun.settle("ok", 0.1)
+    (row,) = eventually(lambda: spool.read_batch(10, 10**9).rows)
+    assert json.loads(row.record)["prediction_id"] is None
+    assert json.loads(row.record)["timespan"] == entry.timespan
+
+
+def test_entries_of_busy_workers_share_one_transaction(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cv_platform.serving.spool._SHARING_SECONDS", 60.0)
+    commits = count_commits(spool)
+    patient = [spool.begin(answered(), more_follow=True) for _ in range(2)]
+    assert not any(begun.written.done() for begun in patient)
     assert spool.depth() == 0
-    last = spool.write(answered(), more_follow=True)
-    assert [done.result(0) for done in (*patient, last)] == [None] * 3
-    assert seen == [threading.current_thread()]
+    spool.begin(answered()).written.result(10)
+    assert [begun.written.result(0) for begun in patient] == [None] * 2
+    assert len(commits) == 1
     assert spool.depth() == 3
 
 
-def test_a_patient_entry_goes_with_whoever_writes_next(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_commit, "_LONGEST_WAIT_SECONDS", 60.0)
-    for write_next in (spool.write, spool.submit):
-        patient = spool.write(answered(), more_follow=True)
-        assert not patient.done()
-        assert write_next(answered()).result(10) is None
-        assert patient.result(10) is None
-    assert spool.depth() == 4
-
-
 def test_a_patient_entry_that_nobody_follows_is_written_soon(spool: Spool) -> None:
-    assert spool.write(answered(), more_follow=True).result(10) is None
+    assert spool.begin(answered(), more_follow=True).written.result(10) is None
     assert spool.depth() == 1
 
 
-def test_a_spool_that_closes_writes_its_patient_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_commit, "_LONGEST_WAIT_SECONDS", 60.0)
+def test_a_spool_that_closes_writes_what_could_have_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_SHARING_SECONDS", "_SETTLING_SECONDS"):
+        monkeypatch.setattr(f"cv_platform.serving.spool.{name}", 60.0)
     spool = Spool(tmp_path)
-    patient = spool.write(answered(), more_follow=True)
+    begun = spool.begin(answered(), more_follow=True)
+    begun.settle("settled", 2.0)
     spool.close()
-    assert patient.result(0) is None
+    assert begun.written.result(0) is None
     adopted = Spool.adopt(spool.path)
     assert adopted is not None
-    assert adopted.depth() == 1
+    assert [json.loads(row.record)["response_message"] for row in adopted.read_batch(10, 10**9).rows] == ["settled"]
     adopted.close()
 
 
 def test_entries_written_by_many_threads_are_all_there_once(spool: Spool) -> None:
     entries = [answered() for _ in range(400)]
+
+    def write(number: int) -> Future[None]:
+        if number % 3 == 0:
+            return spool.submit(entries[number])
+        begun = spool.begin(entries[number], more_follow=number % 3 == 1)
+        begun.settle("ok", float(number))
+        return begun.written
+
     with ThreadPoolExecutor(8) as pool:
-        ways = (spool.write, spool.submit, functools.partial(spool.write, more_follow=True))
-        done = list(pool.map(lambda number: ways[number % 3](entries[number]), range(400)))
+        done = list(pool.map(write, range(400)))
     for future in done:
         assert future.result(10) is None
-    assert {row.entry_id for row in spool.read_batch(1000, 10**9).rows} == {str(entry.entry_id) for entry in entries}
-    assert spool.depth() == 400
+    rows = eventually(lambda: rows if len(rows := spool.read_batch(1000, 10**9).rows) == 400 else [])
+    times = {row.entry_id: json.loads(row.record)["timespan"] for row in rows}
+    assert times == {
+        str(entry.entry_id): number if number % 3 else entry.timespan for number, entry in enumerate(entries)
+    }
 
 
 def test_a_spool_that_cannot_be_written_says_so(tmp_path: Path) -> None:
