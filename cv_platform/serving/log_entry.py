@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cv_platform.predictions import VECTOR_COLUMNS
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # `dumps` makes one a call.
 FloatArray = NDArray[np.float32]
 EntryKind = Literal["request", "feedback"]
 
@@ -280,4 +281,4 @@ def _finite(value: float) -> float | None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)

@@ -28,7 +28,6 @@ from cv_platform.serving.group_commit import MAX_QUEUED_BYTES, GroupCommit, Oper
 from cv_platform.serving.log_entry import (
     FeedbackEntry,
     LogEntry,
-    SpooledEntry,
     StoredPrediction,
     encode,
     encode_outcome,
@@ -56,6 +55,8 @@ RESERVE_BYTES = 32 * 1024 * 1024
 """Of the disk that entries leave free: deleting what the database has needs room in the write-ahead log, too, and so a
 disk that the spool itself has filled to its end would never get any back."""
 _JOB_SECONDS = 60.0
+_ENTRY_BYTES = 4096
+"""Of an entry, beside its upload and map."""
 _SHARING_SECONDS = 0.005
 """How long a busy worker's entry waits for others to share its transaction: each one costs more than an entry, but with
 too many of them so many answers would leave at once that the threads which predict would have to wait for requests."""
@@ -378,14 +379,15 @@ class Spool:
         os.close(self._lock)
 
     def _insertion(self, entry: LogEntry | FeedbackEntry) -> tuple[Operation, int]:
-        """Returns what adds the entry, and its size in bytes."""
-        spooled = encode(entry)
-        size = len(spooled.record) + len(spooled.vectors) + (len(spooled.image.content) if spooled.image else 0)
-        return lambda connection: self._insert(connection, spooled), size
+        """Returns what adds the entry, and about how many bytes it needs in memory and on disk."""
+        size = _ENTRY_BYTES
+        if isinstance(entry, LogEntry):
+            size += len(entry.image or b"") + (0 if entry.raw_hm is None else entry.raw_hm.nbytes)
+        return lambda connection: self._insert(connection, entry), size
 
-    def _insert(self, connection: sqlite3.Connection, entry: SpooledEntry) -> None:
+    def _insert(self, connection: sqlite3.Connection, entry: LogEntry | FeedbackEntry) -> None:
         self._require_room(connection)
-        insert_entry(connection, entry)
+        insert_entry(connection, encode(entry))
 
     def _require_room(self, connection: sqlite3.Connection) -> None:
         log = self._log_path.stat().st_size
