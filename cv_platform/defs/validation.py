@@ -64,7 +64,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
                     severity=dg.AssetCheckSeverity.WARN
                     if spec.name not in outcomes or outcomes[spec.name].severity == "warn"
                     else dg.AssetCheckSeverity.ERROR,
-                    description=outcomes[spec.name].summary if spec.name in outcomes else "Switched off in this run.",
+                    description=outcomes[spec.name].finding() if spec.name in outcomes else "Switched off in this run.",
                     metadata={"offenders": table([{"image": path} for path in outcomes[spec.name].offenders[:50]])}
                     if spec.name in outcomes
                     else {},

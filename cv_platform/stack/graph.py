@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -12,10 +11,7 @@ from typing import Any
 
 from cv_platform.errors import CvPlatformError
 from cv_platform.stack.environment import REPOSITORY, dagster_command, run_logged
-
-_FINISHED = re.compile(r'STEP_SUCCESS - Finished execution of step "(.+?)" in (.+?)\.?$')
-_FAILED_CHECK = re.compile(r"ASSET_CHECK_EVALUATION - (Asset check .+ did not pass.*)$")
-_PLATFORM_ERROR = re.compile(r"^cv_platform\.errors\.\w+: (.+)$")
+from cv_platform.stack.run_output import RunOutput
 
 
 def unfinished_runs(dagster_home: Path, environment: Mapping[str, str]) -> list[str]:
@@ -48,31 +44,23 @@ def materialize(
 
     Args:
         selection: as `dagster asset materialize --select` takes it.
-        environment: see `environment.platform_environment`.
+        environment: see `environment.platform_environment`; with `CV_HOME`.
         log: receives everything that Dagster prints.
         say: is given a line per finished asset, and per check that did not pass.
         config: run config.
 
     Raises:
-        CvPlatformError: the run failed; the message is the platform's own error, or the end of the log.
+        CvPlatformError: the run failed; the message says which asset, why, and where the log is, without a traceback.
     """
     arguments = ["asset", "materialize", "--select", selection, "-m", "cv_platform.definitions"]
     if config is not None:
         arguments += ["--config-json", json.dumps(config)]
-    errors: list[str] = []
-
-    def read(line: str) -> None:
-        text = line.rstrip()
-        if found := _FINISHED.search(text):
-            say(f"    {found[1].replace('__', '/')}: {found[2]}")
-        elif found := _FAILED_CHECK.search(text):
-            say(f"    {found[1]}")
-        elif (found := _PLATFORM_ERROR.match(text)) and found[1] not in errors:
-            errors.append(found[1])
-
-    status = run_logged(dagster_command(*arguments), log, environment, read)
+    output = RunOutput(say, Path(environment["CV_HOME"]) / "records")
+    status = run_logged(dagster_command(*arguments), log, environment, output.read)
     if status == 0:
         return
-    end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-40:])
-    why = "\n".join(errors) or f"the end of its output:\n{end}"
-    raise CvPlatformError(f"Materialising {selection} failed ({status}): {why}\nThe whole log: {log}")
+    last_lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
+    raise CvPlatformError(
+        f"{selection.removeprefix('key:')} was not materialised completely (status {status}).\n"
+        f"{output.failure(status, last_lines)}\n  The whole log, with tracebacks: {log}"
+    )

@@ -45,6 +45,12 @@ class CheckOutcome(_Record):
         (), description="images, classes or conditions at fault, worst first, at most 100"
     )
 
+    def finding(self) -> str:
+        """Returns the summary, and of a check that did not pass the limit that it was held against."""
+        if self.passed or self.limit is None:
+            return self.summary
+        return f"{self.summary} The limit in `validate` is {self.limit:g}."
+
 
 class ValidationVerdict(_Record):
     """What validation found in one dataset version."""
@@ -78,7 +84,7 @@ def require_verdict(
             f"Received: one of {verdict.dvc_md5} ({verdict.manifest}). Materialise validation_report, then this asset."
         )
     if must_pass and not verdict.passed:
-        failed = "; ".join(f"{o.name}: {o.summary}" for o in verdict.failed if o.severity == "error")
+        failed = "; ".join(f"{o.name}: {o.finding()}" for o in verdict.failed if o.severity == "error")
         raise VerdictError(
             f"Expected a dataset version that passes its blocking checks. Received: {dvc_md5} failed: {failed}. "
             f"Mend the dataset under a new tag, or change the limits in `validate`. Report: {verdict.report_path}"

@@ -39,3 +39,10 @@ def test_a_failed_verdict_names_what_failed() -> None:
     with pytest.raises(VerdictError, match="train_test_leakage: 3 test images are in train"):
         require_verdict(failed, dvc_md5="a1")
     assert require_verdict(failed, dvc_md5="a1", must_pass=False) is None
+
+
+def test_a_finding_names_the_limit_that_did_not_hold() -> None:
+    leaked = LEAKED.model_copy(update={"summary": "3 of 9 leaked.", "limit": 0.05})
+    assert leaked.finding() == "3 of 9 leaked. The limit in `validate` is 0.05."
+    assert leaked.model_copy(update={"passed": True}).finding() == "3 of 9 leaked."
+    assert leaked.model_copy(update={"limit": None}).finding() == "3 of 9 leaked."
