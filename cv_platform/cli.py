@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cv_platform.config import config_files, json_schema, load_experiment
 from cv_platform.errors import CvPlatformError
@@ -100,11 +101,22 @@ def _run(options: argparse.Namespace) -> int:
         log=log,
         say=lambda line: print(line, flush=True),
     )
-    records = settings.home / "records" / experiment.name
-    evaluation = json.loads((records / "evaluation.json").read_text(encoding="utf-8"))
-    print(f"  evaluation: {'; '.join(evaluation['reasons'])}")
-    print(f"  deployment: {json.loads((records / 'deployment.json').read_text(encoding='utf-8'))['message']}")
+    for line in _run_summary(settings.home / "records" / experiment.name):
+        print(f"  {line}")
     return 0
+
+
+def _run_summary(records: Path) -> list[str]:
+    """Returns what a complete run of an experiment came to, by the records of its assets; a line each."""
+
+    def record(asset: str) -> dict[str, Any]:
+        return json.loads((records / f"{asset}.json").read_text(encoding="utf-8"))
+
+    lines = [f"evaluation: {'; '.join(record('evaluation')['reasons'])}"]
+    lines.append(f"deployment: {record('deployment')['message']}")
+    if (records / "drift_report.json").is_file() and (report := record("drift_report"))["report_url"]:
+        lines.append(f"drift report: {report['verdict']} ({report['rows']} requests); {report['report_url']}")
+    return lines
 
 
 def _up(_: argparse.Namespace) -> int:

@@ -1,0 +1,47 @@
+"""What `cv-platform run` says at its end, and which log it writes; the runs themselves are in `graph/`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cv_platform.cli import main
+
+REPORT = {"verdict": "drift", "rows": 359, "report_url": "file:///storage/reports/digits/1/report.html"}
+
+
+def write_records(environment: dict[str, str], **records: object) -> None:
+    folder = Path(environment["CV_HOME"]) / "records" / "digits"
+    folder.mkdir(parents=True, exist_ok=True)
+    for asset, record in records.items():
+        (folder / f"{asset}.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("drift_report", "line"),
+    [
+        (REPORT, "  drift report: drift (359 requests); file:///storage/reports/digits/1/report.html"),
+        ({**REPORT, "report_url": ""}, None),
+        (None, None),
+    ],
+)
+def test_the_summary_names_the_drift_report_where_one_was_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    drift_report: dict[str, object] | None,
+    line: str | None,
+) -> None:
+    def materialize(_: str, environment: dict[str, str], **__: object) -> None:
+        write_records(environment, evaluation={"reasons": ["good"]}, deployment={"message": "deployed"})
+        if drift_report is not None:
+            write_records(environment, drift_report=drift_report)
+
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    monkeypatch.setattr("cv_platform.stack.graph.materialize", materialize)
+    assert main(["run", "configs/digits.yaml"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == ["  evaluation: good", "  deployment: deployed", *([line] if line else [])]
