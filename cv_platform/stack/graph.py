@@ -56,7 +56,10 @@ def materialize(
     if config is not None:
         arguments += ["--config-json", json.dumps(config)]
     output = RunOutput(say, Path(environment["CV_HOME"]) / "records")
-    status = run_logged(dagster_command(*arguments), log, environment, output.read)
+    # Dagster 1.13 prints the steps' lines through `tail`, which it ends at once after the last step. Without this wait
+    # the last lines, such as why it failed, are lost on a busy machine: github.com/dagster-io/dagster/issues/23336.
+    waiting = {**environment, "DAGSTER_COMPUTE_LOG_TAIL_WAIT_AFTER_FINISH": "1"}
+    status = run_logged(dagster_command(*arguments), log, waiting, output.read)
     if status == 0:
         return
     last_lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]

@@ -19,6 +19,7 @@ _CHECK = re.compile(
     r"ASSET_CHECK_EVALUATION - Asset check '(\w+)' on '(\S+)' did not pass\.(?: Description: '(.*))?$", re.DOTALL
 )
 _FAILED = re.compile(r'STEP_FAILURE - Execution of step "(.+?)" failed\.')
+_RUN_FAILED = re.compile(r"RUN_FAILURE - .* Steps failed: \[(.+?)\]\.")
 _SKIPPED = re.compile(r"Dependencies for step (\S+) .*Not executing\.$")
 _CHECKS_FAILED = re.compile(r"^dagster\._core\.errors\.DagsterAssetCheckFailedError: ")
 _WRAPPER = re.compile(r"^dagster\._core\.errors\.\w+: Error occurred while .*$")
@@ -26,6 +27,9 @@ _CAUSE = "The above exception was caused by the following exception:"
 _TRACE = "Stack Trace:"
 _PLATFORM_ERROR = re.compile(r"^cv_platform\.errors\.\w+: ")
 _ANY_ERROR = re.compile(r"^([\w.]*(?:Error|Exception|Interrupt|Exit))(?:: |$)")
+
+_KEPT_EVENTS = ("ASSET_CHECK_EVALUATION - ", "STEP_FAILURE - ", "RUN_FAILURE - ")
+"""Those whose following lines belong to them."""
 
 _NEXT_STEPS = {
     "validation_report": "mend the dataset under a new tag, or change the limits in `validate` of the config.",
@@ -58,7 +62,7 @@ class RunOutput:
         text = line.rstrip()
         if _EVENT.match(text):
             self._close_event()
-            self._is_kept = "ASSET_CHECK_EVALUATION" in text or "STEP_FAILURE" in text
+            self._is_kept = any(event in text for event in _KEPT_EVENTS)
             self._block = [text] if self._is_kept else []
             if found := _FINISHED.search(text):
                 self.say(f"    {_asset(found[1])}: {found[2]}")
@@ -95,6 +99,13 @@ class RunOutput:
         if found := _FAILED.search(block[0]):
             asset = _asset(found[1])
             self._failures[asset] = self._reasons(asset, [line for line in block[1:] if line])
+        elif found := _RUN_FAILED.search(block[0]):
+            # The run tells the first failure again; the only word of it where Dagster has lost the step's own lines.
+            for step in re.findall(r"'(.+?)'", found[1]):
+                asset = _asset(step)
+                is_told = any(f'"{step}"' in line or line.startswith(f"{asset}: ") for line in block[1:])
+                told = [line for line in block[1:] if line] if is_told else []
+                self._failures.setdefault(asset, self._reasons(asset, told))
         elif found := _CHECK.search("\n".join(block)):
             # What is not Dagster's, such as a library's own output, may follow; the description ends with a quote.
             description = " ".join((found[3] or "").rpartition("'")[0].split())
@@ -120,7 +131,7 @@ class RunOutput:
             lines = inner or lines
         said = lines[: lines.index(_TRACE)] if _TRACE in lines else lines[:1]
         if not said:
-            return ["failed without a reason."]
+            return ["failed; the log says why."]
         if _PLATFORM_ERROR.match(said[0]):
             return [_without_class(said[0]), *said[1:]]
         return [*said, "The platform does not expect this error: its traceback is in the log."]

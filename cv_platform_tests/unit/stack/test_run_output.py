@@ -87,6 +87,31 @@ def test_a_failed_run_gives_reasons_and_no_stack_trace(tmp_path: Path) -> None:
     assert "Stack Trace" in log.read_text(), "the log keeps what the terminal does without"
 
 
+def test_a_failure_whose_own_lines_were_lost_is_told_by_the_end_of_the_run() -> None:
+    start = "2026-11-23 09:28:51 +0000 - dagster - ERROR - __ASSET_JOB - ab13 - 42"
+    lines = [
+        f"{start} - RUN_FAILURE - Execution of run for \"__ASSET_JOB\" failed. Steps failed: ['a__x', 'a__y'].",
+        "",
+        'dagster._core.errors.DagsterExecutionStepExecutionError: Error occurred while executing op "a__x":',
+        "",
+        "Stack Trace:",
+        '  File "plan.py", line 243, in step',
+        "",
+        "The above exception was caused by the following exception:",
+        "cv_platform.errors.DatasetError: Expected images. Received: none.",
+        "",
+        "Stack Trace:",
+        '  File "own.py", line 2, in x',
+    ]
+    output = RunOutput(lambda _: None, Path("none"))
+    for line in lines:
+        output.read(line)
+    assert output.failure(1, lines).splitlines() == [
+        "  a/x: Expected images. Received: none.",
+        "  a/y: failed; the log says why.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("status", "lines", "expected"),
     [
