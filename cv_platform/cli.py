@@ -87,13 +87,13 @@ def _demo(_: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from cv_platform.stack.environment import platform_environment, prepare_home
+    from cv_platform.stack.environment import new_run_log, platform_environment, prepare_home
     from cv_platform.stack.graph import materialize
 
     experiment = load_experiment(options.config)
     settings = Settings.from_environment().model_copy(update={"configs": options.config.absolute()})
     prepare_home(settings)
-    log = settings.home / "logs" / f"run-{experiment.name}.log"
+    log = new_run_log(settings.home / "logs", experiment.name)
     print(f"{experiment.name}: log in {log}", flush=True)
     materialize(
         f"key:{experiment.name}/*",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cv_platform.errors import ConfigError
@@ -16,6 +18,10 @@ from cv_platform.settings import Settings, quiet_variables
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME_FORMAT = "1"
 """Layout of `CV_HOME`; a release that changes it raises this and says how to move."""
+
+KEPT_RUN_LOGS = 20
+"""Of each experiment; `cv-platform gc` deletes old ones of them, too."""
+_RUN_LOG = re.compile(r"run-[a-z0-9_]+-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}\.log")
 
 
 def platform_environment(settings: Settings, *, database_url: str | None = None) -> dict[str, str]:
@@ -72,6 +78,17 @@ def dagster_command(*arguments: str) -> list[str]:
     platform's documented interface, so the notice is left out. Once it becomes a removal, move to `dg launch`.
     """
     return [sys.executable, "-W", "ignore:Function :FutureWarning", "-m", "dagster", *arguments]
+
+
+def new_run_log(folder: Path, name: str) -> Path:
+    """Makes the empty log of a new run, `run-<name>-<UTC time>-<8 hex digits>.log`; of old ones the newest 19 stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    older = [path for path in folder.glob(f"run-{name}-*.log") if _RUN_LOG.fullmatch(path.name)]
+    for path in sorted(older)[: -(KEPT_RUN_LOGS - 1)]:
+        path.unlink(missing_ok=True)  # Two runs may start at once.
+    log = folder / f"run-{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}.log"
+    log.touch(exist_ok=False)
+    return log
 
 
 def run_logged(command: list[str], log: Path, environment: Mapping[str, str], on_line: Callable[[str], None]) -> int:

@@ -45,3 +45,23 @@ def test_the_summary_names_the_drift_report_where_one_was_made(
     assert main(["run", "configs/digits.yaml"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1:] == ["  evaluation: good", "  deployment: deployed", *([line] if line else [])]
+
+
+def test_each_run_has_a_log_of_its_own_and_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[Path] = []
+
+    def materialize(_: str, environment: dict[str, str], *, log: Path, **__: object) -> None:
+        log.write_text("said")
+        written.append(log)
+        write_records(environment, evaluation={"reasons": []}, deployment={"message": ""})
+
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    monkeypatch.setattr("cv_platform.stack.graph.materialize", materialize)
+    assert [main(["run", "configs/digits.yaml"]) for _ in range(2)] == [0, 0]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("digits: ")]
+    assert said == [f"digits: log in {path}" for path in written]
+    assert [path.read_text() for path in sorted((tmp_path / "home" / "logs").glob("run-*"))] == ["said", "said"]
+    assert len({*written}) == 2

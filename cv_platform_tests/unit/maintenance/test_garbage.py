@@ -21,6 +21,7 @@ NOW = datetime(2026, 6, 1, tzinfo=UTC)
 LONG_AGO = (NOW - timedelta(days=100)).timestamp()
 # Ten versions, a day apart, the newest of them 91 days old.
 VERSIONS = [f"{NOW - timedelta(days=100 - day):%Y%m%dT%H%M%SZ}-0000000{day}" for day in range(10)]
+RUN_LOG = "run-tiny-20260221T000000Z-0000000a.log"
 SERVED, PREVIOUS, RUNNING, LAST_GOOD, RECORDED, *OTHERS = VERSIONS
 
 
@@ -68,7 +69,7 @@ def home(settings: Settings, tmp_path: Path) -> Path:
     folder(home / "worktrees" / "tiny" / "young", age=NOW.timestamp() - 60)
     folder(home / "models" / "tiny" / ".training-old")
     (home / "logs").mkdir()
-    for name in ("run-tiny.log", "service.log", "service.log.1"):
+    for name in (RUN_LOG, "service.log", "service.log.1"):
         (home / "logs" / name).write_text("said")
         os.utime(home / "logs" / name, (LONG_AGO, LONG_AGO))
     folder(home / "dagster" / "logs" / "a-run")
@@ -113,13 +114,13 @@ def test_garbage_is_what_nobody_refers_to(settings: Settings, home: Path) -> Non
         "worktrees/tiny/old",
         "packed/old-pack",
         "validation/x/old",
-        "logs/run-tiny.log",
+        f"logs/{RUN_LOG}",
         "logs/service.log.1",
         "dagster/logs/a-run",
     }
     assert everything(home) == before
     sizes = {item.name: item.bytes for item in garbage.items}
-    assert (sizes["packed/old-pack"], sizes["logs/run-tiny.log"]) == (5, 4)
+    assert (sizes["packed/old-pack"], sizes[f"logs/{RUN_LOG}"]) == (5, 4)
 
 
 def test_collection_deletes_garbage_and_nothing_else(settings: Settings, home: Path) -> None:
@@ -147,7 +148,7 @@ def test_more_days_and_more_versions_keep_more(settings: Settings, home: Path) -
 
 def test_an_unfinished_run_keeps_all_that_it_may_read(settings: Settings, home: Path) -> None:
     garbage = find(settings, unfinished_runs=("run-1",))
-    assert names(garbage) == {"logs/run-tiny.log", "logs/service.log.1", "dagster/logs/a-run"}
+    assert names(garbage) == {f"logs/{RUN_LOG}", "logs/service.log.1", "dagster/logs/a-run"}
     assert "run-1" in garbage.kept[0]
 
 
