@@ -103,7 +103,11 @@ class DatasetConfig(Section):
         default=0.15, gt=0.0, lt=0.5, description="share of train that becomes a missing valid split"
     )
     reference_fraction: float = Field(
-        default=0.2, gt=0.0, lt=0.5, description="share of train that becomes a missing reference"
+        default=0.2,
+        gt=0.0,
+        lt=0.5,
+        description="share of train that becomes a missing reference; with fewer than 40 images "
+        "the drift verdict's false-alarm rate is not measured",
     )
     test_fraction: float = Field(
         default=0.15, gt=0.0, lt=0.5, description="share that becomes test when there are no splits at all"
@@ -225,7 +229,13 @@ class DeployConfig(Section):
 class MonitorConfig(Section):
     """The window of requests that the drift report judges, and how."""
 
-    alpha: float = Field(default=0.05, gt=0.0, lt=0.5, description="family-wise false-alarm rate of one report")
+    alpha: float = Field(
+        default=0.05,
+        gt=0.0,
+        lt=0.5,
+        description="family-wise false-alarm rate of one report; what is measured on the reference split, if it has at "
+        "least 40 images, is held against it",
+    )
     min_samples: int = Field(default=100, ge=20, description="fewer requests give the verdict 'insufficient data'")
     max_samples: int = Field(default=5000, ge=100, description="the latest rows of the window that are read")
     min_feedback: int = Field(

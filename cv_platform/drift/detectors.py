@@ -36,6 +36,8 @@ _FALSE_ALARM_TRIALS = 60
 _FALSE_ALARM_PERMUTATIONS = 99
 _FALSE_ALARM_ROWS = 1000
 _FEWEST_ROWS_PER_SIDE = 20
+FEWEST_FALSE_ALARM_IMAGES = 2 * _FEWEST_ROWS_PER_SIDE
+"""Fewer reference images than this, and the false-alarm rate is not measured; the config's descriptions name it."""
 
 
 class HeldOutImages(Protocol):
@@ -92,6 +94,30 @@ class DriftDetectors(BaseModel):
     false_alarm_rows: int
     false_alarm_permutations: int
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the false-alarm rate was measured, and is compatible with the nominal one."""
+        bound = false_alarm_bound(self.false_alarm_alpha, self.false_alarm_trials)
+        return self.false_alarm_rate is not None and self.false_alarm_rate <= bound
+
+    def false_alarm_summary(self, reference_images: int) -> str:
+        """Returns the false-alarm rate in a sentence or two; not measured, with how many images it takes.
+
+        Args:
+            reference_images: number of images of the reference split.
+        """
+        if self.false_alarm_rate is None:
+            return (
+                f"Not measured: the reference split has {reference_images} images, and at least "
+                f"{FEWEST_FALSE_ALARM_IMAGES} are needed. Add some, or raise dataset.reference_fraction where the "
+                "dataset has no reference split of its own."
+            )
+        bound = false_alarm_bound(self.false_alarm_alpha, self.false_alarm_trials)
+        return (
+            f"Expected at most {bound:.3f} (monitor.alpha {self.false_alarm_alpha:g}). Measured: "
+            f"{self.false_alarm_rate:.3f} in {self.false_alarm_trials} trials, {self.false_alarm_rows} images a side."
+        )
+
 
 @dataclass(frozen=True)
 class FalseAlarms:
@@ -145,7 +171,7 @@ def build_detectors(
         logger.warning(
             "The reference split has %d images; from %d on, the drift verdict's false alarms are measured.",
             len(sample),
-            2 * _FEWEST_ROWS_PER_SIDE,
+            FEWEST_FALSE_ALARM_IMAGES,
         )
     else:
         logger.info("False alarms: %.3f of %d trials, %d images a side.", alarms.rate, alarms.trials, alarms.rows)

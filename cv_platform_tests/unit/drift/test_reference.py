@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cv_platform.config import ModelConfig
+from cv_platform.config import DatasetConfig, ModelConfig, MonitorConfig
 from cv_platform.drift.detectors import (
+    FEWEST_FALSE_ALARM_IMAGES,
     DriftDetectors,
     build_detectors,
     false_alarm_bound,
@@ -88,6 +89,31 @@ def test_too_few_images_have_no_false_alarm_rate() -> None:
     alarms = measure_false_alarms(draw_sample(np.random.default_rng(0), 39), alpha=0.05, seed=0)
     assert (alarms.rate, alarms.trials) == (None, 0)
     assert false_alarm_bound(0.05, alarms.trials) == 1.0
+
+
+def test_the_false_alarm_rate_is_told_in_words(detectors: DriftDetectors) -> None:
+    measured = detectors.model_copy(update={"false_alarm_rate": 0.05})
+    assert measured.is_calibrated
+    # The 0.999 quantile of Binomial(60, 0.05) is 9: P(X <= 8) = 0.9977, P(X <= 9) = 0.9994.
+    assert measured.false_alarm_summary(60) == (
+        "Expected at most 0.150 (monitor.alpha 0.05). Measured: 0.050 in 60 trials, 30 images a side."
+    )
+    assert not detectors.model_copy(update={"false_alarm_rate": 0.16}).is_calibrated
+
+    unmeasured = detectors.model_copy(
+        update={"false_alarm_rate": None, "false_alarm_trials": 0, "false_alarm_rows": 0, "false_alarm_permutations": 0}
+    )
+    assert not unmeasured.is_calibrated
+    assert unmeasured.false_alarm_summary(39).startswith(
+        "Not measured: the reference split has 39 images, and at least 40 are needed."
+    )
+
+
+def test_the_configs_descriptions_name_the_fewest_images_of_the_false_alarm_rate() -> None:
+    enough = draw_sample(np.random.default_rng(0), FEWEST_FALSE_ALARM_IMAGES)
+    assert measure_false_alarms(enough, alpha=0.05, seed=0, trials=1).trials == 1
+    for section, field in ((MonitorConfig, "alpha"), (DatasetConfig, "reference_fraction")):
+        assert f" {FEWEST_FALSE_ALARM_IMAGES} images" in str(section.model_fields[field].description)
 
 
 def test_false_alarm_bound_by_hand() -> None:
