@@ -6,6 +6,7 @@ SQLAlchemy's documentation: https://docs.sqlalchemy.org/en/20/core/engines.html.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -73,6 +74,11 @@ def make_engine(
     if statement_timeout_seconds is not None:
         options += f" -c statement_timeout={int(statement_timeout_seconds * 1000)}"
     parsed = normalise_url(url)
+    # SQLAlchemy names a pool's logger by the module of its class, so that this one would tell in the platform's name,
+    # at INFO, of each pool that is disposed of. Whoever wants to read it sets a level.
+    pool_log = logging.getLogger(f"{_TypedPool.__module__}.{_TypedPool.__name__}")
+    if pool_log.level == logging.NOTSET:
+        pool_log.setLevel(logging.WARNING)
     engine = create_engine(
         parsed,
         pool_size=pool_size,

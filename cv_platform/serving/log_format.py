@@ -40,8 +40,6 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
         other.handlers.clear()
         other.propagate = True
     logging.getLogger("cv_platform").setLevel(logging.INFO)
-    # SQLAlchemy names a pool's logger by the module of its class, and tells of each one that is disposed of.
-    logging.getLogger("cv_platform.database.connection").setLevel(logging.WARNING)
     logging.captureWarnings(True)
 
 

@@ -19,6 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HOME_FORMAT = "1"
 """Layout of `CV_HOME`; a release that changes it raises this and says how to move."""
 
+_SUPERSEDED = "ignore:Function `asset_materialize_command` is superseded:FutureWarning"
+"""Its category by its base class: Python would have to import Dagster, for the other's name, before anything else."""
 KEPT_RUN_LOGS = 20
 """Of each experiment; `cv-platform gc` deletes old ones of them, too."""
 _RUN_LOG = re.compile(r"run-[a-z0-9_]+-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}\.log")
@@ -74,10 +76,10 @@ def prepare_home(settings: Settings) -> None:
 def dagster_command(*arguments: str) -> list[str]:
     """Returns a `dagster` command of this environment.
 
-    Dagster 1.13 announces its newer `dg` CLI as a FutureWarning, "Function … is superseded"; `dagster asset` is this
-    platform's documented interface, so the notice is left out. Once it becomes a removal, move to `dg launch`.
+    Dagster 1.13 announces its newer `dg` CLI as a SupersessionWarning of `dagster asset materialize`, which is this
+    platform's documented interface, so that notice is left out. Once it becomes a removal, move to `dg launch`.
     """
-    return [sys.executable, "-W", "ignore:Function :FutureWarning", "-m", "dagster", *arguments]
+    return [sys.executable, "-W", _SUPERSEDED, "-m", "dagster", *arguments]
 
 
 def new_run_log(folder: Path, name: str) -> Path:

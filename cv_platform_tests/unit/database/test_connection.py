@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from pathlib import Path
 
@@ -74,3 +75,17 @@ def test_a_pool_whose_connections_all_wait_is_a_database_unavailable_error(monke
         monkeypatch.setattr(type(pool), "_do_get", out)
         with pytest.raises(DatabaseUnavailableError, match="free connection"):
             engine.connect()
+
+
+def test_a_pool_that_is_disposed_of_says_nothing_in_the_platforms_name(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "cv_platform")
+    make_engine("postgresql://me@127.0.0.1:1/log").dispose()
+    logging.getLogger("cv_platform.database.connection").info("what the platform says itself")
+    assert caplog.messages == ["what the platform says itself"]
+
+
+def test_a_pool_speaks_to_whoever_asks(caplog: pytest.LogCaptureFixture) -> None:
+    pool_log = "cv_platform.database.connection._TypedPool"
+    caplog.set_level(logging.INFO, pool_log)
+    make_engine("postgresql://me@127.0.0.1:1/log").dispose()
+    assert caplog.messages[0].startswith("Pool disposed.")

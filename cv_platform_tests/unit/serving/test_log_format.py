@@ -37,7 +37,7 @@ Configure = Callable[..., io.StringIO]
 @pytest.fixture
 def configure() -> Iterator[Configure]:
     """Makes this process log as a service does, to a text that it returns, until the end of the test."""
-    names = ("", "bentoml", "uvicorn", "uvicorn.error", "circus", "cv_platform", "cv_platform.database.connection")
+    names = ("", "bentoml", "uvicorn", "uvicorn.error", "circus", "cv_platform")
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
 

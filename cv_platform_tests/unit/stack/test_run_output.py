@@ -85,6 +85,7 @@ def test_a_failed_run_gives_reasons_and_no_stack_trace(tmp_path: Path) -> None:
         "  Not made, as it needs what failed: tiny/bento.",
     ]
     assert "Stack Trace" in log.read_text(), "the log keeps what the terminal does without"
+    assert "superseded" not in log.read_text()
 
 
 def test_a_failure_whose_own_lines_were_lost_is_told_by_the_end_of_the_run() -> None:
