@@ -70,7 +70,8 @@ check: setup ## ruff, pyright, import-linter, deptry, generated files.
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 	$(RUN) schema | diff configs/schema.json -
-	$(BIN)/python -W 'ignore:Function `definitions_validate_command` is superseded:FutureWarning' -m dagster definitions validate -w workspace.yaml
+	$(BIN)/python -W 'ignore:Function `definitions_validate_command` is superseded:FutureWarning' \
+	  -m dagster definitions validate -w workspace.yaml
 
 format: setup ## Format the code.
 	$(BIN)/ruff check --fix .
