@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cv_platform.config import config_files, json_schema, load_experiment
+from cv_platform.config import config_files, json_schema, load_experiment, load_experiments
 from cv_platform.errors import CvPlatformError
 from cv_platform.settings import Settings, silence_telemetry
 
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     schema = command("schema", _schema, "print the JSON schema of configs/*.yaml")
     schema.add_argument("--write", type=Path, help="write it to this file instead")
     validate = command("validate-config", _validate_config, "check configs without running anything")
-    validate.add_argument("configs", type=Path, nargs="+")
+    validate.add_argument("configs", type=Path, nargs="+", help="YAML files, or folders of them")
     dataset = command("import-dataset", _import_dataset, "put a folder or archive of images under DVC, with a tag")
     dataset.add_argument(
         "source", type=Path, help="folder, .zip or .tar(.gz): class folders, split/class folders, or a CSV"
@@ -169,16 +169,18 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _validate_config(options: argparse.Namespace) -> int:
-    failures = 0
+    errors: list[str] = []
     for path in options.configs:
-        try:
-            experiment = load_experiment(path)
-        except CvPlatformError as err:
-            failures += 1
-            print(f"error: {err}", file=sys.stderr)
-        else:
-            print(f"{path}: experiment {experiment.name}, {len(experiment.model.classes)} classes")
-    return 1 if failures else 0
+        files = config_files(path) if path.is_dir() else [path]
+        if not files:
+            errors.append(f"{path}: expected YAML files in this folder. Received: none. Name another, or a file.")
+        experiments, broken = load_experiments(files)
+        for file, experiment in experiments.items():
+            print(f"{file}: experiment {experiment.name}, {len(experiment.model.classes)} classes")
+        errors += dict.fromkeys(broken.values())
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def _import_dataset(options: argparse.Namespace) -> int:

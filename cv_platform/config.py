@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -304,12 +305,15 @@ def config_files(configs: Path) -> list[Path]:
     """Lists the YAML files of `configs` (a folder, not its subfolders; or one file), sorted.
 
     Raises:
-        ConfigError: there is no such file or folder.
+        ConfigError: there is no such file or folder, or it cannot be read.
     """
     if configs.is_file():
         return [configs]
     if configs.is_dir():
-        return sorted(path for path in configs.iterdir() if path.suffix in {".yaml", ".yml"} and path.is_file())
+        try:
+            return sorted(path for path in configs.iterdir() if path.suffix in {".yaml", ".yml"} and path.is_file())
+        except OSError as err:
+            raise ConfigError(f"Expected a folder that can be read. Received: {err}. Correct its rights.") from err
     raise ConfigError(
         f"Expected a YAML file or a folder of them. Received: {configs}, which does not exist. Set CV_CONFIGS."
     )
@@ -323,11 +327,51 @@ def load_experiment(path: Path) -> ExperimentConfig:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
+        raise ConfigError(f"{path}: expected a YAML file. {_what_is_there(path)}") from err
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as err:
-        raise ConfigError(f"{path}: expected a readable YAML file. Received: {err}") from err
+        raise ConfigError(
+            f"{path}: expected a readable YAML file. Received: {err}. Correct the file, or who may read it."
+        ) from err
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected sections (model, dataset, …). Received: {type(content).__name__}.")
+        received = "an empty file" if content is None else f"a {type(content).__name__}"
+        raise ConfigError(
+            f"{path}: expected sections (model, dataset, …). Received: {received}. Start from a copy of "
+            "configs/examples/animals10.yaml; configs/schema.json describes every field."
+        )
     return parse_experiment(cast(dict[str, Any], content), origin=str(path))
+
+
+def _what_is_there(path: Path) -> str:
+    """Says what is at `path` in place of a file, and which files are near."""
+    folder = path if path.is_dir() else path.absolute().parent
+    received = "a folder" if path.is_dir() else "nothing there"
+    if not folder.is_dir():
+        return f"Received: {received}, nor is there a folder {folder}. Correct the path."
+    near = ", ".join(file.name for file in config_files(folder)) or "none; configs/examples has some to copy"
+    return f"Received: {received}. Name one of the YAML files in {folder}: {near}."
+
+
+def load_experiments(files: Iterable[Path]) -> tuple[dict[Path, ExperimentConfig], dict[Path, str]]:
+    """Returns the experiments by file, and by file what is wrong with those that give none.
+
+    A name that several files have gives none of them: nobody knows which is meant.
+    """
+    found: dict[str, dict[Path, ExperimentConfig]] = defaultdict(dict)
+    broken: dict[Path, str] = {}
+    for path in files:
+        try:
+            experiment = load_experiment(path)
+        except ConfigError as err:
+            broken[path] = str(err)
+        else:
+            found[experiment.name][path] = experiment
+    for name, same in found.items():
+        if len(same) > 1:
+            names = ", ".join(path.name for path in same)
+            error = f"Expected one experiment of each name. Received: {name} in {names}. Rename all but one."
+            broken.update(dict.fromkeys(same, error))
+    return {path: one for same in found.values() if len(same) == 1 for path, one in same.items()}, broken
 
 
 def parse_experiment(content: Mapping[str, Any], *, origin: str) -> ExperimentConfig:

@@ -5,20 +5,17 @@ Loaded by `workspace.yaml`, and by `dagster asset materialize --select '*' -m cv
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 import dagster as dg
 
-from cv_platform.config import ExperimentConfig, config_files, load_experiment
+from cv_platform.config import config_files, load_experiments
 from cv_platform.defs.automation import run_failure_sensor
 from cv_platform.defs.experiment import broken_config_definitions, experiment_definitions
 from cv_platform.defs.interrupted_runs import interrupted_runs_sensor
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation, MlflowTracking
 from cv_platform.defs.retention import retention_definitions
-from cv_platform.errors import ConfigError
 from cv_platform.settings import Settings
 
 
@@ -30,7 +27,8 @@ def build_defs(configs: Path | None = None) -> dg.Definitions:
     Raises:
         ConfigError: there is no such file or folder.
     """
-    experiments, broken = _load(config_files(configs or Settings.from_environment().configs))
+    found, errors = load_experiments(config_files(configs or Settings.from_environment().configs))
+    experiments, broken = list(found.values()), {path.name: error for path, error in errors.items()}
     return dg.Definitions.merge(
         dg.Definitions(
             resources={
@@ -46,25 +44,6 @@ def build_defs(configs: Path | None = None) -> dg.Definitions:
         *(experiment_definitions(experiment) for experiment in experiments),
         *(broken_config_definitions(file_name, error) for file_name, error in broken.items()),
     )
-
-
-def _load(files: Iterable[Path]) -> tuple[list[ExperimentConfig], dict[str, str]]:
-    """Returns the experiments, and by file name what is wrong with the files that give none."""
-    found: dict[str, list[tuple[Path, ExperimentConfig]]] = defaultdict(list)
-    broken: dict[str, str] = {}
-    for path in files:
-        try:
-            experiment = load_experiment(path)
-        except ConfigError as err:
-            broken[path.name] = str(err)
-        else:
-            found[experiment.name].append((path, experiment))
-    for name, same in found.items():
-        if len(same) > 1:
-            names = ", ".join(path.name for path, _ in same)
-            error = f"Expected one experiment of each name. Received: {name} in {names}. Rename all but one."
-            broken.update((path.name, error) for path, _ in same)
-    return [same[0][1] for same in found.values() if len(same) == 1], broken
 
 
 defs = build_defs()

@@ -9,7 +9,14 @@ import jsonschema
 import pytest
 import yaml
 
-from cv_platform.config import ExperimentConfig, config_files, json_schema, load_experiment, parse_experiment
+from cv_platform.config import (
+    ExperimentConfig,
+    config_files,
+    json_schema,
+    load_experiment,
+    load_experiments,
+    parse_experiment,
+)
 from cv_platform.errors import ConfigError
 from cv_platform.settings import Settings
 
@@ -105,6 +112,42 @@ def test_config_files_are_the_folders_own_yamls_only(tmp_path: Path) -> None:
     assert config_files(tmp_path / "b.yaml") == [tmp_path / "b.yaml"]
     with pytest.raises(ConfigError, match="does not exist"):
         config_files(tmp_path / "missing")
+
+
+def test_a_folder_or_a_missing_file_is_answered_with_the_files_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "cats.yaml").touch()
+    (tmp_path / "bare").mkdir()
+    near = rf"Name one of the YAML files in {tmp_path}: cats\.yaml\."
+    with pytest.raises(ConfigError, match=f"Received: a folder. {near}"):
+        load_experiment(tmp_path)
+    with pytest.raises(ConfigError, match=f"Received: nothing there. {near}"):
+        load_experiment(tmp_path / "dogs.yaml")
+    with pytest.raises(ConfigError, match="configs/examples has some to copy"):
+        load_experiment(tmp_path / "bare")
+    with pytest.raises(ConfigError, match="nor is there a folder"):
+        load_experiment(tmp_path / "gone" / "dogs.yaml")
+    with pytest.raises(ConfigError, match="Received: nothing there"):
+        load_experiment(tmp_path / "cats.yaml" / "dogs.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "# nothing but a comment\n"])
+def test_an_empty_file_is_told_what_to_start_from(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"Received: an empty file\. Start from a copy of configs/examples/animals10"):
+        load_experiment(path)
+    assert (REPOSITORY / "configs/examples/animals10.yaml").is_file()
+
+
+def test_files_of_one_name_give_no_experiment_and_the_others_do(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml", "d.yaml")]
+    for file, name in zip(files, ("cats", "dogs", "cats", "Dogs"), strict=True):
+        file.write_text(yaml.safe_dump({**MINIMAL, "name": name}))
+    experiments, broken = load_experiments(files)
+    assert {path.name: one.name for path, one in experiments.items()} == {"b.yaml": "dogs"}
+    assert broken[files[0]] == broken[files[2]]
+    assert "cats in a.yaml, c.yaml" in broken[files[0]]
+    assert "name: String should match pattern" in broken[files[3]]
 
 
 def shipped_configs() -> list[Path]:
