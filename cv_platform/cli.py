@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cv_platform.config import config_files, json_schema, load_experiment, load_experiments
-from cv_platform.errors import CvPlatformError
+from cv_platform.errors import ConfigError, CvPlatformError
 from cv_platform.settings import Settings, silence_telemetry
 
 
@@ -273,8 +273,15 @@ def _retention(options: argparse.Namespace) -> int:
     from cv_platform.monitoring.window import monitored_since
 
     settings, now = Settings.from_environment(), datetime.now(UTC)
-    # One that cannot be loaded ends the command: nobody knows what its monitor still needs.
-    experiments = [load_experiment(path) for path in config_files(settings.configs)]
+    experiments, broken = load_experiments(config_files(settings.configs))
+    for error in dict.fromkeys(broken.values()):
+        print(f"error: {error}", file=sys.stderr)
+    names = ", ".join(path.name for path in broken)
+    if broken and not options.dry_run:
+        raise ConfigError(
+            "Expected configs that can be loaded, as their monitors say which requests are still needed. "
+            f"Received: {names}. Nothing was deleted: correct them, or take them out of {settings.configs}."
+        )
     with database_url(settings) as url:
         check_schema(url)
         engine = make_engine(url)
@@ -284,13 +291,19 @@ def _retention(options: argparse.Namespace) -> int:
                 now=now,
                 log_retention_days=settings.log_retention_days,
                 image_retention_days=settings.image_retention_days,
-                windows=monitored_since(experiments, now),
+                windows=monitored_since(experiments.values(), now),
                 is_dry_run=options.dry_run,
             )
         finally:
             engine.dispose()
     print(result.summary())
-    return 0
+    if broken:
+        print(
+            f"error: {names} cannot be loaded, and their monitors may keep more than was counted here. "
+            "Until they can, nothing is deleted.",
+            file=sys.stderr,
+        )
+    return 1 if broken else 0
 
 
 def _rollback(options: argparse.Namespace) -> int:

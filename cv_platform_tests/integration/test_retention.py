@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 import dagster as dg
 import numpy as np
 import pytest
+import yaml
 from sqlalchemy import Engine, Table, event, func, insert, select
 
 from cv_platform.cli import main
@@ -430,3 +431,55 @@ def test_the_command_counts_before_it_deletes(
     assert main(["retention"]) == 0
     assert "Deleted 0 requests" in capsys.readouterr().out
     assert uploads(engine) == set()
+
+
+def test_the_command_deletes_nothing_while_a_config_is_broken_and_counts_without_it(
+    engine: Engine,
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    for name, value in {
+        "DATABASE_URL": database_url,
+        "CV_HOME": str(tmp_path / "home"),
+        "CV_CONFIGS": str(configs),
+        "CV_LOG_RETENTION_DAYS": "0",
+        "CV_IMAGE_RETENTION_DAYS": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    content = {
+        "name": "cats",
+        "model": {"model_name": "cats", "classes": ["cat", "dog"], "input_size": {"h": 32, "w": 32}},
+        "dataset": {"ds_name": "cats", "dvc_tag": "v1.0.0"},
+        # Protects the younger of the two uploads.
+        "monitor": {"window_start_utc": "2020-01-01T00:00:00Z"},
+    }
+    (configs / "cats.yaml").write_text(yaml.safe_dump(content))
+    (configs / "broken.yaml").write_text("name: [")
+    upload(engine, "kept", (NOW - datetime(2021, 1, 1, tzinfo=UTC)).days)
+    upload(engine, "old", 3650)
+
+    assert main(["retention", "--dry-run"]) == 1
+    captured = capsys.readouterr()
+    assert "and 1 uploads" in captured.out
+    first, *_, last = captured.err.splitlines()
+    assert first.startswith(f"error: {configs / 'broken.yaml'}: expected a readable YAML file")
+    assert last.startswith("error: broken.yaml cannot be loaded, and their monitors may keep more")
+
+    assert main(["retention"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "broken.yaml. Nothing was deleted" in captured.err
+    assert uploads(engine) == {"kept", "old"}
+
+    # Two files of one name: the window of one must not hide the other's.
+    (configs / "broken.yaml").write_text(yaml.safe_dump({**content, "monitor": {"window_days": 1}}))
+    assert main(["retention"]) == 1
+    assert "cats in broken.yaml, cats.yaml" in capsys.readouterr().err
+    assert uploads(engine) == {"kept", "old"}
+    (configs / "broken.yaml").unlink()
+    assert main(["retention"]) == 0
+    assert uploads(engine) == {"kept"}
