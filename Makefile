@@ -15,7 +15,7 @@ STACK := $(PYTHON) -m cv_platform.stack.containers
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-17s  %s\n", $$1, $$2}'
 
 setup: .venv/.ready ## Install everything into .venv (done by the others when needed).
 

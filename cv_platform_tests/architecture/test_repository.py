@@ -30,6 +30,15 @@ def test_make_targets_exist(document: Path) -> None:
     assert named <= known
 
 
+def test_the_descriptions_of_make_help_begin_in_one_column() -> None:
+    shown = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
+    described = dict(re.findall(r"^([a-z-]+):.*## (.+)$", MAKEFILE, re.MULTILINE))
+    lines = [line for line in shown.stdout.splitlines() if line.startswith("  make ")]
+    assert len(lines) == len(described)
+    columns = {line.removeprefix("  make ").find(f"  {described[line.split()[1]]}") for line in lines}
+    assert columns == {max(map(len, described))}
+
+
 def test_readme_describes_every_environment_variable() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     source = (REPOSITORY / "cv_platform" / "settings.py").read_text()
