@@ -13,6 +13,9 @@ from cv_platform.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs").rglob("*.md")])
+LASTING = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # Which names what has gone, too.
+OTHER_FOLDERS = {"valid/", "test/", "reference/", "models/"}
+"""Of a user's images, and of central storage."""
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 
 
@@ -21,6 +24,15 @@ def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", document.read_text())
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("document", LASTING, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_files_and_folders_that_are_named_exist(document: Path) -> None:
+    ignored = (REPOSITORY / ".gitignore").read_text().split()
+    made_later = tuple(line.removeprefix("/") for line in ignored if line.startswith("/"))
+    named = set(re.findall(r"`(\.?\w[\w.-]*(?:/[\w.-]+)*(?:/|\.py)|\.?\w[\w.-]*(?:/[\w.-]+)+)`", document.read_text()))
+    named = {name for name in named if not name.startswith(made_later)} - OTHER_FOLDERS
+    assert {name for name in named if not (REPOSITORY / name).exists()} == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
