@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from cv_platform.errors import ConfigError
 
@@ -102,6 +102,19 @@ class Settings(BaseModel):
         default=None, description="OTEL_EXPORTER_OTLP_ENDPOINT: where traces go; none: no traces"
     )
 
+    @field_validator("storage_url")
+    @classmethod
+    def _has_known_scheme(cls, url: str) -> str:
+        # A chain such as simplecache::s3://bucket names its storage last.
+        scheme = url.partition("://")[0].rpartition("::")[2]
+        if "://" in url:
+            # Late: fsspec is of no use to an installation in a folder. A scheme without its driver is storage's part.
+            from fsspec import available_protocols  # pyright: ignore[reportMissingTypeStubs]
+
+            if scheme not in available_protocols():
+                raise ValueError("Expected a folder, or a URL of a known scheme, such as s3://bucket/prefix")
+        return url
+
     @property
     def mlflow_pages(self) -> str:
         """Where links to MLflow lead: `mlflow_public_url`, or the server that `cv-platform up` starts."""
@@ -151,9 +164,11 @@ class Settings(BaseModel):
                 "mlflow_public_url": "MLFLOW_PUBLIC_URL",
                 "home": "CV_HOME",
                 "configs": "CV_CONFIGS",
+                "storage_url": "CV_STORAGE",
             }
             lines = [
-                f"  {variables.get(str(e['loc'][0]), str(e['loc'][0]))}: {e['msg']}. Received: {e['input']!r}"
+                f"  {variables.get(str(e['loc'][0]), str(e['loc'][0]))}: {e['msg'].removeprefix('Value error, ')}. "
+                f"Received: {e['input']!r}"
                 for e in err.errors()
             ]
             raise ConfigError("The environment is wrong:\n" + "\n".join(lines)) from err

@@ -215,6 +215,20 @@ def test_settings_name_each_wrong_variable() -> None:
     assert "CV_SERVICE_WORKERS" in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["s4://bucket/prefix", "S3//://x", "://bucket", "simplecache::s4://bucket"])
+def test_a_storage_of_no_known_scheme_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="CV_STORAGE: Expected a folder, or a URL of a known scheme") as caught:
+        Settings.from_environment({"CV_STORAGE": url})
+    assert f"Received: {url!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/prefix", "/data/storage", "storage", "file:///data", "gs://b", "simplecache::s3://bucket"]
+)
+def test_folders_and_known_schemes_are_storage(url: str) -> None:
+    assert Settings.from_environment({"CV_STORAGE": url}).storage_url == url
+
+
 def test_the_example_of_a_database_url_is_refused_as_the_placeholder_that_it_is() -> None:
     example = (REPOSITORY / ".env.example").read_text()
     url = next(line.split("=", 1)[1].split()[0] for line in example.splitlines() if "DATABASE_URL=" in line)
