@@ -5,18 +5,54 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cv_platform.config import config_files, json_schema, load_experiment, load_experiments
 from cv_platform.errors import ConfigError, CvPlatformError
 from cv_platform.settings import Settings, silence_telemetry
 
+READER_GONE = 128 + 13
+"""Exit status as of a program that SIGPIPE ends: `head` and the like have closed the pipe."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; errors of the platform are shown without a traceback."""
+    """Runs a command and returns its exit status; errors of the platform are shown without a traceback.
+
+    Nor is there one when whoever reads the output has read enough.
+    """
+    try:
+        try:
+            status = _run_command(arguments)
+        except SystemExit as end:  # Of argparse, for --help.
+            status = end
+        # Here, where it can be answered: what fails when the interpreter ends is a complaint on stderr.
+        print(end="", flush=True)
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if stream and _has_lost_its_reader(stream)]
+        if not gone:
+            raise
+        # What is left in the buffers goes nowhere, instead of failing again at the end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in gone:
+            os.dup2(nowhere, stream.fileno())
+        return READER_GONE
+    if isinstance(status, SystemExit):
+        raise status
+    return status
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    pipe = select.poll()
+    pipe.register(stream, 0)  # Errors are reported unasked.
+    return any(event & select.POLLERR for _, event in pipe.poll(0))
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("cv_platform").setLevel(logging.INFO)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,40 @@ def test_validate_config_takes_folders_and_goes_on_after_a_mistake(
     assert empty.startswith(f"error: {tmp_path / 'empty.yaml'}: expected sections")
     assert bare.startswith(f"error: {tmp_path / 'bare'}: expected YAML files in this folder")
     assert main(["validate-config", str(tmp_path / "mine.yaml")]) == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["schema"], ["--help"], ["validate-config", str(DIGITS), "gone.yaml"]], ids=lambda a: a[0]
+)
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path, arguments: list[str], unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # As `| head` does when it has its lines.
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "cv_platform.cli", *arguments],
+            env={**os.environ, "CV_HOME": str(tmp_path), "PYTHONUNBUFFERED": unbuffered},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert "Traceback" not in ended.stderr
+    assert "BrokenPipe" not in ended.stderr
+    assert ended.returncode == 141 or (unbuffered and arguments == ["--help"])  # argparse says nothing of it itself.
+
+
+def test_a_broken_pipe_of_something_else_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def status(_: object) -> bool:
+        raise BrokenPipeError("of a socket")
+
+    monkeypatch.setenv("CV_HOME", str(tmp_path))
+    monkeypatch.setattr("cv_platform.stack.supervisor.is_running", status)
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", out)
+        with pytest.raises(BrokenPipeError, match="of a socket"):
+            main(["status"])
