@@ -294,9 +294,10 @@ def _predict(options: argparse.Namespace) -> int:
         as_json=options.json,
         explain=options.explain,
         say=lambda line: print(line, flush=True),
+        complain=lambda line: print(f"error: {line}", file=sys.stderr),
     )
     if failures:
-        print(f"error: {failures} files have no prediction.", file=sys.stderr)
+        print(f"error: {failures} {'file has' if failures == 1 else 'files have'} no prediction.", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +33,37 @@ class FileAnswer:
         return {"file": str(self.path), **self.result.model_dump(mode="json")}
 
     def row(self) -> tuple[str, str, str, str]:
-        """Returns file, class, its probability in percent, and prediction id; an error in place of the class."""
+        """Returns file, class, its probability in percent, and prediction id.
+
+        Raises:
+            ValueError: there is an error instead.
+        """
         result = self.result
         if result is None:
-            return str(self.path), f"error: {self.error}", "", ""
+            raise ValueError(f"Expected a result. Received: {self.error}")
         chosen = [result.prediction.get(name) for name in result.predicted_classes]
         shares = " ".join("–" if share is None else f"{share:.1%}" for share in chosen)
         return str(self.path), result.predicted_class or "(none)", shares, str(result.prediction_id)
 
 
-def expand(paths: Sequence[Path]) -> list[Path]:
-    """Returns the files, and in place of each folder the images below it, sorted by name.
-
-    Raises:
-        ImageError: a path that is not there, or a folder without images; all of them are named.
-    """
+def expand(paths: Sequence[Path]) -> tuple[list[Path], list[FileAnswer]]:
+    """Returns the files, in place of each folder the images below it, sorted by name; and the paths that give none."""
     files: list[Path] = []
-    mistakes: list[str] = []
+    unusable: list[FileAnswer] = []
     for path in paths:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not found:
-                mistakes.append(f"{path} (a folder without images)")
+                suffixes = ", ".join(sorted(SUFFIXES))
+                error = f"Expected images ({suffixes}) in this folder. Received: none. Name another, or files."
+                unusable.append(FileAnswer(path, None, error))
             files += found
-        elif path.is_file():
+        elif path.exists():
             files.append(path)
         else:
-            mistakes.append(f"{path} (not there)")
-    if mistakes:
-        raise ImageError(f"Expected image files or folders. Received: {', '.join(mistakes)}.")
-    return files
+            error = "Expected an image file, or a folder of them. Received: nothing there. Correct the path."
+            unusable.append(FileAnswer(path, None, error))
+    return files, unusable
 
 
 def predict_files(client: Client, files: Sequence[Path], *, explain: ExplainChoice) -> Iterator[FileAnswer]:
@@ -86,8 +88,11 @@ def show_predictions(
     as_json: bool,
     explain: ExplainChoice,
     say: Callable[[str], None],
+    complain: Callable[[str], None],
 ) -> int:
     """Says what a service answers to each file: a table, or one JSON object per line; returns how many files failed.
+
+    One that fails does not keep the others from being sent.
 
     Args:
         settings: its first API key is sent; its port is where the service is when `url` is None.
@@ -95,22 +100,28 @@ def show_predictions(
         url: the service.
         as_json: JSON instead of a table.
         explain: what to ask for beside the probabilities; only JSON shows it.
-        say: takes a line.
+        say: takes a line of the table, or an object.
+        complain: takes a line on each file that failed; with `as_json` its object says so, too.
 
     Raises:
-        ImageError: a path is not there, or a folder holds no images.
         RequestRefusedError, ServiceError: as `predict_files`.
     """
-    files = expand(paths)
+    files, unusable = expand(paths)
     api_key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
-    width = max(len(str(path)) for path in files)
-    failures = 0
-    if not as_json:
-        say(_line(width, "file", "class", "probability", "prediction id"))
+    width = max((len(str(path)) for path in files), default=0)
+    failures, has_header = 0, False
     with Client(url or f"http://127.0.0.1:{settings.service_port}", api_key=api_key) as client:
-        for answer in predict_files(client, files, explain=explain):
-            failures += answer.error is not None
-            say(json.dumps(answer.as_json()) if as_json else _line(width, *answer.row()))
+        for answer in chain(unusable, predict_files(client, files, explain=explain)):
+            if answer.error is not None:
+                failures += 1
+                complain(f"{answer.path}: {answer.error}")
+            elif not as_json:
+                if not has_header:
+                    say(_line(width, "file", "class", "probability", "prediction id"))
+                    has_header = True
+                say(_line(width, *answer.row()))
+            if as_json:
+                say(json.dumps(answer.as_json()))
     return failures
 
 

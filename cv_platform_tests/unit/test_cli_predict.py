@@ -61,7 +61,8 @@ def test_prints_json_and_fails_when_any_file_failed(
     assert "Expected an image" in broken["error"]
     assert green["predicted_class"] == "dog"
     assert green["overlaid_img"]
-    assert "1 files have no prediction" in captured.err
+    assert f"error: {images / 'broken.png'}: Expected an image" in captured.err
+    assert "1 file has no prediction" in captured.err
 
 
 def test_says_what_to_do_without_a_key_or_a_service(
@@ -70,5 +71,31 @@ def test_says_what_to_do_without_a_key_or_a_service(
     monkeypatch.delenv("CV_API_KEYS", raising=False)
     assert main(["predict", str(images), "--url", url]) == 1
     assert "X-API-Key" in capsys.readouterr().err
+
+
+def test_what_is_not_there_goes_to_stderr_and_the_good_ones_are_predicted(
+    url: str, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("CV_API_KEYS", "first")
+    (images / "broken.png").write_bytes(b"no image")
+    gone, broken, red = (str(images / name) for name in ("gone.png", "broken.png", "red.png"))
+    assert main(["predict", gone, broken, red, "--url", url]) == 1
+    captured = capsys.readouterr()
+    header, row = captured.out.splitlines()
+    assert header.startswith("file ")
+    assert row.startswith(red)
+    of_gone, of_broken, count = captured.err.splitlines()
+    assert of_gone.startswith(f"error: {gone}: Expected an image file, or a folder of them. Received: nothing there")
+    assert of_broken.startswith(f"error: {broken}: Expected an image")
+    assert count == "error: 2 files have no prediction."
+
+    assert main(["predict", gone, "--url", url, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["file"] == gone
+
+
+def test_prints_no_header_over_nothing(images: Path, url: str, capsys: pytest.CaptureFixture[str]):
+    # Nothing to send; nothing there to send it to; nobody who may.
     assert main(["predict", str(images / "gone.png"), "--url", url]) == 1
-    assert "not there" in capsys.readouterr().err
+    assert main(["predict", str(images), "--url", f"http://127.0.0.1:{free_port()}"]) == 1
+    assert main(["predict", str(images), "--url", url]) == 1
+    assert capsys.readouterr().out == ""

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.errors import ImageError, RequestRefusedError
+from cv_platform.errors import RequestRefusedError
 from cv_platform.serving.predict_files import FileAnswer, expand, predict_files
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext
 from cv_platform_tests.unit.serving.http_client import FixedModels, brightness_model, flat_image, png
@@ -21,29 +21,35 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_the_images_below_it_and_a_named_file_itself(folder: Path):
-    files = expand([folder, folder / "notes.txt"])
+    files, unusable = expand([folder, folder / "notes.txt"])
+    assert unusable == []
     assert [str(path.relative_to(folder)) for path in files] == ["b.png", "below/a.JPG", "broken.png", "notes.txt"]
 
 
 def test_names_everything_that_is_not_there(folder: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ImageError, match=r"gone\.png \(not there\), .*empty \(a folder without images\)"):
-        expand([folder, tmp_path / "gone.png", tmp_path / "empty"])
+    files, unusable = expand([tmp_path / "gone.png", folder, tmp_path / "empty"])
+    assert len(files) == 3
+    assert [answer.path.name for answer in unusable] == ["gone.png", "empty"]
+    assert "Received: nothing there" in str(unusable[0].error)
+    assert "in this folder. Received: none" in str(unusable[1].error)
 
 
-def test_a_broken_file_has_a_row_and_the_others_go_on(folder: Path, make_context: MakeContext):
+def test_a_broken_file_has_its_error_and_the_others_go_on(folder: Path, make_context: MakeContext):
     with client_of(make_context()) as client:
-        answers = list(predict_files(client, expand([folder]), explain="none"))
+        answers = list(predict_files(client, expand([folder])[0], explain="none"))
     assert [answer.row()[1:3] for answer in answers[:2]] == [("cat", "50.0%"), ("owl", "50.0%")]
     assert answers[0].row()[3] == answers[0].as_json()["prediction_id"]
-    assert answers[2].row()[1].startswith("error: Expected an image")
+    assert str(answers[2].error).startswith("Expected an image")
+    with pytest.raises(ValueError, match="Expected a result"):
+        answers[2].row()
     assert set(answers[2].as_json()) == {"file", "error"}
 
 
 def test_a_client_that_is_refused_stops_at_once(folder: Path, make_context: MakeContext):
     context = make_context(CV_API_KEYS="one")
     with client_of(context) as client, pytest.raises(RequestRefusedError, match="X-API-Key"):
-        list(predict_files(client, expand([folder]), explain="none"))
+        list(predict_files(client, expand([folder])[0], explain="none"))
 
 
 def test_several_classes_have_their_probabilities_and_none_says_so(folder: Path, make_context: MakeContext):
