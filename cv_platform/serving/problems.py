@@ -129,8 +129,10 @@ def problem_of(error: CvPlatformError) -> Problem:
         return Problem(404, text, expected="the name, and optionally the version, of a published model")
     if isinstance(error, PromotionBusyError):
         return Problem(409, text, expected="one update at a time", headers={"Retry-After": str(RETRY_SECONDS)})
-    if isinstance(error, CorruptBundleError | DeploymentError):
+    if isinstance(error, CorruptBundleError):
         return Problem(409, f"Production stays as it is. {text}", expected="a model that passes its load test")
+    if isinstance(error, DeploymentError):
+        return Problem(409, f"Production stays as it is. {text}", expected="an earlier version to go back to")
     if isinstance(error, DatabaseUnavailableError | SchemaMismatchError):
         return try_later(503, text, expected="the request log's database, up and migrated")
     if isinstance(error, StorageError):

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
+from cv_platform.errors import BundleNotFoundError
 from cv_platform.serving.api_models import CurrentModels, MovedPointer
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import CURRENT_EXAMPLE, POINTER_EXAMPLE, VERSION, responses
@@ -105,15 +106,22 @@ def models_router(context: ServingContext) -> APIRouter:
         ),
     )
     async def rollback() -> Response:
-        pointer = await context.promotions.run(
-            lambda: roll_back(
-                context.storage,
-                service=service,
-                cache=context.cache / "bundles",
-                lock=context.promotion_lock,
-                threads=context.limits.model_threads,
+        try:
+            pointer = await context.promotions.run(
+                lambda: roll_back(
+                    context.storage,
+                    service=service,
+                    cache=context.cache / "bundles",
+                    lock=context.promotion_lock,
+                    threads=context.limits.model_threads,
+                )
             )
-        )
+        except BundleNotFoundError as err:
+            raise Problem(
+                404,
+                f"Production stays as it is. {err} Promote a version by its name instead.",
+                expected="an earlier version that is still published",
+            ) from err
         return _moved(service, pointer)
 
     return router

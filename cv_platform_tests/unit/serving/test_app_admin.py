@@ -98,6 +98,34 @@ def test_a_rollback_with_nothing_before_says_so(admin: Client):
     response = admin.post("/rollback")
     assert response.status_code == 409
     assert "nothing was deployed" in response.json()["message"]
+    assert response.json()["expected"] == "an earlier version to go back to"
+
+
+def test_a_rollback_right_after_the_first_deployment_says_so(admin: Client, storage: CentralStorage):
+    pointer = ProductionPointer(model_name="tiny", version=VERSIONS[0], since_utc=datetime.now(UTC))
+    storage.write_pointer(SERVICE, pointer)
+    response = admin.post("/rollback")
+    assert response.status_code == 409
+    assert f"it serves tiny {VERSIONS[0]} since its first deployment" in response.json()["message"]
+    assert response.json()["expected"] == "an earlier version to go back to"
+    assert storage.read_pointer(SERVICE) == pointer
+
+
+def test_a_rollback_to_a_version_that_is_gone_asks_for_none_by_name(admin: Client, storage: CentralStorage):
+    pointer = ProductionPointer(
+        model_name="tiny",
+        version=VERSIONS[1],
+        previous_model_name="tiny",
+        previous_version=VERSIONS[0],
+        since_utc=datetime.now(UTC),
+    )
+    storage.write_pointer(SERVICE, pointer)
+    response = admin.post("/rollback")
+    assert response.status_code == 404
+    assert f"Received: {VERSIONS[0]}" in response.json()["message"]
+    assert response.json()["message"].endswith("Promote a version by its name instead.")
+    assert response.json()["expected"] == "an earlier version that is still published"
+    assert storage.read_pointer(SERVICE) == pointer
 
 
 @pytest.mark.xdist_group("tensorflow")
@@ -129,6 +157,7 @@ def test_a_corrupt_model_is_refused_and_production_stays(
     response = admin.put("/update_model/tiny.yaml")
     assert response.status_code == 409
     assert "Production stays" in response.json()["message"]
+    assert response.json()["expected"] == "a model that passes its load test"
     assert storage.read_pointer(SERVICE) is None
 
 
