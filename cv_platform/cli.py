@@ -222,16 +222,21 @@ def _validate_config(options: argparse.Namespace) -> int:
 def _import_dataset(options: argparse.Namespace) -> int:
     from cv_platform.datasets.importing import import_dataset
 
-    root = options.root or Settings.from_environment().home / "datasets"
+    default_root = Settings.from_environment().home / "datasets"
+    root = options.root or default_root
+    is_new = not root.expanduser().exists()
     imported = import_dataset(
         options.source, ds_name=options.name, tag=options.tag, ds_root=root, annotations=options.annotations
     )
     print(f"{imported.ds_name} {imported.tag}: DVC md5 {imported.dvc_md5}, in {imported.directory}")
     print(f"classes: {json.dumps(list(imported.class_names), ensure_ascii=False)}")
     print(f"images: {json.dumps(imported.counts, ensure_ascii=False)}")
-    print(
-        f"In the config: dataset: {{ds_name: {imported.ds_name}, dvc_tag: {imported.tag}}}, and model.classes as above."
-    )
+    found_by = f"ds_name: {imported.ds_name}, dvc_tag: {imported.tag}"
+    if (place := imported.directory.parent) != default_root:
+        found_by += f", ds_root: {json.dumps(str(place), ensure_ascii=False)}"
+        if is_new:
+            print(f"{place} was made for it. Without --root, datasets lie in {default_root}.")
+    print(f"In the config: dataset: {{{found_by}}}, and model.classes as above.")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from cv_platform.datasets.repository import (
     version_md5,
 )
 from cv_platform.disk_space import require_free_space
-from cv_platform.errors import InvalidDatasetError
+from cv_platform.errors import DatasetError, InvalidDatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def import_dataset(
     Raises:
         InvalidDatasetError: name, tag, source or annotations are not usable, a class has no images, train or test is
             missing, or the tag exists with other content.
-        DatasetError: there is not enough disk space, or git or DVC fails.
+        DatasetError: `ds_root` cannot hold repositories, there is not enough disk space, or git or DVC fails.
     """
     _check_names(ds_name, tag)
     source, repository = source.expanduser().absolute(), ds_root.expanduser().absolute() / ds_name
@@ -92,7 +93,7 @@ def import_dataset(
         raise InvalidDatasetError(f"Expected a folder, tar or zip of images. Received: {source}, which does not exist.")
     if not source.is_dir() and not is_archive(source):
         raise InvalidDatasetError(f"Expected a folder, tar or zip of images. Received: {source}, which is neither.")
-    repository.parent.mkdir(parents=True, exist_ok=True)
+    _make_root(repository.parent)
     with (
         exclusive(repository.parent / f".{ds_name}.lock"),
         scratch_directory(repository.parent, ds_name) as scratch,
@@ -129,6 +130,24 @@ def _check_names(ds_name: str, tag: str) -> None:
     # Git's own rules for tags that the pattern does not know.
     if ".." in tag or tag.endswith(("/", ".", ".lock")) or "//" in tag or "/." in tag:
         raise InvalidDatasetError(f"Expected a git tag such as v1.0.0. Received: {tag!r}.")
+
+
+def _make_root(root: Path) -> None:
+    """Makes the folder of repositories, or refuses one that cannot be it."""
+    if (root / ".dvc").exists():
+        raise DatasetError(
+            f"Expected the folder that holds dataset repositories. Received: {root}, which is a repository itself. "
+            f"Give the folder above it: --root {root.parent}."
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as err:
+        reason = "a file" if root.is_file() else err.strerror
+        raise DatasetError(
+            f"Expected a folder for dataset repositories, which is made where it is missing. Received: {root} "
+            f"({reason}). Give another by --root, or none for $CV_HOME/datasets."
+        ) from err
 
 
 def _descend(root: Path) -> Path:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cv_platform.cli import main
+from cv_platform_tests.unit.datasets.conftest import class_folders
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
@@ -68,3 +70,25 @@ def test_a_broken_pipe_of_something_else_is_not_hidden(monkeypatch: pytest.Monke
         monkeypatch.setattr(sys, "stderr", out)
         with pytest.raises(BrokenPipeError, match="of a socket"):
             main(["status"])
+
+
+def test_an_import_says_how_the_config_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    source, elsewhere = class_folders(tmp_path / "pets", 2), tmp_path / "else: where"
+
+    def imported(*arguments: str) -> tuple[dict[str, str], str]:
+        assert main(["import-dataset", str(source), "--name", "pets", "--tag", "v1.0.0", *arguments]) == 0
+        out = capsys.readouterr().out
+        section = out.splitlines()[-1].removeprefix("In the config: ").removesuffix(", and model.classes as above.")
+        return yaml.safe_load(section)["dataset"], out
+
+    named = {"ds_name": "pets", "dvc_tag": "v1.0.0"}
+    assert imported()[0] == named
+    section, out = imported("--root", str(elsewhere))
+    assert section == {**named, "ds_root": str(elsewhere)}
+    assert f"{elsewhere} was made for it. Without --root, datasets lie in {tmp_path / 'home' / 'datasets'}." in out
+    section, out = imported("--root", str(elsewhere))
+    assert section == {**named, "ds_root": str(elsewhere)}
+    assert "was made" not in out

@@ -11,7 +11,7 @@ from cv_platform.datasets.importing import import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.repository import list_versions
 from cv_platform.datasets.versions import checkout_version
-from cv_platform.errors import InvalidDatasetError
+from cv_platform.errors import DatasetError, InvalidDatasetError
 
 from .conftest import class_folders, dataset, model, write_pictures
 
@@ -41,6 +41,18 @@ def test_imports_class_folders_and_leaves_the_source_alone(tmp_path: Path) -> No
     expected = sorted(p.relative_to(source).as_posix() for p in source.rglob("*.png"))
     assert sorted(read_manifest(version.manifest_path)["path"]) == [f"images/{name}" for name in expected]
     assert (version.directory / "images/cat/0.png").read_bytes() == (source / "cat/0.png").read_bytes()
+
+
+def test_refuses_a_root_that_cannot_hold_repositories(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "pets", per_class=2)
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DatasetError, match=f"Received: {root} .*by --root, or none for"):
+            import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=root)
+    repository = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds").directory
+    with pytest.raises(DatasetError, match=f"a repository itself. Give the folder above it: --root {tmp_path / 'ds'}"):
+        import_dataset(source, ds_name="pets", tag="v1.1.0", ds_root=repository)
+    assert not (repository / "pets").exists()
 
 
 def test_imports_an_archive_with_a_wrapping_folder_and_split_folders(tmp_path: Path) -> None:
