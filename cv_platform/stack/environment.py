@@ -39,6 +39,9 @@ def platform_environment(settings: Settings, *, database_url: str | None = None)
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
     }
+    # The service cannot tell by itself: a Bento elsewhere has the same defaults, and no MLflow beside it.
+    if settings.mlflow_tracking_uri.startswith("sqlite:"):
+        environment["MLFLOW_PUBLIC_URL"] = settings.mlflow_pages
     url = database_url or (settings.database_url.get_secret_value() if settings.database_url else None)
     if url:
         environment["DATABASE_URL"] = url

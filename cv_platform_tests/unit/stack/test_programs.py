@@ -10,7 +10,7 @@ import yaml
 
 from cv_platform.errors import ConfigError
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import dagster_command, prepare_home
+from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home
 from cv_platform.stack.programs import programs
 
 
@@ -43,6 +43,27 @@ def test_everything_listens_on_loopback_only(tmp_path: Path) -> None:
         if program.port is not None:
             host = program.command[program.command.index("--host") + 1]
             assert host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        ({}, "http://127.0.0.1:5050"),
+        ({"CV_MLFLOW_PORT": "6060"}, "http://127.0.0.1:6060"),
+        ({"MLFLOW_PUBLIC_URL": "https://vision.example.org:5050"}, "https://vision.example.org:5050"),
+        ({"MLFLOW_TRACKING_URI": "http://me:s3cr3t@mlflow:5050"}, "http://mlflow:5050"),
+        ({"MLFLOW_TRACKING_URI": "postgresql://u:p@db/mlflow"}, None),
+    ],
+)
+def test_the_service_knows_where_its_training_runs_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], address: str | None
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_PUBLIC_URL", "CV_MLFLOW_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    environment = platform_environment(settings(tmp_path, **variables))
+    assert Settings.from_environment(environment).mlflow_public_url == address
 
 
 def test_postgres_is_stopped_by_its_fast_shutdown(tmp_path: Path) -> None:
