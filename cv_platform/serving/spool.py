@@ -57,7 +57,7 @@ disk that the spool itself has filled to its end would never get any back."""
 _JOB_SECONDS = 60.0
 _ENTRY_BYTES = 4096
 """Of an entry, beside its upload and map."""
-_SHARING_SECONDS = 0.005
+_SHARING_SECONDS = 0.01
 """How long a busy worker's entry waits for others to share its transaction: each one costs more than an entry, but with
 too many of them so many answers would leave at once that the threads which predict would have to wait for requests."""
 _SETTLING_SECONDS = 0.25
