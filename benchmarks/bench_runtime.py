@@ -128,7 +128,7 @@ def _served(place: _Installation, images: Sequence[Path]) -> Callable[[], Observ
             loaded = under_load(
                 server, images, concurrency=1, seconds=LOAD_SECONDS, minimum_requests=MINIMUM_REQUESTS
             )()
-            memory = [process_memory_bytes(pid) or 0 for pid in process_tree(server.pid)]
+            memory = [process_memory_bytes(process.pid) or 0 for process in process_tree(server.pid)]
         # The worker, below BentoML's supervisor, is the one that holds the model.
         further = {"ready_seconds": ready_seconds}
         if any(memory):

@@ -1,4 +1,4 @@
-"""Servers under measurement: started, waited for, watched from outside through /proc, stopped."""
+"""Servers under measurement: started, waited for, watched from outside, stopped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks.harness import Alternative, Observation
 from benchmarks.load import LoadPlan, send
@@ -110,7 +112,7 @@ def under_load(
         return Observation(
             units=result.requests,
             wall_seconds=result.wall_seconds,
-            cpu_seconds=None if before is None or after is None else after - before,
+            cpu_seconds=after - before,
             metrics={
                 "p50_ms": result.percentile_ms(50),
                 "p99_ms": result.percentile_ms(99),
@@ -156,76 +158,37 @@ def all_under_load(
     ]
 
 
-def process_tree_cpu_seconds(pid: int, proc: Path = Path("/proc")) -> float | None:
-    """Returns the CPU time that a process and all below it have used, their ended children included.
-
-    None where there is no /proc (macOS). See proc_pid_stat(5).
-    """
-    table = _process_table(proc)
-    if pid not in table:
-        return None
-    ticks = sum(table[member].ticks for member in _tree(pid, table))
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def process_tree_memory_bytes(pid: int, proc: Path = Path("/proc")) -> int | None:
-    """Returns the memory (PSS: shared pages in proportion) of a process and all below it; None without /proc."""
-    table = _process_table(proc)
-    if pid not in table:
-        return None
-    return sum(process_memory_bytes(member, proc) or 0 for member in _tree(pid, table))
-
-
-def process_memory_bytes(pid: int, proc: Path = Path("/proc")) -> int | None:
-    """Returns the memory (PSS) of one process; None when it is gone, or without /proc."""
-    try:
-        rollup = (proc / str(pid) / "smaps_rollup").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return sum(1024 * int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-
-
-@dataclass(frozen=True)
-class _Process:
-    parent: int
-    ticks: int
-    """User and system time in clock ticks, its own and that of the children it has waited for."""
-
-
-def _process_table(proc: Path) -> dict[int, _Process]:
-    table: dict[int, _Process] = {}
-    if not proc.is_dir():
-        return table
-    for folder in proc.iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            stat = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue  # It ended between the listing and the look.
-        # The second field, the command in brackets, may hold spaces and brackets; what follows starts at field 3.
-        fields = stat.rpartition(")")[2].split()
-        table[int(folder.name)] = _Process(parent=int(fields[1]), ticks=sum(int(value) for value in fields[11:15]))
-    return table
-
-
-def process_tree(pid: int, proc: Path = Path("/proc")) -> list[int]:
+def process_tree(pid: int) -> list[psutil.Process]:
     """Lists a process and all below it, parents before their children; empty for a process that is gone."""
-    table = _process_table(proc)
-    return _tree(pid, table) if pid in table else []
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
-def _tree(pid: int, table: Mapping[int, _Process]) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for child, process in table.items():
-        children.setdefault(process.parent, []).append(child)
-    members: list[int] = []
-    todo = [pid]
-    while todo:
-        member = todo.pop()
-        members.append(member)
-        todo += children.get(member, [])
-    return members
+def process_tree_cpu_seconds(pid: int) -> float:
+    """Returns the CPU time that a process and all below it have used, the ended children they waited for included."""
+    seconds = 0.0
+    for process in process_tree(pid):
+        with suppress(psutil.NoSuchProcess):
+            used = process.cpu_times()
+            seconds += used.user + used.system + used.children_user + used.children_system
+    return seconds
+
+
+def process_tree_memory_bytes(pid: int) -> int | None:
+    """Returns the memory (PSS: shared pages in proportion) of a process and all below it; None if that is unknown."""
+    known = [memory for process in process_tree(pid) if (memory := process_memory_bytes(process.pid)) is not None]
+    return sum(known) if known else None
+
+
+def process_memory_bytes(pid: int) -> int | None:
+    """Returns the memory (PSS) of one process; None when it is gone, or where the system does not tell (macOS)."""
+    try:
+        return getattr(psutil.Process(pid).memory_full_info(), "pss", None)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -180,7 +180,7 @@ class Stage:
     def database_frozen(self) -> Iterator[None]:
         """Suspends all of PostgreSQL's processes for the block: connections stay, answers do not come."""
         running = self.cluster.postmaster()
-        frozen = process_tree(running.pid) if running else []
+        frozen = [process.pid for process in process_tree(running.pid)] if running else []
         for pid in frozen:
             _signal(pid, signal.SIGSTOP)
         try:

@@ -4,43 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from benchmarks.servers import process_tree
 
-_ESTABLISHED = "01"
 
-
-def worker_pids(server_pid: int, proc: Path = Path("/proc")) -> list[int]:
+def worker_pids(server_pid: int) -> list[int]:
     """Lists the processes below BentoML's that answer requests, oldest first."""
     found: list[int] = []
-    for pid in process_tree(server_pid, proc):
-        try:
-            arguments = (proc / str(pid) / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"--worker-id" in arguments:
-            found.append(pid)
+    for process in process_tree(server_pid):
+        with suppress(psutil.NoSuchProcess):
+            if "--worker-id" in process.cmdline():
+                found.append(process.pid)
     return sorted(found)
 
 
-def client_ports(pid: int, proc: Path = Path("/proc")) -> set[int]:
+def client_ports(pid: int) -> set[int]:
     """Returns the clients' ports of the IPv4 connections that a process has open."""
-    sockets: set[str] = set()
-    for handle in (proc / str(pid) / "fd").iterdir():
-        try:
-            target = str(handle.readlink())
-        except OSError:
-            continue  # It was closed between the listing and the look.
-        if target.startswith("socket:["):
-            sockets.add(target[len("socket:[") : -1])
-    ports: set[int] = set()
-    for line in (proc / str(pid) / "net" / "tcp").read_text(encoding="ascii").splitlines()[1:]:
-        # proc_net(5): number, local address, remote address, state, …; the inode is the tenth field.
-        fields = line.split()
-        if fields[3] == _ESTABLISHED and fields[9] in sockets:
-            ports.add(int(fields[2].rpartition(":")[2], 16))
-    return ports
+    connections = psutil.Process(pid).net_connections("tcp4")
+    return {one.raddr.port for one in connections if one.status == psutil.CONN_ESTABLISHED}
 
 
 def kill_worker(pid: int) -> set[int]:
@@ -53,11 +38,9 @@ def kill_worker(pid: int) -> set[int]:
 
 def kill_service(server_pid: int) -> None:
     """Kills BentoML and all its workers, parents first, so that nothing is started again."""
-    for pid in process_tree(server_pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    for process in process_tree(server_pid):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def forget_peak_memory(pid: int, proc: Path = Path("/proc")) -> None:

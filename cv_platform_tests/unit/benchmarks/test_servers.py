@@ -1,50 +1,64 @@
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.servers import process_tree_cpu_seconds, process_tree_memory_bytes
+from benchmarks.servers import (
+    process_memory_bytes,
+    process_tree,
+    process_tree_cpu_seconds,
+    process_tree_memory_bytes,
+)
+
+BUSY = "import time\nwhile time.process_time() < 0.3: pass\n"
+TREE = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {BUSY!r}])
+ended = subprocess.Popen([sys.executable, "-c", {BUSY + "print(flush=True); input()"!r}], stdout=subprocess.PIPE)
+ended.stdout.readline()
+print(flush=True)
+input()
+"""
 
 
-def add_process(
-    proc: Path, pid: int, parent: int, *, command: str, ticks: tuple[int, int, int, int], pss_kb: int
-) -> None:
-    folder = proc / str(pid)
-    folder.mkdir(parents=True)
-    # proc_pid_stat(5): pid (comm) state ppid pgrp session tty tpgid flags minflt cminflt majflt cmajflt utime stime ...
-    fields = " ".join(str(value) for value in (parent, 1, 1, 0, -1, 0, 0, 0, 0, 0, *ticks, 20, 0, 1, 0))
-    (folder / "stat").write_text(f"{pid} ({command}) S {fields}\n")
-    (folder / "smaps_rollup").write_text(f"00400000-ff 00:00 [rollup]\nRss: 999 kB\nPss: {pss_kb} kB\nPss_Anon: 5 kB\n")
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has waited for a busy child, and has another one that was busy and lives."""
+    with subprocess.Popen([sys.executable, "-c", TREE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        for member in reversed(process_tree(process.pid)):
+            member.kill()
 
 
-@pytest.fixture
-def proc(tmp_path: Path) -> Path:
-    """A server (10) with a worker (11), a grandchild (12) with an odd name, and a stranger (20)."""
-    add_process(tmp_path, 10, 1, command="python", ticks=(100, 20, 3, 4), pss_kb=1000)
-    add_process(tmp_path, 11, 10, command="worker", ticks=(200, 30, 0, 0), pss_kb=2000)
-    add_process(tmp_path, 12, 11, command="odd) S 1 (name", ticks=(5, 5, 0, 0), pss_kb=30)
-    add_process(tmp_path, 20, 1, command="stranger", ticks=(9999, 9999, 0, 0), pss_kb=9999)
-    (tmp_path / "cpuinfo").write_text("model name : none\n")
-    return tmp_path
+def test_the_tree_begins_with_its_root(server: subprocess.Popen[bytes]) -> None:
+    root, child = process_tree(server.pid)
+    assert root.pid == server.pid
+    assert child.ppid() == server.pid
 
 
-def test_cpu_time_adds_up_over_the_tree_and_its_ended_children(proc: Path) -> None:
-    # 100 + 20 + 3 + 4, 200 + 30, 5 + 5.
-    assert process_tree_cpu_seconds(10, proc) == pytest.approx(367 / os.sysconf("SC_CLK_TCK"))
+def test_cpu_time_adds_up_over_the_tree_and_its_ended_children(server: subprocess.Popen[bytes]) -> None:
+    root, child = process_tree(server.pid)
+    assert root.cpu_times().user < 0.25
+    assert process_tree_cpu_seconds(child.pid) > 0.25  # The kernel counts in hundredths.
+    assert process_tree_cpu_seconds(root.pid) > 0.5
 
 
-def test_memory_adds_up_over_the_tree(proc: Path) -> None:
-    assert process_tree_memory_bytes(10, proc) == 3030 * 1024
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's share of shared pages")
+def test_memory_adds_up_over_the_tree(server: subprocess.Popen[bytes]) -> None:
+    parts = [process_memory_bytes(member.pid) or 0 for member in process_tree(server.pid)]
+    assert min(parts) > 1_000_000
+    assert process_tree_memory_bytes(server.pid) == pytest.approx(sum(parts), rel=0.2)  # Others share the pages.
 
 
-def test_process_that_ends_meanwhile_is_left_out(proc: Path) -> None:
-    (proc / "12" / "stat").unlink()
-    assert process_tree_cpu_seconds(10, proc) == pytest.approx(357 / os.sysconf("SC_CLK_TCK"))
-
-
-@pytest.mark.parametrize("measure", [process_tree_cpu_seconds, process_tree_memory_bytes])
-def test_tells_nothing_about_an_unknown_process_or_without_proc(measure, proc: Path) -> None:
-    assert measure(99, proc) is None
-    assert measure(10, proc / "missing") is None
+def test_tells_nothing_about_a_process_that_is_gone() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    assert process_tree(gone.pid) == []
+    assert process_tree_cpu_seconds(gone.pid) == 0.0
+    assert process_memory_bytes(gone.pid) is None
+    assert process_tree_memory_bytes(gone.pid) is None

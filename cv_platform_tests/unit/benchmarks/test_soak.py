@@ -3,10 +3,15 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.hostile_load import send_hostile
@@ -14,7 +19,7 @@ from benchmarks.mutations import HostileUpload
 from benchmarks.soak.disk import on_a_small_disk
 from benchmarks.soak.stage import Findings, Scale
 from benchmarks.soak.traffic import Traffic, failures, statuses
-from benchmarks.soak.workers import client_ports, worker_pids
+from benchmarks.soak.workers import client_ports, kill_service, worker_pids
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -115,25 +120,25 @@ def test_a_small_disk_belongs_to_the_command_alone() -> None:
     assert command[-1] == "mount -t tmpfs -o size=48m,mode=700 tmpfs '/home of/spool' && exec serve 'a b'"
 
 
-def test_workers_and_their_clients_are_read_from_the_kernel(tmp_path: Path) -> None:
-    for pid, parent, arguments in (
-        (10, 1, "bentoml"),
-        (12, 10, "python\0--worker-id\0002"),
-        (11, 10, "python\0--worker-id\0001"),
-    ):
-        folder = tmp_path / str(pid)
-        (folder / "fd").mkdir(parents=True)
-        (folder / "net").mkdir()
-        (folder / "cmdline").write_text(arguments)
-        # proc_pid_stat(5): pid (comm) state ppid …; the ticks begin at the fourteenth field.
-        (folder / "stat").write_text(f"{pid} (python) S {parent} 1 1 0 -1 0 0 0 0 0 1 2 3 4 20 0 1 0\n")
-    assert worker_pids(10, tmp_path) == [11, 12]
+def test_workers_are_the_processes_below_that_have_a_worker_id() -> None:
+    start = (
+        "import subprocess, sys; [subprocess.Popen([sys.executable, '-c', 'input()', *more]) for more in {}]; input()"
+    )
+    children = [["--worker-id", "1"], ["--other", "1"], ["--worker-id", "2"]]
+    with subprocess.Popen([sys.executable, "-c", start.format(children)], stdin=subprocess.PIPE) as server:
+        deadline = time.monotonic() + 30
+        while len(found := worker_pids(server.pid)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert [psutil.Process(pid).cmdline()[-2:] for pid in found] == [["--worker-id", "1"], ["--worker-id", "2"]]
+        kill_service(server.pid)
+    assert worker_pids(server.pid) == []
 
-    for handle, target in ((3, "socket:[700]"), (4, "socket:[701]"), (5, "/dev/null")):
-        (tmp_path / "11" / "fd" / str(handle)).symlink_to(target)
-    line = "{}: 0100007F:1092 0100007F:{} {} 00000000:00000000 00:00000000 00000000 0 0 {} 1\n"
-    # 0xC350 = 50000 is connected; 0xC351 listens; 0xC352 is somebody else's.
-    connections = [("C350", "01", 700), ("C351", "0A", 701), ("C352", "01", 999)]
-    text = "head\n" + "".join(line.format(n, port, state, inode) for n, (port, state, inode) in enumerate(connections))
-    (tmp_path / "11" / "net" / "tcp").write_text(text)
-    assert client_ports(11, tmp_path) == {50_000}
+
+def test_the_clients_of_a_worker_are_those_that_are_connected() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)):
+        before = client_ports(os.getpid())
+        with socket.create_connection(listening.getsockname()) as client:
+            accepted, _ = listening.accept()
+            with accepted:
+                assert client.getsockname()[1] in client_ports(os.getpid()) - before
