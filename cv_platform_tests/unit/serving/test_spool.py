@@ -48,9 +48,10 @@ def eventually(look: Callable[[], list[SpoolRow]]) -> list[SpoolRow]:
     return found
 
 
-def count_commits(spool: Spool) -> list[None]:
-    commits: list[None] = []
-    spool.on_append(lambda: commits.append(None))
+def count_commits(spool: Spool) -> list[str]:
+    """Returns a list that grows by each commit before its entries' futures are done."""
+    commits: list[str] = []
+    spool._writer._connection.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
     return commits
 
 
