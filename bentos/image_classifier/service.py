@@ -62,9 +62,6 @@ class ImageClassifier:
     def __init__(self) -> None:
         _context().start()
 
-    def __is_ready__(self) -> bool:
-        return _context().models.current() is not None
-
     @bentoml.on_shutdown
     def stop(self) -> None:
         """Takes the worker off the list and lets go of its files."""
@@ -73,19 +70,16 @@ class ImageClassifier:
 
 def _mount() -> None:
     """Gives the service of this worker its app."""
-    from cv_platform.serving.access import ObserveRequests
-    from cv_platform.serving.app import create_app
-    from cv_platform.serving.clean_requests import CleanRequest
+    from cv_platform.serving.app import AnswerAlone, create_app
     from cv_platform.serving.connections import bound_connections
     from cv_platform.serving.memory import return_large_blocks
 
     return_large_blocks()
     bound_connections()
-    bentoml.asgi_app(create_app(_context()), path="/")(ImageClassifier)
-    # Around everything that BentoML itself answers, such as /livez. BentoML 1.4.39 types a class as an instance of its
-    # protocol.
-    ImageClassifier.add_asgi_middleware(ObserveRequests, context=_context())  # pyright: ignore[reportArgumentType]
-    ImageClassifier.add_asgi_middleware(CleanRequest)  # pyright: ignore[reportArgumentType]
+    app = create_app(_context())
+    bentoml.asgi_app(app, path="/")(ImageClassifier)
+    # BentoML 1.4.39 types a class as an instance of its protocol.
+    ImageClassifier.add_asgi_middleware(AnswerAlone, ours=app)  # pyright: ignore[reportArgumentType]
 
 
 if bentoml.server_context.worker_index is not None:

@@ -8,7 +8,8 @@ prediction its log entry, paths with control characters, other hosts' names and 
 refusal, everything unforeseen its 500, every body its limits.
 All of these are plain ASGI, so that nothing buffers a body or an answer.
 
-BentoML mounts the app (`@bentoml.asgi_app`) and runs its lifespan; its own `/livez` and `/readyz` come before ours.
+BentoML mounts the app (`@bentoml.asgi_app`) and runs its lifespan. Its own routes and refusals would pass by all of the
+above, so `AnswerAlone` hands each request to the app before BentoML looks for a route.
 https://fastapi.tiangolo.com, https://www.starlette.io/middleware/#pure-asgi-middleware
 """
 
@@ -22,6 +23,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Match, Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cv_platform.serving.access import CATCH_ALL, ObserveRequests
 from cv_platform.serving.clean_requests import CleanRequest
@@ -113,8 +115,28 @@ def create_app(context: ServingContext) -> FastAPI:
     return app
 
 
+class AnswerAlone:
+    """ASGI middleware of BentoML's app: hands each request to ours.
+
+    What is left to BentoML is the lifespan, and with it ours; and its bounds on time and concurrency, which stand
+    outside. https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
+
+    Args:
+        app: BentoML's.
+        ours: what answers.
+    """
+
+    def __init__(self, app: ASGIApp, *, ours: ASGIApp) -> None:
+        self.app = app
+        self.ours = ours
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        await (self.ours if scope["type"] == "http" else self.app)(scope, receive, send)
+
+
 def _answer_unknown_paths(app: FastAPI) -> None:
-    """Makes unknown paths and methods ours: BentoML would answer them with plain text."""
+    """Says of unknown paths and methods what there is instead."""
     routes = list(app.router.routes)
 
     async def unknown(request: Request) -> Response:

@@ -1,8 +1,4 @@
-"""What no request may carry: control characters in its path, and headers that break the logs of the layers around us.
-
-`CleanRequest` also has to see what never reaches the app (BentoML's own `/livez` and its plain 404), so the Bento adds
-it to the service as well. https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
-"""
+"""What no request may carry: control characters in its path, and headers that break what decodes them."""
 
 from __future__ import annotations
 

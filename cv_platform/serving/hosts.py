@@ -16,8 +16,9 @@ from cv_platform.serving.problems import Problem, problem_response
 
 _HOST = re.compile(r"(?P<name>[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?:(?<!])\.)?(?P<port>:[0-9]{1,5})?")
 """What a Host may look like, in lower case. The underscore is no host name's, but container networks use it."""
-ALWAYS_ANSWERED = frozenset({"/health_check"})
-"""Load balancers and supervisors ask by address; BentoML's /livez, /readyz and /metrics come before this anyway."""
+ALWAYS_ANSWERED = frozenset({"/health_check", "/livez", "/readyz", "/healthz", "/metrics"})
+"""Load balancers, supervisors and Prometheus ask by address, and only ask."""
+_ASKING = frozenset({"GET", "HEAD"})
 
 
 class AllowedHosts:
@@ -35,7 +36,11 @@ class AllowedHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
-        if scope["type"] != "http" or not self.hosts or scope["path"] in ALWAYS_ANSWERED:
+        if (
+            scope["type"] != "http"
+            or not self.hosts
+            or (scope["path"] in ALWAYS_ANSWERED and scope["method"] in _ASKING)
+        ):
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).getlist("host")

@@ -1,24 +1,29 @@
-"""`GET /health_check`: whether this worker can answer, and everything a person needs to see why not."""
+"""Whether this worker can answer: `GET /health_check` for a person, with the reasons, and the probes of supervisors.
+
+The probes answer as BentoML's do, which are not asked (`AnswerAlone`): one line end, and 503 while there is no model.
+https://docs.bentoml.com/en/latest/build-with-bentoml/observability/health.html
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from cv_platform.serving.api_models import Health
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import HEALTH_EXAMPLE, responses
-from cv_platform.serving.problems import RETRY_SECONDS, json_response
+from cv_platform.serving.problems import RETRY_SECONDS, json_response, try_later
 from cv_platform.serving.request_log import DrainStatus
 
+_PROBED = ["GET", "HEAD"]
 _STALE_SECONDS = 5.0
 """Older figures than these are said to be old: the housekeeper renews them every two seconds."""
 
 
 def health_router(context: ServingContext) -> APIRouter:
-    """Returns the route `GET /health_check`."""
+    """Returns the routes `/health_check`, `/livez`, `/healthz` and `/readyz`."""
     router = APIRouter(tags=["health"])
 
     @router.get(
@@ -39,6 +44,17 @@ def health_router(context: ServingContext) -> APIRouter:
         if not is_ready:
             response.headers["Retry-After"] = str(RETRY_SECONDS)
         return response
+
+    @router.api_route("/livez", methods=_PROBED, include_in_schema=False)
+    @router.api_route("/healthz", methods=_PROBED, include_in_schema=False)
+    async def livez() -> Response:
+        return PlainTextResponse("\n")
+
+    @router.api_route("/readyz", methods=_PROBED, include_in_schema=False)
+    async def readyz() -> Response:
+        if context.models.current() is None:
+            raise try_later(503, "No model is deployed yet.", expected="a deployed model")
+        return PlainTextResponse("\n")
 
     return router
 

@@ -7,7 +7,7 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.routes_page import PAGE
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
-from cv_platform_tests.unit.serving.http_client import Client, FixedModels, flat_image, png
+from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
 
 FILES = sorted(path.name for path in PAGE.iterdir())
 
@@ -140,3 +140,19 @@ def test_health_before_the_start_is_not_ready_and_predictions_are_a_503(make_con
     assert client.predict(png(flat_image(1, 2, 3))).status_code == 503
     context.start()
     assert client.predict(png(flat_image(1, 2, 3))).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/livez", "/healthz"])
+def test_a_worker_without_a_model_is_alive(make_context: MakeContext, path: str):
+    client = Client(create_app(make_context(models=FixedModels(None))))
+    assert (client.get(path).status_code, client.get(path).text) == (200, "\n")
+
+
+def test_a_worker_is_ready_once_it_has_a_model(make_context: MakeContext):
+    models = FixedModels(None)
+    client = Client(create_app(make_context(models=models)))
+    response = client.get("/readyz")
+    assert (response.status_code, response.json()["message"]) == (503, "No model is deployed yet.")
+    assert int(response.headers["retry-after"]) > 0
+    models.model = brightness_model()
+    assert client.get("/readyz").status_code == client.request("HEAD", "/readyz").status_code == 200

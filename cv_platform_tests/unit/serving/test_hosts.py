@@ -55,8 +55,12 @@ def test_a_refused_host_is_logged_like_every_refused_prediction(make_context: Ma
     assert [record["response_status_code"] for record in spooled(context)] == [421, 200]
 
 
-def test_health_always_answers(named: Client):
-    assert named.get("/health_check", headers={"Host": "10.1.2.3"}).status_code == 200
+@pytest.mark.parametrize("path", ["/health_check", "/livez", "/readyz", "/healthz", "/metrics"])
+def test_what_machines_ask_by_address_always_answers(named: Client, path: str):
+    headers = {"Host": "10.1.2.3"}
+    assert named.get(path, headers=headers).status_code == 200
+    for method in ("POST", "OPTIONS", "PURGE"):
+        assert named.request(method, path, headers=headers).status_code == 421
 
 
 def test_no_host_and_two_hosts_are_malformed(named: Client):

@@ -1,0 +1,135 @@
+"""What a really served service answers to anything is ours: BentoML's own routes and refusals stay unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.client import HTTPResponse
+from pathlib import Path
+
+import pytest
+
+from cv_platform.stack.http import free_port, wait_for_http
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = [pytest.mark.xdist_group("every_answer"), pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A worker without a model that answers to one name."""
+    home, port = tmp_path_factory.mktemp("home"), free_port()
+    command = [sys.executable, "-m", "bentoml", "serve", "bentos.image_classifier.service:ImageClassifier"]
+    environment = {
+        **os.environ,
+        "CV_HOME": str(home),
+        "CV_STORAGE": str(home / "storage"),
+        "CV_SERVICE_WORKERS": "1",
+        "CV_ALLOWED_HOSTS": "service",
+        "BENTOML_HOME": str(home / "bentoml"),
+        "BENTOML_DO_NOT_TRACK": "True",
+    }
+    log = home / "service.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--working-dir", str(REPOSITORY), "--host", "127.0.0.1", "--port", str(port)],
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        wait_for_http(f"http://127.0.0.1:{port}/livez", seconds=120, alive=lambda: process.poll() is None)
+        yield port
+    except Exception as err:
+        err.add_note(log.read_text()[-4000:])
+        raise
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def ask(port: int, method: str, target: str, host: str = "service") -> tuple[HTTPResponse, bytes]:
+    """Sends exactly this request line."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        answer = HTTPResponse(connection, method=method)
+        answer.begin()
+        return answer, answer.read()
+
+
+def require_ours(answer: HTTPResponse) -> None:
+    assert answer.headers.get_all("X-Request-Id") is not None
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["X-Frame-Options"] == "DENY"
+    assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+    assert answer.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status"),
+    [
+        ("GET", "/schema.json", 404),
+        ("GET", "/docs.json", 404),
+        ("GET", "/assets/index.html", 404),
+        ("OPTIONS", "*", 404),
+        ("POST", "/livez", 405),
+        ("DELETE", "/readyz", 405),
+        ("PURGE", "/livez", 405),
+        ("TRACE", "/readyz", 405),
+        ("PROPFIND", "/healthz", 405),
+        ("PROPFIND", "/predict", 405),
+        ("SUBSCRIBE", "/nothing/here", 405),
+        ("GET", "/readyz", 503),
+        ("GET", "/livez/", 404),
+    ],
+)  # fmt: skip
+def test_whatever_bentoml_would_answer_has_our_headers_and_shape(
+    port: int, method: str, target: str, status: int
+) -> None:
+    answer, body = ask(port, method, target)
+    assert answer.status == status, body
+    require_ours(answer)
+    problem = json.loads(body)
+    assert problem["message"]
+    assert problem["expected"]
+    assert problem["request_id"] == answer.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("GET", "/schema.json"),
+        ("OPTIONS", "*"),
+        ("OPTIONS", "/livez"),
+        ("POST", "/readyz"),
+        ("PURGE", "/livez"),
+        ("DELETE", "/metrics"),
+        ("GET", "/openapi.json"),
+    ],
+)
+def test_another_host_is_refused_everywhere(port: int, method: str, target: str) -> None:
+    answer, body = ask(port, method, target, host="evil.example")
+    assert answer.status == 421, body
+    require_ours(answer)
+    assert "CV_ALLOWED_HOSTS" in json.loads(body)["expected"]
+
+
+@pytest.mark.parametrize("target", ["/livez", "/healthz"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_probes_answer_by_address(port: int, method: str, target: str) -> None:
+    answer, body = ask(port, method, target, host=f"10.1.2.3:{port}")
+    assert (answer.status, body) == (200, b"\n" if method == "GET" else b"")
+    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+    require_ours(answer)
+
+
+def test_prometheus_scrapes_by_address(port: int) -> None:
+    answer, body = ask(port, "GET", "/metrics", host="10.1.2.3:4242")
+    assert answer.status == 200
+    assert b'route="/livez"' in body  # Counted by its route.
+    assert b'route="/schema.json"' not in body
