@@ -2,6 +2,9 @@
 
 What remains is the row of its request in `api_log`, without the prediction: that somebody asked is not what is deleted.
 An image goes with the last prediction that has it.
+
+Feedback may be on its way to the database, or given meanwhile. What is being written when the spools are searched is in
+the database once `DELETION_LOCK` is had; what is spooled later finds no prediction, and is dropped (`log_tables`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from cv_platform.serving.spool_file import SQLITE
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+DELETION_LOCK = 0x5DE1E7E
+"""PostgreSQL's advisory lock: a deletion holds it alone, and who writes feedback together with the others who do."""
 _BUSY_SECONDS = 10.0
 _REQUEST_FIELDS = (
     "entry_id",
@@ -44,11 +49,13 @@ def delete_from_database(engine: Engine, prediction_id: UUID) -> bool:
         SchemaMismatchError: migrate first.
     """
     # Late: no spool needs them, and a worker is to start soon.
-    from sqlalchemy import delete, select
+    from sqlalchemy import delete, func, select
 
     from cv_platform.database.schema import feedback, images, predictions
 
     with engine.begin() as connection:
+        # By itself: the next statement then sees what those before have committed.
+        connection.execute(select(func.pg_advisory_xact_lock(DELETION_LOCK)))
         connection.execute(delete(feedback).where(feedback.c.prediction_id == prediction_id))
         row = connection.execute(
             delete(predictions)
@@ -64,24 +71,23 @@ def delete_from_database(engine: Engine, prediction_id: UUID) -> bool:
         return row is not None
 
 
-def delete_from_spools(directory: Path, prediction_id: UUID, *, only_rejected: bool = False) -> bool:
+def delete_from_spools(directory: Path, prediction_id: UUID) -> bool:
     """Deletes a prediction from the spools of all replicas in `directory`; their requests stay, to be logged.
 
-    Only safe while no replica drains: an entry that is on its way to the database would arrive there afterwards.
+    A prediction that is on its way to the database would arrive there afterwards: wait for it, unless nobody drains.
 
     Args:
         directory: `$CV_HOME/spool`.
         prediction_id: which prediction.
-        only_rejected: only among the entries that the database refused, which no replica drains.
 
     Returns:
         Whether there was such a prediction.
     """
-    removed = [_delete_from_file(path, prediction_id, only_rejected) for path in sorted(directory.glob(f"*{SQLITE}"))]
+    removed = [_delete_from_file(path, prediction_id) for path in sorted(directory.glob(f"*{SQLITE}"))]
     return any(removed)
 
 
-def _delete_from_file(path: Path, prediction_id: UUID, only_rejected: bool) -> bool:
+def _delete_from_file(path: Path, prediction_id: UUID) -> bool:
     wanted = str(prediction_id)
     try:
         with closing(
@@ -94,9 +100,7 @@ def _delete_from_file(path: Path, prediction_id: UUID, only_rejected: bool) -> b
             rejected = connection.execute("SELECT entry_id, record FROM rejected").fetchall()
             ids = [entry_id for entry_id, record in rejected if _names(record, wanted)]
             connection.executemany("DELETE FROM rejected WHERE entry_id = ?", [(entry_id,) for entry_id in ids])
-            removed = bool(ids)
-            if not only_rejected:
-                removed = _strip_entries(connection, wanted) or removed
+            removed = _strip_entries(connection, wanted) or bool(ids)
             connection.execute("COMMIT")
             return removed
     except sqlite3.OperationalError as err:

@@ -97,6 +97,7 @@ class FeedbackEntry:
         prediction_id: which prediction.
         true_class: class name; for multi-label the true class names joined by `|`.
         source: who says so, such as `page` or an API client's name.
+        is_of_known: whether the prediction was there; if it is not when this is drained, it has been deleted.
         created_on: when, with a time zone.
         entry_id: makes writing idempotent.
     """
@@ -104,6 +105,7 @@ class FeedbackEntry:
     prediction_id: UUID
     true_class: str
     source: str
+    is_of_known: bool = False
     created_on: datetime = field(default_factory=lambda: datetime.now(UTC))
     entry_id: UUID = field(default_factory=uuid4)
 
@@ -163,6 +165,7 @@ def encode(entry: LogEntry | FeedbackEntry) -> SpooledEntry:
             "prediction_id": prediction_id,
             "true_class": _clean(entry.true_class),
             "source": _clean(entry.source),
+            "is_of_known": entry.is_of_known,
             "created_on": _utc(entry.created_on),
         }
         return SpooledEntry(str(entry.entry_id), "feedback", prediction_id, _json(record), b"", None)

@@ -2,11 +2,14 @@
 
 A batch goes over by `COPY` into temporary tables and from there by `INSERT … ON CONFLICT DO NOTHING`, so that writing
 it twice is writing it once. The order is that of the foreign keys: images, predictions, api_log.
+
+Feedback has none, as its prediction may come later, from another replica's spool. But what was said of a prediction
+that was there, and is neither here nor in a spool now, came too late for its deletion: it is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -17,11 +20,13 @@ from sqlalchemy import Engine, Table, select
 from cv_platform.database.binary_copy import copy_stream, row_encoder
 from cv_platform.database.migrate import require_revision
 from cv_platform.database.schema import api_log, feedback, images, predictions
+from cv_platform.serving.deletion import DELETION_LOCK
 from cv_platform.serving.log_entry import StoredPrediction, decode, stored_prediction
 from cv_platform.serving.spool import SpoolRow
 
 Cursor = psycopg2.extensions.cursor
 ReadImage = Callable[[str], tuple[bytes, str, str] | None]
+IsSpooled = Callable[[UUID], bool]
 
 
 class _Load(NamedTuple):
@@ -74,8 +79,14 @@ def check_revision(cursor: Cursor) -> None:
     require_revision(_first_value(cursor))
 
 
-def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImage) -> None:
+def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImage, is_spooled: IsSpooled) -> None:
     """Writes entries, in the caller's transaction, which has to be rolled back after any error.
+
+    Args:
+        cursor: of that transaction.
+        rows: the entries.
+        read_image: returns an upload with its media type and time.
+        is_spooled: says whether a prediction waits in any replica's spool.
 
     Raises:
         SchemaMismatchError: the database has another revision than this version.
@@ -94,10 +105,13 @@ def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImag
         requests.append(values)
         if values["prediction_id"] is not None:
             answered.append(values)
+    if statements:
+        # Before any row is locked: a deletion that has this lock may wait for those.
+        cursor.execute("SELECT pg_advisory_xact_lock_shared(%s)", (DELETION_LOCK,))
     _write_images(cursor, {values["image_sha256"] for values in answered} - {None}, read_image)
     _copy(cursor, _PREDICTIONS, answered)
     _copy(cursor, _API_LOG, requests)
-    _copy(cursor, _FEEDBACK, statements)
+    _copy(cursor, _FEEDBACK, _of_known_predictions(cursor, statements, is_spooled))
 
 
 def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | None:
@@ -115,6 +129,29 @@ def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | N
     with engine.connect() as connection:
         row = connection.execute(query).mappings().first()
     return None if row is None else stored_prediction(row, image=row["content"], media_type=row["media_type"])
+
+
+def _of_known_predictions(
+    cursor: Cursor, statements: list[dict[str, Any]], is_spooled: IsSpooled
+) -> list[dict[str, Any]]:
+    """Returns the statements without those whose prediction has been deleted since they were made."""
+    # Without the mark: looked up in vain, as the database was away, or spooled by a former version.
+    ids: set[UUID] = {values["prediction_id"] for values in statements if values.get("is_of_known")}
+    known = _stored(cursor, ids)
+    known |= {prediction_id for prediction_id in ids - known if is_spooled(prediction_id)}
+    # Again: in between, one may have left its spool, which it does only once the database has it.
+    known |= _stored(cursor, ids - known)
+    deleted = ids - known
+    return [values for values in statements if values["prediction_id"] not in deleted]
+
+
+def _stored(cursor: Cursor, ids: Collection[UUID]) -> set[UUID]:
+    if not ids:
+        return set()
+    cursor.execute(
+        "SELECT prediction_id::text FROM predictions WHERE prediction_id = ANY(%s::uuid[])", (list(map(str, ids)),)
+    )
+    return {UUID(prediction_id) for (prediction_id,) in cursor.fetchall()}
 
 
 def _write_images(cursor: Cursor, wanted: set[str], read_image: ReadImage) -> None:

@@ -20,7 +20,7 @@ from cv_platform.serving.deletion import delete_from_database, delete_from_spool
 from cv_platform.serving.drainer import Drainer, DrainStatus
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.spool import BegunEntry, RejectedEntry, Spool
-from cv_platform.serving.spool_file import find_spooled, is_spooled
+from cv_platform.serving.spool_file import find_spooled
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -120,25 +120,23 @@ class RequestLog:
         """Deletes a prediction and what was said of it, wherever they are; returns whether there was one.
 
         Raises:
-            DatabaseUnavailableError: it is in no spool and the database cannot be asked, or it or what was said of
-                it waits in a long queue on its way to the database; nothing has been deleted.
+            DatabaseUnavailableError: it is in no spool and the database cannot be asked, or it waits in a long queue
+                on its way to the database; nothing has been deleted.
             SchemaMismatchError: as the former.
         """
         if self.status().database == "ok":
-            # First the wait, for feedback as well: an entry leaves a spool only once the database has committed or
-            # refused it, so nothing accepted before this call is left that could arrive after the deletion. Taking
-            # it out of the spool instead would not stop a batch that is being committed.
+            # First the wait: an entry leaves a spool only once the database has committed or refused it. Taking it out
+            # of the spool instead would not stop a batch that is being committed. Not for feedback, which may come
+            # without end: what is being committed is deleted from the database, and what comes later is dropped.
             deadline = time.monotonic() + _DRAIN_SECONDS
-            while is_spooled(self._directory, prediction_id):
+            while find_spooled(self._directory, prediction_id) is not None:
                 if time.monotonic() > deadline:
                     raise DatabaseUnavailableError(
                         f"Expected the spool to reach the database within {_DRAIN_SECONDS:g} s. Received: a longer "
                         "queue. Nothing was deleted; try again later."
                     )
                 time.sleep(_LOOK_SECONDS)
-            was_spooled = delete_from_spools(self._directory, prediction_id, only_rejected=True)
-        else:
-            was_spooled = delete_from_spools(self._directory, prediction_id)
+        was_spooled = delete_from_spools(self._directory, prediction_id)
         try:
             return self._delete_from_database(prediction_id) or was_spooled
         except DatabaseError:

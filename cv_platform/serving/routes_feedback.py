@@ -123,6 +123,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
                 prediction_id=prediction_id,
                 true_class=said.true_class,
                 source=said.source,
+                is_of_known=stored is not None,
                 created_on=trace.created_on,
                 entry_id=entry_id,
             )

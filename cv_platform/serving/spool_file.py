@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
 from cv_platform.serving.log_entry import SpooledEntry, StoredPrediction, decode, stored_prediction
-
-_Found = TypeVar("_Found")
 
 SQLITE = ".sqlite"
 LOCK = ".lock"
@@ -171,24 +168,12 @@ def find_in_file(connection: sqlite3.Connection, prediction_id: UUID) -> StoredP
 
 def find_spooled(directory: Path, prediction_id: UUID) -> StoredPrediction | None:
     """Returns a prediction that waits in any replica's spool of this folder."""
-    return _look_up(directory, lambda connection: find_in_file(connection, prediction_id))
-
-
-def is_spooled(directory: Path, prediction_id: UUID) -> bool:
-    """Returns whether a prediction, or feedback on it, waits in any replica's spool of this folder."""
-    query = "SELECT 1 FROM entries WHERE prediction_id = ? LIMIT 1"
-    wanted = (str(prediction_id),)
-    return _look_up(directory, lambda connection: connection.execute(query, wanted).fetchone()) is not None
-
-
-def _look_up(directory: Path, look: Callable[[sqlite3.Connection], _Found | None]) -> _Found | None:
-    """Returns what `look` finds in the first spool of this folder where it finds something."""
     for path in sorted(directory.glob(f"*{SQLITE}")):
         try:
             with closing(
                 sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
             ) as connection:
-                found = look(connection)
+                found = find_in_file(connection, prediction_id)
         except sqlite3.DatabaseError:
             continue  # Drained and deleted since it was listed, or not yet made: then it is not there.
         if found is not None:

@@ -113,3 +113,4 @@ def test_feedback_keeps_who_said_what() -> None:
     assert spooled.kind == "feedback"
     assert (values["prediction_id"], values["true_class"], values["source"]) == (UUID(int=7), "fo\ufffdur", "page")
     assert values["entry_id"] == entry.entry_id
+    assert values["is_of_known"] is False

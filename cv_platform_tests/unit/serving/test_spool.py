@@ -21,7 +21,7 @@ from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_entry import FeedbackEntry, encode
 from cv_platform.serving.request_log import RequestLog
 from cv_platform.serving.spool import Spool, SpoolRow
-from cv_platform.serving.spool_file import find_spooled, is_spooled
+from cv_platform.serving.spool_file import find_spooled
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
 
@@ -373,18 +373,6 @@ def test_a_prediction_is_found_in_any_replicas_spool(tmp_path: Path) -> None:
     assert find_spooled(tmp_path, uuid4()) is None
     assert find_spooled(tmp_path / "none", uuid4()) is None
     mine.close()
-    other.close()
-
-
-def test_feedback_alone_counts_as_spooled_until_it_leaves(tmp_path: Path) -> None:
-    entry = FeedbackEntry(prediction_id=uuid4(), true_class="four", source="page")
-    other = Spool(tmp_path)
-    other.append(entry)
-    assert is_spooled(tmp_path, entry.prediction_id)
-    assert find_spooled(tmp_path, entry.prediction_id) is None
-    assert not is_spooled(tmp_path, uuid4())
-    other.delete(other.read_batch(10, 10**9).rows)
-    assert not is_spooled(tmp_path, entry.prediction_id)
     other.close()
 
 
