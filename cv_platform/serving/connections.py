@@ -18,14 +18,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import json
 import random
 import sys
 import termios
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn import config as uvicorn_config
 
+from cv_platform.serving.bare_answers import bare_answer
 from cv_platform.serving.plain_http import PlainHttpProtocol
 
 
@@ -90,7 +91,9 @@ class BoundedProtocol(asyncio.Protocol):
                 self._wait_at_most(self.head_seconds)
             self._head_bytes += len(data)
             if self._head_bytes > self.max_head_bytes:
-                self._refuse(431, "Request Header Fields Too Large", f"at most {self.max_head_bytes} bytes of headers")
+                self._refuse(
+                    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"at most {self.max_head_bytes} bytes of headers"
+                )
 
     def eof_received(self) -> bool | None:
         """Ends the connection, but not before the answers to what has arrived whole."""
@@ -187,16 +190,15 @@ class BoundedProtocol(asyncio.Protocol):
             self._deadline = None
 
     def _give_up(self) -> None:
-        self._refuse(408, "Request Timeout", f"complete headers within {self.head_seconds:g} s")
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"complete headers within {self.head_seconds:g} s")
 
-    def _refuse(self, status: int, reason: str, expected: str) -> None:
+    def _refuse(self, status: HTTPStatus, expected: str) -> None:
         """Closes the connection; says why, unless nobody asked or an earlier request is still being answered."""
         self._stop_waiting()
         cycle = self._inner.cycle
         if self._head_bytes and (cycle is None or cycle.response_complete):
-            body = json.dumps({"message": f"{reason}. Expected {expected}.", "expected": expected})
-            head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self._transport.write(f"{head}connection: close\r\n\r\n{body}".encode())
+            message = f"{status.phrase}. Expected {expected}."
+            self._transport.write(bare_answer(status, message, expected=expected))
         self._transport.close()
 
 

@@ -9,10 +9,13 @@ the connection's end, and nonsense behind it does not cost its answer.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from cv_platform.serving.bare_answers import bare_answer
 
 
 class PlainHttpProtocol(HttpToolsProtocol):
@@ -88,6 +91,13 @@ class PlainHttpProtocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
             self.cycle.more_body = False
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no request of ours, and closes the connection."""
+        self.transport.write(
+            bare_answer(HTTPStatus.BAD_REQUEST, msg, expected="HTTP/1.1", headers=self.server_state.default_headers)
+        )
+        self.transport.close()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._answering = cycle

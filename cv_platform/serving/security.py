@@ -34,7 +34,7 @@ PAGE_POLICY = (
 """Content-Security-Policy of the page: its own files, pictures it was given, nothing else."""
 PAGE_PERMISSIONS = "camera=(self), microphone=(), geolocation=()"
 """Permissions-Policy of the page, which may ask its visitor for the camera; every other answer forbids that as well."""
-_HEADERS = {
+ANSWER_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -44,6 +44,7 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
     "Cache-Control": "no-store",
 }
+"""What every answer carries, unless a route has set it otherwise."""
 
 
 class RequestEnvelope:
@@ -67,7 +68,7 @@ class RequestEnvelope:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = trace.request_id
-                for name, value in _HEADERS.items():
+                for name, value in ANSWER_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 

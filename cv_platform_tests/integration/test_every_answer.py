@@ -55,8 +55,12 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 def ask(port: int, method: str, target: str, host: str = "service") -> tuple[HTTPResponse, bytes]:
     """Sends exactly this request line."""
+    return send(port, f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode(), method)
+
+
+def send(port: int, content: bytes, method: str = "GET") -> tuple[HTTPResponse, bytes]:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(content)
         answer = HTTPResponse(connection, method=method)
         answer.begin()
         return answer, answer.read()
@@ -133,3 +137,25 @@ def test_prometheus_scrapes_by_address(port: int) -> None:
     assert answer.status == 200
     assert b'route="/livez"' in body  # Counted by its route.
     assert b'route="/schema.json"' not in body
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01", 400),
+        (b"FOO /livez HTTP/1.1\r\nHost: service\r\n\r\n", 400),
+        (b"CONNECT service:80 HTTP/1.1\r\nHost: service\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"GET /livez HTTP/1.1\r\nHost: service\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"GET /" + 70_000 * b"a", 431),
+    ],
+)
+def test_what_never_becomes_a_request_has_our_headers_and_shape(port: int, content: bytes, status: int) -> None:
+    answer, body = send(port, content)
+    assert answer.status == status
+    require_ours(answer)
+    assert answer.headers["Connection"] == "close"
+    problem = json.loads(body)
+    assert problem["message"]
+    assert problem["expected"]
+    assert problem["request_id"] == answer.headers["X-Request-Id"]
