@@ -9,6 +9,7 @@ the connection's end, and nonsense behind it does not cost its answer.
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -84,6 +85,8 @@ class PlainHttpProtocol(HttpToolsProtocol):
         """Starts the request, unless it will be read anew."""
         self._is_head = False
         if not self.parser.should_upgrade():
+            if not self.url.startswith(b"/"):
+                self._take_host_of_target()
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -98,6 +101,15 @@ class PlainHttpProtocol(HttpToolsProtocol):
             bare_answer(HTTPStatus.BAD_REQUEST, msg, expected="HTTP/1.1", headers=self.server_state.default_headers)
         )
         self.transport.close()
+
+    def _take_host_of_target(self) -> None:
+        """Replaces the header by the name in a target like `http://name/path` (RFC 9112, section 3.2.2)."""
+        _, mark, rest = self.url.partition(b"://")
+        if mark:
+            authority = re.split(rb"[/?#]", rest, maxsplit=1)[0]
+            # In place: the scope has this list.
+            self.headers[:] = [(name, value) for name, value in self.headers if name != b"host"]
+            self.headers.append((b"host", authority))
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._answering = cycle

@@ -139,6 +139,25 @@ def test_prometheus_scrapes_by_address(port: int) -> None:
     assert b'route="/schema.json"' not in body
 
 
+@pytest.mark.parametrize("headers", ["", "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"])
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://evil.example/openapi.json", "service", 421),
+        ("http://evil.example?/openapi.json", "service", 400),
+        ("http://service@evil.example/openapi.json", "service", 421),
+        ("https://evil.example:80/openapi.json", "service", 421),
+        ("http://service/openapi.json", "evil.example", 200),
+        ("HTTP://SERVICE:4242/openapi.json", "evil.example", 200),
+    ],
+)
+def test_the_name_in_the_target_counts_and_not_the_header(
+    port: int, target: str, host: str, status: int, headers: str
+) -> None:
+    answer, _ = send(port, f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n".encode())
+    assert answer.status == status
+
+
 @pytest.mark.parametrize(
     ("content", "status"),
     [
