@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from benchmarks import original_serving
 from benchmarks.original_serving import ReplicaSettings
-from benchmarks.servers import Server, serving
+from benchmarks.servers import Server, process_tree, serving
 from cv_platform.settings import Settings
 from cv_platform.stack.environment import prepare_home
 from cv_platform.stack.http import free_port
@@ -59,6 +61,16 @@ def platform_service(
         log=scratch / f"{name}.log",
     ) as server:
         yield server
+
+
+def worker_pids(server_pid: int) -> list[int]:
+    """Lists the processes below BentoML's that answer requests, oldest first."""
+    found: list[int] = []
+    for process in process_tree(server_pid):
+        with suppress(psutil.NoSuchProcess):
+            if "--worker-id" in process.cmdline():
+                found.append(process.pid)
+    return sorted(found)
 
 
 @contextmanager

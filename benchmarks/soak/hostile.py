@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from benchmarks.hostile_load import send_hostile
 from benchmarks.mutations import hostile_upload, prepare
+from benchmarks.services import worker_pids
 from benchmarks.soak.stage import Findings, Scale, Stage
 from benchmarks.soak.traffic import Traffic, failures
-from benchmarks.soak.workers import forget_peak_memory, peak_memory_bytes, worker_pids
+from benchmarks.soak.workers import forget_peak_memory, peak_memory_bytes
 from cv_platform.serving.limits import ServingLimits
 
 UPLOADS = 20_000

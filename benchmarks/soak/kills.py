@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 from benchmarks.servers import Server
+from benchmarks.services import worker_pids
 from benchmarks.soak.stage import WORKERS, Findings, Scale, Stage, add_rows, wait_until
 from benchmarks.soak.traffic import Traffic, failures, statuses
-from benchmarks.soak.workers import kill_service, kill_worker, worker_pids
+from benchmarks.soak.workers import kill_service, kill_worker
 
 RETURN_SECONDS = 60.0
 

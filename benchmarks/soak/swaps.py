@@ -6,9 +6,9 @@ import statistics
 import time
 
 from benchmarks.servers import Server, process_memory_bytes
+from benchmarks.services import worker_pids
 from benchmarks.soak.stage import SWAP_SECONDS, WORKERS, Findings, Scale, Stage, add_rows, wait_until
 from benchmarks.soak.traffic import Traffic, failures, statuses
-from benchmarks.soak.workers import worker_pids
 
 REQUESTS = 10_000
 SWAPS = 20

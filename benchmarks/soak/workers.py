@@ -1,4 +1,4 @@
-"""What the kernel says of the service's worker processes: which there are, their connections, their peak of memory."""
+"""What the kernel says and does of the service's worker processes: connections, peak of memory, their end."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ from pathlib import Path
 import psutil
 
 from benchmarks.servers import process_tree
-
-
-def worker_pids(server_pid: int) -> list[int]:
-    """Lists the processes below BentoML's that answer requests, oldest first."""
-    found: list[int] = []
-    for process in process_tree(server_pid):
-        with suppress(psutil.NoSuchProcess):
-            if "--worker-id" in process.cmdline():
-                found.append(process.pid)
-    return sorted(found)
 
 
 def client_ports(pid: int) -> set[int]:

@@ -16,10 +16,11 @@ import pytest
 
 from benchmarks.hostile_load import send_hostile
 from benchmarks.mutations import HostileUpload
+from benchmarks.services import worker_pids
 from benchmarks.soak.disk import on_a_small_disk
 from benchmarks.soak.stage import Findings, Scale
 from benchmarks.soak.traffic import Traffic, failures, statuses
-from benchmarks.soak.workers import client_ports, kill_service, worker_pids
+from benchmarks.soak.workers import client_ports, kill_service
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
