@@ -155,6 +155,7 @@ class Drainer:
 
     def _drain_once(self) -> bool:
         """Drains one batch of each spool; returns whether there was more than that."""
+        self._spool.write_outcomes()
         if self._url is None:
             return False
         if self._database is None:

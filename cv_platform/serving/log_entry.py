@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from cv_platform.predictions import VECTOR_COLUMNS
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # `dumps` makes one a call.
+_FLOAT = np.dtype("<f4")
 FloatArray = NDArray[np.float32]
 EntryKind = Literal["request", "feedback"]
 
@@ -136,6 +137,14 @@ class StoredPrediction:
     created_on: datetime
 
 
+class Outcome(NamedTuple):
+    """What is known of a prediction only once its answer is: the message, and the seconds from reception to answer."""
+
+    prediction_id: str
+    message: str
+    seconds: float
+
+
 class SpooledImage(NamedTuple):
     """An upload, kept once however often it is sent."""
 
@@ -195,19 +204,19 @@ def encode(entry: LogEntry | FeedbackEntry) -> SpooledEntry:
         record["predicted_class"] = _clean_optional(entry.predicted_class)
         record["prediction_json"] = {_clean(k): _finite(v) for k, v in (entry.prediction_json or {}).items()}
         record["image_sha256"] = image.sha256 if image else None
-        vectors = [np.asarray(getattr(entry, name), dtype="<f4") for name in VECTOR_COLUMNS]
+        vectors = [np.asarray(getattr(entry, name), dtype=_FLOAT) for name in VECTOR_COLUMNS]
         record["dims"] = [vector.size for vector in vectors]
         if entry.raw_hm is not None:
-            heat_map = np.asarray(entry.raw_hm, dtype="<f4")
+            heat_map = np.asarray(entry.raw_hm, dtype=_FLOAT)
             record["hm_height"], record["hm_width"] = heat_map.shape
-            vectors.append(heat_map.ravel())
-    packed = np.concatenate(vectors).tobytes() if vectors else b""
+            vectors.append(heat_map)
+    packed = b"".join(vector.tobytes() for vector in vectors)
     return SpooledEntry(str(entry.entry_id), "request", prediction_id, _json(record), packed, image)
 
 
-def encode_outcome(message: str, seconds: float) -> str:
-    """Returns what `spool_file.settle_entry` replaces in an entry's record."""
-    return _json({"response_message": _clean(message), "timespan": _finite(seconds) or 0.0})
+def encode_outcome(outcome: Outcome) -> str:
+    """Returns what an outcome replaces in its entry's record."""
+    return _json({"response_message": _clean(outcome.message), "timespan": _finite(outcome.seconds) or 0.0})
 
 
 def decode(record: str, vectors: bytes) -> dict[str, Any]:
@@ -271,6 +280,8 @@ def _utc(moment: datetime) -> str:
 
 def _clean(text: str) -> str:
     """PostgreSQL's text takes neither NUL nor surrogates, and both can arrive in a URL or a file name."""
+    if text.isascii() and "\0" not in text:
+        return text
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 

@@ -28,9 +28,9 @@ from cv_platform.serving.group_commit import MAX_QUEUED_BYTES, GroupCommit, Oper
 from cv_platform.serving.log_entry import (
     FeedbackEntry,
     LogEntry,
+    Outcome,
     StoredPrediction,
     encode,
-    encode_outcome,
 )
 from cv_platform.serving.spool_file import (
     EXTENSIONS,
@@ -45,7 +45,7 @@ from cv_platform.serving.spool_file import (
     insert_entry,
     move_to_rejected,
     prepare,
-    settle_entry,
+    settle_entries,
     try_insert,
 )
 
@@ -60,8 +60,6 @@ _ENTRY_BYTES = 4096
 _SHARING_SECONDS = 0.01
 """How long a busy worker's entry waits for others to share its transaction: each one costs more than an entry, but with
 too many of them so many answers would leave at once that the threads which predict would have to wait for requests."""
-_SETTLING_SECONDS = 0.25
-"""How long what is known last of an entry waits for the next entry's transaction. Until then nobody drains it."""
 
 
 class BegunEntry(NamedTuple):
@@ -69,8 +67,8 @@ class BegunEntry(NamedTuple):
 
     Attributes:
         written: done once the entry is durable; it may hold a SpoolFullError.
-        settle: takes the message that the client gets and the seconds from reception to answer. What they replace is
-            what a crash in between leaves.
+        settle: takes the message that the client gets and the seconds from reception to answer. `Spool.write_outcomes`
+            writes them; what they replace is what a crash before leaves.
     """
 
     written: Future[None]
@@ -153,14 +151,16 @@ class Spool:
 
     def _open(self, path: Path, lock: int, max_bytes: int, append_timeout_seconds: float) -> None:
         self.path = path
-        self._log_path = path.with_name(f"{path.name}-wal")
+        self._names = str(path), f"{path}-wal", str(path.parent)
         self._lock = lock
         self._max_bytes = max_bytes
         self._timeout = append_timeout_seconds
         self._listener: Callable[[], None] = lambda: None
         self._read_lock = threading.Lock()
         self._unsettled: set[str] = set()
-        """Ids of entries that `begin` has queued and `settle` not completed; a successor drains them as they are."""
+        """Ids of entries that `begin` has queued and nobody settled; a successor drains them as they are."""
+        self._outcomes: dict[str, Outcome] = {}
+        """Of entries that were settled, by their ids, until they are written."""
         writing = None
         try:
             writing = connect(path)
@@ -224,18 +224,24 @@ class Spool:
         return BegunEntry(written, functools.partial(self._settle, entry_id, str(entry.prediction_id)))
 
     def _settle(self, entry_id: str, prediction_id: str, message: str, seconds: float) -> None:
-        outcome = encode_outcome(message, seconds)
+        self._outcomes[entry_id] = Outcome(prediction_id, message, seconds)  # First: it must be in one of the two.
+        self._unsettled.discard(entry_id)
+        self._listener()
+
+    def write_outcomes(self) -> None:
+        """Writes what entries were settled with; all of it in one transaction, which nobody waits for but the caller.
+
+        One that the disk does not take is given up: the entry is to be drained as it began.
+        """
+        outcomes = self._outcomes.copy()
+        if not outcomes:
+            return
         try:
-            settled = self._writer.submit(
-                lambda connection: settle_entry(connection, prediction_id, outcome),
-                len(outcome),
-                within_seconds=_SETTLING_SECONDS,
-            )
-        except SpoolFullError as err:  # The entry itself is kept, or its own future says why not.
-            logger.warning("Entry %s keeps the time and message that it began with: %s", entry_id, err)
-            self._unsettled.discard(entry_id)
-        else:
-            settled.add_done_callback(lambda _: self._unsettled.discard(entry_id))
+            self._writer.submit(lambda connection: settle_entries(connection, outcomes.values())).result(_JOB_SECONDS)
+        except (SpoolFullError, TimeoutError) as err:
+            logger.warning("%d entries keep the time and message that they began with: %s", len(outcomes), err)
+        for entry_id in outcomes:
+            self._outcomes.pop(entry_id, None)
 
     def try_out(self) -> None:
         """Returns once the disk has shown that it would take an entry: one is written and removed in one transaction.
@@ -256,22 +262,22 @@ class Spool:
             ) from err
 
     def on_append(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` after each commit of new entries, on the thread that committed."""
+        """Calls `listener` after each commit of new entries and each that is settled, on the thread that does so."""
         self._listener = listener
 
     def read_batch(self, max_rows: int, max_image_bytes: int) -> SpoolBatch:
         """Returns the oldest settled entries, with uploads of at most `max_image_bytes` in all, but at least one entry.
 
-        Those that are not settled count as not there.
+        Those that are not settled, or not as they were settled (`write_outcomes`), count as not there.
         """
-        unsettled = self._unsettled.copy()  # First: what is added later must not be in what is read.
+        unsettled = self._not_drainable()  # First: what is added later must not be in what is read.
         with self._reader() as connection:
             rows = connection.execute(
                 "SELECT e.id, e.entry_id, e.kind, e.record, e.vectors, e.image_sha256, coalesce(i.bytes, 0) "
                 "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 ORDER BY e.id LIMIT ?",
                 (max_rows + 1,),
             ).fetchall()
-        unsettled |= self._unsettled
+        unsettled |= self._not_drainable()
         settled = [row for row in map(SpoolRow._make, rows) if row.entry_id not in unsettled]
         batch: list[SpoolRow] = []
         seen: set[str | None] = set()
@@ -361,6 +367,7 @@ class Spool:
 
     def close(self) -> None:
         """Writes what is queued and lets go of the file; an empty one is deleted, another is left to a successor."""
+        self.write_outcomes()
         if not self._writer.close():
             return
         with self._read_lock:
@@ -378,6 +385,9 @@ class Spool:
             self.path.with_suffix(LOCK).unlink(missing_ok=True)
         os.close(self._lock)
 
+    def _not_drainable(self) -> set[str]:
+        return self._unsettled.copy() | self._outcomes.copy().keys()
+
     def _insertion(self, entry: LogEntry | FeedbackEntry) -> tuple[Operation, int]:
         """Returns what adds the entry, and about how many bytes it needs in memory and on disk."""
         size = _ENTRY_BYTES
@@ -390,12 +400,13 @@ class Spool:
         insert_entry(connection, encode(entry))
 
     def _require_room(self, connection: sqlite3.Connection) -> None:
-        log = self._log_path.stat().st_size
-        disk = os.statvfs(self.path.parent)
+        file_name, log_name, folder = self._names
+        log = _size_bytes(log_name)
+        disk = os.statvfs(folder)
         free = disk.f_bavail * disk.f_frsize
         # Mostly the files tell enough, and spare three statements an entry; they lack what this transaction adds.
         margin = 2 * MAX_QUEUED_BYTES
-        if free >= RESERVE_BYTES + margin and self.path.stat().st_size + log + margin <= self._max_bytes:
+        if free >= RESERVE_BYTES + margin and _size_bytes(file_name) + log + margin <= self._max_bytes:
             return
         pages, unused, page_bytes = (
             int(connection.execute(f"PRAGMA {name}").fetchone()[0])
@@ -418,6 +429,11 @@ class Spool:
     def _reader(self) -> Generator[sqlite3.Connection]:
         with self._read_lock:
             yield self._reading
+
+
+def _size_bytes(name: str) -> int:
+    """Asks the system, without a `Path`, which takes longer than the system: this is done for each entry."""
+    return os.stat(name).st_size  # noqa: PTH116
 
 
 def _try_to_own(path: Path) -> int | None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 from uuid import UUID
 
-from cv_platform.serving.log_entry import SpooledEntry, StoredPrediction, decode, stored_prediction
+from cv_platform.serving.log_entry import (
+    Outcome,
+    SpooledEntry,
+    StoredPrediction,
+    decode,
+    encode_outcome,
+    stored_prediction,
+)
 
 SQLITE = ".sqlite"
 LOCK = ".lock"
@@ -21,6 +28,9 @@ EXTENSIONS = ("", "-wal", "-shm")
 VACUUM_PAGES = 1000
 """How many pages `free_pages` gives back: few enough for the entries that wait behind it."""
 
+_LOG_PAGES = 4000
+"""Of the write-ahead log (16 MiB), from which on the writer copies them to the file. Entries soon leave it and the next
+ones take their pages: of a longer log less is copied. With SQLite's 1000 pages a worker took 7 % longer to answer."""
 _FORMAT_VERSION = 1
 _BUSY_SECONDS = 10.0
 _TABLES = """
@@ -71,6 +81,7 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone leaves the data in the drive's cache.
+    connection.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
     connection.execute(f"PRAGMA journal_size_limit = {64 * 1024 * 1024}")
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if version == 0:
@@ -101,11 +112,11 @@ def insert_entry(connection: sqlite3.Connection, entry: SpooledEntry) -> None:
     )
 
 
-def settle_entry(connection: sqlite3.Connection, prediction_id: str, outcome: str) -> None:
-    """Replaces fields of a prediction's record, see `log_entry.encode_outcome`; one that was deleted stays so."""
-    connection.execute(
+def settle_entries(connection: sqlite3.Connection, outcomes: Iterable[Outcome]) -> None:
+    """Writes how predictions ended into their records; one that was deleted stays so."""
+    connection.executemany(
         "UPDATE entries SET record = json_patch(record, ?) WHERE prediction_id = ? AND kind = 'request'",
-        (outcome, prediction_id),
+        [(encode_outcome(outcome), outcome.prediction_id) for outcome in outcomes],
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from cv_platform.serving.deletion import delete_from_spools
 from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_entry import FeedbackEntry, encode
 from cv_platform.serving.request_log import RequestLog
-from cv_platform.serving.spool import Spool, SpoolRow
+from cv_platform.serving.spool import Spool
 from cv_platform.serving.spool_file import find_spooled
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
@@ -37,15 +36,6 @@ def images_in(spool: Spool) -> int:
         count = connection.execute("SELECT count(*) FROM images").fetchone()[0]
     connection.close()
     return count
-
-
-def eventually(look: Callable[[], list[SpoolRow]]) -> list[SpoolRow]:
-    """Returns what is found once it is something."""
-    deadline = time.monotonic() + 20
-    while not (found := look()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
 
 
 def count_commits(spool: Spool) -> list[str]:
@@ -187,7 +177,9 @@ def test_a_begun_entry_is_on_disk_at_once_and_drained_when_it_is_settled(spool: 
     assert find_spooled(spool.path.parent, entry.prediction_id) is not None
     assert spool.read_batch(10, 10**9) == ([], True)
     begun.settle("No pictures.\0", 1.5)
-    (row,) = eventually(lambda: spool.read_batch(10, 10**9).rows)
+    assert spool.read_batch(10, 10**9) == ([], True), "not before that is on disk as well"
+    spool.write_outcomes()
+    (row,) = spool.read_batch(10, 10**9).rows
     expected = encode(replace(entry, response_message="No pictures.\ufffd", timespan=1.5))
     assert json.loads(row.record) == json.loads(expected.record)
     assert row.vectors == expected.vectors
@@ -199,23 +191,22 @@ def test_settled_entries_pass_those_that_are_not(spool: Spool) -> None:
     spool.append(second)
     assert [row.entry_id for row in spool.read_batch(10, 10**9).rows] == [str(second.entry_id)]
     first.settle("ok", 0.1)
-    assert len(eventually(lambda: spool.read_batch(10, 10**9).rows[1:])) == 1
+    spool.write_outcomes()
+    assert len(spool.read_batch(10, 10**9).rows) == 2
 
 
-def test_what_is_known_last_shares_the_next_entrys_transaction(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cv_platform.serving.spool._SETTLING_SECONDS", 60.0)
+def test_what_is_known_last_of_many_entries_is_written_by_one_transaction(spool: Spool) -> None:
+    begun = [spool.begin(answered()) for _ in range(3)]
+    for one in begun:
+        one.written.result(10)
     commits = count_commits(spool)
-    first, second = (spool.begin(answered()) for _ in range(2))
-    first.written.result(10)
-    second.written.result(10)
-    second.settle("ok", 0.2)
-    assert spool.read_batch(10, 10**9).rows == []
-    before = len(commits)
-    third = spool.begin(answered())
-    third.written.result(10)
-    assert len(commits) == before + 1
-    (row,) = eventually(lambda: spool.read_batch(10, 10**9).rows)
-    assert json.loads(row.record)["timespan"] == 0.2
+    for one in begun:
+        one.settle("ok", 0.2)
+    assert commits == []
+    spool.write_outcomes()
+    spool.write_outcomes()
+    assert len(commits) == 1
+    assert [json.loads(row.record)["timespan"] for row in spool.read_batch(10, 10**9).rows] == [0.2] * 3
 
 
 def test_an_entry_that_is_never_settled_is_drained_by_the_next_owner(tmp_path: Path) -> None:
@@ -229,16 +220,17 @@ def test_an_entry_that_is_never_settled_is_drained_by_the_next_owner(tmp_path: P
     adopted.close()
 
 
-def test_an_entry_whose_settling_is_refused_is_drained_as_it_began(
+def test_entries_whose_outcomes_the_disk_refuses_are_drained_as_they_began(
     spool: Spool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     begun = spool.begin(answered())
     begun.written.result(10)
     monkeypatch.setattr(group_commit, "_MAX_QUEUED", 0)
     begun.settle("too late", 9.0)
+    spool.write_outcomes()
     (row,) = spool.read_batch(10, 10**9).rows
     assert json.loads(row.record)["response_message"] == answered().response_message
-    assert "keeps the time and message" in caplog.text
+    assert "1 entries keep the time and message" in caplog.text
     with pytest.raises(SpoolFullError):
         spool.begin(answered())
     assert len(spool.read_batch(10, 10**9).rows) == 1
@@ -250,7 +242,8 @@ def test_settling_brings_nothing_back_that_was_deleted_meanwhile(spool: Spool) -
     begun.written.result(10)
     assert delete_from_spools(spool.path.parent, entry.prediction_id)
     begun.settle("ok", 0.1)
-    (row,) = eventually(lambda: spool.read_batch(10, 10**9).rows)
+    spool.write_outcomes()
+    (row,) = spool.read_batch(10, 10**9).rows
     assert json.loads(row.record)["prediction_id"] is None
     assert json.loads(row.record)["timespan"] == entry.timespan
 
@@ -273,8 +266,7 @@ def test_a_patient_entry_that_nobody_follows_is_written_soon(spool: Spool) -> No
 
 
 def test_a_spool_that_closes_writes_what_could_have_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_SHARING_SECONDS", "_SETTLING_SECONDS"):
-        monkeypatch.setattr(f"cv_platform.serving.spool.{name}", 60.0)
+    monkeypatch.setattr("cv_platform.serving.spool._SHARING_SECONDS", 60.0)
     spool = Spool(tmp_path)
     begun = spool.begin(answered(), more_follow=True)
     begun.settle("settled", 2.0)
@@ -300,7 +292,8 @@ def test_entries_written_by_many_threads_are_all_there_once(spool: Spool) -> Non
         done = list(pool.map(write, range(400)))
     for future in done:
         assert future.result(10) is None
-    rows = eventually(lambda: rows if len(rows := spool.read_batch(1000, 10**9).rows) == 400 else [])
+    spool.write_outcomes()
+    rows = spool.read_batch(1000, 10**9).rows
     times = {row.entry_id: json.loads(row.record)["timespan"] for row in rows}
     assert times == {
         str(entry.entry_id): number if number % 3 else entry.timespan for number, entry in enumerate(entries)
