@@ -45,12 +45,9 @@ def _context() -> ServingContext:
 @bentoml.service(
     name="image_classifier",
     workers=_settings.service_workers,
-    # The app's own limits answer first, with advice; these hold when the app does not. BentoML divides the
-    # concurrency among the workers.
-    traffic={
-        "timeout": _limits.longest_seconds,
-        "max_concurrency": _limits.max_concurrency * _settings.service_workers,
-    },
+    # The app's own limits answer first, with advice; this one holds when the app does not. None on concurrency: it
+    # would count clients that do not take their answers, and refuse health to everybody.
+    traffic={"timeout": _limits.longest_seconds},
     # The app has its own of all three, without a client's paths and headers in labels and lines.
     logging={"access": {"enabled": False}},
     metrics={"enabled": False},

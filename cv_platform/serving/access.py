@@ -26,14 +26,13 @@ UNMATCHED = "unmatched"
 CATCH_ALL = "/{path:path}"
 CLIENT_GONE = 499
 """Status of a request whose client left before there was an answer; nginx says so, too."""
-_IS_OBSERVED = "cv_platform.is_observed"
 _QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 """Routes that machines ask every few seconds: counted, but without a line while they answer 200."""
 _MAX_PATH = 300
 
 
 class ObserveRequests:
-    """ASGI middleware: observes each request once, wherever it sits twice.
+    """ASGI middleware: observes each request.
 
     Args:
         app: what answers.
@@ -46,11 +45,10 @@ class ObserveRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
-        if scope["type"] != "http" or _IS_OBSERVED in scope:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         asked = dict(scope)  # Routing changes the scope.
-        scope[_IS_OBSERVED] = True
         trace = open_trace(scope)
         tracing = self.context.tracing
         span = tracing.begin(scope["method"], scope["headers"]) if tracing is not None else None

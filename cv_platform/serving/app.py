@@ -8,8 +8,8 @@ prediction its log entry, paths with control characters, other hosts' names and 
 refusal, everything unforeseen its 500, every body its limits.
 All of these are plain ASGI, so that nothing buffers a body or an answer.
 
-BentoML mounts the app (`@bentoml.asgi_app`) and runs its lifespan. Its own routes and refusals would pass by all of the
-above, so `AnswerAlone` hands each request to the app before BentoML looks for a route.
+BentoML mounts the app (`@bentoml.asgi_app`) and runs its lifespan. Its own routes would pass by all of the above, so
+`AnswerAlone` hands each request to the app before BentoML looks for a route.
 https://fastapi.tiangolo.com, https://www.starlette.io/middleware/#pure-asgi-middleware
 """
 

@@ -13,9 +13,7 @@ from uuid import uuid4
 from cv_platform.serving.security import ANSWER_HEADERS
 
 
-def bare_answer(
-    status: HTTPStatus, message: str, *, expected: str, headers: Iterable[tuple[bytes, bytes]] = ()
-) -> bytes:
+def bare_answer(status: HTTPStatus, message: str, *, expected: str, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Returns a refusal as it goes over the wire, after which the connection is closed.
 
     Args:

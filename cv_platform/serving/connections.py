@@ -198,7 +198,8 @@ class BoundedProtocol(asyncio.Protocol):
         cycle = self._inner.cycle
         if self._head_bytes and (cycle is None or cycle.response_complete):
             message = f"{status.phrase}. Expected {expected}."
-            self._transport.write(bare_answer(status, message, expected=expected))
+            headers = self._inner.server_state.default_headers
+            self._transport.write(bare_answer(status, message, expected=expected, headers=headers))
         self._transport.close()
 
 

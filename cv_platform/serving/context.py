@@ -20,7 +20,7 @@ from cv_platform.errors import CvPlatformError, SpoolFullError
 from cv_platform.serving.admission import Admission
 from cv_platform.serving.bounded_calls import BoundedCalls
 from cv_platform.serving.holder import ModelHolder, make_worker_id
-from cv_platform.serving.limits import ServingLimits
+from cv_platform.serving.limits import PROMOTION_SECONDS, ServingLimits
 from cv_platform.serving.metrics import ServingMetrics, SwapOutcome
 from cv_platform.serving.promotion import PROMOTION_LOCK
 from cv_platform.serving.rate_limit import RateLimiter
@@ -45,8 +45,6 @@ STORAGE_THREADS = 4
 STORAGE_SECONDS = 20.0
 PROMOTION_THREADS = 2
 """One moves the pointer, the other says that somebody does."""
-PROMOTION_SECONDS = 100.0
-"""Longest wait for a model to be fetched and load-tested; BentoML ends a request at 120 s, without a reason."""
 _HOUSEKEEPING_SECONDS = 2.0
 _STOP_SECONDS = 10.0
 

@@ -83,7 +83,7 @@ class Drainer:
 
     def start(self) -> None:
         """Starts draining."""
-        self._spool.on_append(self._wake.set)
+        self._spool.on_change(self._wake.set)
         self._thread.start()
 
     def close(self, timeout_seconds: float = 10.0) -> None:

@@ -32,6 +32,8 @@ BATCH_PREDICTIONS = 2
 """A batch may take as long as so many of the slowest predictions."""
 SHRINK_IMAGE = "Shrink or recompress the image."
 """What to do about an upload that is too large."""
+PROMOTION_SECONDS = 100.0
+"""Longest wait for a model to be fetched and load-tested."""
 _WAITING_PER_THREAD = 16
 _APPEND_ALLOWANCE_SECONDS = 30.0
 
@@ -88,14 +90,11 @@ class ServingLimits:
         )
 
     @property
-    def max_concurrency(self) -> int:
-        """Requests that one worker can have in progress while each of its own limits holds, and as many again."""
-        return 2 * (self.max_uploads + self.max_in_flight + self.max_small_bodies)
-
-    @property
     def longest_seconds(self) -> float:
         """Seconds after which no request of this worker is still to be answered by it."""
-        return self.upload_seconds + BATCH_PREDICTIONS * self.predict_seconds + _APPEND_ALLOWANCE_SECONDS
+        predicting = self.upload_seconds + BATCH_PREDICTIONS * self.predict_seconds
+        promoting = self.small_body_seconds + PROMOTION_SECONDS
+        return max(predicting, promoting) + _APPEND_ALLOWANCE_SECONDS
 
 
 class Gate:

@@ -6,11 +6,11 @@ its thread, so that nobody waits for that.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from typing import cast
-from uuid import UUID
 
 import psycopg2
 from sqlalchemy.pool import PoolProxiedConnection
@@ -18,7 +18,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from cv_platform.database.connection import make_engine, normalise_url, typed_error
 from cv_platform.serving.log_tables import Cursor, check_revision, prepare_session, write_entries
 from cv_platform.serving.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
-from cv_platform.serving.spool_file import find_spooled
+from cv_platform.serving.spool_file import may_hold
 
 _STATEMENT_SECONDS = 120.0
 _POISON_CLASSES = frozenset({"21", "22", "23", "54", "P0"})
@@ -68,7 +68,7 @@ class LogDatabase:
         connection = self._connected()
         try:
             with _cursor(connection) as cursor:
-                write_entries(cursor, rows, spool.read_image, lambda wanted: _is_spooled(spool, wanted))
+                write_entries(cursor, rows, spool.read_image, functools.partial(may_hold, spool.path.parent))
             _require_unchanged(connection, spool, rows)  # What was deleted meanwhile must not arrive.
             connection.commit()
         except psycopg2.Error as err:
@@ -112,10 +112,6 @@ class LogDatabase:
 
 def _cursor(connection: PoolProxiedConnection) -> AbstractContextManager[Cursor]:
     return closing(cast(Cursor, connection.cursor()))  # SQLAlchemy's type is that of any driver.
-
-
-def _is_spooled(spool: Spool, prediction_id: UUID) -> bool:
-    return find_spooled(spool.path.parent, prediction_id) is not None
 
 
 def _require_unchanged(connection: PoolProxiedConnection, spool: Spool, rows: Sequence[SpoolRow]) -> None:

@@ -140,6 +140,7 @@ class StoredPrediction:
 class Outcome(NamedTuple):
     """What is known of a prediction only once its answer is: the message, and the seconds from reception to answer."""
 
+    entry_id: str
     prediction_id: str
     message: str
     seconds: float

@@ -9,6 +9,7 @@ that was there, and is neither here nor in a spool now, came too late for its de
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -24,9 +25,11 @@ from cv_platform.serving.deletion import DELETION_LOCK
 from cv_platform.serving.log_entry import StoredPrediction, decode, stored_prediction
 from cv_platform.serving.spool import SpoolRow
 
+logger = logging.getLogger(__name__)
+
 Cursor = psycopg2.extensions.cursor
 ReadImage = Callable[[str], tuple[bytes, str, str] | None]
-IsSpooled = Callable[[UUID], bool]
+MayBeSpooled = Callable[[UUID], bool]
 
 
 class _Load(NamedTuple):
@@ -79,14 +82,16 @@ def check_revision(cursor: Cursor) -> None:
     require_revision(_first_value(cursor))
 
 
-def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImage, is_spooled: IsSpooled) -> None:
+def write_entries(
+    cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImage, may_be_spooled: MayBeSpooled
+) -> None:
     """Writes entries, in the caller's transaction, which has to be rolled back after any error.
 
     Args:
         cursor: of that transaction.
         rows: the entries.
         read_image: returns an upload with its media type and time.
-        is_spooled: says whether a prediction waits in any replica's spool.
+        may_be_spooled: says whether a prediction may be in a spool of any replica here.
 
     Raises:
         SchemaMismatchError: the database has another revision than this version.
@@ -111,7 +116,7 @@ def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImag
     _write_images(cursor, {values["image_sha256"] for values in answered} - {None}, read_image)
     _copy(cursor, _PREDICTIONS, answered)
     _copy(cursor, _API_LOG, requests)
-    _copy(cursor, _FEEDBACK, _of_known_predictions(cursor, statements, is_spooled))
+    _copy(cursor, _FEEDBACK, _of_known_predictions(cursor, statements, may_be_spooled))
 
 
 def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | None:
@@ -132,16 +137,18 @@ def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | N
 
 
 def _of_known_predictions(
-    cursor: Cursor, statements: list[dict[str, Any]], is_spooled: IsSpooled
+    cursor: Cursor, statements: list[dict[str, Any]], may_be_spooled: MayBeSpooled
 ) -> list[dict[str, Any]]:
     """Returns the statements without those whose prediction has been deleted since they were made."""
     # Without the mark: looked up in vain, as the database was away, or spooled by a former version.
     ids: set[UUID] = {values["prediction_id"] for values in statements if values.get("is_of_known")}
     known = _stored(cursor, ids)
-    known |= {prediction_id for prediction_id in ids - known if is_spooled(prediction_id)}
+    known |= {prediction_id for prediction_id in ids - known if may_be_spooled(prediction_id)}
     # Again: in between, one may have left its spool, which it does only once the database has it.
     known |= _stored(cursor, ids - known)
     deleted = ids - known
+    if deleted:
+        logger.info("What was said of %d deleted predictions is dropped.", len(deleted))
     return [values for values in statements if values["prediction_id"] not in deleted]
 
 

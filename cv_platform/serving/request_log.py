@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
 from cv_platform.database.address import postgres_url
-from cv_platform.errors import DatabaseError, DatabaseUnavailableError
+from cv_platform.errors import DatabaseUnavailableError
 from cv_platform.serving.deletion import delete_from_database, delete_from_spools
 from cv_platform.serving.drainer import Drainer, DrainStatus
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
@@ -120,11 +120,16 @@ class RequestLog:
         """Deletes a prediction and what was said of it, wherever they are; returns whether there was one.
 
         Raises:
-            DatabaseUnavailableError: it is in no spool and the database cannot be asked, or it waits in a long queue
-                on its way to the database; nothing has been deleted.
+            DatabaseUnavailableError: the database cannot be asked, which may have it whatever the spools have, or it
+                waits in a long queue on its way there. It is as before; what was said of it may be deleted already.
             SchemaMismatchError: as the former.
         """
-        if self.status().database == "ok":
+        if self._url is not None:
+            now = self.status()
+            if now.database != "ok":
+                raise DatabaseUnavailableError(
+                    f"Expected the request log's database. Received: {now.last_error}. Nothing was deleted; try later."
+                )
             # First the wait: an entry leaves a spool only once the database has committed or refused it. Taking it out
             # of the spool instead would not stop a batch that is being committed. Not for feedback, which may come
             # without end: what is being committed is deleted from the database, and what comes later is dropped.
@@ -137,20 +142,14 @@ class RequestLog:
                     )
                 time.sleep(_LOOK_SECONDS)
         was_spooled = delete_from_spools(self._directory, prediction_id)
-        try:
-            return self._delete_from_database(prediction_id) or was_spooled
-        except DatabaseError:
-            if was_spooled:
-                return True
-            raise
-
-    def _delete_from_database(self, prediction_id: UUID) -> bool:
         engine = self._reading_engine()
-        if engine is None:
+        if engine is not None:
+            return delete_from_database(engine, prediction_id) or was_spooled
+        if not was_spooled:
             raise DatabaseUnavailableError(
                 "Expected the request log's database. Received: none. Start it, or set DATABASE_URL."
             )
-        return delete_from_database(engine, prediction_id)
+        return True
 
     def use_database(self, database_url: str) -> None:
         """Drains to this database from now on: the embedded one may start later than the service, or move.

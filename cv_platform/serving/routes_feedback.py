@@ -94,7 +94,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
             ),
             202: {
                 "model": FeedbackResult,
-                "description": "kept for good; whether the prediction exists is checked when the database is back",
+                "description": "kept for good; the database is away, so nobody could look for the prediction",
             },
         },
     )

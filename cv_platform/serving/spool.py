@@ -17,6 +17,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -35,6 +36,8 @@ from cv_platform.serving.log_entry import (
 from cv_platform.serving.spool_file import (
     EXTENSIONS,
     LOCK,
+    LONG_LOG_PAGES,
+    SHORT_LOG_PAGES,
     SQLITE,
     VACUUM_PAGES,
     connect,
@@ -55,6 +58,11 @@ RESERVE_BYTES = 32 * 1024 * 1024
 """Of the disk that entries leave free: deleting what the database has needs room in the write-ahead log, too, and so a
 disk that the spool itself has filled to its end would never get any back."""
 _JOB_SECONDS = 60.0
+_DELETED_BYTES = 2 * 1024 * 1024
+"""By one transaction: SQLite may be built to overwrite what it deletes (Debian's is), by way of its write-ahead log,
+which must have room in the reserve when the disk is full."""
+_OUTCOMES_AT_ONCE = 500
+"""Of one transaction, behind which the next entry waits; and so many wait at most, which is what a crash may take."""
 _ENTRY_BYTES = 4096
 """Of an entry, beside its upload and map."""
 _SHARING_SECONDS = 0.01
@@ -151,6 +159,7 @@ class Spool:
 
     def _open(self, path: Path, lock: int, max_bytes: int, append_timeout_seconds: float) -> None:
         self.path = path
+        self._log_pages = SHORT_LOG_PAGES
         self._names = str(path), f"{path}-wal", str(path.parent)
         self._lock = lock
         self._max_bytes = max_bytes
@@ -158,9 +167,9 @@ class Spool:
         self._listener: Callable[[], None] = lambda: None
         self._read_lock = threading.Lock()
         self._unsettled: set[str] = set()
-        """Ids of entries that `begin` has queued and nobody settled; a successor drains them as they are."""
-        self._outcomes: dict[str, Outcome] = {}
-        """Of entries that were settled, by their ids, until they are written."""
+        """Ids of entries that were begun and whose outcome is not on disk; a successor drains them as they are."""
+        self._outcomes: deque[Outcome] = deque()
+        """What entries were settled with, until it is queued for the disk."""
         writing = None
         try:
             writing = connect(path)
@@ -224,24 +233,41 @@ class Spool:
         return BegunEntry(written, functools.partial(self._settle, entry_id, str(entry.prediction_id)))
 
     def _settle(self, entry_id: str, prediction_id: str, message: str, seconds: float) -> None:
-        self._outcomes[entry_id] = Outcome(prediction_id, message, seconds)  # First: it must be in one of the two.
-        self._unsettled.discard(entry_id)
+        self._outcomes.append(Outcome(entry_id, prediction_id, message, seconds))
+        if len(self._outcomes) >= _OUTCOMES_AT_ONCE:
+            self._queue_outcomes()
         self._listener()
 
     def write_outcomes(self) -> None:
-        """Writes what entries were settled with; all of it in one transaction, which nobody waits for but the caller.
+        """Returns once the disk has what entries were settled with, or refuses it: they are drained as they began.
 
-        One that the disk does not take is given up: the entry is to be drained as it began.
+        Raises:
+            TimeoutError: the disk does not answer.
         """
-        outcomes = self._outcomes.copy()
-        if not outcomes:
-            return
+        while self._outcomes:
+            self._queue_outcomes().result(_JOB_SECONDS)
+
+    def _queue_outcomes(self) -> Future[None]:
+        """Queues one transaction of them; the future is done once the entries can be drained."""
+        part: list[Outcome] = []
+        with contextlib.suppress(IndexError):  # Another thread may take some, too.
+            while len(part) < _OUTCOMES_AT_ONCE:
+                part.append(self._outcomes.popleft())
+        settled: Future[None] = Future()
+
+        def settle(err: BaseException | None) -> None:
+            if err is not None:
+                logger.warning("The log keeps message and time of entries as they began (%d): %s", len(part), err)
+            self._unsettled.difference_update(outcome.entry_id for outcome in part)
+            settled.set_result(None)
+
         try:
-            self._writer.submit(lambda connection: settle_entries(connection, outcomes.values())).result(_JOB_SECONDS)
-        except (SpoolFullError, TimeoutError) as err:
-            logger.warning("%d entries keep the time and message that they began with: %s", len(outcomes), err)
-        for entry_id in outcomes:
-            self._outcomes.pop(entry_id, None)
+            written = self._writer.submit(lambda connection: settle_entries(connection, part))
+        except SpoolFullError as err:
+            settle(err)
+        else:
+            written.add_done_callback(lambda done: settle(done.exception()))
+        return settled
 
     def try_out(self) -> None:
         """Returns once the disk has shown that it would take an entry: one is written and removed in one transaction.
@@ -261,8 +287,8 @@ class Spool:
                 f"Expected {self.path} to be written to within {self._timeout:g} s. Received: no answer."
             ) from err
 
-    def on_append(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` after each commit of new entries and each that is settled, on the thread that does so."""
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` whenever there may be something to drain: after a commit of entries, after a settling."""
         self._listener = listener
 
     def read_batch(self, max_rows: int, max_image_bytes: int) -> SpoolBatch:
@@ -270,14 +296,14 @@ class Spool:
 
         Those that are not settled, or not as they were settled (`write_outcomes`), count as not there.
         """
-        unsettled = self._not_drainable()  # First: what is added later must not be in what is read.
+        unsettled = self._unsettled.copy()  # First: what is added later must not be in what is read.
         with self._reader() as connection:
             rows = connection.execute(
                 "SELECT e.id, e.entry_id, e.kind, e.record, e.vectors, e.image_sha256, coalesce(i.bytes, 0) "
                 "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 ORDER BY e.id LIMIT ?",
                 (max_rows + 1,),
             ).fetchall()
-        unsettled |= self._not_drainable()
+        unsettled |= self._unsettled
         settled = [row for row in map(SpoolRow._make, rows) if row.entry_id not in unsettled]
         batch: list[SpoolRow] = []
         seen: set[str | None] = set()
@@ -308,8 +334,8 @@ class Spool:
 
     def delete(self, rows: Sequence[SpoolRow]) -> None:
         """Forgets entries that the database has, and uploads that no other entry needs."""
-        ids = [row.id for row in rows]
-        self._writer.submit(lambda connection: delete_entries(connection, ids)).result(_JOB_SECONDS)
+        for ids in _parts(rows):
+            self._writer.submit(functools.partial(_delete, ids)).result(_JOB_SECONDS)
 
     def reject(self, row: SpoolRow, reason: str) -> None:
         """Puts an entry aside for good, with the reason."""
@@ -367,7 +393,8 @@ class Spool:
 
     def close(self) -> None:
         """Writes what is queued and lets go of the file; an empty one is deleted, another is left to a successor."""
-        self.write_outcomes()
+        with contextlib.suppress(TimeoutError):
+            self.write_outcomes()
         if not self._writer.close():
             return
         with self._read_lock:
@@ -384,9 +411,6 @@ class Spool:
                 self.path.with_name(self.path.name + extension).unlink(missing_ok=True)
             self.path.with_suffix(LOCK).unlink(missing_ok=True)
         os.close(self._lock)
-
-    def _not_drainable(self) -> set[str]:
-        return self._unsettled.copy() | self._outcomes.copy().keys()
 
     def _insertion(self, entry: LogEntry | FeedbackEntry) -> tuple[Operation, int]:
         """Returns what adds the entry, and about how many bytes it needs in memory and on disk."""
@@ -407,7 +431,9 @@ class Spool:
         # Mostly the files tell enough, and spare three statements an entry; they lack what this transaction adds.
         margin = 2 * MAX_QUEUED_BYTES
         if free >= RESERVE_BYTES + margin and _size_bytes(file_name) + log + margin <= self._max_bytes:
+            self._copy_log_from(LONG_LOG_PAGES, connection)
             return
+        self._copy_log_from(SHORT_LOG_PAGES, connection)
         pages, unused, page_bytes = (
             int(connection.execute(f"PRAGMA {name}").fetchone()[0])
             for name in ("page_count", "freelist_count", "page_size")
@@ -425,10 +451,33 @@ class Spool:
                 f"Received: {(pages - unused) * page_bytes} in {self.path}. Bring the database back."
             )
 
+    def _copy_log_from(self, pages: int, connection: sqlite3.Connection) -> None:
+        if pages != self._log_pages:
+            connection.execute(f"PRAGMA wal_autocheckpoint = {pages}")
+            self._log_pages = pages
+
     @contextlib.contextmanager
     def _reader(self) -> Generator[sqlite3.Connection]:
         with self._read_lock:
             yield self._reading
+
+
+def _delete(ids: Sequence[int], connection: sqlite3.Connection) -> None:
+    delete_entries(connection, ids)
+
+
+def _parts(rows: Sequence[SpoolRow]) -> Generator[list[int]]:
+    """Yields the rows' ids in parts that are deleted at once."""
+    part: list[int] = []
+    size = 0
+    for row in rows:
+        size += len(row.record) + len(row.vectors) + row.image_bytes
+        part.append(row.id)
+        if size >= _DELETED_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _size_bytes(name: str) -> int:

@@ -13,6 +13,11 @@ from cv_platform.errors import CvPlatformError
 from cv_platform.stack.environment import REPOSITORY, dagster_command, run_logged
 from cv_platform.stack.run_output import RunOutput
 
+LAST_LINES = {"DAGSTER_COMPUTE_LOG_TAIL_WAIT_AFTER_FINISH": "1"}
+"""For a run's environment. Dagster 1.13 prints the steps' lines through `tail`, which it ends at once after the last
+step. Without this second the last lines, such as why it failed, are lost on a busy machine:
+https://github.com/dagster-io/dagster/issues/23336"""
+
 
 def unfinished_runs(dagster_home: Path, environment: Mapping[str, str]) -> list[str]:
     """Returns the ids of the runs that Dagster holds for unfinished, wherever it keeps them.
@@ -56,10 +61,7 @@ def materialize(
     if config is not None:
         arguments += ["--config-json", json.dumps(config)]
     output = RunOutput(say, Path(environment["CV_HOME"]) / "records")
-    # Dagster 1.13 prints the steps' lines through `tail`, which it ends at once after the last step. Without this wait
-    # the last lines, such as why it failed, are lost on a busy machine: github.com/dagster-io/dagster/issues/23336.
-    waiting = {**environment, "DAGSTER_COMPUTE_LOG_TAIL_WAIT_AFTER_FINISH": "1"}
-    status = run_logged(dagster_command(*arguments), log, waiting, output.read)
+    status = run_logged(dagster_command(*arguments), log, {**environment, **LAST_LINES}, output.read)
     if status == 0:
         return
     last_lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]

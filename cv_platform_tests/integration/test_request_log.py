@@ -347,11 +347,13 @@ def test_a_deletion_takes_feedback_that_is_being_committed_along(
 
     class DeletedWhileCommitting(Spool):
         def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
+            is_unchanged = super().still_holds(rows)
             deletion.start()  # The rows are written, and are to be committed next.
             wait_for(
                 lambda: scalar(engine, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
             )
-            return super().still_holds(rows)
+            assert is_unchanged
+            return is_unchanged
 
     log.append(entry)
     assert log.wait_until_drained(WAIT_SECONDS)

@@ -123,7 +123,8 @@ def test_a_small_disk_belongs_to_the_command_alone() -> None:
 
 def test_workers_are_the_processes_below_that_have_a_worker_id() -> None:
     start = (
-        "import subprocess, sys; [subprocess.Popen([sys.executable, '-c', 'input()', *more]) for more in {}]; input()"
+        "import subprocess, sys, time; code = 'import time; time.sleep(300)'; "
+        "[subprocess.Popen([sys.executable, '-c', code, *more]) for more in {}]; input()"
     )
     children = [["--worker-id", "1"], ["--other", "1"], ["--worker-id", "2"]]
     with subprocess.Popen([sys.executable, "-c", start.format(children)], stdin=subprocess.PIPE) as server:
@@ -131,9 +132,12 @@ def test_workers_are_the_processes_below_that_have_a_worker_id() -> None:
         while len(found := worker_pids(server.pid)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert [psutil.Process(pid).cmdline()[-2:] for pid in found] == [["--worker-id", "1"], ["--worker-id", "2"]]
+        workers = [psutil.Process(pid) for pid in found]
+        assert [worker.cmdline()[-2:] for worker in workers] == [["--worker-id", "1"], ["--worker-id", "2"]]
         kill_service(server.pid)
-    assert worker_pids(server.pid) == []
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_the_clients_of_a_worker_are_those_that_are_connected() -> None:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from cv_platform.serving.limits import BodyAllowance, BodyLimit, Gate, ServingLimits
+from cv_platform.serving.limits import PROMOTION_SECONDS, BodyAllowance, BodyLimit, Gate, ServingLimits
 from cv_platform.serving.problems import Problem, problem_response
 from cv_platform.settings import Settings
 from cv_platform_tests.unit.serving.http_client import RawAnswer, send_raw
@@ -217,7 +217,8 @@ def test_a_batch_is_never_larger_than_what_could_be_admitted():
     assert ServingLimits.of(settings(CV_RATE_LIMIT_PER_MINUTE="10"), cores=2).max_batch_files == 10
 
 
-def test_bentomls_limits_hold_only_where_the_apps_own_do_not():
+def test_bentomls_limit_holds_only_where_the_apps_own_do_not():
     limits = ServingLimits.of(settings(CV_PREDICT_TIMEOUT_SECONDS="100"), cores=2)
     assert limits.longest_seconds > limits.upload_seconds + 2 * 100
-    assert limits.max_concurrency > limits.max_uploads + limits.max_in_flight + limits.max_small_bodies
+    short = ServingLimits.of(settings(CV_PREDICT_TIMEOUT_SECONDS="1"), cores=2)
+    assert short.longest_seconds > short.small_body_seconds + PROMOTION_SECONDS

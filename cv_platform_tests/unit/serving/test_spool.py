@@ -20,7 +20,7 @@ from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_entry import FeedbackEntry, encode
 from cv_platform.serving.request_log import RequestLog
 from cv_platform.serving.spool import Spool
-from cv_platform.serving.spool_file import find_spooled
+from cv_platform.serving.spool_file import find_spooled, may_hold
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
 
@@ -209,6 +209,62 @@ def test_what_is_known_last_of_many_entries_is_written_by_one_transaction(spool:
     assert [json.loads(row.record)["timespan"] for row in spool.read_batch(10, 10**9).rows] == [0.2] * 3
 
 
+def test_outcomes_do_not_gather_while_nobody_drains(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cv_platform.serving.spool._OUTCOMES_AT_ONCE", 3)
+    commits = count_commits(spool)
+    begun = [spool.begin(answered()) for _ in range(7)]
+    for one in begun:
+        one.written.result(10)
+    before = len(commits)
+    for one in begun:
+        one.settle("ok", 0.2)
+    spool.try_out()  # Behind what was queued.
+    assert len(commits) <= before + 3
+    assert len(spool.read_batch(10, 10**9).rows) == 6
+    spool.write_outcomes()
+    assert [json.loads(row.record)["timespan"] for row in spool.read_batch(10, 10**9).rows] == [0.2] * 7
+
+
+def test_large_entries_are_deleted_in_parts(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cv_platform.serving.spool._DELETED_BYTES", 2_000_000)
+    for number in range(6):
+        spool.append(answered(image=bytes([number]) * 1_000_000))
+    commits = count_commits(spool)
+    spool.delete(spool.read_batch(10, 10**9).rows)
+    assert len(commits) == 3
+    assert spool.depth() == 0
+
+
+def test_the_log_is_long_only_while_the_disk_has_room(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log_pages() -> int:
+        return spool._writer._connection.execute("PRAGMA wal_autocheckpoint").fetchone()[0]
+
+    spool.append(answered())
+    assert log_pages() == 4000
+    with monkeypatch.context() as short:
+        short.setattr(
+            "cv_platform.serving.spool.MAX_QUEUED_BYTES", 2**60
+        )  # Of which the disk has to have twice as much.
+        spool.append(answered())
+        assert log_pages() == 1000
+    spool.append(answered())
+    assert log_pages() == 4000
+
+
+def test_a_prediction_may_be_where_it_waits_was_refused_or_cannot_be_read(spool: Spool) -> None:
+    folder, (waiting, refused) = spool.path.parent, (answered(), answered())
+    for entry in (waiting, refused):
+        spool.append(entry)
+        assert entry.prediction_id is not None
+    spool.reject(spool.read_batch(10, 10**9).rows[1], "for a test")
+    assert may_hold(folder, waiting.prediction_id)
+    assert may_hold(folder, refused.prediction_id)
+    assert not may_hold(folder, uuid4())
+    assert not may_hold(folder / "none", uuid4())
+    (folder / "damaged.sqlite").write_bytes(b"no database at all" * 100)
+    assert may_hold(folder, uuid4())
+
+
 def test_an_entry_that_is_never_settled_is_drained_by_the_next_owner(tmp_path: Path) -> None:
     spool, entry = Spool(tmp_path), answered()
     spool.begin(entry)
@@ -230,7 +286,7 @@ def test_entries_whose_outcomes_the_disk_refuses_are_drained_as_they_began(
     spool.write_outcomes()
     (row,) = spool.read_batch(10, 10**9).rows
     assert json.loads(row.record)["response_message"] == answered().response_message
-    assert "1 entries keep the time and message" in caplog.text
+    assert "keeps message and time of entries as they began (1)" in caplog.text
     with pytest.raises(SpoolFullError):
         spool.begin(answered())
     assert len(spool.read_batch(10, 10**9).rows) == 1

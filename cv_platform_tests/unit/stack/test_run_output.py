@@ -10,6 +10,7 @@ import pytest
 
 from cv_platform.settings import Settings
 from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home, run_logged
+from cv_platform.stack.graph import LAST_LINES
 from cv_platform.stack.run_output import RunOutput
 
 GRAPH = """
@@ -62,7 +63,7 @@ def test_a_failed_run_gives_reasons_and_no_stack_trace(tmp_path: Path) -> None:
     log, said = tmp_path / "log", list[str]()
     output = RunOutput(said.append, settings.home / "records")
     command = dagster_command("asset", "materialize", "--select", "key:tiny/*", "-f", str(tmp_path / "graph.py"))
-    status = run_logged(command, log, {**os.environ, **platform_environment(settings)}, output.read)
+    status = run_logged(command, log, {**os.environ, **platform_environment(settings), **LAST_LINES}, output.read)
     failure = output.failure(status, log.read_text().splitlines())
 
     assert status == 1
