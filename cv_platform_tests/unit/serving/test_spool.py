@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 
-from cv_platform.errors import SpoolFullError
+from cv_platform.errors import DatabaseUnavailableError, SpoolFullError
 from cv_platform.serving import group_commit
 from cv_platform.serving.deletion import delete_from_spools
 from cv_platform.serving.drainer import Drainer
@@ -21,6 +21,7 @@ from cv_platform.serving.log_entry import FeedbackEntry, encode
 from cv_platform.serving.request_log import RequestLog
 from cv_platform.serving.spool import Spool
 from cv_platform.serving.spool_file import find_spooled, may_hold
+from cv_platform.stack.http import free_port
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
 
@@ -290,6 +291,16 @@ def test_entries_whose_outcomes_the_disk_refuses_are_drained_as_they_began(
     with pytest.raises(SpoolFullError):
         spool.begin(answered())
     assert len(spool.read_batch(10, 10**9).rows) == 1
+
+
+def test_nothing_is_deleted_while_the_database_may_have_it_too(tmp_path: Path) -> None:
+    entry = answered()
+    assert entry.prediction_id is not None
+    with RequestLog(tmp_path, f"postgresql://nobody@127.0.0.1:{free_port()}/none") as log:
+        log.append(entry)
+        with pytest.raises(DatabaseUnavailableError, match="Nothing was deleted"):
+            log.delete_prediction(entry.prediction_id)
+        assert log.find_prediction(entry.prediction_id) is not None
 
 
 def test_settling_brings_nothing_back_that_was_deleted_meanwhile(spool: Spool) -> None:
