@@ -243,9 +243,7 @@ def test_the_log_is_long_only_while_the_disk_has_room(spool: Spool, monkeypatch:
     spool.append(answered())
     assert log_pages() == 4000
     with monkeypatch.context() as short:
-        short.setattr(
-            "cv_platform.serving.spool.MAX_QUEUED_BYTES", 2**60
-        )  # Of which the disk has to have twice as much.
+        short.setattr("cv_platform.serving.spool.MAX_QUEUED_BYTES", 2**60)  # Twice as much has to be free.
         spool.append(answered())
         assert log_pages() == 1000
     spool.append(answered())
