@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from benchmarks.soak.stage import Findings, Stage, add_rows, wait_until
 from benchmarks.soak.traffic import Traffic, failures, statuses
 
-DISK_MIB = 48
-"""More than the spool's reserve (32), so that there is something to fill."""
+DISK_MIB = 128
+"""More than the spool's reserve (32), and a backlog larger than that: deleting what was drained needs the reserve."""
 FULL_SECONDS = 90.0
 RECOVERY_SECONDS = 60.0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cv_platform.serving.problems import Problem, problem_response
-from cv_platform.serving.security import RequestEnvelope
 
 _CONTENT_TYPE = b"content-type"
 
@@ -31,7 +30,7 @@ class CleanRequest:
             await self.app(scope, receive, send)
             return
         if has_control_characters(scope["path"]):
-            await RequestEnvelope(_refuse)(scope, receive, send)
+            await _refuse(scope, receive, send)
             return
         if any(name.lower() == _CONTENT_TYPE and not value.isascii() for name, value in scope["headers"]):
             headers = [

@@ -125,10 +125,10 @@ class RequestLog:
             SchemaMismatchError: as the former.
         """
         if self._url is not None:
-            now = self.status()
-            if now.database != "ok":
+            if (state := self.status().database) != "ok":
                 raise DatabaseUnavailableError(
-                    f"Expected the request log's database. Received: {now.last_error}. Nothing was deleted; try later."
+                    f"Expected the request log's database to answer. Received: {state}. Nothing was deleted: "
+                    "try later, and see /health_check for the reason."
                 )
             # First the wait: an entry leaves a spool only once the database has committed or refused it. Taking it out
             # of the spool instead would not stop a batch that is being committed. Not for feedback, which may come

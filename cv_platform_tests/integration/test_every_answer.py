@@ -1,56 +1,25 @@
-"""What a really served service answers to anything is ours: BentoML's own routes and refusals stay unasked."""
+"""What a really served service answers to anything is ours: BentoML's own routes stay unasked."""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from http.client import HTTPResponse
-from pathlib import Path
 
 import pytest
 
-from cv_platform.stack.http import free_port, wait_for_http
+from cv_platform_tests.integration.served import serving
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.xdist_group("every_answer"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A worker without a model that answers to one name."""
-    home, port = tmp_path_factory.mktemp("home"), free_port()
-    command = [sys.executable, "-m", "bentoml", "serve", "bentos.image_classifier.service:ImageClassifier"]
-    environment = {
-        **os.environ,
-        "CV_HOME": str(home),
-        "CV_STORAGE": str(home / "storage"),
-        "CV_SERVICE_WORKERS": "1",
-        "CV_ALLOWED_HOSTS": "service",
-        "BENTOML_HOME": str(home / "bentoml"),
-        "BENTOML_DO_NOT_TRACK": "True",
-    }
-    log = home / "service.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--working-dir", str(REPOSITORY), "--host", "127.0.0.1", "--port", str(port)],
-            env=environment,
-            cwd=REPOSITORY,
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        wait_for_http(f"http://127.0.0.1:{port}/livez", seconds=120, alive=lambda: process.poll() is None)
+    variables = {"CV_SERVICE_WORKERS": "1", "CV_ALLOWED_HOSTS": "service"}
+    with serving(tmp_path_factory.mktemp("home"), variables) as port:
         yield port
-    except Exception as err:
-        err.add_note(log.read_text()[-4000:])
-        raise
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 def ask(port: int, method: str, target: str, host: str = "service") -> tuple[HTTPResponse, bytes]:

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,10 +15,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from cv_platform.stack.http import free_port, wait_for_http
+from cv_platform.stack.http import free_port
+from cv_platform_tests.integration.served import serving
 from cv_platform_tests.span_collector import Collector, attributes
 
-REPOSITORY = Path(__file__).parents[2]
 ADMIN_TOKEN = "correct-horse-battery"
 API_KEY = "staple-of-correct-horses"
 PASSWORD = "hunter2hunter2"
@@ -51,39 +49,21 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two workers without a model, with secrets of every kind, whose database is away."""
-    home, port, collector = tmp_path_factory.mktemp("home"), free_port(), Collector()
-    log = home / "service.log"
-    command = [sys.executable, "-m", "bentoml", "serve", "bentos.image_classifier.service:ImageClassifier"]
-    environment = {
-        **os.environ,
-        "CV_HOME": str(home),
-        "CV_STORAGE": str(home / "storage"),
+    home, collector = tmp_path_factory.mktemp("home"), Collector()
+    variables = {
         "CV_SERVICE_WORKERS": str(WORKERS),
         "CV_ADMIN_TOKEN": ADMIN_TOKEN,
         "CV_API_KEYS": API_KEY,
         "CV_LOG_FORMAT": "json",
         "DATABASE_URL": f"postgresql://cv:{PASSWORD}@127.0.0.1:{free_port()}/cv",
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
-        "BENTOML_HOME": str(home / "bentoml"),
-        "BENTOML_DO_NOT_TRACK": "True",
     }
-    with log.open("w") as output:
-        service = subprocess.Popen(
-            [*command, "--working-dir", str(REPOSITORY), "--host", "127.0.0.1", "--port", str(port)],
-            env=environment,
-            cwd=REPOSITORY,
-            stdout=output,
-            stderr=output,
-        )
-    url = f"http://127.0.0.1:{port}"
     try:
-        wait_for_http(f"{url}/livez", seconds=120, alive=lambda: service.poll() is None)
-        running = Served(url, log, collector)
-        wait_until(lambda: len(running.workers()) == WORKERS)
-        yield running
+        with serving(home, variables) as port:
+            running = Served(f"http://127.0.0.1:{port}", home / "service.log", collector)
+            wait_until(lambda: len(running.workers()) == WORKERS)
+            yield running
     finally:
-        service.terminate()
-        service.wait(timeout=60)
         collector.close()
 
 

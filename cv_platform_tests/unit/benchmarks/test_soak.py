@@ -118,7 +118,7 @@ def test_a_small_disk_belongs_to_the_command_alone() -> None:
     command = on_a_small_disk(["serve", "a b"], "/home of/spool")
     assert command[0] == "unshare"
     assert ("--map-root-user" in command) == (os.geteuid() != 0)
-    assert command[-1] == "mount -t tmpfs -o size=48m,mode=700 tmpfs '/home of/spool' && exec serve 'a b'"
+    assert command[-1] == "mount -t tmpfs -o size=128m,mode=700 tmpfs '/home of/spool' && exec serve 'a b'"
 
 
 def test_workers_are_the_processes_below_that_have_a_worker_id() -> None:

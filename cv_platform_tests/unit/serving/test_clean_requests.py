@@ -35,12 +35,6 @@ async def _unreachable(*_: Any) -> None:
     raise AssertionError("It must not get here.")
 
 
-def test_alone_it_answers_with_the_headers_of_every_answer():
-    answer = send_raw(CleanRequest(_unreachable), "GET", "/metrics\n", headers=[])
-    assert answer.status == 400
-    assert answer.headers["x-request-id"] == answer.body["request_id"]
-
-
 def test_a_content_type_that_is_not_ascii_never_reaches_what_decodes_it():
     seen: list[Any] = []
 

@@ -19,7 +19,7 @@ from cv_platform.serving.deletion import delete_from_spools
 from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_entry import FeedbackEntry, encode
 from cv_platform.serving.request_log import RequestLog
-from cv_platform.serving.spool import Spool
+from cv_platform.serving.spool import BegunEntry, Spool
 from cv_platform.serving.spool_file import find_spooled, may_hold
 from cv_platform.stack.http import free_port
 from cv_platform_tests.unit.serving.test_log_entry import answered
@@ -37,6 +37,13 @@ def images_in(spool: Spool) -> int:
         count = connection.execute("SELECT count(*) FROM images").fetchone()[0]
     connection.close()
     return count
+
+
+def begin_and_wait(spool: Spool, entries: int) -> list[BegunEntry]:
+    begun = [spool.begin(answered()) for _ in range(entries)]
+    for one in begun:
+        one.written.result(10)
+    return begun
 
 
 def count_commits(spool: Spool) -> list[str]:
@@ -197,9 +204,7 @@ def test_settled_entries_pass_those_that_are_not(spool: Spool) -> None:
 
 
 def test_what_is_known_last_of_many_entries_is_written_by_one_transaction(spool: Spool) -> None:
-    begun = [spool.begin(answered()) for _ in range(3)]
-    for one in begun:
-        one.written.result(10)
+    begun = begin_and_wait(spool, 3)
     commits = count_commits(spool)
     for one in begun:
         one.settle("ok", 0.2)
@@ -213,9 +218,7 @@ def test_what_is_known_last_of_many_entries_is_written_by_one_transaction(spool:
 def test_outcomes_do_not_gather_while_nobody_drains(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cv_platform.serving.spool._OUTCOMES_AT_ONCE", 3)
     commits = count_commits(spool)
-    begun = [spool.begin(answered()) for _ in range(7)]
-    for one in begun:
-        one.written.result(10)
+    begun = begin_and_wait(spool, 7)
     before = len(commits)
     for one in begun:
         one.settle("ok", 0.2)
