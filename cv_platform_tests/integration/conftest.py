@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from cv_platform.serving.request_log import RequestLog
 from cv_platform_tests.integration.demo_run import Demo, finished_demo
 
 
@@ -14,3 +16,9 @@ def demo() -> Iterator[Demo]:
     """A finished demo; who uses it is in the xdist_group "demo", so that there is one."""
     with finished_demo() as demo:
         yield demo
+
+
+@pytest.fixture
+def log(tmp_path: Path, database_url: str) -> Iterator[RequestLog]:
+    with RequestLog(tmp_path / "spool", database_url) as log:
+        yield log

@@ -1,0 +1,137 @@
+"""Deletions and feedback against a real PostgreSQL: nothing that is deleted comes back, nothing else goes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import UUID, uuid4
+
+from sqlalchemy import Engine, text
+
+from cv_platform.serving.drainer import Drainer
+from cv_platform.serving.log_entry import FeedbackEntry
+from cv_platform.serving.request_log import RequestLog
+from cv_platform.serving.spool import Spool, SpoolRow
+from cv_platform_tests.integration.request_log_steps import WAIT_SECONDS, count, scalar, wait_for
+from cv_platform_tests.unit.serving.test_log_entry import answered
+
+
+def said_of(prediction_id: UUID, *, is_of_known: bool = True) -> FeedbackEntry:
+    return FeedbackEntry(prediction_id=prediction_id, true_class="four", source="page", is_of_known=is_of_known)
+
+
+def drained(spool: Spool, database_url: str) -> None:
+    drainer = Drainer(spool, database_url, adopt=False)
+    drainer.start()
+    assert drainer.wait_until_drained(WAIT_SECONDS)
+    drainer.close()
+
+
+def test_a_deletion_takes_feedback_that_is_being_committed_along(
+    log: RequestLog, tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    entry = answered()
+    prediction_id = entry.prediction_id
+    assert prediction_id is not None
+    deletions: list[bool] = []
+    deletion = threading.Thread(target=lambda: deletions.append(log.delete_prediction(prediction_id)))
+
+    class DeletedWhileCommitting(Spool):
+        def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
+            is_unchanged = super().still_holds(rows)
+            deletion.start()  # The rows are written, and are to be committed next.
+            wait_for(
+                lambda: scalar(engine, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+            )
+            assert is_unchanged
+            return is_unchanged
+
+    log.append(entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    living = DeletedWhileCommitting(tmp_path / "spool")
+    living.append(said_of(prediction_id))
+    drained(living, database_url)
+    living.close()
+    deletion.join(WAIT_SECONDS)
+    assert deletions == [True]
+    assert (count(engine, "predictions"), count(engine, "feedback")) == (0, 0)
+
+
+def test_feedback_that_comes_after_the_deletion_is_dropped(
+    log: RequestLog, tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    deleted, kept = answered(), answered()
+    assert deleted.prediction_id is not None
+    assert kept.prediction_id is not None
+    for entry in (deleted, kept):
+        log.append(entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    assert log.delete_prediction(deleted.prediction_id)
+    late = Spool(tmp_path / "spool")  # Another replica's, which had looked the predictions up before.
+    unseen = uuid4()
+    for prediction_id in (deleted.prediction_id, kept.prediction_id):
+        late.append(said_of(prediction_id))
+    late.append(said_of(unseen, is_of_known=False))
+    drained(late, database_url)
+    assert late.depth() == len(late.rejected()) == 0
+    late.close()
+    with engine.connect() as connection:
+        stored = connection.execute(text("SELECT prediction_id FROM feedback")).scalars().all()
+    assert set(stored) == {kept.prediction_id, unseen}
+
+
+def test_a_deletion_takes_feedback_out_of_the_spools(log: RequestLog, tmp_path: Path, engine: Engine) -> None:
+    entry = answered()
+    assert entry.prediction_id is not None
+    log.append(entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    waiting = Spool(tmp_path / "spool")  # Nobody drains it.
+    waiting.append(said_of(entry.prediction_id, is_of_known=False))
+    assert log.delete_prediction(entry.prediction_id)
+    assert waiting.depth() == 0
+    waiting.close()
+
+
+def test_steady_feedback_does_not_hold_a_deletion_up(log: RequestLog, engine: Engine) -> None:
+    entry = answered()
+    assert entry.prediction_id is not None
+    log.append(entry)
+    assert log.wait_until_drained(WAIT_SECONDS)
+    is_over = threading.Event()
+
+    def say_on() -> None:
+        while not is_over.is_set():
+            assert entry.prediction_id is not None
+            log.append(said_of(entry.prediction_id))
+
+    said = threading.Thread(target=say_on)
+    said.start()
+    try:
+        wait_for(lambda: count(engine, "feedback"))
+        began = time.monotonic()
+        assert log.delete_prediction(entry.prediction_id)
+        took_seconds = time.monotonic() - began
+    finally:
+        is_over.set()
+        said.join()
+    assert took_seconds < 5
+    assert log.wait_until_drained(WAIT_SECONDS)
+    assert (count(engine, "predictions"), count(engine, "feedback")) == (0, 0)
+
+
+def test_feedback_that_is_drained_before_its_prediction_is_kept(
+    tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    entry = answered()
+    assert entry.prediction_id is not None
+    late, early = Spool(tmp_path), Spool(tmp_path)
+    late.append(entry)
+    early.append(said_of(entry.prediction_id))
+    drained(early, database_url)
+    assert (count(engine, "predictions"), count(engine, "feedback")) == (0, 1)
+    drained(late, database_url)
+    assert (count(engine, "predictions"), count(engine, "feedback")) == (1, 1)
+    late.close()
+    early.close()
