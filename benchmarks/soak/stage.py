@@ -17,6 +17,7 @@ from sqlalchemy import Engine, text
 
 from benchmarks.harness import Check
 from benchmarks.installation import isolated_environment, isolated_settings
+from benchmarks.pace import allowed
 from benchmarks.servers import Server, process_tree
 from benchmarks.services import Wrap, platform_service
 from benchmarks.soak.traffic import Outcome
@@ -192,7 +193,7 @@ class Stage:
     def missing_rows(self, outcomes: Sequence[Outcome], *, seconds: float = ROWS_SECONDS) -> int:
         """Waits until every answer with 200 has its rows in PostgreSQL and returns how many have none."""
         answered = {outcome.prediction_id for outcome in outcomes if outcome.status == 200}
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + allowed(seconds)
         while True:
             missing = len(answered - self._logged())
             if not missing or time.monotonic() > deadline:
@@ -214,15 +215,15 @@ def home_of(folder: Path) -> Path:
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float, what: str) -> float:
-    """Waits for `condition` and returns the seconds it took.
+    """Waits for `condition`, as long as `seconds` come to on this machine, and returns the seconds it took.
 
     Raises:
         ServiceError: it did not come about in time.
     """
-    begin = time.monotonic()
+    begin, limit = time.monotonic(), allowed(seconds)
     while not condition():
-        if time.monotonic() - begin > seconds:
-            raise ServiceError(f"Expected {what} within {seconds:.0f} s. Received: nothing of it.")
+        if time.monotonic() - begin > limit:
+            raise ServiceError(f"Expected {what} within {limit:.0f} s. Received: nothing of it.")
         time.sleep(0.1)
     return time.monotonic() - begin
 

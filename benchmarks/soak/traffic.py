@@ -16,6 +16,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from benchmarks.load import multipart
+from benchmarks.pace import allowed
 
 ANSWER_SECONDS = 40.0
 """Longest wait for one answer; longer is a failure."""
@@ -89,8 +90,8 @@ class Traffic:
             return list(self._outcomes)
 
     def wait_for(self, answers: int, *, seconds: float) -> bool:
-        """Returns True once there are so many further answers with 200, False after `seconds`."""
-        deadline = time.monotonic() + seconds
+        """Returns True once there are so many further answers with 200, False after what `seconds` come to here."""
+        deadline = time.monotonic() + allowed(seconds)
         wanted = self._answered() + answers
         while self._answered() < wanted:
             left = deadline - time.monotonic()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.harness import available_cores
 from benchmarks.options import REPOSITORY
+from benchmarks.pace import allowed
 from cv_platform.errors import ServiceError
 from cv_platform.stack.containers import engine
 from cv_platform.stack.containers.env_file import make_secrets, read_env
@@ -71,9 +72,9 @@ class Checkout:
         """Runs `make <target>` in the copy and returns its output, which is appended to `log` too.
 
         Raises:
-            ServiceError: it failed, or took longer than `seconds`; the message has the end of its output.
+            ServiceError: it failed, or took longer than `seconds` come to here; the message has the end of its output.
         """
-        command = self.command(target, *arguments)
+        command, limit = self.command(target, *arguments), allowed(seconds)
         log.parent.mkdir(parents=True, exist_ok=True)
         process = subprocess.Popen(
             command,
@@ -85,9 +86,9 @@ class Checkout:
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=seconds)
+            output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired as err:
-            raise ServiceError(f"Expected `make {target}` to end within {seconds:.0f} s. Received: no end.") from err
+            raise ServiceError(f"Expected `make {target}` to end within {limit:.0f} s. Received: no end.") from err
         finally:
             if process.poll() is None:
                 _interrupt(process)
@@ -108,7 +109,7 @@ class Checkout:
             ServiceError: it failed.
         """
         files = ("--file", str(self.folder / "docker" / "compose.yaml"), "--env-file", str(self.env_file))
-        return engine.docker("compose", *files, *arguments, seconds=COMMAND_SECONDS)
+        return engine.docker("compose", *files, *arguments, seconds=allowed(COMMAND_SECONDS))
 
     def remove(self) -> None:
         """Removes the stack's containers, networks and volumes, and the copy."""

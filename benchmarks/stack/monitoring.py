@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.pace import allowed
 from benchmarks.soak.stage import Findings, wait_until
 from benchmarks.stack.experiment import job_runs, send_window
 from benchmarks.stack.promql import Answer, check_queries
@@ -31,8 +32,7 @@ def monitor(stage: Stage, findings: Findings) -> None:
     job_runs(stage, findings, "the nightly retention, launched by GraphQL: some panels show it", "log_retention")
     with httpx.Client(base_url=stage.url("PROMETHEUS_PORT"), auth=stage.login, timeout=30) as session:
         with stage.traffic(concurrency=1):
-            seconds = wait_until(lambda: _are_up(session), seconds=TARGETS_SECONDS, what="every target up")
-            findings.add("every target up in Prometheus", f"{len(_targets(session))} after {seconds:.0f} s", True)
+            _wait_for_targets(session, findings)
             answers = _answers(stage, session)
         lacking = [str(answer) for answer in answers if not answer.gave_data]
         findings.add(
@@ -78,7 +78,7 @@ def _rules(stage: Stage, findings: Findings) -> None:
 
 def _answers(stage: Stage, session: httpx.Client) -> list[Answer]:
     """Asks every expression until each gives data, or `DATA_SECONDS` are over."""
-    deadline = time.monotonic() + DATA_SECONDS
+    deadline = time.monotonic() + allowed(DATA_SECONDS)
     while True:
         answers = check_queries(stage.url("PROMETHEUS_PORT"), session)
         if all(answer.gave_data for answer in answers) or time.monotonic() > deadline:
@@ -108,9 +108,20 @@ def _targets(session: httpx.Client) -> list[dict[str, Any]]:
     return session.get("/api/v1/targets").raise_for_status().json()["data"]["activeTargets"]
 
 
-def _are_up(session: httpx.Client) -> bool:
-    targets = _targets(session)
-    return bool(targets) and all(target["health"] == "up" for target in targets)
+def _wait_for_targets(session: httpx.Client, findings: Findings) -> None:
+    begin, limit = time.monotonic(), allowed(TARGETS_SECONDS)
+    while True:
+        targets, took = _targets(session), time.monotonic() - begin
+        down = sorted(target["labels"]["job"] for target in targets if target["health"] != "up")
+        if (targets and not down) or took > limit:
+            break
+        time.sleep(_LOOK_SECONDS)
+    findings.add(
+        "every target up in Prometheus",
+        f"{len(targets) - len(down)} of {len(targets)} after {took:.0f} s"
+        + (f"; not: {', '.join(down)}" if down else ""),
+        bool(targets) and not down,
+    )
 
 
 def _states(session: httpx.Client) -> set[str]:

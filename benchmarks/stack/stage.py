@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from benchmarks.options import REPOSITORY
+from benchmarks.pace import allowed
 from benchmarks.soak.stage import Findings, wait_until
 from benchmarks.soak.traffic import Outcome, Traffic
 from benchmarks.stack.checkout import Checkout
@@ -146,7 +147,7 @@ class Stage:
 
     def missing_rows(self, prediction_ids: set[str], *, seconds: float = ROWS_SECONDS) -> int:
         """Waits until each prediction has its rows in PostgreSQL, and returns how many have none."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + allowed(seconds)
         while True:
             try:
                 missing = len(prediction_ids - {row[0] for row in self.query(_LOGGED)})
