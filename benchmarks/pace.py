@@ -39,6 +39,6 @@ def _seconds_of_work() -> float:
     """Returns the seconds until an interpreter per core, all started at once, has imported `_WORK`."""
     begin = time.monotonic()
     interpreters = [subprocess.Popen([sys.executable, "-c", _WORK]) for _ in range(available_cores())]
-    if any([interpreter.wait() for interpreter in interpreters]):
+    if sum(interpreter.wait() for interpreter in interpreters):  # Waits for each, as any() would not.
         raise ServiceError(f"Expected an interpreter to run `{_WORK}`. Received: an error; run `make setup`.")
     return time.monotonic() - begin
