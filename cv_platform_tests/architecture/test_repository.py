@@ -13,7 +13,8 @@ from cv_platform.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs").rglob("*.md")])
-LASTING = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]  # Which names what has gone, too.
+# The changelog names what has gone, too, and the import's table a user's files.
+LASTING = [path for path in DOCUMENTS if path.name not in {"CHANGELOG.md", "import.md"}]
 OTHER_FOLDERS = {"valid/", "test/", "reference/", "models/"}
 """Of a user's images, and of central storage."""
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
