@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.observation import Observation, end_observation, observe
-from cv_platform.serving.problems import RequestTrace
+from cv_platform.serving.problems import CLIENT_GONE, RequestTrace
 from cv_platform.serving.security import open_trace
 from cv_platform.serving.tracing import RequestSpan
 
@@ -23,9 +23,8 @@ logger = logging.getLogger(__name__)
 
 UNMATCHED = "unmatched"
 """The route of what no route takes."""
-CATCH_ALL = "/{path:path}"
-CLIENT_GONE = 499
-"""Status of a request whose client left before there was an answer; nginx says so, too."""
+_TOO_LATE = 504
+"""What BentoML answers to a request that it cancels: after its time-out, which stands outside of the app."""
 _QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 """Routes that machines ask every few seconds: counted, but without a line while they answer 200."""
 _MAX_PATH = 300
@@ -54,6 +53,13 @@ class ObserveRequests:
         span = tracing.begin(scope["method"], scope["headers"]) if tracing is not None else None
         token = observe(Observation(trace, self.context.metrics, span))
         status = 0
+        has_left = False
+
+        async def watched() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left = has_left or message["type"] == "http.disconnect"
+            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -62,9 +68,9 @@ class ObserveRequests:
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, watched, noted)
         except asyncio.CancelledError:
-            status = status or CLIENT_GONE
+            status = status or (CLIENT_GONE if has_left else _TOO_LATE)
             raise
         finally:
             route = route_template(scope, asked, self.context.routes)
@@ -103,9 +109,9 @@ def route_template(answered: Scope, asked: Scope, routes: Iterable[Route | Mount
         routes: those of the app.
     """
     path = getattr(answered.get("route"), "path", None)
-    if isinstance(path, str) and path not in ("", CATCH_ALL):
+    if isinstance(path, str) and path:
         return path
-    # Refused before it got to a route, or by the catch-all: with another method there may be one.
+    # Refused before it got to a route, or as no route takes it: with another method one may.
     for route in routes:
         if route.matches(asked)[0] is not Match.NONE:
             return route.path

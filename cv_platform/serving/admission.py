@@ -14,6 +14,8 @@ from cv_platform.serving.problems import try_later
 from cv_platform.serving.rate_limit import RateLimiter
 from cv_platform.serving.worker_threads import WorkerThreads
 
+HANGING_TIMEOUTS = 4
+"""A prediction that takes so many times its longest time is taken for one that never ends."""
 _T = TypeVar("_T")
 
 
@@ -122,3 +124,8 @@ class Admission:
     def is_stuck(self) -> bool:
         """Says whether every thread that predicts is at work that its client was told 504 about."""
         return self._predict_pool is not None and self._predict_pool.are_stuck(self.limits.predict_seconds)
+
+    def is_beyond_help(self) -> bool:
+        """Says whether every thread that predicts hangs: nothing can end what it does but the end of the process."""
+        seconds = HANGING_TIMEOUTS * self.limits.predict_seconds
+        return self._predict_pool is not None and self._predict_pool.are_stuck(seconds)

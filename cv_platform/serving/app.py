@@ -15,17 +15,16 @@ https://fastapi.tiangolo.com, https://www.starlette.io/middleware/#pure-asgi-mid
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.responses import Response
 from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cv_platform.serving.access import CATCH_ALL, ObserveRequests
+from cv_platform.serving.access import ObserveRequests
 from cv_platform.serving.clean_requests import CleanRequest
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import API_DESCRIPTION, API_TITLE, API_VERSION
@@ -38,7 +37,7 @@ from cv_platform.serving.limits import (
     BodyAllowance,
     BodyLimit,
 )
-from cv_platform.serving.problems import Problem, Unexpected, install_problem_handlers
+from cv_platform.serving.problems import Problem, Unexpected, install_problem_handlers, method_not_allowed
 from cv_platform.serving.refusal_log import RefusalLog
 from cv_platform.serving.routes_batch import BATCH_PATH, batch_router
 from cv_platform.serving.routes_feedback import feedback_router
@@ -48,8 +47,6 @@ from cv_platform.serving.routes_models import models_router
 from cv_platform.serving.routes_page import page_files, page_router
 from cv_platform.serving.routes_predict import PREDICT_PATH, predict_router
 from cv_platform.serving.security import RequestEnvelope, SameSite
-
-_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 def create_app(context: ServingContext) -> FastAPI:
@@ -111,7 +108,7 @@ def create_app(context: ServingContext) -> FastAPI:
         app.include_router(router)
     app.router.routes.append(page_files())
     context.routes = [r for router in (app, *routers) for r in router.routes if isinstance(r, Route | Mount)]
-    _answer_unknown_paths(app)
+    app.router.routes.append(Mount("", app=_unknown_path(tuple(context.routes))))
     return app
 
 
@@ -135,14 +132,20 @@ class AnswerAlone:
         await (self.ours if scope["type"] == "http" else self.app)(scope, receive, send)
 
 
-def _answer_unknown_paths(app: FastAPI) -> None:
-    """Says of unknown paths and methods what there is instead."""
-    routes = list(app.router.routes)
+def _unknown_path(routes: Sequence[Route | Mount]) -> ASGIApp:
+    """Returns what takes every path and method that no route takes, and says what there is instead."""
 
-    async def unknown(request: Request) -> Response:
-        path = ascii(request.url.path)[:200]
-        if any(route.matches(request.scope)[0] is Match.PARTIAL for route in routes):
-            raise Problem(405, f"{path} does not take {request.method}.", expected="one of the methods in /docs")
-        raise Problem(404, f"There is nothing at {path}.", expected="one of the routes in /docs")
+    async def unknown(scope: Scope, receive: Receive, send: Send) -> None:
+        del receive, send
+        path = ascii(scope["path"])[:200]
+        methods = {
+            method
+            for route in routes
+            if isinstance(route, Route) and route.matches(scope)[0] is Match.PARTIAL
+            for method in route.methods or ()
+        }
+        if not methods:
+            raise Problem(404, f"There is nothing at {path}.", expected="one of the routes in /docs")
+        raise method_not_allowed(path, scope["method"], methods)
 
-    app.add_api_route(CATCH_ALL, unknown, methods=_METHODS, include_in_schema=False)
+    return unknown

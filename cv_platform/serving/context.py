@@ -143,6 +143,11 @@ class ServingContext(Admission, WorkerLog):
         """
         return _started(self._promotions)
 
+    @property
+    def is_started(self) -> bool:
+        """Whether requests can be answered: between the end of `start` and the beginning of `stop`."""
+        return self._is_started
+
     def start(self) -> None:
         """Opens the request log and loads the model. A database or storage that is away stops nothing.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5
+CLIENT_GONE = 499
+"""Status of a request whose client left before there was an answer; nginx says so, too. Nobody receives it."""
 _TRACE = "cv_platform.trace"
 _MAX_MISTAKES = 20
 
@@ -111,6 +113,19 @@ class Problem(HTTPException):
 def try_later(status: int, message: str, *, expected: str, seconds: int = RETRY_SECONDS) -> Problem:
     """Returns a problem that goes away by itself: the answer says when to come again."""
     return Problem(status, message, expected=expected, headers={"Retry-After": str(seconds)})
+
+
+def client_gone() -> Problem:
+    """Returns what is counted and logged of a request whose client left before its body was complete."""
+    return Problem(CLIENT_GONE, "The client went away before its body was complete.", expected="a complete body")
+
+
+def method_not_allowed(path: str, method: str, methods: Collection[str]) -> Problem:
+    """Returns the 405 of a path that takes other methods, which its header Allow names (RFC 9110, section 15.5.6)."""
+    allowed = ", ".join(sorted(methods))
+    return Problem(
+        405, f"{path} does not take {ascii(method)[1:41]}.", expected=f"one of: {allowed}", headers={"Allow": allowed}
+    )
 
 
 def problem_of(error: CvPlatformError) -> Problem:
@@ -205,7 +220,6 @@ def _plain(value: object) -> str:
 _MEANINGS = {
     400: "a well-formed request",
     404: "one of the routes of /docs",
-    405: "one of the methods that /docs lists for this path",
 }
 
 

@@ -29,7 +29,14 @@ from cv_platform.serving.examples import (
 from cv_platform.serving.explain import Explain, draw, to_base64
 from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.passport import make_passport
-from cv_platform.serving.problems import Problem, json_response, public_reason, trace_of, validation_problem
+from cv_platform.serving.problems import (
+    Problem,
+    client_gone,
+    json_response,
+    public_reason,
+    trace_of,
+    validation_problem,
+)
 from cv_platform.storage import BundleMetadata
 
 logger = logging.getLogger(__name__)
@@ -71,7 +78,7 @@ async def _said(request: Request) -> Feedback:
     try:
         return Feedback.model_validate_json(await request.body())
     except ClientDisconnect as err:
-        raise Problem(400, "The client went away before its body was complete.", expected="a complete body") from err
+        raise client_gone() from err
     except ValidationError as err:
         mistakes = err.errors(include_url=False, include_context=False)
         raise validation_problem([{**mistake, "loc": ("body", *mistake["loc"])} for mistake in mistakes]) from err

@@ -1,6 +1,7 @@
 """Whether this worker can answer: `GET /health_check` for a person, with the reasons, and the probes of supervisors.
 
-The probes answer as BentoML's do, which are not asked (`AnswerAlone`): one line end, and 503 while there is no model.
+The probes answer as BentoML's do, which are not asked (`AnswerAlone`): one line end, or 503. `/readyz` is 503 for every
+reason for which `/health_check` is; `/livez` only when nothing but a new start helps.
 https://docs.bentoml.com/en/latest/build-with-bentoml/observability/health.html
 """
 
@@ -11,10 +12,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
+from cv_platform.serving.admission import HANGING_TIMEOUTS
 from cv_platform.serving.api_models import Health
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import HEALTH_EXAMPLE, responses
-from cv_platform.serving.problems import RETRY_SECONDS, json_response, try_later
+from cv_platform.serving.problems import RETRY_SECONDS, Problem, json_response, try_later
 from cv_platform.serving.request_log import DrainStatus
 
 _PROBED = ["GET", "HEAD"]
@@ -48,15 +50,38 @@ def health_router(context: ServingContext) -> APIRouter:
     @router.api_route("/livez", methods=_PROBED, include_in_schema=False)
     @router.api_route("/healthz", methods=_PROBED, include_in_schema=False)
     async def livez() -> Response:
+        if context.is_beyond_help():
+            raise Problem(
+                503,
+                f"Every thread has been at one prediction for more than {HANGING_TIMEOUTS} times the time-out. "
+                "Start this worker anew.",
+                expected="a thread that becomes free",
+            )
         return PlainTextResponse("\n")
 
     @router.api_route("/readyz", methods=_PROBED, include_in_schema=False)
     async def readyz() -> Response:
-        if context.models.current() is None:
-            raise try_later(503, "No model is deployed yet.", expected="a deployed model")
+        reasons = _reasons(context, is_admin=False)
+        if reasons:
+            raise try_later(503, " ".join(reasons), expected="a worker that can answer predictions")
         return PlainTextResponse("\n")
 
     return router
+
+
+def _reasons(context: ServingContext, *, is_admin: bool) -> list[str]:
+    """Returns why this worker can answer no prediction now; nothing of it asks a disk."""
+    reasons: list[str] = []
+    if context.models.current() is None:
+        reasons.append("No model is deployed yet.")
+    if not context.is_started:
+        reasons.append("The service is starting or stopping.")
+    elif context.append_error is not None:
+        error = context.append_error if is_admin else "full or unwritable"
+        reasons.append(f"The request log takes no entries: {error}")
+    if context.is_stuck():
+        reasons.append("Every thread is busy with a prediction that takes too long.")
+    return reasons
 
 
 def health_report(
@@ -78,15 +103,9 @@ def health_report(
     models = {**models, "last_swap_error": shown(models.get("last_swap_error"), "model refused")}
     models["storage_error"] = shown(models.get("storage_error"), "storage unreadable")
     model = context.models.current()
-    reasons: list[str] = []
-    if model is None:
-        reasons.append("No model is deployed yet.")
-    if log is None:
-        reasons.append("The service is starting or stopping.")
-    elif context.append_error is not None:
-        reasons.append(f"The request log takes no entries: {shown(context.append_error, 'full or unwritable')}")
-    if context.is_stuck():
-        reasons.append("Every thread is busy with a prediction that takes too long.")
+    reasons = _reasons(context, is_admin=is_admin)
+    if log is None and context.is_started:
+        reasons.append("The spool's disk does not answer.")
     notes: list[str] = []
     swap_error = models["last_swap_error"]
     if swap_error:

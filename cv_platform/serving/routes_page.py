@@ -10,8 +10,10 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from cv_platform.serving.problems import method_not_allowed
 from cv_platform.serving.security import PAGE_PERMISSIONS, PAGE_POLICY
 
+_READ = ("GET", "HEAD")
 PAGE = Path(__file__).parent / "page"
 # Browsers ask each time whether a file has changed, so that a new release is seen at once.
 _HEADERS = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
@@ -21,6 +23,8 @@ class _PageFiles(StaticFiles):
     """The page's files, each with the page's headers."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in _READ:
+            raise method_not_allowed(f"/page/{ascii(path)[1:-1][:200]}", scope["method"], _READ)
         response = await super().get_response(path, scope)
         response.headers.update(_HEADERS)
         return response

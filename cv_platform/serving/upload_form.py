@@ -21,7 +21,7 @@ from cv_platform.serving.explain import Explain
 from cv_platform.serving.limits import overloaded
 from cv_platform.serving.log_format import BLOT
 from cv_platform.serving.observation import staged
-from cv_platform.serving.problems import Problem
+from cv_platform.serving.problems import Problem, client_gone
 
 EXPLAIN_FIELD = "explain"
 EXPLAIN_QUERY = "jpeg (default), png, cam (a small matrix) or none"
@@ -112,7 +112,7 @@ async def _parse(request: Request, form: UploadForm) -> Any:
     try:
         return await parser.parse()
     except ClientDisconnect as err:
-        raise Problem(400, "The client went away before its upload was complete.", expected="a complete body") from err
+        raise client_gone() from err
     # The parser trusts the boundary's encoding and the part headers' form; a hostile body breaks it in ways of its own.
     except (MultiPartException, UnicodeError, ValueError, LookupError, AssertionError) as err:
         text = getattr(err, "message", "") or type(err).__name__

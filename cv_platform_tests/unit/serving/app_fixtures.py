@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -64,6 +65,14 @@ def client(context: ServingContext) -> Client:
 @pytest.fixture
 def admin(context: ServingContext) -> Client:
     return Client(create_app(context), {"Authorization": f"Bearer {ADMIN_TOKEN}"})
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns once the condition holds."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def spooled(context: ServingContext) -> list[dict[str, Any]]:

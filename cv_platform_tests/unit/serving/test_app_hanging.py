@@ -21,9 +21,11 @@ from cv_platform.serving.bounded_calls import BoundedCalls
 from cv_platform.serving.context import LOOK_UP_THREADS, ServingContext
 from cv_platform.serving.limits import ServingLimits
 from cv_platform.serving.metrics import ServingMetrics
+from cv_platform.serving.runtime import LoadedModel
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
-from cv_platform_tests.unit.serving.http_client import Client, FixedModels, flat_image, png
+from cv_platform_tests.tiny_models import tiny_metadata
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled, wait_until
+from cv_platform_tests.unit.serving.http_client import Client, FixedModels, GatedRuntime, flat_image, png
 
 IMAGE = png(flat_image(1, 2, 3))
 ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
@@ -57,6 +59,39 @@ def test_a_disk_that_hangs_while_a_prediction_is_written_is_a_503_once(
     assert client.predict(IMAGE).status_code == 200
     assert client.get("/health_check").status_code == 200
     assert [record["response_status_code"] for record in spooled(context)] == [200]  # Nobody waited for the first.
+
+
+def test_the_probes_tell_a_worker_that_is_busy_from_one_that_hangs(make_context: MakeContext):
+    runtime = GatedRuntime()
+    models = FixedModels(LoadedModel(tiny_metadata(), runtime))
+    context = make_context(models=models, limits=ServingLimits(predict_threads=2, predict_seconds=0.25))
+    client = Client(create_app(context))
+
+    def statuses() -> tuple[int, int]:
+        return client.get("/livez").status_code, client.get("/readyz").status_code
+
+    assert statuses() == (200, 200)
+    assert client.predict(IMAGE).status_code == 504
+    assert statuses() == (200, 200)  # One thread is left.
+    assert client.predict(IMAGE).status_code == 504
+    wait_until(lambda: statuses()[1] == 503)
+    assert "takes too long" in client.get("/readyz").json()["message"]
+    wait_until(lambda: statuses() == (503, 503))
+    assert "retry-after" not in client.get("/livez").headers  # It does not get well by itself.
+    assert context.is_stuck()
+    runtime.go.set()
+    wait_until(lambda: statuses() == (200, 200))
+
+
+def test_readiness_follows_the_log(context: ServingContext, client: Client):
+    assert client.get("/readyz").status_code == 200
+    context.append_error = "/secret/spool is full"
+    for path in ("/readyz", "/health_check"):
+        answer = client.get(path)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        assert "takes no entries: full or unwritable" in answer.json()["message"]
+    assert client.get("/livez").status_code == 200
 
 
 def test_a_worker_that_could_not_start_lets_go_and_can_start_later(tmp_path: Path):

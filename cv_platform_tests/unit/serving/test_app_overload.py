@@ -7,31 +7,19 @@ from collections import Counter
 from collections.abc import Iterator
 
 import httpx
-import numpy as np
 import pytest
 import uvicorn
 
 from cv_platform.serving.app import create_app
 from cv_platform.serving.limits import ServingLimits
-from cv_platform.serving.runtime import LoadedModel, Prediction
+from cv_platform.serving.runtime import LoadedModel
 from cv_platform.stack.http import free_port
 from cv_platform_tests.tiny_models import tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
-from cv_platform_tests.unit.serving.http_client import BrightnessRuntime, FixedModels, flat_image, png
+from cv_platform_tests.unit.serving.http_client import FixedModels, GatedRuntime, flat_image, png
 
 IMAGE = png(flat_image(199, 99, 99))
 CLIENTS = 60
-
-
-class GatedRuntime(BrightnessRuntime):
-    """Answers when it is allowed to."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-
-    def __call__(self, images: np.ndarray, class_index: np.ndarray) -> Prediction:
-        assert self.go.wait(60)
-        return super().__call__(images, class_index)
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import cv2
 import httpx
 import numpy as np
 import pytest
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
 
 from cv_platform.errors import SpoolFullError
+from cv_platform.serving.access import ObserveRequests
 from cv_platform.serving.app import create_app
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.limits import ServingLimits
@@ -351,9 +353,29 @@ def test_the_wrong_method_and_unknown_paths_are_json_too(client: Client):
     response = client.get("/no/such/page")
     assert response.status_code == 404
     assert "/docs" in response.json()["expected"]
-    assert client.request("PATCH", "/rollback").status_code == 405
+    refused = client.request("PATCH", "/rollback")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
     assert client.get("/page/../context.py").status_code == 404
     assert client.get("/page/%2e%2e/context.py").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/predict", "POST"),
+        ("OPTIONS", "/predict/batch", "POST"),
+        ("PATCH", "/predictions/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11", "DELETE, GET"),
+        ("PROPFIND", "/livez", "GET, HEAD"),
+        ("DELETE", "/page/app.js", "GET, HEAD"),
+        ("POST", "/docs", "GET"),
+    ],
+)
+def test_what_does_not_take_a_method_names_those_that_it_takes(client: Client, method: str, path: str, allow: str):
+    answer = client.request(method, path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == allow
+    assert method in answer.json()["message"]
+    assert allow in answer.json()["expected"]
 
 
 def test_a_malformed_length_is_logged_as_well(client: Client, context: ServingContext):
@@ -392,5 +414,35 @@ def test_a_client_that_goes_away_is_no_defect(client: Client, context: ServingCo
         "headers": [(b"content-type", b"multipart/form-data; boundary=x")], "server": None,
     }  # fmt: skip
     asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
-    assert sent[0]["status"] == 400
-    assert "went away" in spooled(context)[0]["response_message"]
+    assert sent[0]["status"] == 499
+    (record,) = spooled(context)
+    assert record["response_status_code"] == 499
+    assert "went away" in record["response_message"]
+
+
+@pytest.mark.parametrize(("has_left", "status"), [(False, "504"), (True, "499")])
+def test_what_bentoml_cancels_is_a_time_out_unless_the_client_has_left(
+    context: ServingContext, has_left: bool, status: str
+):
+    async def hang(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"} if has_left else {"type": "http.request", "body": b"", "more_body": False}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [], "query_string": b""}
+    asyncio.run(TimeoutMiddleware(ObserveRequests(hang, context=context), timeout=0.01)(scope, receive, send))
+    assert sent[0]["status"] == 504
+    counted = [
+        sample.labels["status"]
+        for family in context.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "cv_http_requests_total"
+    ]
+    assert counted == [status]
