@@ -7,7 +7,7 @@
 Retries: an answer of 429 or 503 is a refusal, so it is sent again after the time that Retry-After names, a bounded
 number of times; so is a request whose connection could not be opened. Whatever the service may already have done is
 not: no 504, no connection that broke, no time-out. A prediction is not idempotent: each one that is answered has an
-entry and an id of its own, and each refusal that was retried has its row in `api_log` without a prediction. Nothing is
+entry and an id of its own, and a refusal that was retried may have a row in `api_log` without a prediction. Nothing is
 lost by a retry. A prediction is in the log twice only when the service answered 503 because its disk did not confirm
 the first entry in time and wrote it after all. Feedback carries one X-Request-Id through all attempts, so it is kept
 once.

@@ -24,6 +24,7 @@ from cv_platform.serving.limits import PROMOTION_SECONDS, ServingLimits
 from cv_platform.serving.metrics import ServingMetrics, SwapOutcome
 from cv_platform.serving.promotion import PROMOTION_LOCK
 from cv_platform.serving.rate_limit import RateLimiter
+from cv_platform.serving.refusal_bounds import RefusalBounds
 from cv_platform.serving.runtime import LoadedModel
 from cv_platform.serving.security import Guard
 from cv_platform.serving.tracing import Tracing
@@ -94,6 +95,7 @@ class ServingContext(Admission, WorkerLog):
         self.cache = settings.home / "cache"
         self.storage = CentralStorage(settings.storage_url)
         self.guard = Guard(settings)
+        self.refusals = RefusalBounds()
         self.promotion_lock = self.cache / PROMOTION_LOCK
         self.models: ModelSource = models or ModelHolder(
             self.storage,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Stage = Literal["receive", "wait", "decode", "model", "explain", "encode", "append"]
 """Of a prediction: read the body, wait for a thread, decode and resize, call the model, draw, render, make durable."""
 SwapOutcome = Literal["swapped", "refused", "fallback"]
+RefusalLogging = Literal["durable", "sampled", "counted"]
+"""Of a refused prediction: an entry that the refusal waited for, one that it did not wait for, none."""
 
 MODEL_INFO = "cv_model_info"
 WORKER_STARTED = "cv_worker_started_timestamp_seconds"
@@ -68,6 +70,9 @@ class ServingMetrics:
         )
         self._stages: Mapping[Stage, Any] = {stage: stages.labels(stage) for stage in get_args(Stage)}
         self._images = counter("cv_predict_images", "Images sent for a prediction, by status.", "status")
+        self._refusals = counter(
+            "cv_refusals", "Refused predictions, by how they are logged.", "route", "status", "logged"
+        )
         self._predictions = counter(
             "cv_predictions", "Predictions by model and class.", "model", "version", "predicted_class"
         )
@@ -135,6 +140,10 @@ class ServingMetrics:
     def image_answered(self, status: int) -> None:
         """Counts one image that was sent for a prediction; a batch has many, each with a status of its own."""
         self._images.labels(str(status)).inc()
+
+    def refused(self, route: str, status: int, logged: RefusalLogging) -> None:
+        """Counts one refused image by the template of its route."""
+        self._refusals.labels(route, str(status), logged).inc()
 
     def stage_ended(self, stage: Stage, seconds: float) -> None:
         """Notes how long one stage of a prediction took."""

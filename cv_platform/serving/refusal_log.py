@@ -1,10 +1,11 @@
-"""The log of what was refused: every request for a prediction leaves an entry, also the ones without an answer."""
+"""The log of what was refused: requests for a prediction without an answer, as far as `refusal_bounds` logs them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.errors import CvPlatformError
@@ -24,7 +25,7 @@ _MAX_MESSAGE = 1000
 
 
 class RefusalLog:
-    """ASGI middleware: gives each refused request for a prediction its log entry before the refusal leaves.
+    """ASGI middleware: counts and logs each refused request for a prediction before the refusal leaves.
 
     It sits outside of everything that can refuse (body limit, keys, overload, validation), so that nothing is missed.
 
@@ -56,10 +57,15 @@ class RefusalLog:
 
 
 async def log_refusal(context: ServingContext, scope: Scope, status: int, message: str) -> None:
-    """Makes the log entry of one refused image; a refusal that cannot be logged is still given, and counted."""
+    """Counts one refused image, and makes its log entry if it gets one; what cannot be logged is still refused."""
     trace: RequestTrace = trace_of(scope)
     message = message[:_MAX_MESSAGE]
     context.metrics.image_answered(status)
+    guard = context.guard
+    way = context.refusals.choose(status, has_key=guard.has_key(HTTPConnection(scope)), is_open=guard.is_open)
+    context.metrics.refused(_path(scope), status, way)
+    if way == "counted":
+        return
     entry = LogEntry(
         request_method="POST",
         request_url=logged_url(scope),
@@ -71,7 +77,10 @@ async def log_refusal(context: ServingContext, scope: Scope, status: int, messag
         client_error=message if 400 <= status < 500 else None,
     )
     try:
-        await context.append(entry)
+        if way == "durable":
+            await context.append(entry)
+        else:
+            context.append_soon(entry)
     except CvPlatformError as err:
         context.metrics.refusal_unlogged()
         logger.warning("Request %s was refused (%d) without a log entry: %s", trace.request_id, status, err)

@@ -134,18 +134,25 @@ class Guard:
         Raises:
             Problem: 401.
         """
-        if not self._api_keys:
-            return
-        given = _given_key(request)
-        # All of them, always: how long it takes says nothing about which one was close.
-        matches = [hmac.compare_digest(given, key) for key in self._api_keys]
-        if not any(matches):
+        if not self.is_open and not self.has_key(request):
             raise Problem(
                 401,
                 "This service is closed by API keys. Send one of them in the header X-API-Key.",
                 expected="the header X-API-Key with a valid key",
                 headers={"WWW-Authenticate": 'ApiKey realm="predictions"'},
             )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether predictions need no API key."""
+        return not self._api_keys
+
+    def has_key(self, request: HTTPConnection) -> bool:
+        """Says whether a request carries one of the API keys; False where there are none."""
+        given = _given_key(request)
+        # All of them, always: how long it takes says nothing about which one was close.
+        matches = [hmac.compare_digest(given, key) for key in self._api_keys]
+        return any(matches)
 
     def client_of(self, request: Request) -> bytes:
         """Returns who a request counts for: the API key that it was let pass with; without keys, its address.

@@ -84,6 +84,19 @@ class WorkerLog:
         with staged("append"), self._append_failures():
             await self._until_durable(self.log.submit(entry))
 
+    def append_soon(self, entry: LogEntry) -> None:
+        """Queues an entry that nobody waits for; if the disk does not take it, it is counted and gone.
+
+        Raises:
+            SpoolFullError: too much is waiting for the disk.
+        """
+
+        def note(done: Future[None]) -> None:
+            if done.exception() is not None:
+                self.metrics.refusal_unlogged()
+
+        self.log.submit(entry).add_done_callback(note)
+
     def begin_entry(self, entry: LogEntry, *, more_follow: bool) -> BegunEntry:
         """Queues a prediction's entry, to be written while its answer is made; `entry_written` awaits its end.
 

@@ -76,7 +76,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def spooled(context: ServingContext) -> list[dict[str, Any]]:
-    """Returns the records that are durable in the spool's files, oldest first."""
+    """Returns the records that are durable in the spool's files, oldest first, with those that nobody waited for."""
+    if context._log is not None:  # A context that has stopped has written them.
+        context.log.try_out()  # Behind them.
     records: list[dict[str, Any]] = []
     for path in sorted((context.settings.home / "spool").glob("*.sqlite")):
         with closing(sqlite3.connect(path)) as connection:

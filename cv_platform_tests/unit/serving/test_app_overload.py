@@ -77,5 +77,7 @@ def test_overload_answers_429_with_advice_while_health_stays_green(make_context:
     assert set(health) == {200}
     images = sum(len(r.json().get("results", [None])) for r in responses if r.status_code == 200)
     assert 6 <= images <= 8
-    assert Counter(record["response_status_code"] for record in spooled(context)) == {200: images, 429: statuses[429]}
+    logged = Counter(record["response_status_code"] for record in spooled(context))
+    assert logged[200] == images
+    assert 1 <= logged[429] <= statuses[429], "a sample"
     assert context.in_flight.inside == context.uploads.inside == context.small_bodies.inside == 0
