@@ -299,7 +299,7 @@ def _predict(options: argparse.Namespace) -> int:
         as_json=options.json,
         explain=options.explain,
         say=lambda line: print(line, flush=True),
-        complain=lambda line: print(f"error: {line}", file=sys.stderr),
+        complain=lambda line: print(line, file=sys.stderr),
     )
     if failures:
         print(f"error: {failures} {'file has' if failures == 1 else 'files have'} no prediction.", file=sys.stderr)

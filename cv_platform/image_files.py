@@ -12,9 +12,27 @@ import struct
 import zlib
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 from cv_platform.errors import TruncatedImageError, UnsupportedImageError
 
+SUPPORTED_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+"""A file that is named like this is missed when it turns out to be no image."""
+TEXT_SUFFIXES = frozenset(
+    {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log", ".pdf", ".py", ".dvc"}
+)
+"""Of what accompanies images: never looked into, and nobody misses it among them."""
+_RAW_SUFFIXES = frozenset({".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef", ".srw"})
+"""Of cameras' own formats: they begin as a TIFF, whose picture is a small preview."""
+_LITTER = frozenset(
+    {
+        *("@eadir", "@recycle", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "system volume information"),
+        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+    }
+)
+"""What NAS, desktops and archivers leave behind, in lower case."""
+_HEAD_BYTES = 32
 MAX_PARTS = 10_000
 """PNG chunks, JPEG segments or GIF blocks: walking them costs Python's time, however small they are."""
 MAX_SCANS = 100
@@ -38,6 +56,24 @@ _BARE_JPEG_MARKERS = frozenset({0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF
 """Those that no length follows, or that Pillow treats so."""
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """What ends a run of compressed data: neither an escaped 0xFF, nor a restart, nor padding."""
+
+
+def is_litter(name: str) -> bool:
+    """Tells whether a file or folder is hidden, or one that NAS, desktops and archivers leave behind."""
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def seems_image(path: Path) -> bool:
+    """Tells whether a user would take a file for an image: by its suffix if that says so, else by its first bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES | TEXT_SUFFIXES | _RAW_SUFFIXES:
+        return suffix in IMAGE_SUFFIXES
+    with path.open("rb") as file:
+        return format_by_signature(file.read(_HEAD_BYTES)) is not None
 
 
 def format_by_signature(data: bytes) -> str | None:

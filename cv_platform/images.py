@@ -34,6 +34,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
 from cv_platform.image_files import (
+    SUPPORTED_FORMATS,
     TILE_LENGTH,
     TILE_WIDTH,
     GifStream,
@@ -48,7 +49,6 @@ from cv_platform.image_files import (
 )
 
 PREPROCESSING_VERSION = 2
-SUPPORTED_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 40_000_000
 """Default limit: 40 megapixels decode to 120 MB."""
 MAX_SIDE_PX = 65_535

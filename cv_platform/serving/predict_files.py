@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cv_platform.errors import ImageError
+from cv_platform.image_files import SUPPORTED_FORMATS, TEXT_SUFFIXES, is_litter, seems_image
 from cv_platform.serving.api_models import PredictionResult
 from cv_platform.serving.client import Client, ExplainChoice
 from cv_platform.settings import Settings
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""By which the images of a folder are known; a file that is named itself is sent whatever its name is."""
+LARGEST_LEFT_OUT_FRACTION = 0.1
+"""Of the files in folders, text apart: when more are no images that can be sent, something is wrong."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,52 @@ class FileAnswer:
         return str(self.path), result.predicted_class or "(none)", shares, str(result.prediction_id)
 
 
-def expand(paths: Sequence[Path]) -> tuple[list[Path], list[FileAnswer]]:
-    """Returns the files, in place of each folder the images below it, sorted by name; and the paths that give none."""
-    files: list[Path] = []
-    unusable: list[FileAnswer] = []
+@dataclass(frozen=True)
+class Expanded:
+    """What paths stand for.
+
+    Attributes:
+        files: the files to send; in place of a folder the images below it, by content, sorted by name.
+        left_out: how many other files lie in the folders, by suffix in lower case; "" for those without one.
+        unusable: the paths, and the folders' files, that give nothing to send.
+    """
+
+    files: list[Path]
+    left_out: Counter[str]
+    unusable: list[FileAnswer]
+
+
+def expand(paths: Sequence[Path]) -> Expanded:
+    """Finds the files to send; one that is named itself is sent whatever it is."""
+    expanded = Expanded([], Counter(), [])
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not found:
-                suffixes = ", ".join(sorted(SUFFIXES))
-                error = f"Expected images ({suffixes}) in this folder. Received: none. Name another, or files."
-                unusable.append(FileAnswer(path, None, error))
-            files += found
+            _expand_folder(path, expanded)
         elif path.exists():
-            files.append(path)
+            expanded.files.append(path)
         else:
             error = "Expected an image file, or a folder of them. Received: nothing there. Correct the path."
-            unusable.append(FileAnswer(path, None, error))
-    return files, unusable
+            expanded.unusable.append(FileAnswer(path, None, error))
+    return expanded
+
+
+def _expand_folder(folder: Path, expanded: Expanded) -> None:
+    found_before = len(expanded.files)
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        if any(is_litter(part) for part in file.relative_to(folder).parts):
+            continue
+        try:
+            if seems_image(file):
+                expanded.files.append(file)
+            else:
+                expanded.left_out[file.suffix.lower()] += 1
+        except OSError as err:
+            error = f"Expected a file that can be read. Received: {err.strerror}. Correct its rights, or move it away."
+            expanded.unusable.append(FileAnswer(file, None, error))
+    if len(expanded.files) == found_before:
+        known = ", ".join(SUPPORTED_FORMATS)
+        error = f"Expected images ({known}) in this folder. Received: none. Name another, or files."
+        expanded.unusable.append(FileAnswer(folder, None, error))
 
 
 def predict_files(client: Client, files: Sequence[Path], *, explain: ExplainChoice) -> Iterator[FileAnswer]:
@@ -92,7 +122,8 @@ def show_predictions(
 ) -> int:
     """Says what a service answers to each file: a table, or one JSON object per line; returns how many files failed.
 
-    One that fails does not keep the others from being sent.
+    One that fails does not keep the others from being sent. What was left out of folders counts as failed where it is a
+    large share.
 
     Args:
         settings: its first API key is sent; its port is where the service is when `url` is None.
@@ -101,20 +132,21 @@ def show_predictions(
         as_json: JSON instead of a table.
         explain: what to ask for beside the probabilities; only JSON shows it.
         say: takes a line of the table, or an object.
-        complain: takes a line on each file that failed; with `as_json` its object says so, too.
+        complain: takes a line on each file that failed (with `as_json` its object says so, too), and at the end one on
+            what was left out of the folders.
 
     Raises:
         RequestRefusedError, ServiceError: as `predict_files`.
     """
-    files, unusable = expand(paths)
+    expanded = expand(paths)
     api_key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
-    width = max((len(str(path)) for path in files), default=0)
+    width = max((len(str(path)) for path in expanded.files), default=0)
     failures, has_header = 0, False
     with Client(url or f"http://127.0.0.1:{settings.service_port}", api_key=api_key) as client:
-        for answer in chain(unusable, predict_files(client, files, explain=explain)):
+        for answer in chain(expanded.unusable, predict_files(client, expanded.files, explain=explain)):
             if answer.error is not None:
                 failures += 1
-                complain(f"{answer.path}: {answer.error}")
+                complain(f"error: {answer.path}: {answer.error}")
             elif not as_json:
                 if not has_header:
                     say(_line(width, "file", "class", "probability", "prediction id"))
@@ -122,6 +154,15 @@ def show_predictions(
                 say(_line(width, *answer.row()))
             if as_json:
                 say(json.dumps(answer.as_json()))
+    if expanded.left_out:
+        counts = ", ".join(f"{suffix or 'no suffix'} {count}" for suffix, count in expanded.left_out.most_common())
+        missed = sum(count for suffix, count in expanded.left_out.items() if suffix not in TEXT_SUFFIXES)
+        is_many = missed > LARGEST_LEFT_OUT_FRACTION * (len(expanded.files) + missed)
+        complain(
+            f"{'error: ' if is_many else ''}left out, as they are none of {', '.join(SUPPORTED_FORMATS)}: {counts}."
+            + (" Convert those that are images." if is_many else "")
+        )
+        failures += missed if is_many else 0
     return failures
 
 
