@@ -218,7 +218,12 @@ class EvaluateConfig(Section):
 class DeployConfig(Section):
     """Which service the model goes to, and how long its workers have to take it up."""
 
-    service: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")] = "image_classifier"
+    service: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")] = Field(
+        default="image_classifier", description="serves one experiment's model; another's deployment is refused"
+    )
+    takes_over: ExperimentName | None = Field(
+        default=None, description="experiment whose place on the service this one may take"
+    )
     runtime: Literal["auto", "onnx", "tensorflow"] = Field(
         default="auto",
         description="what runs the exported model; auto: ONNX Runtime where the model converts and answers alike",

@@ -21,7 +21,8 @@
     ├── StorageError
     │   ├── BundleNotFoundError         no such model or version
     │   ├── BundleExistsError           versions are immutable
-    │   └── CorruptBundleError          a checksum, the metadata or the self-test does not hold
+    │   ├── CorruptBundleError          a checksum, the metadata or the self-test does not hold
+    │   └── PointerMovedError           somebody else has moved the production pointer since it was read
     ├── ExportError                     a trained model cannot become a bundle or a Bento
     ├── DeploymentError                 the production pointer was not moved
     │   └── PromotionBusyError          another update is under way: worth trying again
@@ -133,6 +134,10 @@ class BundleExistsError(StorageError):
 
 class CorruptBundleError(StorageError):
     """A bundle's checksum, metadata or self-test does not hold."""
+
+
+class PointerMovedError(StorageError):
+    """Somebody else has moved the production pointer since it was read; look again before moving it."""
 
 
 class ExportError(CvPlatformError):

@@ -11,11 +11,17 @@ A folder or any fsspec URL (`s3://bucket/prefix` with the `s3` extra). Layout:
 Bundles are never overwritten; pointer, heartbeats, reference data and reports are replaced file by file, each in one
 step. A process that dies while it publishes leaves a folder without metadata, which no reader sees. In a folder all
 that was written survives a power cut, where the file system can sync; object stores see to that themselves.
+
+The pointer moves by compare-and-set, so that of two hosts that move it at once neither undoes the other's move: in a
+folder under a lock of the kernel's, on S3 by conditional requests
+(https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html). Other object stores have no such
+request in fsspec: there it is compared, then written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
@@ -32,11 +38,21 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cv_platform.disk_space import require_free_space
-from cv_platform.errors import BundleExistsError, BundleNotFoundError, CorruptBundleError, StorageError
+from cv_platform.errors import (
+    BundleExistsError,
+    BundleNotFoundError,
+    CorruptBundleError,
+    PointerMovedError,
+    StorageError,
+)
 
 FORMAT_VERSION = 1
 # LibYAML, where the wheel has it, reads the same a dozen times as fast; a start waits for the metadata.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SWAPS = 20
+"""Attempts of a compare-and-set on S3: each but the last lost to a write between its reading and its writing."""
+_CONFLICTS = {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}
+"""Error codes of S3 for a condition that does not hold, or for an object that another request is changing."""
 VERSION_PATTERN = r"^[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}$"
 
 
@@ -81,6 +97,12 @@ class BundleMetadata(_Record):
     effective_config: dict[str, Any] = Field(default_factory=dict)
     checksums: dict[str, str] = Field(default_factory=dict, description="sha256 of each file, by relative POSIX path")
 
+    @property
+    def experiment(self) -> str | None:
+        """Name of the experiment that trained it; None where its config was not kept."""
+        name = self.effective_config.get("name")
+        return name if isinstance(name, str) else None
+
 
 _R = TypeVar("_R", bound=_Record)
 
@@ -93,6 +115,9 @@ class ProductionPointer(_Record):
     previous_model_name: str | None = None
     previous_version: str | None = None
     since_utc: datetime
+    experiment: str | None = Field(
+        None, description="whose model it is; none in old pointers: the metadata of the bundle name it there"
+    )
 
 
 class WorkerHeartbeat(_Record):
@@ -129,7 +154,8 @@ class CentralStorage:
                 "For s3:// install the extra: pip install 'cv-platform[s3]'."
             ) from err
         protocol = self._fs.protocol
-        self.is_local = "file" in (protocol if isinstance(protocol, tuple | list) else (protocol,))
+        protocols = (protocol,) if isinstance(protocol, str) else protocol
+        self.is_local, self.is_s3 = "file" in protocols, "s3" in protocols
 
     # Bundles
 
@@ -282,7 +308,7 @@ class CentralStorage:
         Raises:
             StorageError: the pointer is unreadable.
         """
-        return self._read_record(f"{self._service(service)}/production.json", ProductionPointer)
+        return self._read_record(self._pointer(service), ProductionPointer)
 
     def production(self, service: str, model_name: str) -> BundleMetadata | None:
         """Returns the metadata of the version of `model_name` that `service` serves; None when it serves none of it.
@@ -296,17 +322,34 @@ class CentralStorage:
         return self.read_metadata(model_name, pointer.version)
 
     def write_pointer(self, service: str, pointer: ProductionPointer) -> None:
-        """Moves the production pointer in one step."""
+        """Moves the production pointer in one step, wherever it is: for folders that nobody else writes."""
         with self._errors(f"move the production pointer of {service}"):
-            self._replace(f"{self._service(service)}/production.json", pointer.model_dump_json(indent=2))
+            self._replace(self._pointer(service), pointer.model_dump_json(indent=2))
 
-    def remove_pointer(self, service: str) -> None:
-        """Takes the pointer away: the service has had no deployment then."""
-        path = f"{self._service(service)}/production.json"
-        with self._errors(f"remove the production pointer of {service}"):
-            self._fs.invalidate_cache()
-            if self._fs.exists(path):
-                self._fs.rm_file(path)
+    def swap_pointer(self, service: str, expected: ProductionPointer | None, new: ProductionPointer | None) -> None:
+        """Moves the production pointer from `expected` to `new` in one step; None: no pointer, as before a deployment.
+
+        Raises:
+            PointerMovedError: it is elsewhere: somebody has moved it since it was read. Nothing was changed.
+        """
+        path = self._pointer(service)
+        data = None if new is None else new.model_dump_json(indent=2).encode()
+        with self._errors(f"move the production pointer of {service}"), self._only_writer(service):
+            for _ in range(_SWAPS):
+                tag = self._tag(path)  # Before the reading: if the object changes between them, the write is refused.
+                current = self.read_pointer(service)
+                if current == new:
+                    return  # Also when the driver has sent a request again whose answer was lost.
+                if current != expected:
+                    raise PointerMovedError(
+                        f"Expected the production pointer of {service} at {_title(expected)}. Received: "
+                        f"{_title(current)}, as somebody has moved it. Look at what it serves first."
+                    )
+                if self._write_if(path, data, tag):
+                    return
+        raise PointerMovedError(
+            f"Expected to move the production pointer of {service}. Received: others write it all the time. Try again."
+        )
 
     def write_heartbeat(self, service: str, heartbeat: WorkerHeartbeat) -> None:
         """Says what a worker runs."""
@@ -387,6 +430,60 @@ class CentralStorage:
 
     def _service(self, service: str) -> str:
         return f"{self._root}/services/{_name(service)}"
+
+    def _pointer(self, service: str) -> str:
+        return f"{self._service(service)}/production.json"
+
+    @contextmanager
+    def _only_writer(self, service: str) -> Iterator[None]:
+        """Keeps the writers of a service's pointer apart, where they share a file system."""
+        if not self.is_local:
+            yield
+            return
+        path = Path(self._service(service), ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except PermissionError:  # Made by another user; to lock it, reading is enough.
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _tag(self, path: str) -> str | None:
+        """Returns what S3 calls an object's present content; None: there is no such object, or this is not S3."""
+        self._fs.invalidate_cache()
+        try:
+            return self._fs.info(path)["ETag"] if self.is_s3 else None
+        except FileNotFoundError:
+            return None
+
+    def _write_if(self, path: str, data: bytes | None, tag: str | None) -> bool:
+        """Writes a file, or deletes it; on S3 if it has this tag still (None: if it is still not there), else False."""
+        if not self.is_s3:
+            if data is not None:
+                self._replace(path, data)
+            else:
+                self._fs.rm_file(path)
+                if self.is_local:
+                    _sync_folder(Path(path).parent)
+            return True
+        try:
+            if data is not None:
+                self._fs.pipe_file(path, data, **({"IfMatch": tag} if tag else {"IfNoneMatch": "*"}))
+            elif tag is None:
+                return False
+            else:
+                bucket, key, _ = self._fs.split_path(path)
+                self._fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=tag)
+        except OSError as err:
+            answer = getattr(err.__cause__, "response", None) or {}
+            if answer.get("Error", {}).get("Code") in _CONFLICTS:
+                return False
+            raise
+        return True
 
     def _read(self, path: str) -> str | None:
         with self._errors(f"read {path}"):
@@ -472,6 +569,10 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _title(pointer: ProductionPointer | None) -> str:
+    return f"{pointer.model_name} {pointer.version} since {pointer.since_utc.isoformat()}" if pointer else "nothing"
 
 
 def _name(part: str) -> str:

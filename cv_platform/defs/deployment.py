@@ -113,7 +113,11 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         run = branch.run(context)
         require_promotion(evaluation, version=bundle.version)
         result = deploy(
-            bundle, run.config.deploy, storage=run.installation.storage(), cache=run.settings.home / "cache"
+            bundle,
+            run.config.deploy,
+            experiment=run.config.name,
+            storage=run.installation.storage(),
+            cache=run.settings.home / "cache",
         )
         try:
             set_alias(run.settings.mlflow_tracking_uri, bundle.model_name, CHAMPION, bundle.version)

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from cv_platform.config import DeployConfig
 from cv_platform.deployment.bundle import ModelBundle
-from cv_platform.errors import DeploymentError, StorageError
+from cv_platform.errors import DeploymentError, PointerMovedError, StorageError
 from cv_platform.serving.holder import is_live
-from cv_platform.serving.promotion import PROMOTION_LOCK, promote, roll_back
+from cv_platform.serving.promotion import PROMOTION_LOCK, Claim, Move, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 
 logger = logging.getLogger(__name__)
@@ -47,27 +47,22 @@ class Deployment(BaseModel):
     message: str
 
 
-def deploy(bundle: ModelBundle, config: DeployConfig, *, storage: CentralStorage, cache: Path) -> Deployment:
-    """Makes `config.service` serve a bundle: load test, pointer, confirmation by every running worker.
+def deploy(
+    bundle: ModelBundle, config: DeployConfig, *, experiment: str, storage: CentralStorage, cache: Path
+) -> Deployment:
+    """Makes `config.service` serve a bundle of `experiment`: load test, pointer, confirmation by every running worker.
 
     Raises:
         BundleNotFoundError, CorruptBundleError: the bundle did not pass its load test; nothing has moved.
-        DeploymentError: a worker did not take the version (the message names it and its error); the pointer is back
-            where it was.
+        DeploymentError: the service is another experiment's, or a worker did not take the version (the message names it
+            and its error); the pointer is back where it was.
         StorageError: central storage cannot be reached.
     """
+    claim = Claim(experiment, config.takes_over)
+    promoter = _promoter(storage, config.service, cache)
     return _move(
-        lambda: promote(
-            storage,
-            service=config.service,
-            model_name=bundle.model_name,
-            version=bundle.version,
-            cache=cache,
-            lock=cache / PROMOTION_LOCK,
-            wait_seconds=_PROMOTION_SECONDS,
-        ),
-        storage=storage,
-        service=config.service,
+        promoter,
+        lambda: promoter.promote(bundle.model_name, bundle.version, claim=claim),
         confirm_timeout_seconds=config.confirm_timeout_seconds,
     )
 
@@ -81,30 +76,23 @@ def rollback(
         DeploymentError: nothing was served before, or a worker did not take it.
         BundleNotFoundError, CorruptBundleError, StorageError: see `deploy`.
     """
-    return _move(
-        lambda: roll_back(
-            storage,
-            service=service,
-            cache=cache,
-            lock=cache / PROMOTION_LOCK,
-            wait_seconds=_PROMOTION_SECONDS,
-        ),
-        storage=storage,
-        service=service,
-        confirm_timeout_seconds=confirm_timeout_seconds,
-    )
+    promoter = _promoter(storage, service, cache)
+    return _move(promoter, promoter.roll_back, confirm_timeout_seconds=confirm_timeout_seconds)
 
 
-def _move(
-    move: Callable[[], ProductionPointer], *, storage: CentralStorage, service: str, confirm_timeout_seconds: float
-) -> Deployment:
+def _promoter(storage: CentralStorage, service: str, cache: Path) -> Promoter:
+    return Promoter(storage, service, cache, lock=cache / PROMOTION_LOCK, wait_seconds=_PROMOTION_SECONDS)
+
+
+def _move(promoter: Promoter, make: Callable[[], Move], *, confirm_timeout_seconds: float) -> Deployment:
     started = time.monotonic()
-    before = storage.read_pointer(service)
-    pointer = move()
+    storage, service = promoter.storage, promoter.service
+    move = make()
+    pointer, before = move.pointer, move.before
     try:
         workers = _wait_for_workers(storage, service, pointer, confirm_timeout_seconds)
     except BaseException:  # An interrupted run too must not leave a version that nobody confirmed.
-        _put_back(storage, service, pointer, before)
+        _put_back(storage, service, move)
         raise
     seconds = time.monotonic() - started
     name = f"{pointer.model_name} {pointer.version}"
@@ -170,14 +158,11 @@ def _confirms(beat: WorkerHeartbeat, pointer: ProductionPointer) -> bool:
     return (beat.model_name, beat.version) == (pointer.model_name, pointer.version)
 
 
-def _put_back(storage: CentralStorage, service: str, ours: ProductionPointer, before: ProductionPointer | None) -> None:
+def _put_back(storage: CentralStorage, service: str, move: Move) -> None:
     """Undoes the move, unless somebody else has moved the pointer since."""
     try:
-        if storage.read_pointer(service) != ours:
-            logger.warning("The pointer of %s was moved by someone else meanwhile; it stays there.", service)
-        elif before is None:
-            storage.remove_pointer(service)
-        else:
-            storage.write_pointer(service, before)
+        storage.swap_pointer(service, move.pointer, move.before)
+    except PointerMovedError as err:
+        logger.warning("The pointer of %s stays where somebody else has put it: %s", service, err)
     except StorageError:
-        logger.exception("The pointer of %s still names %s %s", service, ours.model_name, ours.version)
+        logger.exception("The pointer of %s still names %s %s", service, move.pointer.model_name, move.pointer.version)

@@ -15,7 +15,7 @@ from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import CURRENT_EXAMPLE, POINTER_EXAMPLE, VERSION, responses
 from cv_platform.serving.holder import is_live
 from cv_platform.serving.problems import Problem, json_response
-from cv_platform.serving.promotion import promote, roll_back
+from cv_platform.serving.promotion import Promoter
 from cv_platform.storage import VERSION_PATTERN, ProductionPointer
 
 _METADATA_FILE = re.compile(r"([a-z][a-z0-9_]{0,62})\.yaml")
@@ -27,6 +27,13 @@ def models_router(context: ServingContext) -> APIRouter:
     router = APIRouter(tags=["models"])
     admin = [context.guard.admin]
     service = context.settings.service_name
+    promoter = Promoter(
+        context.storage,
+        service,
+        cache=context.cache / "bundles",
+        lock=context.promotion_lock,
+        threads=context.limits.model_threads,
+    )
 
     @router.get(
         "/models/current",
@@ -83,18 +90,8 @@ def models_router(context: ServingContext) -> APIRouter:
                 f"version: expected one such as {VERSION}. Received: {ascii(version)[:80]}.",
                 expected="a published version",
             )
-        pointer = await context.promotions.run(
-            lambda: promote(
-                context.storage,
-                service=service,
-                model_name=name[1],
-                version=version,
-                cache=context.cache / "bundles",
-                lock=context.promotion_lock,
-                threads=context.limits.model_threads,
-            )
-        )
-        return _moved(service, pointer)
+        move = await context.promotions.run(lambda: promoter.promote(name[1], version))
+        return _moved(service, move.pointer)
 
     @router.post(
         "/rollback",
@@ -107,22 +104,14 @@ def models_router(context: ServingContext) -> APIRouter:
     )
     async def rollback() -> Response:
         try:
-            pointer = await context.promotions.run(
-                lambda: roll_back(
-                    context.storage,
-                    service=service,
-                    cache=context.cache / "bundles",
-                    lock=context.promotion_lock,
-                    threads=context.limits.model_threads,
-                )
-            )
+            move = await context.promotions.run(promoter.roll_back)
         except BundleNotFoundError as err:
             raise Problem(
                 404,
                 f"Production stays as it is. {err} Promote a version by its name instead.",
                 expected="an earlier version that is still published",
             ) from err
-        return _moved(service, pointer)
+        return _moved(service, move.pointer)
 
     return router
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
-from cv_platform.errors import BundleExistsError, BundleNotFoundError, CorruptBundleError, StorageError
+from cv_platform.errors import (
+    BundleExistsError,
+    BundleNotFoundError,
+    CorruptBundleError,
+    PointerMovedError,
+    StorageError,
+)
 from cv_platform.storage import (
     BundleMetadata,
     CentralStorage,
@@ -238,3 +245,42 @@ def test_names_cannot_leave_their_folder(storage: CentralStorage, part: str) -> 
 def test_an_unknown_url_is_refused_with_what_to_install() -> None:
     with pytest.raises(StorageError, match="CV_STORAGE"):
         CentralStorage("nosuch://bucket")
+
+
+def test_moves_that_race_are_made_one_after_the_other(tmp_path: Path):
+    """Each move counts one on; a move that overwrote another's would lose its count."""
+    storage = CentralStorage(tmp_path)
+    storage.swap_pointer("service", None, ProductionPointer(model_name="cats", version="0", since_utc=NOW))
+
+    def count(who: int) -> None:
+        for _ in range(25):
+            while True:
+                seen = storage.read_pointer("service")
+                assert seen is not None
+                new = seen.model_copy(update={"version": str(int(seen.version) + 1), "model_name": f"cats_{who}"})
+                try:
+                    storage.swap_pointer("service", seen, new)
+                except PointerMovedError:
+                    continue
+                break
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count, range(4)))
+    last = storage.read_pointer("service")
+    assert last is not None
+    assert last.version == "100"
+
+
+def test_a_pointer_is_moved_from_where_it_was_seen_and_from_nowhere_else(storage: CentralStorage):
+    first = ProductionPointer(model_name="cats", version="1", since_utc=NOW)
+    second = first.model_copy(update={"version": "2"})
+    with pytest.raises(PointerMovedError, match=r"at cats 1 .*Received: nothing"):
+        storage.swap_pointer("service", first, second)
+    storage.swap_pointer("service", None, None)
+    storage.swap_pointer("service", None, first)
+    with pytest.raises(PointerMovedError, match=r"at nothing\. Received: cats 1"):
+        storage.swap_pointer("service", None, second)
+    with pytest.raises(PointerMovedError, match="Received: cats 1"):
+        storage.swap_pointer("service", second, None)
+    storage.swap_pointer("service", first, None)
+    assert storage.read_pointer("service") is None

@@ -1,17 +1,21 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cv_platform.config import DeployConfig
+from cv_platform.database.file_lock import exclusive
 from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.deployment.rollout import deploy, rollback
 from cv_platform.errors import CorruptBundleError, DeploymentError
 from cv_platform.serving.holder import ModelHolder
-from cv_platform.storage import BundleMetadata, CentralStorage, WorkerHeartbeat
+from cv_platform.serving.promotion import PROMOTION_LOCK, Promoter
+from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer, WorkerHeartbeat
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
@@ -49,15 +53,19 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], ModelHolder]]:
         )
         holders.append(holder)
         holder.start()
-        deadline = time.monotonic() + 30
-        while worker_id not in {beat.worker_id for beat in holder._storage.read_heartbeats(SERVICE)}:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: worker_id in {beat.worker_id for beat in holder._storage.read_heartbeats(SERVICE)})
         return holder
 
     yield make
     for holder in holders:
         holder.stop()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def pointer_version(storage: CentralStorage) -> str | None:
@@ -67,9 +75,9 @@ def pointer_version(storage: CentralStorage) -> str | None:
 
 def test_every_running_worker_confirms(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
     first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(first), config(), storage=storage, cache=cache)
+    deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
     workers = [start("a"), start("b")]
-    done = deploy(as_bundle(second), config(), storage=storage, cache=cache)
+    done = deploy(as_bundle(second), config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ("a", "b")
     assert (done.version, done.previous_version) == (second.version, first.version)
     assert "2 worker(s)" in done.message
@@ -84,7 +92,7 @@ def test_without_a_running_service_the_next_start_serves_it(
     storage.write_heartbeat(
         SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC) - timedelta(seconds=11))
     )
-    done = deploy(as_bundle(metadata), config(), storage=storage, cache=cache)
+    done = deploy(as_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ()
     assert done.previous_version is None
     assert "no service is running; the next start serves it" in done.message
@@ -95,10 +103,10 @@ def test_a_bundle_that_fails_its_load_test_moves_nothing(
     storage: CentralStorage, cache: Path, tmp_path: Path, tiny_export: TinyExport
 ):
     good, bad = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(good), config(), storage=storage, cache=cache)
+    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
     (tmp_path / "storage" / "models" / "tiny" / bad.version / "golden.npz").write_bytes(b"")
     with pytest.raises(CorruptBundleError):
-        deploy(as_bundle(bad), config(), storage=storage, cache=cache)
+        deploy(as_bundle(bad), config(), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
@@ -106,7 +114,7 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
     storage: CentralStorage, cache: Path, tmp_path: Path, start, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(good), config(), storage=storage, cache=cache)
+    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
     start("a")
     # This worker reaches the same pointer and heartbeats, but another, broken copy of the bundles.
     broken = tmp_path / "broken"
@@ -118,7 +126,7 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
     (broken / "models" / "tiny" / new.version / "golden.npz").unlink()
     worker = start("b", broken)
     with pytest.raises(DeploymentError, match=r"b: .*golden\.npz"):
-        deploy(as_bundle(new), config(), storage=storage, cache=cache)
+        deploy(as_bundle(new), config(), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
     assert worker.status()["model_version"] == good.version
 
@@ -146,7 +154,7 @@ def test_an_error_about_an_earlier_pointer_is_not_held_against_this_deployment(
         ),
     )
     takes_it.start()
-    done = deploy(as_bundle(metadata), config(), storage=storage, cache=cache)
+    done = deploy(as_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
     takes_it.join()
     assert done.confirmed_workers == ("a",)
 
@@ -155,12 +163,12 @@ def test_a_worker_that_does_not_answer_in_time_puts_the_pointer_back(
     storage: CentralStorage, cache: Path, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(good), config(), storage=storage, cache=cache)
+    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
     storage.write_heartbeat(
         SERVICE, WorkerHeartbeat(worker_id="stuck", model_name="tiny", version=good.version, beat_utc=datetime.now(UTC))
     )
     with pytest.raises(DeploymentError, match=f"stuck \\(runs {good.version}\\)"):
-        deploy(as_bundle(new), config(0.3), storage=storage, cache=cache)
+        deploy(as_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
@@ -168,37 +176,60 @@ def test_a_first_deployment_that_fails_leaves_no_pointer(storage: CentralStorage
     metadata = publish_tiny(storage, tiny_export)
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="stuck", beat_utc=datetime.now(UTC)))
     with pytest.raises(DeploymentError, match="runs nothing"):
-        deploy(as_bundle(metadata), config(0.3), storage=storage, cache=cache)
+        deploy(as_bundle(metadata), config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert storage.read_pointer(SERVICE) is None
 
 
-def test_a_pointer_that_someone_else_has_moved_is_not_put_back(
+def test_an_update_while_a_deployment_waits_for_its_turn_is_what_a_failure_returns_to(
     storage: CentralStorage, cache: Path, tiny_export: TinyExport
 ):
     first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
-    deploy(as_bundle(first), config(), storage=storage, cache=cache)
+    deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="stuck", beat_utc=datetime.now(UTC)))
+    lock = cache / PROMOTION_LOCK
+    with ThreadPoolExecutor(1) as pool:
+        with exclusive(lock, timeout_seconds=1):  # As another update holds it, which then moves the pointer.
+            held = _open_files(lock)
+            failing = pool.submit(
+                deploy, as_bundle(third), config(0.3), experiment="tiny", storage=storage, cache=cache
+            )
+            wait_until(lambda: _open_files(lock) > held)
+            before = storage.read_pointer(SERVICE)
+            assert before is not None
+            update = before.model_copy(update={"version": second.version, "since_utc": datetime.now(UTC)})
+            storage.swap_pointer(SERVICE, before, update)
+        with pytest.raises(DeploymentError, match="stuck"):
+            failing.result(timeout=60)
+    assert storage.read_pointer(SERVICE) == update
 
-    def move() -> None:
-        while pointer_version(storage) != second.version:
-            time.sleep(0.01)
-        pointer = storage.read_pointer(SERVICE)
-        assert pointer is not None
-        storage.write_pointer(SERVICE, pointer.model_copy(update={"version": third.version}))
 
-    other = threading.Thread(target=move)
-    other.start()
+def _open_files(path: Path) -> int:
+    """Counts the descriptors of this process that are open on a file."""
+    return [file.path for file in psutil.Process().open_files()].count(str(path))
+
+
+def test_an_update_at_the_moment_of_putting_back_stays(storage: CentralStorage, cache: Path, tiny_export: TinyExport):
+    class Hurried(CentralStorage):
+        """Lets somebody else promote `third` once this deployment has given up, before it puts the pointer back."""
+
+        def swap_pointer(self, service: str, expected: ProductionPointer | None, new: ProductionPointer | None) -> None:
+            if new is not None and new.version == first.version and expected is not None:
+                Promoter(storage, SERVICE, cache, cache / PROMOTION_LOCK).promote(third.model_name, third.version)
+            super().swap_pointer(service, expected, new)
+
+    first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
+    deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="stuck", beat_utc=datetime.now(UTC)))
     with pytest.raises(DeploymentError):
-        deploy(as_bundle(second), config(1.0), storage=storage, cache=cache)
-    other.join(timeout=10)
+        deploy(as_bundle(second), config(0.3), experiment="tiny", storage=Hurried(storage.url), cache=cache)
     assert pointer_version(storage) == third.version
 
 
 def test_rollback_returns_to_the_version_before(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
     first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(first), config(), storage=storage, cache=cache)
+    deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
     worker = start("a")
-    deploy(as_bundle(second), config(), storage=storage, cache=cache)
+    deploy(as_bundle(second), config(), experiment="tiny", storage=storage, cache=cache)
     done = rollback(SERVICE, storage, cache)
     assert (done.version, done.previous_version) == (first.version, second.version)
     assert done.confirmed_workers == ("a",)

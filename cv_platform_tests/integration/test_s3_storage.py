@@ -1,0 +1,161 @@
+"""Central storage on S3: a real S3 API (moto's server) over HTTP, and hosts whose moves of the pointer meet."""
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
+
+from cv_platform.errors import PointerMovedError, StorageError
+from cv_platform.serving.promotion import PROMOTION_LOCK, Promoter
+from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, export_tiny, publish_tiny
+
+pytestmark = pytest.mark.xdist_group("tensorflow")
+
+SERVICE = "image_classifier"
+FIRST, SECOND, THIRD = "20260101T000000Z-00000001", "20260102T000000Z-00000002", "20260103T000000Z-00000003"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def url(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name, value in (
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("NO_PROXY", "127.0.0.1"),
+    ):
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{uuid4().hex}"
+    S3FileSystem().mkdir(bucket)
+    yield f"s3://{bucket}/storage"
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    return export_tiny(tmp_path_factory.mktemp("tiny") / "export", seed=1)
+
+
+def pointer(version: str) -> ProductionPointer:
+    return ProductionPointer(model_name=MODEL_NAME, version=version, since_utc=datetime.now(UTC))
+
+
+def test_the_pointer_moves_from_where_it_was_seen_and_from_nowhere_else(url: str):
+    storage = CentralStorage(url)
+    first, second = pointer(FIRST), pointer(SECOND)
+    with pytest.raises(PointerMovedError, match="Received: nothing"):
+        storage.swap_pointer(SERVICE, first, second)
+    storage.swap_pointer(SERVICE, None, first)
+    with pytest.raises(PointerMovedError, match=FIRST):
+        storage.swap_pointer(SERVICE, None, second)
+    storage.swap_pointer(SERVICE, first, second)
+    assert storage.read_pointer(SERVICE) == second
+    with pytest.raises(PointerMovedError, match=SECOND):
+        storage.swap_pointer(SERVICE, first, None)
+    storage.swap_pointer(SERVICE, second, None)
+    assert storage.read_pointer(SERVICE) is None
+
+
+class HurriedStorage(CentralStorage):
+    """Lets another host move the pointer after this one has read it and before it writes it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.between: Callable[[], object] | None = None
+
+    def read_pointer(self, service: str) -> ProductionPointer | None:
+        seen = super().read_pointer(service)
+        if self.between is not None:
+            act, self.between = self.between, None
+            act()
+        return seen
+
+
+@pytest.fixture
+def here(url: str) -> HurriedStorage:
+    return HurriedStorage(url)
+
+
+@pytest.fixture
+def elsewhere(url: str, here: HurriedStorage) -> CentralStorage:
+    """Another host's view: connections and caches of its own."""
+    S3FileSystem.clear_instance_cache()
+    other = CentralStorage(url)
+    assert other._fs is not here._fs
+    return other
+
+
+@pytest.mark.parametrize("new", [pointer(THIRD), None], ids=["move", "removal"])
+def test_a_move_between_reading_and_writing_is_not_lost(here: HurriedStorage, elsewhere: CentralStorage, new):
+    first, second = pointer(FIRST), pointer(SECOND)
+    elsewhere.swap_pointer(SERVICE, None, first)
+    here.between = lambda: elsewhere.swap_pointer(SERVICE, first, second)
+    with pytest.raises(PointerMovedError, match=SECOND):
+        here.swap_pointer(SERVICE, first, new)
+    assert elsewhere.read_pointer(SERVICE) == second
+
+
+def test_of_two_first_deployments_one_is_refused(here: HurriedStorage, elsewhere: CentralStorage):
+    first = pointer(FIRST)
+    here.between = lambda: elsewhere.swap_pointer(SERVICE, None, first)
+    with pytest.raises(PointerMovedError, match=FIRST):
+        here.swap_pointer(SERVICE, None, pointer(SECOND))
+    assert elsewhere.read_pointer(SERVICE) == first
+
+
+def test_a_pointer_that_vanishes_meanwhile_is_not_brought_back(here: HurriedStorage, elsewhere: CentralStorage):
+    first = pointer(FIRST)
+    elsewhere.swap_pointer(SERVICE, None, first)
+    here.between = lambda: elsewhere.swap_pointer(SERVICE, first, None)
+    with pytest.raises(PointerMovedError, match="nothing"):
+        here.swap_pointer(SERVICE, first, pointer(SECOND))
+    assert elsewhere.read_pointer(SERVICE) is None
+
+
+def test_a_write_whose_answer_was_lost_and_that_is_sent_again_has_moved_the_pointer(url: str):
+    class Lossy(CentralStorage):
+        def _write_if(self, path: str, data: bytes | None, tag: str | None) -> bool:
+            assert super()._write_if(path, data, tag)
+            return super()._write_if(path, data, tag)  # As the driver repeats it: refused, as the tag is ours now.
+
+    storage, first = Lossy(url), pointer(FIRST)
+    storage.swap_pointer(SERVICE, None, first)
+    assert storage.read_pointer(SERVICE) == first
+
+
+def test_a_bucket_that_is_not_there_is_no_conflict(url: str):
+    with pytest.raises(StorageError, match="Check CV_STORAGE") as raised:
+        CentralStorage("s3://no-such-bucket/storage").swap_pointer(SERVICE, None, pointer(FIRST))
+    assert not isinstance(raised.value, PointerMovedError)
+
+
+def test_promotions_on_two_hosts_forget_no_version(
+    here: HurriedStorage, elsewhere: CentralStorage, tmp_path: Path, tiny_export: TinyExport
+):
+    for version in (FIRST, SECOND, THIRD):
+        publish_tiny(elsewhere, tiny_export, version)
+
+    def on(host: CentralStorage, folder: str) -> Promoter:
+        return Promoter(host, SERVICE, tmp_path / folder, tmp_path / folder / PROMOTION_LOCK)
+
+    on(elsewhere, "elsewhere").promote(MODEL_NAME, FIRST)
+    here.between = lambda: on(elsewhere, "elsewhere").promote(MODEL_NAME, SECOND)
+    on(here, "here").promote(MODEL_NAME, THIRD)
+    production = elsewhere.read_pointer(SERVICE)
+    assert production is not None
+    assert (production.version, production.previous_version) == (THIRD, SECOND)
