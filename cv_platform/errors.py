@@ -70,6 +70,8 @@ class ImageError(CvPlatformError):
     """Bytes that are no usable image."""
 
     status_code = 400
+    code = "unusable_image"
+    """By which a client of the service tells it from a malformed request of the same status."""
 
 
 class EmptyImageError(ImageError):

@@ -34,6 +34,8 @@ PROPERTIES = "properties"
 ClassifierType = Literal["multi-class", "multi-label"]
 LABEL_SEPARATOR = "|"
 """Joins the class names of a multi-label `label` or `predicted_class`."""
+NONE_OF_THESE = ""
+"""The stated class of an image that shows none of the model's classes; the same text as that of no labels."""
 
 VECTOR_COLUMNS: tuple[str, ...] = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
 """The UAE embedding, the probabilities (BBSD), the penultimate layer, the pixel statistics."""

@@ -1,7 +1,8 @@
 """What people said about the predictions of a window: production accuracy by model version, against the test split's.
 
 A prediction has one true class: its latest feedback, whichever source it came from (people correct themselves and each
-other; the history stays in the database). Predictions belong to the window by their own time, not by their feedback's.
+other; the history stays in the database). Where that is none of the model's classes, a multi-class prediction is wrong,
+and counted apart besides. Predictions belong to the window by their own time, not by their feedback's.
 
 People choose what they comment on, mistakes more often than hits. The figures are of the predictions with feedback, and
 only where those are a random sample (a labelling campaign, say) are they of all predictions.
@@ -27,6 +28,7 @@ from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
 from cv_platform.monitoring.production_record import ProductionMetrics, Verdict, VersionMetrics
 from cv_platform.monitoring.window import window_bounds
+from cv_platform.predictions import NONE_OF_THESE
 from cv_platform.storage import BundleMetadata, CentralStorage
 from cv_platform.tracking import MlflowRun
 
@@ -145,7 +147,7 @@ def _measure(
     names = metadata.class_names if metadata else tuple(config.model.classes)
     usable = statements
     if kind == "multi-class":
-        usable = statements.loc[statements["true"].isin(names) & statements["predicted"].isin(names)]
+        usable = statements.loc[statements["true"].isin([*names, NONE_OF_THESE]) & statements["predicted"].isin(names)]
     left_out = int(statements["count"].sum() - usable["count"].sum())
     if left_out:
         problems.append(
@@ -158,6 +160,7 @@ def _measure(
         "predictions": total,
         "with_feedback": rows,
         "coverage": rows / total,
+        "none_of_these": int(usable.loc[usable["true"] == NONE_OF_THESE, "count"].sum()),
         "class_names": names,
     }
     if metadata is not None:

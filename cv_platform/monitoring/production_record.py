@@ -21,6 +21,8 @@ class VersionMetrics(BaseModel):
         predictions: of the version in the window.
         with_feedback: of them, those whose true class somebody stated.
         coverage: the share of them.
+        none_of_these: of those with feedback, the ones whose image shows none of the model's classes. A multi-class
+            prediction of such an image is wrong, and has no place in `confusion`.
         accuracy: as in an evaluation: the share of right predictions; multi-label: the mean over the labels of their
             accuracies. None without feedback.
         right_share: the share of predictions that are right as a whole: accuracy, or for multi-label exact match.
@@ -44,6 +46,7 @@ class VersionMetrics(BaseModel):
     predictions: int
     with_feedback: int
     coverage: float
+    none_of_these: int = 0
     accuracy: float | None = None
     right_share: float | None = None
     interval: tuple[float, float] | None = None
@@ -65,6 +68,7 @@ class VersionMetrics(BaseModel):
             "predictions": self.predictions,
             "with_feedback": self.with_feedback,
             "coverage": self.coverage,
+            "none_of_these": self.none_of_these,
             "accuracy": self.accuracy,
             "right_share": self.right_share,
             "low": low,
@@ -119,6 +123,7 @@ class ProductionMetrics(BaseModel):
             "production_predictions": float(version.predictions),
             "production_feedback": float(version.with_feedback),
             "production_coverage": version.coverage,
+            "production_none_of_these": float(version.none_of_these),
             "production_accuracy": version.accuracy,
             "production_right_share": version.right_share,
             "test_right_share": version.test_right_share,
@@ -141,6 +146,8 @@ class ProductionMetrics(BaseModel):
             f"{version.right_share:.3f} right ({low:.3f} to {high:.3f}, {version.with_feedback} with feedback, "
             f"coverage {version.coverage:.1%})"
         )
+        if version.none_of_these:
+            measured += f", {version.none_of_these} of them show none of its classes"
         if version.test_right_share is not None:
             measured += f", {version.test_right_share:.3f} on the test split"
         verdict = version.verdict

@@ -78,20 +78,25 @@ class BatchResult(_Shape):
 
 
 class ProblemBody(BaseModel):
-    """A refusal: what happened and what to do, what would have been accepted, and the request's id."""
+    """A refusal: what happened and what to do, what would have been accepted, and the request's id.
+
+    `code` tells programs apart what has the same status: `unusable_image` is the image's fault, not the request's.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     message: str
     expected: str
     request_id: str
+    code: str | None = None
 
 
 class FeedbackResult(_Shape):
-    """A true class that was kept."""
+    """What was said of a prediction, and kept; `true_class` is null where the image shows none of the classes."""
 
     prediction_id: UUID
-    true_class: str
+    true_class: str | None = None
+    none_of_these: bool = False
     source: str
     message: str
 

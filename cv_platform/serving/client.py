@@ -9,7 +9,7 @@ number of times; so is a request whose connection could not be opened. Whatever 
 not: no 504, no connection that broke, no time-out. A prediction is not idempotent: each one that is answered has an
 entry and an id of its own, and a refusal that was retried may have a row in `api_log` without a prediction. Nothing is
 lost by a retry. A prediction is in the log twice only when the service answered 503 because its disk did not confirm
-the first entry in time and wrote it after all. Feedback carries one X-Request-Id through all attempts, so it is kept
+the first entry in time and wrote it after all. Feedback carries one Idempotency-Key through all attempts, so it is kept
 once.
 
 The service itself does not import this module: httpx is not among its requirements.
@@ -155,15 +155,33 @@ class Client:
             for (name, _), item in zip(parts, batch.results, strict=True)
         ]
 
-    def feedback(self, prediction_id: UUID | str, true_class: str, *, source: str = "client") -> FeedbackResult:
-        """Says what an image really shows; multi-label classes are joined by `|`.
+    def feedback(
+        self,
+        prediction_id: UUID | str,
+        true_class: str | None = None,
+        *,
+        none_of_these: bool = False,
+        source: str = "client",
+        idempotency_key: str | None = None,
+    ) -> FeedbackResult:
+        """Says what an image really shows.
+
+        Args:
+            prediction_id: of the prediction.
+            true_class: one of the model's classes; multi-label classes are joined by `|`.
+            none_of_these: in place of `true_class`: the image shows none of the model's classes.
+            source: who says so.
+            idempotency_key: makes this statement one, however often it is sent; None: one for this call's attempts.
 
         Raises:
-            RequestRefusedError: there is no such prediction or class.
+            RequestRefusedError: there is no such prediction or class, or the key came with another statement before.
             ServiceError: as for `predict`.
         """
-        said = {"true_class": true_class, "source": source}
-        headers = {"X-Request-Id": uuid4().hex}
+        what = {"none_of_these": True} if none_of_these else {}
+        if true_class is not None:
+            what |= {"true_class": true_class}
+        said = {**what, "source": source}
+        headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
         return self._send(FeedbackResult, "POST", f"/feedback/{_id(prediction_id)}", json=said, headers=headers)
 
     def prediction(self, prediction_id: UUID | str) -> StoredResult:
@@ -321,6 +339,10 @@ def _error(response: httpx.Response, *, is_model: bool = False) -> CvPlatformErr
         text += f" (request {fields['request_id']})"
     if is_model and response.status_code == 404:
         return BundleNotFoundError(text)
+    # Neither status is an image's alone: a request may be malformed, and any body too large.
+    is_malformed = response.status_code == 400 and fields.get("code") != ImageError.code
+    if is_malformed or (response.status_code == 413 and "/predict" not in response.url.path):
+        return RequestRefusedError(text, status_code=response.status_code)
     if response.status_code == 409:
         return PromotionBusyError(text) if "retry-after" in response.headers else DeploymentError(text)
     return _error_of(response.status_code, text)

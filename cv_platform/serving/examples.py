@@ -30,6 +30,12 @@ BATCH_DESCRIPTION = (
     "Status 200 when at least one image was answered. When none was: the status that all of them have in common, else "
     "422, or 503 where one of them could be answered later; `results` says why of each."
 )
+FEEDBACK_DESCRIPTION = (
+    "Kept beside the prediction: `true_class`, or `none_of_these: true` for an image that shows none of the model's "
+    "classes. The latest statement counts; all are kept.\n"
+    "With the header Idempotency-Key a statement may be sent again without being counted twice; the same key with "
+    "another statement on this prediction is refused. Without one, each request is a statement."
+)
 PREDICTION_ID = "4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"
 VERSION = "20260131T060000Z-1f3c9a2e"
 PREDICTION_EXAMPLE: dict[str, Any] = {
@@ -84,7 +90,13 @@ BATCH_EXAMPLE: dict[str, Any] = {
     "answered": 1,
     "failed": 1,
 }
-FEEDBACK_EXAMPLE = {"prediction_id": PREDICTION_ID, "true_class": "1", "source": "page", "message": "ok"}
+FEEDBACK_EXAMPLE = {
+    "prediction_id": PREDICTION_ID,
+    "true_class": "1",
+    "none_of_these": False,
+    "source": "page",
+    "message": "ok",
+}
 PASSPORT_EXAMPLE: dict[str, Any] = {
     "prediction": {"prediction_id": PREDICTION_ID, "created_on": "2026-01-31T06:05:01+00:00", "model_version": VERSION},
     "model": {"dataset_name": "digits", "dvc_tag": "v2.0.0", "dvc_md5": "…", "mlflow_run_id": "…", "git_commit": "…"},

@@ -96,7 +96,7 @@ class FeedbackEntry:
 
     Attributes:
         prediction_id: which prediction.
-        true_class: class name; for multi-label the true class names joined by `|`.
+        true_class: class name; for multi-label the true class names joined by `|`; or `predictions.NONE_OF_THESE`.
         source: who says so, such as `page` or an API client's name.
         is_of_known: whether the prediction was there; if it is not when this is drained, it has been deleted.
         created_on: when, with a time zone.

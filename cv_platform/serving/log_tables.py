@@ -22,7 +22,7 @@ from cv_platform.database.binary_copy import copy_stream, row_encoder
 from cv_platform.database.migrate import require_revision
 from cv_platform.database.schema import api_log, feedback, images, predictions
 from cv_platform.serving.deletion import DELETION_LOCK
-from cv_platform.serving.log_entry import StoredPrediction, decode, stored_prediction
+from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction, decode, stored_prediction
 from cv_platform.serving.spool import SpoolRow
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,19 @@ def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | N
     with engine.connect() as connection:
         row = connection.execute(query).mappings().first()
     return None if row is None else stored_prediction(row, image=row["content"], media_type=row["media_type"])
+
+
+def find_statements(engine: Engine, prediction_id: UUID) -> list[FeedbackEntry]:
+    """Returns what was said of a prediction, the oldest first.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+        SchemaMismatchError: migrate first.
+    """
+    columns = (feedback.c[name] for name in ("entry_id", "prediction_id", "true_class", "source", "created_on"))
+    query = select(*columns).where(feedback.c.prediction_id == prediction_id).order_by(feedback.c.id)
+    with engine.connect() as connection:
+        return [FeedbackEntry(**row) for row in connection.execute(query).mappings()]
 
 
 def _of_known_predictions(

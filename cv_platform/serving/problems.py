@@ -136,7 +136,10 @@ def problem_of(error: CvPlatformError) -> Problem:
         from cv_platform.images import SUPPORTED_FORMATS
 
         return Problem(
-            error.status_code, text, expected=f"a complete image ({', '.join(SUPPORTED_FORMATS)}) within the limits"
+            error.status_code,
+            text,
+            expected=f"a complete image ({', '.join(SUPPORTED_FORMATS)}) within the limits",
+            extra={"code": error.code},
         )
     if isinstance(error, SpoolFullError):
         return try_later(503, text, expected="room in the request log: free disk space or start the database")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -20,7 +21,7 @@ from cv_platform.serving.deletion import delete_from_database, delete_from_spool
 from cv_platform.serving.drainer import Drainer, DrainStatus
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.spool import BegunEntry, RejectedEntry, Spool
-from cv_platform.serving.spool_file import find_spooled
+from cv_platform.serving.spool_file import find_spooled, find_statements
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -115,6 +116,19 @@ class RequestLog:
         from cv_platform.serving.log_tables import find_prediction
 
         return find_prediction(engine, prediction_id)
+
+    def statements(self, prediction_id: UUID) -> Iterator[FeedbackEntry]:
+        """Yields what was said of a prediction: first what waits in a spool of this host, then what the database has.
+
+        Raises:
+            DatabaseUnavailableError, SchemaMismatchError: the database cannot be asked; the spools' came before.
+        """
+        yield from find_statements(self._directory, prediction_id)
+        engine = self._reading_engine()
+        if engine is not None:
+            from cv_platform.serving.log_tables import find_statements as find_stored_statements
+
+            yield from find_stored_statements(engine, prediction_id)
 
     def delete_prediction(self, prediction_id: UUID) -> bool:
         """Deletes a prediction and what was said of it, wherever they are; returns whether there was one.

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Self
 from uuid import UUID, uuid5
 
-from fastapi import APIRouter, Depends, Path, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import APIRouter, Depends, Header, Path, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cv_platform.errors import DatabaseError, ImageError, StorageError
 from cv_platform.images import decode
-from cv_platform.predictions import LABEL_SEPARATOR
+from cv_platform.predictions import LABEL_SEPARATOR, NONE_OF_THESE
 from cv_platform.serving.answer import result_body
 from cv_platform.serving.api_models import DeletionResult, FeedbackResult, Passport, StoredResult
 from cv_platform.serving.context import DELETION_SECONDS, ServingContext
 from cv_platform.serving.examples import (
     DELETION_EXAMPLE,
+    FEEDBACK_DESCRIPTION,
     FEEDBACK_EXAMPLE,
     PASSPORT_EXAMPLE,
     PREDICTION_ID,
@@ -45,16 +47,36 @@ PredictionId = Annotated[UUID, Path(description="as POST /predict returned it", 
 
 
 class Feedback(BaseModel):
-    """The true class of a prediction."""
+    """The true class of a prediction, or that the image shows none of the model's classes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={"anyOf": [{"required": ["true_class"]}, {"required": ["none_of_these"]}]},
+    )
 
-    true_class: str = Field(
-        min_length=1, max_length=4000, description="one of the model's classes; multi-label: joined by |"
+    true_class: str | None = Field(
+        None, min_length=1, max_length=4000, description="one of the model's classes; multi-label: joined by |"
+    )
+    none_of_these: bool = Field(
+        False,
+        strict=True,
+        description="true, in place of true_class: the image shows none of the model's classes",
     )
     source: str = Field(
         "client", pattern=r"^[A-Za-z0-9_.@ -]{1,64}$", description="who says so; the latest of a source counts"
     )
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if (self.true_class is None) is not self.none_of_these:
+            raise ValueError("Expected either true_class or none_of_these: true")
+        return self
+
+    @property
+    def kept_class(self) -> str:
+        """What the log keeps."""
+        return self.true_class or NONE_OF_THESE
 
 
 _FEEDBACK_BODY = {
@@ -92,7 +114,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
     @router.post(
         "/feedback/{prediction_id}",
         summary="Say what an image really shows",
-        description="Kept beside the prediction. The latest statement counts; all are kept.",
+        description=FEEDBACK_DESCRIPTION,
         dependencies=keyed,
         openapi_extra={"requestBody": _FEEDBACK_BODY},
         responses={
@@ -109,9 +131,14 @@ def feedback_router(context: ServingContext) -> APIRouter:
         request: Request,
         prediction_id: PredictionId,
         said: Annotated[Feedback, Depends(_said)],
+        idempotency_key: Annotated[
+            str | None, Header(pattern=r"^[!-~]{1,255}$", description="chosen by you, another for each statement")
+        ] = None,
     ) -> Response:
         stored, reason = await _find_or_reason(context, prediction_id)
-        if stored is not None:
+        if said.true_class is None:
+            pass  # No class that could be unknown.
+        elif stored is not None:
             await _require_known_of(context, stored, said.true_class)
         else:
             # The prediction cannot be looked up, so the classes of the model that serves now have to do.
@@ -122,23 +149,24 @@ def feedback_router(context: ServingContext) -> APIRouter:
                     model.metadata.class_names,
                     is_multi_label=model.metadata.classifier_type == "multi-label",
                 )
-        trace = trace_of(request.scope)
-        # The same request sent twice (same X-Request-Id) is the same statement.
-        entry_id = uuid5(prediction_id, "\n".join((said.source, said.true_class, trace.request_id)))
-        await context.append(
-            FeedbackEntry(
-                prediction_id=prediction_id,
-                true_class=said.true_class,
-                source=said.source,
-                is_of_known=stored is not None,
-                created_on=trace.created_on,
-                entry_id=entry_id,
-            )
+        statement = FeedbackEntry(
+            prediction_id=prediction_id,
+            true_class=said.kept_class,
+            source=said.source,
+            is_of_known=stored is not None,
+            created_on=trace_of(request.scope).created_on,
         )
-        context.metrics.feedback_received()
+        if idempotency_key is not None:
+            statement = replace(statement, entry_id=_id_by_key(statement, idempotency_key))
+        if idempotency_key is None or not await context.look_ups.run(
+            lambda: _is_repeated(context, statement, idempotency_key)
+        ):
+            await context.append(statement)
+            context.metrics.feedback_received()
         body = {
             "prediction_id": str(prediction_id),
             "true_class": said.true_class,
+            "none_of_these": said.none_of_these,
             "source": said.source,
             "message": "ok",
         }
@@ -208,6 +236,35 @@ async def _find_or_reason(context: ServingContext, prediction_id: UUID) -> tuple
     except DatabaseError as err:
         logger.warning("Prediction %s cannot be looked up: %s", prediction_id, err)
         return None, public_reason(err) or "database unreachable"
+
+
+def _id_by_key(statement: FeedbackEntry, key: str) -> UUID:
+    """Returns the id of a statement with an Idempotency-Key: what is sent twice, to whichever replica, is one row."""
+    return uuid5(statement.prediction_id, "\n".join((key, statement.source, statement.true_class)))
+
+
+def _is_repeated(context: ServingContext, statement: FeedbackEntry, key: str) -> bool:
+    """Says whether the log has this statement already.
+
+    Raises:
+        Problem: 422, the key came with another statement before.
+    """
+    try:
+        for earlier in context.log.statements(statement.prediction_id):
+            if earlier.entry_id != _id_by_key(earlier, key):
+                continue
+            if earlier.entry_id == statement.entry_id:
+                return True
+            raise Problem(
+                422,
+                "This Idempotency-Key came with another statement on this prediction before, which is kept. "
+                "Send a new statement with a key of its own.",
+                expected="the statement that the Idempotency-Key belongs to, or another key",
+            )
+    except DatabaseError as err:
+        # It may have a statement with this key. If it is the same one, they become one row; if not, both are kept.
+        logger.warning("Feedback on %s is kept without a look at earlier ones: %s", statement.prediction_id, err)
+    return False
 
 
 def _unknown(prediction_id: UUID) -> Problem:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 from uuid import UUID
 
 from cv_platform.serving.log_entry import (
+    FeedbackEntry,
     Outcome,
     SpooledEntry,
     StoredPrediction,
@@ -189,6 +190,18 @@ def find_spooled(directory: Path, prediction_id: UUID) -> StoredPrediction | Non
         if found is not None:
             return found
     return None
+
+
+def find_statements(directory: Path, prediction_id: UUID) -> Iterator[FeedbackEntry]:
+    """Yields what was said of a prediction and waits in any replica's spool of this folder."""
+    query = "SELECT record FROM entries WHERE prediction_id = ? AND kind = 'feedback' ORDER BY id"
+    for path in sorted(directory.glob(f"*{SQLITE}")):
+        try:
+            with closing(_connect_to_read(path)) as connection:
+                records = connection.execute(query, (str(prediction_id),)).fetchall()
+        except sqlite3.DatabaseError:
+            continue  # As in `find_spooled`.
+        yield from (FeedbackEntry(**decode(record, b"")) for (record,) in records)
 
 
 def may_hold(directory: Path, prediction_id: UUID) -> bool:

@@ -14,6 +14,7 @@ from cv_platform.config import ExperimentConfig, parse_experiment
 from cv_platform.database.schema import feedback, predictions
 from cv_platform.monitoring.production_metrics import log_production, measure_production
 from cv_platform.monitoring.production_record import ProductionMetrics
+from cv_platform.predictions import NONE_OF_THESE
 from cv_platform.storage import BundleMetadata, CentralStorage
 from cv_platform.tracking import start_run
 
@@ -119,6 +120,45 @@ def test_without_feedback_it_says_so_and_draws_nothing(engine: Engine, storage: 
     assert silent.versions[0].verdict == "insufficient feedback"
     assert silent.worse_versions == ()
     assert ProductionMetrics.model_validate_json(silent.record_path.read_text()) == silent
+
+
+def test_what_shows_none_of_the_classes_is_wrong_and_counted_apart(
+    engine: Engine, storage: CentralStorage, tmp_path: Path
+) -> None:
+    publish(storage, tmp_path, NEW, {"accuracy": 1.0, "images": 100.0})
+    cats, dogs = predict(engine, "cat", 20), predict(engine, "dog", 20)
+    say(engine, cats[:15], "cat")
+    say(engine, cats[15:18], NONE_OF_THESE)
+    say(engine, dogs[:6], "dog")
+    say(engine, dogs[6:7], NONE_OF_THESE)
+    say(engine, dogs[7:8], "cow")  # Of another model's classes: nobody knows what to count.
+
+    metrics = measure(engine, storage, tmp_path)
+    (version,) = metrics.versions
+
+    assert (version.with_feedback, version.none_of_these) == (25, 4)
+    assert version.right_share == version.accuracy == 21 / 25
+    assert version.confusion == [[15, 0], [0, 6]]
+    assert [row["precision"] for row in version.per_class] == [15 / 18, 6 / 7]
+    assert [row["recall"] for row in version.per_class] == [1.0, 1.0]
+    assert "1 predictions were left out" in " ".join(metrics.problems)
+    assert "4 of them show none of its classes" in metrics.summary()
+    assert version.row()["none_of_these"] == 4
+    assert metrics.figures()["production_none_of_these"] == 4.0
+
+
+def test_no_label_at_all_is_right_where_a_multi_label_model_found_none(
+    engine: Engine, storage: CentralStorage, tmp_path: Path
+) -> None:
+    publish(storage, tmp_path, NEW, {"exact_match": 0.9, "images": 100.0}, classifier_type="multi-label")
+    say(engine, predict(engine, "", 3), NONE_OF_THESE)
+    say(engine, predict(engine, "cat|dog", 1), NONE_OF_THESE)
+    say(engine, predict(engine, "dog", 4), "dog")
+
+    (version,) = measure(engine, storage, tmp_path, experiment(classifier_type="multi-label")).versions
+
+    assert (version.with_feedback, version.none_of_these, version.right_share) == (8, 4, 7 / 8)
+    assert version.confusion == [[7, 1, 0, 0], [3, 1, 0, 4]]  # A row per class: TN, FP, FN, TP.
 
 
 def test_counts_what_is_worked_by_hand(engine: Engine, storage: CentralStorage, tmp_path: Path) -> None:
@@ -290,6 +330,7 @@ def test_figures_plots_and_record_reach_mlflow(
         "production_predictions": 4.0,
         "production_feedback": 1.0,
         "production_coverage": 0.25,
+        "production_none_of_these": 0.0,
         "production_accuracy": 1.0,
         "production_right_share": 1.0,
     }

@@ -80,11 +80,13 @@ export const health = () => call('health_check');
 export const stored = (id) => call(`predictions/${encodeURIComponent(id)}`);
 export const passport = (id) => call(`predictions/${encodeURIComponent(id)}/passport`);
 
-export function feedback(id, trueClass) {
+/** Says what an image shows: some of the classes, or, with an empty list, none of them. */
+export function feedback(id, classes) {
+  const said = classes.length ? { true_class: classes.join('|') } : { none_of_these: true };
   return call(`feedback/${encodeURIComponent(id)}`, {
     method: 'POST',
     headers: { 'Content-Type': 'application/json' },
-    body: JSON.stringify({ true_class: trueClass, source: 'page' }),
+    body: JSON.stringify({ ...said, source: 'page' }),
   });
 }
 

@@ -4,6 +4,8 @@ import { Failure, feedback } from './api.js';
 import { $, element } from './dom.js';
 import { withKey } from './key.js';
 
+const NONE = 'none of these';
+
 let shown = null;
 let remember = () => {};
 
@@ -24,7 +26,6 @@ export function showFeedback(item) {
   const names = Object.keys(prediction).sort((a, b) => a.localeCompare(b, undefined, { numeric: true }));
   say(item.said ? `You said: ${item.said}. The latest word counts.` : '');
   openCorrection(false);
-  $('right').hidden = !classes.length;
   $('single').hidden = isSeveral;
   $('several').hidden = !isSeveral;
   $('true-class').replaceChildren(...names
@@ -34,11 +35,12 @@ export function showFeedback(item) {
     element('input', { type: 'checkbox', value: name, checked: classes.includes(name) }), name)));
 }
 
-async function send(trueClass, inWords) {
+async function send(classes) {
   const item = shown;
+  const inWords = classes.join(', ') || NONE;
   say('Sending…');
   try {
-    await withKey(() => feedback(item.id, trueClass));
+    await withKey(() => feedback(item.id, classes));
     item.said = inWords;
     remember();
     if (shown !== item) return;
@@ -52,10 +54,8 @@ async function send(trueClass, inWords) {
 /** Wires the form; `afterwards` is called when something was said of a result. */
 export function askForFeedback(afterwards) {
   remember = afterwards;
-  $('right').addEventListener('click', () => {
-    const { predicted_class: joined, predicted_classes: classes } = shown.result;
-    send(joined, classes.join(', '));
-  });
+  $('right').addEventListener('click', () => send(shown.result.predicted_classes));
+  $('none').addEventListener('click', () => send([]));
   $('wrong').addEventListener('click', () => {
     openCorrection($('correction').hidden);
     if (!$('correction').hidden) ($('single').hidden ? $('true-classes').querySelector('input') : $('true-class')).focus();
@@ -65,7 +65,7 @@ export function askForFeedback(afterwards) {
     const chosen = $('single').hidden
       ? [...$('true-classes').querySelectorAll('input:checked')].map((box) => box.value)
       : [$('true-class').value];
-    if (chosen.length) send(chosen.join('|'), chosen.join(', '));
-    else say('Choose at least one class.', { hasFailed: true });
+    if (chosen.length) send(chosen);
+    else say('Choose at least one class, or press “None of these”.', { hasFailed: true });
   });
 }

@@ -83,12 +83,22 @@ def test_an_unknown_id_is_a_404_everywhere(client: Client):
 
 def test_the_latest_statement_of_the_true_class_is_the_last_row(client: Client, logged: ServingContext, engine: Engine):
     prediction_id = client.predict(REDDISH).json()["prediction_id"]
-    for said, request in (("owl", "1"), ("owl", "1"), ("dog", "2"), ("owl", "3")):
-        client.post(f"/feedback/{prediction_id}", json={"true_class": said}, headers={"X-Request-Id": request})
+    for said, key in (("owl", "1"), ("owl", "1"), ("dog", "2"), ("owl", "3")):
+        client.post(f"/feedback/{prediction_id}", json={"true_class": said}, headers={"Idempotency-Key": key})
     drain(logged)
     with engine.connect() as connection:
         rows = connection.execute(text("SELECT true_class FROM feedback ORDER BY created_on")).scalars().all()
     assert rows == ["owl", "dog", "owl"]
+    # The spool is empty now: the database knows the key.
+    again = client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}, headers={"Idempotency-Key": "1"})
+    assert again.status_code == 200
+    other = client.post(f"/feedback/{prediction_id}", json={"none_of_these": True}, headers={"Idempotency-Key": "1"})
+    assert other.status_code == 422
+    assert client.post(f"/feedback/{prediction_id}", json={"none_of_these": True}).status_code == 200
+    drain(logged)
+    with engine.connect() as connection:
+        rows = connection.execute(text("SELECT true_class FROM feedback ORDER BY created_on")).scalars().all()
+    assert rows == ["owl", "dog", "owl", ""]
 
 
 def test_deletes_a_prediction_with_its_feedback_and_keeps_the_request(

@@ -26,20 +26,82 @@ def statements(context: ServingContext) -> list[dict[str, Any]]:
 def test_keeps_what_a_person_says_before_it_answers(client: Client, context: ServingContext, prediction_id: str):
     response = client.post(f"/feedback/{prediction_id}", json={"true_class": "owl", "source": "page"})
     assert response.status_code == 200
-    assert response.json() == {"prediction_id": prediction_id, "true_class": "owl", "source": "page", "message": "ok"}
+    said = {"prediction_id": prediction_id, "true_class": "owl", "none_of_these": False, "source": "page"}
+    assert response.json() == {**said, "message": "ok"}
     (statement,) = statements(context)
     assert (statement["prediction_id"], statement["true_class"], statement["source"]) == (prediction_id, "owl", "page")
 
 
-def test_the_same_request_sent_twice_is_one_statement(client: Client, context: ServingContext, prediction_id: str):
-    for _ in range(2):
-        client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}, headers={"X-Request-Id": "click-1"})
-    client.post(f"/feedback/{prediction_id}", json={"true_class": "dog"}, headers={"X-Request-Id": "click-2"})
-    client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}, headers={"X-Request-Id": "click-3"})
-    # The database ignores an entry_id that it has, so that equal ids are one row.
-    ids = [statement["entry_id"] for statement in statements(context)]
-    assert ids[0] == ids[1]
-    assert len(set(ids)) == 3
+def test_a_statement_with_a_key_is_kept_once_however_often_it_is_sent(
+    client: Client, context: ServingContext, prediction_id: str
+):
+    answers = [
+        client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}, headers={"Idempotency-Key": "click-1"})
+        for _ in range(3)
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert answers[0].json() == answers[1].json() == answers[2].json()
+    assert [said["true_class"] for said in statements(context)] == ["owl"]
+    # Another prediction's statement is another one, whatever its key.
+    other = client.predict(REDDISH).json()["prediction_id"]
+    client.post(f"/feedback/{other}", json={"true_class": "dog"}, headers={"Idempotency-Key": "click-1"})
+    assert len({said["entry_id"] for said in statements(context)}) == 2
+
+
+def test_without_a_key_each_request_counts_also_with_one_request_id(
+    client: Client, context: ServingContext, prediction_id: str
+):
+    for said in ("owl", "dog", "owl"):
+        client.post(f"/feedback/{prediction_id}", json={"true_class": said}, headers={"X-Request-Id": "batch-job"})
+    kept = statements(context)
+    assert [statement["true_class"] for statement in kept] == ["owl", "dog", "owl"]
+    assert len({statement["entry_id"] for statement in kept}) == 3  # The database ignores an id that it has.
+
+
+@pytest.mark.parametrize(
+    "other", [{"true_class": "dog"}, {"true_class": "owl", "source": "b"}, {"none_of_these": True}]
+)
+def test_a_key_that_came_with_another_statement_is_refused(
+    client: Client, context: ServingContext, prediction_id: str, other: dict[str, Any]
+):
+    key = {"Idempotency-Key": "a1"}
+    client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}, headers=key)
+    refused = client.post(f"/feedback/{prediction_id}", json=other, headers=key)
+    assert refused.status_code == 422
+    assert "another statement" in refused.json()["message"]
+    assert [said["true_class"] for said in statements(context)] == ["owl"]
+
+
+@pytest.mark.parametrize("key", ["", "two words", "x" * 256, "ü".encode("latin-1")])
+def test_a_key_is_a_word_of_visible_characters(client: Client, context: ServingContext, prediction_id: str, key: Any):
+    response = client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"}, headers={"Idempotency-Key": key})
+    assert response.status_code == 422
+    assert "idempotency-key" in response.json()["message"]
+    assert statements(context) == []
+
+
+@pytest.mark.parametrize("classifier_type", ["multi-class", "multi-label"])
+def test_an_image_may_show_none_of_the_classes(make_context: MakeContext, classifier_type: str):
+    context = make_context(models=FixedModels(brightness_model(classifier_type=classifier_type)))
+    client = Client(create_app(context))
+    prediction_id = client.predict(REDDISH).json()["prediction_id"]
+    response = client.post(f"/feedback/{prediction_id}", json={"none_of_these": True, "source": "page"})
+    assert response.status_code == 200
+    assert (response.json()["true_class"], response.json()["none_of_these"]) == (None, True)
+    (statement,) = statements(context)
+    assert (statement["true_class"], statement["source"]) == ("", "page")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, {"none_of_these": False}, {"true_class": "owl", "none_of_these": True}, {"none_of_these": "true"},
+     {"none_of_these": 1}, {"true_class": "none_of_these"}],
+)  # fmt: skip
+def test_says_a_class_or_none_of_these_and_not_both(
+    client: Client, context: ServingContext, prediction_id: str, said: dict[str, Any]
+):
+    assert client.post(f"/feedback/{prediction_id}", json=said).status_code == 422
+    assert statements(context) == []
 
 
 def test_refuses_a_class_that_the_model_does_not_have(client: Client, context: ServingContext, prediction_id: str):

@@ -83,6 +83,28 @@ def test_raises_the_errors_of_the_package_with_the_services_words(client: Client
             client.predict(image)
 
 
+def test_a_malformed_request_is_no_unusable_image(make_context: MakeContext):
+    # The name in the URL is none that the service answers to: 400 where there are two of them, as behind some proxies.
+    class TwoHosts(AppTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            headers = httpx.Headers([*request.headers.multi_items(), ("Host", "other")])
+            return super().handle_request(
+                httpx.Request(request.method, request.url, headers=headers, content=request.read())
+            )
+
+    app = create_app(make_context(CV_ALLOWED_HOSTS="service"))
+    with Client("http://service", transport=TwoHosts(app)) as client, pytest.raises(RequestRefusedError) as caught:
+        client.predict(REDDISH)
+    assert caught.value.status_code == 400
+    assert "2 Host headers" in str(caught.value)
+
+
+def test_what_is_too_large_without_an_image_is_no_image(client: Client):
+    with pytest.raises(RequestRefusedError, match="Send less") as caught:
+        client.feedback(uuid4(), "x" * 70_000)
+    assert caught.value.status_code == 413
+
+
 def test_a_batch_has_an_answer_or_an_error_for_each_image(client: Client, tmp_path: Path):
     path = tmp_path / "a.png"
     path.write_bytes(REDDISH)
@@ -113,6 +135,13 @@ def test_looks_up_says_and_deletes(client: Client, context: ServingContext):
     assert stored.original_img
     said = client.feedback(result.prediction_id, "owl", source="test")
     assert (said.true_class, said.source) == ("owl", "test")
+    none = client.feedback(result.prediction_id, none_of_these=True)
+    assert (none.true_class, none.none_of_these) == (None, True)
+    with pytest.raises(RequestRefusedError, match="either true_class or none_of_these"):
+        client.feedback(result.prediction_id, "owl", none_of_these=True)
+    client.feedback(result.prediction_id, "owl", idempotency_key="mine")
+    with pytest.raises(RequestRefusedError, match="another statement"):
+        client.feedback(result.prediction_id, "dog", idempotency_key="mine")
     assert client.delete_prediction(result.prediction_id).prediction_id == result.prediction_id
     with pytest.raises(RequestRefusedError, match="cow"):
         client.feedback(client.predict(REDDISH).prediction_id, "cow")
@@ -183,7 +212,7 @@ def test_comes_again_when_the_service_says_and_as_the_same_statement():
     with script.client() as client:
         assert client.feedback(uuid4(), "a").message == "ok"
     assert script.waited == [7.0, 2.0]
-    assert len({request.headers["x-request-id"] for request in script.requests}) == 1
+    assert len({request.headers["idempotency-key"] for request in script.requests}) == 1
     assert [json.loads(request.content) for request in script.requests] == [{"true_class": "a", "source": "client"}] * 3
 
 
