@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.harness import table, write_report
 from benchmarks.options import PHASES, REPOSITORY, STACK_EXTRA_PHASES, STACK_PHASES, UPLOADS, Options
 from cv_platform.errors import CvPlatformError
-from cv_platform.settings import quiet_variables
+from cv_platform.settings import prepare_process
 
 # First the servers: they are measured in processes of their own, beside which no TensorFlow of ours should lie.
 BENCHMARKS = {
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"Expected --scale > 0 and --phases of {','.join(known) if is_stack else PHASES}. Received: "
             f"{options.scale:g}, {options.phases!r}."
         )
-    for name, value in quiet_variables().items():
-        os.environ.setdefault(name, value)
+    prepare_process()
     chosen = Options(
         output=(options.output or default_output(os.environ.get("CV_HOME"))).absolute(),
         rounds=options.rounds,

@@ -20,7 +20,7 @@ from benchmarks.harness import Stopwatch, machine_line
 from benchmarks.options import REPOSITORY
 from cv_platform.config import load_experiment
 from cv_platform.errors import CvPlatformError, DatasetError
-from cv_platform.settings import Settings, quiet_variables
+from cv_platform.settings import Settings, prepare_process
 
 CONFIG = REPOSITORY / "configs" / "examples" / "cifar10.yaml"
 LIBRARIES = ("tensorflow", "keras", "dagster", "bentoml")
@@ -31,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prove_cifar", description=__doc__)
     parser.add_argument("archive", type=Path, help=".tar.gz or .zip with train/<class>/ and test/<class>/ folders")
     archive: Path = parser.parse_args(arguments).archive.absolute()
-    for name, value in quiet_variables().items():
-        os.environ.setdefault(name, value)
+    prepare_process()
     try:
         return prove(archive, proof_settings(os.environ, datetime.now(UTC)), lambda line: print(line, flush=True))
     except CvPlatformError as err:

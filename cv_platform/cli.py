@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from cv_platform.config import config_files, json_schema, load_experiment, load_experiments
 from cv_platform.errors import ConfigError, CvPlatformError
-from cv_platform.settings import Settings, silence_telemetry
+from cv_platform.settings import Settings, prepare_process
 
 READER_GONE = 128 + 13
 """Exit status as of a program that SIGPIPE ends: `head` and the like have closed the pipe."""
@@ -56,7 +56,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("cv_platform").setLevel(logging.INFO)
-    silence_telemetry()
+    prepare_process()
     try:
         return options.command(options)
     except CvPlatformError as err:

@@ -31,6 +31,7 @@ from cv_platform.config import load_experiment
 from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import CvPlatformError, ServiceError
+from cv_platform.loopback import direct_transport
 from cv_platform.settings import Settings
 from cv_platform.stack.environment import platform_environment, prepare_home
 from cv_platform.stack.graph import materialize
@@ -88,7 +89,8 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
             with _stage(summary, "service start", say):
                 base_url = running.enter_context(_service(settings, environment))
             windows = _send_windows(base_url, url, images, summary, say)
-            health = httpx.get(f"{base_url}/health_check", timeout=10).json()
+            with httpx.Client(transport=direct_transport(base_url), timeout=10) as client:
+                health = client.get(f"{base_url}/health_check").json()
         sent = [identifier for _, _, ids in windows.values() for identifier in ids]
         logged = _logged(url, sent)
         summary.expect(
@@ -202,7 +204,7 @@ def _send(base_url: str, images: list[bytes]) -> list[str]:
     Raises:
         ServiceError: an answer was not 200.
     """
-    with httpx.Client(base_url=base_url, timeout=30) as client:
+    with httpx.Client(base_url=base_url, transport=direct_transport(base_url), timeout=30) as client:
 
         def predict(image: bytes) -> str:
             response = client.post("/predict", files={"file": ("digit.png", image, "image/png")})

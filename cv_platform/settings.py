@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from cv_platform.errors import ConfigError
+from cv_platform.loopback import past_proxies
 
 
 class Settings(BaseModel):
@@ -225,12 +226,14 @@ _PLACEHOLDERS = (
 
 
 def quiet_variables() -> dict[str, str]:
-    """Returns what every process of the platform exports: no telemetry, no import chatter."""
+    """Returns what every process of the platform exports unless the user has: no telemetry, chatter or idle helpers."""
     return {
         "DAGSTER_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "BENTOML_DO_NOT_TRACK": "True",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Helpers of MLflow's server for language models: seven processes, 1.4 GB.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "DISABLE_LATEST_VERSION_CHECK": "True",
         "DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY": "True",
         "DVC_NO_ANALYTICS": "1",
@@ -239,7 +242,12 @@ def quiet_variables() -> dict[str, str]:
     }
 
 
-def silence_telemetry() -> None:
-    """Exports `quiet_variables` to this process: before the libraries are imported, as they read them then."""
-    for name, value in quiet_variables().items():
-        os.environ.setdefault(name, value)
+def process_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns the environment (or `environ`) with `quiet_variables`, and without a proxy before this machine."""
+    env = os.environ if environ is None else environ
+    return {**quiet_variables(), **env, **past_proxies(env)}
+
+
+def prepare_process() -> None:
+    """Makes `process_environment` that of this process: before libraries are imported, as they read it then."""
+    os.environ.update(process_environment())

@@ -16,9 +16,12 @@ import pytest
 from psycopg2 import sql
 from sqlalchemy import Engine, make_url
 
+from cv_platform.loopback import past_proxies
+
 _TEMPLATE = "cv_template"
 _TRACKING = "MLFLOW_TRACKING_URI"
 _GIVEN_TRACKING = os.environ.get(_TRACKING)
+os.environ.update(past_proxies(os.environ))  # Tests ask servers of their own, in children too.
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
 from cv_platform.config import ExperimentConfig, MlflowConfig, parse_experiment
-from cv_platform.settings import Settings, silence_telemetry
+from cv_platform.settings import Settings, prepare_process
 from cv_platform.storage import CentralStorage
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Installation(dg.ConfigurableResource):
     """This installation's settings, central storage and request log; all from the environment of the run's process."""
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Switches telemetry and import chatter off before the heavy libraries load."""
-        silence_telemetry()
+        """Switches telemetry, import chatter and proxies before loopback off, before the heavy libraries load."""
+        prepare_process()
 
     def settings(self) -> Settings:
         """Reads the settings from the environment."""

@@ -24,6 +24,7 @@ SHIPPED: tuple[str, ...] = (
     "errors.py",
     "config.py",
     "disk_space.py",
+    "loopback.py",
     "settings.py",
     "image_files.py",
     "images.py",

@@ -28,6 +28,7 @@ import pandas as pd
 
 from cv_platform.drift.verdict import DETECTORS
 from cv_platform.errors import ServiceError
+from cv_platform.loopback import direct_transport
 from cv_platform.properties import PROPERTY_NAMES
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,9 @@ def _delete(target: Path | str, workspace: Any, project_id: str, run_id: str) ->
     except FileNotFoundError:
         return  # It has gone already.
     except NotImplementedError:  # RemoteWorkspace (0.7.23) has no such call, its server has.
-        answer = httpx.delete(f"{str(target).rstrip('/')}/api/projects/{project_id}/{run_id}", timeout=10.0)
+        url = f"{str(target).rstrip('/')}/api/projects/{project_id}/{run_id}"
+        with httpx.Client(transport=direct_transport(url), timeout=10.0) as client:
+            answer = client.delete(url)
         if answer.status_code != httpx.codes.NOT_FOUND:
             answer.raise_for_status()
 

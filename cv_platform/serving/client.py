@@ -39,6 +39,7 @@ from cv_platform.errors import (
     ServiceError,
     UnsupportedImageError,
 )
+from cv_platform.loopback import direct_transport
 from cv_platform.serving.api_models import (
     BatchFailure,
     BatchResult,
@@ -87,7 +88,7 @@ class Client:
         timeout: seconds that one attempt may take to connect, send or wait for a part of the answer.
         retries: how often a refused request is sent again.
         longest_wait_seconds: a Retry-After beyond this is not waited for.
-        transport: of httpx; None opens connections.
+        transport: of httpx; None opens connections: to this machine without a proxy, elsewhere as HTTP_PROXY says.
         sleep: waits so many seconds.
     """
 
@@ -106,6 +107,7 @@ class Client:
         import httpx
 
         headers = {"X-API-Key": api_key} if api_key else {}
+        transport = transport or direct_transport(url)
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
         self._admin = {"Authorization": f"Bearer {admin_token}"} if admin_token else {}
         self._url = url

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cv_platform.errors import ConfigError
-from cv_platform.settings import Settings, quiet_variables
+from cv_platform.settings import Settings, process_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME_FORMAT = "1"
@@ -29,8 +29,7 @@ _RUN_LOG = re.compile(r"run-[a-z0-9_]+-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}\.log")
 def platform_environment(settings: Settings, *, database_url: str | None = None) -> dict[str, str]:
     """Returns the environment of every process of this installation, with absolute folders and no telemetry."""
     environment = {
-        **os.environ,
-        **quiet_variables(),
+        **process_environment(),
         "CV_HOME": str(settings.home),
         "CV_CONFIGS": str(settings.configs),
         "CV_STORAGE": settings.storage_url,

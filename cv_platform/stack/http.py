@@ -9,6 +9,7 @@ from collections.abc import Callable
 import httpx
 
 from cv_platform.errors import ServiceError
+from cv_platform.loopback import direct_transport
 
 
 def free_port() -> int:
@@ -28,18 +29,19 @@ def wait_for_http(
     """
     deadline = time.monotonic() + seconds
     last = "no answer"
-    while time.monotonic() < deadline:
-        if not alive():
-            raise ServiceError(f"Expected {url} to answer 200. Its process has ended. Last: {last}.")
-        try:
-            response = httpx.get(url, timeout=5)
-        except httpx.HTTPError as err:
-            last = str(err)
-        else:
-            if response.status_code == 200:
-                return
-            last = f"status {response.status_code}: {response.text[:500]}"
-        time.sleep(every_seconds)
+    with httpx.Client(transport=direct_transport(url), timeout=5) as client:
+        while time.monotonic() < deadline:
+            if not alive():
+                raise ServiceError(f"Expected {url} to answer 200. Its process has ended. Last: {last}.")
+            try:
+                response = client.get(url)
+            except httpx.HTTPError as err:
+                last = str(err)
+            else:
+                if response.status_code == 200:
+                    return
+                last = f"status {response.status_code}: {response.text[:500]}"
+            time.sleep(every_seconds)
     raise ServiceError(f"Expected {url} to answer 200 within {seconds:.0f} s. Received: {last}.")
 
 

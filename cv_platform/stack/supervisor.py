@@ -23,6 +23,7 @@ from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import ServiceError
+from cv_platform.loopback import direct_transport
 from cv_platform.settings import Settings
 from cv_platform.stack.environment import REPOSITORY, platform_environment, prepare_home
 from cv_platform.stack.http import is_taken, wait_for_http
@@ -201,7 +202,8 @@ def _require_loaded_graph(settings: Settings) -> None:
         "__typename ... on PythonError {message}}}}}}"
     )
     url = f"http://127.0.0.1:{settings.dagster_port}/graphql"
-    answer = httpx.post(url, json={"query": query}, timeout=60).json()
+    with httpx.Client(transport=direct_transport(url), timeout=60) as client:
+        answer = client.post(url, json={"query": query}).json()
     for entry in answer["data"]["workspaceOrError"].get("locationEntries", []):
         loaded = entry["locationOrLoadError"] or {}
         if loaded.get("__typename") == "PythonError":

@@ -42,7 +42,7 @@ import pandas as pd
 from cv_platform.config import ValidateConfig
 from cv_platform.predictions import ClassifierType
 from cv_platform.properties import PROPERTY_NAMES
-from cv_platform.settings import silence_telemetry
+from cv_platform.settings import prepare_process
 from cv_platform.validation.checks import outcome
 from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.verdict import CheckOutcome
@@ -226,7 +226,7 @@ def _read_result(suite: str, result: Any) -> tuple[int, list[str], list[str], li
 def _quiet_deepchecks() -> Iterator[None]:
     """Keeps Deepchecks 0.19 off the network, off the progress bar and in this process while the block runs."""
     # Read when the package is imported, which otherwise calls home and writes an id into its installation folder.
-    silence_telemetry()
+    prepare_process()
     with warnings.catch_warnings():
         # The package and what it calls (pkg_resources, pandas, scikit-learn, plotly) warn about its own code on every
         # run; nothing of it is about the data. To be removed with a release that is written for pandas 2.

@@ -185,6 +185,26 @@ def test_the_platforms_image_knows_its_revision() -> None:
     assert text.index("\nARG REVISION=\n") < text.index("CV_REVISION=${REVISION} ")
 
 
+@pytest.mark.parametrize("name", ["dagster-code", "dagster-webserver", "dagster-daemon", "notebook", "grafana"])
+def test_no_name_within_the_stack_is_behind_a_proxy(name: str) -> None:
+    """Docker's client gives every container the proxies that its configuration names."""
+    environment = SERVICES[name]["environment"]
+    direct, _, further = environment["NO_PROXY"].partition("${")
+    assert environment["no_proxy"] == environment["NO_PROXY"]
+    assert further == "STACK_NO_PROXY:+,}${STACK_NO_PROXY:-}"
+    assert " " not in direct
+    # gRPC's addresses are no URLs, and Grafana's data source is in a file.
+    asked = {"dagster-code-location", "dagster-code-gpu-location", "prometheus"}
+    asked |= {found for value in environment.values() for found in re.findall(r"(?:http|tcp)://([a-z-]+):", str(value))}
+    assert asked | {"127.0.0.1", "localhost"} <= set(direct.split(","))
+
+
+def test_no_probe_asks_a_proxy() -> None:
+    for name, service in SERVICES.items():
+        probe = " ".join(service.get("healthcheck", {}).get("test", []))
+        assert probe.count("wget -q") == probe.count("env -u http_proxy wget -q"), name
+
+
 def test_postgres_is_reached_by_its_clients_only() -> None:
     assert SERVICES["postgres"]["networks"] == ["back", "request-log"]
     assert COMPOSE["networks"]["back"]["internal"] is COMPOSE["networks"]["request-log"]["internal"] is True

@@ -32,7 +32,7 @@ wanted() {
             continue
         elif grep -qxF "$address" "$STATE/current" && [ ! -e "$STATE/none_ready" ]; then
             kept="$kept $address"
-        elif curl -fs -o /dev/null --max-time 2 "http://$address:$PORT/readyz"; then
+        elif curl -fs --noproxy '*' -o /dev/null --max-time 2 "http://$address:$PORT/readyz"; then
             new="$new $address"
         else
             waiting="$waiting $address"
@@ -158,7 +158,7 @@ case ${1:-} in
     end) end ;;
     drain) (flock 9; drain "$2") 9>"$STATE/lock" ;;
     healthy) # nginx answers, and its list is being kept.
-        curl -fs -o /dev/null --max-time 3 http://127.0.0.1:8081/health
+        curl -fs --noproxy '*' -o /dev/null --max-time 3 http://127.0.0.1:8081/health
         [ $(($(date +%s) - $(cat "$STATE/watched"))) -lt 180 ]
         ;;
     renew)
