@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
+from unicodedata import normalize
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from cv_platform.errors import ConfigError
 
@@ -23,7 +25,29 @@ ExperimentName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
 """Names become Dagster group and op names, which take neither `-` nor `.`."""
 ModelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 """Names become folders and URL parts: a name, never a path."""
-ClassName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00-\x1f]+$")]
+
+
+class _OddInteger(int):
+    """A whole number whose text in YAML was another one: `010` is 8, and `1:30` is 90."""
+
+    text: str
+
+
+def _written(value: object) -> object:
+    """Takes a number for the text that it was written as; what could have been written otherwise is left to fail."""
+    return str(value) if type(value) is int else value
+
+
+def _one_form(name: str) -> str:
+    return normalize("NFC", name)
+
+
+_AS_WRITTEN = BeforeValidator(_written)
+Text = Annotated[str, _AS_WRITTEN]
+ClassName = Annotated[
+    str, Field(min_length=1, max_length=100, pattern=r"^[^/\\\x00-\x1f]+$"), _AS_WRITTEN, AfterValidator(_one_form)
+]
+"""In NFC: macOS gives accents as characters of their own, keyboards do not."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Severity = Literal["error", "warn", "off"]
 
@@ -92,8 +116,8 @@ class ModelConfig(Section):
 class DatasetConfig(Section):
     """Which version of which DVC repository, and how missing splits are taken from `train`."""
 
-    ds_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
-    dvc_tag: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$")]
+    ds_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"), _AS_WRITTEN]
+    dvc_tag: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"), _AS_WRITTEN]
     ds_root: str | None = Field(
         default=None, description="folder of dataset repositories; by default $CV_HOME/datasets"
     )
@@ -111,7 +135,7 @@ class DatasetConfig(Section):
         "the drift verdict's false-alarm rate is not measured",
     )
     test_fraction: float = Field(
-        default=0.15, gt=0.0, lt=0.5, description="share that becomes test when there are no splits at all"
+        default=0.15, gt=0.0, lt=0.5, description="share of train, or of all images, that becomes a missing test split"
     )
     split_seed: int = Field(default=0, ge=0)
 
@@ -149,11 +173,11 @@ class ValidateConfig(Section):
 class MlflowConfig(Section):
     """Where the runs of a stage go in MLflow."""
 
-    exp_name: str | None = Field(
+    exp_name: Text | None = Field(
         default=None, min_length=1, description="MLflow experiment; by default the experiment's name"
     )
     exp_desc: str = ""
-    exp_tags: dict[str, str] = Field(default_factory=dict)
+    exp_tags: dict[Text, Text] = Field(default_factory=dict)
 
 
 class AugmentConfig(Section):
@@ -324,6 +348,21 @@ def config_files(configs: Path) -> list[Path]:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """Marks whole numbers that were written in a way of which YAML keeps nothing."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = super().construct_yaml_int(node)
+        if str(number) == node.value:
+            return number
+        odd = _OddInteger(number)
+        odd.text = node.value
+        return odd
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def load_experiment(path: Path) -> ExperimentConfig:
     """Reads one experiment.
 
@@ -331,7 +370,7 @@ def load_experiment(path: Path) -> ExperimentConfig:
         ConfigError: the file is not readable YAML, or fields are wrong; every mistake is listed with its place.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
         raise ConfigError(f"{path}: expected a YAML file. {_what_is_there(path)}") from err
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as err:
@@ -408,7 +447,25 @@ def _explain(error: Any) -> str:
         return f"  {place}: unknown key. Expected one of: {known}."
     if error["type"] == "missing":
         return f"  {place}: missing. Add it; configs/schema.json describes it."
-    return f"  {place}: {error['msg']}. Received: {str(error['input'])[:200]!r}"
+    received = error["input"]
+    if error["type"] == "string_type" and (kind := _kind(received)):
+        return (
+            f"  {place}: expected text. Received: {getattr(received, 'text', received)}, which YAML takes for {kind}. "
+            'Put it in quotes, as it is meant: "1.10", "yes", "2024-01-31".'
+        )
+    return f"  {place}: {error['msg']}. Received: {str(received)[:200]!r}"
+
+
+def _kind(value: object) -> str | None:
+    """Says what YAML made of text without quotes; None of what is no scalar."""
+    kinds: tuple[tuple[type, str], ...] = (
+        (_OddInteger, "another number"),
+        (bool, "a truth value, as yes, no, on and off"),
+        (float, "a decimal number"),
+        (date, "a date"),
+        (type(None), "nothing"),
+    )
+    return next((kind for of, kind in kinds if isinstance(value, of)), None)
 
 
 def json_schema() -> dict[str, Any]:

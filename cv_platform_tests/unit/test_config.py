@@ -66,6 +66,53 @@ def test_repeated_classes_are_named() -> None:
         experiment(model={**MINIMAL["model"], "classes": ["cat", "dog", "cat"]})
 
 
+def written(tmp_path: Path, classes: str, tag: str) -> ExperimentConfig:
+    path = tmp_path / "cats.yaml"
+    path.write_text(
+        f"name: cats\nmodel: {{model_name: cats, classes: {classes}, input_size: {{h: 32, w: 48}}}}\n"
+        f"dataset: {{ds_name: cats, dvc_tag: {tag}}}\n"
+    )
+    return load_experiment(path)
+
+
+def test_whole_numbers_are_names_as_they_were_written(tmp_path: Path) -> None:
+    config = written(tmp_path, "[0, 1, 10]", "2024")
+    assert config.model.classes == ("0", "1", "10")
+    assert config.dataset.dvc_tag == "2024"
+
+
+@pytest.mark.parametrize(
+    ("scalar", "received"),
+    [
+        ("1.10", "1.1, which YAML takes for a decimal number"),
+        ("yes", "True, which YAML takes for a truth value"),
+        ("2024-01-31", "2024-01-31, which YAML takes for a date"),
+        ("010", "010, which YAML takes for another number"),
+        ("1_000", "1_000, which YAML takes for another number"),
+        ("~", "None, which YAML takes for nothing"),
+    ],
+)
+def test_what_yaml_does_not_keep_as_it_was_written_is_to_be_quoted(tmp_path: Path, scalar: str, received: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        written(tmp_path, f"[cat, {scalar}]", scalar)
+    for place in ("model.classes.1", "dataset.dvc_tag"):
+        assert f"{place}: expected text. Received: {received}" in str(caught.value)
+    assert "Put it in quotes" in str(caught.value)
+    assert written(tmp_path, f'[cat, "{scalar}"]', '"v1"').model.classes == ("cat", scalar)
+
+
+def test_a_number_in_an_odd_notation_is_still_a_number_where_one_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "cats.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "train: {batch_size: 0x10}\n")
+    assert load_experiment(path).train.batch_size == 16
+
+
+def test_class_names_have_one_form_of_their_accents() -> None:
+    assert experiment(model={**MINIMAL["model"], "classes": ["cafe\u0301", "dog"]}).model.classes[0] == "caf\u00e9"
+    with pytest.raises(ConfigError, match="Received twice: caf\u00e9"):
+        experiment(model={**MINIMAL["model"], "classes": ["cafe\u0301", "caf\u00e9"]})
+
+
 def test_a_window_without_its_zone_is_refused() -> None:
     with pytest.raises(ConfigError, match="with its zone"):
         experiment(monitor={"window_start_utc": "2026-01-31T06:00:00"})
