@@ -18,6 +18,9 @@ from cv_platform.errors import InvalidDatasetError
 
 MAX_UNPACKED_BYTES = 500 * 10**9
 MAX_MEMBERS = 20_000_000
+_UTF8_FLAG = 0x800
+_ZIP_ENCODINGS = ("gbk", "cp932", "big5", "cp949", "cp1251", "cp437")
+"""Of the systems that pack names without saying how: Chinese, Japanese, Korean, Cyrillic, Western."""
 
 
 def is_archive(path: Path) -> bool:
@@ -25,19 +28,26 @@ def is_archive(path: Path) -> bool:
     return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
 
 
-def unpack(archive: Path, into: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
+def unpack(archive: Path, into: Path, *, encoding: str | None = None, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
     """Unpacks the files of a tar or zip below the empty folder `into`.
+
+    Args:
+        archive: the tar or zip.
+        into: an empty folder.
+        encoding: of the names in a zip that does not say theirs; None: UTF-8, or a refusal that shows what they may be.
+        max_bytes: of the content.
 
     Raises:
         InvalidDatasetError: a member would leave the folder, is a link or device, or comes twice; the archive is
-            damaged or encrypted; or its content is larger than `max_bytes` or the free disk space.
+            damaged or encrypted; its names are in an unknown encoding; or its content is larger than `max_bytes` or the
+            free disk space.
     """
     free = disk_space.free_bytes(into) - disk_space.SPARE_BYTES
     limit, why = (max_bytes, "allowed") if max_bytes < free else (free, "free on the disk")
     unpacked_bytes = 0
-    members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
+    is_zip = zipfile.is_zipfile(archive)
     try:
-        with members(archive) as found:
+        with _zip_members(archive, encoding) if is_zip else _tar_members(archive) as found:
             for count, (name, size, content) in enumerate(found):
                 unpacked_bytes += size
                 if unpacked_bytes > limit or count >= MAX_MEMBERS:
@@ -89,17 +99,58 @@ def _tar_members(archive: Path) -> Iterator[Iterator[tuple[str, int, IO[bytes]]]
 
 
 @contextmanager
-def _zip_members(archive: Path) -> Iterator[Iterator[tuple[str, int, IO[bytes]]]]:
+def _zip_members(archive: Path, encoding: str | None) -> Iterator[Iterator[tuple[str, int, IO[bytes]]]]:
     def members(zipped: zipfile.ZipFile) -> Iterator[tuple[str, int, IO[bytes]]]:
-        for member in zipped.infolist():
+        found = zipped.infolist()
+        for member, name in zip(found, _zip_names(archive, found, encoding), strict=True):
             kind = stat.S_IFMT(member.external_attr >> 16)
-            if member.is_dir() or stat.S_ISDIR(kind):
+            if name.endswith("/") or stat.S_ISDIR(kind):
                 continue
             if kind and not stat.S_ISREG(kind):
-                raise _refuse(archive, member.filename, "a link or device")
+                raise _refuse(archive, name, "a link or device")
             if member.flag_bits & 0x1:
-                raise _refuse(archive, member.filename, "which is encrypted")
-            yield member.filename, member.file_size, zipped.open(member)
+                raise _refuse(archive, name, "which is encrypted")
+            yield name, member.file_size, zipped.open(member)
 
-    with zipfile.ZipFile(archive) as zipped:
+    try:
+        zipped = zipfile.ZipFile(archive)
+    except UnicodeDecodeError as err:
+        raise InvalidDatasetError(
+            f"Expected names in UTF-8, as {archive} says of its own. Received: {err}. Pack it again."
+        ) from err
+    with zipped:
         yield members(zipped)
+
+
+def _zip_names(archive: Path, members: list[zipfile.ZipInfo], encoding: str | None) -> list[str]:
+    """Returns the members' names with `/` between folders, decoded from what they were packed in.
+
+    Where a zip does not say that its names are UTF-8, Python takes them for CP437, whatever the packing machine used.
+    https://docs.python.org/3/library/zipfile.html#zipfile.ZipFile
+    """
+    undeclared = {
+        at: member.orig_filename.encode("cp437")
+        for at, member in enumerate(members)
+        if not member.flag_bits & _UTF8_FLAG and member.filename == member.orig_filename
+    }
+    readings: dict[str, dict[int, str]] = {}
+    for candidate in [encoding] if encoding else ["utf-8", *_ZIP_ENCODINGS]:
+        try:
+            readings[candidate] = {at: name.decode(candidate) for at, name in undeclared.items()}
+        except (UnicodeDecodeError, LookupError) as err:
+            if candidate == encoding:
+                raise InvalidDatasetError(
+                    f"Expected the names in {archive} as {encoding}. Received: {err}. Choose another --zip-encoding."
+                ) from err
+    chosen = encoding or "utf-8"
+    if chosen not in readings:
+        shown = "".join(
+            f"\n  {name}: {', '.join([text for text in names.values() if not text.isascii()][:3])}"
+            for name, names in readings.items()
+        )
+        raise InvalidDatasetError(
+            f"Expected names in UTF-8 in {archive}. Received: names in another encoding, which may be:{shown}\n"
+            "Choose the one that reads well, as in --zip-encoding gbk, or pack the archive again."
+        )
+    names = (readings[chosen].get(at, member.filename) for at, member in enumerate(members))
+    return [name.replace("\\", "/") for name in names]  # PowerShell 5 writes Windows' separators.

@@ -47,10 +47,13 @@ def test_unpacks_files_and_folders(tmp_path: Path, into: Path, suffix: str) -> N
     assert (into / "cat" / "1.png").read_bytes() == b"one"
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/tmp/evil.png", "cat/../../evil.png"])
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "/tmp/evil.png", "cat/../../evil.png", "..\\..\\evil.png", "\\evil.png"]
+)
 def test_refuses_paths_that_lead_out(tmp_path: Path, into: Path, name: str) -> None:
-    with pytest.raises(InvalidDatasetError, match="leads out of it"):
-        unpack(tar_with(tmp_path / "a.tar.gz", (member(name), b"x")), into)
+    if "\\" not in name:  # Which means nothing in a tar.
+        with pytest.raises(InvalidDatasetError, match="leads out of it"):
+            unpack(tar_with(tmp_path / "a.tar.gz", (member(name), b"x")), into)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
         zipped.writestr(name, b"x")
     with pytest.raises(InvalidDatasetError, match="leads out of it"):
@@ -101,3 +104,76 @@ def test_other_files_are_no_archives(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"hello")
     assert not is_archive(tmp_path / "a.tar")
     assert not is_archive(tmp_path)
+
+
+def zip_with(path: Path, *names: bytes, flags: int = 0) -> Path:
+    """Returns a zip whose names are exactly these bytes, with the flag bits of each."""
+    stand_ins = [f"{at:02d}".ljust(len(name), "x") for at, name in enumerate(names)]
+    with zipfile.ZipFile(path, "w") as zipped:
+        for stand_in in stand_ins:
+            zipped.writestr(stand_in, stand_in)
+    data = path.read_bytes()
+    for stand_in, name in zip(stand_ins, names, strict=True):
+        # Of each name its two headers: the local one, and that of the directory, with their flags 24 and 38 before it.
+        local = data.index(stand_in.encode())
+        data = (
+            data[: local - 24]
+            + flags.to_bytes(2, "little")
+            + data[local - 22 : local]
+            + name
+            + data[local + len(name) :]
+        )
+        listed = data.rindex(stand_in.encode())
+        data = (
+            data[: listed - 38]
+            + flags.to_bytes(2, "little")
+            + data[listed - 36 : listed]
+            + name
+            + data[listed + len(name) :]
+        )
+    path.write_bytes(data)
+    return path
+
+
+def unpacked(into: Path) -> list[str]:
+    return sorted(path.relative_to(into).as_posix() for path in into.rglob("*") if path.is_file())
+
+
+def test_backslashes_part_folders_in_a_zip(tmp_path: Path, into: Path) -> None:
+    """As PowerShell 5 packs, folders included."""
+    unpack(zip_with(tmp_path / "a.zip", b"pets\\", b"pets\\cat\\1.png", b"pets\\dog\\2.png"), into)
+    assert unpacked(into) == ["pets/cat/1.png", "pets/dog/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ("utf-8", "猫/1.png"),
+        ("gbk", "狗/1.png"),
+        ("cp932", "ソース/1.png"),  # Whose first character ends with the byte of a backslash.
+        ("cp437", "Käfer/1.png"),
+    ],
+)
+def test_names_that_do_not_say_their_encoding(tmp_path: Path, into: Path, encoding: str, name: str) -> None:
+    archive = zip_with(tmp_path / "a.zip", name.encode(encoding), b"dog/2.png")
+    if encoding != "utf-8":
+        with pytest.raises(InvalidDatasetError, match=rf"\n  {encoding}: {name}") as caught:
+            unpack(archive, into)
+        assert "--zip-encoding gbk" in str(caught.value)
+        assert unpacked(into) == []
+        unpack(archive, into, encoding=encoding)
+    else:
+        unpack(archive, into)
+    assert unpacked(into) == sorted([name, "dog/2.png"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "no-such", "hex"])
+def test_says_when_names_are_not_in_the_encoding_given(tmp_path: Path, into: Path, encoding: str) -> None:
+    archive = zip_with(tmp_path / "a.zip", "狗/1.png".encode("gbk"))
+    with pytest.raises(InvalidDatasetError, match=f"as {encoding}.*Choose another --zip-encoding"):
+        unpack(archive, into, encoding=encoding)
+
+
+def test_refuses_names_that_are_not_the_utf_8_they_say(tmp_path: Path, into: Path) -> None:
+    with pytest.raises(InvalidDatasetError, match="Pack it again"):
+        unpack(zip_with(tmp_path / "a.zip", "狗/1.png".encode("gbk"), flags=0x800), into)
