@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
 import os
@@ -87,12 +88,21 @@ def _parser() -> argparse.ArgumentParser:
     validate = command("validate-config", _validate_config, "check configs without running anything")
     validate.add_argument("configs", type=Path, nargs="+", help="YAML files, or folders of them")
     dataset = command("import-dataset", _import_dataset, "put a folder or archive of images under DVC, with a tag")
-    dataset.add_argument(
-        "source", type=Path, help="folder, .zip or .tar(.gz): class folders, split/class folders, or a CSV"
-    )
+    dataset.add_argument("source", type=Path, help="folder, .zip or .tar(.gz); docs/import.md has the layouts")
     dataset.add_argument("--name", required=True, help="dataset.ds_name in the config")
     dataset.add_argument("--tag", required=True, help="dataset.dvc_tag in the config, such as v1.0.0")
-    dataset.add_argument("--annotations", type=Path, help="CSV with path, split and label or one column per class")
+    dataset.add_argument(
+        "--annotations", type=Path, help="CSV or JSON lines: image, split, label or a column per class"
+    )
+    dataset.add_argument("--classes", help="the columns, labels or folders that are classes, joined by commas")
+    dataset.add_argument(
+        "--unknown", choices=["negative"], default="negative", help="what blank and -1 mean in a class's column"
+    )
+    dataset.add_argument("--use-valid-as-test", action="store_true", help="where there is train and valid, but no test")
+    dataset.add_argument("--zip-encoding", metavar="NAME", help="of a zip's file names, such as gbk, cp932 or cp437")
+    dataset.add_argument(
+        "--max-left-out", type=float, default=0.1, metavar="FRACTION", help="of files that are no images (default: 0.1)"
+    )
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
     backup = command("backup", _backup, "write one verified archive of the embedded installation, while it works")
     backup.add_argument("--output", type=Path, default=Path("backups"), help="folder of the archive (default: backups)")
@@ -220,23 +230,46 @@ def _validate_config(options: argparse.Namespace) -> int:
 
 
 def _import_dataset(options: argparse.Namespace) -> int:
-    from cv_platform.datasets.importing import import_dataset
+    from cv_platform.datasets.importing import ImportRules, import_dataset
 
     default_root = Settings.from_environment().home / "datasets"
     root = options.root or default_root
     is_new = not root.expanduser().exists()
-    imported = import_dataset(
-        options.source, ds_name=options.name, tag=options.tag, ds_root=root, annotations=options.annotations
+    rules = ImportRules(
+        classes=tuple(next(csv.reader([options.classes], skipinitialspace=True))) if options.classes else None,
+        use_valid_as_test=options.use_valid_as_test,
+        zip_encoding=options.zip_encoding,
+        max_left_out_fraction=options.max_left_out,
     )
+    imported = import_dataset(
+        options.source,
+        ds_name=options.name,
+        tag=options.tag,
+        ds_root=root,
+        annotations=options.annotations,
+        rules=rules,
+    )
+
+    def quoted(value: object) -> str:
+        # JSON is YAML in which nothing is taken for a number, a date or a truth value.
+        return json.dumps(value, ensure_ascii=False)
+
     print(f"{imported.ds_name} {imported.tag}: DVC md5 {imported.dvc_md5}, in {imported.directory}")
-    print(f"classes: {json.dumps(list(imported.class_names), ensure_ascii=False)}")
-    print(f"images: {json.dumps(imported.counts, ensure_ascii=False)}")
-    found_by = f"ds_name: {imported.ds_name}, dvc_tag: {imported.tag}"
-    if (place := imported.directory.parent) != default_root:
-        found_by += f", ds_root: {json.dumps(str(place), ensure_ascii=False)}"
-        if is_new:
-            print(f"{place} was made for it. Without --root, datasets lie in {default_root}.")
-    print(f"In the config: dataset: {{{found_by}}}, and model.classes as above.")
+    for line in imported.summary():
+        print(f"  {line}")
+    place = imported.directory.parent
+    if is_new and place != default_root:
+        print(f"{place} was made for it. Without --root, datasets lie in {default_root}.")
+    print("In the config:")
+    print("dataset:")
+    print(f"  ds_name: {quoted(imported.ds_name)}")
+    print(f"  dvc_tag: {quoted(imported.tag)}")
+    if place != default_root:
+        print(f"  ds_root: {quoted(str(place))}")
+    print("model:")
+    print(f"  classes: {quoted(imported.class_names)}")
+    if imported.is_multi_label:
+        print('  classifier_type: "multi-label"')
     return 0
 
 

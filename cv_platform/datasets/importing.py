@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -14,17 +15,10 @@ from cv_platform.config import DatasetConfig
 from cv_platform.datasets.archives import is_archive, unpack
 from cv_platform.datasets.durable import exclusive, scratch_directory, whole_directory
 from cv_platform.datasets.dvc_store import store_images
-from cv_platform.datasets.layouts import (
-    SPLIT_ALIASES,
-    ImageEntry,
-    Layout,
-    has_images,
-    read_layout,
-    visible,
-    write_annotations,
-)
+from cv_platform.datasets.entries import NOT_AN_IMAGE, ImageEntry, Layout
+from cv_platform.datasets.label_files import LabelRules
+from cv_platform.datasets.layouts import descend, read_layout, write_annotations
 from cv_platform.datasets.repository import (
-    ANNOTATIONS,
     DATA_FOLDER,
     StoredVersion,
     commit_version,
@@ -35,12 +29,13 @@ from cv_platform.datasets.repository import (
     show_version,
     version_md5,
 )
+from cv_platform.datasets.source_tree import Folder, is_image, walk
+from cv_platform.datasets.splits import SPLITS
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import DatasetError, InvalidDatasetError
 
-logger = logging.getLogger(__name__)
-
 NO_SPLIT = "no split"
+MAX_LEFT_OUT_FRACTION = 0.1
 
 
 class ImportedDataset(BaseModel):
@@ -51,8 +46,11 @@ class ImportedDataset(BaseModel):
         tag: its new tag.
         dvc_md5: the data version.
         class_names: the classes found.
+        is_multi_label: some image has several labels, or none.
         counts: images per split; `no split` when the source has none.
         class_counts: images per class.
+        notes: how the source was understood, as sentences.
+        left_out: how many files were left out, by reason, with an example.
         directory: the repository.
     """
 
@@ -62,31 +60,69 @@ class ImportedDataset(BaseModel):
     tag: str
     dvc_md5: str
     class_names: tuple[str, ...]
+    is_multi_label: bool
     counts: dict[str, int]
     class_counts: dict[str, int]
+    notes: tuple[str, ...]
+    left_out: dict[str, int]
     directory: Path
+
+    def summary(self) -> list[str]:
+        """Returns what was understood, a sentence a line."""
+        return [
+            *self.notes,
+            f"images: {_counted(self.counts)}",
+            f"classes: {_counted(self.class_counts)}",
+            *(f"left out: {count} {reason}" for reason, count in self.left_out.items()),
+        ]
+
+
+@dataclass(frozen=True)
+class ImportRules:
+    """What the user decides where the source does not say it.
+
+    Attributes:
+        classes: the columns, labels or folders that are classes; None: found.
+        use_valid_as_test: the valid split becomes test.
+        zip_encoding: of the names in a zip that are not UTF-8.
+        max_left_out_fraction: of the files in the images' places those that may be no images that can be decoded.
+    """
+
+    classes: tuple[str, ...] | None = None
+    use_valid_as_test: bool = False
+    zip_encoding: str | None = None
+    max_left_out_fraction: float = MAX_LEFT_OUT_FRACTION
 
 
 def import_dataset(
-    source: Path, *, ds_name: str, tag: str, ds_root: Path, annotations: Path | None = None
+    source: Path,
+    *,
+    ds_name: str,
+    tag: str,
+    ds_root: Path,
+    annotations: Path | None = None,
+    rules: ImportRules | None = None,
 ) -> ImportedDataset:
     """Adds the images of `source` to the repository `ds_root/ds_name` as the version `tag`.
 
     The repository is made when it is missing. Importing the same images under the same tag again changes nothing. The
-    source is only read, and of an existing repository neither branch nor working tree changes.
+    source is only read, and of an existing repository neither branch nor working tree changes. How the source was
+    understood is the message of the version's commit.
 
     Args:
-        source: a folder, or a tar or zip archive, with class folders, split/class folders, or annotations.csv inside.
+        source: a folder, or a tar or zip archive, in one of the layouts of docs/import.md.
         ds_name: the dataset's name.
         tag: the new version's git tag, such as v1.0.0.
         ds_root: folder of the dataset repositories.
-        annotations: a CSV outside of `source`; its paths are relative to the images.
+        annotations: a label file outside of `source`, or of an unusual name.
+        rules: what the source does not say.
 
     Raises:
-        InvalidDatasetError: name, tag, source or annotations are not usable, a class has no images, train or test is
-            missing, or the tag exists with other content.
+        InvalidDatasetError: name, tag, source or label file are not usable, a class has no images, train is missing,
+            too much is no image, or the tag exists with other content.
         DatasetError: `ds_root` cannot hold repositories, there is not enough disk space, or git or DVC fails.
     """
+    rules = rules or ImportRules()
     _check_names(ds_name, tag)
     source, repository = source.expanduser().absolute(), ds_root.expanduser().absolute() / ds_name
     if not source.exists():
@@ -102,23 +138,28 @@ def import_dataset(
         if not source.is_dir():
             root = scratch / "unpacked"
             root.mkdir()
-            unpack(source, root)
-        root = _descend(root)
-        layout = _read(root, annotations)
-        has_csv = annotations is not None or (root / ANNOTATIONS).is_file()
-        entries = layout.entries if has_csv else _canonical(layout.entries)
-        _stage(root, layout.entries, entries, scratch / DATA_FOLDER, moves=not source.is_dir())
-        stored = _store(repository, tag, scratch, write_annotations(entries) if has_csv else None)
-    classes = Counter(label for entry in entries for label in entry.labels)
-    return ImportedDataset(
-        ds_name=ds_name,
-        tag=tag,
-        dvc_md5=stored.dvc_md5,
-        class_names=layout.class_names,
-        counts=dict(Counter(entry.split or NO_SPLIT for entry in entries)),
-        class_counts={name: classes[name] for name in layout.class_names},
-        directory=repository,
-    )
+            unpack(source, root, encoding=rules.zip_encoding)
+        folder = descend(walk(root))
+        layout = _read(folder, annotations, rules)
+        entries = _canonical(layout)
+        _stage(folder.path, layout.entries, entries, scratch / DATA_FOLDER, moves=not source.is_dir())
+        classes = Counter(label for entry in entries for label in entry.labels)
+        imported = ImportedDataset(
+            ds_name=ds_name,
+            tag=tag,
+            dvc_md5="",
+            class_names=layout.class_names,
+            is_multi_label=any(len(entry.labels) != 1 for entry in entries),
+            counts=dict(Counter(entry.split or NO_SPLIT for entry in entries)),
+            class_counts={name: classes[name] for name in layout.class_names},
+            notes=(f"understood as {layout.name}", *layout.notes),
+            left_out=layout.left_out.counts(),
+            directory=repository,
+        )
+        annotations_csv = write_annotations(entries) if layout.labels_from != "folders" else None
+        message = "\n".join([f"Import {tag}", "", *imported.summary()])
+        stored = _store(repository, tag, scratch, annotations_csv, message)
+    return imported.model_copy(update={"dvc_md5": stored.dvc_md5})
 
 
 def _check_names(ds_name: str, tag: str) -> None:
@@ -150,56 +191,93 @@ def _make_root(root: Path) -> None:
         ) from err
 
 
-def _descend(root: Path) -> Path:
-    """Steps through single wrapping folders, as archives have them."""
-    while not (root / ANNOTATIONS).is_file() and not has_images(root):
-        folders = [path for path in visible(root) if path.is_dir()]
-        if len(folders) != 1 or folders[0].name in SPLIT_ALIASES or has_images(folders[0]):
-            break
-        root = folders[0]
-    return root
-
-
-def _read(root: Path, annotations: Path | None) -> Layout:
-    csv_path = annotations or root / ANNOTATIONS
+def _read(root: Folder, annotations: Path | None, rules: ImportRules) -> Layout:
     content = None
-    if annotations is not None or csv_path.is_file():
-        try:
-            content = csv_path.read_bytes()
-        except OSError as err:
-            raise InvalidDatasetError(f"Expected annotations at {csv_path}. Received: {err}.") from err
-    layout = read_layout(root, content)
+    try:
+        content = annotations.read_bytes() if annotations is not None else None
+    except OSError as err:
+        raise InvalidDatasetError(f"Expected annotations at {annotations}. Received: {err}. Correct the path.") from err
+    name = annotations.name if annotations is not None else ""
+    classes = None if rules.classes is None else tuple(normalize("NFC", name) for name in rules.classes)
+    layout = _judge_images(root, read_layout(root, content, LabelRules(classes), name=name), rules)
     used = {label for entry in layout.entries for label in entry.labels}
     empty = [name for name in layout.class_names if name not in used]
     if empty:
         raise InvalidDatasetError(
-            f"Expected images of every class in {root}. Received: none of {', '.join(empty)}. "
-            "Add some, or remove the class."
+            f"Expected images of every class in {root.path}. Received: none of {', '.join(empty)}. "
+            "Add some, or remove the class (or name the others by --classes)."
         )
     if len(layout.class_names) < 2:
         raise InvalidDatasetError(
-            f"Expected at least two classes in {root}. Received: {', '.join(layout.class_names) or 'none'}. "
-            "Arrange images as CLASS/image.jpg or SPLIT/CLASS/image.jpg, or add annotations.csv."
+            f"Expected at least two classes in {root.path}. Received: {', '.join(layout.class_names) or 'none'}. "
+            "Arrange images as CLASS/image.jpg or SPLIT/CLASS/image.jpg, or add a label file; see docs/import.md."
         )
+    return _judge_splits(root, layout, rules)
+
+
+def _judge_images(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
+    """Leaves out what its content shows to be no image, unless that is too much."""
+    try:
+        entries = tuple(entry for entry in layout.entries if is_image(root.path / entry.path))
+    except OSError as err:
+        raise InvalidDatasetError(f"Expected images that can be read. Received: {err}. Correct their rights.") from err
+    kept = {entry.path for entry in entries}
+    layout.left_out.add(NOT_AN_IMAGE, (entry.path for entry in layout.entries if entry.path not in kept))
+    count = len(layout.left_out.paths[NOT_AN_IMAGE])
+    if count > rules.max_left_out_fraction * (count + len(entries)):
+        reasons = [f"{n} {reason}" for reason, n in layout.left_out.counts().items() if reason.startswith(NOT_AN_IMAGE)]
+        raise InvalidDatasetError(
+            f"Expected images in at least {1 - rules.max_left_out_fraction:.0%} of the images' files of {root.path}. "
+            f"Received: {len(entries)} images, and {'; '.join(reasons)}. Convert them (HEIC, AVIF and RAW to JPEG), or "
+            "leave them out by --max-left-out 1."
+        )
+    return replace(layout, entries=entries)
+
+
+def _judge_splits(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
+    """Refuses splits from which not all can be made, and says which are made."""
     splits = {entry.split for entry in layout.entries}
-    missing = [split for split in ("train", "test") if split not in splits] if splits != {None} else []
-    if missing or (None in splits and len(splits) > 1):
+    notes: list[str] = []
+    if rules.use_valid_as_test:
+        if "valid" not in splits or "test" in splits:
+            found = ", ".join(sorted(split or NO_SPLIT for split in splits))
+            raise InvalidDatasetError(
+                f"Expected a split valid and none called test for --use-valid-as-test. Received: {found}. Omit it."
+            )
+        notes.append("valid is used as test")
+        entries = tuple(replace(e, split="test") if e.split == "valid" else e for e in layout.entries)
+        layout, splits = replace(layout, entries=entries), {entry.split for entry in entries}
+    if splits != {None} and (None in splits or "train" not in splits):
         found = ", ".join(sorted(split or "(none)" for split in splits))
         raise InvalidDatasetError(
-            f"Expected the splits train and test, or no splits at all. Received: {found}. "
-            "Add what is missing, or give the images without splits."
+            f"Expected the split train (from which test, valid and reference can be taken), or no splits at all, in "
+            f"{root.path}. Received: {found}. Add what is missing, or give the images without splits."
         )
-    if layout.ignored:
-        logger.warning("Ignored %d files that are no listed images, such as %s", len(layout.ignored), layout.ignored[0])
-    return layout
+    if missing := [split for split in SPLITS if split not in splits]:
+        origin = "all images" if splits == {None} else "train"
+        notes.append(f"{', '.join(missing)}: taken from {origin} when the dataset is used, seeded, by its fractions")
+    return replace(layout, notes=(*layout.notes, *notes))
 
 
-def _canonical(entries: tuple[ImageEntry, ...]) -> tuple[ImageEntry, ...]:
-    """Names split folders train, valid, test and reference, whatever they were called."""
-    return tuple(
-        ImageEntry(f"{entry.split}/{entry.path.partition('/')[2]}", entry.split, entry.labels) if entry.split else entry
-        for entry in entries
-    )
+def _canonical(layout: Layout) -> tuple[ImageEntry, ...]:
+    """Names folders train, valid, test and reference, and classes and files in NFC, whatever they were called."""
+    entries: list[ImageEntry] = []
+    for entry in layout.entries:
+        path = normalize("NFC", entry.path)
+        if layout.labels_from == "folders":
+            path = "/".join([*([entry.split] if entry.split else []), *entry.labels, PurePosixPath(path).name])
+        entries.append(replace(entry, path=path))
+    twice = [path for path, count in Counter(entry.path for entry in entries).items() if count > 1]
+    if twice:
+        raise InvalidDatasetError(
+            f"Expected each name once, whatever form its accents have. Received twice: {', '.join(twice[:5])}. "
+            "Rename one of each."
+        )
+    return tuple(entries)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def _stage(
@@ -222,8 +300,7 @@ def _stage(
         raise InvalidDatasetError(f"Cannot read the images of {root}: {err}. Check their rights and the disk.") from err
 
 
-def _store(repository: Path, tag: str, scratch: Path, annotations: bytes | None) -> StoredVersion:
-    message = f"Import {tag}"
+def _store(repository: Path, tag: str, scratch: Path, annotations: bytes | None, message: str) -> StoredVersion:
     if not repository.exists():
         with whole_directory(repository) as partial:
             create_repository(partial)

@@ -1,11 +1,9 @@
-"""What a folder of images says about them: class folders, split/class folders, or a CSV beside the images.
-
-    cat/1.jpg                          class folders
-    train/cat/1.jpg, test/cat/2.jpg    split/class folders (train, valid or val or validation, test, reference)
-    annotations.csv                    path (or image, filename), optional split, and either label (several joined
-                                       by `|`) or one column of 0 and 1 per class
+"""What a folder of images says about them: class folders, split and class folders, or label files; see docs/import.md.
 
 Importing and the manifest read folders through here, so that what was imported is what is found again.
+
+How to add one: a function that takes the source and the rules and returns a `Layout`, or None where the source is
+another one; its name in `LAYOUTS`, of which the first that answers counts; and a row in docs/import.md.
 """
 
 from __future__ import annotations
@@ -13,63 +11,56 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from unicodedata import normalize
 
-from cv_platform.datasets.splits import SPLITS
+from cv_platform.datasets.entries import (
+    ACCOMPANYING,
+    NO_CLASS_FOLDER,
+    NOT_AN_IMAGE,
+    UNLABELLED,
+    UNWANTED_CLASS,
+    ImageEntry,
+    Layout,
+    LeftOut,
+    split_of,
+)
+from cv_platform.datasets.label_files import LABEL_FILES, LabelRules, read_labels
+from cv_platform.datasets.source_tree import TEXT_SUFFIXES, Folder
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.predictions import LABEL_SEPARATOR
 
-IMAGE_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SPLIT_ALIASES = {**{split: split for split in SPLITS}, "val": "valid", "validation": "valid"}
-_PATH_COLUMNS = ("path", "image", "filename")
-_TRUE, _FALSE = {"1", "1.0", "true"}, {"0", "0.0", "false", ""}
-_SHOWN = 10
+_NO_CLASSES = frozenset({"images", "image", "imgs", "img", "labels", "masks", "annotations", "jpegimages"})
+"""Folders of datasets for other tasks (detection, segmentation), or of images without labels."""
 
 
-@dataclass(frozen=True)
-class ImageEntry:
-    """One image: POSIX path relative to its folder, split (None without splits) and class names."""
-
-    path: str
-    split: str | None
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a folder holds.
-
-    Attributes:
-        entries: the images by path.
-        class_names: all classes, also those without images; sorted, or in the order of the CSV's columns.
-        ignored: files that are no images by their suffix, or not in the CSV.
-    """
-
-    entries: tuple[ImageEntry, ...]
-    class_names: tuple[str, ...]
-    ignored: tuple[str, ...]
-
-
-def read_layout(folder: Path, annotations: bytes | None) -> Layout:
-    """Lists the images of `folder` with splits and labels.
+def read_layout(root: Folder, annotations: bytes | None, rules: LabelRules, *, name: str = "annotations") -> Layout:
+    """Lists the images of `root` with splits and labels.
 
     Args:
-        folder: the images.
-        annotations: content of a CSV; without one, the folders' names are the labels.
+        root: the images.
+        annotations: content of a label file that lies elsewhere; without one, `LAYOUTS` are tried.
+        rules: what the caller has decided.
+        name: of the label file, for messages.
 
     Raises:
-        InvalidDatasetError: neither layout fits; all mistakes are listed.
+        InvalidDatasetError: no layout fits, or what fits is broken; all mistakes are listed.
     """
-    layout = _read_folders(folder) if annotations is None else _read_csv(folder, annotations)
-    if not layout.entries:
-        raise InvalidDatasetError(
-            f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in class folders of {folder}. Received: none. "
-            "Arrange them as CLASS/image.jpg or SPLIT/CLASS/image.jpg, or add annotations.csv."
-        )
+    if annotations is not None:
+        layout = read_labels(root, annotations, rules, name=name)
+    else:
+        layout = next(found for read in LAYOUTS if (found := read(root, rules)) is not None)
+    for folder in root.below():
+        inside = folder.path.relative_to(root.path)
+        layout.left_out.add("litter, hidden or a broken link", ((inside / name).as_posix() for name in folder.litter))
+    if not layout.entries and not layout.left_out.paths[NOT_AN_IMAGE]:
+        raise _refusal(root, "none")
     unusable = [name for name in layout.class_names if LABEL_SEPARATOR in name]
     if unusable:
-        raise InvalidDatasetError(f"Expected class names without {LABEL_SEPARATOR!r}. Received: {', '.join(unusable)}.")
+        raise InvalidDatasetError(
+            f"Expected class names without {LABEL_SEPARATOR!r}. Received: {', '.join(unusable)}. Rename them."
+        )
     for entry in layout.entries:
         try:
             entry.path.encode()
@@ -78,8 +69,9 @@ def read_layout(folder: Path, annotations: bytes | None) -> Layout:
     return layout
 
 
-def write_annotations(entries: tuple[ImageEntry, ...]) -> bytes:
+def write_annotations(entries: Iterable[ImageEntry]) -> bytes:
     """Returns `annotations.csv` in one form (path, split if there are splits, label), whatever form it came in."""
+    entries = tuple(entries)
     has_splits = any(entry.split for entry in entries)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -89,130 +81,190 @@ def write_annotations(entries: tuple[ImageEntry, ...]) -> bytes:
     return text.getvalue().encode()
 
 
-def visible(folder: Path) -> list[Path]:
-    """Lists a folder's content by name, without hidden files and what archivers and desktops leave behind."""
-    return sorted(
-        (path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")) and path.name != "Thumbs.db"),
-        key=lambda path: path.name,
-    )
+def descend(root: Folder) -> Folder:
+    """Steps through single wrapping folders, as archives have them."""
+    while not root.images and len(root.folders) == 1 and _label_file(root) is None:
+        (inner,) = root.folders
+        if split_of(inner.name) or (inner.images and _label_file(inner) is None):
+            break
+        root = inner
+    return root
 
 
-def is_image_name(path: Path) -> bool:
-    """Tells from the suffix."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+def _one_label_file(root: Folder, rules: LabelRules) -> Layout | None:
+    if rules.is_stored or (path := _label_file(root)) is None:
+        return None
+    return read_labels(root, _content(path), rules, name=path.name)
 
 
-def has_images(folder: Path) -> bool:
-    """Tells whether images lie directly in `folder`."""
-    return any(is_image_name(path) and path.is_file() for path in visible(folder))
+def _label_file_per_split(root: Folder, rules: LabelRules) -> Layout | None:
+    splits = {} if rules.is_stored else _split_folders(root)
+    found = {folder: path for folder in splits if (path := _label_file(folder)) is not None}
+    if not found:
+        return None
+    left_out = LeftOut()
+    entries: list[ImageEntry] = []
+    notes: dict[str, None] = {}
+    class_names: dict[str, tuple[str, ...]] = {}
+    for folder in root.folders:
+        if folder not in found:
+            left_out.add(f"in {folder.name}/, which has no label file", folder.image_paths(root))
+            continue
+        name = f"{folder.name}/{found[folder].name}"
+        layout = read_labels(folder, _content(found[folder]), rules, name=name)
+        entries += [ImageEntry(f"{folder.name}/{entry.path}", splits[folder], entry.labels) for entry in layout.entries]
+        for reason, paths in layout.left_out.paths.items():
+            left_out.add(reason, (f"{folder.name}/{path}" for path in paths))
+        notes |= dict.fromkeys(layout.notes)
+        class_names[name] = layout.class_names
+        if layout.labels_from == "class columns" and set(layout.class_names) != set(next(iter(class_names.values()))):
+            columns = "; ".join(f"{file}: {', '.join(names)}" for file, names in class_names.items())
+            raise InvalidDatasetError(
+                f"Expected the same columns of classes in each split. Received: {columns}. Name them by --classes."
+            )
+    names, *others = class_names.values()
+    if any(other != names for other in others):
+        names = tuple(sorted({name for names in class_names.values() for name in names}))
+    title = f"the label files {', '.join(class_names)}"
+    return Layout(title, _by_path(entries), names, left_out, tuple(notes), "label column")
 
 
-def _read_folders(folder: Path) -> Layout:
-    folders = [path for path in visible(folder) if path.is_dir()]
-    ignored = [path.name for path in visible(folder) if not path.is_dir()]
-    loose = [name for name in ignored if is_image_name(Path(name))]
-    if loose:
+def _split_and_class_folders(root: Folder, rules: LabelRules) -> Layout | None:
+    splits = {folder: (split, _unwrapped(folder)) for folder, split in _split_folders(root).items()}
+    labelled = [folder for folder, (_, inner) in splits.items() if any(child.has_images for child in inner.folders)]
+    others = [folder for folder in root.folders if folder not in splits and folder.has_images]
+    if splits and not labelled and not others:
+        flat = [path for folder in splits for path in folder.image_paths(root)]
+        if flat:
+            names = ", ".join(folder.name for folder in splits)
+            raise _refusal(root, f"the splits {names} with images directly in them ({flat[0]}) and no labels")
+    if not labelled:
+        return None  # A class may be called `train` (beside `car` and `plane`).
+    if others:
         raise InvalidDatasetError(
-            f"Expected images in class folders of {folder}. Received: {len(loose)} directly in it, such as {loose[0]}. "
-            "Move them into a folder named after their class, or add annotations.csv."
-        )
-    # A class may be called `train` (beside `car` and `plane`): then images lie in it, not folders.
-    split_folders = {
-        path: SPLIT_ALIASES[path.name] for path in folders if path.name in SPLIT_ALIASES and not has_images(path)
-    }
-    if split_folders and len(split_folders) < len(folders):
-        others = ", ".join(path.name for path in folders if path not in split_folders)
-        raise InvalidDatasetError(
-            f"Expected only split folders ({', '.join(SPLIT_ALIASES)}) in {folder}. Received also: {others}. "
+            f"Expected only folders of splits beside {', '.join(folder.name for folder in splits)} in {root.path}. "
+            f"Received also: {', '.join(folder.name for folder in others)}. "
             "Move these into a split, or remove the split folders."
         )
-    twice = [split for split, count in Counter(split_folders.values()).items() if count > 1]
-    if twice:
-        raise InvalidDatasetError(
-            f"Expected one folder for the split {twice[0]} in {folder}. Received: several names of it. Merge them."
-        )
-    class_folders: list[tuple[str | None, Path]] = [(None, path) for path in folders]
-    if split_folders:
-        class_folders = []
-        for path, split in split_folders.items():
-            class_folders += [(split, child) for child in visible(path) if child.is_dir()]
-            ignored += [f"{path.name}/{child.name}" for child in visible(path) if not child.is_dir()]
-    entries = []
-    for split, path in class_folders:
-        for child in visible(path):
-            relative = child.relative_to(folder).as_posix()
-            if child.is_dir():
-                raise InvalidDatasetError(
-                    f"Expected images directly in the class folder {path.relative_to(folder)} of {folder}. "
-                    f"Received: the folder {relative}. Arrange images as CLASS/image.jpg or SPLIT/CLASS/image.jpg."
-                )
-            if is_image_name(child):
-                entries.append(ImageEntry(relative, split, (path.name,)))
-            else:
-                ignored.append(relative)
-    names = tuple(sorted({path.name for _, path in class_folders}))
-    return Layout(tuple(sorted(entries, key=lambda entry: entry.path)), names, tuple(sorted(ignored)))
-
-
-def _read_csv(folder: Path, annotations: bytes) -> Layout:
-    try:
-        reader = csv.reader(io.StringIO(annotations.decode("utf-8-sig"), newline=""), strict=True)
-        rows = [row for row in reader if any(cell.strip() for cell in row)]
-    except (UnicodeDecodeError, csv.Error) as err:
-        raise InvalidDatasetError(f"Expected annotations as a CSV in UTF-8. Received: {err}. Save it as such.") from err
-    header = [name.strip() for name in rows[0]] if rows else []
-    place = {name.lower(): at for at, name in enumerate(header)}
-    path_at = next((place[name] for name in _PATH_COLUMNS if name in place), None)
-    if path_at is None or len(place) != len(header):
-        raise InvalidDatasetError(
-            f"Expected annotations with a column {' or '.join(_PATH_COLUMNS)}, and each name once. "
-            f"Received: {', '.join(header) or 'no header'}."
-        )
-    split_at, label_at = place.get("split"), place.get("label")
-    class_at: dict[int, str] = {}
-    if label_at is None:
-        class_at = {at: name for at, name in enumerate(header) if at not in {path_at, split_at}}
-    if label_at is None and not class_at:
-        raise InvalidDatasetError(
-            f"Expected annotations with a column label, or one of 0 and 1 per class. Received: {', '.join(header)}."
-        )
-    mistakes: list[str] = []
-    entries: dict[str, ImageEntry] = {}
-    for number, cells in enumerate(rows[1:], start=2):
-        if len(cells) != len(header):
-            mistakes.append(f"row {number}: {len(cells)} cells instead of {len(header)}")
+    left_out = LeftOut()
+    class_folders: list[tuple[str | None, Folder]] = []
+    for folder, (split, inner) in splits.items():
+        names = {child.name.lower() for child in inner.folders}
+        if folder not in labelled or (names <= _NO_CLASSES | {folder.name.lower(), "unknown"} and split != "train"):
+            left_out.add(f"in {folder.name}/, which has no labels", folder.image_paths(root))
             continue
-        path = PurePosixPath(cells[path_at].strip().replace("\\", "/"))
-        if path.parts[:1] == (folder.name,) and not (folder / path).is_file():
-            path = PurePosixPath(*path.parts[1:])  # A CSV beside the folder of images names the folder too.
-        name = path.as_posix()
-        split_name = cells[split_at].strip().lower() if split_at is not None else ""
-        labels: list[str] = []
-        if label_at is not None:
-            labels = [part.strip() for part in cells[label_at].split(LABEL_SEPARATOR) if part.strip()]
-        for at, class_name in class_at.items():
-            value = cells[at].strip().lower()
-            if value in _TRUE:
-                labels.append(class_name)
-            elif value not in _FALSE:
-                mistakes.append(f"row {number}: {cells[at]!r} in the class column {class_name} instead of 0 or 1")
-        if path.is_absolute() or ".." in path.parts or name == ".":
-            mistakes.append(f"row {number}: {cells[path_at]!r} instead of a path relative to the images")
-        elif split_name and split_name not in SPLIT_ALIASES:
-            mistakes.append(f"row {number}: split {cells[split_at or 0]!r} instead of {', '.join(SPLITS)}")
-        elif name in entries:
-            mistakes.append(f"row {number}: {name} for the second time")
-        elif not (folder / path).is_file():
-            mistakes.append(f"row {number}: {name} is not in {folder}")
+        class_folders += [(split, child) for child in inner.folders]
+        inside = inner.path.relative_to(root.path)
+        for name in inner.files:
+            reason = NO_CLASS_FOLDER if name in inner.images else ACCOMPANYING
+            left_out.add(reason, [(inside / name).as_posix()])
+    for folder in root.folders:
+        if folder not in splits:
+            left_out.add(ACCOMPANYING, folder.paths(root))
+    shown = ", ".join(folder.name for folder in labelled)
+    return _from_class_folders(root, class_folders, f"split and class folders ({shown})", rules, left_out)
+
+
+def _class_folders(root: Folder, rules: LabelRules) -> Layout:
+    if root.images:
+        raise _refusal(root, f"{len(root.images)} directly in it, such as {root.images[0]}")
+    left_out = LeftOut()
+    folders: list[tuple[str | None, Folder]] = []
+    for folder in root.folders:
+        paths = list(folder.paths(root))
+        if paths and all(Path(path).suffix.lower() in TEXT_SUFFIXES for path in paths):
+            left_out.add(ACCOMPANYING, paths)
         else:
-            entries[name] = ImageEntry(name, SPLIT_ALIASES.get(split_name), tuple(sorted(set(labels))))
-    if mistakes:
-        shown = "\n".join(f"  {mistake}" for mistake in mistakes[:_SHOWN])
-        more = f"\n  and {len(mistakes) - _SHOWN} more" if len(mistakes) > _SHOWN else ""
-        raise InvalidDatasetError(f"Expected one correct row per image in the annotations. Received:\n{shown}{more}")
-    used = {label for entry in entries.values() for label in entry.labels}
-    names = tuple(class_at.values()) or tuple(sorted(used))
-    files = (path for path in folder.rglob("*") if path.is_file() and is_image_name(path))
-    present = (path.relative_to(folder).as_posix() for path in files)
-    ignored = tuple(sorted(path for path in present if path not in entries))
-    return Layout(tuple(entries[name] for name in sorted(entries)), names, ignored)
+            folders.append((None, folder))
+    return _from_class_folders(root, folders, "class folders", rules, left_out)
+
+
+LAYOUTS: tuple[Callable[[Folder, LabelRules], Layout | None], ...] = (
+    _one_label_file,
+    _label_file_per_split,
+    _split_and_class_folders,
+    _class_folders,
+)
+
+
+def _from_class_folders(
+    root: Folder, folders: list[tuple[str | None, Folder]], title: str, rules: LabelRules, left_out: LeftOut
+) -> Layout:
+    left_out.add(ACCOMPANYING, root.files)
+    nothing = set() if rules.is_stored else UNLABELLED - set(rules.classes or ())
+    names = {_class_name(folder) for _, folder in folders if _class_name(folder).lower() not in nothing}
+    if names and {name.lower() for name in names} <= _NO_CLASSES:
+        raise _refusal(root, f"folders that name no classes: {', '.join(sorted(names))}")
+    entries: list[ImageEntry] = []
+    for split, folder in folders:
+        name, inside = _class_name(folder), folder.path.relative_to(root.path)
+        if name not in names:
+            left_out.add(f"in folders {folder.name}, which means no label", folder.image_paths(root))
+        elif rules.classes is not None and name not in rules.classes:
+            left_out.add(UNWANTED_CLASS, folder.image_paths(root))
+        elif nested := [child.name for child in folder.folders if any(child.paths(root))]:
+            raise InvalidDatasetError(
+                f"Expected images directly in the class folder {inside} of {root.path}. "
+                f"Received: the folder {inside / nested[0]}. Arrange them as CLASS/image.jpg or SPLIT/CLASS/image.jpg."
+            )
+        else:
+            for file in folder.files:
+                path = (inside / file).as_posix()
+                if file in folder.images:
+                    entries.append(ImageEntry(path, split, (name,)))
+                else:
+                    is_text = Path(file).suffix.lower() in TEXT_SUFFIXES
+                    left_out.add(ACCOMPANYING if is_text else NOT_AN_IMAGE, [path])
+    return Layout(title, _by_path(entries), rules.classes or tuple(sorted(names)), left_out)
+
+
+def _split_folders(root: Folder) -> dict[Folder, str]:
+    splits = {folder: split for folder in root.folders if (split := split_of(folder.name)) is not None}
+    for split, count in Counter(split for folder, split in splits.items() if folder.has_images).items():
+        if count > 1:
+            names = ", ".join(folder.name for folder, name in splits.items() if name == split)
+            raise InvalidDatasetError(
+                f"Expected one folder for the split {split} in {root.path}. Received: {names}. Merge or rename them."
+            )
+    return splits
+
+
+def _unwrapped(folder: Folder) -> Folder:
+    """Steps through single folders that are called like the split or `images`, as in `test_set/test_set/CLASS`."""
+    split = split_of(folder.name)
+    while not folder.images and len(folder.folders) == 1:
+        (inner,) = folder.folders
+        if (split_of(inner.name) != split and inner.name.lower() not in _NO_CLASSES) or not inner.folders:
+            break
+        folder = inner
+    return folder
+
+
+def _label_file(folder: Folder) -> Path | None:
+    return next((folder.path / name for name in LABEL_FILES if name in folder.files), None)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise InvalidDatasetError(f"Expected labels in {path}. Received: {err.strerror}. Correct its rights.") from err
+
+
+def _class_name(folder: Folder) -> str:
+    return normalize("NFC", folder.name)
+
+
+def _by_path(entries: Iterable[ImageEntry]) -> tuple[ImageEntry, ...]:
+    return tuple(sorted(entries, key=lambda entry: entry.path))
+
+
+def _refusal(root: Folder, received: str) -> InvalidDatasetError:
+    unread = [name for name in root.files if Path(name).suffix.lower() in {".csv", ".tsv", ".json", ".jsonl"}]
+    hints = [f"Labels may be in {', '.join(unread)}: name it by --annotations."] if unread else []
+    hints += [f"{name} stands for images that `dvc pull` would fetch." for name in root.files if name.endswith(".dvc")]
+    return InvalidDatasetError(
+        f"Expected images in class folders of {root.path}. Received: {received}. "
+        "Arrange them as CLASS/image.jpg or SPLIT/CLASS/image.jpg, or put a label file beside them (such as "
+        f"metadata.csv with file_name and label); docs/import.md has all layouts. {' '.join(hints)}".rstrip()
+    )

@@ -21,7 +21,10 @@ import pyarrow.parquet as pq
 from cv_platform import images
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.durable import whole_file
-from cv_platform.datasets.layouts import ImageEntry, read_layout
+from cv_platform.datasets.entries import ImageEntry
+from cv_platform.datasets.label_files import LabelRules
+from cv_platform.datasets.layouts import read_layout
+from cv_platform.datasets.source_tree import walk
 from cv_platform.datasets.splits import SPLITS, TAKEN, complete_splits
 from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
 
@@ -82,7 +85,7 @@ def build_manifest(
         InvalidDatasetError: the classes found are not the configured ones, a class has no images, labels do not fit the
             classifier type, or splits are missing that cannot be taken from train.
     """
-    layout = read_layout(directory / data_path, annotations)
+    layout = read_layout(walk(directory / data_path), annotations, LabelRules(is_stored=True))
     _check_classes(layout.entries, layout.class_names, model, dataset)
     paths = [f"{data_path}/{entry.path}" for entry in layout.entries]
     with ThreadPoolExecutor(_READERS) as pool:

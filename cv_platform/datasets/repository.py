@@ -152,7 +152,8 @@ def commit_version(
         tree = run_git(directory, "write-tree", variables=index).decode().strip()
     dates = {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date} if date else {}
     parents = ("-p", parent) if parent else ()
-    commit = run_git(directory, "commit-tree", tree, *parents, "-m", message, variables=dates).decode().strip()
+    stdin = f"{message}\n".encode(errors="replace")
+    commit = run_git(directory, "commit-tree", tree, *parents, stdin=stdin, variables=dates).decode().strip()
     run_git(directory, "update-ref", f"refs/tags/{tag}", commit, "")
     return read_version(directory, tag)
 

@@ -23,7 +23,7 @@ def complete_splits(
 ) -> tuple[list[str], list[str]]:
     """Fills in the splits that a dataset does not have.
 
-    A missing valid or reference split is taken from train; without any split, test is taken too.
+    A missing test, valid or reference split is taken from train, or of all images where there is no split at all.
 
     Args:
         given: the split of each image, or all None.
@@ -35,8 +35,8 @@ def complete_splits(
         The split of each image, and its origin: `given` or `taken from train`.
 
     Raises:
-        InvalidDatasetError: some images have a split and others none, train or test is missing, or the fractions leave
-            nothing for train.
+        InvalidDatasetError: some images have a split and others none, train is missing, or the fractions leave nothing
+            for it.
     """
     present = set(given)
     if None in present and len(present) > 1:
@@ -45,17 +45,12 @@ def complete_splits(
             f"Expected a split for every image, or for none. Received: {without} of {len(given)} images without one. "
             "Fill in the split column, or remove it."
         )
-    if present == {None}:
-        wanted = ("test", "reference", "valid")
-    else:
-        missing = [split for split in ("train", "test") if split not in present]
-        if missing:
-            raise InvalidDatasetError(
-                f"Expected the splits train and test (valid and reference can be taken from train). Received: "
-                f"{', '.join(sorted(str(s) for s in present))}, without {' and '.join(missing)}. "
-                "Add the folder, or give the images without splits."
-            )
-        wanted = tuple(split for split in ("reference", "valid") if split not in present)
+    if None not in present and "train" not in present:
+        raise InvalidDatasetError(
+            f"Expected the split train, from which the others can be taken. Received: "
+            f"{', '.join(sorted(str(split) for split in present))}. Add it, or give the images without splits."
+        )
+    wanted = tuple(split for split in ("test", "reference", "valid") if split not in present)
     fractions = {split: float(getattr(dataset, f"{split}_fraction")) for split in wanted}
     pool = [row for row, split in enumerate(given) if split in (None, "train")]
     taken = split_identical_together(

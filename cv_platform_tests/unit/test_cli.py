@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cv_platform.cli import main
-from cv_platform_tests.unit.datasets.conftest import class_folders
+from cv_platform_tests.unit.datasets.conftest import class_folders, write_pictures
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
@@ -76,19 +76,66 @@ def test_an_import_says_how_the_config_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
-    source, elsewhere = class_folders(tmp_path / "pets", 2), tmp_path / "else: where"
+    classes = ("yes", "no", "2024-01-31")
+    source, elsewhere = class_folders(tmp_path / "pets", 2, classes), tmp_path / "else: where"
 
-    def imported(*arguments: str) -> tuple[dict[str, str], str]:
-        assert main(["import-dataset", str(source), "--name", "pets", "--tag", "v1.0.0", *arguments]) == 0
+    def imported(*arguments: str, tag: str = "1.0") -> tuple[dict[str, dict[str, object]], str]:
+        assert main(["import-dataset", str(source), "--name", "pets", "--tag", tag, *arguments]) == 0
         out = capsys.readouterr().out
-        section = out.splitlines()[-1].removeprefix("In the config: ").removesuffix(", and model.classes as above.")
-        return yaml.safe_load(section)["dataset"], out
+        return yaml.safe_load(out.partition("In the config:\n")[2]), out
 
-    named = {"ds_name": "pets", "dvc_tag": "v1.0.0"}
-    assert imported()[0] == named
-    section, out = imported("--root", str(elsewhere))
-    assert section == {**named, "ds_root": str(elsewhere)}
+    # Pasted as printed, nothing is a number, a date or a truth value.
+    named, model = {"ds_name": "pets", "dvc_tag": "1.0"}, {"classes": ["2024-01-31", "no", "yes"]}
+    pasted, out = imported()
+    assert pasted == {"dataset": named, "model": model}
+    lines = out.splitlines()
+    assert lines[1:5] == [
+        "  understood as class folders",
+        "  train, valid, test, reference: taken from all images when the dataset is used, seeded, by its fractions",
+        "  images: no split 6",
+        "  classes: 2024-01-31 2, no 2, yes 2",
+    ]
+    pasted, out = imported("--root", str(elsewhere))
+    assert pasted["dataset"] == {**named, "ds_root": str(elsewhere)}
     assert f"{elsewhere} was made for it. Without --root, datasets lie in {tmp_path / 'home' / 'datasets'}." in out
-    section, out = imported("--root", str(elsewhere))
-    assert section == {**named, "ds_root": str(elsewhere)}
+    pasted, out = imported("--root", str(elsewhere))
+    assert pasted["dataset"] == {**named, "ds_root": str(elsewhere)}
     assert "was made" not in out
+
+
+def test_an_import_takes_its_decisions_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    source = write_pictures(tmp_path / "pets", [f"{split}/{i}.png" for split in ("train", "val") for i in range(2)])
+    for split in ("train", "val"):
+        (source / split / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+        rows = "file_name,big cat,dog,fold\n0.png,1,-1,0\n1.png,,1,1\na.heic,1,0,0\n"
+        (source / split / "metadata.csv").write_text(rows)
+    command = ["import-dataset", str(source), "--name", "pets", "--tag", "v1"]
+    assert main(command) == 1
+    assert "--classes big cat,dog" in capsys.readouterr().err
+    assert main([*command, "--classes", "dog, big cat"]) == 1
+    assert "Received: 4 images, and 2 no image that can be decoded (.heic)" in capsys.readouterr().err
+    decided = ["--classes", "dog, big cat", "--use-valid-as-test", "--max-left-out", "0.4", "--unknown", "negative"]
+    assert main([*command, *decided]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1:] == [
+        "  understood as the label files train/metadata.csv, val/metadata.csv",
+        "  the image is the column file_name",
+        "  classes are the columns dog, big cat: named by --classes",
+        "  not used are the columns fold",
+        "  train/metadata.csv: 1 blank and 1 −1 in the columns of classes count as negative (--unknown negative)",
+        "  val/metadata.csv: 1 blank and 1 −1 in the columns of classes count as negative (--unknown negative)",
+        "  valid is used as test",
+        "  valid, reference: taken from train when the dataset is used, seeded, by its fractions",
+        "  images: train 2, test 2",
+        "  classes: dog 2, big cat 2",
+        "  left out: 2 no image that can be decoded (.heic), such as train/a.heic",
+        "In the config:",
+        "dataset:",
+        '  ds_name: "pets"',
+        '  dvc_tag: "v1"',
+        "model:",
+        '  classes: ["dog", "big cat"]',
+    ]

@@ -3,11 +3,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from cv_platform.datasets.importing import import_dataset
+from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.repository import list_versions
 from cv_platform.datasets.versions import checkout_version
@@ -133,8 +134,7 @@ def test_ignores_the_environment_of_a_git_hook(tmp_path: Path, monkeypatch: pyte
     ("names", "message"),
     [
         (["cat/1.png"], "at least two classes"),
-        (["train/cat/1.png", "train/dog/2.png"], "the splits train and test"),
-        (["valid/cat/1.png", "test/dog/2.png"], "the splits train and test"),
+        (["valid/cat/1.png", "test/dog/2.png"], r"the split train .*Received: test, valid"),
         (["notes.txt"], "Expected images"),
     ],
 )
@@ -174,3 +174,127 @@ def test_says_when_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DiskSpaceError, match="Free some space"):
         import_dataset(class_folders(tmp_path / "s", 2), ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
     assert [path.name for path in (tmp_path / "ds").iterdir()] == [".pets.lock"]
+
+
+def test_the_original_stacks_dataset_imports_as_it_is(tmp_path: Path) -> None:
+    """Folder and CSV of its animals10: absolute paths of its container, a column of 0 and 1 per class, splits."""
+    names = [
+        f"images/{split}/{name}_{i}.png" for split in ("train", "test") for name in ("cat", "dog") for i in range(2)
+    ]
+    source = write_pictures(tmp_path / "animals10-dvc", names)
+    (source / "images.dvc").write_text("outs:\n- md5: 0123.dir\n  path: images\n")
+    (source / ".dvc").mkdir()
+    rows = ["image_name,abs_path,cat,dog,split"]
+    for name in names:
+        split, file = name.split("/")[1:]
+        rows.append(
+            f"{file},/home/jovyan/datasets/animals10-dvc/{name},{int('cat' in file)},{int('dog' in file)},{split}"
+        )
+    (source / "annotation_df.csv").write_text("\n".join(rows))
+    imported = import_dataset(source, ds_name="animals10", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert imported.class_names == ("cat", "dog")
+    assert imported.counts == {"test": 4, "train": 4}
+    assert "not used are the columns image_name" in imported.notes
+    assert imported.left_out == {
+        "litter, hidden or a broken link, such as .dvc": 1,
+        "no image, beside the images (.dvc), such as images.dvc": 1,
+    }
+    config = dataset("animals10", ds_root=str(tmp_path / "ds"), valid_fraction=0.01, reference_fraction=0.01)
+    version = checkout_version(config, model(), home=tmp_path / "home")
+    manifest = read_manifest(version.manifest_path)
+    assert dict(zip(manifest["path"], manifest["labels"], strict=True)) == {
+        f"images/{name}": ["cat" if "cat" in name else "dog"] for name in names
+    }
+
+
+def test_a_missing_test_split_is_taken_from_train_or_is_valid(tmp_path: Path) -> None:
+    names = [f"{split}/{name}/{i}.png" for split in ("train", "val") for name in ("cat", "dog") for i in range(10)]
+    source = write_pictures(tmp_path / "source", names)
+    taken = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert taken.counts == {"train": 20, "valid": 20}
+    assert taken.notes[-1].startswith("test, reference: taken from train")
+    version = checkout_version(dataset(ds_root=str(tmp_path / "ds")), model(), home=tmp_path / "home")
+    manifest = read_manifest(version.manifest_path)
+    # Per class 10 images: round(0.15 * 10) = 2 for test, round(0.2 * 10) = 2 for reference.
+    assert Counter(zip(manifest["split"], manifest["split_origin"], strict=True)) == {
+        ("train", "given"): 12,
+        ("valid", "given"): 20,
+        ("test", "taken from train"): 4,
+        ("reference", "taken from train"): 4,
+    }
+    rules = ImportRules(use_valid_as_test=True)
+    used = import_dataset(source, ds_name="pets", tag="v2.0.0", ds_root=tmp_path / "ds", rules=rules)
+    assert used.counts == {"train": 20, "test": 20}
+    assert "valid is used as test" in git(used.directory, "log", "-1", "--format=%B", "v2.0.0")
+    write_pictures(source, ["test/cat/0.png"], first_seed=99)
+    with pytest.raises(InvalidDatasetError, match="none called test for --use-valid-as-test"):
+        import_dataset(source, ds_name="pets", tag="v3.0.0", ds_root=tmp_path / "ds", rules=rules)
+
+
+def test_how_a_source_was_understood_is_recorded_with_the_version(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", ["TRAIN/cat/0.png", "TRAIN/dog/1.png", "dev/cat/2.png", "test1/3.png"])
+    imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
+    assert git(imported.directory, "log", "-1", "--format=%B", "v1").strip().splitlines() == [
+        "Import v1",
+        "",
+        "understood as split and class folders (TRAIN, dev)",
+        "test, reference: taken from train when the dataset is used, seeded, by its fractions",
+        "images: train 2, valid 1",
+        "classes: cat 2, dog 1",
+        "left out: 1 in test1/, which has no labels, such as test1/3.png",
+    ]
+
+
+def test_what_is_no_image_is_counted_by_suffix_and_refused_where_it_is_much(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "source", per_class=10)
+    (source / "cat/0.png").rename(source / "cat/0.jfif")
+    (source / "cat/1.png").rename(source / "cat/1")
+    for name in ("cat/a.heic", "dog/b.HEIC"):
+        (source / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    (source / "dog/c.jpg").write_text("<html>not found</html>")
+    (source / "dog/labels.txt").touch()
+    rules = ImportRules(max_left_out_fraction=0.14)  # 3 of 23.
+    imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds", rules=rules)
+    assert imported.counts == {"no split": 20}
+    assert imported.left_out == {
+        "no image that can be decoded (.heic), such as cat/a.heic": 2,
+        "no image that can be decoded (.jpg), such as dog/c.jpg": 1,
+        "no image, beside the images (.txt), such as dog/labels.txt": 1,
+    }
+    with pytest.raises(InvalidDatasetError) as caught:
+        import_dataset(source, ds_name="pets", tag="v2", ds_root=tmp_path / "ds")
+    text = str(caught.value)
+    assert "Expected images in at least 90% of the images' files" in text
+    assert "Received: 20 images, and 2 no image that can be decoded (.heic), such as cat/a.heic; 1 no image" in text
+
+
+def test_a_source_of_nothing_but_undecodable_images_says_so(tmp_path: Path) -> None:
+    for name in ("cat/1.heic", "dog/2.heic"):
+        (tmp_path / "source" / name).parent.mkdir(parents=True)
+        (tmp_path / "source" / name).write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(InvalidDatasetError, match=r"2 no image that can be decoded \(\.heic\).*HEIC.* to JPEG"):
+        import_dataset(tmp_path / "source", ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
+
+
+def test_accents_of_macos_and_of_the_config_are_the_same_class(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "source", 10, ("cafe\u0301", "dog"))
+    write_pictures(source, ["dog/e\u0301.png"], first_seed=99)
+    imported = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert imported.class_names == ("caf\u00e9", "dog")
+    config = dataset(ds_root=str(tmp_path / "ds"))
+    for name in ("caf\u00e9", "cafe\u0301"):
+        version = checkout_version(config, model(name, "dog"), home=tmp_path / "home")
+        assert version.class_names == ("caf\u00e9", "dog")
+        assert (version.directory / "images/dog/\u00e9.png").is_file()
+    write_pictures(source, ["dog/\u00e9.png"], first_seed=100)
+    with pytest.raises(InvalidDatasetError, match="Received twice: dog/\u00e9\\.png"):
+        import_dataset(source, ds_name="pets", tag="v2", ds_root=tmp_path / "ds")
+
+
+def test_an_archive_with_a_label_file_in_its_wrapping_folder(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pets", ["0.png", "1.png"])
+    (tmp_path / "pets/annotations.csv").write_text("path,label\n0.png,cat\n1.png,dog\n")
+    with tarfile.open(tmp_path / "pets.tar", "w") as tar:
+        tar.add(tmp_path / "pets", "pets")
+    imported = import_dataset(tmp_path / "pets.tar", ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
+    assert imported.class_counts == {"cat": 1, "dog": 1}

@@ -1,0 +1,356 @@
+"""Files that say which image has which labels: CSV in its dialects, and JSON lines.
+
+A new dialect is a name in one of the tables below. Where a file can be read in two ways, it is refused with a question:
+a column that becomes a class by mistake is a model that nobody wanted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, cast
+from unicodedata import normalize
+
+from cv_platform.datasets.entries import (
+    ACCOMPANYING,
+    NOT_IN_LABEL_FILE,
+    UNLABELLED,
+    UNWANTED_CLASS,
+    ImageEntry,
+    Layout,
+    LeftOut,
+    split_of,
+)
+from cv_platform.datasets.source_tree import Folder
+from cv_platform.datasets.splits import SPLITS
+from cv_platform.errors import InvalidDatasetError
+from cv_platform.predictions import LABEL_SEPARATOR
+
+LABEL_FILES = (
+    *("annotations.csv", "annotations.tsv", "annotation_df.csv", "metadata.csv", "metadata.jsonl", "_classes.csv"),
+    *("labels.csv", "labels.tsv"),
+)
+"""Found by these names, in this order: ours, the original's, Hugging Face's, Roboflow's, the usual one."""
+PATH_COLUMNS = (
+    *("path", "abs_path", "file_path", "filepath", "image_path", "file_name", "filename", "image", "image_name"),
+    *("file", "img", "image_id", "id"),
+)
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "category", "target")
+_ROW_NUMBERS = ("", "index", "unnamed:_0")
+"""Of what pandas writes beside the data."""
+_DOUBTFUL_COLUMN = re.compile(r"(is|has)_.*|fold|valid|verified|checked|reviewed|difficult|crowd|occluded|truncated")
+"""Names of columns of 0 and 1 that often say something else than a class."""
+_TRUE, _FALSE = {"1", "1.0", "true"}, {"0", "0.0", "false"}
+_BLANK, _UNCERTAIN = {"", "nan", "na", "n/a", "null"}, {"-1", "-1.0"}
+_BINARY = _TRUE | _FALSE | _BLANK | _UNCERTAIN
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class LabelRules:
+    """How a label file is read.
+
+    Attributes:
+        classes: the class columns or labels that count; None: found by their values.
+        is_stored: it is a version's own, which means what it meant when it was stored: labels are joined by a bar only,
+            splits are those written.
+    """
+
+    classes: tuple[str, ...] | None = None
+    is_stored: bool = False
+
+
+@dataclass(frozen=True)
+class _Columns:
+    header: list[str]
+    path: int
+    split: int | None
+    label: int | None
+    classes: dict[int, str]
+    notes: tuple[str, ...]
+
+
+def read_labels(folder: Folder, content: bytes, rules: LabelRules, *, name: str) -> Layout:
+    """Lists the images that a label file names, with splits and labels; `name` is for messages.
+
+    Raises:
+        InvalidDatasetError: the file or its columns cannot be understood, or rows are wrong; all of them are listed.
+    """
+    header, rows = _read_table(content, name)
+    columns = _understand(header, rows, rules, name)
+    files = _Files(folder)
+    separator = _separator(columns, rows, rules)
+    mistakes: list[str] = []
+    unknown: Counter[str] = Counter()
+    left_out = LeftOut()
+    entries: dict[str, ImageEntry] = {}
+    for number, cells in enumerate(rows, start=2):
+        if len(cells) != len(header):
+            mistakes.append(f"row {number}: {len(cells)} cells instead of {len(header)}")
+            continue
+        labels, wrong = _labels(cells, columns, separator, unknown)
+        mistakes += [f"row {number}: {text}" for text in wrong]
+        split_name = cells[columns.split].strip() if columns.split is not None else ""
+        split = split_of(split_name)
+        path, problem = files.find(cells[columns.path].strip())
+        if split_name and split is None:
+            mistakes.append(f"row {number}: split {split_name!r} instead of {', '.join(SPLITS)}")
+        elif path is None:
+            mistakes.append(f"row {number}: {problem}")
+        elif path in entries:
+            mistakes.append(f"row {number}: {path} for the second time")
+        else:
+            entries[path] = ImageEntry(path, split, labels)
+    if mistakes:
+        shown = "\n".join(f"  {mistake}" for mistake in mistakes[:_SHOWN])
+        more = f"\n  and {len(mistakes) - _SHOWN} more" if len(mistakes) > _SHOWN else ""
+        raise InvalidDatasetError(
+            f"Expected one correct row per image in {name}. Received:\n{shown}{more}\n"
+            "Correct them; or, where the folders' names are the classes, move the file away."
+        )
+    notes = list(columns.notes)
+    if separator is not None and any(separator in row[columns.label or 0] for row in rows):
+        notes.append(f"labels joined by {separator!r} are several labels")
+    if unknown:
+        said = " and ".join(f"{count} {kind}" for kind, count in sorted(unknown.items()))
+        notes.append(f"{name}: {said} in the columns of classes count as negative (--unknown negative)")
+    kept = _without_unlabelled(entries.values(), rules, left_out)
+    if columns.split is None and not rules.is_stored:
+        kept = _splits_by_folder(kept, notes)
+    if blank := sum(not entry.labels for entry in kept):
+        notes.append(f"{name}: {blank} images without a label (multi-label: of no class; multi-class refuses them)")
+    images = set(folder.image_paths(folder))
+    for path in folder.paths(folder):
+        if path not in entries and path not in LABEL_FILES:
+            left_out.add(NOT_IN_LABEL_FILE if path in images else ACCOMPANYING, [path])
+    used = {label for entry in kept for label in entry.labels}
+    names = rules.classes or tuple(columns.classes.values()) or tuple(sorted(used))
+    if rules.classes is not None and columns.label is not None:
+        left_out.add(UNWANTED_CLASS, (e.path for e in kept if e.labels and not set(e.labels) & set(names)))
+        kept = [
+            ImageEntry(entry.path, entry.split, tuple(label for label in entry.labels if label in names))
+            for entry in kept
+            if not entry.labels or set(entry.labels) & set(names)
+        ]
+    kept.sort(key=lambda entry: entry.path)
+    source = "class columns" if columns.label is None else "label column"
+    return Layout(f"the label file {name}", tuple(kept), names, left_out, tuple(notes), source)
+
+
+def _read_table(content: bytes, name: str) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows that are not empty, as text."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if text.lstrip().startswith("{"):
+            return _read_json_lines(text)
+        first = text.lstrip("\r\n").partition("\n")[0]
+        delimiter = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows = [row for row in reader if any(cell.strip() for cell in row)]
+    except (UnicodeDecodeError, csv.Error, ValueError, RecursionError) as err:
+        raise InvalidDatasetError(
+            f"Expected {name} as a CSV (or JSON lines) in UTF-8. Received: {err}. Save it as such."
+        ) from err
+    return ([normalize("NFC", cell.strip()) for cell in rows[0]], rows[1:]) if rows else ([], [])
+
+
+def _read_json_lines(text: str) -> tuple[list[str], list[list[str]]]:
+    def cell(value: object) -> str:
+        if isinstance(value, list):
+            return LABEL_SEPARATOR.join(map(cell, cast(list[object], value)))
+        if value is None or isinstance(value, bool):
+            return "" if value is None else str(int(value))
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            rows.append(cast(dict[str, Any], row))
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    return [normalize("NFC", key.strip()) for key in header], [[cell(row.get(key)) for key in header] for row in rows]
+
+
+def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, name: str) -> _Columns:
+    keys = [re.sub(r"[\s-]+", "_", column.lower()) for column in header]
+    place = {key: at for at, key in enumerate(keys)}
+    paths = [place[key] for key in PATH_COLUMNS if key in place]
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if not paths or repeated:
+        twice = f", of these twice: {', '.join(repeated)}" if repeated else ""
+        raise InvalidDatasetError(
+            f"Expected {name} with a column of the images ({', '.join(PATH_COLUMNS)}), and each name once. "
+            f"Received: {', '.join(header) or 'no header'}{twice}. Rename a column."
+        )
+    split = next((place[key] for key in SPLIT_COLUMNS if key in place), None)
+    label = next((place[key] for key in LABEL_COLUMNS if key in place), None)
+    taken = {*paths, *([] if split is None else [split])}
+    others = [at for at, key in enumerate(keys) if at not in taken and key not in _ROW_NUMBERS]
+    found, is_binary = _values(rows, others)
+    if len(others) == 1 and label is None and others[0] not in is_binary and rules.classes is None:
+        label = others[0]
+    classes: dict[int, str] = {}
+    why = ""
+    if rules.classes is not None and set(rules.classes) <= set(header):
+        classes, why, label = {header.index(column): column for column in rules.classes}, "named by --classes", None
+    elif label is None:
+        classes, why = {at: header[at] for at in others}, "every value is 0 or 1"
+        missing = [] if rules.classes is None else [column for column in rules.classes if column not in header]
+        doubtful = [at for at in others if at not in is_binary or _DOUBTFUL_COLUMN.fullmatch(keys[at])]
+        if not others or (not rules.is_stored and (missing or doubtful)):
+            raise _question(name, header, others, found, is_binary, doubtful, missing)
+    notes = [f"the image is the column {header[paths[0]]}"]
+    if split is not None:
+        notes.append(f"the split is the column {header[split]}")
+    if label is not None:
+        notes.append(f"the labels are the column {header[label]}")
+    else:
+        notes.append(f"classes are the columns {', '.join(classes.values())}: {why}")
+    if unused := [
+        header[at] or "(no name)" for at in range(len(header)) if at not in {paths[0], split, label, *classes}
+    ]:
+        notes.append(f"not used are the columns {', '.join(unused)}")
+    return _Columns(header, paths[0], split, label, classes, tuple(notes))
+
+
+def _values(rows: Iterable[list[str]], columns: list[int]) -> tuple[dict[int, str], set[int]]:
+    """Returns a value of each column that says best what it holds, and the columns that hold 0 and 1."""
+    other: dict[int, str] = {}
+    said: set[int] = set()
+    for row in rows:
+        for at in columns:
+            value = row[at].strip().lower() if at < len(row) else ""
+            if value not in _BINARY:
+                other.setdefault(at, row[at].strip())
+            elif value in _TRUE or value in _FALSE:
+                said.add(at)
+    return other, said - set(other)
+
+
+def _question(
+    name: str,
+    header: list[str],
+    others: list[int],
+    found: Mapping[int, str],
+    is_binary: set[int],
+    doubtful: list[int],
+    missing: list[str],
+) -> InvalidDatasetError:
+    """Asks which columns are classes, with what is known of them."""
+    columns = "; ".join(
+        f"{header[at]} ({'0 and 1' if at in is_binary else repr(found[at][:40]) if at in found else 'empty'})"
+        for at in others
+    )
+    received = f"no {', '.join(missing)} in {', '.join(header)}" if missing else columns or ", ".join(header)
+    likely = ",".join(header[at] for at in others if at in is_binary and at not in doubtful) or "cat,dog"
+    return InvalidDatasetError(
+        f"Expected {name} with a column label, or with columns of 0 and 1 that are surely the classes. "
+        f"Received: {received}. Rename the labels' column to label, or name the columns that are classes, as in "
+        f"--classes {likely}."
+    )
+
+
+def _separator(columns: _Columns, rows: list[list[str]], rules: LabelRules) -> str | None:
+    """Returns what joins several labels in one cell; None where each class has its column."""
+    if (at := columns.label) is None:
+        return None
+    marks = LABEL_SEPARATOR if rules.is_stored else (LABEL_SEPARATOR, ",", ";")
+    return next((mark for mark in marks if any(at < len(row) and mark in row[at] for row in rows)), LABEL_SEPARATOR)
+
+
+def _labels(
+    cells: list[str], columns: _Columns, separator: str | None, unknown: Counter[str]
+) -> tuple[tuple[str, ...], list[str]]:
+    labels: set[str] = set()
+    wrong: list[str] = []
+    if separator is not None and columns.label is not None:
+        parts = (part.strip() for part in cells[columns.label].split(separator))
+        labels = {normalize("NFC", part) for part in parts if part}
+    for at, class_name in columns.classes.items():
+        value = cells[at].strip().lower()
+        if value in _TRUE:
+            labels.add(class_name)
+        elif value in _BLANK:
+            unknown["blank"] += 1
+        elif value in _UNCERTAIN:
+            unknown["−1"] += 1
+        elif value not in _FALSE:
+            wrong.append(f"{cells[at]!r} in the class column {class_name} instead of 0 or 1")
+    return tuple(sorted(labels)), wrong
+
+
+def _without_unlabelled(entries: Iterable[ImageEntry], rules: LabelRules, left_out: LeftOut) -> list[ImageEntry]:
+    """Leaves out what is labelled as having no label."""
+    nothing = set() if rules.is_stored else UNLABELLED - set(rules.classes or ())
+    kept: list[ImageEntry] = []
+    for entry in entries:
+        labels = tuple(label for label in entry.labels if label.lower() not in nothing)
+        if entry.labels and not labels:
+            left_out.add(f"labelled {entry.labels[0]}, which means no label", [entry.path])
+        else:
+            kept.append(ImageEntry(entry.path, entry.split, labels))
+    return kept
+
+
+def _splits_by_folder(entries: list[ImageEntry], notes: list[str]) -> list[ImageEntry]:
+    """Takes the splits from the folders' names where all images lie in folders of splits."""
+    splits = [
+        next((split for part in PurePosixPath(entry.path).parts[:-1] if (split := split_of(part))), None)
+        for entry in entries
+    ]
+    if None in splits:
+        return entries
+    notes.append("the split is the folder")
+    return [ImageEntry(entry.path, split, entry.labels) for entry, split in zip(entries, splits, strict=True)]
+
+
+class _Files:
+    """Finds the file that a row means."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._place = str(folder.path)
+        self._above = set(folder.path.parts)
+        self._by_path: dict[str, list[str]] = defaultdict(list)
+        self._by_name: dict[str, list[str]] = defaultdict(list)
+        for path in folder.paths(folder):
+            self._add(PurePosixPath(path), path)
+        # A name without suffix is only looked for among the images: labels may lie beside them.
+        for path in folder.image_paths(folder):
+            if PurePosixPath(path).suffix:
+                self._add(PurePosixPath(path).with_suffix(""), path)
+
+    def _add(self, known_as: PurePosixPath, path: str) -> None:
+        self._by_path[normalize("NFC", known_as.as_posix())].append(path)
+        self._by_name[normalize("NFC", known_as.name)].append(path)
+
+    def find(self, said: str) -> tuple[str | None, str]:
+        """Returns the file's path, or None and why there is none."""
+        path = PurePosixPath(normalize("NFC", said.replace("\\", "/")))
+        parts = path.parts
+        if not parts or ".." in parts:
+            return None, f"{said!r} instead of a path relative to the images"
+        if path.is_absolute() or re.fullmatch("[A-Za-z]:", parts[0]):
+            tails = [parts[at:] for at in range(1, len(parts))]
+        else:
+            tails = [parts]
+            # A file beside the folder of images names the folder too.
+            while len(parts) > 1 and parts[0] in self._above:
+                parts = parts[1:]
+                tails.append(parts)
+        same = next((found for tail in tails if (found := self._by_path.get("/".join(tail)))), [])
+        if not same and len(path.parts) == 1:
+            same = self._by_name.get(path.name, [])
+        if len(same) > 1:
+            return None, f"{said} is the name of several files ({', '.join(same[:3])}); give the path"
+        return (same[0], "") if same else (None, f"{said} is not in {self._place}")

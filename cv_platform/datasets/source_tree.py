@@ -1,0 +1,134 @@
+"""A source's folders and files as they lie there, walked once: without litter, and with the images told by content.
+
+What folders and names mean is `layouts`' business; whether an image is whole is found out when it is decoded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cv_platform import images
+from cv_platform.errors import ImageError, InvalidDatasetError
+from cv_platform.image_files import format_by_signature
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+TEXT_SUFFIXES = frozenset(
+    {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log", ".pdf", ".py", ".dvc"}
+)
+"""Of what accompanies images: never looked into, and nobody misses it among them."""
+_RAW_SUFFIXES = frozenset({".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef", ".srw"})
+"""Of cameras: they begin as a TIFF, which is the preview."""
+LITTER = frozenset(
+    {
+        *("@eadir", "@recycle", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "system volume information"),
+        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+    }
+)
+"""What NAS, desktops and archivers leave behind, in lower case; hidden files are litter, too."""
+MAX_DEPTH = 64
+_HEAD_BYTES = 32
+_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"})
+"""Of the ISO container's kinds those that are still images: a film may be too large to be read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """One folder: its visible files and folders by name; and what in it is litter, a broken link or a device."""
+
+    path: Path
+    files: tuple[str, ...]
+    folders: tuple[Folder, ...]
+    litter: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.name
+
+    @cached_property
+    def images(self) -> tuple[str, ...]:
+        """Names of the images directly in it."""
+        return tuple(name for name in self.files if _seems_image(self.path / name))
+
+    def below(self) -> Iterator[Folder]:
+        """Yields the folder and all folders below it."""
+        yield self
+        for folder in self.folders:
+            yield from folder.below()
+
+    @cached_property
+    def has_images(self) -> bool:
+        """Tells whether there is an image at any depth."""
+        return any(folder.images for folder in self.below())
+
+    def paths(self, root: Folder) -> Iterator[str]:
+        """Yields the POSIX paths, relative to `root`, of all files in it, at any depth."""
+        return ((f.path.relative_to(root.path) / name).as_posix() for f in self.below() for name in f.files)
+
+    def image_paths(self, root: Folder) -> Iterator[str]:
+        """Yields those of the images."""
+        return ((f.path.relative_to(root.path) / name).as_posix() for f in self.below() for name in f.images)
+
+
+def walk(path: Path, _above: tuple[tuple[int, int], ...] = ()) -> Folder:
+    """Reads the tree below `path`; links are followed.
+
+    Raises:
+        InvalidDatasetError: a folder cannot be read, is nested too deep, or leads back to one above it.
+    """
+    files: list[str] = []
+    folders: list[Path] = []
+    litter: list[str] = []
+    try:
+        status = path.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in _above or len(_above) > MAX_DEPTH:
+            what = "a link back to a folder above it" if identity in _above else f"more than {MAX_DEPTH} levels"
+            raise InvalidDatasetError(f"Expected a tree of folders. Received: {what} at {path}. Remove it.")
+        with os.scandir(path) as found:
+            for item in found:
+                is_litter = item.name.startswith(".") or item.name.lower() in LITTER
+                if not is_litter and item.is_dir():
+                    folders.append(Path(item.path))
+                elif not is_litter and item.is_file():
+                    files.append(item.name)
+                else:
+                    litter.append(item.name)
+    except OSError as err:
+        raise InvalidDatasetError(
+            f"Expected a folder that can be read. Received: {path} ({err.strerror}). Correct its rights, or remove it."
+        ) from err
+    below = tuple(walk(folder, (*_above, identity)) for folder in sorted(folders))
+    return Folder(path, tuple(sorted(files)), below, tuple(litter))
+
+
+def is_image(path: Path) -> bool:
+    """Tells by the whole file's content whether it is, or was, an image of a supported format."""
+    try:
+        data = path.read_bytes()
+        if format_by_signature(data[:_HEAD_BYTES]) is None:
+            images.read_size(data)
+    except ImageError:
+        return False
+    return True
+
+
+def _seems_image(path: Path) -> bool:
+    """Tells by the suffix, or else by the first bytes: what is named like an image shall be missed when it is none."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES | TEXT_SUFFIXES | _RAW_SUFFIXES:
+        return suffix in IMAGE_SUFFIXES
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        if head[4:8] == b"ftyp" and head[8:12] in _BRANDS:
+            return is_image(path)
+    except OSError as err:
+        raise InvalidDatasetError(
+            f"Expected files that can be read. Received: {path} ({err.strerror}). Correct its rights, or remove it."
+        ) from err
+    return format_by_signature(head) is not None
