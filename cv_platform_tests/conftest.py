@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -71,11 +72,24 @@ def _template_url(postgres_url: str) -> str:
 @pytest.fixture
 def database_url(_template_url: str) -> Iterator[str]:
     """URL of a migrated, empty database of this test's own."""
+    with _database(_template_url, template=_TEMPLATE) as url:
+        yield url
+
+
+@pytest.fixture
+def unmigrated_url(postgres_url: str) -> Iterator[str]:
+    """URL of a database of this test's own without any table."""
+    with _database(postgres_url, template="template1") as url:
+        yield url
+
+
+@contextmanager
+def _database(server_url: str, *, template: str) -> Iterator[str]:
     name = f"test_{uuid4().hex}"
-    identifiers = {"name": sql.Identifier(name), "template": sql.Identifier(_TEMPLATE)}
-    _administrate(_template_url, sql.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**identifiers))
-    yield _renamed(_template_url, name)
-    _drop_database(_template_url, name)
+    identifiers = {"name": sql.Identifier(name), "template": sql.Identifier(template)}
+    _administrate(server_url, sql.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**identifiers))
+    yield _renamed(server_url, name)
+    _drop_database(server_url, name)
 
 
 @pytest.fixture

@@ -73,8 +73,10 @@ class Drainer:
         self._adopted: Spool | None = None
         self._next_adoption = 0.0
         self._unusable: set[str] = set()
-        self._state: DatabaseState = "not configured" if database_url is None else "unreachable"
-        self._last_error: str | None = None if database_url is None else "not connected yet"
+        # State and error, in one piece: another thread's status must not see one without the other.
+        self._state: tuple[DatabaseState, str | None] = (
+            ("not configured", None) if database_url is None else ("unreachable", "not connected yet")
+        )
         self._drained_rows = 0
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -106,11 +108,12 @@ class Drainer:
                 size += spool.size_bytes()
             except sqlite3.ProgrammingError:
                 continue  # A spool that was taken over has just been emptied and closed.
+        database, last_error = self._state
         return DrainStatus(
             depth=depths,
             oldest_age_seconds=max((age for age in ages if age is not None), default=None),
-            database=self._state,
-            last_error=self._last_error,
+            database=database,
+            last_error=last_error,
             drained_rows=self._drained_rows,
             rejected=rejected,
             spool_bytes=size,
@@ -164,7 +167,7 @@ class Drainer:
             self._database = LogDatabase(self._url)
         database = self._database
         if database.connect():
-            self._state, self._last_error = "ok", None
+            self._state = "ok", None
         has_more = self._drain_batch(database, self._spool)
         has_more = self._drain_orphan(database) or has_more
         if not has_more:
@@ -202,14 +205,15 @@ class Drainer:
     def _note(self, err: Exception) -> None:
         if self._database is not None:
             err = self._database.explained(err)
+        state, last_error = self._state
         if isinstance(err, SpoolFullError | sqlite3.Error):
             message = f"The spool fails: {err}"
         else:
-            self._state = "schema mismatch" if isinstance(err, SchemaMismatchError) else "unreachable"
+            state = "schema mismatch" if isinstance(err, SchemaMismatchError) else "unreachable"
             message = str(err).strip()
-        if message != self._last_error:
+        self._state = state, message
+        if message != last_error:
             logger.warning("The request log stays in the spool: %s", message)
-        self._last_error = message
 
     def _drain_orphan(self, database: LogDatabase) -> bool:
         if self._adopted is None and self._adopts and time.monotonic() >= self._next_adoption:

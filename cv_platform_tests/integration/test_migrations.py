@@ -10,7 +10,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from alembic import command
@@ -35,17 +34,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
-def empty_url(postgres_url: str) -> Iterator[str]:
-    name = f"empty_{uuid4().hex}"
-    server = make_engine(postgres_url).execution_options(isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-        yield make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    server.dispose()
-
-
 def test_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> None:
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
@@ -53,20 +41,20 @@ def test_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> Non
         assert read_revision(connection) == SCHEMA_REVISION
 
 
-def test_a_database_without_tables_is_named_as_such_until_it_is_migrated(empty_url: str) -> None:
+def test_a_database_without_tables_is_named_as_such_until_it_is_migrated(unmigrated_url: str) -> None:
     with pytest.raises(SchemaMismatchError, match=r"a database without tables\. Run: cv-platform migrate"):
-        check_schema(empty_url)
-    assert migrate(empty_url) == SCHEMA_REVISION
-    assert migrate(empty_url) == SCHEMA_REVISION
-    check_schema(empty_url)
+        check_schema(unmigrated_url)
+    assert migrate(unmigrated_url) == SCHEMA_REVISION
+    assert migrate(unmigrated_url) == SCHEMA_REVISION
+    check_schema(unmigrated_url)
 
 
-def test_migrators_at_the_same_time_wait_for_each_other(empty_url: str) -> None:
+def test_migrators_at_the_same_time_wait_for_each_other(unmigrated_url: str) -> None:
     outcomes: list[object] = []
 
     def run() -> None:
         try:
-            outcomes.append(migrate(empty_url))
+            outcomes.append(migrate(unmigrated_url))
         except Exception as err:
             outcomes.append(err)
 
@@ -88,12 +76,12 @@ def test_a_newer_database_is_left_alone(database_url: str, engine: Engine) -> No
         assert read_revision(connection) == "9999"
 
 
-def test_a_failing_migration_leaves_nothing_behind(empty_url: str) -> None:
-    engine = make_engine(empty_url)
+def test_a_failing_migration_leaves_nothing_behind(unmigrated_url: str) -> None:
+    engine = make_engine(unmigrated_url)
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE predictions (something int)"))
     with pytest.raises(Exception, match='relation "predictions" already exists'):
-        migrate(empty_url)
+        migrate(unmigrated_url)
     assert inspect(engine).get_table_names() == ["predictions"]
     engine.dispose()
 
@@ -108,12 +96,12 @@ def test_downgrading_removes_every_table(database_url: str, engine: Engine) -> N
         check_schema(database_url)
 
 
-def test_a_missing_table_is_a_schema_mismatch_and_a_missing_database_is_unavailable(empty_url: str) -> None:
-    engine = make_engine(empty_url)
+def test_a_missing_table_is_a_schema_mismatch_and_a_missing_database_is_unavailable(unmigrated_url: str) -> None:
+    engine = make_engine(unmigrated_url)
     with engine.connect() as connection, pytest.raises(SchemaMismatchError, match="cv-platform migrate"):
         connection.execute(text("SELECT * FROM predictions"))
     engine.dispose()
-    away = make_url(empty_url).set(database="nowhere").render_as_string(hide_password=False)
+    away = make_url(unmigrated_url).set(database="nowhere").render_as_string(hide_password=False)
     with pytest.raises(DatabaseUnavailableError, match="nowhere"):
         check_schema(away)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -189,31 +190,41 @@ def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine
     spool.close()
 
 
-def test_another_schema_keeps_everything_in_the_spool_until_it_is_migrated(tmp_path: Path, postgres_url: str) -> None:
-    name = f"unmigrated_{uuid4().hex}"
-    server = make_engine(postgres_url).execution_options(isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-        url = make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
-        with RequestLog(tmp_path, url) as log:
-            log.append(answered())
-            wait_for(lambda: log.status().database == "schema mismatch")
-            assert "cv-platform migrate" in (log.status().last_error or "")
-            assert log.status().depth == 1
-            migrate(url)
-            assert log.wait_until_drained(WAIT_SECONDS)
-            assert (log.status().database, log.status().last_error) == ("ok", None)
-            # The other way round: somebody migrates to a newer version while this one drains.
-            engine = make_engine(url)
-            with engine.begin() as migrator:
-                migrator.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-            log.append(answered())
-            wait_for(lambda: log.status().database == "schema mismatch")
-            assert "newer" in (log.status().last_error or "")
-            assert count(engine, "predictions") == 1
-            engine.dispose()
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    server.dispose()
+def test_another_schema_keeps_everything_in_the_spool_until_it_is_migrated(tmp_path: Path, unmigrated_url: str) -> None:
+    with RequestLog(tmp_path, unmigrated_url) as log:
+        log.append(answered())
+        wait_for(lambda: log.status().database == "schema mismatch")
+        assert "cv-platform migrate" in (log.status().last_error or "")
+        assert log.status().depth == 1
+        migrate(unmigrated_url)
+        assert log.wait_until_drained(WAIT_SECONDS)
+        assert (log.status().database, log.status().last_error) == ("ok", None)
+        # The other way round: somebody migrates to a newer version while this one drains.
+        engine = make_engine(unmigrated_url)
+        with engine.begin() as migrator:
+            migrator.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        log.append(answered())
+        wait_for(lambda: log.status().database == "schema mismatch")
+        assert "newer" in (log.status().last_error or "")
+        assert count(engine, "predictions") == 1
+        engine.dispose()
+
+
+def test_the_state_of_the_database_and_its_reason_change_together(
+    tmp_path: Path, unmigrated_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str | None]] = []
+    with RequestLog(tmp_path, unmigrated_url) as log:
+
+        class Looking(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                """Looks at the status in the very moment in which the drainer takes note of a failure."""
+                seen.append((log.status().database, log.status().last_error))
+
+        monkeypatch.setattr(logging.getLogger("cv_platform.serving.drainer"), "handlers", [Looking()])
+        log.append(answered())
+        wait_for(lambda: seen)
+    assert (seen[0][0], "cv-platform migrate" in (seen[0][1] or "")) == ("schema mismatch", True)
 
 
 APPEND_FOR_EVER = """
