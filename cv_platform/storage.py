@@ -53,6 +53,8 @@ _SWAPS = 20
 """Attempts of a compare-and-set on S3: each but the last lost to a write between its reading and its writing."""
 _CONFLICTS = {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}
 """Error codes of S3 for a condition that does not hold, or for an object that another request is changing."""
+MODEL_PATHS = {"tensorflow": "saved_model", "onnx": "model.onnx"}
+"""Where a bundle keeps its exported model, by the runtime in its metadata: a SavedModel's folder, or an ONNX file."""
 VERSION_PATTERN = r"^[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}$"
 
 
@@ -164,12 +166,19 @@ class CentralStorage:
 
         Raises:
             BundleExistsError: that version is published already.
+            CorruptBundleError: the exported model that the metadata's runtime needs is not in `directory`.
         """
         target = self._bundle(metadata.model_name, metadata.version)
         name = f"{metadata.model_name}.yaml"
         files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != name)
         sums = {path.relative_to(directory).as_posix(): file_sha256(path) for path in files}
         complete = metadata.model_copy(update={"checksums": sums})
+        model = MODEL_PATHS[metadata.runtime]
+        if not any(relative == model or relative.startswith(f"{model}/") for relative in sums):
+            raise CorruptBundleError(
+                f"{metadata.model_name} {metadata.version}: expected {model}, which the runtime {metadata.runtime} "
+                f"needs. Received: {', '.join(sums) or 'no files'}. Name the runtime that the export returned."
+            )
         with self._errors(f"publish {metadata.model_name} {metadata.version}"):
             if self._fs.exists(f"{target}/{name}"):
                 raise BundleExistsError(

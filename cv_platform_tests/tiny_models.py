@@ -19,12 +19,13 @@ IMAGE_SIZE = (16, 16)
 
 @dataclass(frozen=True)
 class TinyExport:
-    """The files of one exported model; `folder` holds what a bundle holds."""
+    """The files of one exported model; `folder` holds what a bundle holds, `runtime` runs it."""
 
     folder: Path
     keras_path: Path
     uae_path: Path
     images: np.ndarray
+    runtime: Literal["onnx", "tensorflow"]
 
 
 def tiny_images(count: int, *, seed: int = 0) -> np.ndarray:
@@ -77,8 +78,8 @@ def export_tiny(
     build_classifier(seed=seed).save(keras_path)
     build_encoder(seed=seed + 1).save(uae_path)
     images = tiny_images(golden, seed=seed)
-    export_bundle(keras_path, uae_path, directory, golden_images=images, runtime=runtime)
-    return TinyExport(folder=directory, keras_path=keras_path, uae_path=uae_path, images=images)
+    exported = export_bundle(keras_path, uae_path, directory, golden_images=images, runtime=runtime)
+    return TinyExport(directory, keras_path, uae_path, images, exported.runtime)
 
 
 def tiny_metadata(version: str | None = None, **changes: Any) -> BundleMetadata:
@@ -106,4 +107,4 @@ def publish_tiny(
     storage: CentralStorage, export: TinyExport, version: str | None = None, **changes: Any
 ) -> BundleMetadata:
     """Publishes an exported model under a version of its own."""
-    return storage.publish_bundle(export.folder, tiny_metadata(version, **changes))
+    return storage.publish_bundle(export.folder, tiny_metadata(version, runtime=export.runtime, **changes))

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict
 from cv_platform.deployment.onnx_export import write_onnx
 from cv_platform.deployment.signature import Signature, tape_signature
 from cv_platform.errors import CorruptBundleError, ExportError
-from cv_platform.serving.runtime import GOLDEN, ONNX_MODEL, PREDICTED_CLASS, SAVED_MODEL, Prediction
+from cv_platform.serving.runtime import GOLDEN, PREDICTED_CLASS, Prediction
 from cv_platform.serving.runtime_onnx import OnnxRuntime
 from cv_platform.serving.runtime_tensorflow import ENDPOINT, TensorFlowRuntime
+from cv_platform.storage import MODEL_PATHS
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def export_bundle(
     if runtime == "tensorflow":
         reason = "deploy.runtime asks for TensorFlow."
     else:
-        refusal, parity = _export_onnx(model, uae, serve, directory / ONNX_MODEL, golden_images)
+        refusal, parity = _export_onnx(model, uae, serve, directory / MODEL_PATHS["onnx"], golden_images)
         if refusal is None:
             chosen, reason = "onnx", f"It answers as the gradient tape does on {len(golden_images)} golden images."
         elif runtime == "onnx":
@@ -93,10 +94,10 @@ def export_bundle(
             reason = f"No ONNX: {refusal}"
     logger.info("The runtime is %s. %s", chosen, reason)
     if chosen == "tensorflow":
-        _write_saved_model(model, uae, serve, directory / SAVED_MODEL)
-        loaded = TensorFlowRuntime(directory / SAVED_MODEL)
+        _write_saved_model(model, uae, serve, directory / MODEL_PATHS["tensorflow"])
+        loaded = TensorFlowRuntime(directory / MODEL_PATHS["tensorflow"])
     else:
-        loaded = OnnxRuntime(directory / ONNX_MODEL)
+        loaded = OnnxRuntime(directory / MODEL_PATHS["onnx"])
     answer = loaded(golden_images, np.full(len(golden_images), PREDICTED_CLASS, dtype=np.int32))
     _check_keras_parity(model, uae, golden_images, answer)
     np.savez_compressed(

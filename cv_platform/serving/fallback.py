@@ -11,8 +11,8 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cv_platform.serving.runtime import GOLDEN, MODEL_PATHS, LoadedModel, load_bundle, locked
-from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer
+from cv_platform.serving.runtime import GOLDEN, LoadedModel, load_bundle, locked
+from cv_platform.storage import MODEL_PATHS, BundleMetadata, CentralStorage, ProductionPointer
 
 BUNDLED = "bundled"
 """Name of the pointer inside a Bento."""

@@ -22,16 +22,10 @@ from numpy.typing import NDArray
 
 from cv_platform.errors import CorruptBundleError, StorageError
 from cv_platform.images import preprocessing_hash
-from cv_platform.storage import BundleMetadata, CentralStorage
+from cv_platform.storage import MODEL_PATHS, BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
 
-SAVED_MODEL = "saved_model"
-"""Folder of the exported model inside a bundle for TensorFlow."""
-ONNX_MODEL = "model.onnx"
-"""File of the exported model inside a bundle for ONNX Runtime."""
-MODEL_PATHS = {"tensorflow": SAVED_MODEL, "onnx": ONNX_MODEL}
-"""Where a bundle keeps its exported model, by the runtime in its metadata."""
 GOLDEN = "golden.npz"
 """Golden images and what the model answered to them when it was exported."""
 PREDICTED_CLASS = -1
@@ -48,7 +42,8 @@ class Prediction:
         probabilities: `(C,)`, 0–1, in the order of the metadata's `class_names`.
         features: `(F,)`, the penultimate layer.
         uae: `(D,)`, the untrained encoder's embedding.
-        cam: `(h, w)`, 0–1: Grad-CAM at the last feature map's resolution; all zero when nothing speaks for the class.
+        cam: `(h, w)`, 0–1: Grad-CAM at the last feature map's resolution; all zero where nothing speaks for the class by
+            more than rounding does.
     """
 
     probabilities: NDArray[np.float32]

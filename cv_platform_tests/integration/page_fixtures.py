@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import cv2
@@ -28,6 +28,9 @@ from cv_platform.settings import Settings
 from cv_platform.stack.http import free_port
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.tiny_models import tiny_metadata
+
+if TYPE_CHECKING:
+    from cv_platform.deployment.export import ExportedModel
 
 SIDE = 48
 COLOURS = {
@@ -59,7 +62,7 @@ def drawn(*fruits: str, width: int = 640, height: int = 420) -> bytes:
     return data.tobytes()
 
 
-def export_by_hand(folder: Path) -> None:
+def export_by_hand(folder: Path) -> ExportedModel:
     """Exports a classifier that nobody trained: each channel of its feature map answers to one fruit's colour only."""
     import keras
 
@@ -70,7 +73,7 @@ def export_by_hand(folder: Path) -> None:
     scaled = keras.layers.Rescaling(1 / 255)(inputs)
     colours = keras.layers.Conv2D(6, 4, strides=4, activation="relu", name="feature_map")
     pooled = keras.layers.GlobalAveragePooling2D()(colours(scaled))
-    features = keras.layers.Dense(6, activation="tanh", name="features")
+    features = keras.layers.Dense(6, activation="relu", name="features")
     head = keras.layers.Dense(6, activation="softmax", name="probabilities")
     model = keras.Model(inputs, head(features(pooled)))
     # Pure colours (one sample minus both others), then mixed ones (two samples minus twice the third).
@@ -78,13 +81,13 @@ def export_by_hand(folder: Path) -> None:
     kernel = np.tile(np.array(weights, np.float32).T / 16, (4, 4, 1, 1))
     colours.set_weights([kernel, np.array([-0.05] * 3 + [-0.8] * 3, np.float32)])
     features.set_weights([30 * np.eye(6, dtype=np.float32), np.zeros(6, np.float32)])
-    head.set_weights([6 * np.eye(6, dtype=np.float32), np.zeros(6, np.float32)])
+    head.set_weights([4 * np.eye(6, dtype=np.float32), np.zeros(6, np.float32)])
     encoded = keras.layers.Dense(4)(keras.layers.Flatten()(keras.layers.AveragePooling2D(16)(scaled)))
     keras_path, uae_path = folder / "tiny.keras", folder / "tiny_uae.keras"
     model.save(keras_path)
     keras.Model(inputs, encoded).save(uae_path)
     golden = np.stack([np.full((SIDE, SIDE, 3), colour, np.uint8) for colour in COLOURS.values()])
-    export_bundle(keras_path, uae_path, folder, golden_images=golden)
+    return export_bundle(keras_path, uae_path, folder, golden_images=golden)
 
 
 @dataclass(frozen=True)
@@ -110,17 +113,20 @@ Serve = Callable[..., Service]
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """Starts services, each with a home and a model version of its own, and stops them at the end."""
     folder = tmp_path_factory.mktemp("page")
-    export_by_hand(folder / "export")
+    exported = export_by_hand(folder / "export")
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(*, metadata: dict[str, Any] | None = None, **environment: str) -> Service:
         home = folder / f"home{len(running)}"
         storage = CentralStorage(home / "storage")
-        sizes = {"image_size": (SIDE, SIDE), "preprocessing_hash": preprocessing_hash((SIDE, SIDE)), "feature_dims": 6}
-        published = storage.publish_bundle(
-            folder / "export",
-            tiny_metadata(**{"class_names": tuple(COLOURS), "model_name": "tiny", **sizes, **(metadata or {})}),
-        )
+        facts = {
+            "runtime": exported.runtime,
+            "class_names": tuple(COLOURS),
+            "image_size": exported.image_size,
+            "preprocessing_hash": preprocessing_hash(exported.image_size),
+            "feature_dims": exported.feature_dims,
+        }
+        published = storage.publish_bundle(folder / "export", tiny_metadata(**{**facts, **(metadata or {})}))
         pointer = ProductionPointer(model_name="tiny", version=published.version, since_utc=datetime.now(UTC))
         storage.write_pointer("image_classifier", pointer)
         settings = Settings.from_environment({"CV_HOME": str(home), **environment})
@@ -135,7 +141,9 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
             if server.started or not thread.is_alive():
                 break
             deadline.wait(0.1)
+        # Else each test of the module would wait in the browser for an answer that cannot come.
         assert server.started, "Expected the service to start. Its log says why it did not."
+        assert context.models.current(), f"Expected a service with a model. Received: {context.models.status()}"
         return Service(f"http://127.0.0.1:{port}", context)
 
     yield start

@@ -41,11 +41,12 @@ def storage(tmp_path: Path) -> CentralStorage:
 
 def publish(storage: CentralStorage, folder: Path, version: str, metrics: dict[str, float], **changes: Any) -> None:
     (folder / version).mkdir()
-    (folder / version / "model").write_text("weights")
+    (folder / version / "model.onnx").write_text("weights")
     facts: dict[str, Any] = {
         "model_name": "pets",
         "version": version,
         "created_utc": NOW,
+        "runtime": "onnx",
         "classifier_type": "multi-class",
         "class_names": ("cat", "dog"),
         "image_size": (8, 8),

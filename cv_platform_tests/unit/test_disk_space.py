@@ -51,7 +51,7 @@ def test_a_bundle_that_would_fill_the_disk_is_not_exported(tmp_path: Path) -> No
 
 def test_a_download_that_would_fill_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "model.bin").write_bytes(b"weights")
+    (tmp_path / "bundle" / "model.onnx").write_bytes(b"weights")
     storage = CentralStorage("memory://test_disk_space")
     published = storage.publish_bundle(tmp_path / "bundle", tiny_metadata())
     try:
@@ -60,6 +60,6 @@ def test_a_download_that_would_fill_the_disk_is_not_begun(tmp_path: Path, monkey
             storage.fetch_bundle("tiny", published.version, tmp_path / "cache")
         monkeypatch.undo()
         folder, _ = storage.fetch_bundle("tiny", published.version, tmp_path / "cache")
-        assert (folder / "model.bin").read_bytes() == b"weights"
+        assert (folder / "model.onnx").read_bytes() == b"weights"
     finally:
         fsspec.filesystem("memory").rm("/test_disk_space", recursive=True)

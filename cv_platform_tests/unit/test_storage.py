@@ -140,6 +140,17 @@ def test_versions_are_immutable(storage: CentralStorage, export: Path) -> None:
         storage.publish_bundle(export, metadata(version))
 
 
+def test_metadata_without_the_files_of_their_runtime_are_not_published(storage: CentralStorage, export: Path) -> None:
+    wrong = metadata(new_version(NOW)).model_copy(update={"runtime": "onnx"})
+    with pytest.raises(CorruptBundleError, match=r"expected model\.onnx.* onnx .*saved_model/graph\.pb.*the export"):
+        storage.publish_bundle(export, wrong)
+    (export / "saved_model" / "graph.pb").rename(export / "model.onnx")
+    with pytest.raises(CorruptBundleError, match=r"expected saved_model,.* tensorflow "):
+        storage.publish_bundle(export, wrong.model_copy(update={"runtime": "tensorflow"}))
+    assert storage.bundle_versions("cats") == []
+    storage.publish_bundle(export, wrong)
+
+
 def test_a_bundle_whose_publication_died_is_not_listed(tmp_path: Path, export: Path) -> None:
     storage = CentralStorage(tmp_path / "storage")
     half = tmp_path / "storage" / "models" / "cats" / new_version(NOW)

@@ -42,6 +42,7 @@ def home(settings: Settings, tmp_path: Path) -> Path:
     home = settings.home
     storage = CentralStorage(settings.storage_url)
     source = folder(tmp_path / "bundle")
+    (source / "file").rename(source / "model.onnx")
     for version in VERSIONS:
         storage.publish_bundle(source, tiny_metadata(version, mlflow_run_id=f"{VERSIONS.index(version):032x}"))
         folder(home / "storage" / "ref_data" / "tiny" / version)
