@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cv_platform.images import decode_with_format, resize
 from cv_platform.predictions import LABEL_SEPARATOR, decide
 from cv_platform.properties import image_properties
-from cv_platform.serving.explain import Explain, Pictures, draw, small_map, to_base64
+from cv_platform.serving.explain import BLANK, Explain, Pictures, draw, is_blank, small_map, to_base64
 from cv_platform.serving.log_entry import LogEntry
 from cv_platform.serving.observation import note_prediction, staged
 from cv_platform.serving.problems import RequestTrace
@@ -92,7 +92,7 @@ def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: C
         on_explain_failure: is called when there are no pictures although they were asked for; `message` says so, too.
     """
     metadata, prediction = predicted.model, predicted.prediction
-    message = OK
+    message = BLANK if explain is not Explain.NONE and is_blank(prediction.cam) else OK
     pictures: Pictures | None = None
     if explain.media_type is not None:
         try:

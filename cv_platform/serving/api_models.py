@@ -29,7 +29,7 @@ class PredictionResult(_Shape):
         raw_hm_img: base64 picture of the heat-map alone.
         media_type: of both pictures.
         cam: the small class-activation map, rows of numbers from 0 to 1; null unless `explain=cam` asked for it.
-        message: `ok`, or what is missing.
+        message: `ok`, or what is missing: the pictures, or anything to see in them.
     """
 
     prediction_id: UUID

@@ -23,6 +23,7 @@ JPEG_QUALITY = 90
 PNG_COMPRESSION = 3
 STRONGEST_TINT = 0.75
 """Share of heat-map colour where the map is 1; where it is 0 the image stays as it is."""
+BLANK = "The heat-map is blank: no part of the image raises the class's score by more than rounding does."
 
 
 class Explain(StrEnum):
@@ -105,6 +106,11 @@ def draw(image: NDArray[np.uint8], cam: NDArray[np.float32], explain: Explain) -
 def small_map(cam: NDArray[np.float32]) -> list[list[float]]:
     """Returns `(h, w)` as rows of numbers with four decimals; JSON has no word for what is no number."""
     return [[round(float(value), 4) for value in row] for row in np.nan_to_num(cam, nan=0.0, posinf=1.0, neginf=0.0)]
+
+
+def is_blank(cam: NDArray[np.float32]) -> bool:
+    """Whether nothing of a map is above 0; what is not a number counts as 0."""
+    return not bool((cam > 0.0).any())
 
 
 def to_base64(data: bytes) -> str:

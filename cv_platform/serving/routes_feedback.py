@@ -16,7 +16,7 @@ from starlette.responses import Response
 from cv_platform.errors import DatabaseError, ImageError, StorageError
 from cv_platform.images import decode
 from cv_platform.predictions import LABEL_SEPARATOR, NONE_OF_THESE
-from cv_platform.serving.answer import result_body
+from cv_platform.serving.answer import OK, result_body
 from cv_platform.serving.api_models import DeletionResult, FeedbackResult, Passport, StoredResult
 from cv_platform.serving.context import DELETION_SECONDS, ServingContext
 from cv_platform.serving.examples import (
@@ -28,7 +28,7 @@ from cv_platform.serving.examples import (
     STORED_EXAMPLE,
     responses,
 )
-from cv_platform.serving.explain import Explain, draw, to_base64
+from cv_platform.serving.explain import BLANK, Explain, draw, is_blank, to_base64
 from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.passport import make_passport
 from cv_platform.serving.problems import (
@@ -316,7 +316,7 @@ def _require_known(true_class: str, class_names: Sequence[str], *, is_multi_labe
 def _result_again(
     context: ServingContext, stored: StoredPrediction, metadata: BundleMetadata | None
 ) -> dict[str, object]:
-    pictures, message = None, "ok"
+    pictures, message = None, OK
     if stored.image is None:
         message = "The image was not kept, so there are no pictures."
     elif stored.raw_hm is None:
@@ -325,6 +325,7 @@ def _result_again(
         try:
             image = decode(stored.image, max_pixels=context.settings.max_upload_pixels)
             pictures = draw(image, stored.raw_hm, Explain.JPEG)
+            message = BLANK if is_blank(stored.raw_hm) else OK
         except (ImageError, ValueError) as err:
             message = f"The pictures cannot be drawn again: {err}"
     names = metadata.class_names if metadata else tuple(stored.prediction_json)

@@ -42,8 +42,8 @@ class Prediction:
         probabilities: `(C,)`, 0–1, in the order of the metadata's `class_names`.
         features: `(F,)`, the penultimate layer.
         uae: `(D,)`, the untrained encoder's embedding.
-        cam: `(h, w)`, 0–1: Grad-CAM at the last feature map's resolution; all zero where nothing speaks for the class by
-            more than rounding does.
+        cam: `(h, w)`, 0–1: Grad-CAM at the last feature map's resolution; all zero where nothing speaks for the class
+            by more than rounding does.
     """
 
     probabilities: NDArray[np.float32]

@@ -197,6 +197,14 @@ def test_the_heat_map_lies_on_the_fruit_and_can_be_dimmed_and_hidden(service: Se
     expect(heat).to_have_css("opacity", "0.3")
 
 
+def test_a_blank_heat_map_is_said_to_be_blank(service: Service, make_visit: MakeVisit):
+    page = make_visit().open(service.url)
+    choose(page, upload("table.png", drawn()))  # Grey answers to no fruit's channel.
+    expect(page.locator("#pictures-note")).to_contain_text("The heat-map is blank")
+    expect(page.locator("#heat-controls")).to_be_hidden()
+    assert service.predict(drawn())["message"].startswith("The heat-map is blank")
+
+
 def test_everything_can_be_done_with_the_keyboard_alone(service: Service, make_visit: MakeVisit):
     page = make_visit(reduced_motion="reduce").open(service.url)
     # Playwright catches choosers from the first listener on, but does not wait until the browser has been told.

@@ -61,7 +61,7 @@ export function showPictures(item) {
   const notes = [];
   if (!item.url) notes.push('The image was not kept, or this browser cannot show its format.');
   if (!cam) notes.push('There is no heat-map for this result.');
-  if (isBlank) notes.push('Nothing in particular spoke for this class: the heat-map is empty.');
+  if (isBlank) notes.push('The heat-map is blank: no part of the image raises the class’s score by more than rounding does.');
   $('pictures-note').textContent = notes.join(' ');
   $('pictures-note').hidden = !notes.length;
   setHeat();

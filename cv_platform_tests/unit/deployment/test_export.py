@@ -91,14 +91,14 @@ def test_multi_label_model_exports_with_the_map_of_the_asked_class(tmp_path: Pat
 
 @pytest.mark.parametrize("runtime", ["onnx", "tensorflow"])
 def test_a_model_that_is_certain_keeps_its_map(tmp_path: Path, runtime: Any):
-    # With logits in the thousands the probability is exactly 1 and its own gradient exactly 0.
+    # With logits in the thousands the probability is 1 but for rounding, and its own gradient is rounding.
     build_classifier(seed=1, sharpness=10_000.0).save(tmp_path / "m.keras")
     build_encoder(seed=6).save(tmp_path / "u.keras")
     images = tiny_images(8, seed=15)
     export_bundle(tmp_path / "m.keras", tmp_path / "u.keras", tmp_path, golden_images=images, runtime=runtime)
     answer = run(tmp_path, images)
-    assert (answer.probabilities.max(axis=1) == 1.0).all()
-    assert (answer.cam.max(axis=(1, 2)) == 1.0).any()
+    np.testing.assert_allclose(answer.probabilities.max(axis=1), 1.0, rtol=4 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(answer.cam.max(), 1.0, rtol=np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "tensorflow"])

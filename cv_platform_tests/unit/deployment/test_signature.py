@@ -96,6 +96,72 @@ def test_a_softmax_layer_behind_a_dense_one_is_explained_alike():
     np.testing.assert_allclose(plain["cam"], tape["cam"], atol=2e-6)
 
 
+def saturated(scale: float) -> Any:
+    """Builds a classifier with two layers of tanh in its head, the second saturated as much as `scale` is large."""
+    import keras
+
+    model = classifier(head(keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(7, activation="tanh")))
+    features = model.get_layer("features")
+    features.activation = keras.activations.tanh
+    kernel, _ = features.get_weights()
+    # Far from 0 by the bias alone, so that every unit is saturated on every image.
+    features.set_weights([scale * kernel, np.where(np.arange(9) % 2, -scale, scale).astype(np.float32)])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("scale", "shown"),
+    # 1 − tanh²(2) is 0.07; 1 − tanh²(9) is 6e-8, half of what a float32 near 1 can tell; behind 100 all is 0 or noise.
+    [(2.0, True), (9.0, False), (100.0, False), (1e6, False)],
+)
+def test_a_map_that_is_only_rounding_is_blank_in_every_runtime(tmp_path: Path, scale: float, shown: bool):
+    model, images = saturated(scale), tiny_images(12, seed=11)
+    tape, plain = compared(model, images)
+    model.save(tmp_path / "m.keras")
+    build_encoder(seed=1).save(tmp_path / "u.keras")
+    files = (tmp_path / "m.keras", tmp_path / "u.keras", tmp_path)
+    exported = export_bundle(*files, golden_images=images)
+    assert (exported.runtime, exported.parity["cam"] <= 1e-3) == ("onnx", True)
+    asked = (np.arange(len(images)) % 5 - 1).astype(np.int32)
+    for cam in (tape["cam"], plain["cam"], OnnxRuntime(tmp_path / "model.onnx", threads=1)(images, asked).cam):
+        assert cam.any() == shown
+        np.testing.assert_allclose(cam, tape["cam"], atol=1e-3)
+
+
+def test_a_map_that_is_only_rounding_is_blank_behind_a_head_without_a_plain_form():
+    import keras
+    import tensorflow as tf
+
+    def answers(scale: float) -> np.ndarray:
+        flat = [keras.layers.Flatten(), keras.layers.Dense(7, activation="tanh", name="bent")]
+        model = classifier(head(*flat))
+        kernel, _ = model.get_layer("bent").get_weights()
+        model.get_layer("bent").set_weights([kernel, np.full(7, scale, np.float32)])
+        images, encoder = tiny_images(12, seed=11), build_encoder(seed=1)
+        serve = tf.function(tape_signature(model, encoder))
+        return np.asarray(serve(images, np.full(12, -1, np.int32))["cam"])
+
+    assert (answers(0.5).max(axis=(1, 2)) > 0.99).all()
+    assert not answers(20.0).any()
+
+
+@pytest.mark.parametrize("output", ["softmax", "sigmoid"])
+def test_a_certain_answer_keeps_its_map_in_every_runtime(output: str):
+    import keras
+
+    model = classifier(head(keras.layers.GlobalAveragePooling2D(), output=output))
+    out = model.get_layer("probabilities")
+    kernel, bias = out.get_weights()
+    out.set_weights([1e4 * kernel, bias])
+    tape, plain = compared(model, tiny_images(12, seed=11))
+    # Within a few units in the last place of certainty, where p(1 − p), the factor that is left out, is rounding.
+    doubts = np.abs(tape["probabilities"] - np.round(tape["probabilities"])).max(axis=1)
+    confident = doubts < 4 * np.finfo(np.float32).eps
+    assert confident.sum() >= 6
+    assert (tape["cam"][confident].max(axis=(1, 2)) > 0.99).any()
+    np.testing.assert_allclose(plain["cam"], tape["cam"], atol=1e-5)
+
+
 def test_heads_without_a_plain_form_are_refused_by_the_name_of_the_layer():
     import keras
 

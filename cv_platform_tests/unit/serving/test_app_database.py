@@ -62,6 +62,12 @@ def test_reads_a_result_and_its_passport_from_the_database(client: Client, logge
     again = client.get(f"/predictions/{first['prediction_id']}").json()
     assert again["prediction"] == first["prediction"]
     assert again["overlaid_img"]
+    assert again["message"] == "ok"
+    # This model's maps are the brightness of the image.
+    blank = client.predict(png(flat_image(0, 0, 0)), params={"explain": "none"}).json()
+    drain(logged)
+    again = client.get(f"/predictions/{blank['prediction_id']}").json()
+    assert again["message"].startswith("The heat-map is blank")
     passport = client.get(f"/predictions/{first['prediction_id']}/passport").json()
     assert passport["prediction"]["model_version"] == first["model_version"]
     assert passport["prediction"]["image_is_kept"] is True

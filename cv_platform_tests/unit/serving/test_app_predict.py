@@ -67,6 +67,14 @@ def test_explains_with_the_small_matrix_when_asked(client: Client):
     assert body["overlaid_img"] is body["raw_hm_img"] is None
 
 
+@pytest.mark.parametrize("explain", ["jpeg", "cam"])
+def test_says_that_a_map_is_blank(client: Client, explain: str):
+    # Its maps are the brightness of the image.
+    body = client.predict(png(np.zeros((8, 8, 3), np.uint8)), params={"explain": explain}).json()
+    assert body["message"].startswith("The heat-map is blank: no part of the image raises")
+    assert body["cam"] == ([[0.0] * 4] * 4 if explain == "cam" else None)
+
+
 def test_leaves_out_the_explanation_when_asked(client: Client):
     body = client.predict(REDDISH, params={"explain": "none"}).json()
     assert body["cam"] is body["overlaid_img"] is body["raw_hm_img"] is None
