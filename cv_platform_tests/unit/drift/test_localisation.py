@@ -106,7 +106,13 @@ def test_scores_follow_their_images() -> None:
     reference, current = draw_sample(rng, 100), draw_sample(rng, 50)
     order = rng.permutation(50)
     scores = image_scores(reference, current, max_reference_rows=60, seed=0)
-    assert image_scores(reference, current.take(order), max_reference_rows=60, seed=0) == pytest.approx(scores[order])
+    # Kernels are float32, and another order of the rows is another order of sums: single units of a score are right to
+    # some tens of ε, wherever it lies.
+    np.testing.assert_allclose(
+        image_scores(reference, current.take(order), max_reference_rows=60, seed=0),
+        scores[order],
+        atol=100 * np.finfo(np.float32).eps * np.abs(scores).max(),
+    )
 
 
 def test_scores_of_samples_without_variation_are_zero() -> None:
