@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -16,8 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from cv_platform.config import DeployConfig
 from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.errors import DeploymentError, PointerMovedError, StorageError
-from cv_platform.serving.holder import is_live
 from cv_platform.serving.promotion import PROMOTION_LOCK, Claim, Move, Promoter
+from cv_platform.serving.worker_watch import HEARTBEAT_STALE_SECONDS, WorkerWatch
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ class Deployment(BaseModel):
     """A move of the production pointer that held.
 
     Attributes:
-        confirmed_workers: ids of the workers that run the version; empty when no service was running.
+        confirmed_workers: ids of the workers that run the version and live; empty when no service was running.
         seconds: from the load test to the last confirmation.
         message: what happened, for people.
     """
@@ -85,51 +84,64 @@ def _promoter(storage: CentralStorage, service: str, cache: Path) -> Promoter:
 
 
 def _move(promoter: Promoter, make: Callable[[], Move], *, confirm_timeout_seconds: float) -> Deployment:
-    started = time.monotonic()
     storage, service = promoter.storage, promoter.service
+    watch = WorkerWatch(storage, service)
+    # Before anything moves: afterwards a version that kills its workers looks as if none had run.
+    has_lived = _any_lives(watch)
+    started = time.monotonic()
     move = make()
     pointer, before = move.pointer, move.before
     try:
-        workers = _wait_for_workers(storage, service, pointer, confirm_timeout_seconds)
+        confirmed, dead = _wait_for_workers(watch, service, pointer, confirm_timeout_seconds, has_lived=has_lived)
     except BaseException:  # An interrupted run too must not leave a version that nobody confirmed.
         _put_back(storage, service, move)
         raise
     seconds = time.monotonic() - started
     name = f"{pointer.model_name} {pointer.version}"
     message = (
-        f"{service} serves {name}: confirmed by {len(workers)} worker(s) in {seconds:.1f} s"
-        if workers
+        f"{service} serves {name}: confirmed by {len(confirmed)} worker(s) in {seconds:.1f} s"
+        if confirmed
         else f"{service} will serve {name}: no service is running; the next start serves it"
     )
+    if dead:
+        message += f". Listed, but without a heartbeat for {HEARTBEAT_STALE_SECONDS:g} s: {', '.join(dead)}"
     logger.info("%s", message)
     return Deployment(
         service=service,
         model_name=pointer.model_name,
         version=pointer.version,
         previous_version=before.version if before else None,
-        confirmed_workers=workers,
+        confirmed_workers=confirmed,
         seconds=seconds,
         message=message,
     )
 
 
-def _wait_for_workers(
-    storage: CentralStorage, service: str, pointer: ProductionPointer, timeout_seconds: float
-) -> tuple[str, ...]:
-    """Returns the ids of the workers that confirmed; empty when none was running from the start.
+def _any_lives(watch: WorkerWatch) -> bool:
+    """Watches until it is known of every worker whether it lives: a beat or two, longer where one has died."""
+    deadline = time.monotonic() + 3 * HEARTBEAT_STALE_SECONDS
+    while True:
+        states = {worker.state for worker in watch.look()}
+        if "unknown" not in states or time.monotonic() >= deadline:
+            return not states <= {"dead"}
+        time.sleep(_LOOK_SECONDS)
 
-    A worker that dies while it waits no longer counts, one that starts does. All of them dying is no confirmation: a
-    version that kills its workers looks just so.
+
+def _wait_for_workers(
+    watch: WorkerWatch, service: str, pointer: ProductionPointer, timeout_seconds: float, *, has_lived: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the ids of the workers that confirmed, and of those that are listed and were watched without a beat.
+
+    Only a worker that is seen to beat confirms, and every worker has to, unless it is seen to be dead. One that dies
+    while it waits no longer counts, one that starts does. All of them dying is no confirmation.
     """
     deadline = time.monotonic() + timeout_seconds
-    was_running = False
     while True:
-        now = datetime.now(UTC)
-        live = [beat for beat in storage.read_heartbeats(service) if is_live(beat, now)]
+        workers = watch.look()
         refused = [
-            beat
-            for beat in live
-            if beat.failed_pointer_utc == pointer.since_utc and beat.failed_version == pointer.version
+            worker.beat
+            for worker in workers
+            if worker.beat.failed_pointer_utc == pointer.since_utc and worker.beat.failed_version == pointer.version
         ]
         if refused:
             raise DeploymentError(
@@ -137,12 +149,13 @@ def _wait_for_workers(
                 + "; ".join(f"{beat.worker_id}: {beat.last_swap_error}" for beat in refused)
                 + ". The previous version stays in production."
             )
-        waiting = [beat for beat in live if not _confirms(beat, pointer)]
-        if live and not waiting:
-            return tuple(beat.worker_id for beat in live)
-        if not live and not was_running:
-            return ()
-        was_running = True
+        live = [worker.beat for worker in workers if worker.state == "live"]
+        confirmed = tuple(beat.worker_id for beat in live if _confirms(beat, pointer))
+        dead = tuple(worker.beat.worker_id for worker in workers if worker.state == "dead")
+        waiting = [worker.beat for worker in workers if worker.beat.worker_id not in {*confirmed, *dead}]
+        has_lived = has_lived or bool(live)
+        if not waiting and (confirmed or not has_lived):
+            return confirmed, dead
         if time.monotonic() >= deadline:
             missing = ", ".join(f"{beat.worker_id} (runs {beat.version or 'nothing'})" for beat in waiting)
             raise DeploymentError(

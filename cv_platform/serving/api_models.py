@@ -126,6 +126,7 @@ class Production(_Shape):
     previous_model_name: str | None = None
     previous_version: str | None = None
     since_utc: datetime
+    experiment: str | None = None
 
 
 class MovedPointer(_Shape):
@@ -137,7 +138,7 @@ class MovedPointer(_Shape):
 
 
 class WorkerState(_Shape):
-    """What a worker last said of itself."""
+    """What a worker last said of itself, and whether it is seen to go on saying so."""
 
     worker_id: str
     model_name: str | None = None

@@ -30,6 +30,7 @@ from cv_platform.serving.security import Guard
 from cv_platform.serving.tracing import Tracing
 from cv_platform.serving.worker_log import WorkerLog
 from cv_platform.serving.worker_threads import WorkerThreads
+from cv_platform.serving.worker_watch import WorkerWatch
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 
@@ -97,6 +98,7 @@ class ServingContext(Admission, WorkerLog):
         self.guard = Guard(settings)
         self.refusals = RefusalBounds()
         self.promotion_lock = self.cache / PROMOTION_LOCK
+        self.workers = WorkerWatch(self.storage, settings.service_name)
         self.models: ModelSource = models or ModelHolder(
             self.storage,
             service=settings.service_name,
@@ -105,6 +107,7 @@ class ServingContext(Admission, WorkerLog):
             bundled=bundled,
             threads=self.limits.model_threads,
             on_swap=self._note_swap,
+            watch=self.workers,
         )
         self.routes: list[Route | Mount] = []
         """Of the app; what is refused before it gets to one is counted by the route that it wanted."""

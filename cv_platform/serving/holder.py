@@ -3,7 +3,8 @@
 A thread follows the production pointer: it loads the named version beside the current one, lets it pass its self-test,
 and stores one attribute. A request takes `current()` once and keeps that reference, so no request sees a half-swapped
 model. Whatever goes wrong (corrupt bundle, storage away, unreadable pointer) leaves the last good model serving. A
-second thread writes the heartbeat, so that a long load does not look like a dead worker.
+second thread writes the heartbeat, so that a long load does not look like a dead worker. A third one watches those of
+the other workers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,22 @@ from cv_platform.serving.fallback import BUNDLED, load_fallback, write_fallback
 from cv_platform.serving.memory import release_memory
 from cv_platform.serving.metrics import SwapOutcome
 from cv_platform.serving.runtime import LoadedModel, fetch, load_bundle
+from cv_platform.serving.worker_watch import HEARTBEAT_SECONDS, WorkerWatch
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 2.0
-HEARTBEAT_STALE_SECONDS = 10.0
-"""A worker whose last beat is older than this does not count as running."""
 _POINTER_GONE = (
     "Expected the production pointer that named the model in use. Received: none. Check that the storage is mounted."
 )
-_FORGET_HEARTBEAT = timedelta(hours=1)
-"""Heartbeats of workers that died without saying goodbye are removed by the next one that starts."""
+_FORGET_SECONDS = 600.0
+"""Workers that died without saying goodbye are taken off the list by the others, after watching them for so long."""
 
 
 def make_worker_id() -> str:
     """Returns a name for this process that is unique among the workers of a service."""
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())
     return f"{host}-{os.getpid()}"
-
-
-def is_live(heartbeat: WorkerHeartbeat, now: datetime | None = None) -> bool:
-    """Says whether a worker's last beat is recent enough to count it as running."""
-    return (now or datetime.now(UTC)) - heartbeat.beat_utc <= timedelta(seconds=HEARTBEAT_STALE_SECONDS)
 
 
 class ModelHolder:
@@ -65,6 +59,8 @@ class ModelHolder:
             from then on, unless it was refused.
         poll_seconds: how often the pointer is read.
         retry_seconds: how long a version that failed is left alone while the pointer does not move.
+        watch: of the service's workers; None makes one.
+        forget_seconds: a worker that has been still for so long is taken off the list.
     """
 
     def __init__(
@@ -79,6 +75,8 @@ class ModelHolder:
         on_swap: Callable[[SwapOutcome, float, LoadedModel | None], None] | None = None,
         poll_seconds: float = 0.5,
         retry_seconds: float = 60.0,
+        watch: WorkerWatch | None = None,
+        forget_seconds: float = _FORGET_SECONDS,
     ) -> None:
         self.service = service
         self.worker_id = worker_id
@@ -89,6 +87,8 @@ class ModelHolder:
         self._on_swap = on_swap or _tell_nobody
         self._poll_seconds = poll_seconds
         self._retry_seconds = retry_seconds
+        self._watch = watch or WorkerWatch(storage, service)
+        self._forget_seconds = forget_seconds
         self._current: LoadedModel | None = None
         self._source: str | None = None
         self._since_utc: datetime | None = None
@@ -112,8 +112,8 @@ class ModelHolder:
     def start(self) -> None:
         """Loads the first model and begins to follow the pointer; without either, it goes on looking."""
         self._stopping.clear()
-        self._forget_dead_workers()
         self._start_thread("heartbeat", self._beat_until_stopped)
+        self._start_thread("watch", self._watch_until_stopped)
         self._follow_pointer()
         if self._current is None:
             self._start_from_fallback()
@@ -286,13 +286,17 @@ class ModelHolder:
         else:
             self._note_storage("write its heartbeat", None)
 
-    def _forget_dead_workers(self) -> None:
-        try:
-            for beat in self._storage.read_heartbeats(self.service):
-                if datetime.now(UTC) - beat.beat_utc > _FORGET_HEARTBEAT:
-                    self._storage.remove_heartbeat(self.service, beat.worker_id)
-        except StorageError as err:
-            logger.warning("Heartbeats of dead workers stay: %s", err)
+    def _watch_until_stopped(self) -> None:
+        while not self._stopping.wait(HEARTBEAT_SECONDS):
+            try:
+                for worker in self._watch.look():
+                    if worker.still_seconds > self._forget_seconds:
+                        self._storage.remove_heartbeat(self.service, worker.beat.worker_id)
+            # As in `_follow_pointer`.
+            except Exception as err:
+                self._note_storage("watch the other workers", str(err) or type(err).__name__)
+            else:
+                self._note_storage("watch the other workers", None)
 
     def _note_storage(self, action: str, error: str | None) -> None:
         """Keeps what central storage refuses for `status`, and logs it once per outage."""

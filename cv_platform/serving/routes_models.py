@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
@@ -13,7 +12,6 @@ from cv_platform.errors import BundleNotFoundError
 from cv_platform.serving.api_models import CurrentModels, MovedPointer
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import CURRENT_EXAMPLE, POINTER_EXAMPLE, VERSION, responses
-from cv_platform.serving.holder import is_live
 from cv_platform.serving.problems import Problem, json_response
 from cv_platform.serving.promotion import Promoter
 from cv_platform.storage import VERSION_PATTERN, ProductionPointer
@@ -42,19 +40,19 @@ def models_router(context: ServingContext) -> APIRouter:
     )
     async def current(request: Request) -> Response:
         is_admin = context.guard.is_admin(request)
-        pointer, heartbeats = await context.storage_reads.run(
-            lambda: (context.storage.read_pointer(service), context.storage.read_heartbeats(service))
+        pointer, watched = await context.storage_reads.run(
+            lambda: (context.storage.read_pointer(service), context.workers.look())
         )
-        now = datetime.now(UTC)
+        here = context.models.status().get("worker_id")
         wanted = (pointer.model_name, pointer.version) if pointer else None
         workers = [
             {
-                **beat.model_dump(mode="json"),
+                **(beat := worker.beat).model_dump(mode="json"),
                 "last_swap_error": beat.last_swap_error if is_admin or not beat.last_swap_error else "model refused",
-                "is_live": is_live(beat, now),
+                "is_live": worker.state == "live" or beat.worker_id == here,
                 "is_current": (beat.model_name, beat.version) == wanted,
             }
-            for beat in heartbeats
+            for worker in watched
         ]
         return json_response(
             {"service": service, "production": pointer.model_dump(mode="json") if pointer else None, "workers": workers}

@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from cv_platform.database.file_lock import exclusive
 from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.deployment.rollout import deploy, rollback
 from cv_platform.errors import CorruptBundleError, DeploymentError
+from cv_platform.serving import worker_watch
 from cv_platform.serving.holder import ModelHolder
 from cv_platform.serving.promotion import PROMOTION_LOCK, Promoter
 from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer, WorkerHeartbeat
@@ -61,6 +63,35 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], ModelHolder]]:
         holder.stop()
 
 
+@pytest.fixture
+def beating(storage: CentralStorage) -> Iterator[Callable[..., None]]:
+    """Starts workers that beat, whose clocks are an hour off, and that take no version that they are not given."""
+    stopping = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def beat(worker_id: str, **says: object) -> None:
+        for n in itertools.count():
+            now = datetime.now(UTC) + timedelta(hours=-1, microseconds=n)
+            storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id=worker_id, beat_utc=now, **says))
+            if stopping.wait(0.05):
+                return
+
+    def start(worker_id: str, **says: object) -> None:
+        threads.append(threading.Thread(target=beat, args=(worker_id,), kwargs=says))
+        threads[-1].start()
+
+    yield start
+    stopping.set()
+    for thread in threads:
+        thread.join(timeout=30)
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has not beaten for two seconds counts as dead: forty beats of `beating`."""
+    monkeypatch.setattr(worker_watch, "HEARTBEAT_STALE_SECONDS", 2.0)
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
@@ -84,19 +115,65 @@ def test_every_running_worker_confirms(storage: CentralStorage, cache: Path, sta
     assert [worker.status()["model_version"] for worker in workers] == [second.version] * 2
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_without_a_running_service_the_next_start_serves_it(
     storage: CentralStorage, cache: Path, start, tiny_export: TinyExport
 ):
     metadata = publish_tiny(storage, tiny_export)
-    # A worker that died without a goodbye does not count.
-    storage.write_heartbeat(
-        SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC) - timedelta(seconds=11))
-    )
+    # A worker that died without a goodbye does not count, however fresh its last beat looks.
+    storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC)))
     done = deploy(as_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ()
     assert done.previous_version is None
     assert "no service is running; the next start serves it" in done.message
+    assert "without a heartbeat" in done.message
+    assert done.message.endswith(": dead")
     assert start("a").status()["model_version"] == metadata.version
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_what_a_dead_worker_has_said_confirms_nothing(
+    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+):
+    metadata = publish_tiny(storage, tiny_export)
+    served = {"model_name": metadata.model_name, "version": metadata.version}
+    storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC), **served))
+    beating("b", **served)
+    done = deploy(as_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
+    assert done.confirmed_workers == ("b",)
+    assert done.message.endswith(": dead")
+
+
+def test_a_worker_that_lives_by_another_clock_is_waited_for(
+    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+):
+    good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    beating("an-hour-behind", model_name="tiny", version=good.version)
+    with pytest.raises(DeploymentError, match=f"an-hour-behind \\(runs {good.version}\\)"):
+        deploy(as_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
+    assert pointer_version(storage) == good.version
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_version_that_kills_every_worker_is_not_taken_for_a_service_that_does_not_run(
+    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+):
+    good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+
+    def beat_until_it_is_there() -> None:
+        while pointer_version(storage) != new.version:
+            storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="victim", beat_utc=datetime.now(UTC)))
+            time.sleep(0.05)
+
+    victim = threading.Thread(target=beat_until_it_is_there)
+    victim.start()
+    wait_until(lambda: bool(storage.read_heartbeats(SERVICE)))
+    with pytest.raises(DeploymentError, match="those that ran have stopped"):
+        deploy(as_bundle(new), config(4.0), experiment="tiny", storage=storage, cache=cache)
+    victim.join(timeout=30)
+    assert pointer_version(storage) == good.version
 
 
 def test_a_bundle_that_fails_its_load_test_moves_nothing(
@@ -132,60 +209,48 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
 
 
 def test_an_error_about_an_earlier_pointer_is_not_held_against_this_deployment(
-    storage: CentralStorage, cache: Path, start, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     metadata = publish_tiny(storage, tiny_export)
-    now = datetime.now(UTC)
-    stale = WorkerHeartbeat(
-        worker_id="a",
-        beat_utc=now,
+    beating(
+        "a",
+        model_name=metadata.model_name,
+        version=metadata.version,
         last_swap_error="an old one",
         failed_version=metadata.version,
-        failed_pointer_utc=now - timedelta(minutes=1),
+        failed_pointer_utc=datetime.now(UTC) - timedelta(minutes=1),
     )
-    storage.write_heartbeat(SERVICE, stale)
-    takes_it = threading.Timer(
-        0.5,
-        lambda: storage.write_heartbeat(
-            SERVICE,
-            WorkerHeartbeat(
-                worker_id="a", model_name=metadata.model_name, version=metadata.version, beat_utc=datetime.now(UTC)
-            ),
-        ),
-    )
-    takes_it.start()
     done = deploy(as_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
-    takes_it.join()
     assert done.confirmed_workers == ("a",)
 
 
 def test_a_worker_that_does_not_answer_in_time_puts_the_pointer_back(
-    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
     deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
-    storage.write_heartbeat(
-        SERVICE, WorkerHeartbeat(worker_id="stuck", model_name="tiny", version=good.version, beat_utc=datetime.now(UTC))
-    )
+    beating("stuck", model_name="tiny", version=good.version)
     with pytest.raises(DeploymentError, match=f"stuck \\(runs {good.version}\\)"):
         deploy(as_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
-def test_a_first_deployment_that_fails_leaves_no_pointer(storage: CentralStorage, cache: Path, tiny_export: TinyExport):
+def test_a_first_deployment_that_fails_leaves_no_pointer(
+    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+):
     metadata = publish_tiny(storage, tiny_export)
-    storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="stuck", beat_utc=datetime.now(UTC)))
+    beating("stuck")
     with pytest.raises(DeploymentError, match="runs nothing"):
         deploy(as_bundle(metadata), config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert storage.read_pointer(SERVICE) is None
 
 
 def test_an_update_while_a_deployment_waits_for_its_turn_is_what_a_failure_returns_to(
-    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
     deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
-    storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="stuck", beat_utc=datetime.now(UTC)))
+    beating("stuck")
     lock = cache / PROMOTION_LOCK
     with ThreadPoolExecutor(1) as pool:
         with exclusive(lock, timeout_seconds=1):  # As another update holds it, which then moves the pointer.
@@ -208,7 +273,9 @@ def _open_files(path: Path) -> int:
     return [file.path for file in psutil.Process().open_files()].count(str(path))
 
 
-def test_an_update_at_the_moment_of_putting_back_stays(storage: CentralStorage, cache: Path, tiny_export: TinyExport):
+def test_an_update_at_the_moment_of_putting_back_stays(
+    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+):
     class Hurried(CentralStorage):
         """Lets somebody else promote `third` once this deployment has given up, before it puts the pointer back."""
 
@@ -219,7 +286,7 @@ def test_an_update_at_the_moment_of_putting_back_stays(storage: CentralStorage, 
 
     first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
     deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
-    storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="stuck", beat_utc=datetime.now(UTC)))
+    beating("stuck")
     with pytest.raises(DeploymentError):
         deploy(as_bundle(second), config(0.3), experiment="tiny", storage=Hurried(storage.url), cache=cache)
     assert pointer_version(storage) == third.version

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message
 from cv_platform.database.file_lock import exclusive
 from cv_platform.serving.app import create_app
 from cv_platform.serving.context import ServingContext
+from cv_platform.serving.worker_watch import WorkerWatch
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
@@ -172,17 +173,26 @@ def test_only_one_update_runs_at_a_time(admin: Client, context: ServingContext):
     assert admin.put("/update_model/tiny.yaml").status_code == 404  # The lock is free again.
 
 
-def test_shows_the_pointer_and_which_workers_live_and_follow_it(client: Client, storage: CentralStorage):
+def test_shows_the_pointer_and_which_workers_live_and_follow_it(
+    context: ServingContext, client: Client, storage: CentralStorage
+):
     now = datetime.now(UTC)
     assert client.get("/models/current").json() == {"service": SERVICE, "production": None, "workers": []}
     storage.write_pointer(SERVICE, ProductionPointer(model_name="tiny", version=VERSIONS[1], since_utc=now))
-    for worker_id, version, age in (("a", VERSIONS[1], 0), ("b", VERSIONS[0], 1), ("c", VERSIONS[1], 60)):
+
+    def beat(worker_id: str, version: str, ahead: timedelta) -> None:
         storage.write_heartbeat(
-            SERVICE,
-            WorkerHeartbeat(
-                worker_id=worker_id, model_name="tiny", version=version, beat_utc=now - timedelta(seconds=age)
-            ),
+            SERVICE, WorkerHeartbeat(worker_id=worker_id, model_name="tiny", version=version, beat_utc=now + ahead)
         )
+
+    # All three are listed; the clocks of those that go on beating are far from ours.
+    beat("a", VERSIONS[1], timedelta(hours=-1))
+    beat("b", VERSIONS[0], timedelta(hours=1))
+    beat("c", VERSIONS[1], timedelta(0))
+    context.workers = WorkerWatch(storage, SERVICE)  # As of a worker that has just started.
+    assert [w["is_live"] for w in client.get("/models/current").json()["workers"]] == [False, False, False]
+    beat("a", VERSIONS[1], timedelta(hours=-1, seconds=2))
+    beat("b", VERSIONS[0], timedelta(hours=1, seconds=2))
     body = client.get("/models/current").json()
     assert body["production"]["version"] == VERSIONS[1]
     assert [(w["worker_id"], w["is_live"], w["is_current"]) for w in body["workers"]] == [
