@@ -96,7 +96,19 @@ class Settings(BaseModel):
         description="CV_MLFLOW_ARTIFACTS: folder of an MLflow server's artifacts, for `gc`; none: it leaves them alone",
     )
     spare_disk_bytes: int = Field(
-        default=256 * 2**20, ge=0, description="CV_SPARE_DISK_BYTES: left free by every large write"
+        default=256 * 2**20,
+        ge=0,
+        description="CV_SPARE_DISK_BYTES: left free by every large write, and by the log's spool (at least 32 MiB)",
+    )
+    spool_max_bytes: int = Field(
+        default=10_000_000_000,
+        ge=1_000_000,
+        description="CV_SPOOL_MAX_BYTES: of each worker's log entries that wait for the database; then 503",
+    )
+    spool_archive: Path | None = Field(
+        default=None,
+        description="CV_SPOOL_ARCHIVE: folder for a full spool's oldest entries where there is no database; "
+        "none: they are dropped",
     )
     log_format: Literal["text", "json"] = Field(default="json", description="CV_LOG_FORMAT of the service's log")
     otlp_endpoint: str | None = Field(
@@ -209,6 +221,8 @@ _PLAIN_VARIABLES = {
     "gc_keep_versions": "CV_GC_KEEP_VERSIONS",
     "mlflow_artifacts": "CV_MLFLOW_ARTIFACTS",
     "spare_disk_bytes": "CV_SPARE_DISK_BYTES",
+    "spool_max_bytes": "CV_SPOOL_MAX_BYTES",
+    "spool_archive": "CV_SPOOL_ARCHIVE",
     "log_format": "CV_LOG_FORMAT",
     "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
 }

@@ -11,7 +11,8 @@ from benchmarks.soak.stage import Findings, Stage, add_rows, wait_until
 from benchmarks.soak.traffic import Traffic, failures, statuses
 
 DISK_MIB = 128
-"""More than the spool's reserve (32), and a backlog larger than that: deleting what was drained needs the reserve."""
+"""More than the spool's reserve, and a backlog larger than that: deleting what was drained needs the reserve."""
+RESERVE_MIB = 32
 FULL_SECONDS = 90.0
 RECOVERY_SECONDS = 60.0
 
@@ -33,7 +34,11 @@ def fill_the_disk(stage: Stage) -> Findings:
     spool = stage.settings.home / "spool"
     shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir(mode=0o700)
-    with stage.service("full disk", wrap=lambda command: on_a_small_disk(command, str(spool))) as server:
+    with stage.service(
+        "full disk",
+        wrap=lambda command: on_a_small_disk(command, str(spool)),
+        CV_SPARE_DISK_BYTES=str(RESERVE_MIB * 2**20),
+    ) as server:
         with Traffic(server.base_url, stage.uploads, concurrency=4, is_unique=True) as traffic:
             traffic.wait_for(50, seconds=30)
             with stage.database_stopped():

@@ -10,6 +10,7 @@ one touches neither disk nor network.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 from pathlib import Path
 from typing import Any, Protocol
@@ -229,7 +230,7 @@ class ServingContext(Admission, WorkerLog):
             try:
                 self._tend_log()
                 self.note_load()
-            except (CvPlatformError, OSError):
+            except (CvPlatformError, OSError, sqlite3.Error):
                 logger.exception("The request log's housekeeping failed; it goes on")
 
     def note_load(self) -> None:

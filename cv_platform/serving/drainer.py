@@ -3,22 +3,27 @@
 An entry is deleted from the spool only after the database has committed it; a crash in between sends it again, which
 the database ignores. While the database is away, or has another schema, entries stay. An entry that the database
 refuses for its values is found by halving the batch and put aside, so that it blocks nobody.
+
+Where there is no database, and none can be expected, the oldest entries leave a spool that is nearly full
+(`LogLimits`), so that the service goes on answering.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cv_platform.database.address import postgres_url
 from cv_platform.errors import SchemaMismatchError, SpoolFullError
+from cv_platform.serving.log_limits import LogLimits
 from cv_platform.serving.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
 from cv_platform.serving.spool_file import EXTENSIONS, LOCK, SQLITE
 
@@ -36,8 +41,13 @@ transaction for each few rows would take the processor from the predictions."""
 _BATCH_IMAGE_BYTES = 32 * 1024 * 1024
 _IDLE_SECONDS = 5.0
 """How often an idle drainer looks whether the database is still there, and for the spools of others that are gone."""
+_MOST_ADOPTED = 32
+"""Spools of others that are gone, which one drainer takes over at a time."""
+_NOTICE_SECONDS = 600.0
+"""Between two lines that say how many entries had to leave for want of a database."""
 _FIRST_WAIT_SECONDS = 0.2
 _LONGEST_WAIT_SECONDS = 15.0
+_NO_BOUND = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,10 @@ class DrainStatus:
     drained_rows: int
     rejected: int
     spool_bytes: int = 0
+    dropped_rows: int = 0
+    """Oldest entries that had to leave a full spool, as there is no database."""
+    archived_rows: int = 0
+    """Those of them that went to the archive instead."""
 
 
 class Drainer:
@@ -58,26 +72,32 @@ class Drainer:
 
     Args:
         spool: this replica's.
-        database_url: PostgreSQL's URL; None: nothing is drained, everything stays in the spool.
+        database_url: PostgreSQL's URL; None: nothing is drained.
+        limits: what leaves a full spool then.
         adopt: whether to look for the spools of others that are gone.
 
     Raises:
         ConfigError: the URL is no PostgreSQL URL.
     """
 
-    def __init__(self, spool: Spool, database_url: str | None, *, adopt: bool = True) -> None:
+    def __init__(
+        self, spool: Spool, database_url: str | None, limits: LogLimits | None = None, *, adopt: bool = True
+    ) -> None:
         self._spool = spool
+        self._limits = limits or LogLimits()
         self._url = None if database_url is None else postgres_url(database_url)
         self._database: LogDatabase | None = None
         self._adopts = adopt
-        self._adopted: Spool | None = None
+        self._adopted: list[Spool] = []
+        self._archive: Spool | None = None
         self._next_adoption = 0.0
-        self._unusable: set[str] = set()
+        self._known_unusable: set[str] = set()
         # State and error, in one piece: another thread's status must not see one without the other.
         self._state: tuple[DatabaseState, str | None] = (
             ("not configured", None) if database_url is None else ("unreachable", "not connected yet")
         )
-        self._drained_rows = 0
+        self._drained_rows = self._dropped_rows = self._archived_rows = 0
+        self._next_notice = 0.0
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._progress = threading.Condition()
@@ -96,11 +116,10 @@ class Drainer:
             self._thread.join(timeout_seconds)
 
     def status(self) -> DrainStatus:
-        """Returns the state now; `depth` includes a spool that is being taken over."""
-        spools = [spool for spool in (self._spool, self._adopted) if spool is not None]
+        """Returns the state now; `depth` includes the spools that were taken over."""
         depths, rejected, size = 0, 0, 0
         ages: list[float | None] = []
-        for spool in spools:
+        for spool in (self._spool, *self._adopted):
             try:
                 depths += spool.depth()
                 ages.append(spool.oldest_age_seconds())
@@ -117,6 +136,8 @@ class Drainer:
             drained_rows=self._drained_rows,
             rejected=rejected,
             spool_bytes=size,
+            dropped_rows=self._dropped_rows,
+            archived_rows=self._archived_rows,
         )
 
     def wait_until_drained(self, timeout_seconds: float) -> bool:
@@ -151,16 +172,19 @@ class Drainer:
                 self._wake.wait(_IDLE_SECONDS)
                 self._wake.clear()
                 self._stopping.wait(_LINGER_SECONDS)
-        if self._adopted is not None:
-            self._adopted.close()
+        for spool in (*self._adopted, *([self._archive] if self._archive is not None else [])):
+            spool.close()
         if self._database is not None:
             self._database.close()
 
     def _drain_once(self) -> bool:
         """Drains one batch of each spool; returns whether there was more than that."""
         self._spool.write_outcomes()
+        self._adopt_orphans()  # Before anything that the database may hinder: they count in the status.
         if self._url is None:
-            return False
+            has_more = self._make_room()
+            self._state = "not configured", None
+            return has_more
         if self._database is None:
             from cv_platform.serving.log_database import LogDatabase
 
@@ -169,7 +193,12 @@ class Drainer:
         if database.connect():
             self._state = "ok", None
         has_more = self._drain_batch(database, self._spool)
-        has_more = self._drain_orphan(database) or has_more
+        for orphan in tuple(self._adopted):
+            with self._damage_put_aside(orphan):
+                if self._drain_batch(database, orphan):
+                    has_more = True
+                else:
+                    self._release(orphan)  # Nobody adds to it any more.
         if not has_more:
             database.check()
         return has_more
@@ -203,42 +232,99 @@ class Drainer:
         self._drained_rows += len(rows)
 
     def _note(self, err: Exception) -> None:
-        if self._database is not None:
-            err = self._database.explained(err)
         state, last_error = self._state
-        if isinstance(err, SpoolFullError | sqlite3.Error):
-            message = f"The spool fails: {err}"
-        else:
-            state = "schema mismatch" if isinstance(err, SchemaMismatchError) else "unreachable"
-            message = str(err).strip()
+        of_database = self._database.explained(err) if self._database is not None else None
+        if of_database is not None:
+            state = "schema mismatch" if isinstance(of_database, SchemaMismatchError) else "unreachable"
+            message = str(of_database).strip()
+        else:  # What the database answered last is still so, as far as anybody knows.
+            is_of_disk = isinstance(err, SpoolFullError | sqlite3.Error | OSError)
+            message = f"The spool fails: {err}" if is_of_disk else f"The drainer fails: {err!r}"
         self._state = state, message
         if message != last_error:
             logger.warning("The request log stays in the spool: %s", message)
 
-    def _drain_orphan(self, database: LogDatabase) -> bool:
-        if self._adopted is None and self._adopts and time.monotonic() >= self._next_adoption:
-            self._adopted = _adopt_orphan(self._spool.path.parent, self._unusable)
-            if self._adopted is None:
-                self._next_adoption = time.monotonic() + _IDLE_SECONDS
-        orphan = self._adopted
-        if orphan is None:
+    def _make_room(self) -> bool:
+        """Takes the oldest entries out of a spool that is nearly full; returns whether that may not be enough."""
+        others_bytes = sum(orphan.used_bytes() for orphan in self._adopted)
+        if self._limits.may_have_database() or not self._spool.is_crowded(others_bytes):
             return False
+        image_bytes = min(_BATCH_IMAGE_BYTES, self._limits.max_bytes // 20)
+        for spool in (*self._adopted, self._spool):
+            with self._damage_put_aside(spool):
+                rows, are_all = spool.read_batch(_BATCH_ROWS, image_bytes)
+                self._let_go(spool, rows)
+                if are_all and spool is not self._spool:
+                    self._release(spool)
+                if rows:
+                    return True
+        return False  # What fills the disk is somebody else's.
+
+    def _let_go(self, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+        if not rows:
+            return
+        if self._limits.archive is not None:
+            if self._archive is None:
+                self._archive = Spool(
+                    self._limits.archive, replace(self._limits, max_bytes=_NO_BOUND), append_timeout_seconds=60.0
+                )
+            self._archive.take(spool, rows)
+            self._archived_rows += len(rows)
+        else:
+            self._dropped_rows += len(rows)
+        spool.delete(rows)
+        if time.monotonic() >= self._next_notice:
+            self._next_notice = time.monotonic() + _NOTICE_SECONDS
+            logger.warning(
+                "There is no database, and the spool %s is nearly full (CV_SPOOL_MAX_BYTES, CV_SPARE_DISK_BYTES): its "
+                "oldest entries %s; %d so far. Set DATABASE_URL to keep them.",
+                self._spool.path,
+                f"go to {self._limits.archive}" if self._limits.archive is not None else "are dropped",
+                self._archived_rows + self._dropped_rows,
+            )
+
+    def _adopt_orphans(self) -> None:
+        if not self._adopts or time.monotonic() < self._next_adoption:
+            return
+        unusable: set[str] = set()
+        while len(self._adopted) < _MOST_ADOPTED:
+            orphan = _adopt_orphan(self._spool.path.parent, unusable, self._known_unusable)
+            if orphan is None:
+                break
+            self._adopted.append(orphan)
+            with self._damage_put_aside(orphan):
+                if not orphan.depth() and not orphan.rejected_count():
+                    self._release(orphan)
+        self._known_unusable = unusable
+        self._next_adoption = time.monotonic() + _IDLE_SECONDS
+
+    def _release(self, orphan: Spool) -> None:
+        self._spool.take_rejected(orphan)
+        self._adopted.remove(orphan)
+        orphan.close()
+
+    @contextlib.contextmanager
+    def _damage_put_aside(self, spool: Spool) -> Generator[None]:
         try:
-            if not self._drain_batch(database, orphan):  # Nobody adds to it any more.
-                self._spool.take_rejected(orphan)
-                self._adopted = None
-                orphan.close()
+            yield
         except sqlite3.OperationalError:
             raise  # The disk, which may get better.
         except sqlite3.DatabaseError as err:
-            self._adopted = None
-            orphan.close()
-            _put_aside(orphan.path, err)
-        return True
+            if spool is self._spool:
+                raise
+            self._adopted.remove(spool)
+            spool.close()
+            _put_aside(spool.path, err)
 
 
-def _adopt_orphan(directory: Path, unusable: set[str]) -> Spool | None:
-    """Returns a spool that nobody owns any more, if there is one; names that cannot be used are added to `unusable`."""
+def _adopt_orphan(directory: Path, unusable: set[str], known: set[str]) -> Spool | None:
+    """Returns a spool that nobody owns any more, if there is one.
+
+    Args:
+        directory: of all spools.
+        unusable: names that are left alone; those that turn out to be unusable now are added.
+        known: names that need no line in the log.
+    """
     names = {path.stem for extension in (LOCK, SQLITE) for path in directory.glob(f"*{extension}")}
     for name in sorted(names - unusable):
         path = directory / f"{name}{SQLITE}"
@@ -248,7 +334,8 @@ def _adopt_orphan(directory: Path, unusable: set[str]) -> Spool | None:
             _put_aside(path, err)
             continue
         except SpoolFullError as err:
-            logger.warning("A spool of a replica that is gone has to wait for the next start: %s", err)
+            if name not in known:
+                logger.warning("A spool of a replica that is gone has to wait: %s", err)
             unusable.add(name)
             continue
         if spool is not None:

@@ -13,9 +13,11 @@ from contextlib import AbstractContextManager, closing
 from typing import cast
 
 import psycopg2
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
 from cv_platform.database.connection import make_engine, normalise_url, typed_error
+from cv_platform.errors import DatabaseError
 from cv_platform.serving.log_tables import Cursor, check_revision, prepare_session, write_entries
 from cv_platform.serving.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
 from cv_platform.serving.spool_file import may_hold
@@ -89,9 +91,11 @@ class LogDatabase:
             check_revision(cursor)
         connection.rollback()
 
-    def explained(self, err: Exception) -> Exception:
-        """Returns the platform's error for a driver's, where it has one; else the error itself."""
-        return (typed_error(err, self._url) or err) if isinstance(err, psycopg2.Error) else err
+    def explained(self, err: Exception) -> Exception | None:
+        """Returns an error that came from the database, the platform's own where it has one; None for any other."""
+        if isinstance(err, psycopg2.Error):
+            return typed_error(err, self._url) or err
+        return err if isinstance(err, DatabaseError | SQLAlchemyError) else None
 
     def disconnect(self) -> None:
         """Lets go of the connection, which may be broken; `connect` makes another one."""

@@ -89,6 +89,9 @@ class ServingMetrics:
         self._append_failures = counter("cv_log_append_failures", "Log entries that the spool did not take.")
         self._dropped = counter("cv_log_dropped_entries", "Refusals that were answered without their log entry.")
         self._drained = counter("cv_log_drained_entries", "Log entries that the database has taken.")
+        self._evicted = counter(
+            "cv_log_evicted_entries", "Oldest log entries that left a full spool, as there is no database.", "outcome"
+        )
         # Each worker has a spool of its own: they add up, the oldest counts.
         self._spool_entries = gauge("cv_spool_entries", "Log entries that wait for the database.")
         self._spool_bytes = gauge("cv_spool_bytes", "Size of the spool's files.")
@@ -116,7 +119,7 @@ class ServingMetrics:
         self._answers: dict[tuple[str, str, int, str], tuple[Any, Any]] = {}
         self._models: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
         self._serving: tuple[str, str, str] | None = None
-        self._drained_before = 0
+        self._rows_before: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def answered(self, *, route: str, method: str, status: int, version: str | None, seconds: float) -> None:
@@ -196,11 +199,17 @@ class ServingMetrics:
         self._spool_age.set(status.oldest_age_seconds or 0.0)
         self._rejected.set(status.rejected)
         self._database_up.set(status.database == "ok")
+        rows = {
+            "drained": (self._drained, status.drained_rows),
+            "dropped": (self._evicted.labels("dropped"), status.dropped_rows),
+            "archived": (self._evicted.labels("archived"), status.archived_rows),
+        }
         with self._lock:
-            # A drainer that follows the database to another address counts from zero again.
-            since = self._drained_before if status.drained_rows >= self._drained_before else 0
-            self._drained_before = status.drained_rows
-        self._drained.inc(status.drained_rows - since)
+            for name, (series, count) in rows.items():
+                # A drainer that follows the database to another address counts from zero again.
+                before = self._rows_before.get(name, 0)
+                series.inc(count - before if count >= before else count)
+                self._rows_before[name] = count
 
     def storage_is(self, *, reachable: bool) -> None:
         """Says whether central storage can be reached."""

@@ -20,6 +20,7 @@ from cv_platform.errors import DatabaseUnavailableError
 from cv_platform.serving.deletion import delete_from_database, delete_from_spools
 from cv_platform.serving.drainer import Drainer, DrainStatus
 from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
+from cv_platform.serving.log_limits import LogLimits
 from cv_platform.serving.spool import BegunEntry, RejectedEntry, Spool
 from cv_platform.serving.spool_file import find_spooled, find_statements
 
@@ -41,9 +42,8 @@ class RequestLog:
 
     Args:
         directory: `$CV_HOME/spool`, shared by all replicas.
-        database_url: PostgreSQL's URL; None: entries stay in the spool.
-        max_bytes: size of the spool from which `append` refuses.
-        append_timeout_seconds: longest wait for the disk.
+        database_url: PostgreSQL's URL; None: entries stay in the spool, as far as its limits allow.
+        limits: of this replica.
 
     Raises:
         SpoolFullError: the spool cannot be made.
@@ -54,17 +54,17 @@ class RequestLog:
         self,
         directory: Path,
         database_url: str | None,
-        *,
-        max_bytes: int = 10_000_000_000,
-        append_timeout_seconds: float = 10.0,
+        limits: LogLimits | None = None,
     ) -> None:
+        self._limits = limits or LogLimits()
         # The URL first: a wrong one must not leave a spool behind.
         self._url = None if database_url is None else postgres_url(database_url)
         self._engine: Engine | None = None
         self._making_engine = threading.Lock()
         self._directory = directory
-        self._spool = Spool(directory, max_bytes=max_bytes, append_timeout_seconds=append_timeout_seconds)
-        self._drainer = Drainer(self._spool, database_url)
+        self._folders = (directory,) if self._limits.archive is None else (directory, self._limits.archive)
+        self._spool = Spool(directory, self._limits)
+        self._drainer = Drainer(self._spool, database_url, self._limits)
         self._drainer.start()
 
     def __enter__(self) -> Self:
@@ -109,7 +109,9 @@ class RequestLog:
             SchemaMismatchError: it is in no spool, and the database has other tables.
         """
         # In this order: an entry leaves the spool only after the database has it.
-        found = self._spool.find(prediction_id) or find_spooled(self._directory, prediction_id)
+        found = self._spool.find(prediction_id)
+        for folder in self._folders:
+            found = found or find_spooled(folder, prediction_id)
         engine = None if found is not None else self._reading_engine()
         if engine is None:
             return found
@@ -123,7 +125,8 @@ class RequestLog:
         Raises:
             DatabaseUnavailableError, SchemaMismatchError: the database cannot be asked; the spools' came before.
         """
-        yield from find_statements(self._directory, prediction_id)
+        for folder in self._folders:
+            yield from find_statements(folder, prediction_id)
         engine = self._reading_engine()
         if engine is not None:
             from cv_platform.serving.log_tables import find_statements as find_stored_statements
@@ -155,7 +158,8 @@ class RequestLog:
                         "queue. Nothing was deleted; try again later."
                     )
                 time.sleep(_LOOK_SECONDS)
-        was_spooled = delete_from_spools(self._directory, prediction_id)
+        removed = [delete_from_spools(folder, prediction_id) for folder in self._folders]
+        was_spooled = any(removed)
         engine = self._reading_engine()
         if engine is not None:
             return delete_from_database(engine, prediction_id) or was_spooled
@@ -176,7 +180,7 @@ class RequestLog:
         with self._making_engine:
             self._url = url
             former, self._engine = self._engine, None
-        self._drainer = Drainer(self._spool, database_url)
+        self._drainer = Drainer(self._spool, database_url, self._limits)
         self._drainer.start()
         if former is not None:
             former.dispose()

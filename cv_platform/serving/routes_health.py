@@ -116,6 +116,11 @@ def health_report(
         notes.append(f"The spool's disk does not answer; its figures are {age_seconds:.0f} s old.")
     if log is not None and log.database != "ok":
         notes.append(f"Log entries wait in the spool; database: {log.database}.")
+    if log is not None and (log.dropped_rows or log.archived_rows):
+        notes.append(
+            f"There is no database: of the oldest log entries, {log.dropped_rows} were dropped and {log.archived_rows} "
+            "archived, as the spool was full. Set DATABASE_URL to keep them."
+        )
     if log is not None and log.rejected:
         notes.append(f"The database refused {log.rejected} log entries; they lie in the spool's table 'rejected'.")
     database_error = shown(log.last_error, f"database {log.database}") if log else None

@@ -33,6 +33,7 @@ from cv_platform.serving.log_entry import (
     StoredPrediction,
     encode,
 )
+from cv_platform.serving.log_limits import LEAST_RESERVE_BYTES, LogLimits
 from cv_platform.serving.spool_file import (
     EXTENSIONS,
     LOCK,
@@ -41,6 +42,7 @@ from cv_platform.serving.spool_file import (
     SQLITE,
     VACUUM_PAGES,
     connect,
+    copy_entries,
     copy_rejected,
     delete_entries,
     find_in_file,
@@ -54,15 +56,14 @@ from cv_platform.serving.spool_file import (
 
 logger = logging.getLogger(__name__)
 
-RESERVE_BYTES = 32 * 1024 * 1024
-"""Of the disk that entries leave free: deleting what the database has needs room in the write-ahead log, too, and so a
-disk that the spool itself has filled to its end would never get any back."""
 _JOB_SECONDS = 60.0
 _DELETED_BYTES = 2 * 1024 * 1024
 """By one transaction: SQLite may be built to overwrite what it deletes (Debian's is), by way of its write-ahead log,
 which must have room in the reserve when the disk is full."""
 _OUTCOMES_AT_ONCE = 500
 """Of one transaction, behind which the next entry waits; and so many wait at most, which is what a crash may take."""
+_MARGIN = 10
+"""What part of its bound a spool without a database leaves free."""
 _ENTRY_BYTES = 4096
 """Of an entry, beside its upload and map."""
 _SHARING_SECONDS = 0.01
@@ -111,6 +112,13 @@ class RejectedEntry(NamedTuple):
     reason: str
 
 
+class _Usage(NamedTuple):
+    """Bytes that entries take in a spool's file, and that others still could take on its disk."""
+
+    used: int
+    free: int
+
+
 class PoisonError(Exception):
     """The database refuses the values of at least one row of a batch, or a row's record is damaged."""
 
@@ -124,19 +132,19 @@ class Spool:
 
     Args:
         directory: of all replicas' spool files; made with mode 700, as it holds uploads.
-        max_bytes: size of the file from which `append` refuses.
+        limits: of this process.
         append_timeout_seconds: longest wait for the disk.
     """
 
     def __init__(
-        self, directory: Path, *, max_bytes: int = 10_000_000_000, append_timeout_seconds: float = 10.0
+        self, directory: Path, limits: LogLimits | None = None, *, append_timeout_seconds: float = 10.0
     ) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / f"{uuid4().hex}{SQLITE}"
         lock = _try_to_own(path.with_suffix(LOCK))
         if lock is None:
             raise SpoolFullError(f"Expected to own the new spool {path}. Received: it is locked. Start again.")
-        self._open(path, lock, max_bytes, append_timeout_seconds)
+        self._open(path, lock, limits or LogLimits(), append_timeout_seconds)
 
     @classmethod
     def adopt(cls, path: Path) -> Spool | None:
@@ -154,15 +162,15 @@ class Spool:
             os.close(lock)
             return None
         spool = cls.__new__(cls)
-        spool._open(path, lock, max_bytes=2**63 - 1, append_timeout_seconds=60.0)
+        spool._open(path, lock, LogLimits(max_bytes=2**63 - 1), append_timeout_seconds=60.0)
         return spool
 
-    def _open(self, path: Path, lock: int, max_bytes: int, append_timeout_seconds: float) -> None:
+    def _open(self, path: Path, lock: int, limits: LogLimits, append_timeout_seconds: float) -> None:
         self.path = path
         self._log_pages = SHORT_LOG_PAGES
         self._names = str(path), f"{path}-wal", str(path.parent)
         self._lock = lock
-        self._max_bytes = max_bytes
+        self._limits = limits
         self._timeout = append_timeout_seconds
         self._listener: Callable[[], None] = lambda: None
         self._read_lock = threading.Lock()
@@ -242,10 +250,10 @@ class Spool:
         """Returns once the disk has what entries were settled with, or refuses it: they are drained as they began.
 
         Raises:
-            TimeoutError: the disk does not answer.
+            SpoolFullError: the disk does not answer.
         """
         while self._outcomes:
-            self._queue_outcomes().result(_JOB_SECONDS)
+            self._wait_for(self._queue_outcomes())
 
     def _queue_outcomes(self) -> Future[None]:
         """Queues one transaction of them; the future is done once the entries can be drained."""
@@ -335,11 +343,11 @@ class Spool:
     def delete(self, rows: Sequence[SpoolRow]) -> None:
         """Forgets entries that the database has, and uploads that no other entry needs."""
         for ids in _parts(rows):
-            self._writer.submit(functools.partial(_delete, ids)).result(_JOB_SECONDS)
+            self._wait_for(self._writer.submit(functools.partial(_delete, ids)))
 
     def reject(self, row: SpoolRow, reason: str) -> None:
         """Puts an entry aside for good, with the reason."""
-        self._writer.submit(lambda connection: move_to_rejected(connection, row.id, reason)).result(_JOB_SECONDS)
+        self._wait_for(self._writer.submit(lambda connection: move_to_rejected(connection, row.id, reason)))
 
     def rejected(self) -> list[RejectedEntry]:
         """Returns the entries that the database refuses."""
@@ -357,8 +365,8 @@ class Spool:
         if not other.rejected_count():
             return
         with other._reader() as source:
-            self._writer.submit(lambda target: copy_rejected(source, target)).result(_JOB_SECONDS)
-        other._writer.submit(lambda connection: connection.execute("DELETE FROM rejected")).result(_JOB_SECONDS)
+            self._wait_for(self._writer.submit(lambda target: copy_rejected(source, target)))
+        other._wait_for(other._writer.submit(lambda connection: connection.execute("DELETE FROM rejected")))
 
     def depth(self) -> int:
         """Returns how many entries the database does not have yet."""
@@ -379,6 +387,36 @@ class Spool:
                 size += self.path.with_name(self.path.name + extension).stat().st_size
         return size
 
+    def used_bytes(self) -> int:
+        """Returns how much of the file entries take."""
+        with self._reader() as connection:
+            return self._usage(connection).used
+
+    def is_crowded(self, others_bytes: int = 0) -> bool:
+        """Returns whether there is little room left, in this spool together with `others_bytes` of others.
+
+        Where no database takes the oldest entries, they have to go now, before any is refused.
+        """
+        with self._reader() as connection:
+            usage = self._usage(connection)
+        margin = min(self._limits.max_bytes // _MARGIN, MAX_QUEUED_BYTES)
+        return min(self._limits.max_bytes - usage.used - others_bytes, usage.free - self._limits.reserve_bytes) < margin
+
+    def take(self, other: Spool, rows: Sequence[SpoolRow]) -> None:
+        """Copies another spool's entries with their uploads here; they are durable when it returns.
+
+        Raises:
+            SpoolFullError: there is no room.
+        """
+        ids = [row.id for row in rows]
+        with other._reader() as source:
+
+            def copy(target: sqlite3.Connection) -> None:
+                self._require_room(target)
+                copy_entries(source, target, ids)
+
+            self._wait_for(self._writer.submit(copy))
+
     def find(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction that is still here; None when there is none, or no more."""
         with self._reader() as connection:
@@ -389,11 +427,11 @@ class Spool:
         with self._reader() as connection:
             unused = int(connection.execute("PRAGMA freelist_count").fetchone()[0])
         if unused > VACUUM_PAGES:
-            self._writer.submit(free_pages).result(_JOB_SECONDS)
+            self._wait_for(self._writer.submit(free_pages))
 
     def close(self) -> None:
         """Writes what is queued and lets go of the file; an empty one is deleted, another is left to a successor."""
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(SpoolFullError):
             self.write_outcomes()
         if not self._writer.close():
             return
@@ -430,26 +468,42 @@ class Spool:
         free = disk.f_bavail * disk.f_frsize
         # Mostly the files tell enough, and spare three statements an entry; they lack what this transaction adds.
         margin = 2 * MAX_QUEUED_BYTES
-        if free >= RESERVE_BYTES + margin and _size_bytes(file_name) + log + margin <= self._max_bytes:
+        limits = self._limits
+        if free >= limits.reserve_bytes + margin and _size_bytes(file_name) + log + margin <= limits.max_bytes:
             self._copy_log_from(LONG_LOG_PAGES, connection)
             return
         self._copy_log_from(SHORT_LOG_PAGES, connection)
+        usage = self._usage(connection)
+        if usage.free < limits.reserve_bytes:
+            raise SpoolFullError(
+                f"Expected {limits.reserve_bytes} bytes free on the disk of {self.path} (CV_SPARE_DISK_BYTES). "
+                f"Received: {usage.free}. Free space on it, or bring the database back."
+            )
+        if usage.used > limits.max_bytes:
+            raise SpoolFullError(
+                f"Expected less than {limits.max_bytes} bytes of entries that the database does not have yet "
+                f"(CV_SPOOL_MAX_BYTES). Received: {usage.used} in {self.path}. Bring the database back."
+            )
+
+    def _usage(self, connection: sqlite3.Connection) -> _Usage:
+        _, log_name, folder = self._names
+        disk = os.statvfs(folder)
         pages, unused, page_bytes = (
             int(connection.execute(f"PRAGMA {name}").fetchone()[0])
             for name in ("page_count", "freelist_count", "page_size")
         )
         # What the files hold and do not use counts as free: they seldom give it back to the disk.
-        free += unused * page_bytes + min(log, RESERVE_BYTES // 2)
-        if free < RESERVE_BYTES:
+        idle = unused * page_bytes + min(_size_bytes(log_name), LEAST_RESERVE_BYTES // 2)
+        return _Usage((pages - unused) * page_bytes, disk.f_bavail * disk.f_frsize + idle)
+
+    def _wait_for(self, done: Future[None]) -> None:
+        try:
+            done.result(_JOB_SECONDS)
+        except TimeoutError as err:
             raise SpoolFullError(
-                f"Expected {RESERVE_BYTES} bytes free on the disk of {self.path}. Received: {free}. "
-                "Free space on it, or bring the database back."
-            )
-        if (pages - unused) * page_bytes > self._max_bytes:
-            raise SpoolFullError(
-                f"Expected less than {self._max_bytes} bytes of entries that the database does not have yet. "
-                f"Received: {(pages - unused) * page_bytes} in {self.path}. Bring the database back."
-            )
+                f"Expected the disk of {self.path} to answer within {_JOB_SECONDS:g} s. Received: nothing. "
+                "It is overloaded or broken."
+            ) from err
 
     def _copy_log_from(self, pages: int, connection: sqlite3.Connection) -> None:
         if pages != self._log_pages:

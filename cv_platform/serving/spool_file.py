@@ -159,6 +159,20 @@ def copy_rejected(source: sqlite3.Connection, target: sqlite3.Connection) -> Non
     target.executemany(f"INSERT OR IGNORE INTO rejected ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
 
+def copy_entries(source: sqlite3.Connection, target: sqlite3.Connection, ids: Sequence[int]) -> None:
+    """Copies entries, with the uploads that they need, to another file."""
+    entry_columns = "entry_id, kind, prediction_id, image_sha256, spooled_on, record, vectors"
+    image_columns = "sha256, bytes, media_type, created_on, content"
+    for entry in ids:
+        row = source.execute(f"SELECT {entry_columns} FROM entries WHERE id = ?", (entry,))
+        target.executemany(f"INSERT INTO entries ({entry_columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        image = source.execute(
+            f"SELECT {image_columns} FROM images WHERE sha256 = (SELECT image_sha256 FROM entries WHERE id = ?)",
+            (entry,),
+        )
+        target.executemany(f"INSERT OR IGNORE INTO images ({image_columns}) VALUES (?, ?, ?, ?, ?)", image)
+
+
 def free_pages(connection: sqlite3.Connection) -> None:
     """Gives unused pages at the file's end back to the system."""
     # One by one: Python's sqlite3 takes a single step of a pragma that returns no columns, which frees one page.

@@ -14,6 +14,7 @@ from uuid import UUID
 from cv_platform.database.address import running_database_url
 from cv_platform.errors import CvPlatformError, DatabaseUnavailableError, ServiceError, SpoolFullError
 from cv_platform.serving.bounded_calls import BoundedCalls
+from cv_platform.serving.log_limits import LogLimits
 from cv_platform.serving.metrics import ServingMetrics, process_metrics
 from cv_platform.serving.observation import staged
 from cv_platform.serving.problems import Problem
@@ -149,7 +150,7 @@ class WorkerLog:
 
     def _open_log(self) -> None:
         self._log_url = self._running_database()
-        self._log = RequestLog(self.settings.home / "spool", self._log_url)
+        self._log = RequestLog(self.settings.home / "spool", self._log_url, LogLimits.of(self.settings))
         self._status_reads = BoundedCalls(
             "looks at the spool", "its disk", threads=1, places=1, seconds=_STATUS_SECONDS
         )

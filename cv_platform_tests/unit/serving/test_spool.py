@@ -18,6 +18,7 @@ from cv_platform.serving import group_commit
 from cv_platform.serving.deletion import delete_from_spools
 from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_entry import FeedbackEntry, encode
+from cv_platform.serving.log_limits import LogLimits
 from cv_platform.serving.request_log import RequestLog
 from cv_platform.serving.spool import BegunEntry, Spool
 from cv_platform.serving.spool_file import find_spooled, may_hold
@@ -117,7 +118,7 @@ def test_a_batch_ends_before_its_uploads_grow_too_large_but_is_never_empty(spool
 
 
 def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, max_bytes=150_000)
+    spool = Spool(tmp_path, LogLimits(max_bytes=150_000))
     spool.append(answered(image=b"x" * 200_000))
     with pytest.raises(SpoolFullError, match="less than 150000 bytes"):
         spool.append(answered())
@@ -129,7 +130,7 @@ def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_pat
 
 
 def test_an_entry_that_fails_does_not_take_its_group_down(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, max_bytes=400_000)
+    spool = Spool(tmp_path, LogLimits(max_bytes=400_000))
     gate = threading.Event()
     held = spool._writer.submit(lambda _: gate.wait(10))  # Keeps the writer busy, so that the next ones form one group.
     small, large, late = (spool.submit(answered(image=data)) for data in (b"s", b"l" * 900_000, b"n"))

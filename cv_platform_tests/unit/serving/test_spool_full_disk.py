@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cv_platform.disk_space import free_bytes
 from cv_platform.errors import SpoolFullError
-from cv_platform.serving import spool as spool_module
 from cv_platform.serving.app import create_app
 from cv_platform.serving.spool import Spool
+from cv_platform.stack.http import free_port
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
 from cv_platform_tests.unit.serving.test_log_entry import answered
@@ -26,17 +27,18 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     spool.close()
 
 
-def fill_the_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, spool: Spool) -> None:
     """Makes what is free count as the reserve, as at the end of a disk."""
-    monkeypatch.setattr(spool_module, "RESERVE_BYTES", 2 * free_bytes(folder))
+    reserve_bytes = 2 * free_bytes(spool.path.parent)
+    monkeypatch.setattr(spool, "_limits", replace(spool._limits, reserve_bytes=reserve_bytes))
 
 
 def test_entries_end_before_the_disk_does_and_what_is_drained_still_leaves(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spool.append(answered())
     with monkeypatch.context() as full:
-        fill_the_disk(full, tmp_path)
+        fill_the_disk(full, spool)
         with pytest.raises(SpoolFullError, match="bytes free on the disk"):
             spool.append(answered())
         with pytest.raises(SpoolFullError):
@@ -58,12 +60,13 @@ def test_a_spool_whose_folder_was_deleted_takes_nothing_more(spool: Spool) -> No
 
 
 def test_health_recovers_without_a_request_that_would_show_it(
-    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = Client(create_app(make_context()))
+    context = make_context(DATABASE_URL=f"postgresql://nobody@127.0.0.1:{free_port()}/none")
+    client = Client(create_app(context))
     picture = png(flat_image(10, 20, 30))
     with monkeypatch.context() as full:
-        fill_the_disk(full, tmp_path)
+        fill_the_disk(full, context.log._spool)
         assert client.predict(picture).status_code == 503
         assert client.get("/health_check").status_code == 503
     deadline = time.monotonic() + 30
