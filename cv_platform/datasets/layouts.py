@@ -27,8 +27,9 @@ from cv_platform.datasets.entries import (
     split_of,
 )
 from cv_platform.datasets.label_files import LABEL_FILES, LabelRules, read_labels
-from cv_platform.datasets.source_tree import TEXT_SUFFIXES, Folder
+from cv_platform.datasets.source_tree import Folder
 from cv_platform.errors import InvalidDatasetError
+from cv_platform.image_files import TEXT_SUFFIXES
 from cv_platform.predictions import LABEL_SEPARATOR
 
 _NO_CLASSES = frozenset({"images", "image", "imgs", "img", "labels", "masks", "annotations", "jpegimages"})

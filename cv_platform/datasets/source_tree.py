@@ -13,26 +13,9 @@ from pathlib import Path
 
 from cv_platform import images
 from cv_platform.errors import ImageError, InvalidDatasetError
-from cv_platform.image_files import format_by_signature
+from cv_platform.image_files import format_by_signature, is_litter, seems_image
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-TEXT_SUFFIXES = frozenset(
-    {".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log", ".pdf", ".py", ".dvc"}
-)
-"""Of what accompanies images: never looked into, and nobody misses it among them."""
-_RAW_SUFFIXES = frozenset({".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef", ".srw"})
-"""Of cameras: they begin as a TIFF, which is the preview."""
-LITTER = frozenset(
-    {
-        *("@eadir", "@recycle", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "system volume information"),
-        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
-    }
-)
-"""What NAS, desktops and archivers leave behind, in lower case; hidden files are litter, too."""
 MAX_DEPTH = 64
-_HEAD_BYTES = 32
-_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"})
-"""Of the ISO container's kinds those that are still images: a film may be too large to be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +35,13 @@ class Folder:
     @cached_property
     def images(self) -> tuple[str, ...]:
         """Names of the images directly in it."""
-        return tuple(name for name in self.files if _seems_image(self.path / name))
+        try:
+            return tuple(name for name in self.files if seems_image(self.path / name))
+        except OSError as err:
+            raise InvalidDatasetError(
+                f"Expected files that can be read. Received: {err.filename} ({err.strerror}). Correct its rights, or "
+                "remove it."
+            ) from err
 
     def below(self) -> Iterator[Folder]:
         """Yields the folder and all folders below it."""
@@ -91,13 +80,12 @@ def walk(path: Path, _above: tuple[tuple[int, int], ...] = ()) -> Folder:
             raise InvalidDatasetError(f"Expected a tree of folders. Received: {what} at {path}. Remove it.")
         with os.scandir(path) as found:
             for item in found:
-                is_litter = item.name.startswith(".") or item.name.lower() in LITTER
-                if not is_litter and item.is_dir():
-                    folders.append(Path(item.path))
-                elif not is_litter and item.is_file():
-                    files.append(item.name)
-                else:
+                if is_litter(item.name) or not (item.is_dir() or item.is_file()):
                     litter.append(item.name)
+                elif item.is_dir():
+                    folders.append(Path(item.path))
+                else:
+                    files.append(item.name)
     except OSError as err:
         raise InvalidDatasetError(
             f"Expected a folder that can be read. Received: {path} ({err.strerror}). Correct its rights, or remove it."
@@ -110,25 +98,8 @@ def is_image(path: Path) -> bool:
     """Tells by the whole file's content whether it is, or was, an image of a supported format."""
     try:
         data = path.read_bytes()
-        if format_by_signature(data[:_HEAD_BYTES]) is None:
+        if format_by_signature(data) is None:
             images.read_size(data)
     except ImageError:
         return False
     return True
-
-
-def _seems_image(path: Path) -> bool:
-    """Tells by the suffix, or else by the first bytes: what is named like an image shall be missed when it is none."""
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES | TEXT_SUFFIXES | _RAW_SUFFIXES:
-        return suffix in IMAGE_SUFFIXES
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-        if head[4:8] == b"ftyp" and head[8:12] in _BRANDS:
-            return is_image(path)
-    except OSError as err:
-        raise InvalidDatasetError(
-            f"Expected files that can be read. Received: {path} ({err.strerror}). Correct its rights, or remove it."
-        ) from err
-    return format_by_signature(head) is not None
