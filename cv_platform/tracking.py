@@ -91,6 +91,14 @@ class MlflowRun:
             self._client.log_artifact(self.run_id, str(path), folder)
         return f"{folder}/{path.name}" if folder else path.name
 
+    def end_killed(self, run_id: str) -> None:
+        """Ends another run of this experiment as KILLED, if it still counts as running: its process is known dead."""
+        with _errors(f"end run {run_id}"):
+            for left in self._client.search_runs(
+                [self.experiment_id], f"attributes.run_id = '{run_id}' and attributes.status = 'RUNNING'"
+            ):
+                self._client.set_terminated(left.info.run_id, "KILLED")
+
     def register_model_version(
         self, model_name: str, version: str, *, artifact_path: str, tags: Mapping[str, Any] | None = None
     ) -> str:

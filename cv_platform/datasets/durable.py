@@ -16,6 +16,8 @@ from cv_platform.errors import DatasetError
 
 LOCK_TIMEOUT_SECONDS = 3600.0
 """The longest honest work under a lock: checking out or packing a large dataset."""
+MANY_FILES = 100
+"""From here on, a folder reaches the disk by one sync of everything."""
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        sync_directory(partial)
+        sync_tree(partial)
         stale = target.parent / f".{target.name}.stale-{secrets.token_hex(4)}"
         if target.exists():
             target.rename(stale)
@@ -82,8 +84,8 @@ def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """Yields a path beside `target`; what the block writes there becomes `target`, synced, in one step."""
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    """Yields a path beside `target`, of its kind; what the block writes there becomes `target`, synced, in one step."""
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}{''.join(target.suffixes)}")
     try:
         yield partial
         with partial.open("rb") as file:
@@ -92,6 +94,20 @@ def whole_file(target: Path) -> Iterator[Path]:
         sync_directory(target.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_tree(directory: Path) -> None:
+    """Makes everything below `directory` survive a power cut."""
+    paths = list(directory.rglob("*"))
+    if len(paths) > MANY_FILES:
+        os.sync()  # Once, instead of an fsync for each.
+        return
+    for path in paths:
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for folder in (directory, *(path for path in paths if path.is_dir() and not path.is_symlink())):
+        sync_directory(folder)
 
 
 def sync_directory(directory: Path) -> None:

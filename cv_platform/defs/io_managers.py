@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import dagster as dg
 from pydantic import BaseModel, ValidationError
 
+from cv_platform.datasets.durable import whole_file
 from cv_platform.errors import StorageError
 from cv_platform.settings import Settings
 
@@ -22,12 +21,8 @@ class RecordIOManager(dg.ConfigurableIOManager):
             return
         path = _record_path(context.asset_key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(obj.model_dump_json(indent=2))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(partial).replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(obj.model_dump_json(indent=2), encoding="utf-8")
 
     def load_input(self, context: dg.InputContext) -> BaseModel:
         """Reads the upstream asset's latest record as the type that the asset body annotates.

@@ -28,7 +28,8 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
         """A trained Keras model with its effective config and provenance, and its MLflow run.
 
         Its confidences are calibrated: a temperature, fitted on the valid split, is in the weights of the last layer.
-        Refuses a dataset version whose latest verdict failed. A killed training resumes when its run is retried.
+        Refuses a dataset version whose latest verdict failed. Where a training with the same effective config, data and
+        code was killed, it goes on after its last whole epoch.
         """
         from cv_platform.tracking import head_commit
         from cv_platform.training.trainer import train_model
@@ -44,7 +45,6 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 directory=run.settings.home / "models",
                 run=mlflow_run,
                 git_commit=head_commit(REPOSITORY, otherwise=run.settings.revision),
-                resume_key=context.run.root_run_id or context.run.run_id,
                 spare_bytes=run.settings.spare_disk_bytes,
             )
         last = {name: values[-1] for name, values in trained.history.items()}

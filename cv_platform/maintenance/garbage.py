@@ -194,7 +194,7 @@ class _Search:
                 for version in self._unneeded(versions):
                     if self._is_old(parent / version):
                         yield self._folder(parent / version, "an old version that nothing refers to")
-        for pattern in ("models/*/.training-*", "models/*/.writing-*"):
+        for pattern in ("models/*/.training-*", "models/*/.*.partial-*", "models/*/.writing-*"):
             for folder in sorted(path for path in self._home.glob(pattern) if path.is_dir() and self._is_old(path)):
                 yield self._folder(folder, "left by a killed training", lock=folder.with_name(f"{folder.name}.lock"))
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import get_args
 
+from cv_platform.datasets.durable import whole_file
 from cv_platform.monitoring.production_record import ProductionMetrics
 from cv_platform.monitoring.report_record import DriftReport, Verdict
 
@@ -118,9 +119,10 @@ class _Gauges:
 
 
 def _write(path: Path, samples: Mapping[str, Samples]) -> None:
-    from prometheus_client import CollectorRegistry, write_to_textfile
+    from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
     registry.register(_Gauges(samples))  # pyright: ignore[reportArgumentType]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_to_textfile(str(path), registry)  # Into a file beside it, then renamed: nobody reads half of one.
+    with whole_file(path) as partial:  # Nobody reads half of one.
+        partial.write_bytes(generate_latest(registry))

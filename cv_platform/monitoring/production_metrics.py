@@ -23,6 +23,7 @@ from sqlalchemy import Engine, func, select
 
 from cv_platform.config import ExperimentConfig
 from cv_platform.database.schema import feedback, predictions
+from cv_platform.datasets.durable import whole_file
 from cv_platform.drift.reference import label_targets
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
@@ -85,7 +86,8 @@ def measure_production(
     )
     directory.mkdir(parents=True, exist_ok=True)
     metrics = metrics.model_copy(update={"plots": _draw(metrics, directory)})
-    metrics.record_path.write_text(metrics.model_dump_json(indent=1), encoding="utf-8")
+    with whole_file(metrics.record_path) as partial:
+        partial.write_text(metrics.model_dump_json(indent=1), encoding="utf-8")
     logger.info("%s", metrics.summary())
     return metrics
 

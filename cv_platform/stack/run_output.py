@@ -18,6 +18,7 @@ _FINISHED = re.compile(r'STEP_SUCCESS - Finished execution of step "(.+?)" in (.
 _CHECK = re.compile(
     r"ASSET_CHECK_EVALUATION - Asset check '(\w+)' on '(\S+)' did not pass\.(?: Description: '(.*))?$", re.DOTALL
 )
+_PROGRESS = re.compile(r" - ((?:going on after|starting at) epoch \d.*)$")
 _FAILED = re.compile(r'STEP_FAILURE - Execution of step "(.+?)" failed\.')
 _RUN_FAILED = re.compile(r"RUN_FAILURE - .* Steps failed: \[(.+?)\]\.")
 _SKIPPED = re.compile(r"Dependencies for step (\S+) .*Not executing\.$")
@@ -44,7 +45,7 @@ class RunOutput:
     """Reads the output of one run.
 
     Attributes:
-        say: is given a line per finished asset, and per check that did not pass.
+        say: is given a line per finished asset, per check that did not pass, and where a training goes on.
         records: folder of the assets' records, `$CV_HOME/records`.
     """
 
@@ -66,6 +67,8 @@ class RunOutput:
             self._block = [text] if self._is_kept else []
             if found := _FINISHED.search(text):
                 self.say(f"    {_asset(found[1])}: {found[2]}")
+            elif found := _PROGRESS.search(text):
+                self.say(f"    {found[1]}")
             elif found := _SKIPPED.search(text):
                 self._skipped.append(_asset(found[1]))
         elif self._is_kept:

@@ -3,10 +3,11 @@
 `TrainingMonitor` is plain Python, driven by a Keras `LambdaCallback`, so that importing this module does not import
 Keras. It decides from the history alone: what a killed training has written to disk is all that its successor needs.
 
-On disk, in the training's own folder: `state.json` (epochs done, history, random state, which files belong to it), the
-weights with the optimizer's state after the last epoch, and the best weights. `state.json` is replaced in one step,
-last; the files that it no longer names are deleted after that. Keras's `BackupAndRestore` keeps neither history, best
-weights nor dropout's random state, and writes in place.
+On disk, in the training's own folder, for each of the last two epochs: `epoch-N.weights.h5` with the weights and the
+optimizer's state, and `epoch-N.json` with the history, the random state, and the names and checksums of the last and
+the best weights. The record is written last, when the weights have reached the disk; only then is what neither epoch
+names deleted. An epoch with a damaged file counts as not trained, and the one before it is there. Keras's
+`BackupAndRestore` keeps neither history, best weights nor dropout's random state, and writes in place.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cv_platform.datasets.durable import whole_file
 from cv_platform.errors import TrackingError, TrainingError
+from cv_platform.storage import file_sha256
 
 if TYPE_CHECKING:
     import keras
@@ -36,17 +39,19 @@ own."""
 
 
 class TrainingState(BaseModel):
-    """What a training has reached: `state.json`."""
+    """What a training had reached after an epoch: `epoch-N.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    fingerprint: str
     epochs_done: int
     seconds: float
     history: dict[str, list[float]]
     last_weights: str
     best_weights: str
+    sha256: dict[str, str]
+    """By file: of the last and the best weights."""
     random_state: dict[str, list[int]]
+    mlflow_run_id: str | None = None
 
     @property
     def best_epoch(self) -> int:
@@ -55,24 +60,22 @@ class TrainingState(BaseModel):
         return losses.index(min(losses))
 
 
-def read_state(folder: Path, fingerprint: str) -> TrainingState | None:
-    """Returns what an earlier training with the same `fingerprint` left in `folder`, or None to start afresh."""
-    path = folder / "state.json"
-    if not path.exists():
-        return None
-    try:
-        state = TrainingState.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as err:
-        logger.warning("%s is not readable, so training starts afresh: %s", path, err)
-        return None
-    if state.fingerprint != fingerprint:
-        logger.info("%s belongs to another config or dataset version, so training starts afresh.", path)
-        return None
-    missing = [name for name in (state.last_weights, state.best_weights) if not (folder / name).is_file()]
-    if missing:
-        logger.warning("%s names missing files (%s), so training starts afresh.", path, ", ".join(missing))
-        return None
-    return state
+def read_state(folder: Path) -> TrainingState | None:
+    """Returns the last epoch in `folder` whose files are all whole, or None to start afresh."""
+    found = sorted(folder.glob("epoch-*.json"), reverse=True)
+    for path in found:
+        try:
+            state = TrainingState.model_validate_json(path.read_bytes())
+            damaged = [name for name, sha256 in state.sha256.items() if file_sha256(folder / name) != sha256]
+        except (ValidationError, OSError) as err:
+            logger.warning("left out, as it is damaged: %s: %s", path, err)
+            continue
+        if not damaged:
+            return state
+        logger.warning("left out, as its weights are damaged (%s): %s", ", ".join(damaged), path)
+    if found:
+        logger.warning("No epoch in %s is whole, so training starts at epoch 1.", folder)
+    return None
 
 
 class TrainingMonitor:
@@ -81,7 +84,6 @@ class TrainingMonitor:
     Args:
         model: the compiled model.
         folder: the training's own folder, existing.
-        fingerprint: of all that must be equal for a training to be resumed.
         epochs: planned.
         images_per_epoch: for images per second.
         patience: epochs without a better `SELECTION_METRIC` after which training stops; None: never.
@@ -96,7 +98,6 @@ class TrainingMonitor:
         model: keras.Model,
         folder: Path,
         *,
-        fingerprint: str,
         epochs: int,
         images_per_epoch: int,
         patience: int | None,
@@ -107,7 +108,6 @@ class TrainingMonitor:
     ) -> None:
         self.model = model
         self.folder = folder
-        self.fingerprint = fingerprint
         self.epochs = epochs
         self.images_per_epoch = images_per_epoch
         self.patience = patience
@@ -166,25 +166,29 @@ class TrainingMonitor:
             self.model.stop_training = True
 
     def _save(self, epoch: int, history: dict[str, list[float]], *, seconds: float) -> None:
-        last = f"epoch-{epoch + 1:05d}.weights.h5"
-        self.model.save_weights(self.folder / last)
+        before, last = self.state, f"epoch-{epoch + 1:05d}.weights.h5"
+        with whole_file(self.folder / last) as partial:
+            self.model.save_weights(partial)
         state = TrainingState(
-            fingerprint=self.fingerprint,
             epochs_done=epoch + 1,
             seconds=seconds,
             history=history,
             last_weights=last,
             best_weights=last,
+            sha256={last: file_sha256(self.folder / last)},
             random_state=read_random_state(self.model),
+            mlflow_run_id=self.run.run_id if self.run else None,
         )
-        if self.state is not None and state.best_epoch != epoch:
-            state = state.model_copy(update={"best_weights": self.state.best_weights})
-        partial = self.folder / "state.json.partial"
-        partial.write_text(state.model_dump_json(), encoding="utf-8")
-        partial.replace(self.folder / "state.json")
+        if before is not None and state.best_epoch != epoch:
+            best = before.best_weights
+            sha256 = {**state.sha256, best: before.sha256[best]}
+            state = state.model_copy(update={"best_weights": best, "sha256": sha256})
+        with whole_file(self.folder / _record_name(state)) as partial:
+            partial.write_text(state.model_dump_json(), encoding="utf-8")
         self.state = state
-        for path in self.folder.glob("epoch-*.weights.h5"):
-            if path.name not in {state.last_weights, state.best_weights}:
+        needed = {name for kept in (before, state) if kept for name in (*kept.sha256, _record_name(kept))}
+        for path in self.folder.glob("epoch-*"):
+            if path.name not in needed:
                 path.unlink()
 
     def _log(self, epoch: int, metrics: dict[str, float]) -> None:
@@ -209,6 +213,10 @@ class TrainingMonitor:
             # A tracking server that goes away must not cost hours of training: the history is on disk as well.
             self._run_is_broken = True
             logger.warning("MLflow gets no more metrics of this training: %s", err)
+
+
+def _record_name(state: TrainingState) -> str:
+    return f"epoch-{state.epochs_done:05d}.json"
 
 
 def read_random_state(model: keras.Model) -> dict[str, list[int]]:

@@ -64,7 +64,6 @@ def fit_model(
     valid_images: np.ndarray,
     valid_targets: np.ndarray,
     folder: Path,
-    fingerprint: str = "",
     run: MlflowRun | None = None,
     spare_bytes: int | None = None,
 ) -> FittedModel:
@@ -79,9 +78,8 @@ def fit_model(
         train_targets: `(N,)` class indices, or `(N, C)` 0/1.
         valid_images: as `train_images`; chooses the best epoch.
         valid_targets: as `train_targets`.
-        folder: existing; keeps the state of the training. A training that finds the state of a killed one with its own
-            `fingerprint` goes on from there, to the weights that it would have had.
-        fingerprint: of everything that decides the result.
+        folder: existing; keeps the state of the training. One that finds there what a killed training has left goes on
+            to the weights that it would have had: it must be the same in all that decides the result.
         run: MLflow run that gets each epoch's metrics.
         spare_bytes: see `disk_space.require_free_space`.
 
@@ -91,8 +89,8 @@ def fit_model(
     """
     precision = resolve_precision(train.precision)
     network = build_model(model, weight_decay=train.weight_decay, seed=train.seed, precision=precision)
-    # The state (weights, best weights, two moments of the optimizer) beside its successor, and the finished model.
-    state_bytes = 9 * 4 * network.count_params()
+    # Weights and two moments of the optimizer, of this epoch, the last two and the best; and the finished model.
+    state_bytes = 13 * 4 * network.count_params()
     require_free_space(folder, state_bytes, purpose=f"training {model.architecture}", spare_bytes=spare_bytes)
     batches = ShuffledBatches(
         train_images,
@@ -103,11 +101,10 @@ def fit_model(
         seed=train.seed,
     )
     _compile(network, model, train, total_steps=train.epochs * batches.steps)
-    state = _resume(network, folder, fingerprint)
+    state = _resume(network, folder, run)
     monitor = TrainingMonitor(
         network,
         folder,
-        fingerprint=fingerprint,
         epochs=train.epochs,
         images_per_epoch=batches.images_per_epoch,
         patience=train.early_stopping_patience,
@@ -187,21 +184,20 @@ def _compile(network: keras.Model, model: ModelConfig, train: TrainConfig, *, to
     )
 
 
-def _resume(network: keras.Model, folder: Path, fingerprint: str) -> TrainingState | None:
-    """Loads weights, optimizer and random state of a killed training."""
-    state = read_state(folder, fingerprint)
+def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> TrainingState | None:
+    """Loads weights, optimizer and random state of a killed training, and gives `run` the epochs that it lacks."""
+    state = read_state(folder)
     if state is None:
         return None
     network.optimizer.build(network.trainable_variables)
-    try:
-        network.load_weights(folder / state.last_weights)
-        restore_random_state(network, state.random_state)
-    except (OSError, ValueError, KeyError) as err:
-        raise TrainingError(
-            f"Expected the weights of an interrupted training. Received: {folder / state.last_weights}: {err}. "
-            f"Delete {folder} to start afresh."
-        ) from err
-    logger.info("resuming a training after epoch %d", state.epochs_done)
+    network.load_weights(folder / state.last_weights)
+    restore_random_state(network, state.random_state)
+    logger.info("going on after epoch %d", state.epochs_done)
+    if run is not None and run.run_id != state.mlflow_run_id:
+        for epoch in range(state.epochs_done):
+            run.log_metrics({name: values[epoch] for name, values in state.history.items()}, step=epoch + 1)
+        if state.mlflow_run_id is not None:
+            run.end_killed(state.mlflow_run_id)
     return state
 
 

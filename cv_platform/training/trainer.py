@@ -8,7 +8,8 @@ A training's folder, `<directory>/<model_name>/<version>/`, appears at once, com
     learning_curves.png
     trained_model.json      this module's `TrainedModel`
 
-The work under way is beside it in `.training-…` and is what a killed training resumes from. The fit itself is
+The work under way is beside it in `.training-<recipe>`, and is what a killed training goes on from: the folder is named
+after everything that decides the weights, and `recipe.json` in it says what that was. The fit itself is
 `fitting.fit_model`.
 """
 
@@ -17,21 +18,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from cv_platform.config import ExperimentConfig
+from cv_platform.datasets.durable import whole_directory, whole_file
 from cv_platform.datasets.packing import PackedImages, open_split
 from cv_platform.errors import TrainingError
 from cv_platform.images import preprocessing_hash
-from cv_platform.storage import new_version
+from cv_platform.storage import file_sha256, new_version
+from cv_platform.tracking import flatten
+from cv_platform.training.architectures import resolve_precision
 from cv_platform.training.calibration import calibrate
 from cv_platform.training.callbacks import write_history
 from cv_platform.training.fitting import FittedModel, fit_model
@@ -42,6 +46,9 @@ if TYPE_CHECKING:
     from cv_platform.tracking import MlflowRun
 
 logger = logging.getLogger(__name__)
+
+RECIPE = "recipe.json"
+"""In the folder of the work under way: what decides the weights, by name."""
 
 
 class TrainedModel(BaseModel):
@@ -82,14 +89,14 @@ def train_model(
     directory: Path,
     run: MlflowRun | None = None,
     git_commit: str | None = None,
-    resume_key: str | None = None,
     spare_bytes: int | None = None,
 ) -> TrainedModel:
     """Trains `config.model` with `config.train` on the split `train`.
 
     The split `valid` chooses the best epoch, and the temperature of its confidences.
 
-    Same config, same pixels, same machine: same weights.
+    Same config, same pixels, same machine: same weights. When such a training was killed, this one goes on after its
+    last whole epoch, to the weights that it would have had; otherwise a line in the log says what has changed.
 
     Args:
         packed: the pixels.
@@ -97,29 +104,26 @@ def train_model(
         directory: parent of all models' folders.
         run: active MLflow run; gets parameters, metrics, files, and the registered model version.
         git_commit: of the code and configs, for the record.
-        resume_key: names this training. When a training with the same key, config and data was killed, this one goes on
-            after its last complete epoch and ends with the weights that it would have had. None starts afresh.
         spare_bytes: see `disk_space.require_free_space`.
 
     Returns:
         The trained model, whose folder exists.
 
     Raises:
-        TrainingError: data and config do not belong together (all mismatches are listed), the same key is being
-            trained already, the network cannot be built, or the loss diverges.
-        TrackingError: MLflow refuses the parameters at the start, or the files at the end; with a `resume_key` a retry
-            then trains no epoch again.
+        TrainingError: data and config do not belong together (all mismatches are listed), the same training is under
+            way already, the network cannot be built, or the loss diverges.
+        TrackingError: MLflow refuses the parameters at the start, or the files at the end; another attempt then trains
+            no epoch again.
     """
     _check(packed, config)
     model_name = config.model.model_name
-    fingerprint = _fingerprint(packed, config)
     train, valid = open_split(packed, "train"), open_split(packed, "valid")
     if run is not None:
         run.set_tags(_provenance(packed, git_commit))
         run.log_params(config.model_dump(mode="json", include={"model", "dataset", "train"}))
     parent = directory / model_name
     parent.mkdir(parents=True, exist_ok=True)
-    with _work_folder(parent, resume_key) as work:
+    with _work_folder(parent, _recipe(packed, config)) as work:
         fitted = fit_model(
             config.model,
             config.train,
@@ -128,7 +132,6 @@ def train_model(
             valid_images=valid.images,
             valid_targets=valid.targets,
             folder=work,
-            fingerprint=fingerprint,
             run=run,
             spare_bytes=spare_bytes,
         )
@@ -171,20 +174,29 @@ def _check(packed: PackedImages, config: ExperimentConfig) -> None:
         )
 
 
-def _fingerprint(packed: PackedImages, config: ExperimentConfig) -> str:
-    """Of everything that decides the weights: two trainings with the same one are the same training."""
-    import keras
+def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
+    """Returns everything that decides the weights, by name: two trainings with the same recipe are the same."""
     import tensorflow as tf
 
-    train = config.train.model_dump(mode="json", exclude={"mlflow"})
-    parts = {
+    sections = {
         "model": config.model.model_dump(mode="json", exclude={"drift_detection"}),
-        "train": train,
-        # Named after the data version and everything else that decides a pixel or target, the quarantine included.
-        "pack": packed.directory.name,
-        "versions": [keras.__version__, tf.__version__],
+        "train": config.train.model_dump(mode="json", exclude={"mlflow"}),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    recipe = {name: json.dumps(value) for name, value in flatten(sections).items()}
+    if config.model.weights and Path(config.model.weights).is_file():
+        recipe["the content of model.weights"] = file_sha256(Path(config.model.weights))
+    return {
+        **recipe,
+        "what train.precision auto means on this CPU": resolve_precision("auto"),
+        # Named after the data version and everything else that decides a pixel or target, the quarantine included.
+        "the packed images": packed.directory.name,
+        "the code in cv_platform/training": code.hexdigest()[:12],
+        **{f"the version of {name}": metadata.version(name) for name in ("keras", "imgaug", "numpy")},
+        "the version of tensorflow": tf.__version__,  # Its package has other names on some machines.
+    }
 
 
 def _provenance(packed: PackedImages, git_commit: str | None) -> dict[str, str]:
@@ -198,31 +210,57 @@ def _provenance(packed: PackedImages, git_commit: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def _work_folder(parent: Path, resume_key: str | None) -> Iterator[Path]:
-    """Yields the folder of the work under way: kept when the training stops early and has a key, removed otherwise."""
-    if resume_key is None:
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".training-", ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
-        return
-    from filelock import FileLock, Timeout
-
-    readable = re.sub(r"[^A-Za-z0-9_.-]", "_", resume_key)[:40]
-    folder = parent / f".training-{readable}-{hashlib.sha256(resume_key.encode()).hexdigest()[:8]}"
-    folder.mkdir(exist_ok=True)
+def _work_folder(parent: Path, recipe: dict[str, str]) -> Iterator[Path]:
+    """Yields the folder of the work under way: kept when the training stops early, removed when it ends."""
+    content = json.dumps(recipe, sort_keys=True, indent=1)
+    folder = parent / f".training-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout as err:
         raise TrainingError(
-            f"Expected one training with the key {resume_key}. Received: a second, while the first still runs. "
-            "Wait for it, or stop it."
+            f"Expected one training of {parent.name} with this config and data. Received: a second, while the first "
+            f"still runs (it holds {lock.lock_file}). Wait for it, or stop it; then this one goes on from there."
         ) from err
     try:
-        folder.mkdir(exist_ok=True)  # Another training may have finished, and removed it, before the lock was ours.
+        if not folder.exists():
+            _say_why_not(parent, recipe)
+        folder.mkdir(exist_ok=True)
+        with whole_file(folder / RECIPE) as partial:
+            partial.write_text(content, encoding="utf-8")
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.release()
+
+
+def _say_why_not(parent: Path, recipe: dict[str, str]) -> None:
+    """Says in a line why this training does not go on with the latest that was killed, if there is one."""
+    # With an epoch: others have nothing to go on with.
+    killed = {path.parent for path in parent.glob(".training-*/epoch-*.json")}
+    for folder in sorted(killed, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            theirs = json.loads((folder / RECIPE).read_bytes())
+            changed = [_change(name, theirs.get(name), recipe.get(name)) for name in {**theirs, **recipe}]
+        except (OSError, ValueError, AttributeError):
+            continue  # Without its recipe nobody can go on with it, and garbage collection will take it.
+        shown = [change for change in changed if change]
+        more = f", and {len(shown) - 3} more" if len(shown) > 3 else ""
+        logger.info(
+            "starting at epoch 1: an unfinished training of %s is there, but not the same: %s%s",
+            parent.name,
+            ", ".join(shown[:3]),
+            more,
+        )
+        return
+
+
+def _change(name: str, before: str | None, now: str | None) -> str | None:
+    if before == now:
+        return None
+    if not name.startswith(("model.", "train.")):
+        return f"{name} changed"
+    return f"{name} is {now or 'no more'} instead of {before or 'not given'}"
 
 
 def _publish(
@@ -235,7 +273,7 @@ def _publish(
     run: MlflowRun | None,
     git_commit: str | None,
 ) -> TrainedModel:
-    """Writes the folder beside its place and renames it, so that it is there completely or not at all."""
+    """Writes the folder of the finished training."""
     version = new_version()
     model_name = config.model.model_name
     directory = parent / version
@@ -262,9 +300,7 @@ def _publish(
         git_commit=git_commit,
         effective_config=config.model_dump(mode="json"),
     )
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".writing-", ignore_cleanup_errors=True) as scratch:
-        beside = Path(scratch) / version
-        beside.mkdir()
+    with whole_directory(directory) as beside:
         fitted.network.save(beside / trained.keras_path.name)
         write_history(beside / "history.json", fitted.history)
         (beside / "config.json").write_text(
@@ -272,7 +308,6 @@ def _publish(
         )
         learning_curves(fitted.history, best_epoch=fitted.best_epoch).savefig(beside / "learning_curves.png")
         (beside / "trained_model.json").write_text(trained.model_dump_json(indent=1), encoding="utf-8")
-        beside.replace(directory)
     return trained
 
 

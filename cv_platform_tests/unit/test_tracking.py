@@ -187,6 +187,20 @@ def test_runs_of_a_dead_dagster_run_are_ended_and_no_others(start: Start, uri: s
     assert end_leftover_runs(uri, dagster_run_id="d1") == 0
 
 
+def test_a_killed_run_is_ended_and_a_finished_one_stays_as_it_is(start: Start, uri: str) -> None:
+    from mlflow import MlflowClient
+
+    with start(run_name="finished") as finished:
+        pass
+    killed = MlflowClient(uri).create_run(finished.experiment_id)
+    with start(run_name="goes on") as run:
+        run.end_killed(killed.info.run_id)
+        run.end_killed(finished.run_id)
+        run.end_killed("0" * 32)  # Somebody has deleted it.
+    assert MlflowClient(uri).get_run(killed.info.run_id).info.status == "KILLED"
+    assert stored(uri, finished).info.status == "FINISHED"
+
+
 def test_a_changed_parameter_is_refused(start: Start) -> None:
     with start() as run:
         run.log_params({"epochs": 3})

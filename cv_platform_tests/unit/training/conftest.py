@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -51,8 +52,11 @@ def experiment(**changes: Any) -> ExperimentConfig:
 
 @pytest.fixture(scope="session")
 def tiny_packed(tmp_path_factory: pytest.TempPathFactory) -> PackedImages:
-    """Noise with one brighter channel: learned in a few steps."""
-    root = tmp_path_factory.mktemp("tiny")
+    return pack_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def pack_tiny(root: Path) -> PackedImages:
+    """Packs noise with one brighter channel: learned in a few steps."""
     rng = np.random.default_rng(0)
     for split, count in COUNTS.items():
         for channel, name in enumerate(CLASSES):  # OpenCV writes BGR, so channel 0 is blue.

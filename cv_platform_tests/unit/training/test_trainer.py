@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +23,8 @@ from cv_platform.storage import VERSION_PATTERN
 from cv_platform.tracking import start_run
 from cv_platform.training.architectures import build_model
 from cv_platform.training.calibration import scale_logits
-from cv_platform.training.callbacks import TrainingMonitor, TrainingState, read_state
-from cv_platform.training.trainer import TrainedModel, _fingerprint, _work_folder, train_model
+from cv_platform.training.callbacks import TrainingMonitor, read_state
+from cv_platform.training.trainer import TrainedModel, _recipe, _work_folder, train_model
 from cv_platform_tests.unit.training.conftest import experiment
 
 # One worker: each would train the module's model anew.
@@ -121,7 +125,7 @@ def test_writes_a_complete_folder(trained: TrainedModel) -> None:
     assert names == {"tiny_model.keras", "history.json", "config.json", "learning_curves.png", "trained_model.json"}
     assert trained.directory.name == trained.version
     assert trained.directory.parent.name == "tiny_model"
-    assert [path.name for path in trained.directory.parent.iterdir()] == [trained.version]  # No work is left over.
+    assert [path.name for path in trained.directory.parent.iterdir() if path.is_dir()] == [trained.version]
     assert json.loads((trained.directory / "config.json").read_text()) == experiment().model_dump(mode="json")
     assert json.loads((trained.directory / "history.json").read_text()) == trained.history
     assert (trained.directory / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
@@ -205,7 +209,7 @@ def test_a_killed_training_resumes_to_the_weights_it_would_have_had(
     with monkeypatch.context() as patched:
         interrupt_after(1, patched)
         with pytest.raises(Interrupted):
-            train_model(tiny_packed, experiment(), directory=tmp_path, resume_key="run 1/x")
+            train_model(tiny_packed, experiment(), directory=tmp_path)
     assert threading.active_count() == threads
     assert not list((tmp_path / "tiny_model").glob("2*"))
 
@@ -217,7 +221,7 @@ def test_a_killed_training_resumes_to_the_weights_it_would_have_had(
         begin(self, epoch, logs)
 
     monkeypatch.setattr(TrainingMonitor, "_begin_epoch", noting)
-    resumed = train_model(tiny_packed, experiment(), directory=tmp_path, resume_key="run 1/x")
+    resumed = train_model(tiny_packed, experiment(), directory=tmp_path)
 
     assert started == [1, 2]
     assert resumed.epochs_run == 3
@@ -227,29 +231,74 @@ def test_a_killed_training_resumes_to_the_weights_it_would_have_had(
     assert not list((tmp_path / "tiny_model").glob(".training-*/*"))
 
 
-def test_what_decides_the_weights_decides_what_may_be_resumed(tiny_packed: PackedImages) -> None:
-    base = _fingerprint(tiny_packed, experiment())
+def test_what_decides_the_weights_decides_what_may_be_resumed(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    base = _recipe(tiny_packed, experiment())
 
-    assert _fingerprint(tiny_packed, experiment(name="other", model__drift_detection={"uae_seed": 8})) == base
-    assert _fingerprint(tiny_packed, experiment(train__seed=5)) != base
-    assert _fingerprint(tiny_packed, experiment(model__dropout=0.3)) != base
+    assert _recipe(tiny_packed, experiment(name="other", model__drift_detection={"uae_seed": 8})) == base
+    assert _recipe(tiny_packed, experiment(train__seed=5)) != base
+    assert _recipe(tiny_packed, experiment(model__dropout=0.3)) != base
     requarantined = tiny_packed.model_copy(update={"directory": tiny_packed.directory.with_name("other")})
-    assert _fingerprint(requarantined, experiment()) != base
+    assert _recipe(requarantined, experiment()) != base
+    weights = tmp_path / "a.weights.h5"
+    weights.write_bytes(b"one")
+    started = experiment(model__weights=str(weights))
+    first = _recipe(tiny_packed, started)
+    weights.write_bytes(b"two")
+    assert _recipe(tiny_packed, started) != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "requarantined", "reason"),
+    [
+        ({"train__epochs": 4}, False, "train.epochs is 4 instead of 3"),
+        (
+            {"model__dropout": 0.3, "train__seed": 5, "train__batch_size": 8, "train__init_lr": 0.1},
+            False,
+            "model.dropout is 0.3 instead of 0.2, train.batch_size is 8 instead of 16, train.init_lr is 0.1 instead "
+            "of 0.003, and 1 more",
+        ),
+        ({}, True, "the packed images changed"),
+    ],
+)
+def test_another_training_starts_anew_and_says_why(
+    tiny_packed: PackedImages,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    requarantined: bool,
+    reason: str,
+) -> None:
+    killed = _recipe(tiny_packed, experiment())
+    with suppress(Interrupted), _work_folder(tmp_path, killed) as folder:
+        (folder / "epoch-00001.json").touch()
+        raise Interrupted
+    packed = tiny_packed.model_copy(update={"directory": tiny_packed.directory.with_name("x")} if requarantined else {})
+    with (
+        caplog.at_level(logging.INFO, "cv_platform"),
+        _work_folder(tmp_path, _recipe(packed, experiment(**changes))) as work,
+    ):
+        assert [path.name for path in work.iterdir()] == ["recipe.json"]
+    assert [line.partition("not the same: ")[2] for line in caplog.messages] == [reason]
+    assert all(line.startswith("starting at epoch 1: an unfinished training of") for line in caplog.messages)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "cv_platform"), _work_folder(tmp_path, killed) as same:
+        assert same == folder
+    assert caplog.messages == []
 
 
 def test_a_training_that_would_fill_the_disk_is_not_begun(tiny_packed: PackedImages, tmp_path: Path) -> None:
     with pytest.raises(DiskSpaceError, match="for training "):
         train_model(tiny_packed, experiment(), directory=tmp_path, spare_bytes=10**15)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(tmp_path.rglob("epoch-*")) == []
 
 
-def test_two_trainings_with_one_key_do_not_mix(tiny_packed: PackedImages, tmp_path: Path) -> None:
+def test_two_trainings_of_one_recipe_do_not_mix(tiny_packed: PackedImages, tmp_path: Path) -> None:
     parent = tmp_path / "tiny_model"
     parent.mkdir()
 
-    with _work_folder(parent, "k"), pytest.raises(TrainingError, match="Received: a second"):
-        train_model(tiny_packed, experiment(), directory=tmp_path, resume_key="k")
-    with _work_folder(parent, "k") as first, _work_folder(parent, "other") as second:
+    with _work_folder(parent, _recipe(tiny_packed, experiment())), pytest.raises(TrainingError, match="a second"):
+        train_model(tiny_packed, experiment(), directory=tmp_path)
+    with _work_folder(parent, {"a": "1"}) as first, _work_folder(parent, {"a": "2"}) as second:
         assert first != second
 
 
@@ -274,7 +323,7 @@ def test_a_diverging_loss_says_what_to_try(tiny_packed: PackedImages, tmp_path: 
     with pytest.raises(TrainingError, match=r"finite loss.*Lower train.init_lr \(now 10, try 1\)"):
         train_model(tiny_packed, config, directory=tmp_path)
 
-    assert list((tmp_path / "tiny_model").iterdir()) == []
+    assert not list((tmp_path / "tiny_model").glob("2*"))
 
 
 def test_bfloat16_trains_a_float32_model(tiny_packed: PackedImages, tmp_path: Path) -> None:
@@ -342,7 +391,6 @@ def monitor_with(run: Any, folder: Path) -> TrainingMonitor:
     return TrainingMonitor(
         network,
         folder,
-        fingerprint="f",
         epochs=3,
         images_per_epoch=10,
         patience=None,
@@ -389,49 +437,145 @@ def test_a_tracking_server_that_goes_away_does_not_stop_training(
     assert monitor.state.epochs_done == 2
 
 
-def test_the_state_keeps_the_last_and_the_best_weights_and_no_more(tmp_path: Path) -> None:
+def test_the_last_two_epochs_and_the_best_weights_are_kept_and_no_more(tmp_path: Path) -> None:
     monitor = monitor_with(None, tmp_path)
     for epoch, loss in enumerate((1.0, 0.4, 0.6, 0.4)):
         monitor._end_epoch(epoch, {**LOGS, "val_cross_entropy": loss})
 
-    state = read_state(tmp_path, "f")
+    state = read_state(tmp_path)
     assert state == monitor.state
     assert state is not None
     assert (state.last_weights, state.best_weights) == ("epoch-00004.weights.h5", "epoch-00002.weights.h5")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [state.best_weights, state.last_weights, "state.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "epoch-00002.weights.h5",
+        "epoch-00003.json",
+        "epoch-00003.weights.h5",
+        "epoch-00004.json",
+        "epoch-00004.weights.h5",
+    ]
 
 
-@pytest.mark.parametrize("damage", ["no json", "weights missing", "other fingerprint"])
-def test_a_state_that_cannot_be_used_starts_afresh(tmp_path: Path, damage: str) -> None:
-    (tmp_path / "w.weights.h5").touch()
-    state = TrainingState(
-        fingerprint="f",
-        epochs_done=1,
-        seconds=1.0,
-        history={},
-        last_weights="w.weights.h5",
-        best_weights="w.weights.h5",
-        random_state={},
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes(
+        {"truncated": content[:-1], "halved": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 64}[how]
     )
-    (tmp_path / "state.json").write_text(state.model_dump_json())
-    assert read_state(tmp_path, "f") == state
 
-    if damage == "no json":
-        (tmp_path / "state.json").write_text("{")
-    elif damage == "weights missing":
-        (tmp_path / "w.weights.h5").unlink()
 
-    assert read_state(tmp_path, "g" if damage == "other fingerprint" else "f") is None
+@pytest.mark.parametrize("name", ["epoch-00002.weights.h5", "epoch-00002.json"])
+@pytest.mark.parametrize("how", ["truncated", "halved", "empty", "garbage", "missing"])
+def test_a_damaged_newest_epoch_costs_that_epoch_alone(
+    tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = monitor_with(None, tmp_path)
+    monitor._end_epoch(0, LOGS)
+    first = monitor.state
+    monitor._end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
+    if how == "missing":
+        (tmp_path / name).unlink()
+    else:
+        damage(tmp_path / name, how)
+
+    assert read_state(tmp_path) == first
+    if (name, how) != ("epoch-00002.json", "missing"):
+        assert str(tmp_path / "epoch-00002.json") in caplog.text
+        assert "damaged" in caplog.text
+
+
+def test_where_no_epoch_is_whole_training_starts_afresh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monitor = monitor_with(None, tmp_path)
+    monitor._end_epoch(0, {**LOGS, "val_cross_entropy": 0.1})
+    monitor._end_epoch(1, LOGS)
+    damage(tmp_path / "epoch-00001.weights.h5", "halved")  # The best weights of both.
+
+    assert read_state(tmp_path) is None
+    assert "No epoch in" in caplog.text
+
+
+def test_a_training_whose_newest_checkpoint_is_damaged_ends_with_the_same_weights(
+    trained: TrainedModel,
+    tiny_packed: PackedImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_after(2, patched)
+        with pytest.raises(Interrupted):
+            train_model(tiny_packed, experiment(), directory=tmp_path)
+    (newest,) = tmp_path.glob("tiny_model/.training-*/epoch-00002.weights.h5")
+    damage(newest, "halved")
+
+    with caplog.at_level(logging.INFO, "cv_platform"):
+        resumed = train_model(tiny_packed, experiment(), directory=tmp_path)
+
+    assert "going on after epoch 1" in caplog.messages
+    assert resumed.epochs_run == 3
+    assert_same_weights(trained, resumed)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from cv_platform.config import parse_experiment
+from cv_platform.datasets.packing import PackedImages
+from cv_platform.training.trainer import train_model
+
+packed, config, directory = sys.argv[1:]
+train_model(
+    PackedImages.model_validate_json(packed),
+    parse_experiment(__import__("json").loads(config), origin="test"),
+    directory=Path(directory),
+)
+"""
+
+
+def test_a_training_goes_on_after_its_process_was_killed(
+    tiny_packed: PackedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = experiment(train__epochs=1000)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, tiny_packed.model_dump_json(), long.model_dump_json(), str(tmp_path)],
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob("tiny_model/.training-*/epoch-*[2-9].json")):
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline, "No epoch came to its end."
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.communicate()
+    (folder,) = (path.parent for path in tmp_path.glob("tiny_model/.training-*/recipe.json"))
+    done = read_state(folder)
+    assert done is not None
+    assert done.epochs_done < 1000
+
+    goes_on: list[int] = []
+
+    def stop(self: TrainingMonitor, epoch: int, logs: Any = None) -> None:
+        goes_on.append(epoch)
+        raise Interrupted
+
+    monkeypatch.setattr(TrainingMonitor, "_begin_epoch", stop)
+    with caplog.at_level(logging.INFO, "cv_platform"), pytest.raises(Interrupted):
+        train_model(tiny_packed, long, directory=tmp_path)
+    assert goes_on == [done.epochs_done]
+    assert f"going on after epoch {done.epochs_done}" in caplog.messages
 
 
 class ForgetfulRun:
     """An MLflow run whose server is away when the files are to be logged; the next attempt finds it."""
 
-    run_id = "r1"
-
-    def __init__(self, *, is_away: bool) -> None:
+    def __init__(self, *, is_away: bool, run_id: str = "r1") -> None:
         self.is_away = is_away
+        self.run_id = run_id
         self.epochs = 0
+        self.ended: list[str] = []
+
+    def end_killed(self, run_id: str) -> None:
+        self.ended.append(run_id)
 
     def set_tags(self, tags: dict[str, Any]) -> None: ...
 
@@ -452,11 +596,23 @@ class ForgetfulRun:
 def test_a_server_that_is_away_at_the_end_costs_no_training(tiny_packed: PackedImages, tmp_path: Path) -> None:
     first, second = ForgetfulRun(is_away=True), ForgetfulRun(is_away=False)
     with pytest.raises(TrackingError):
-        train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, first), resume_key="k")
-    trained = train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, second), resume_key="k")
+        train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, first))
+    trained = train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, second))
     assert first.epochs == trained.epochs_run == 3
-    assert second.epochs == 0
+    assert (second.epochs, second.ended) == (0, [])
     assert trained.pack == tiny_packed.directory.name
+
+
+def test_the_mlflow_run_that_goes_on_has_all_epochs_and_ends_the_killed_one(
+    tiny_packed: PackedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = ForgetfulRun(is_away=False, run_id="killed"), ForgetfulRun(is_away=False, run_id="next")
+    with monkeypatch.context() as patched:
+        interrupt_after(2, patched)
+        with pytest.raises(Interrupted):
+            train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, first))
+    train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, second))
+    assert (first.epochs, second.epochs, second.ended) == (2, 3, ["killed"])
 
 
 def test_a_training_that_is_repeated_from_its_finished_epochs_has_its_temperature_once(
@@ -465,8 +621,8 @@ def test_a_training_that_is_repeated_from_its_finished_epochs_has_its_temperatur
     config, away = experiment(train__label_smoothing=0.3), ForgetfulRun(is_away=True)
     for _ in range(2):
         with pytest.raises(TrackingError):
-            train_model(tiny_packed, config, directory=tmp_path, run=cast(Any, away), resume_key="k")
-    again = train_model(tiny_packed, config, directory=tmp_path, resume_key="k")
+            train_model(tiny_packed, config, directory=tmp_path, run=cast(Any, away))
+    again = train_model(tiny_packed, config, directory=tmp_path)
 
     assert unsure.temperature != 1.0
     assert again.temperature == unsure.temperature

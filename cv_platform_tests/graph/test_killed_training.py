@@ -1,0 +1,77 @@
+"""A run whose process is killed while it trains, and the same command again: as Dagster runs, with ids of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cv_platform.settings import Settings
+from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home
+from cv_platform.stack.graph import materialize
+from cv_platform.training.trainer import TrainedModel
+from cv_platform.validation.verdict import ValidationVerdict
+from cv_platform_tests.integration.demo_run import REPOSITORY
+from cv_platform_tests.unit.training.conftest import experiment, pack_tiny
+
+EPOCHS = 40
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """An installation in which everything before the training is there."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(experiment(train__epochs=EPOCHS).model_dump(mode="json", by_alias=True)))
+    settings = Settings.from_environment({"CV_HOME": str(tmp_path / "home"), "CV_CONFIGS": str(config)})
+    prepare_home(settings)
+    packed = pack_tiny(tmp_path)
+    report = tmp_path / "report.html"
+    report.write_text("<p>good</p>")
+    verdict = ValidationVerdict(
+        dvc_md5=packed.dvc_md5, manifest="any", passed=True, outcomes=(), quarantined=(), report_path=report
+    )
+    records = settings.home / "records" / "tiny"
+    records.mkdir(parents=True)
+    (records / "packed_images.json").write_text(packed.model_dump_json())
+    (records / "validation_report.json").write_text(verdict.model_dump_json())
+    return settings
+
+
+def test_the_same_command_goes_on_after_the_last_whole_epoch(settings: Settings, tmp_path: Path) -> None:
+    environment = platform_environment(settings)
+    killed = tmp_path / "killed.log"
+    with killed.open("w") as file:
+        process = subprocess.Popen(
+            dagster_command("asset", "materialize", "--select", "key:tiny/model", "-m", "cv_platform.definitions"),
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not list(settings.home.glob("models/tiny_model/.training-*/epoch-*.json")):
+            assert process.poll() is None, killed.read_text()
+            assert time.monotonic() < deadline, "No epoch came to its end."
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+    said: list[str] = []
+    log = tmp_path / "again.log"
+    materialize("key:tiny/model", environment, log=log, say=said.append)
+
+    (first,) = (int(line.rpartition(" ")[2]) for line in said if line.startswith("    going on after epoch "))
+    assert 1 <= first < EPOCHS
+    epochs = [int(number) for number in re.findall(rf"epoch (\d+)/{EPOCHS}: loss", log.read_text())]
+    assert epochs == list(range(first + 1, EPOCHS + 1))
+    trained = TrainedModel.model_validate_json((settings.home / "records" / "tiny" / "model.json").read_text())
+    assert trained.epochs_run == EPOCHS
+    assert list(settings.home.glob("models/tiny_model/.training-*/*")) == []
