@@ -92,7 +92,12 @@ class ModelConfig(Section):
     )
     dropout: float = Field(default=0.0, ge=0.0, le=0.9)
     weights: str | None = Field(
-        default=None, description="local .weights.h5 file to start from; nothing is ever downloaded"
+        default=None, description="local .keras, .weights.h5 or .h5 file to start from; nothing is ever downloaded"
+    )
+    weights_channel_order: Literal["auto", "rgb", "bgr"] = Field(
+        default="auto",
+        description="what the first convolution of resnet50 weights reads; auto: by the file, where it tells (a .keras "
+        "of this platform: rgb; the file that keras.applications publishes: bgr), else training refuses and asks",
     )
     threshold: float = Field(
         default=0.5, gt=0.0, lt=1.0, description="multi-label: probability from which a class is predicted"

@@ -14,8 +14,11 @@ https://keras.io/api/models/model/ and https://keras.io/api/applications/resnet/
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +63,8 @@ def build_model(
     """
     import keras
 
+    # First: it may refuse, and a large network takes seconds to build.
+    order = _channel_order(model) if model.weights else None
     keras.utils.set_random_seed(seed)
     with _dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32"):
         image: Any = keras.Input((*model.image_size, 3), dtype="uint8", name=INPUT_NAME)
@@ -67,8 +72,8 @@ def build_model(
         network = keras.Model(image, _head(feature_map, model), name=model.architecture)
     if weight_decay:
         _penalise_kernels(network, weight_decay)
-    if model.weights and model.architecture != "resnet50":
-        _start_from(network, Path(model.weights))
+    if model.weights:
+        _start_from(network, Path(model.weights), is_bgr=order == "bgr")
     return network
 
 
@@ -147,7 +152,7 @@ def _resnet9s(image: keras.KerasTensor, model: ModelConfig) -> keras.KerasTensor
 
 
 def _resnet50(image: keras.KerasTensor, model: ModelConfig) -> keras.KerasTensor:
-    """He et al. 2016 as in `keras.applications`, from random weights or a local file of the published format."""
+    """He et al. 2016 as in `keras.applications`."""
     import keras
 
     if min(model.image_size) <= 32:  # It divides sides by 32, rounding up: one cell would be left.
@@ -159,21 +164,8 @@ def _resnet50(image: keras.KerasTensor, model: ModelConfig) -> keras.KerasTensor
     # The published weights expect the ImageNet means taken off, in BGR; the means are given here in RGB.
     means: Any = (-123.68, -116.779, -103.939)
     x = keras.layers.Rescaling(1.0, offset=means, name="rescaling", dtype="float32")(image)
-    if model.weights is not None:
-        _require_file(Path(model.weights))
     applications: Any = keras.applications
-    try:
-        backbone = applications.ResNet50(include_top=False, weights=model.weights, input_tensor=x)
-    except (ValueError, OSError, KeyError) as err:
-        raise TrainingError(
-            "model.weights: expected ResNet50 weights without the top layer (…_notop.h5). "
-            f"Received: {model.weights}: {err}"
-        ) from err
-    if model.weights is not None:
-        # Published weights read BGR, this model RGB: turning the first kernel round costs nothing at run time.
-        kernel = backbone.get_layer("conv1_conv").kernel
-        kernel.assign(keras.ops.flip(kernel, axis=2))
-    return backbone.output
+    return applications.ResNet50(include_top=False, weights=None, input_tensor=x).output
 
 
 _BACKBONES = {"small_cnn": _small_cnn, "resnet9s": _resnet9s, "resnet50": _resnet50}
@@ -213,16 +205,20 @@ def _penalise_kernels(network: keras.Model, weight_decay: float) -> None:
             layer.kernel.regularizer = layer.kernel_regularizer  # `keras.applications` has no argument for it.
 
 
-def _start_from(network: keras.Model, weights: Path) -> None:
+def _start_from(network: keras.Model, weights: Path, *, is_bgr: bool) -> None:
     """Loads `weights`; another set of classes is fine (its last layer stays random), another backbone is not."""
-    _require_file(weights)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            network.load_weights(weights, skip_mismatch=True)
-        except (ValueError, OSError, KeyError) as err:
+            if weights.name.endswith(".h5") and not weights.name.endswith(".weights.h5"):
+                # Keras's older format counts layers: what is published has no head.
+                _backbone(network).load_weights(weights)
+            else:
+                network.load_weights(weights, skip_mismatch=True)
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as err:
             raise TrainingError(
-                f"model.weights: expected weights of {network.name}. Received: {weights}: {err}"
+                f"model.weights: expected weights of {network.name} (as .h5: without the top layer, …_notop.h5). "
+                f"Received: {weights}: {err}"
             ) from err
     wrong = [str(w.message).splitlines()[0] for w in caught if "could not be loaded" in str(w.message)]
     strange = [line for line in wrong if f"name={LOGITS_NAME}" not in line]
@@ -233,6 +229,57 @@ def _start_from(network: keras.Model, weights: Path) -> None:
         )
     if wrong:
         logger.info("%s has other classes: the layer %s starts from random weights.", weights, LOGITS_NAME)
+    if is_bgr:
+        # This model reads RGB: turning the first kernel round costs nothing at run time.
+        kernel: Any = network.get_layer("conv1_conv").kernel
+        kernel.assign(kernel.numpy()[:, :, ::-1])
+
+
+def _channel_order(model: ModelConfig) -> Literal["rgb", "bgr"]:
+    """Returns what the first convolution in `model.weights` reads: as declared, or as the file itself tells."""
+    assert model.weights is not None
+    weights, declared = Path(model.weights), model.weights_channel_order
+    _require_file(weights)
+    if model.architecture != "resnet50":
+        if declared == "bgr":
+            raise TrainingError(
+                f"model.weights_channel_order: expected rgb, as all weights of {model.architecture} are this "
+                "platform's. Received: bgr. Remove it; bgr is for resnet50 weights of keras.applications."
+            )
+        return "rgb"
+    if declared != "auto":
+        return declared
+    if _is_own(weights):
+        return "rgb"
+    from keras.src.applications.resnet import WEIGHTS_HASHES
+
+    with weights.open("rb") as file:
+        if hashlib.file_digest(file, "md5").hexdigest() in WEIGHTS_HASHES["resnet50"]:
+            return "bgr"
+    raise TrainingError(
+        "model.weights_channel_order: expected rgb or bgr, as nothing in the file says which of them its first "
+        f"convolution reads. Received: auto, for {weights}. Choose bgr for weights that come from keras.applications "
+        "(they read BGR, whatever they were saved as), rgb for weights of this platform's own."
+    )
+
+
+def _is_own(weights: Path) -> bool:
+    """Whether the file is a model that this platform has saved: by the names of its layers."""
+    if not zipfile.is_zipfile(weights):
+        return False
+    try:
+        with zipfile.ZipFile(weights) as archive:
+            layers = json.loads(archive.read("config.json"))["config"]["layers"]
+        names = {layer["name"] for layer in layers}
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile):
+        return False
+    return {INPUT_NAME, "rescaling", FEATURES_NAME, LOGITS_NAME, OUTPUT_NAME} <= names
+
+
+def _backbone(network: keras.Model) -> keras.Model:
+    import keras
+
+    return keras.Model(network.input, feature_map_layer(network).output)
 
 
 def _require_file(weights: Path) -> None:

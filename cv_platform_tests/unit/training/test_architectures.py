@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -136,21 +138,77 @@ def test_starts_from_weights_with_other_classes_but_not_from_another_network(tmp
         build_model(config("small_cnn", weights=str(tmp_path / "none.weights.h5")))
 
 
-def test_published_resnet50_weights_are_turned_from_bgr_to_rgb(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def published() -> Any:
+    """The network of `keras.applications`: untrained, as its weights are published elsewhere."""
     import keras
 
-    published = keras.applications.ResNet50(include_top=False, weights=None, input_shape=(64, 64, 3))
-    weights = tmp_path / "resnet50_notop.weights.h5"
-    published.save_weights(weights)
+    return keras.applications.ResNet50(include_top=False, weights=None, input_shape=(64, 64, 3))
+
+
+def first_stage(network: Any, images: np.ndarray) -> np.ndarray:
+    """Returns the first stage's answer: it sees all there is to colour order, the rest is the same network."""
+    import keras
+
+    return keras.Model(network.input, network.get_layer("pool1_pool").output)(images).numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("resnet50_notop.weights.h5", "declared"), ("resnet50_notop.h5", "recognised")]
+)
+def test_published_resnet50_weights_are_turned_from_bgr_to_rgb(
+    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
+) -> None:
+    import keras
+    from keras.src.applications import resnet
+    from keras.src.legacy.saving import legacy_h5_format
+
+    weights = tmp_path / name
+    if name.endswith(".weights.h5"):
+        published.save_weights(weights)
+    else:
+        with h5py.File(weights, "w") as file:
+            legacy_h5_format.save_weights_to_hdf5_group(file, published)
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    if way == "recognised":
+        md5 = hashlib.md5(weights.read_bytes()).hexdigest()
+        monkeypatch.setitem(resnet.WEIGHTS_HASHES, "resnet50", ("", md5))
 
-    network = build_model(config("resnet50", 64, weights=str(weights)))
+    order = "bgr" if way == "declared" else "auto"
+    network = build_model(config("resnet50", 64, weights=str(weights), weights_channel_order=order))
 
-    # The first stage sees all there is to colour order; the rest is the same network.
-    mine = keras.Model(network.input, network.get_layer("pool1_pool").output)(images).numpy()
-    theirs_of = keras.Model(published.input, published.get_layer("pool1_pool").output)
-    theirs = theirs_of(keras.applications.resnet.preprocess_input(images.astype(np.float32).copy())).numpy()
-    np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+    theirs = first_stage(published, keras.applications.resnet.preprocess_input(images.astype(np.float32).copy()))
+    np.testing.assert_allclose(first_stage(network, images), theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_platforms_own_resnet50_says_the_same_after_it_was_loaded_again(tmp_path: Path) -> None:
+    own = build_model(config("resnet50", 64), seed=1)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    said = own(images).numpy()
+    own.save(tmp_path / "own.keras")
+    own.save_weights(tmp_path / "own.weights.h5")
+
+    for weights, order in (("own.keras", "auto"), ("own.weights.h5", "rgb")):
+        again = build_model(
+            config("resnet50", 64, weights=str(tmp_path / weights), weights_channel_order=order), seed=2
+        )
+        np.testing.assert_allclose(again(images).numpy(), said, rtol=1e-4, atol=1e-6)
+    other = build_model(config("resnet50", 64, classes=5, weights=str(tmp_path / "own.keras")), seed=2)
+    np.testing.assert_allclose(first_stage(other, images), first_stage(own, images), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_do_not_tell_their_order_of_channels_are_asked_for_it(published: Any, tmp_path: Path) -> None:
+    published.save_weights(tmp_path / "some.weights.h5")
+    published.save(tmp_path / "some.keras")
+    (tmp_path / "garbage.keras").write_bytes(b"PK no archive")
+
+    for name in ("some.weights.h5", "some.keras", "garbage.keras"):
+        with pytest.raises(TrainingError, match=r"expected rgb or bgr.*Received: auto.*Choose bgr for weights"):
+            build_model(config("resnet50", 64, weights=str(tmp_path / name)))
+    with pytest.raises(TrainingError, match="expected weights of small_cnn"):
+        build_model(config("small_cnn", weights=str(tmp_path / "garbage.keras")))
+    with pytest.raises(TrainingError, match=r"weights of small_cnn are this platform's.*Received: bgr"):
+        build_model(config("small_cnn", weights=str(tmp_path / "some.keras"), weights_channel_order="bgr"))
 
 
 def test_auto_precision_follows_the_cpus_flags(tmp_path: Path) -> None:
