@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import time
 from collections.abc import Sequence
@@ -104,6 +105,7 @@ class Stage:
         home = self.checkout.folder.with_name(f"{self.checkout.folder.name}-images")
         version = checkout_version(experiment.dataset, experiment.model, home=home)
         files = sorted(version.directory.glob("**/test/*/*.png"))
+        random.Random(0).shuffle(files)  # As requests come: class by class, their order alone would look like drift.
         return [Digit(path.read_bytes(), path.parent.name) for path in files]
 
     def traffic(self, *, concurrency: int) -> Traffic:

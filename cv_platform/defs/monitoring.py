@@ -67,6 +67,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
             value=report,
             metadata={
                 "verdict": report.verdict,
+                "sequential_test": report.stream_note(),
                 "dagster/row_count": report.rows,
                 "model_version": report.model_version,
                 "window_start_utc": dg.MetadataValue.text(report.window_start_utc.isoformat()),

@@ -5,19 +5,29 @@ nothing has changed, each score ranks uniformly among the reference and the stre
 independent and uniform, whatever the distribution (Vovk 2021). A gambler bets against that; its wealth is an e-process,
 and by Ville's inequality reaches 1/alpha with probability at most alpha, over the whole infinite stream.
 
+All of that rests on an exchangeable order: images that come class by class are in turn unlike those before them, which
+is a departure that the gambler bets on, whatever they are as a whole. So the order is tested first, by the repeats of
+the predicted class, and a stream in blocks is not judged. That test sees blocks of classes alone, no other dependence
+between successive images, and a class that comes up in the midst of a stream looks like a block to it.
+
 Sources:
     Podkopaev & Ramdas 2023, "Sequential Predictive Two-Sample and Independence Testing", arXiv 2305.00143: testing by
     betting with the Online Newton Step.
     Vovk 2021, "Testing randomness online", Statistical Science 36(4): conformal test martingales.
     Vovk & Wang 2021, "E-values", Annals of Statistics 49(3): the mean of e-processes is an e-process.
+    Wald & Wolfowitz 1940, "On a test whether two samples are from the same population", Annals of Mathematical
+    Statistics 11(2): the runs test. Barton & David 1957, "Multiple runs", Biometrika 44(1/2): of several classes.
+    Phipson & Smyth 2010, "Permutation P-values Should Never Be Zero", SAGMB 9(1): a permutation test's exact level.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
 from cv_platform.drift.sample import DriftSample
 from cv_platform.errors import InvalidSampleError
@@ -26,6 +36,29 @@ Scores = NDArray[np.float64]
 _NEWTON_STEP = 2.0 / (2.0 - np.log(3.0))
 """Step of the Online Newton Step for bets in [−1/2, 1/2] (Cutkosky & Orabona 2018, arXiv 1802.06293)."""
 _LARGEST_BET = 0.5
+ORDER_ALPHA = 0.01
+"""Share of exchangeable streams that are taken for streams in blocks."""
+_ORDER_PERMUTATIONS = 999
+
+StreamState = Literal["alarm", "no alarm", "not judged: requests come in blocks"]
+
+
+class StreamVerdict(BaseModel):
+    """What the sequential test says about one stream.
+
+    Attributes:
+        state: "alarm" when the e-value has reached 1/`alpha`; not judged when `order_p_value` is at most `ORDER_ALPHA`.
+        e_value: the largest wealth over the stream; of a stream in blocks it says nothing about drift.
+        alpha: the chance of an alarm while nothing has changed, however often it is looked at.
+        order_p_value: of the repeats of the predicted class, see `order_p_value`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: StreamState
+    e_value: float
+    alpha: float
+    order_p_value: float
 
 
 def stream_scores(sample: DriftSample) -> Scores:
@@ -103,12 +136,49 @@ class EProcess:
         return rank
 
 
-def run_stream(reference: DriftSample, current: DriftSample, *, seed: int) -> EProcess:
-    """Feeds the rows of `current`, in their order in time, to a fresh `EProcess` and returns it."""
+def judge_stream(reference: DriftSample, current: DriftSample, *, alpha: float, seed: int) -> StreamVerdict:
+    """Feeds the rows of `current`, in their order in time, to a fresh `EProcess`, and tests that order.
+
+    Args:
+        reference: held-out rows of the model that made `current`.
+        current: the stream; the most probable class counts as the predicted one, for several labels too.
+        alpha: of the sequential test.
+        seed: of the ranks with ties, and of the permutations.
+    """
     process = EProcess(stream_scores(reference), seed=seed)
     for row in stream_scores(current):
         process.update(row)
-    return process
+    p_value = order_p_value(current.bbsd.argmax(axis=1), seed=seed)
+    state: StreamState = "alarm" if process.has_alarm(alpha) else "no alarm"
+    if p_value <= ORDER_ALPHA:
+        state = "not judged: requests come in blocks"
+    return StreamVerdict(state=state, e_value=process.largest, alpha=alpha, order_p_value=p_value)
+
+
+def order_p_value(classes: NDArray[np.intp], *, seed: int) -> float:
+    """Tests whether the same class follows upon itself more often than in a random order.
+
+    The runs test of Wald and Wolfowitz for several classes, one-sided, as a permutation test: the statistic is the
+    number of neighbours of one class (the length of the stream less its number of runs), its null distribution that of
+    the same classes shuffled. Exact at every level, for any number and any shares of classes; a stream of a single
+    class has the p-value 1.
+
+    Args:
+        classes: `(N,)` integers, in order of time.
+        seed: of the permutations.
+
+    Returns:
+        The p-value: a multiple of 1/1000.
+    """
+
+    def repeats(streams: NDArray[np.intp]) -> NDArray[np.intp]:
+        return np.count_nonzero(streams[..., 1:] == streams[..., :-1], axis=-1)
+
+    rng = np.random.default_rng(seed)
+    observed = repeats(classes)
+    # One at a time: all at once would be a thousand copies of a long stream.
+    as_many = sum(int(repeats(rng.permutation(classes)) >= observed) for _ in range(_ORDER_PERMUTATIONS))
+    return (1 + as_many) / (1 + _ORDER_PERMUTATIONS)
 
 
 def _checked(scores: Scores, *, columns: int | None = None) -> Scores:

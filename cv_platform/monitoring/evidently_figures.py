@@ -13,8 +13,9 @@ _LARGEST_E_VALUE = 1e12
 def evidently_run(report: DriftReport, reference: DriftSample, current: DriftSample | None) -> EvidentlyRun:
     """Returns the run that shows `report`; `current` are the judged rows, none without any."""
     figures = [Figure("WindowFigure", "rows", float(report.rows))]
-    if report.stream_e_value is not None:
-        figures.append(Figure("WindowFigure", "largest e-value", min(report.stream_e_value, _LARGEST_E_VALUE)))
+    stream = report.stream
+    if stream is not None and stream.state in {"alarm", "no alarm"}:  # Else the number says nothing about drift.
+        figures.append(Figure("WindowFigure", "largest e-value", min(stream.e_value, _LARGEST_E_VALUE)))
     if report.feedback_accuracy is not None:
         figures.append(Figure("EstimatedAccuracy", "feedback", report.feedback_accuracy))
     if report.adjusted_p_values:
@@ -48,6 +49,7 @@ def evidently_run(report: DriftReport, reference: DriftSample, current: DriftSam
             "model_name": report.model_name,
             "model_version": report.model_version,
             "verdict": report.verdict,
+            "sequential_test": report.stream_note(),
             "report_id": report.report_id,
             "window_start_utc": report.window_start_utc.isoformat(),
             "window_end_utc": report.window_end_utc.isoformat(),
@@ -55,5 +57,4 @@ def evidently_run(report: DriftReport, reference: DriftSample, current: DriftSam
         reference_properties=reference.properties if has_table else None,
         current_properties=current.properties if has_table and current is not None else None,
         alpha=report.alpha,
-        class_names=sorted(c.class_name for c in report.classes),
     )

@@ -22,7 +22,7 @@ from cv_platform.drift.accuracy import estimate_accuracy
 from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
 from cv_platform.drift.reference import label_targets, read_identity, read_reference, read_reference_labels
 from cv_platform.drift.sample import DriftSample, require_comparable
-from cv_platform.drift.sequential import run_stream
+from cv_platform.drift.sequential import judge_stream
 from cv_platform.drift.verdict import judge
 from cv_platform.errors import BundleNotFoundError, ServiceError
 from cv_platform.images import preprocessing_hash
@@ -126,10 +126,8 @@ def make_drift_report(
     )
     if window.sample is not None:
         require_comparable(reference, window.sample, min_rows=1)
-        stream = run_stream(reference, window.sample, seed=monitor.seed)
-        report = report.model_copy(
-            update={"stream_e_value": stream.largest, "has_stream_alarm": stream.has_alarm(monitor.alpha)}
-        )
+        stream = judge_stream(reference, window.sample, alpha=monitor.alpha, seed=monitor.seed)
+        report = report.model_copy(update={"stream": stream})
         report = _with_feedback(report, engine, window, read_identity(reference_path).class_names, facts)
         if rows >= monitor.min_samples:
             report = _with_verdict(report, config, reference, reference_path, window, facts)

@@ -98,11 +98,8 @@ def _head(report: DriftReport) -> str:
     ]
     if report.verdict == "insufficient data":
         facts.append(f"A verdict needs at least {report.min_samples} usable requests.")
-    if report.stream_e_value is not None:
-        state = "alarms" if report.has_stream_alarm else "does not alarm"
-        facts.append(
-            f"The sequential test {state}: e-value {report.stream_e_value:.3g}, alarm from {1 / report.alpha:.3g}."
-        )
+    if report.stream is not None:
+        facts.append(escape(report.stream_note()))
     return (
         f"<h1>{escape(report.experiment)}: drift report</h1>"
         f'<p><span class="verdict {report.verdict.replace(" ", "-")}">{escape(report.verdict)}</span></p>'
@@ -159,6 +156,10 @@ def _classes(report: DriftReport) -> str:
     note = (
         "Coloured: moved, by its probability or by its share of the predictions (Holm over both tests of all classes)."
     )
+    if report.moved_classes and report.verdict == "no drift":
+        note += (
+            " The verdict, no drift, decides: it corrects for all detectors together, this table for its classes alone."
+        )
     return f'<h2>Classes</h2>{_table(head, rows, numbers={1, 4}, markup={2, 3})}<p class="note">{note}</p>'
 
 
@@ -197,6 +198,11 @@ def _accuracy(report: DriftReport) -> str:
             else "Not reliable: drift breaks the calibration that these estimates rest on."
         )
         faded = "" if estimate.is_reliable else ' class="faded"'
+        if report.feedback_accuracy is not None:
+            reliability += (
+                " It may differ from the feedback's: people comment on mistakes more often than on hits, and a change "
+                "of what the classes look like shows in feedback alone."
+            )
         parts.append(f"<p>Measured on the labelled reference: {estimate.reference_accuracy:.3f}. {reliability}</p>")
         parts.append(f"<div{faded}>{_table(('Estimate', 'Accuracy'), rows, numbers={1})}</div>")
     return f"<h2>Accuracy</h2>{''.join(parts)}" if parts else ""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cv_platform.drift.accuracy import AccuracyEstimate
 from cv_platform.drift.localisation import ClassMovement, EffectSizes
+from cv_platform.drift.sequential import StreamVerdict
 
 Verdict = Literal["drift", "no drift", "insufficient data"]
 
@@ -37,8 +38,8 @@ class DriftReport(BaseModel):
         accuracy_estimate: without labels; not reliable while drift fires.
         feedback_rows: judged requests whose true class somebody stated.
         feedback_accuracy: of those; multi-label: mean accuracy of the single decisions.
-        stream_e_value: the largest wealth of the sequential test over the window's requests in order of time.
-        has_stream_alarm: it reached 1/alpha; a hint for short windows, which never makes the verdict.
+        stream: of the sequential test over the window's requests in order of time; a hint, which never makes the
+            verdict. None without any request.
         report_url: of the HTML page in central storage.
         evidently_run_id: run in the experiment's Evidently project.
         problems: what could not be done or shown, in sentences.
@@ -71,8 +72,7 @@ class DriftReport(BaseModel):
     accuracy_estimate: AccuracyEstimate | None = None
     feedback_rows: int = 0
     feedback_accuracy: float | None = None
-    stream_e_value: float | None = None
-    has_stream_alarm: bool = False
+    stream: StreamVerdict | None = None
     report_url: str = ""
     evidently_run_id: str | None = None
     problems: tuple[str, ...] = ()
@@ -84,8 +84,6 @@ class DriftReport(BaseModel):
         parts = [head[0].upper() + head[1:]]
         if self.verdict == "insufficient data":
             parts.append(f"At least {self.min_samples} usable requests are needed; the window has {self.rows}.")
-            if self.has_stream_alarm:
-                parts.append(f"The sequential test nevertheless alarms (e-value {self.stream_e_value:.3g}).")
         if self.drifted_detectors:
             fired = ", ".join(f"{name} (p {self.adjusted_p_values[name]:.2g})" for name in self.drifted_detectors)
             parts.append(f"Fired: {fired}.")
@@ -94,11 +92,49 @@ class DriftReport(BaseModel):
             if self.moved_classes:
                 moved = ", ".join(str(row["class"]) for row in self.moved_classes[:5])
                 parts.append(f"Classes that moved: {moved}.")
+        if self.stream is not None and not self.is_agreed:
+            parts.append(self.stream_note())
         if self.feedback_accuracy is not None:
             parts.append(f"Accuracy on {self.feedback_rows} requests with feedback: {self.feedback_accuracy:.3f}.")
         if self.report_url:
             parts.append(f"Report: {self.report_url}")
         return " ".join(parts)
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether the sequential test says the same as the verdict; without a verdict, whether it raises no alarm."""
+        return self.stream is not None and self.stream.state == ("alarm" if self.verdict == "drift" else "no alarm")
+
+    def stream_note(self) -> str:
+        """Returns what the sequential test says, which verdict decides, and why the two differ where they do."""
+        stream = self.stream
+        if stream is None:
+            return "The sequential test had no request to look at."
+        numbers = f"e-value {stream.e_value:.3g}, alarm from {1 / stream.alpha:.3g}"
+        if stream.state == "not judged: requests come in blocks":
+            note = (
+                "The sequential test is not judged: requests come in blocks of one predicted class "
+                f"(runs test, p {stream.order_p_value:.2g}), an order that it would take for drift."
+            )
+            decides = f" The verdict, {self.verdict}, does not depend on the order."
+            return note if self.verdict == "insufficient data" else note + decides
+        if self.verdict == "insufficient data":
+            says = "alarms: look at the latest requests" if stream.state == "alarm" else "does not alarm"
+            return f"The sequential test {says} ({numbers})."
+        if self.is_agreed:
+            return f"The sequential test agrees ({numbers})."
+        if stream.state == "alarm":
+            return (
+                f"The sequential test alarms ({numbers}). The verdict, no drift, decides: it compares the window as a "
+                "whole. The sequential test also sees what has changed within the window, such as in its last hours, "
+                f"and alarms by chance in up to {stream.alpha:.0%} of the windows without a change. "
+                "To see which it is, judge a shorter window that ends now (monitor.window_days)."
+            )
+        return (
+            f"The sequential test does not alarm ({numbers}). The verdict, drift, decides: it also compares the "
+            "probabilities of all classes and the features, where the sequential test sees pixel statistics and "
+            "confidences alone, and needs more requests."
+        )
 
 
 def _effects(effects: EffectSizes) -> list[str]:

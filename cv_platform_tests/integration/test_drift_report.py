@@ -123,7 +123,9 @@ def test_unshifted_requests_are_no_drift(installation: Installation) -> None:
     installation.log(draw_sample(np.random.default_rng(4), 150))
     report = installation.report()
     assert (report.verdict, report.rows, report.requests, report.problems) == ("no drift", 150, 150, ())
-    assert (report.moved_classes, report.drifted_detectors, report.has_stream_alarm) == ([], (), False)
+    assert (report.moved_classes, report.drifted_detectors) == ([], ())
+    assert report.stream is not None
+    assert report.stream.state == "no alarm"
     assert report.accuracy_estimate is not None
     assert report.accuracy_estimate.is_reliable
     assert report.accuracy_estimate.reference_accuracy == 1.0
@@ -138,7 +140,8 @@ def test_shifted_requests_are_drift_explained_and_kept_everywhere(installation: 
     report = installation.report()
 
     assert report.verdict == "drift"
-    assert report.has_stream_alarm
+    assert report.stream is not None
+    assert report.stream.state == "alarm"
     assert report.effects is not None
     assert len(report.classes) == len(CLASSES)
     assert report.accuracy_estimate is not None
@@ -160,6 +163,18 @@ def test_shifted_requests_are_drift_explained_and_kept_everywhere(installation: 
     runs = list((installation.home / "evidently").glob("*/snapshots/*.json"))
     assert [path.stem for path in runs] == [report.evidently_run_id]
     assert list((installation.home / "work").iterdir()) == []
+
+
+def test_requests_class_by_class_are_no_drift_and_no_alarm(installation: Installation) -> None:
+    sample = draw_sample(np.random.default_rng(4), 150)
+    installation.log(sample.take(np.argsort(sample.bbsd.argmax(axis=1), kind="stable")))
+    report = installation.report()
+    assert report.verdict == "no drift"
+    assert report.stream is not None
+    assert report.stream.state == "not judged: requests come in blocks"
+    page = Path(report.report_url.removeprefix("file://")).read_text()
+    assert "The verdict, no drift, does not depend on the order." in page
+    assert "alarms" not in page
 
 
 def test_a_second_report_of_the_same_window_replaces_the_first(installation: Installation) -> None:

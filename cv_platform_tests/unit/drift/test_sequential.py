@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cv_platform.drift.sequential import EProcess, run_stream, stream_scores
+from cv_platform.drift.sequential import ORDER_ALPHA, EProcess, judge_stream, order_p_value, stream_scores
 from cv_platform.errors import InvalidSampleError
 from cv_platform_tests.drift_samples import draw_sample
 
@@ -72,9 +72,65 @@ def test_wealth_stays_finite_however_long_the_shift_lasts() -> None:
 def test_the_same_stream_and_seed_give_the_same_wealth() -> None:
     rng = np.random.default_rng(0)
     reference, current = draw_sample(rng, 60), draw_sample(rng, 40, shift=0.5)
-    first, second = (run_stream(reference, current, seed=3) for _ in range(2))
-    assert first.largest == second.largest
-    assert first.rows == 40
+    first, second = (judge_stream(reference, current, alpha=ALPHA, seed=3) for _ in range(2))
+    assert first == second
+
+
+def test_the_p_value_of_an_order_is_the_share_of_orders_with_as_many_repeats() -> None:
+    # By hand: of the 6!/(3!·3!) = 20 orders of 000111, two have 4 repeats (2 runs), and four more have 3 (3 runs).
+    def p(*classes: int) -> float:
+        return order_p_value(np.array(classes), seed=1)
+
+    deviation = 4 * np.sqrt(0.3 * 0.7 / 999)
+    assert p(0, 0, 0, 1, 1, 1) == pytest.approx(2 / 20, abs=deviation)
+    assert p(0, 0, 1, 1, 1, 0) == pytest.approx(6 / 20, abs=deviation)
+    assert p(0, 1, 0, 1, 0, 1) == 1.0
+    assert p(2, 2, 2, 2) == p(7) == p() == 1.0
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.96, 0.02, 0.02), (0.1,) * 10], ids=["two", "rare", "ten"])
+def test_a_random_order_is_taken_for_blocks_at_the_stated_level(shares: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(21)
+    streams = 300
+    blocks = sum(
+        order_p_value(rng.choice(len(shares), size=120, p=shares), seed=seed) <= ORDER_ALPHA for seed in range(streams)
+    )
+    assert blocks <= stats.binom.ppf(0.999, streams, ORDER_ALPHA)
+
+
+def blocky(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+    return np.repeat(rng.integers(0, 10, size=rows), length)[:rows]
+
+
+@pytest.mark.parametrize("length", [2, 3, 10, 200])
+def test_detects_blocks_and_sorted_classes(length: int) -> None:
+    rng = np.random.default_rng(22)
+    found = [order_p_value(blocky(rng, 200, length), seed=seed) <= ORDER_ALPHA for seed in range(30)]
+    if length == 200:  # A single class has one order only.
+        assert not any(found)
+    else:
+        assert all(found)
+    classes = np.sort(rng.integers(0, 10, size=200))
+    assert order_p_value(classes, seed=0) <= ORDER_ALPHA
+
+
+def test_images_that_come_class_by_class_are_not_judged() -> None:
+    rng = np.random.default_rng(23)
+    reference, current = draw_sample(rng, 300), draw_sample(rng, 300)
+    by_class = current.take(np.argsort(current.bbsd.argmax(axis=1), kind="stable"))
+
+    shuffled, sorted_ = (judge_stream(reference, each, alpha=ALPHA, seed=0) for each in (current, by_class))
+
+    assert sorted_.e_value >= 1 / ALPHA  # What the test says of the order is what it would have said of drift.
+    assert sorted_.state == "not judged: requests come in blocks"
+    assert shuffled.state == "no alarm"
+
+
+def test_a_shift_in_a_random_order_alarms() -> None:
+    rng = np.random.default_rng(24)
+    verdict = judge_stream(draw_sample(rng, 300), draw_sample(rng, 150, shift=2.0), alpha=ALPHA, seed=0)
+    assert verdict.state == "alarm"
+    assert verdict.order_p_value > ORDER_ALPHA
 
 
 def test_scores_are_the_properties_and_the_confidence() -> None:

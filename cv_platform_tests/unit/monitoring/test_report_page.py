@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import re
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ import pytest
 
 from cv_platform.drift.accuracy import AccuracyEstimate
 from cv_platform.drift.localisation import ClassMovement, EffectSizes, LargestDistance, PropertyShift
+from cv_platform.drift.sequential import StreamVerdict
 from cv_platform.monitoring.report_page import render_page, thumbnails
 from cv_platform.monitoring.report_record import DriftReport
 from cv_platform.properties import PROPERTY_NAMES
@@ -100,11 +102,17 @@ def drift_report(**changes: object) -> DriftReport:
         ),
         "feedback_rows": 12,
         "feedback_accuracy": 0.5,
-        "stream_e_value": 45.0,
-        "has_stream_alarm": True,
+        "stream": stream("alarm"),
         "problems": ("Image <b>bb</b> cannot be shown",),
     }
     return make_report(**{**values, **changes})
+
+
+def stream(state: str) -> StreamVerdict:
+    return StreamVerdict.model_validate({"state": state, "e_value": 123.4, "alpha": 0.05, "order_p_value": 0.001})
+
+
+BLOCKS = "not judged: requests come in blocks"
 
 
 class Balanced(HTMLParser):
@@ -157,9 +165,43 @@ def test_summary_names_verdict_detectors_effect_and_classes() -> None:
 
 
 def test_summary_of_a_short_window_says_what_is_missing() -> None:
-    summary = make_report(has_stream_alarm=True, stream_e_value=123.4).summary()
+    summary = make_report(stream=stream("alarm")).summary()
     assert "At least 100 usable requests are needed; the window has 30." in summary
-    assert "e-value 123" in summary
+    assert "The sequential test alarms: look at the latest requests (e-value 123, alarm from 20)." in summary
+
+
+@pytest.mark.parametrize(
+    ("verdict", "state", "words"),
+    [
+        ("no drift", "alarm", "The verdict, no drift, decides: it compares the window as a whole."),
+        ("no drift", BLOCKS, "in blocks of one predicted class (runs test, p 0.001), an order that it would take"),
+        ("no drift", BLOCKS, "The verdict, no drift, does not depend on the order."),
+        ("drift", "no alarm", "The verdict, drift, decides: it also compares"),
+        ("drift", BLOCKS, "The verdict, drift, does not depend on the order."),
+        ("insufficient data", BLOCKS, "an order that it would take for drift."),
+    ],
+)
+def test_two_verdicts_that_differ_say_which_decides_and_why(verdict: str, state: str, words: str) -> None:
+    report = make_report(verdict=verdict, stream=stream(state))
+    assert words in report.summary()  # Of alerts, of the check's description, and of the log.
+    assert words in html.unescape(render_page(report, {}))
+    if state == BLOCKS:
+        # A number that says nothing would be believed.
+        assert "e-value" not in report.summary() + render_page(report, {})
+
+
+@pytest.mark.parametrize(("verdict", "state"), [("no drift", "no alarm"), ("drift", "alarm")])
+def test_two_verdicts_that_agree_need_no_words_in_an_alert(verdict: str, state: str) -> None:
+    report = make_report(verdict=verdict, stream=stream(state))
+    assert "sequential" not in report.summary()
+    assert "The sequential test agrees (e-value 123, alarm from 20)." in render_page(report, {})
+
+
+def test_a_class_that_moved_without_drift_is_told_apart_from_the_verdict() -> None:
+    explained = "The verdict, no drift, decides"
+    assert explained not in render_page(drift_report(), {})
+    page = render_page(drift_report(verdict="no drift", drifted_detectors=(), stream=stream("no alarm")), {})
+    assert explained in page.partition("<h2>Classes</h2>")[2]
 
 
 def test_record_survives_json() -> None:
