@@ -16,7 +16,7 @@ import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -64,7 +64,7 @@ class EvidentlyRun:
         figures: the numbers.
         metadata: texts shown with the run, such as the model's version.
         reference_properties, current_properties: `(N, 7)` float32 for the table of pixel statistics; none, no table.
-        alpha: family-wise level of that table.
+        alpha: family-wise level of the verdict.
     """
 
     experiment: str
@@ -74,7 +74,6 @@ class EvidentlyRun:
     reference_properties: np.ndarray | None = None
     current_properties: np.ndarray | None = None
     alpha: float = 0.05
-    class_names: Sequence[str] = field(default=())
 
 
 def publish_run(target: Path | str, run: EvidentlyRun) -> str:
@@ -156,13 +155,31 @@ def _project(workspace: Any, run: EvidentlyRun) -> Any:
 
     found = _projects(workspace, run.experiment)
     if found:
+        _mend_share_panel(workspace, found[0])
         return found[0]
     model = ProjectModel(
         id=uuid.uuid5(_NAMESPACE, run.experiment), name=run.experiment, description="Drift reports of this experiment."
     )
     project = workspace.add_project(model)
-    workspace.save_dashboard(project.id, _dashboard(run.class_names))
+    workspace.save_dashboard(project.id, _dashboard())
     return project.id
+
+
+def _mend_share_panel(workspace: Any, project_id: Any) -> None:
+    """Lets the panel of classes show all classes; it used to know those of the first report alone, or to be missing.
+
+    All other panels stay as somebody may have arranged them.
+    """
+    dashboard, panel = workspace.get_dashboard(project_id), _share_panel()
+    old = [each for each in dashboard.panels if each.title == panel.title]
+    if any(not value.metric_labels for each in old for value in each.values):
+        return
+    gone = {each.id for each in old}
+    dashboard.panels = [*(each for each in dashboard.panels if each.id not in gone), panel]
+    for tab in dashboard.tabs:
+        tab.panels = [each for each in tab.panels if each not in gone]
+    dashboard.tabs[0].panels.append(panel.id)
+    workspace.save_dashboard(project_id, dashboard)
 
 
 def _projects(workspace: Any, name: str) -> list[Any]:
@@ -185,8 +202,9 @@ def _snapshot(run: EvidentlyRun) -> Any:
             Dataset.from_pandas(pd.DataFrame(rows[:_MAX_ROWS], columns=pd.Index(PROPERTY_NAMES)), properties)
             for rows in (run.current_properties, run.reference_properties)
         )
-        # Bonferroni, as in the verdict: by default one window in three without drift would have a marked property.
-        threshold = run.alpha / len(PROPERTY_NAMES)
+        # Of all detectors and properties, so that none is marked in a window whose verdict is "no drift"; by default
+        # one window in three without drift would have a marked property.
+        threshold = run.alpha / (len(DETECTORS) * len(PROPERTY_NAMES))
         metrics += [ValueDrift(column=name, method="ks", threshold=threshold) for name in PROPERTY_NAMES]
     return Report(metrics).run(
         current,
@@ -255,7 +273,20 @@ _TITLES = {
 }
 
 
-def _dashboard(class_names: Sequence[str]) -> Any:
+def _share_panel() -> Any:
+    from evidently.sdk.models import PanelMetric
+    from evidently.sdk.panels import bar_plot_panel
+
+    return bar_plot_panel(
+        title="Share of predictions per class",
+        # Without a class of its own it shows whatever classes the runs have, those of later models, too.
+        values=[PanelMetric(metric="PredictedShare", metric_labels={}, legend="{{class_name}}")],
+        size="half",
+        stacked=True,
+    )
+
+
+def _dashboard() -> Any:
     """Returns the dashboard: one tab, since the server refuses more (Evidently 0.7.23)."""
     from evidently.sdk.models import DashboardModel, DashboardTabModel, PanelMetric
     from evidently.sdk.panels import bar_plot_panel, counter_panel, line_plot_panel
@@ -296,16 +327,8 @@ def _dashboard(class_names: Sequence[str]) -> Any:
         ),
         bar_plot_panel(title="Drift (1: yes)", values=series("WindowFigure", ["drifted"]), size="half"),
         bar_plot_panel(title="Requests per window", values=series("WindowFigure", ["rows"]), size="half"),
+        _share_panel(),
     ]
-    if class_names:
-        panels.append(
-            bar_plot_panel(
-                title="Share of predictions per class",
-                values=series("PredictedShare", class_names),
-                size="half",
-                stacked=True,
-            )
-        )
     tab = DashboardTabModel(title="Drift", panels=[panel.id for panel in panels])
     return DashboardModel(tabs=[tab], panels=panels)
 

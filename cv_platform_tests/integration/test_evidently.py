@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 
 from cv_platform.drift.verdict import DETECTORS
 from cv_platform.errors import ServiceError
-from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure, delete_run, publish_run
+from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure, _quiet, delete_run, publish_run
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,9 @@ def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DO_NOT_TRACK", "1")
 
 
-def make_run(day: int, p: float, *, verdict: str = "no drift", with_table: bool = False) -> EvidentlyRun:
+def make_run(
+    day: int, p: float, *, verdict: str = "no drift", with_table: bool = False, classes: tuple[str, ...] = ("7",)
+) -> EvidentlyRun:
     properties = np.random.default_rng(day).normal(size=(60, 7)).astype(np.float32)
     properties[:, 6] = 0.0  # Grey images: a constant column must not break the table.
     return EvidentlyRun(
@@ -36,12 +39,11 @@ def make_run(day: int, p: float, *, verdict: str = "no drift", with_table: bool 
         figures=[
             Figure("WindowFigure", "rows", 60.0),
             *(Figure("CalibratedDrift", name, p) for name in DETECTORS),
-            Figure("PredictedShare", "7", 0.5),
+            *(Figure("PredictedShare", name, 1 / len(classes)) for name in classes),
         ],
         metadata={"model_name": "m", "model_version": "v", "verdict": verdict},
         reference_properties=properties if with_table else None,
         current_properties=properties + 1 if with_table else None,
-        class_names=["7", "8"],
     )
 
 
@@ -83,6 +85,55 @@ def p_values(url: str, project: str, query: str = "") -> list[float]:
     return series["values"]
 
 
+def shares(url: str, project: str) -> dict[str, list[float | None]]:
+    """Returns what the panel of classes shows: the series that the page asks for, by class."""
+    dashboard = httpx.get(f"{url}/api/v2/dashboards/{project}").raise_for_status().json()
+    (panel,) = (panel for panel in dashboard["panels"] if panel["title"] == "Share of predictions per class")
+    assert panel["id"] in dashboard["tabs"][0]["panels"]
+    body = {"series_filter": [{key: value[key] for key in FILTER} for value in panel["values"]]}
+    answer = httpx.post(f"{url}/api/v2/snapshots/{project}/data_series_batch", json=body).raise_for_status()
+    return {series["params"]["class_name"]: series["values"] for series in answer.json()["series"]}
+
+
+FILTER = ("metric", "metric_labels", "tags", "metadata")
+
+
+@contextmanager
+def opened_dashboard(workspace: Path) -> Iterator[Any]:
+    """Yields the dashboard of the only project, and saves what has been changed."""
+    with _quiet():
+        from evidently.ui.workspace import Workspace
+
+        opened = Workspace.create(str(workspace))
+        (project,) = opened.list_projects()
+        dashboard = opened.get_dashboard(project.id)
+        yield dashboard
+        opened.save_dashboard(project.id, dashboard)
+
+
+def share_panel(dashboard: Any) -> Any:
+    (panel,) = (each for each in dashboard.panels if each.title == "Share of predictions per class")
+    return panel
+
+
+@pytest.mark.parametrize("frozen", [["7"], []], ids=["first report's classes", "first report without classes"])
+def test_a_panel_that_was_frozen_shows_later_classes(tmp_path: Path, frozen: list[str]) -> None:
+    publish_run(tmp_path, make_run(1, 0.5))
+    with opened_dashboard(tmp_path) as dashboard:
+        panel = share_panel(dashboard)
+        panel.values = [
+            panel.values[0].copy(update={"metric_labels": {"class_name": name}}, deep=True) for name in frozen
+        ]
+        if not frozen:
+            dashboard.panels.remove(panel)
+            dashboard.tabs[0].panels.remove(panel.id)
+    publish_run(tmp_path, make_run(8, 0.5, classes=("7", "8")))
+    publish_run(tmp_path, make_run(9, 0.5))
+    with opened_dashboard(tmp_path) as dashboard:
+        assert len(dashboard.panels) == len(dashboard.tabs[0].panels) == 9
+        assert [value.metric_labels for value in share_panel(dashboard).values] == [{}]
+
+
 def test_runs_make_one_line_per_detector_in_a_project_of_the_experiments_name(tmp_path: Path) -> None:
     workspace = tmp_path / "evidently"
     first = publish_run(workspace, make_run(1, 0.5, with_table=True))
@@ -108,11 +159,20 @@ def test_runs_make_one_line_per_detector_in_a_project_of_the_experiments_name(tm
         assert "Adjusted p-value: bbsd_ks" in page
 
         # The same through the server.
+        assert shares(url, identity) == {"7": [1.0, 1.0]}
         third = publish_run(url, make_run(15, 0.3))
         publish_run(url, make_run(15, 0.4))
         delete_run(url, "digits", third)
         assert len(httpx.get(f"{url}/api/v2/projects").json()) == 1
         assert p_values(url, identity) == [0.5, 0.02, 0.4]
+
+        # Another model: a class goes, two come.
+        publish_run(url, make_run(22, 0.5, classes=("8", "9")))
+        assert shares(url, identity) == {
+            "7": [1.0, 1.0, 1.0],
+            "8": [None, None, None, 0.5],
+            "9": [None, None, None, 0.5],
+        }
 
 
 GONE = "00000000-0000-0000-0000-000000000000"
