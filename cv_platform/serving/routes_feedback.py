@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Self
+from unicodedata import normalize
 from uuid import UUID, uuid5
 
 from fastapi import APIRouter, Depends, Header, Path, Request
@@ -136,19 +137,9 @@ def feedback_router(context: ServingContext) -> APIRouter:
         ] = None,
     ) -> Response:
         stored, reason = await _find_or_reason(context, prediction_id)
-        if said.true_class is None:
-            pass  # No class that could be unknown.
-        elif stored is not None:
-            await _require_known_of(context, stored, said.true_class)
-        else:
-            # The prediction cannot be looked up, so the classes of the model that serves now have to do.
-            model = context.models.current()
-            if model is not None:
-                _require_known(
-                    said.true_class,
-                    model.metadata.class_names,
-                    is_multi_label=model.metadata.classifier_type == "multi-label",
-                )
+        if said.true_class is not None:
+            named = await _named_by(context, stored, said.true_class)
+            said = said.model_copy(update={"true_class": named})
         statement = FeedbackEntry(
             prediction_id=prediction_id,
             true_class=said.kept_class,
@@ -275,7 +266,19 @@ def _unknown(prediction_id: UUID) -> Problem:
     )
 
 
-async def _require_known_of(context: ServingContext, stored: StoredPrediction, true_class: str) -> None:
+async def _named_by(context: ServingContext, stored: StoredPrediction | None, true_class: str) -> str:
+    """Returns `true_class` as the prediction's model spells it.
+
+    Raises:
+        Problem: 422, the model has no such class.
+    """
+    if stored is None:
+        # The prediction cannot be looked up, so the classes of the model that serves now have to do.
+        model = context.models.current()
+        if model is None:
+            return true_class
+        is_multi_label = model.metadata.classifier_type == "multi-label"
+        return _as_named(true_class, model.metadata.class_names, is_multi_label=is_multi_label)
     class_names = list(stored.prediction_json)
     # Only what would be split needs the model's type, which may have to be read from central storage.
     is_multi_label = False
@@ -286,7 +289,7 @@ async def _require_known_of(context: ServingContext, stored: StoredPrediction, t
             if metadata is not None
             else stored.predicted_class not in stored.prediction_json
         )
-    _require_known(true_class, class_names, is_multi_label=is_multi_label)
+    return _as_named(true_class, class_names, is_multi_label=is_multi_label)
 
 
 async def _metadata_of(context: ServingContext, stored: StoredPrediction) -> BundleMetadata | None:
@@ -297,11 +300,14 @@ async def _metadata_of(context: ServingContext, stored: StoredPrediction) -> Bun
     return metadata
 
 
-def _require_known(true_class: str, class_names: Sequence[str], *, is_multi_label: bool) -> None:
+def _as_named(true_class: str, class_names: Sequence[str], *, is_multi_label: bool) -> str:
+    # An accent is one character here and two there, and to a person the same name.
+    spelled = {normalize("NFC", name): name for name in class_names}
+    true_class = normalize("NFC", true_class)
     # A class name may itself contain the separator, so the whole is tried first.
-    is_whole = true_class in class_names or not is_multi_label
+    is_whole = true_class in spelled or not is_multi_label
     names = [true_class] if is_whole else true_class.split(LABEL_SEPARATOR)
-    unknown = [name for name in names if name not in class_names]
+    unknown = [name for name in names if name not in spelled]
     if unknown:
         known = ", ".join(class_names)
         received = ", ".join(ascii(name)[:80] for name in unknown)
@@ -311,6 +317,7 @@ def _require_known(true_class: str, class_names: Sequence[str], *, is_multi_labe
             expected=f"one of: {known}",
             extra={"classes": list(class_names)},
         )
+    return LABEL_SEPARATOR.join(spelled[name] for name in names)
 
 
 def _result_again(

@@ -1,4 +1,5 @@
 import base64
+import unicodedata
 from typing import Any
 from uuid import uuid4
 
@@ -122,6 +123,22 @@ def test_takes_several_classes_of_a_multi_label_model(make_context: MakeContext)
     client = Client(create_app(context))
     prediction_id = client.predict(REDDISH).json()["prediction_id"]
     assert client.post(f"/feedback/{prediction_id}", json={"true_class": "cat|owl"}).status_code == 200
+
+
+@pytest.mark.parametrize("classifier_type", ["multi-class", "multi-label"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_an_accent_may_be_sent_in_either_form_and_is_kept_in_the_models(
+    make_context: MakeContext, classifier_type: str, form: str
+):
+    names = ("caf\u00e9", "dog", "cre\u0302pe")  # The third as a model has it that was trained from macOS' folders.
+    context = make_context(models=FixedModels(brightness_model(classifier_type=classifier_type, class_names=names)))
+    client = Client(create_app(context))
+    prediction_id = client.predict(REDDISH).json()["prediction_id"]
+    said = list(names) if classifier_type == "multi-class" else ["|".join(names)]
+    for true_class in said:
+        sent = {"true_class": unicodedata.normalize(form, true_class)}
+        assert client.post(f"/feedback/{prediction_id}", json=sent).json()["true_class"] == true_class
+    assert [statement["true_class"] for statement in statements(context)] == said
 
 
 MALFORMED = [
