@@ -8,8 +8,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
+from types import SimpleNamespace, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import dagster as dg
 from pydantic import BaseModel, Field, create_model
@@ -105,13 +105,25 @@ def _dagster_config(section: BaseModel) -> type[dg.Config]:
         elif get_origin(field.annotation) is tuple:  # Dagster's config has lists only.
             fields[name] = (list[str], Field(list(value), description=field.description))
         else:
-            annotation = field.annotation
+            annotation = _bare(field.annotation)
             if any(get_origin(member) is Literal for member in get_args(annotation)):
                 annotation = str | None  # Dagster knows Literal, but not an optional one; `resolve` judges the value.
             if field.metadata:
                 annotation = Annotated[(annotation, *field.metadata)]
             fields[name] = (annotation, Field(value, description=field.description))
     return create_model(type(section).__name__, __base__=dg.Config, **fields)
+
+
+def _bare(annotation: Any) -> Any:
+    """Returns an annotation without the validators in it, which Dagster does not know; `resolve` applies them."""
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _bare(members[0])
+    if origin in (Union, UnionType):
+        return Union[tuple(_bare(member) for member in members)]  # noqa: UP007
+    if origin is dict:
+        return dict[_bare(members[0]), _bare(members[1])]
+    return annotation
 
 
 class MlflowTracking(dg.ConfigurableResource):
