@@ -68,6 +68,8 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from cv_platform.serving.rejected_entries import add_arguments
+
     parser = argparse.ArgumentParser(prog="cv-platform", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -119,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     retention = command("retention", _retention, "delete what the request log has kept long enough, as every night")
     retention.add_argument("--dry-run", action="store_true", help="count it, and delete nothing")
+    log = command("log", _log, "show the log entries that the database has refused, and put them back into the queue")
+    log.add_argument("action", choices=["rejected"])
+    add_arguments(log)
     rollback = command("rollback", _rollback, "make the service serve again what it served before")
     rollback.add_argument("--service", help="which one (default: CV_SERVICE)")
     database = command("database", _database, "run the embedded PostgreSQL in the foreground, or print its URL")
@@ -379,6 +384,13 @@ def _retention(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if broken else 0
+
+
+def _log(options: argparse.Namespace) -> int:
+    from cv_platform.serving.rejected_entries import show_rejected
+
+    show_rejected(Settings.from_environment(), requeue_ids=options.requeue, say=lambda line: print(line, flush=True))
+    return 0
 
 
 def _rollback(options: argparse.Namespace) -> int:

@@ -14,17 +14,15 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 from uuid import UUID
 
-from cv_platform.serving.spool_file import SQLITE
+from cv_platform.serving.spool_file import SQLITE, open_existing
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 DELETION_LOCK = 0x5DE1E7E
 """PostgreSQL's advisory lock: a deletion holds it alone, and who writes feedback together with the others who do."""
-_BUSY_SECONDS = 10.0
 _REQUEST_FIELDS = (
     "entry_id",
     "request_method",
@@ -90,11 +88,7 @@ def delete_from_spools(directory: Path, prediction_id: UUID) -> bool:
 def _delete_from_file(path: Path, prediction_id: UUID) -> bool:
     wanted = str(prediction_id)
     try:
-        with closing(
-            sqlite3.connect(
-                f"file:{quote(str(path.absolute()))}?mode=rw", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
-            )
-        ) as connection:
+        with closing(open_existing(path)) as connection:
             connection.execute("PRAGMA secure_delete = ON")
             connection.execute("BEGIN IMMEDIATE")
             rejected = connection.execute("SELECT entry_id, record FROM rejected").fetchall()

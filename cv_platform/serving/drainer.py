@@ -2,7 +2,8 @@
 
 An entry is deleted from the spool only after the database has committed it; a crash in between sends it again, which
 the database ignores. While the database is away, or has another schema, entries stay. An entry that the database
-refuses for its values is found by halving the batch and put aside, so that it blocks nobody.
+refuses for its values is found by halving the batch and put aside (`rejected_entries`), so that it blocks nobody. Where
+many are refused and none is taken, the fault is not theirs, but the schema's or this version's: then all stay.
 
 Where there is no database, and none can be expected, the oldest entries leave a spool that is nearly full
 (`LogLimits`), so that the service goes on answering.
@@ -39,6 +40,8 @@ _LINGER_SECONDS = 0.5
 """After an append, and after each batch that was not full: gathers the next entries into one transaction. Under load a
 transaction for each few rows would take the processor from the predictions."""
 _BATCH_IMAGE_BYTES = 32 * 1024 * 1024
+_PROBES = 10
+"""Entries of a refused batch that are tried one by one, to learn whether any is taken."""
 _IDLE_SECONDS = 5.0
 """How often an idle drainer looks whether the database is still there, and for the spools of others that are gone."""
 _MOST_ADOPTED = 32
@@ -208,7 +211,7 @@ class Drainer:
         rows, are_all = spool.read_batch(_BATCH_ROWS, _BATCH_IMAGE_BYTES)
         try:
             if rows:
-                self._write_or_halve(database, spool, rows)
+                self._write(database, spool, rows)
         except ChangedMeanwhileError:
             logger.info("An entry was deleted on its way to the database; the batch is read again.")
             return True
@@ -216,20 +219,58 @@ class Drainer:
             spool.shrink()
         return not are_all
 
+    def _write(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+        try:
+            database.write(spool, rows)
+        except PoisonError as err:
+            if len(rows) >= _PROBES:
+                self._require_one_taken(database, spool, rows, err)
+            self._write_or_halve(database, spool, rows)
+        else:
+            self._forget(spool, rows)
+
+    def _require_one_taken(
+        self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow], refused: PoisonError
+    ) -> None:
+        """Returns if the database takes at least one of some rows that are chosen by chance.
+
+        Raises:
+            SchemaMismatchError: it takes none.
+        """
+        for row in random.sample(rows, _PROBES):
+            try:
+                database.write(spool, [row])  # Writing it again is no harm.
+            except PoisonError as err:
+                refused = err
+            else:
+                return
+        raise SchemaMismatchError(
+            f"Expected the database to take at least one of {_PROBES} log entries that were chosen by chance of "
+            f"{len(rows)}. Received: none; the last one: {refused}. They stay in the spool: another program has "
+            "changed the tables, or another version of cv_platform has written the entries."
+        ) from refused
+
+    def _forget(self, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+        spool.delete(rows)
+        self._drained_rows += len(rows)
+
     def _write_or_halve(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
         try:
             database.write(spool, rows)
         except PoisonError as err:
             if len(rows) == 1:
-                logger.error("The request log refuses entry %s for good: %s", rows[0].entry_id, err)
+                logger.error(
+                    "The database refuses log entry %s, which is put aside: %s. `cv-platform log rejected` shows it.",
+                    rows[0].entry_id,
+                    err,
+                )
                 spool.reject(rows[0], str(err))
                 return
             middle = len(rows) // 2
             self._write_or_halve(database, spool, rows[:middle])
             self._write_or_halve(database, spool, rows[middle:])
             return
-        spool.delete(rows)
-        self._drained_rows += len(rows)
+        self._forget(spool, rows)
 
     def _note(self, err: Exception) -> None:
         state, last_error = self._state

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from cv_platform.predictions import VECTOR_COLUMNS
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # `dumps` makes one a call.
+UNKNOWN_MEDIA_TYPE = "application/octet-stream"
 _FLOAT = np.dtype("<f4")
 FloatArray = NDArray[np.float32]
 EntryKind = Literal["request", "feedback"]
@@ -184,7 +185,7 @@ def encode(entry: LogEntry | FeedbackEntry) -> SpooledEntry:
         image = SpooledImage(
             hashlib.sha256(entry.image).hexdigest(),
             entry.image,
-            _clean(entry.media_type or "application/octet-stream"),
+            _clean(entry.media_type or UNKNOWN_MEDIA_TYPE),
             entry.created_on.astimezone(UTC),
         )
     record = {

@@ -122,7 +122,7 @@ def health_report(
             "archived, as the spool was full. Set DATABASE_URL to keep them."
         )
     if log is not None and log.rejected:
-        notes.append(f"The database refused {log.rejected} log entries; they lie in the spool's table 'rejected'.")
+        notes.append(f"The database refused {log.rejected} log entries; `cv-platform log rejected` shows them.")
     database_error = shown(log.last_error, f"database {log.database}") if log else None
     return {
         "status": "busy" if reasons and context.is_stuck() else "not ready" if reasons else "ready",

@@ -346,7 +346,7 @@ class Spool:
             self._wait_for(self._writer.submit(functools.partial(_delete, ids)))
 
     def reject(self, row: SpoolRow, reason: str) -> None:
-        """Puts an entry aside for good, with the reason."""
+        """Puts an entry aside with the reason, until somebody has it tried again (`rejected_entries`)."""
         self._wait_for(self._writer.submit(lambda connection: move_to_rejected(connection, row.id, reason)))
 
     def rejected(self) -> list[RejectedEntry]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 from uuid import UUID
 
 from cv_platform.serving.log_entry import (
+    UNKNOWN_MEDIA_TYPE,
     FeedbackEntry,
     Outcome,
     SpooledEntry,
+    SpooledImage,
     StoredPrediction,
     decode,
     encode_outcome,
@@ -63,9 +66,11 @@ CREATE TABLE rejected (
     reason TEXT NOT NULL,
     record TEXT NOT NULL,
     vectors BLOB NOT NULL,
-    image BLOB
+    image BLOB,
+    media_type TEXT
 );
 """
+_REJECTED = "entry_id, kind, rejected_on, reason, record, vectors, image, media_type"
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -94,6 +99,14 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise sqlite3.OperationalError(
             f"{path}: expected spool format {_FORMAT_VERSION}. Received: {version}. Upgrade cv_platform."
         )
+    else:
+        _add_media_type(connection)
+
+
+def _add_media_type(connection: sqlite3.Connection) -> None:
+    """Gives a file of a former release the column that it lacks; that release reads and writes it all the same."""
+    if "media_type" not in {column[1] for column in connection.execute("PRAGMA table_info(rejected)")}:
+        connection.execute("ALTER TABLE rejected ADD COLUMN media_type TEXT")
 
 
 def insert_entry(connection: sqlite3.Connection, entry: SpooledEntry) -> None:
@@ -144,8 +157,8 @@ def delete_entries(connection: sqlite3.Connection, ids: Sequence[int]) -> None:
 def move_to_rejected(connection: sqlite3.Connection, entry: int, reason: str) -> None:
     """Puts an entry aside with the reason, and with its upload, so that nothing of it is lost."""
     connection.execute(
-        "INSERT OR IGNORE INTO rejected (entry_id, kind, rejected_on, reason, record, vectors, image) "
-        "SELECT e.entry_id, e.kind, ?, ?, e.record, e.vectors, i.content "
+        f"INSERT OR IGNORE INTO rejected ({_REJECTED}) "
+        "SELECT e.entry_id, e.kind, ?, ?, e.record, e.vectors, i.content, i.media_type "
         "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 WHERE e.id = ?",
         (time.time(), reason, entry),
     )
@@ -154,9 +167,37 @@ def move_to_rejected(connection: sqlite3.Connection, entry: int, reason: str) ->
 
 def copy_rejected(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
     """Copies the rejected entries of one file to another; those that are there already stay as they are."""
-    columns = "entry_id, kind, rejected_on, reason, record, vectors, image"
-    rows = source.execute(f"SELECT {columns} FROM rejected")
-    target.executemany(f"INSERT OR IGNORE INTO rejected ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+    rows = source.execute(f"SELECT {_REJECTED} FROM rejected")
+    target.executemany(f"INSERT OR IGNORE INTO rejected ({_REJECTED}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def requeue_rejected(connection: sqlite3.Connection, entry_ids: Collection[str] | None) -> int:
+    """Puts rejected entries (None: all) back into the queue, as they were; returns how many.
+
+    One whose record cannot be read stays.
+    """
+    _add_media_type(connection)
+    rows = connection.execute(f"SELECT {_REJECTED} FROM rejected ORDER BY rowid").fetchall()
+    count = 0
+    for entry_id, kind, _, _, record, vectors, image, media_type in rows:
+        if entry_ids is not None and entry_id not in entry_ids:
+            continue
+        try:
+            values = decode(record, vectors)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        spooled_image = None
+        if image is not None:
+            sha256 = hashlib.sha256(image).hexdigest()
+            spooled_image = SpooledImage(sha256, image, media_type or UNKNOWN_MEDIA_TYPE, values["created_on"])
+        prediction_id = values["prediction_id"]
+        insert_entry(
+            connection,
+            SpooledEntry(entry_id, kind, prediction_id and str(prediction_id), record, vectors, spooled_image),
+        )
+        connection.execute("DELETE FROM rejected WHERE entry_id = ?", (entry_id,))
+        count += 1
+    return count
 
 
 def copy_entries(source: sqlite3.Connection, target: sqlite3.Connection, ids: Sequence[int]) -> None:
@@ -238,6 +279,12 @@ def may_hold(directory: Path, prediction_id: UUID) -> bool:
             if path.exists() and "no such table" not in str(err):
                 return True
     return False
+
+
+def open_existing(path: Path) -> sqlite3.Connection:
+    """Opens a spool file, whoever owns it, to change it by short transactions that the caller begins and ends."""
+    name = f"file:{quote(str(path.absolute()))}?mode=rw"
+    return sqlite3.connect(name, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
 
 
 def _connect_to_read(path: Path) -> sqlite3.Connection:
