@@ -11,7 +11,7 @@ LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-emit-inde
 # The stack in containers: standard library only, so that it runs before anything is installed.
 STACK := $(PYTHON) -m cv_platform.stack.containers
 
-.PHONY: help setup browser demo test run up down status backup restore gc check format lock schema audit bench bench-serving soak prove-cifar
+.PHONY: help setup browser demo test test-portable run up down status backup restore gc check format lock schema audit bench bench-serving soak prove-cifar
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
@@ -37,8 +37,11 @@ browser: ## Install Chromium for the tests of the service's page, where there is
 demo: setup ## Digits from data to served predictions and a drift report on shifted images; ends.
 	@$(RUN) demo
 
-test: setup browser ## Run all the tests.
-	$(BIN)/python -m pytest
+test: setup browser ## Run all the tests, and name the slowest twenty.
+	$(BIN)/python -m pytest --durations=20
+
+test-portable: setup ## Run the numerical tests as CPUs with older instruction sets compute (≤ 4 min).
+	$(BIN)/python -m cv_platform_tests.portable
 
 run: setup ## One config, one command: make run CONFIG=configs/digits.yaml
 	@test -n "$(CONFIG)" || { echo "Expected CONFIG=configs/….yaml. Received: nothing."; exit 2; }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -110,13 +109,11 @@ def test_steady_feedback_does_not_hold_a_deletion_up(log: RequestLog, engine: En
     said.start()
     try:
         wait_for(lambda: count(engine, "feedback"))
-        began = time.monotonic()
         assert log.delete_prediction(entry.prediction_id)
-        took_seconds = time.monotonic() - began
+        assert said.is_alive()  # A deletion that waits until nobody says anything never comes back.
     finally:
         is_over.set()
         said.join()
-    assert took_seconds < 5
     assert log.wait_until_drained(WAIT_SECONDS)
     assert (count(engine, "predictions"), count(engine, "feedback")) == (0, 0)
 

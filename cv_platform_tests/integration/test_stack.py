@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from sqlalchemy import text
 
@@ -51,6 +52,14 @@ def pid_of(settings: Settings, program: str) -> int:
     return int(control(settings, "pid", program))
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether a process or one of its children holds the port."""
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    found = (connection for member in family for connection in member.net_connections("tcp"))
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in found)
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -85,8 +94,9 @@ def test_a_killed_service_comes_back_on_its_port(settings: Settings) -> None:
     wait_until(lambda: pid_of(settings, "service") not in {0, killed})
     restarted = pid_of(settings, "service")
     wait_until(lambda: answers(f"http://127.0.0.1:{settings.service_port}/livez"))
-    time.sleep(3)
-    assert pid_of(settings, "service") == restarted, "it must not loop over a port that its own leftovers hold"
+    # A leftover that held the port would be killed, or answer in its place while it loops.
+    wait_until(lambda: listens(restarted, settings.service_port))
+    assert pid_of(settings, "service") == restarted
 
 
 def test_a_killed_postgres_comes_back_with_its_rows(settings: Settings) -> None:

@@ -33,7 +33,7 @@ def test_a_saved_encoder_loads_in_safe_mode_with_the_same_hash_and_answers(tmp_p
     loaded = load_model(tmp_path / "uae.keras")
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 20, 3), dtype=np.uint8)
     assert encoder_hash(loaded) == encoder_hash(encoder)
-    assert np.asarray(loaded(images)) == pytest.approx(np.asarray(encoder(images)), abs=1e-6)
+    assert np.asarray(loaded(images)) == pytest.approx(np.asarray(encoder(images)), abs=1e-5)
     assert loaded.output_shape == (None, 6)
 
 

@@ -122,7 +122,7 @@ def test_mmd_keeps_to_its_limits_of_rows() -> None:
 
 def test_median_bandwidth_is_the_median_distance_of_distinct_rows() -> None:
     rows = np.array([[0.0], [0.0], [1.0], [3.0]], dtype=np.float32)  # Distances 0, 1, 1, 3, 3, 2.
-    assert median_bandwidth(rows) == 2.0
+    assert median_bandwidth(rows) == pytest.approx(2.0)
 
 
 def test_gaussian_kernel_is_accurate_far_from_the_origin() -> None:

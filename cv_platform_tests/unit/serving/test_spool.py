@@ -132,7 +132,7 @@ def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_pat
 def test_an_entry_that_fails_does_not_take_its_group_down(tmp_path: Path) -> None:
     spool = Spool(tmp_path, LogLimits(max_bytes=400_000))
     gate = threading.Event()
-    held = spool._writer.submit(lambda _: gate.wait(10))  # Keeps the writer busy, so that the next ones form one group.
+    held = spool._writer.submit(lambda _: gate.wait(60))  # Keeps the writer busy, so that the next ones form one group.
     small, large, late = (spool.submit(answered(image=data)) for data in (b"s", b"l" * 900_000, b"n"))
     gate.set()
     assert held.result(10) is None
@@ -147,8 +147,8 @@ def test_an_entry_that_fails_does_not_take_its_group_down(tmp_path: Path) -> Non
 def test_a_disk_that_does_not_answer_refuses_and_the_entry_never_arrives(tmp_path: Path) -> None:
     spool = Spool(tmp_path, append_timeout_seconds=0.1)
     started, gate = threading.Event(), threading.Event()
-    spool._writer.submit(lambda _: (started.set(), gate.wait(10)))
-    assert started.wait(10)
+    spool._writer.submit(lambda _: (started.set(), gate.wait(60)))
+    assert started.wait(60)
     with pytest.raises(SpoolFullError, match=r"within 0\.1 s"):
         spool.append(answered())
     gate.set()
@@ -164,10 +164,10 @@ def test_too_many_waiting_entries_are_refused_at_once(spool: Spool, monkeypatch:
 
     def hold(_: object) -> None:
         is_held.set()
-        gate.wait(10)
+        gate.wait(60)
 
     held = spool._writer.submit(hold)
-    assert is_held.wait(10)  # Else the writer may take the next one into the same transaction.
+    assert is_held.wait(60)  # Else the writer may take the next one into the same transaction.
     monkeypatch.setattr("cv_platform.serving.group_commit.MAX_QUEUED_BYTES", 1000)
     waiting = spool.submit(answered(image=b"x" * 5000))  # A single one may be larger than the limit.
     with pytest.raises(SpoolFullError, match="less than 1000 bytes waiting"):

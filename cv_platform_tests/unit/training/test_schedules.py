@@ -19,7 +19,7 @@ def test_cosine_falls_from_the_peak_through_half_to_zero() -> None:
 
     assert not isinstance(schedule, float)
     assert [float(schedule(step)) for step in (0, 50, 100)] == pytest.approx([0.4, 0.2, 0.0], abs=1e-6)
-    assert float(schedule(25)) == pytest.approx(0.4 * (1 + math.cos(math.pi / 4)) / 2)
+    assert float(schedule(25)) == pytest.approx(0.4 * (1 + math.cos(math.pi / 4)) / 2, abs=1e-6)
 
 
 def test_one_cycle_warms_up_from_a_25th_and_then_falls_to_zero() -> None:

@@ -128,7 +128,7 @@ def test_balanced_accuracy_weighs_classes_the_same():
 def test_principal_components_do_not_depend_on_their_sign_convention():
     images = np.random.default_rng(4).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
     first, again = principal_components(images), principal_components(images.copy())
-    assert np.array_equal(first, again)
+    assert first == pytest.approx(again, abs=1e-3)
     assert first.shape == (30, 29)
     variances = first.var(axis=0)
     assert (np.diff(variances) <= 1e-6).all()
