@@ -1,4 +1,5 @@
-# Every target works on a fresh machine with Python 3.11 or 3.12 (with venv), git and make.
+# Every target works on a fresh machine with Python 3.11 or 3.12 (with venv), git and make; with another Python, and the
+# network, by PYTHON=managed. Values of the command line are read from the environment, so that they may hold spaces.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -7,9 +8,23 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 RUN := $(BIN)/python -m cv_platform.cli
 UV_VERSION := 0.13.9
+MANAGED_VERSION := 3.11
 LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet
 # The stack in containers: standard library only, so that it runs before anything is installed.
-STACK := $(PYTHON) -m cv_platform.stack.containers
+STACK := "$(if $(filter managed,$(PYTHON)),python3,$(PYTHON))" -m cv_platform.stack.containers
+# A virtual environment names its folder: one that was moved with the checkout is made anew.
+ifeq ($(shell test ! -f .venv/pyvenv.cfg || grep -qF "$$(pwd -P)/.venv" .venv/pyvenv.cfg || echo moved),moved)
+.PHONY: .venv/.ready
+CLEAR := --clear
+endif
+# For PYTHON=managed: prints the path of a Python that uv has fetched. uv itself comes from the present Python's pip.
+MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
+  { { python3 -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); } || \
+    python3 -m pip install --quiet --disable-pip-version-check --target .uv uv==$(UV_VERSION); } >&2 || \
+  { echo "Expected uv on PATH, or a python3 with pip that can install it. Received: neither. Install uv." >&2; exit 1; }; \
+  "$$uv" python install --no-bin $(MANAGED_VERSION) >&2 && "$$uv" python find --managed-python $(MANAGED_VERSION) || \
+  { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
+    "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 
 .PHONY: help setup browser demo test test-portable run up down status backup restore gc check format lock schema audit bench bench-serving soak prove-cifar
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
@@ -20,8 +35,13 @@ help: ## Show this list.
 setup: .venv/.ready ## Install everything into .venv (done by the others when needed).
 
 .venv/.ready: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in {(3, 11), (3, 12)} else f"Expected Python 3.11 or 3.12. Received: {v[0]}.{v[1]}. Install one, or name it: make PYTHON=python3.12 …")'
-	$(PYTHON) -m venv .venv
+	@python="$(PYTHON)"; \
+	if [ "$$python" = managed ]; then python=$$($(MANAGED)) || exit 1; fi; \
+	found=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || found=none; \
+	case $$found in 3.11|3.12) ;; \
+	*) echo "Expected Python 3.11 or 3.12. Received: $$found$${python:+, $$python}. Install one, and name it if it is not" \
+	  "found: make PYTHON=/path/to/python3.12 …, or let uv fetch one: make PYTHON=managed …" >&2; exit 1;; esac; \
+	"$$python" -m venv $(CLEAR) .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
@@ -44,8 +64,8 @@ test-portable: setup ## Run the numerical tests as CPUs with older instruction s
 	$(BIN)/python -m cv_platform_tests.portable
 
 run: setup ## One config, one command: make run CONFIG=configs/digits.yaml
-	@test -n "$(CONFIG)" || { echo "Expected CONFIG=configs/….yaml. Received: nothing."; exit 2; }
-	@$(RUN) run $(CONFIG)
+	@test -n "$$CONFIG" || { echo "Expected CONFIG=configs/….yaml. Received: nothing."; exit 2; }
+	@$(RUN) run "$$CONFIG"
 
 up: setup ## Start Dagster 3001, MLflow 5050, Evidently 8000 and the service 4242, in the background.
 	@$(RUN) up
@@ -57,11 +77,11 @@ status: setup ## Show the processes of `make up`.
 	@$(RUN) status
 
 backup: setup ## One verified archive of the installation, while it works: make backup [OUTPUT=DIR]
-	@$(RUN) backup $(if $(OUTPUT),--output $(OUTPUT))
+	@$(RUN) backup $(if $(OUTPUT),--output "$$OUTPUT")
 
 restore: setup ## Make the installation what a backup holds: make restore FILE=backups/….tar.gz
-	@test -n "$(FILE)" || { echo "Expected FILE=a backup. Received: nothing."; exit 2; }
-	@$(RUN) restore $(FILE)
+	@test -n "$$FILE" || { echo "Expected FILE=a backup. Received: nothing."; exit 2; }
+	@$(RUN) restore "$$FILE"
 
 gc: setup ## List what is not needed any more; make gc APPLY=1 deletes it.
 	@$(RUN) gc $(if $(APPLY),--apply)
@@ -99,8 +119,8 @@ audit: setup ## Look the service's dependencies up in the database of known vuln
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r bentos/image_classifier/requirements.txt
 
 prove-cifar: setup ## The same graph on CIFAR images: make prove-cifar ARCHIVE=cifar10.tar.gz
-	@test -n "$(ARCHIVE)" || { echo "Expected ARCHIVE=a .tar.gz of CIFAR-10 images. Received: nothing."; exit 2; }
-	$(BIN)/python -m benchmarks.prove_cifar $(ARCHIVE)
+	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of CIFAR-10 images. Received: nothing."; exit 2; }
+	$(BIN)/python -m benchmarks.prove_cifar "$$ARCHIVE"
 
 secrets: ## Write docker/.env with random passwords; what it has stays.
 	@$(STACK) secrets
@@ -127,11 +147,11 @@ stack-reload: ## Let nginx take up a renewed certificate, without a failed reque
 	@$(STACK) reload
 
 stack-backup: ## One verified archive of the running stack: make stack-backup [OUTPUT=DIR]
-	@$(STACK) backup $(if $(OUTPUT),--output $(OUTPUT))
+	@$(STACK) backup $(if $(OUTPUT),--output "$$OUTPUT")
 
 stack-restore: ## Make the stopped stack what a backup holds: make stack-restore FILE=backups/….tar.gz
-	@test -n "$(FILE)$(GIVE_UP)" || { echo "Expected FILE=a backup of make stack-backup. Received: nothing."; exit 2; }
-	@$(STACK) restore $(if $(GIVE_UP),--give-up,$(FILE))
+	@test -n "$$FILE$(GIVE_UP)" || { echo "Expected FILE=a backup of make stack-backup. Received: nothing."; exit 2; }
+	@$(STACK) restore $(if $(GIVE_UP),--give-up,"$$FILE")
 
 stack-gc: ## List what the stack does not need any more; make stack-gc APPLY=1 deletes it.
 	@$(STACK) gc $(if $(APPLY),--apply)

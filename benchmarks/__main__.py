@@ -22,6 +22,7 @@ BENCHMARKS = {
     "runtime": "benchmarks.bench_runtime",
     "soak": "benchmarks.soak.run",
     "stack": "benchmarks.stack.run",
+    "startup": "benchmarks.bench_startup",
 }
 DEFAULT = ("predict", "training-input")
 """What runs when nothing is named: the others have make targets of their own."""

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, TextIO
 
 from cv_platform.config import config_files, json_schema, load_experiment, load_experiments
 from cv_platform.errors import ConfigError, CvPlatformError
-from cv_platform.settings import Settings, prepare_process
+from cv_platform.settings import Settings, overlooked_home, prepare_process
 
 READER_GONE = 128 + 13
 """Exit status as of a program that SIGPIPE ends: `head` and the like have closed the pipe."""
@@ -58,6 +59,8 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("cv_platform").setLevel(logging.INFO)
     prepare_process()
+    if (other := overlooked_home()) is not None:
+        print(f"note: {other} is not used. To use it: export CV_HOME={shlex.quote(str(other))}", file=sys.stderr)
     try:
         return options.command(options)
     except CvPlatformError as err:
@@ -129,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     database = command("database", _database, "run the embedded PostgreSQL in the foreground, or print its URL")
     database.add_argument("action", choices=["run", "url"])
     return parser
+
+
+def _installation() -> Settings:
+    """Reads the settings, of an installation that names its folder: see `moved_home`."""
+    from cv_platform.maintenance.moved_home import settle_home
+
+    settings = Settings.from_environment()
+    settle_home(settings)
+    return settings
 
 
 def _demo(_: argparse.Namespace) -> int:
@@ -204,7 +216,7 @@ def _migrate(_: argparse.Namespace) -> int:
     from cv_platform.database.connection import database_url
     from cv_platform.database.migrate import migrate
 
-    with database_url(Settings.from_environment()) as url:
+    with database_url(_installation()) as url:
         migrate(url)
     print("The request log's schema is up to date.")
     return 0
@@ -237,7 +249,7 @@ def _validate_config(options: argparse.Namespace) -> int:
 def _import_dataset(options: argparse.Namespace) -> int:
     from cv_platform.datasets.importing import ImportRules, import_dataset
 
-    default_root = Settings.from_environment().home / "datasets"
+    default_root = _installation().home / "datasets"
     root = options.root or default_root
     is_new = not root.expanduser().exists()
     rules = ImportRules(
@@ -281,7 +293,7 @@ def _import_dataset(options: argparse.Namespace) -> int:
 def _backup(options: argparse.Namespace) -> int:
     from cv_platform.maintenance.backup import back_up
 
-    backup = back_up(Settings.from_environment(), options.output)
+    backup = back_up(_installation(), options.output)
     rows = backup.contents.database.rows if backup.contents.database else {}
     print(f"{backup.path}: {backup.path.stat().st_size / 1e6:.1f} MB, read again and complete")
     print(f"  files: {', '.join(f'{part} {count}' for part, count in backup.contents.files.items())}")
@@ -311,7 +323,7 @@ def _gc(options: argparse.Namespace) -> int:
     from cv_platform.stack.environment import platform_environment
     from cv_platform.stack.graph import unfinished_runs
 
-    settings = Settings.from_environment()
+    settings = _installation()
     runs = unfinished_runs(settings.dagster_home, platform_environment(settings))
     garbage = find_garbage(settings, unfinished_runs=runs)
     for item in garbage.items:
@@ -352,7 +364,7 @@ def _retention(options: argparse.Namespace) -> int:
     from cv_platform.database.retention import delete_expired
     from cv_platform.monitoring.window import monitored_since
 
-    settings, now = Settings.from_environment(), datetime.now(UTC)
+    settings, now = _installation(), datetime.now(UTC)
     experiments, broken = load_experiments(config_files(settings.configs))
     for error in dict.fromkeys(broken.values()):
         print(f"error: {error}", file=sys.stderr)
@@ -397,7 +409,7 @@ def _rollback(options: argparse.Namespace) -> int:
     from cv_platform.deployment.rollout import rollback
     from cv_platform.storage import CentralStorage
 
-    settings = Settings.from_environment()
+    settings = _installation()
     moved = rollback(
         options.service or settings.service_name, CentralStorage(settings.storage_url), settings.home / "cache"
     )

@@ -23,7 +23,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    home: Path = Field(description="CV_HOME: everything embedded lives here")
+    home: Path = Field(description="CV_HOME: everything embedded lives here; by default .cv_platform in the checkout")
     dagster_home: Path = Field(description="DAGSTER_HOME: Dagster's instance; by default below CV_HOME")
     configs: Path = Field(description="CV_CONFIGS: one YAML or a folder of them")
     storage_url: str = Field(description="CV_STORAGE: central storage, a folder or s3://bucket/prefix")
@@ -141,11 +141,11 @@ class Settings(BaseModel):
             ConfigError: a variable has a wrong value, or a secret is a placeholder; all of them are named.
         """
         env = os.environ if environ is None else environ
-        home = Path(env.get("CV_HOME") or ".cv_platform").expanduser().absolute()
+        home = Path(env.get("CV_HOME") or checkout() / ".cv_platform").expanduser().absolute()
         values: dict[str, Any] = {
             "home": home,
             "dagster_home": Path(env.get("DAGSTER_HOME") or home / "dagster").expanduser().absolute(),
-            "configs": Path(env.get("CV_CONFIGS") or "configs").expanduser().absolute(),
+            "configs": Path(env.get("CV_CONFIGS") or checkout() / "configs").expanduser().absolute(),
             "storage_url": env.get("CV_STORAGE") or str(home / "storage"),
             "mlflow_tracking_uri": env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}",
             "mlflow_public_url": env.get("MLFLOW_PUBLIC_URL") or _address(env.get("MLFLOW_TRACKING_URI", "")),
@@ -185,6 +185,22 @@ class Settings(BaseModel):
                 for e in err.errors()
             ]
             raise ConfigError("The environment is wrong:\n" + "\n".join(lines)) from err
+
+
+def checkout() -> Path:
+    """Returns the repository that this code lies in, wherever a command is typed; without one, where that is."""
+    folder = Path(__file__).resolve().parents[1]
+    return folder if (folder / "workspace.yaml").is_file() else Path.cwd()
+
+
+def overlooked_home() -> Path | None:
+    """Returns an installation in the folder where a command is typed, which it does not use; None: there is none.
+
+    Up to release 0.1 that was the default, and a second one appeared wherever somebody typed.
+    """
+    here = Path.cwd() / ".cv_platform"
+    is_used = os.environ.get("CV_HOME") or here == checkout() / ".cv_platform"
+    return here if not is_used and (here / "FORMAT_VERSION").is_file() else None
 
 
 def _address(uri: str) -> str | None:

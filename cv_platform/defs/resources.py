@@ -15,6 +15,7 @@ import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
 from cv_platform.config import ExperimentConfig, MlflowConfig, parse_experiment
+from cv_platform.maintenance.moved_home import require_settled
 from cv_platform.settings import Settings, prepare_process
 from cv_platform.storage import CentralStorage
 
@@ -28,8 +29,13 @@ class Installation(dg.ConfigurableResource):
     """This installation's settings, central storage and request log; all from the environment of the run's process."""
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Switches telemetry, import chatter and proxies before loopback off, before the heavy libraries load."""
+        """Switches telemetry, import chatter and proxies before loopback off, before the heavy libraries load.
+
+        Raises:
+            ConfigError: the installation was moved, and still names its old folder.
+        """
         prepare_process()
+        require_settled(self.settings().home)
 
     def settings(self) -> Settings:
         """Reads the settings from the environment."""

@@ -1,4 +1,4 @@
-"""Makes a restored installation name its new folder: in JSON records, MLflow's and Dagster's SQLite, report URLs.
+"""Makes a restored or moved installation name its new folder: in records, MLflow's and Dagster's SQLite, report URLs.
 
 Bundles in central storage name no folder, so their checksums keep holding.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -31,7 +32,8 @@ class Relocation:
             (json.dumps(self.old)[1:-1], json.dumps(self.new)[1:-1]),
             (self.old, self.new),
         ]
-        self._replacements = dict(forms)
+        # What names the new folder stays, also where that lies below the old one: doing it twice does no harm.
+        self._replacements = {new: new for _, new in forms} | dict(forms)
         longest_first = sorted(self._replacements, key=len, reverse=True)
         # A longer name around it is another folder: /data/home2, /mnt/data/home.
         self._pattern = re.compile(rf"(?<![\w.%-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w.%-])")
@@ -48,8 +50,10 @@ class Relocation:
             for path in (home / folder).rglob("*.json"):
                 text = path.read_text(encoding="utf-8")
                 if (changed := self.text(text)) != text:
-                    path.chmod(path.stat().st_mode | 0o200)
-                    path.write_text(changed, encoding="utf-8")
+                    beside = path.with_name(f".{path.name}.relocated")
+                    beside.write_text(changed, encoding="utf-8")
+                    shutil.copymode(path, beside)
+                    beside.replace(path)
         for folder in _DATABASES:
             for path in (home / folder).rglob("*.db"):
                 self._database(path)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cv_platform.errors import ConfigError
+from cv_platform.maintenance.moved_home import LOCATION, settle_home, write_location
 from cv_platform.settings import Settings, process_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,7 +49,11 @@ def platform_environment(settings: Settings, *, database_url: str | None = None)
 
 
 def prepare_home(settings: Settings) -> None:
-    """Makes `$CV_HOME` and its Dagster instance (`dagster.yaml` from the repository's, with absolute folders)."""
+    """Makes `$CV_HOME` and its Dagster instance (`dagster.yaml` from the repository's, with absolute folders).
+
+    Raises:
+        ConfigError: there is no such file, the format is another one, or it was moved and something uses it.
+    """
     settings.home.mkdir(parents=True, exist_ok=True)
     (settings.home / "logs").mkdir(exist_ok=True)
     (settings.home / "run").mkdir(mode=0o700, exist_ok=True)
@@ -60,10 +65,19 @@ def prepare_home(settings: Settings) -> None:
             "Use the release that made it, or set CV_HOME to a new folder."
         )
     version_file.write_text(f"{HOME_FORMAT}\n")
+    settle_home(settings)
+    if not (settings.home / LOCATION).exists():
+        write_location(settings.home)
     if settings.dagster_home != settings.home / "dagster":
         return  # Somebody's own instance: its dagster.yaml is theirs.
     settings.dagster_home.mkdir(exist_ok=True)
-    template = (REPOSITORY / "dagster.yaml").read_text(encoding="utf-8")
+    try:
+        template = (REPOSITORY / "dagster.yaml").read_text(encoding="utf-8")
+    except FileNotFoundError as err:
+        raise ConfigError(
+            f"Expected cv_platform in a checkout of its repository, with dagster.yaml. Received: {REPOSITORY} without. "
+            "Clone the repository, and run `make setup` there."
+        ) from err
 
     def absolute(match: re.Match[str]) -> str:
         # Quoted: a folder's name may mean something in YAML.

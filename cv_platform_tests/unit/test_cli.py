@@ -139,3 +139,25 @@ def test_an_import_takes_its_decisions_from_the_command_line(
         "model:",
         '  classes: ["dog", "big cat"]',
     ]
+
+
+def test_a_command_uses_the_checkouts_installation_and_names_the_one_that_lies_here(tmp_path: Path) -> None:
+    (tmp_path / ".cv_platform").mkdir()
+    (tmp_path / ".cv_platform" / "FORMAT_VERSION").write_text("1\n")
+
+    def typed_here(**variables: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "cv_platform.cli", "schema"],
+            cwd=tmp_path,
+            env={name: value for name, value in os.environ.items() if name != "CV_HOME"} | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stderr
+
+    assert (
+        typed_here()
+        == f"note: {tmp_path}/.cv_platform is not used. To use it: export CV_HOME={tmp_path}/.cv_platform\n"
+    )
+    assert typed_here(CV_HOME=str(tmp_path / ".cv_platform")) == ""

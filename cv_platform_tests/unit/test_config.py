@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -248,6 +252,46 @@ def test_links_to_mlflow_lead_where_people_open_it(variables: dict[str, str], pu
 def test_the_public_address_of_mlflow_is_a_web_address() -> None:
     with pytest.raises(ConfigError, match="MLFLOW_PUBLIC_URL"):
         Settings.from_environment({"MLFLOW_PUBLIC_URL": "vision.example.org:5050"})
+
+
+@pytest.mark.parametrize("typed_in", ["photos", "photos/cats"])
+def test_home_and_configs_lie_in_the_checkout_wherever_a_command_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed_in: str
+) -> None:
+    (tmp_path / typed_in).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / typed_in)
+    settings = Settings.from_environment({})
+    assert settings.home == REPOSITORY / ".cv_platform"
+    assert settings.configs == REPOSITORY / "configs"
+    assert settings.mlflow_tracking_uri == f"sqlite:///{REPOSITORY}/.cv_platform/mlflow/mlflow.db"
+
+
+def test_a_relative_home_is_one_of_the_folder_where_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_environment({"CV_HOME": "mine", "CV_CONFIGS": "my_configs"})
+    assert (settings.home, settings.configs) == (tmp_path / "mine", tmp_path / "my_configs")
+    assert settings.dagster_home == tmp_path / "mine" / "dagster"
+
+
+def test_without_a_checkout_they_lie_where_a_command_is_typed(tmp_path: Path) -> None:
+    """As in a Bento, or a wheel in site-packages."""
+    shutil.copytree(
+        REPOSITORY / "cv_platform", tmp_path / "lib" / "cv_platform", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (tmp_path / "here").mkdir()
+    code = "from cv_platform.settings import Settings; print(Settings.from_environment({}).home)"
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "here",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    assert printed == f"{tmp_path}/here/.cv_platform\n"
 
 
 def test_an_image_knows_its_revision_and_an_empty_one_is_none() -> None:

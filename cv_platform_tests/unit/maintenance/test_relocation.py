@@ -26,6 +26,8 @@ from cv_platform.maintenance.relocation import Relocation
         ("/ö", "/x", '"/\\u00f6/a"', '"/x/a"'),
         # One replacement must not be replaced again.
         ("/a", "/a/a", "/a/b", "/a/a/b"),
+        # Nor the second time.
+        ("/a", "/a/a", "/a/a/b", "/a/a/b"),
     ],
 )
 def test_a_folder_is_replaced_where_it_is_named(old: str, new: str, before: str, after: str) -> None:
