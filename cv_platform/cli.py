@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from cv_platform.config import config_files, json_schema, load_experiment, load_experiments
+from cv_platform.config import config_files, json_schema, load_beside_others, load_experiments
 from cv_platform.errors import ConfigError, CvPlatformError
 from cv_platform.settings import Settings, overlooked_home, prepare_process
 
@@ -150,11 +150,14 @@ def _demo(_: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from cv_platform.deployment.rollout import require_service
     from cv_platform.stack.environment import new_run_log, platform_environment, prepare_home
     from cv_platform.stack.graph import materialize
+    from cv_platform.storage import CentralStorage
 
-    experiment = load_experiment(options.config)
+    experiment = load_beside_others(options.config)
     settings = Settings.from_environment().model_copy(update={"configs": options.config.absolute()})
+    require_service(experiment.deploy, experiment=experiment.name, storage=CentralStorage(settings.storage_url))
     prepare_home(settings)
     log = new_run_log(settings.home / "logs", experiment.name)
     print(f"{experiment.name}: log in {log}", flush=True)
@@ -232,15 +235,21 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _validate_config(options: argparse.Namespace) -> int:
-    errors: list[str] = []
+    errors: dict[str, None] = {}  # Ordered, and each once: files that contradict each other share theirs.
     for path in options.configs:
-        files = config_files(path) if path.is_dir() else [path]
-        if not files:
-            errors.append(f"{path}: expected YAML files in this folder. Received: none. Name another, or a file.")
-        experiments, broken = load_experiments(files)
+        if path.is_dir():
+            files = config_files(path)
+            experiments, broken = load_experiments(files)
+            if not files:
+                broken[path] = f"{path}: expected YAML files in this folder. Received: none. Name another, or a file."
+        else:
+            try:
+                experiments, broken = {path: load_beside_others(path)}, {}
+            except ConfigError as err:
+                experiments, broken = {}, {path: str(err)}
         for file, experiment in experiments.items():
             print(f"{file}: experiment {experiment.name}, {len(experiment.model.classes)} classes")
-        errors += dict.fromkeys(broken.values())
+        errors |= dict.fromkeys(broken.values())
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 1 if errors else 0

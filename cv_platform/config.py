@@ -7,10 +7,12 @@ The only place where a default of it is written down. Models are frozen and refu
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -404,23 +406,63 @@ def _what_is_there(path: Path) -> str:
 def load_experiments(files: Iterable[Path]) -> tuple[dict[Path, ExperimentConfig], dict[Path, str]]:
     """Returns the experiments by file, and by file what is wrong with those that give none.
 
-    A name that several files have gives none of them: nobody knows which is meant.
+    Where several files claim the same name, model or service, as a copied YAML does, none of them gives one: nobody
+    knows which is meant.
     """
-    found: dict[str, dict[Path, ExperimentConfig]] = defaultdict(dict)
+    found: dict[Path, ExperimentConfig] = {}
     broken: dict[Path, str] = {}
     for path in files:
         try:
-            experiment = load_experiment(path)
+            found[path] = load_experiment(path)
         except ConfigError as err:
             broken[path] = str(err)
-        else:
-            found[experiment.name][path] = experiment
-    for name, same in found.items():
-        if len(same) > 1:
-            names = ", ".join(path.name for path in same)
-            error = f"Expected one experiment of each name. Received: {name} in {names}. Rename all but one."
-            broken.update(dict.fromkeys(same, error))
-    return {path: one for same in found.values() if len(same) == 1 for path, one in same.items()}, broken
+    conflicts: dict[Path, list[str]] = defaultdict(list)
+    for claim, remedy in (
+        ("name", "Rename all but one."),
+        ("model.model_name", "Storage, registry and log tell models apart by it: rename all but one."),
+        (
+            "deploy.service",
+            "A service is one experiment's: give all but one another (deploy.service), or let one take the other's "
+            "place (deploy.takes_over: NAME).",
+        ),
+    ):
+        for value, same in _claimed(found, claim).items():
+            if len(same) > 1 and not (claim == "deploy.service" and _is_settled([found[path] for path in same])):
+                files_named = " and ".join(str(path) for path in same)
+                error = f"{files_named}: expected one experiment with {claim}: {value}. Received: {len(same)}. {remedy}"
+                for path in same:
+                    conflicts[path].append(error)
+    broken |= {path: "\n".join(errors) for path, errors in conflicts.items()}
+    return {path: experiment for path, experiment in found.items() if path not in broken}, broken
+
+
+def load_beside_others(path: Path) -> ExperimentConfig:
+    """Reads one experiment, and refuses it where another file of its folder claims its name, model or service.
+
+    Raises:
+        ConfigError: see `load_experiment`; or such a claim, and the message names both files.
+    """
+    experiment = load_experiment(path)
+    _, broken = load_experiments(sorted({path, *config_files(path.parent)}))
+    if path in broken:
+        raise ConfigError(broken[path])
+    return experiment
+
+
+def _claimed(experiments: Mapping[Path, ExperimentConfig], claim: str) -> dict[str, list[Path]]:
+    """Returns by each value of a field, named by its place in the YAML, the files that have it."""
+    files: dict[str, list[Path]] = defaultdict(list)
+    for path, experiment in experiments.items():
+        files[functools.reduce(getattr, claim.split("."), cast(Any, experiment))].append(path)
+    return files
+
+
+def _is_settled(experiments: Sequence[ExperimentConfig]) -> bool:
+    """Whether of each two experiments exactly one takes the other's place."""
+    return all(
+        (one.deploy.takes_over == other.name) != (other.deploy.takes_over == one.name)
+        for one, other in itertools.combinations(experiments, 2)
+    )
 
 
 def parse_experiment(content: Mapping[str, Any], *, origin: str) -> ExperimentConfig:

@@ -118,7 +118,7 @@ class ProductionPointer(_Record):
     previous_version: str | None = None
     since_utc: datetime
     experiment: str | None = Field(
-        None, description="whose model it is; none in old pointers: the metadata of the bundle name it there"
+        default=None, description="whose model it is; none in old pointers: the metadata of the bundle name it there"
     )
 
 

@@ -84,10 +84,19 @@ class Branch:
         return dg.AssetCheckSpec(name, asset=self.key(asset), blocking=blocking, description=description)
 
     def run(self, context: dg.AssetExecutionContext) -> Run:
-        """Returns what the body of an asset needs in this run."""
+        """Returns what the body of an asset needs in this run.
+
+        Raises:
+            DeploymentError: the run is going to deploy to a service that is another experiment's.
+        """
+        from cv_platform.deployment.rollout import require_service
+
         installation: Installation = context.resources.installation
         experiment: ExperimentResource = getattr(context.resources, self.config_resource)
-        return Run(context, experiment.resolve(), installation, installation.settings(), context.resources.mlflow)
+        config = experiment.resolve()
+        if self.key("deployment") in context.job_def.asset_layer.selected_asset_keys:
+            require_service(config.deploy, experiment=config.name, storage=installation.storage())
+        return Run(context, config, installation, installation.settings(), context.resources.mlflow)
 
 
 @functools.cache

@@ -46,6 +46,16 @@ class Deployment(BaseModel):
     message: str
 
 
+def require_service(config: DeployConfig, *, experiment: str, storage: CentralStorage) -> None:
+    """Refuses, before hours of training, what `deploy` would refuse after them: a service that is another experiment's.
+
+    Raises:
+        DeploymentError: it is; the message says what to do.
+        StorageError: central storage cannot be read.
+    """
+    Claim(experiment, config.takes_over).require(storage, config.service, storage.read_pointer(config.service))
+
+
 def deploy(
     bundle: ModelBundle, config: DeployConfig, *, experiment: str, storage: CentralStorage, cache: Path
 ) -> Deployment:

@@ -35,6 +35,19 @@ def test_validate_config_takes_folders_and_goes_on_after_a_mistake(
     assert main(["validate-config", str(tmp_path / "mine.yaml")]) == 0
 
 
+def test_validate_config_refuses_two_files_of_one_experiment_once_and_names_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    for path in (one, two):
+        shutil.copy(DIGITS, path)
+    for arguments in ([one], [one, two], [tmp_path]):
+        assert main(["validate-config", *map(str, arguments)]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count(f"{one} and {two}: expected one experiment with name: digits.") == 1
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "arguments", [["status"], ["schema"], ["--help"], ["validate-config", str(DIGITS), "gone.yaml"]], ids=lambda a: a[0]

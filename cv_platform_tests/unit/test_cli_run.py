@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from cv_platform.cli import main
+from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage, ProductionPointer
 
 REPORT = {"verdict": "drift", "rows": 359, "report_url": "file:///storage/reports/digits/1/report.html"}
 
@@ -65,3 +67,25 @@ def test_each_run_has_a_log_of_its_own_and_names_it(
     assert said == [f"digits: log in {path}" for path in written]
     assert [path.read_text() for path in sorted((tmp_path / "home" / "logs").glob("run-*"))] == ["said", "said"]
     assert len({*written}) == 2
+
+
+def test_a_service_of_another_experiment_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def materialize(_: str, environment: dict[str, str], **__: object) -> None:
+        write_records(environment, evaluation={"reasons": []}, deployment={"message": ""})
+
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    monkeypatch.setattr("cv_platform.stack.graph.materialize", materialize)
+    pointer = {"model_name": "cats", "version": "v", "since_utc": "2026-01-31T06:00:00Z", "experiment": "cats"}
+    storage = CentralStorage(Settings.from_environment().storage_url)
+    storage.write_pointer("image_classifier", ProductionPointer.model_validate(pointer))
+    assert main(["run", "configs/digits.yaml"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "belongs to the experiment cats" in captured.err
+    assert "deploy.service: digits" in captured.err
+    assert "deploy.takes_over: cats" in captured.err
+    storage.write_pointer("image_classifier", ProductionPointer.model_validate({**pointer, "experiment": "digits"}))
+    assert main(["run", "configs/digits.yaml"]) == 0

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -17,6 +18,7 @@ from cv_platform.config import (
     ExperimentConfig,
     config_files,
     json_schema,
+    load_beside_others,
     load_experiment,
     load_experiments,
     parse_experiment,
@@ -25,7 +27,7 @@ from cv_platform.errors import ConfigError
 from cv_platform.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
-MINIMAL = {
+MINIMAL: dict[str, Any] = {
     "name": "cats",
     "model": {"model_name": "cats_v1", "classes": ["cat", "dog"], "input_size": {"h": 32, "w": 48}},
     "dataset": {"ds_name": "cats", "dvc_tag": "v1.0.0"},
@@ -190,15 +192,75 @@ def test_an_empty_file_is_told_what_to_start_from(tmp_path: Path, content: str) 
     assert (REPOSITORY / "configs/examples/animals10.yaml").is_file()
 
 
+def write_experiment(
+    file: Path, name: str, *, model_name: str | None = None, service: str | None = None, **deploy: str
+) -> Path:
+    """Writes an experiment whose model and service are its own, unless they are given."""
+    content: dict[str, object] = {
+        **MINIMAL,
+        "name": name,
+        "model": {**MINIMAL["model"], "model_name": model_name or f"{name.lower()}_model"},
+        "deploy": {"service": service or name.lower(), **deploy},
+    }
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
 def test_files_of_one_name_give_no_experiment_and_the_others_do(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml", "d.yaml")]
-    for file, name in zip(files, ("cats", "dogs", "cats", "Dogs"), strict=True):
-        file.write_text(yaml.safe_dump({**MINIMAL, "name": name}))
+    for n, (file, name) in enumerate(zip(files, ("cats", "dogs", "cats", "Dogs"), strict=True)):
+        write_experiment(file, name, model_name=f"model_{n}", service=f"service_{n}")
     experiments, broken = load_experiments(files)
     assert {path.name: one.name for path, one in experiments.items()} == {"b.yaml": "dogs"}
-    assert broken[files[0]] == broken[files[2]]
-    assert "cats in a.yaml, c.yaml" in broken[files[0]]
+    assert (
+        broken[files[0]]
+        == broken[files[2]]
+        == (f"{files[0]} and {files[2]}: expected one experiment with name: cats. Received: 2. Rename all but one.")
+    )
     assert "name: String should match pattern" in broken[files[3]]
+
+
+def test_a_copied_yaml_whose_name_alone_was_changed_is_refused_with_both_files_named(tmp_path: Path) -> None:
+    """Field case 37: model and service were the copy's, too, and each run took the other's place."""
+    one, two, other = (tmp_path / name for name in ("cats.yaml", "copy.yaml", "other.yaml"))
+    one.write_text(yaml.safe_dump(MINIMAL))
+    two.write_text(yaml.safe_dump({**MINIMAL, "name": "cats_again"}))
+    write_experiment(other, "dogs")
+    experiments, broken = load_experiments([one, two, other])
+    assert list(experiments) == [other]
+    assert broken[one] == broken[two]
+    model, service = broken[one].splitlines()
+    assert model.startswith(f"{one} and {two}: expected one experiment with model.model_name: cats_v1. Received: 2.")
+    assert service.startswith(f"{one} and {two}: expected one experiment with deploy.service: image_classifier.")
+    assert "deploy.takes_over" in service
+    for path in (one, two):
+        with pytest.raises(ConfigError) as refused:
+            load_beside_others(path)
+        assert str(refused.value) == broken[one]
+    assert load_beside_others(other).name == "dogs"
+    two.write_text("[broken")  # A neighbour that cannot be loaded claims nothing.
+    assert load_beside_others(one).name == "cats"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_settled"),
+    [
+        ({}, {}, False),
+        ({}, {"takes_over": "cats"}, True),
+        ({"takes_over": "dogs"}, {}, True),
+        ({"takes_over": "dogs"}, {"takes_over": "cats"}, False),
+        ({}, {"takes_over": "owls"}, False),
+    ],
+)
+def test_of_two_experiments_on_one_service_one_takes_the_others_place(
+    tmp_path: Path, first: dict[str, str], second: dict[str, str], is_settled: bool
+) -> None:
+    files = [
+        write_experiment(tmp_path / f"{name}.yaml", name, service="shared", **deploy)
+        for name, deploy in (("cats", first), ("dogs", second))
+    ]
+    experiments, broken = load_experiments(files)
+    assert (len(experiments), len(broken)) == ((2, 0) if is_settled else (0, 2))
 
 
 def shipped_configs() -> list[Path]:
