@@ -19,7 +19,16 @@ from typing import Annotated, Any, Literal, cast
 from unicodedata import normalize
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from cv_platform.errors import ConfigError
 
@@ -52,6 +61,15 @@ ClassName = Annotated[
 """In NFC: macOS gives accents as characters of their own, keyboards do not."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Severity = Literal["error", "warn", "off"]
+
+
+def is_class_name(name: str) -> bool:
+    """Tells whether `model.classes` takes a name."""
+    try:
+        TypeAdapter(ClassName).validate_python(name)
+    except ValidationError:
+        return False
+    return True
 
 
 class Section(BaseModel):

@@ -70,6 +70,9 @@ def _printable(path: str) -> str:
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
+LabelSource = Literal["class columns", "folders", "label column"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a source holds.
@@ -88,4 +91,4 @@ class Layout:
     class_names: tuple[str, ...]
     left_out: LeftOut
     notes: tuple[str, ...] = ()
-    labels_from: Literal["folders", "label column", "class columns"] = "folders"
+    labels_from: LabelSource = "folders"

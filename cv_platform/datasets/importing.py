@@ -46,7 +46,7 @@ class ImportedDataset(BaseModel):
         tag: its new tag.
         dvc_md5: the data version.
         class_names: the classes found.
-        is_multi_label: some image has several labels, or none.
+        is_multi_label: some image has several labels, or 0 in the columns of all classes.
         counts: images per split; `no split` when the source has none.
         class_counts: images per class.
         notes: how the source was understood, as sentences.
@@ -149,7 +149,10 @@ def import_dataset(
             tag=tag,
             dvc_md5="",
             class_names=layout.class_names,
-            is_multi_label=any(len(entry.labels) != 1 for entry in entries),
+            is_multi_label=any(
+                len(entry.labels) > 1 or (not entry.labels and layout.labels_from == "class columns")
+                for entry in entries
+            ),
             counts=dict(Counter(entry.split or NO_SPLIT for entry in entries)),
             class_counts={name: classes[name] for name in layout.class_names},
             notes=(f"understood as {layout.name}", *layout.notes),

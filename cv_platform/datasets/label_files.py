@@ -191,7 +191,8 @@ def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, nam
         twice = f", of these twice: {', '.join(repeated)}" if repeated else ""
         raise InvalidDatasetError(
             f"Expected {name} with a column of the images ({', '.join(PATH_COLUMNS)}), and each name once. "
-            f"Received: {', '.join(header) or 'no header'}{twice}. Rename a column."
+            f"Received: {', '.join(header) or 'no header'}{twice}. "
+            "Rename a column; or, where the folders' names are the classes, move the file away."
         )
     split = next((place[key] for key in SPLIT_COLUMNS if key in place), None)
     label = next((place[key] for key in LABEL_COLUMNS if key in place), None)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from unicodedata import normalize
 
+from cv_platform.config import is_class_name
 from cv_platform.datasets.entries import (
     ACCOMPANYING,
     NO_CLASS_FOLDER,
@@ -22,6 +23,7 @@ from cv_platform.datasets.entries import (
     UNLABELLED,
     UNWANTED_CLASS,
     ImageEntry,
+    LabelSource,
     Layout,
     LeftOut,
     split_of,
@@ -57,10 +59,11 @@ def read_layout(root: Folder, annotations: bytes | None, rules: LabelRules, *, n
         layout.left_out.add("litter, hidden or a broken link", ((inside / name).as_posix() for name in folder.litter))
     if not layout.entries and not layout.left_out.paths[NOT_AN_IMAGE]:
         raise _refusal(root, "none")
-    unusable = [name for name in layout.class_names if LABEL_SEPARATOR in name]
+    unusable = [name for name in layout.class_names if LABEL_SEPARATOR in name or not is_class_name(name)]
     if unusable:
         raise InvalidDatasetError(
-            f"Expected class names without {LABEL_SEPARATOR!r}. Received: {', '.join(unusable)}. Rename them."
+            f"Expected class names of up to 100 characters without {LABEL_SEPARATOR!r}, slashes or control characters. "
+            f"Received: {', '.join(ascii(name)[:80] for name in unusable)}. Rename them."
         )
     for entry in layout.entries:
         try:
@@ -104,9 +107,11 @@ def _label_file_per_split(root: Folder, rules: LabelRules) -> Layout | None:
     if not found:
         return None
     left_out = LeftOut()
+    left_out.add(ACCOMPANYING, root.files)
     entries: list[ImageEntry] = []
     notes: dict[str, None] = {}
     class_names: dict[str, tuple[str, ...]] = {}
+    sources: set[LabelSource] = set()
     for folder in root.folders:
         if folder not in found:
             left_out.add(f"in {folder.name}/, which has no label file", folder.image_paths(root))
@@ -118,6 +123,7 @@ def _label_file_per_split(root: Folder, rules: LabelRules) -> Layout | None:
             left_out.add(reason, (f"{folder.name}/{path}" for path in paths))
         notes |= dict.fromkeys(layout.notes)
         class_names[name] = layout.class_names
+        sources.add(layout.labels_from)
         if layout.labels_from == "class columns" and set(layout.class_names) != set(next(iter(class_names.values()))):
             columns = "; ".join(f"{file}: {', '.join(names)}" for file, names in class_names.items())
             raise InvalidDatasetError(
@@ -127,7 +133,7 @@ def _label_file_per_split(root: Folder, rules: LabelRules) -> Layout | None:
     if any(other != names for other in others):
         names = tuple(sorted({name for names in class_names.values() for name in names}))
     title = f"the label files {', '.join(class_names)}"
-    return Layout(title, _by_path(entries), names, left_out, tuple(notes), "label column")
+    return Layout(title, _by_path(entries), names, left_out, tuple(notes), min(sources))
 
 
 def _split_and_class_folders(root: Folder, rules: LabelRules) -> Layout | None:

@@ -298,3 +298,19 @@ def test_an_archive_with_a_label_file_in_its_wrapping_folder(tmp_path: Path) -> 
         tar.add(tmp_path / "pets", "pets")
     imported = import_dataset(tmp_path / "pets.tar", ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
     assert imported.class_counts == {"cat": 1, "dog": 1}
+
+
+@pytest.mark.parametrize(
+    ("annotations", "is_multi_label"),
+    [
+        ("path,label\n0.png,cat\n1.png,dog\n2.png,\n", False),  # Nobody may have looked at the third.
+        ("path,label\n0.png,cat\n1.png,dog\n2.png,cat|dog\n", True),
+        ("path,cat,dog\n0.png,1,0\n1.png,0,1\n2.png,1,0\n", False),
+        ("path,cat,dog\n0.png,1,0\n1.png,0,1\n2.png,0,0\n", True),
+    ],
+)
+def test_tells_multi_label_by_the_labels(tmp_path: Path, annotations: str, is_multi_label: bool) -> None:
+    source = write_pictures(tmp_path / "source", ["0.png", "1.png", "2.png"])
+    (source / "annotations.csv").write_text(annotations)
+    imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
+    assert imported.is_multi_label is is_multi_label

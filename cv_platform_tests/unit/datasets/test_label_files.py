@@ -6,6 +6,7 @@ import pytest
 
 from cv_platform.datasets.entries import Layout
 from cv_platform.datasets.label_files import LabelRules, read_labels
+from cv_platform.datasets.layouts import read_layout
 from cv_platform.datasets.source_tree import walk
 from cv_platform.errors import InvalidDatasetError
 
@@ -165,3 +166,13 @@ def test_accents_are_compared_in_one_form(tmp_path: Path) -> None:
 def test_garbage_is_refused_by_name(folder: Path, text: str | bytes) -> None:
     with pytest.raises(InvalidDatasetError, match=r"labels\.csv"):
         read(folder, text)
+
+
+def test_a_label_that_no_config_can_name_is_refused(folder: Path) -> None:
+    with pytest.raises(InvalidDatasetError, match=r"slashes.* Received: 'n/a'"):
+        read_layout(walk(folder), b"path,label\n1.png,cat\n2.png,n/a\n", LabelRules())
+
+
+def test_a_file_of_something_else_may_be_moved_away(folder: Path) -> None:
+    with pytest.raises(InvalidDatasetError, match=r"Received: name, count.*move the file away"):
+        read(folder, "name,count\ncat,3\n")

@@ -65,7 +65,8 @@ def test_train_may_be_a_class(tmp_path: Path) -> None:
         (["val/cat/1.png", "valid/cat/2.png"], "one folder for the split valid"),
         (["1.png", "cat/2.png"], "1 directly in it, such as 1.png"),
         (["cat/more/1.png", "cat/2.png"], "the folder cat/more"),
-        (["a|b/1.png", "c/2.png"], r"without '\|'"),
+        (["a|b/1.png", "c/2.png"], r"without '\|'.* Received: 'a\|b'"),
+        (["a" * 101 + "/1.png", "c/2.png"], "up to 100 characters"),
     ],
 )
 def test_refuses_ambiguous_folders(tmp_path: Path, names: list[str], message: str) -> None:
@@ -172,6 +173,7 @@ def test_folders_of_other_tasks_are_no_classes(tmp_path: Path, names: list[str])
 )
 def test_reads_a_label_file_in_each_split(tmp_path: Path, folder: str, labels: str) -> None:
     write_pictures(tmp_path, ["train/1.png", "train/cat.png", "valid/2.png", "valid/cat.png", "test/3.png"])
+    (tmp_path / "README.dataset.txt").touch()
     for split, number in (("train", "1"), ("valid", "2")):
         (tmp_path / split / folder).write_text(labels.format(number, "cat"))
     layout = read(tmp_path)
@@ -181,7 +183,9 @@ def test_reads_a_label_file_in_each_split(tmp_path: Path, folder: str, labels: s
         expected = {(path, split, ("dog",)) for path, split, _ in expected}
         expected |= {(f"{split}/cat.png", split, ("cat",)) for split in ("train", "valid")}
     assert found == expected
-    assert layout.left_out.counts()["in test/, which has no label file, such as test/3.png"] == 1
+    counts = layout.left_out.counts()
+    assert counts["in test/, which has no label file, such as test/3.png"] == 1
+    assert counts["no image, beside the images (.txt), such as README.dataset.txt"] == 1
 
 
 def test_label_files_of_splits_must_have_the_same_class_columns(tmp_path: Path) -> None:
