@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from starlette.routing import Mount, Route
 
-from cv_platform.errors import CvPlatformError, SpoolFullError
+from cv_platform.errors import CvPlatformError
 from cv_platform.serving.admission import Admission
 from cv_platform.serving.bounded_calls import BoundedCalls
 from cv_platform.serving.holder import ModelHolder, make_worker_id
@@ -29,7 +29,7 @@ from cv_platform.serving.refusal_bounds import RefusalBounds
 from cv_platform.serving.runtime import LoadedModel
 from cv_platform.serving.security import Guard
 from cv_platform.serving.tracing import Tracing
-from cv_platform.serving.worker_log import WorkerLog
+from cv_platform.serving.worker_log import WorkerLog, not_started
 from cv_platform.serving.worker_threads import WorkerThreads
 from cv_platform.serving.worker_watch import WorkerWatch
 from cv_platform.settings import Settings
@@ -127,7 +127,7 @@ class ServingContext(Admission, WorkerLog):
         """Where predictions are looked up and deleted.
 
         Raises:
-            SpoolFullError: the context is not started.
+            ServiceError: the context is not started.
         """
         return _started(self._look_ups)
 
@@ -136,7 +136,7 @@ class ServingContext(Admission, WorkerLog):
         """Where central storage is read for a page.
 
         Raises:
-            SpoolFullError: the context is not started.
+            ServiceError: the context is not started.
         """
         return _started(self._storage_reads)
 
@@ -145,7 +145,7 @@ class ServingContext(Admission, WorkerLog):
         """Where another model is put into production.
 
         Raises:
-            SpoolFullError: the context is not started.
+            ServiceError: the context is not started.
         """
         return _started(self._promotions)
 
@@ -155,10 +155,10 @@ class ServingContext(Admission, WorkerLog):
         return self._is_started
 
     def start(self) -> None:
-        """Opens the request log and loads the model. A database or storage that is away stops nothing.
+        """Opens the request log and loads the model.
 
-        Raises:
-            SpoolFullError: the spool cannot be made: nothing could be promised.
+        A database or storage that is away stops nothing. Nor does a disk that has no room for the spool: without one no
+        prediction is answered, and it is tried again until there is.
         """
         with self._lifecycle:
             if self._is_started:
@@ -248,5 +248,5 @@ class ServingContext(Admission, WorkerLog):
 
 def _started(calls: BoundedCalls | None) -> BoundedCalls:
     if calls is None:
-        raise SpoolFullError("Expected a started service. Received: one that is starting or stopping. Try again.")
+        raise not_started()
     return calls

@@ -33,6 +33,7 @@ from cv_platform.errors import (
     ImageError,
     PromotionBusyError,
     SchemaMismatchError,
+    ServiceError,
     SpoolFullError,
     StorageError,
 )
@@ -141,6 +142,8 @@ def problem_of(error: CvPlatformError) -> Problem:
             expected=f"a complete image ({', '.join(SUPPORTED_FORMATS)}) within the limits",
             extra={"code": error.code},
         )
+    if isinstance(error, ServiceError):
+        return try_later(503, text, expected="a service that has started")
     if isinstance(error, SpoolFullError):
         return try_later(503, text, expected="room in the request log: free disk space or start the database")
     if isinstance(error, BundleNotFoundError):

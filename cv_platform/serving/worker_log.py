@@ -37,6 +37,11 @@ _STATUS_SECONDS = 1.0
 """A health check waits no longer for the spool's disk, and shows the figures that it had last."""
 
 
+def not_started() -> ServiceError:
+    """Returns what a request is told that comes before the start has ended, or after the stop has begun."""
+    return ServiceError("Expected a started service. Received: one that is starting or stopping. Send it again.")
+
+
 class WorkerLog:
     """The part of `ServingContext` that logs; the context opens, tends and closes it.
 
@@ -70,11 +75,14 @@ class WorkerLog:
         """The request log.
 
         Raises:
-            SpoolFullError: the context is not started.
+            ServiceError: the context is not started.
+            SpoolFullError: there was no room for a spool.
         """
-        if self._log is None:
-            raise SpoolFullError("Expected a started service. Received: one that is starting or stopping. Try again.")
-        return self._log
+        if self._log is not None:
+            return self._log
+        if self.append_error is not None:
+            raise SpoolFullError(self.append_error)
+        raise not_started()
 
     async def append(self, entry: LogEntry | FeedbackEntry) -> None:
         """Returns once the entry is durable.
@@ -150,12 +158,23 @@ class WorkerLog:
 
     def _open_log(self) -> None:
         self._log_url = self._running_database()
-        self._log = RequestLog(self.settings.home / "spool", self._log_url, LogLimits.of(self.settings))
+        try:
+            self._log = RequestLog(self.settings.home / "spool", self._log_url, LogLimits.of(self.settings))
+        except (SpoolFullError, OSError) as err:
+            if self.append_error is None:
+                logger.error("No prediction is answered until the request log can be opened: %s", err)
+            self.append_error = str(err)
+            return
+        self.append_error = None
         self._status_reads = BoundedCalls(
             "looks at the spool", "its disk", threads=1, places=1, seconds=_STATUS_SECONDS
         )
 
     def _tend_log(self) -> None:
+        if self._log is None:
+            self._open_log()
+        if self._log is None:
+            return
         self._follow_database()
         self.metrics.log_is(self._read_status())
         self._try_log()

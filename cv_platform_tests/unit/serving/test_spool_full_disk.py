@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -15,7 +17,7 @@ from cv_platform.errors import SpoolFullError
 from cv_platform.serving.app import create_app
 from cv_platform.serving.spool import Spool
 from cv_platform.stack.http import free_port
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
@@ -57,6 +59,40 @@ def test_a_spool_whose_folder_was_deleted_takes_nothing_more(spool: Spool) -> No
     # SQLite itself would go on writing to files that nobody can open again.
     with pytest.raises(SpoolFullError, match="No such file"):
         spool.append(answered())
+
+
+def test_a_service_that_starts_on_a_full_disk_waits_for_room_and_then_answers(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full:
+
+        def no_room(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        full.setattr("cv_platform.serving.spool.prepare", no_room)
+        context = make_context()
+        client = Client(create_app(context))
+        response = client.predict(png(flat_image(10, 20, 30)))
+        assert response.status_code == 503
+        assert response.json()["expected"].startswith("room in the request log")
+        assert client.get("/readyz").status_code == 503
+        assert "takes no entries" in client.get("/health_check").json()["message"]
+    deadline = time.monotonic() + 30
+    while client.get("/health_check").status_code != 200:
+        assert time.monotonic() < deadline, "it stays not ready"
+        time.sleep(0.1)
+    assert client.predict(png(flat_image(10, 20, 30))).status_code == 200
+
+
+def test_a_service_that_has_not_started_does_not_speak_of_disks(make_context: MakeContext) -> None:
+    context = make_context()
+    client = Client(create_app(context), {"Authorization": f"Bearer {ADMIN_TOKEN}"})
+    context.stop()
+    for response in (client.get(f"/predictions/{uuid4()}"), client.delete(f"/predictions/{uuid4()}")):
+        assert response.status_code == 503
+        assert response.json()["expected"] == "a service that has started"
+        assert "starting or stopping" in response.json()["message"]
+        assert int(response.headers["retry-after"]) > 0
 
 
 def test_health_recovers_without_a_request_that_would_show_it(
