@@ -10,6 +10,7 @@ import io
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,11 @@ MAX_SCANS = 100
 """Of a progressive JPEG. Encoders write about ten; each makes the decoder visit the whole image again."""
 
 _GIF_BLOCK_BYTES = 255
+_INFLATED_BYTES = 2**20
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""A pixel's, for each colour type."""
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""An interlaced PNG's passes: each one's first column, first row, and its steps."""
 _COMPRESSION, _PHOTOMETRIC, _PLANAR, TILE_WIDTH, TILE_LENGTH = 259, 262, 284, 322, 323
 """The tags of a TIFF that are judged."""
 _TIFF_COMPRESSIONS = {
@@ -88,19 +94,47 @@ def format_by_signature(data: bytes) -> str | None:
 
 
 def refuse_truncated(data: bytes, image_format: str) -> None:
-    """Looks for each format's end, so that no decoder build decides (or tells stderr) what missing data look like."""
+    """Looks for the end of a PNG or WebP, so that no decoder build decides what missing data look like."""
     complete = True
-    if image_format == "JPEG":
-        complete = data.rfind(b"\xff\xd9") > _start_of_scan(data)
-    elif image_format == "PNG":
+    if image_format == "PNG":
         complete = _is_whole_png(data)
     elif image_format == "WEBP":
         complete = len(data) >= 8 + int.from_bytes(data[4:8], "little")
     if not complete:
-        raise TruncatedImageError(
-            f"Expected a complete {image_format}. Received: {len(data)} bytes without its end, or damaged on the way. "
-            "Send the file again."
-        )
+        raise no_end(data, image_format)
+
+
+def no_end(data: bytes, image_format: str) -> TruncatedImageError:
+    """Returns what is raised for an image whose end is missing."""
+    return TruncatedImageError(
+        f"Expected a complete {image_format}. Received: {len(data)} bytes without its end, or damaged on the way. "
+        "Send the file again."
+    )
+
+
+def has_jpeg_end(data: bytes) -> bool:
+    """Looks for the two bytes that end a JPEG, behind its headers (whose thumbnails have ends of their own)."""
+    return data.rfind(b"\xff\xd9") > _start_of_scan(data)
+
+
+def has_all_scans(data: bytes, components: int) -> bool:
+    """Tells whether a JPEG's scans refine each of its components to the last bit.
+
+    A progressive one that ends between two scans decodes without a warning, to a coarser picture.
+    """
+    refined: Counter[int] = Counter()
+    at = _start_of_scan(data)
+    for _ in range(MAX_PARTS):
+        if data[at : at + 2] == b"\xff\xda" and at + 4 < len(data):
+            count = data[at + 4]
+            first, last, bits = data[at + 5 + 2 * count : at + 8 + 2 * count].ljust(3, b"\xff")
+            if bits & 0x0F == 0:
+                refined.update(dict.fromkeys(data[at + 5 : at + 5 + 2 * count : 2], last - first + 1))
+        found = _JPEG_MARKER.search(data, _next_jpeg_segment(data, at))
+        if found is None or found[0] == b"\xff\xd9":
+            break
+        at = found.start()
+    return len(refined) == components and set(refined.values()) == {64}
 
 
 def _is_whole_png(data: bytes) -> bool:
@@ -113,6 +147,23 @@ def _is_whole_png(data: bytes) -> bool:
         if kind == b"IEND":
             return True
     return False
+
+
+def has_all_png_rows(data: bytes) -> bool:
+    """Inflates a PNG's pixels, keeping none, until there are as many as its header promises."""
+    width_px, height_px, bits, colour, _, _, is_interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    pixel_bits = bits * _PNG_SAMPLES[colour]
+    missing = 0
+    for left, top, step_x, step_y in _ADAM7 if is_interlaced else ((0, 0, 1, 1),):
+        columns, rows = len(range(left, width_px, step_x)), len(range(top, height_px, step_y))
+        missing += rows * (1 + (columns * pixel_bits + 7) // 8) if columns else 0
+    inflater = zlib.decompressobj()
+    for kind, at, end in png_chunks(data):
+        pending: bytes | memoryview = memoryview(data)[at + 8 : end - 4] if kind == b"IDAT" else b""
+        while pending and missing > 0:
+            missing -= len(inflater.decompress(pending, _INFLATED_BYTES))
+            pending = inflater.unconsumed_tail
+    return missing <= 0
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

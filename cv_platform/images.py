@@ -4,15 +4,20 @@ Training (through packed pixels), reference data and serving all call `preproces
 
 * JPEG, PNG, WebP, BMP, TIFF (no fax pages) and GIF (first frame); anything else is refused.
 * The size is read from the header and judged before a pixel is decoded; so is what else makes a small file costly: the
-  number of its chunks, segments, blocks and scans, the size of its tiles, and a compression whose decoder tells stderr
-  of every damaged row. Of a PNG, only what its first picture is made of is read; compressed data past the picture's
-  last row are not inflated.
-* Channels are RGB; grey becomes three equal channels; alpha is dropped; 16-bit samples become 8-bit.
+  number of its chunks, segments, blocks and scans, the size of its tiles, and a compression whose decoder goes on after
+  every damaged row. Of a PNG, only what its first picture is made of is read; compressed data past the picture's last
+  row are not inflated.
+* Channels are RGB; grey becomes three equal channels; 16-bit samples become their upper 8 bits.
+* What is transparent lies on white, as in a browser (up to version 2, alpha was dropped).
+* Above `MAX_PIXELS`, which only local files may have, sides are shortened to a half, a quarter or an eighth while
+  decoding, so that memory stays bounded (up to version 2, they were not). It depends on the file alone.
+* A damaged JPEG counts as long as its decoder goes on, one without the two bytes at its end when every row decodes.
 * EXIF orientation is applied, so that an image is seen the way a person sees it.
 * Resizing ignores the aspect ratio: `INTER_AREA` when both sides shrink, `INTER_LINEAR` otherwise.
 
 `PREPROCESSING_VERSION` rises with every change that alters a pixel; `preprocessing_hash` carries it into caches,
-bundles and reference data, so that rows made under different policies are never mixed.
+bundles and reference data, so that rows made under different policies are never mixed. Models of an earlier version in
+`KNOWN_VERSIONS` go on being served with its pixels; training takes the latest.
 """
 
 from __future__ import annotations
@@ -22,17 +27,19 @@ import io
 import json
 import logging
 import struct
+import threading
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
+from cv_platform.image_decoders import decode_jpeg, decode_with_opencv, decode_with_pillow
 from cv_platform.image_files import (
     SUPPORTED_FORMATS,
     TILE_LENGTH,
@@ -40,7 +47,6 @@ from cv_platform.image_files import (
     GifStream,
     essential_png,
     format_by_signature,
-    png_chunks,
     refuse_costly_jpeg,
     refuse_costly_png,
     refuse_patient_tiff,
@@ -48,34 +54,55 @@ from cv_platform.image_files import (
     tiff_tags,
 )
 
-PREPROCESSING_VERSION = 2
+PREPROCESSING_VERSION = 3
+KNOWN_VERSIONS = (2, 3)
 MAX_PIXELS = 40_000_000
-"""Default limit: 40 megapixels decode to 120 MB."""
+"""Default limit: 40 megapixels decode to 120 MB. What has more, and is allowed to, is decoded to fewer."""
+MAX_LOCAL_PIXELS = 2**30
+"""The most that a limit for local files may be."""
 MAX_SIDE_PX = 65_535
 """What a JPEG can have at most; longer sides are only met in attacks, and every row costs."""
-MAX_OPENCV_IDAT_BYTES = 2**16
-"""Of a PNG's compressed pixels. OpenCV inflates them to their end, even far past the last row: 1032 bytes from each."""
 
-_BAND_PIXELS = 2**20
-_TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
-    2: lambda image: cv2.flip(image, 1),
-    3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
-    4: lambda image: cv2.flip(image, 0),
-    5: cv2.transpose,
-    6: lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda image: cv2.flip(cv2.transpose(image), -1),
-    8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
-"""EXIF's orientation to what undoes it."""
-# OpenCV writes its decoder warnings to stderr; the exceptions below already name the image.
-cv2.setLogLevel(1)
-logging.getLogger("PIL").setLevel(logging.WARNING)
+_BITS_PER_SAMPLE = 258
+"""The tag of a TIFF."""
+_one_large_image = threading.Lock()
+"""Above `MAX_PIXELS`, a decoder may need gigabytes: one at a time."""
+# What Pillow would log, as on stderr, of a file that it refuses; the exceptions say it.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse from 179 megapixels on; `_judge` has a limit of ours.
 
 
-def preprocessing_hash(image_size: tuple[int, int]) -> str:
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image as models see it, but for the size.
+
+    Attributes:
+        format: one of `SUPPORTED_FORMATS`.
+        pixels: `(H, W, 3)` uint8, RGB, upright.
+        height_px: of the upright image; `pixels` has less where it was reduced.
+        width_px: as `height_px`.
+        sample_bits: 8, or 16 where the file has so many; of these, `pixels` have the upper eight.
+        damage: what the decoder went on after; None if nothing.
+    """
+
+    format: str
+    pixels: NDArray[np.uint8]
+    height_px: int
+    width_px: int
+    sample_bits: int
+    damage: str | None
+
+
+def preprocessing_hash(image_size: tuple[int, int], version: int = PREPROCESSING_VERSION) -> str:
     """Returns 16 hex digits that change whenever `preprocess` would give other pixels for `image_size` (h, w)."""
-    policy = {"version": PREPROCESSING_VERSION, "height_px": image_size[0], "width_px": image_size[1]}
+    policy = {"version": version, "height_px": image_size[0], "width_px": image_size[1]}
     return hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def preprocessing_version(known_hash: str, image_size: tuple[int, int]) -> int | None:
+    """Returns the version whose `preprocessing_hash` for `image_size` is `known_hash`; None: not one of ours."""
+    hashes = {preprocessing_hash(image_size, version): version for version in KNOWN_VERSIONS}
+    return hashes.get(known_hash)
 
 
 def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
@@ -89,48 +116,69 @@ def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, i
         ImageTooLargeError: the header promises more than `max_pixels`, in the image or in its tiles, or a side of more
             than `MAX_SIDE_PX`.
     """
-    with _open(data, max_pixels) as picture:
+    with _open(data) as picture:
         return _judge(picture, data, max_pixels)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decodes an image.
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREPROCESSING_VERSION) -> NDArray[np.uint8]:
+    """Decodes an image to `(H, W, 3)` uint8, RGB, upright; see `read_image`."""
+    return read_image(data, max_pixels=max_pixels, version=version).pixels
+
+
+def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREPROCESSING_VERSION) -> DecodedImage:
+    """Decodes an image, and tells what else is known of it; nothing is written to stderr.
 
     Args:
         data: the file's bytes.
         max_pixels: the largest height × width accepted; judged on the header.
-
-    Returns:
-        `(H, W, 3)` uint8, RGB, upright.
+        version: of the preprocessing, one of `KNOWN_VERSIONS`: that which a model was trained on.
 
     Raises:
         EmptyImageError, UnsupportedImageError, ImageTooLargeError: see `read_size`.
         TruncatedImageError: the data end before the image does, or were damaged where the format can tell.
     """
-    return decode_with_format(data, max_pixels=max_pixels)[1]
-
-
-def decode_with_format(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, NDArray[np.uint8]]:
-    """Decodes an image as `decode` does, and tells its format: for those who need both, the header is read once."""
-    with _open(data, max_pixels) as picture:
-        image_format, _, _ = _judge(picture, data, max_pixels)
+    if version not in KNOWN_VERSIONS:
+        raise ValueError(f"Expected one of the versions {KNOWN_VERSIONS}. Received: {version}.")
+    with _open(data) as picture:
+        image_format, height_px, width_px = _judge(picture, data, max_pixels)
         refuse_truncated(data, image_format)
-        if _needs_pillow(data, image_format):
-            return image_format, _decode_with_pillow(picture, data)
-        if image_format == "PNG":
-            data = essential_png(data)
-        turn = _webp_turn(picture, data) if image_format == "WEBP" else None
-        try:
-            # Not as BGR, to be exchanged afterwards: that takes as long again as reading a BMP.
-            rgb = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
-        except cv2.error as err:  # Its text names files of the machine that OpenCV was built on.
-            raise TruncatedImageError(
-                f"Expected a complete {image_format}. Received: {len(data)} bytes that its decoder refuses. "
-                "Send the file again."
-            ) from err
-        if rgb is None:
-            return image_format, _decode_with_pillow(picture, data)
-        return image_format, np.asarray(turn(rgb) if turn else rgb, dtype=np.uint8)
+        bits = _sample_bits(picture, data)
+        is_large = height_px * width_px > MAX_PIXELS
+        reduction = 1
+        while version > 2 and reduction < 8 and height_px * width_px > MAX_PIXELS * reduction**2:
+            reduction *= 2
+        with _one_large_image if is_large else nullcontext():
+            pixels, damage = _decode(picture, data, image_format, bits, reduction, keeps_alpha=version > 2)
+    if pixels.shape[:2] != (-(-height_px // reduction), -(-width_px // reduction)):
+        height_px, width_px = width_px, height_px
+    return DecodedImage(image_format, pixels, height_px, width_px, bits, damage)
+
+
+def _decode(
+    picture: ImageFile.ImageFile, data: bytes, image_format: str, bits: int, reduction: int, *, keeps_alpha: bool
+) -> tuple[NDArray[np.uint8], str | None]:
+    """Returns the pixels, and the damage that a decoder went on after.
+
+    Each format goes to the decoder that is silent and bounded: of TIFF, OpenCV multiplies alpha into the colours and
+    leaves holes where data are damaged; of PNG, it inflates what follows the last row, and a damaged animated one can
+    end the process. Of WebP, Pillow would take 26 bytes for each pixel.
+    """
+    has_alpha = keeps_alpha and picture.has_transparency_data
+    if image_format == "JPEG" and (decoded := decode_jpeg(picture, data, reduction)) is not None:
+        return decoded
+    if image_format == "WEBP" or (image_format == "BMP" and not has_alpha):
+        pixels = decode_with_opencv(picture, data, reduction=reduction, keeps_alpha=has_alpha)
+        if pixels is not None:
+            return pixels, None
+    return decode_with_pillow(picture, data, bits=bits, reduction=reduction, keeps_alpha=keeps_alpha), None
+
+
+def _sample_bits(picture: ImageFile.ImageFile, data: bytes) -> int:
+    if picture.format == "PNG":
+        return data[24]
+    if isinstance(picture, TiffImageFile):
+        return max(picture.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+    return 8
 
 
 def resize(image: NDArray[np.uint8], image_size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -143,20 +191,26 @@ def resize(image: NDArray[np.uint8], image_size: tuple[int, int]) -> NDArray[np.
     return np.asarray(resized, dtype=np.uint8)
 
 
-def preprocess(data: bytes, image_size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def preprocess(
+    data: bytes,
+    image_size: tuple[int, int],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    version: int = PREPROCESSING_VERSION,
+) -> NDArray[np.uint8]:
     """Decodes and resizes an image to what a model of `image_size` (height, width) takes.
 
     Returns:
         `(height, width, 3)` uint8, RGB, 0–255. Scaling to floats is the model's own first layer.
 
     Raises:
-        ImageError: see `decode`.
+        ImageError: see `read_image`.
     """
-    return resize(decode(data, max_pixels=max_pixels), image_size)
+    return resize(decode(data, max_pixels=max_pixels, version=version), image_size)
 
 
-def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    """Reads an image's header; `max_pixels` is only for the message."""
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """Reads an image's header."""
     if not data:
         raise EmptyImageError("Expected an image. Received: 0 bytes. Send the file's content.")
     begins_as = format_by_signature(data)
@@ -171,10 +225,8 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
         stream = GifStream
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's bomb warning: `_judge` has a limit of ours.
+            warnings.simplefilter("ignore")
             return Image.open(stream(readable), formats=SUPPORTED_FORMATS)
-    except Image.DecompressionBombError as err:
-        raise ImageTooLargeError(f"Expected at most {max_pixels} pixels. Received: {err}") from err
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError) as err:
         if begins_as:
             raise TruncatedImageError(
@@ -219,69 +271,3 @@ def _judge(picture: ImageFile.ImageFile, data: bytes, max_pixels: int) -> tuple[
                 f"{padded_px} for an image of {width_px}×{height_px}. Save it with smaller tiles, or with strips."
             )
     return image_format, height_px, width_px
-
-
-def _needs_pillow(data: bytes, image_format: str) -> bool:
-    """Tells what OpenCV 4.11 decodes otherwise than the policy says, or at any cost.
-
-    GIF support depends on how it was built; TIFF comes with alpha multiplied into the colours, and with holes where the
-    data are damaged. An animated PNG (`acTL`), when damaged, can end the process with a segmentation fault, and the
-    16-bit samples of a whole one become noise. A large PNG may hold more than its rows: Pillow stops after the last
-    one, and to find out where that is takes two thirds of the time of decoding.
-    """
-    if image_format == "PNG":
-        idat_bytes = sum(end - at - 12 for kind, at, end in png_chunks(data) if kind == b"IDAT")
-        return idat_bytes > MAX_OPENCV_IDAT_BYTES or any(kind == b"acTL" for kind, _, _ in png_chunks(data))
-    return image_format in {"GIF", "TIFF"}
-
-
-def _webp_turn(picture: ImageFile.ImageFile, data: bytes) -> Callable[[cv2.typing.MatLike], cv2.typing.MatLike] | None:
-    """Returns what makes a decoded WebP upright: OpenCV 4.11 does so for a JPEG only. None: it is already.
-
-    Bit 3 of the extended header says that there is EXIF. Pillow decodes the same pixels, in 26 bytes for each.
-    """
-    if data[12:16] != b"VP8X" or not data[20] & 0x08:
-        return None
-    with _refusals_of_pillow(data):
-        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-
-
-def _decode_with_pillow(picture: ImageFile.ImageFile, data: bytes) -> NDArray[np.uint8]:
-    """Decodes what OpenCV cannot; stricter, slower. `picture` is what `_open` returned for `data`, and is changed."""
-    with _refusals_of_pillow(data):
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode in {"I", "F"}:
-            raise UnsupportedImageError(
-                "Expected 8 or 16 bits per sample. Received: an image with 32. Convert it to 8 bits, with the "
-                "range of values that the training images have."
-            )
-        # Band by band: the whole image's conversion, copies and buffers are four more of its size.
-        width_px, height_px = picture.size
-        rows = max(1, _BAND_PIXELS // width_px)
-        rgb = np.empty((height_px, width_px, 3), dtype=np.uint8)
-        for top in range(0, height_px, rows):
-            bottom = min(top + rows, height_px)
-            rgb[top:bottom] = _to_rgb(picture.crop((0, top, width_px, bottom)))
-        return rgb
-
-
-def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    if picture.mode.startswith("I;16"):
-        return (np.asarray(picture) >> 8).astype(np.uint8)[:, :, np.newaxis]
-    return np.asarray(picture.convert("RGB"))
-
-
-@contextmanager
-def _refusals_of_pillow(data: bytes) -> Generator[None]:
-    """Turns whatever Pillow raises for a hostile file into an `ImageError`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, Image.DecompressionBombError) as err:
-        raise TruncatedImageError(
-            f"Expected a complete image. Received: {len(data)} bytes that decode only in part ({err}). Send it again."
-        ) from err
-    except (MemoryError, OverflowError, RuntimeError, KeyError, IndexError, AttributeError, ZeroDivisionError) as err:
-        raise UnsupportedImageError(f"Expected a readable image. Received: a broken one ({err}).") from err

@@ -101,6 +101,7 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
             detectors,
             open_split(packed, "reference"),
             run.config.model,
+            preprocessing_hash=packed.preprocessing_hash,
             directory=run.settings.home / "models",
             storage=run.installation.storage(),
         )

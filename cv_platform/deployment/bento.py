@@ -26,6 +26,7 @@ SHIPPED: tuple[str, ...] = (
     "disk_space.py",
     "loopback.py",
     "settings.py",
+    "image_decoders.py",
     "image_files.py",
     "images.py",
     "properties.py",

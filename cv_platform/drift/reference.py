@@ -27,7 +27,6 @@ from cv_platform.config import ModelConfig
 from cv_platform.drift.detectors import DriftDetectors, HeldOutImages, extract_sample, seeded_rows
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
-from cv_platform.images import preprocessing_hash
 from cv_platform.predictions import (
     BBSD_FEATS,
     FEATURES,
@@ -77,6 +76,7 @@ def build_reference_data(
     held_out: HeldOutImages,
     model: ModelConfig,
     *,
+    preprocessing_hash: str,
     directory: Path,
     storage: CentralStorage,
 ) -> ReferenceData:
@@ -87,6 +87,7 @@ def build_reference_data(
         detectors: of the same version.
         held_out: the reference split.
         model: its configuration; `reference_data_n_sample` limits the rows (seeded), none takes all.
+        preprocessing_hash: of the pixels in `held_out`.
         directory: the parquet is written to `<model_name>/<version>/` below it, complete or not at all.
         storage: where it is published.
 
@@ -108,7 +109,7 @@ def build_reference_data(
     identity = ReferenceIdentity(
         model_name=detectors.model_name,
         model_version=detectors.version,
-        preprocessing_hash=preprocessing_hash(model.image_size),
+        preprocessing_hash=preprocessing_hash,
         encoder_hash=detectors.encoder_hash,
         class_names=model.classes,
     )

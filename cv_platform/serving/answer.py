@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.images import decode_with_format, resize
+from cv_platform.images import read_image, resize
 from cv_platform.predictions import LABEL_SEPARATOR, decide
 from cv_platform.properties import image_properties
 from cv_platform.serving.explain import BLANK, Explain, Pictures, draw, is_blank, small_map, to_base64
@@ -70,8 +70,8 @@ def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predi
     """
     metadata = model.metadata
     with staged("decode"):
-        image_format, image = decode_with_format(data, max_pixels=max_pixels)
-        pixels = resize(image, metadata.image_size)
+        decoded = read_image(data, max_pixels=max_pixels, version=model.preprocessing_version)
+        pixels = resize(decoded.pixels, metadata.image_size)
     with staged("model"):
         prediction = model.predict(pixels)
     classes = predicted_classes(prediction.probabilities, metadata)
@@ -79,8 +79,8 @@ def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predi
     note_prediction(
         prediction_id, metadata.model_name, metadata.version, classes, float(prediction.probabilities.max())
     )
-    media_type = f"image/{image_format.lower()}"
-    return Predicted(prediction_id, metadata, prediction, classes, image_properties(pixels), image, media_type)
+    media_type = f"image/{decoded.format.lower()}"
+    return Predicted(prediction_id, metadata, prediction, classes, image_properties(pixels), decoded.pixels, media_type)
 
 
 def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: Callable[[], None]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from cv_platform.errors import DatabaseError, ImageError, StorageError
-from cv_platform.images import decode
+from cv_platform.images import PREPROCESSING_VERSION, decode, preprocessing_version
 from cv_platform.predictions import LABEL_SEPARATOR, NONE_OF_THESE
 from cv_platform.serving.answer import OK, result_body
 from cv_platform.serving.api_models import DeletionResult, FeedbackResult, Passport, StoredResult
@@ -330,7 +330,9 @@ def _result_again(
         message = "There is no heat-map of this prediction."
     else:
         try:
-            image = decode(stored.image, max_pixels=context.settings.max_upload_pixels)
+            version = metadata and preprocessing_version(metadata.preprocessing_hash, metadata.image_size)
+            limit = context.settings.max_upload_pixels
+            image = decode(stored.image, max_pixels=limit, version=version or PREPROCESSING_VERSION)
             pictures = draw(image, stored.raw_hm, Explain.JPEG)
             message = BLANK if is_blank(stored.raw_hm) else OK
         except (ImageError, ValueError) as err:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.errors import CorruptBundleError, StorageError
-from cv_platform.images import preprocessing_hash
+from cv_platform.images import KNOWN_VERSIONS, preprocessing_version
 from cv_platform.storage import MODEL_PATHS, BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
@@ -61,10 +61,27 @@ class Runtime(Protocol):
 
 
 class LoadedModel:
-    """A verified model, warm and ready; safe to call from many threads."""
+    """A verified model, warm and ready; safe to call from many threads.
+
+    Attributes:
+        metadata: the bundle's.
+        preprocessing_version: what makes the pixels that it was trained on; uploads are decoded by it.
+
+    Raises:
+        CorruptBundleError: it was trained on a preprocessing that this installation does not know.
+    """
 
     def __init__(self, metadata: BundleMetadata, runtime: Runtime) -> None:
+        version = preprocessing_version(metadata.preprocessing_hash, metadata.image_size)
+        if version is None:
+            known = " or ".join(map(str, KNOWN_VERSIONS))
+            raise CorruptBundleError(
+                f"{metadata.model_name} {metadata.version}: expected a model trained on version {known} of the "
+                f"preprocessing. Received: preprocessing {metadata.preprocessing_hash}, another release. "
+                "Train it again, or serve it with the release that trained it."
+            )
         self.metadata = metadata
+        self.preprocessing_version = version
         self._runtime = runtime
 
     def predict(self, image: NDArray[np.uint8], class_index: int = PREDICTED_CLASS) -> Prediction:
@@ -172,12 +189,6 @@ def load_folder(folder: Path, metadata: BundleMetadata, *, threads: int | None =
         CorruptBundleError: the files are no model of this metadata, or it answers otherwise than when it was exported.
     """
     name = f"{metadata.model_name} {metadata.version}"
-    here = preprocessing_hash(metadata.image_size)
-    if metadata.preprocessing_hash != here:
-        raise CorruptBundleError(
-            f"{name}: expected a model trained on this installation's preprocessing ({here}). "
-            f"Received: {metadata.preprocessing_hash}. Train it again, or serve it with the release that trained it."
-        )
     golden = _read_golden(folder / GOLDEN, name)
     model = LoadedModel(metadata, _open_runtime(folder / MODEL_PATHS[metadata.runtime], metadata, threads))
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
@@ -116,12 +117,50 @@ def test_grey_becomes_three_equal_channels(image_format: str) -> None:
     np.testing.assert_array_equal(decoded, np.repeat(grey[..., None], 3, axis=2))
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF", "BMP"])
-def test_alpha_is_dropped_not_blended(image_format: str) -> None:
-    alpha = np.tile(np.linspace(1, 255, 80).astype(np.uint8), (60, 1))
-    options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
-    decoded = images.decode(encode(image_format, np.dstack([scene(), alpha]), **options))
-    np.testing.assert_array_equal(decoded, scene())
+def alpha_options(image_format: str) -> dict[str, Any]:
+    return {"lossless": True, "exact": True} if image_format == "WEBP" else {}
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
+def test_what_is_transparent_lies_on_white(image_format: str) -> None:
+    alpha = np.tile(np.linspace(0, 255, 80).astype(np.uint8), (60, 1))
+    data = encode(image_format, np.dstack([scene(), alpha]), **alpha_options(image_format))
+    share = alpha[..., None].astype(float) / 255
+    np.testing.assert_allclose(images.decode(data), scene() * share + 255 * (1 - share), rtol=0, atol=0.51)
+    # Models of version 2 go on seeing what they were trained on.
+    np.testing.assert_array_equal(images.decode(data, version=2), scene())
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_drawing_in_the_alpha_channel_alone_is_seen(image_format: str, mode: str) -> None:
+    is_ink = scene()[..., 0] > 100
+    ink = Image.fromarray(np.where(is_ink, 255, 0).astype(np.uint8))
+    picture = Image.new(mode, ink.size)
+    picture.putalpha(ink)
+    data = encode(image_format, picture, **alpha_options(image_format))
+    np.testing.assert_array_equal(images.decode(data), np.where(is_ink, 0, 255)[..., None].repeat(3, axis=2))
+    assert images.decode(data, version=2).max() == 0
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "GIF"])
+def test_a_transparent_colour_of_a_palette_is_white(image_format: str) -> None:
+    indices = Image.fromarray((scene()[..., 0] // 64).astype(np.uint8), mode="P")
+    indices.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    data = encode(image_format, indices, transparency=2)
+    colours = np.array([[10, 20, 30], [40, 50, 60], [255, 255, 255], [100, 110, 120]], dtype=np.uint8)
+    np.testing.assert_array_equal(images.decode(data), colours[scene()[..., 0] // 64])
+    assert images.decode(data, version=2)[:, 45].tolist() == [[70, 80, 90]] * 60
+
+
+def test_a_bitmap_with_an_alpha_mask_lies_on_white() -> None:
+    # BITMAPV4HEADER, 32 bits by masks: one row of a transparent red and a solid green.
+    masks = struct.pack("<4I", 0x00FF0000, 0x0000FF00, 0x000000FF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0) + masks + bytes(52)
+    pixels = struct.pack("<II", 0x00FF0000, 0xFF00FF00)
+    data = b"BM" + struct.pack("<IHHI", 122 + 8, 0, 0, 122) + header + pixels
+    assert images.decode(data).tolist() == [[[255, 255, 255], [0, 255, 0]]]
+    assert images.decode(data, version=2).tolist() == [[[255, 0, 0], [0, 255, 0]]]
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
@@ -171,13 +210,113 @@ def test_truncated_images_are_refused(image_format: str, options: dict[str, Any]
         images.decode(data[: int(len(data) * kept)])
 
 
-def test_jpeg_with_a_thumbnail_is_refused_when_cut_after_the_thumbnails_end(monkeypatch: pytest.MonkeyPatch) -> None:
+JPEG_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "baseline": ("RGB", {"quality": 90}),
+    "full colour": ("RGB", {"quality": 100, "subsampling": 0}),
+    "progressive": ("RGB", {"progressive": True}),
+    "grey": ("L", {}),
+    "progressive grey": ("L", {"progressive": True}),
+    "CMYK": ("CMYK", {"progressive": True}),
+    "restart markers": ("RGB", {"restart_marker_rows": 1}),
+}
+
+
+def noisy_jpeg(kind: str, height: int = 60, width: int = 80) -> bytes:
+    mode, options = JPEG_KINDS[kind]
+    noise = np.random.default_rng(3).integers(0, 90, (height, width, 3), dtype=np.uint8)
+    return encode("JPEG", Image.fromarray(scene(height, width) // 2 + noise).convert(mode), **options)
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (61, 83)])
+def test_jpeg_has_the_pixels_that_models_of_version_2_were_trained_on(kind: str, size: tuple[int, int]) -> None:
+    data = noisy_jpeg(kind, *size)
+    former = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    np.testing.assert_array_equal(images.decode(data, version=2), former)
+    np.testing.assert_array_equal(images.decode(data), former)
+
+
+@pytest.mark.parametrize("kind", JPEG_KINDS)
+def test_jpeg_without_the_two_bytes_at_its_end_is_taken_and_said(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    data = noisy_jpeg(kind)
+    assert data[-2:] == b"\xff\xd9"
+    for cut in (data[:-2], data[:-1]):
+        found = images.read_image(cut)
+        assert found.damage == "the two bytes that mark its end are missing; every row decodes"
+        np.testing.assert_array_equal(found.pixels, images.decode(data))
+    for lost in (6, 40, 400):
+        with pytest.raises(TruncatedImageError):
+            images.decode(data[: -2 - lost])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["progressive", "progressive grey", "CMYK"])
+def test_progressive_jpeg_that_ends_between_two_scans_is_refused(kind: str) -> None:
+    data = noisy_jpeg(kind)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    assert len(scans) > 3
+    for at in scans[1:]:
+        with pytest.raises(TruncatedImageError):
+            images.decode(data[:at])
+
+
+def test_jpeg_that_its_decoder_goes_on_after_is_taken_and_said(capfd: pytest.CaptureFixture[str]) -> None:
+    sound = noisy_jpeg("baseline")
+    start = sound.index(b"\xff\xda") + 14
+    zeros = sound[: start + 300] + bytes(120) + sound[start + 420 :]
+    lost = sound[: start + 300] + sound[start + 700 :]
+    surplus = sound[:-2] + bytes(10) + sound[-2:]
+    for damaged in (lost, surplus, zeros):
+        found = images.read_image(damaged)
+        assert str(found.damage).startswith("its decoder goes on after: Corrupt JPEG data")
+        assert found.pixels.shape == (60, 80, 3)
+    assert images.read_image(sound).damage is None
+    assert images.read_image(sound + b"more").damage is None
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_turns_nothing(image_format: str) -> None:
+    for exif in (b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"):
+        data = encode(image_format, exif=exif, **LOSSLESS.get(image_format, {}))
+        assert largest_difference(images.decode(data), scene()) <= 12
+
+
+REDUCED: dict[str, dict[str, Any]] = LOSSLESS | {"GIF": {}, "JPEG": {"quality": 95, "subsampling": 0}}
+
+
+@pytest.mark.parametrize("image_format", REDUCED)
+@pytest.mark.parametrize("turn", [1, 6])
+def test_images_above_the_limit_are_decoded_to_fewer_pixels(
+    image_format: str, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 61×80 px to at most 400: an eighth would do for 320, a quarter for 1220.
+    picture = scene(61, 80)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encode(image_format, picture, exif=exif, **REDUCED[image_format])
+    whole = images.read_image(data)
+    for limit, reduction in ((61 * 80 - 1, 2), (61 * 80 // 4, 2), (61 * 80 // 4 - 1, 4), (400, 4), (300, 8), (1, 8)):
+        monkeypatch.setattr(images, "MAX_PIXELS", limit)
+        reduced = images.read_image(data)
+        assert (reduced.height_px, reduced.width_px) == (whole.height_px, whole.width_px)
+        turns = 1 if turn == 6 and image_format in {"JPEG", "WEBP"} else 0  # Pillow turns before.
+        as_stored = Image.fromarray(np.ascontiguousarray(np.rot90(whole.pixels, turns)))
+        means = np.rot90(np.asarray(as_stored.reduce(reduction)), -turns)
+        assert largest_difference(reduced.pixels, means) <= (12 if image_format == "JPEG" else 1)
+        # Neither the caller's limit nor the model's size decides: what trains on a file sees what serves it.
+        np.testing.assert_array_equal(images.decode(data, max_pixels=61 * 80), reduced.pixels)
+        assert images.decode(data, version=2).shape == whole.pixels.shape
+        with pytest.raises(ImageTooLargeError):
+            images.decode(data, max_pixels=61 * 80 - 1)
+
+
+def test_jpeg_with_a_thumbnail_is_refused_when_cut_after_the_thumbnails_end() -> None:
     thumbnail = encode("JPEG", scene(8, 8))
     data = encode("JPEG")
     segment = b"Exif\0\0" + thumbnail
     with_thumbnail = data[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + data[2:]
     assert images.decode(with_thumbnail).shape == (60, 80, 3)
-    monkeypatch.setattr(cv2, "imdecode", no_decoder)
     with pytest.raises(TruncatedImageError):
         images.decode(with_thumbnail[:-200])
 
@@ -235,7 +374,7 @@ def bomb_png(side: int) -> bytes:
 
 @pytest.mark.parametrize("side", [7_000, 12_000, 20_000, 60_000])
 def test_bombs_are_refused_before_decoding(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cv2, "imdecode", no_decoder)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_decoder)
     with pytest.raises(ImageTooLargeError, match="at most 40000000 pixels"):
         images.decode(bomb_png(side))
 
@@ -271,8 +410,7 @@ def test_animated_png_with_a_bad_filter_is_refused_without_a_crash() -> None:
 
 
 @pytest.mark.parametrize("is_deep", [False, True])
-def test_animated_png_gives_its_first_frame(is_deep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cv2, "imdecode", no_decoder)
+def test_animated_png_gives_its_first_frame(is_deep: bool) -> None:
     pixels = scene()[..., 0].astype(np.uint16) * 256 + 17 if is_deep else scene()
     data = encode("PNG", pixels, save_all=True, append_images=[Image.fromarray(pixels[::-1].copy())])
     assert b"acTL" in data
@@ -289,7 +427,7 @@ def test_jpeg_with_more_scans_than_any_encoder_writes_is_refused(monkeypatch: py
     assert images.read_size(full) == ("JPEG", 60, 80)
     # What follows the image's end (a phone's film) is not the decoder's.
     assert images.read_size(full + data[last:] * 200) == ("JPEG", 60, 80)
-    monkeypatch.setattr(cv2, "imdecode", no_decoder)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", no_decoder)
     with pytest.raises(UnsupportedImageError, match="at most 100 scans"):
         images.decode(full[:-2] + data[last:])
 
@@ -320,12 +458,11 @@ def test_png_of_very_many_chunks_is_refused_before_its_header_is_parsed(monkeypa
         images.read_size(png(png_header(8, 8), *[(b"prIv", b"")] * 9_998, rows, (b"IEND", b"")))
 
 
-def test_png_data_past_the_last_row_are_not_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_png_data_past_the_last_row_are_not_inflated() -> None:
     # Behind some more rows, 0xFF begins a deflate block of a kind that there is none of: who inflates it, fails.
-    monkeypatch.setattr(cv2, "imdecode", no_decoder)
     stream = zlib.compressobj()
     rows = stream.compress((b"\0" + bytes([9] * 24)) * 8) + stream.flush(zlib.Z_FULL_FLUSH)
-    surplus = stream.compress(bytes(2**20)) + stream.flush(zlib.Z_FULL_FLUSH) + b"\xff" * images.MAX_OPENCV_IDAT_BYTES
+    surplus = stream.compress(bytes(2**20)) + stream.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 2**16
     for idats in ([(b"IDAT", rows + surplus)], [(b"IDAT", rows), (b"IDAT", surplus)]):
         decoded = images.decode(png(png_header(8, 8), *idats, (b"IEND", b"")))
         np.testing.assert_array_equal(decoded, np.full((8, 8, 3), 9))
@@ -336,8 +473,10 @@ def test_png_texts_reach_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 * 2**20)))
     rows = (b"IDAT", zlib.compress((b"\0" + bytes([9] * 24)) * 8))
     received = []
-    original = cv2.imdecode
-    monkeypatch.setattr(cv2, "imdecode", lambda data, flags: received.append(data.tobytes()) or original(data, flags))
+    original = Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda stream, **options: received.append(stream.getvalue()) or original(stream, **options)
+    )
     decoded = images.decode(png(png_header(8, 8), text, rows, *[text] * 900, (b"tEXt", b"a\0b"), (b"IEND", b"")))
     np.testing.assert_array_equal(decoded, np.full((8, 8, 3), 9))
     assert received == [png(png_header(8, 8), rows, (b"IEND", b""))]
@@ -350,32 +489,67 @@ PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 
 
 @pytest.mark.parametrize("is_interlaced", [False, True])
-@pytest.mark.parametrize(
-    ("color", "bits"),
-    [(color, bits) for color in (0, 3) for bits in (1, 2, 4, 8)]
-    + [(0, 16)]
-    + [(c, b) for c in (2, 4, 6) for b in (8, 16)],
-)
-def test_large_and_small_pngs_of_every_kind_decode_to_the_same_pixels(
-    color: int, bits: int, is_interlaced: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_png_whose_pixels_end_early_is_refused_and_a_black_one_is_not(is_interlaced: bool) -> None:
+    header = (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, int(is_interlaced)))
+    # Interlaced, 15 rows of 64 pixels: 1, 1, 2, 4, 8, 16 and 32 of them in the seven passes.
+    whole = bytes(64 * 3 + (15 if is_interlaced else 8))
+    for row_bytes, is_whole in ((whole, True), (whole[:-1], False), (whole[: len(whole) // 2], False)):
+        idat = zlib.compress(row_bytes)
+        data = png(header, (b"IDAT", idat[:5]), (b"IDAT", idat[5:]), (b"IEND", b""))
+        if is_whole:
+            assert images.decode(data).max() == 0
+        else:
+            with pytest.raises(TruncatedImageError):
+                images.decode(data)
+
+
+PNG_KINDS = [(color, bits) for color in (0, 3) for bits in (1, 2, 4, 8)]
+PNG_KINDS += [(0, 16)] + [(color, bits) for color in (2, 4, 6) for bits in (8, 16)]
+
+
+@pytest.mark.parametrize("is_interlaced", [False, True])
+@pytest.mark.parametrize(("color", "bits"), PNG_KINDS)
+def test_a_png_of_every_kind_decodes_to_what_its_samples_say(color: int, bits: int, is_interlaced: bool) -> None:
     rng = np.random.default_rng(1)
-    width, height = 37, 29
+    samples = rng.integers(0, 2**bits, (29, 37, PNG_SAMPLES[color]))
     rows = b""
     for left, top, step_x, step_y in ADAM7 if is_interlaced else [(0, 0, 1, 1)]:
-        row_bytes = (len(range(left, width, step_x)) * PNG_SAMPLES[color] * bits + 7) // 8
-        for _ in range(top, height, step_y):
-            rows += b"\0" + rng.bytes(row_bytes)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, int(is_interlaced)))]
+        for row in samples[top::step_y, left::step_x]:
+            flags = (row.reshape(-1, 1) >> np.arange(bits)[::-1]) & 1
+            rows += b"\0" + np.packbits(flags.astype(np.uint8)).tobytes()
+    header = (b"IHDR", struct.pack(">IIBBBBB", 37, 29, bits, color, 0, 0, int(is_interlaced)))
+    palette = rng.integers(0, 256, (2**bits if color == 3 else 0, 3))
+    # By the specification: 16 bits are scaled to 8 by their upper byte, fewer than 8 by repeating them.
+    scaled = samples >> 8 if bits == 16 else samples * 255 // (2**bits - 1)
+    opaque = np.full(samples.shape[:2], 255)
+    shown: list[tuple[tuple[bytes, bytes] | None, np.ndarray, np.ndarray]] = []
     if color == 3:
-        chunks += [(b"PLTE", rng.bytes(3 * 2**bits)), (b"tRNS", b"\x40\x80")]
+        alphas = np.array([64, 128, *[255] * 254])
+        colours = palette[samples[..., 0]]
+        shown += [(None, colours, opaque), ((b"tRNS", b"\x40\x80"), colours, alphas[samples[..., 0]])]
+        shown += [((b"tRNS", b"\0"), colours, np.where(samples[..., 0] == 0, 0, 255))]
+    elif color in (0, 2):
+        colours = scaled.repeat(3 if color == 0 else 1, axis=2)
+        key = samples[7, 9]
+        # Colours of 16 bits are compared by their upper bytes, like the pixels; grey of 16 bits by all of them.
+        is_key = (scaled == scaled[7, 9] if color == 2 else samples == key).all(axis=2)
+        chunk = (b"tRNS", b"".join(struct.pack(">H", int(value)) for value in key))
+        shown += [(None, colours, opaque), (chunk, colours, np.where(is_key, 0, 255))]
+    else:
+        shown += [(None, scaled[..., :-1].repeat(3 if color == 4 else 1, axis=2), scaled[..., -1])]
     orientation = (b"eXIf", struct.pack("<4sIHHHIII", b"II*\0", 8, 1, 0x0112, 3, 1, 6, 0))
-    for last in ([], [orientation]):
-        data = png(*chunks, (b"gAMA", b"\0\0\x75\x30"), (b"IDAT", zlib.compress(rows)), *last, (b"IEND", b""))
-        expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        for limit in (len(data), 0):
-            monkeypatch.setattr(images, "MAX_OPENCV_IDAT_BYTES", limit)
-            np.testing.assert_array_equal(images.decode(data), expected)
+    for transparency, colours, alpha in shown:
+        before = [(b"PLTE", palette.astype(np.uint8).tobytes())] if color == 3 else []
+        before += [(b"gAMA", b"\0\0\x75\x30"), *([transparency] if transparency else [])]
+        for last in ([], [orientation]):
+            data = png(header, *before, (b"IDAT", zlib.compress(rows)), *last, (b"IEND", b""))
+            share = alpha[..., None] / 255
+            expected = np.floor(colours * share + 255 * (1 - share) + 0.5 + 1e-9)
+            upright = np.rot90(expected, -1) if last else expected
+            np.testing.assert_array_equal(images.decode(data), upright)
+            # What models of version 2 were trained on came from OpenCV where the file was small.
+            former = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            np.testing.assert_array_equal(images.decode(data, version=2), former)
 
 
 @pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)])
@@ -479,14 +653,16 @@ def test_tiffs_of_unclear_compression_are_refused(
 
 
 @pytest.mark.parametrize("compression", [5, 8, 32773, 32946, 34925, 50000])
-def test_damaged_strips_cost_at_most_a_few_lines_on_stderr(compression: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_strips_are_refused_without_a_word_on_stderr(
+    compression: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     # Each strip is one byte: too little in any compression. YCbCr is what libtiff would go on with.
     for photometric, refused_as in ((1, TruncatedImageError), (6, UnsupportedImageError)):
         samples = 3 if photometric == 6 else 1
         tags = [(258, 3, 8), (259, 3, compression), (262, 3, photometric), (277, 3, samples)]
         with pytest.raises(refused_as):
             images.decode(striped_tiff(*tags, strips=65_535, content=b"\x80\0"))
-    assert len(capfd.readouterr().err) < 1_000
+    assert capfd.readouterr() == ("", "")
 
 
 def test_ycbcr_in_a_jpeg_in_a_tiff_is_accepted() -> None:
@@ -536,19 +712,17 @@ def test_gif_of_many_blocks_is_accepted() -> None:
     [(b"tRNS", bytes(6)), (b"eXIf", b"junk"), (b"PLTE", bytes(6))],
 )
 @pytest.mark.parametrize("is_before", [True, False])
-def test_repeated_png_chunks_cost_at_most_a_few_lines_on_stderr(
+def test_repeated_png_chunks_are_read_without_a_word_on_stderr(
     kind: bytes, content: bytes, is_before: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     repeated, rows = [(kind, content)] * 5_000, (b"IDAT", zlib.compress((b"\0" + bytes([9] * 24)) * 8))
     chunks = [*repeated, rows] if is_before else [rows, *repeated]
     decoded = images.decode(png(png_header(8, 8), *chunks, (b"IEND", b"")))
     np.testing.assert_array_equal(decoded, np.full((8, 8, 3), 9))
-    assert len(capfd.readouterr().err) < 300
+    assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("limit", [0, 2**16])
-def test_the_first_orientation_of_a_png_counts(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_OPENCV_IDAT_BYTES", limit)
+def test_the_first_orientation_of_a_png_counts() -> None:
     turns = [(b"eXIf", struct.pack("<4sIHHHIII", b"II*\0", 8, 1, 0x0112, 3, 1, turn, 0)) for turn in (6, 1)]
     rows = (b"IDAT", zlib.compress((b"\0" + bytes(24)) * 4))
     assert images.decode(png(png_header(8, 4), *turns, rows, (b"IEND", b""))).shape == (8, 4, 3)
@@ -559,11 +733,11 @@ def test_messages_keep_opencvs_text_to_themselves(monkeypatch: pytest.MonkeyPatc
         raise cv2.error("OpenCV(4.11.0) /io/opencv/modules/imgcodecs/src/loadsave.cpp:798: error")
 
     monkeypatch.setattr(cv2, "imdecode", refuse)
-    data = encode("PNG")
+    data = encode("BMP")
     with pytest.raises(TruncatedImageError) as raised:
         images.decode(data)
     assert str(raised.value) == (
-        f"Expected a complete PNG. Received: {len(data)} bytes that its decoder refuses. Send the file again."
+        f"Expected a complete BMP. Received: {len(data)} bytes that its decoder refuses. Send the file again."
     )
     assert isinstance(raised.value.__cause__, cv2.error)
 
@@ -574,9 +748,10 @@ def test_decoding_reads_the_header_once(image_format: str, monkeypatch: pytest.M
     opened = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(1) or original(*args, **options))
-    found, decoded = images.decode_with_format(data)
-    assert (found, len(opened)) == (image_format, 1)
-    np.testing.assert_array_equal(decoded, images.decode(data))
+    found = images.read_image(data)
+    assert (found.format, len(opened)) == (image_format, 1)
+    assert (found.height_px, found.width_px, found.sample_bits, found.damage) == (60, 80, 8, None)
+    np.testing.assert_array_equal(found.pixels, images.decode(data))
 
 
 def test_errors_carry_their_http_status() -> None:
@@ -627,9 +802,17 @@ def test_preprocess_is_decode_then_resize() -> None:
     np.testing.assert_array_equal(images.preprocess(data, (16, 24)), images.resize(scene(), (16, 24)))
 
 
-def test_hash_follows_size_and_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_follows_size_and_policy() -> None:
     first = images.preprocessing_hash((16, 24))
     assert first == images.preprocessing_hash((16, 24))
     assert first != images.preprocessing_hash((24, 16))
-    monkeypatch.setattr(images, "PREPROCESSING_VERSION", images.PREPROCESSING_VERSION + 1)
-    assert first != images.preprocessing_hash((16, 24))
+    assert first != images.preprocessing_hash((16, 24), version=2)
+
+
+def test_the_version_of_a_hash_is_found_again() -> None:
+    # As the release that trained with version 2 computed it.
+    assert images.preprocessing_version("ff8a83c1884f0a0c", (16, 24)) == 2
+    assert images.preprocessing_version(images.preprocessing_hash((16, 24)), (16, 24)) == 3
+    assert images.preprocessing_version("0" * 16, (16, 24)) is None
+    with pytest.raises(ValueError, match="one of the versions"):
+        images.decode(encode("PNG"), version=1)

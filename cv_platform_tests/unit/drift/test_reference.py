@@ -64,6 +64,7 @@ def reference(
         detectors,
         make_split(60),
         model_config,
+        preprocessing_hash=preprocessing_hash((16, 16)),
         directory=folder / "models",
         storage=CentralStorage(folder / "storage"),
     )
@@ -194,6 +195,7 @@ def test_limits_the_rows_to_a_seeded_sample(
         detectors,
         make_split(60),
         model_config.model_copy(update={"drift_detection": drift}),
+        preprocessing_hash=preprocessing_hash((16, 16)),
         directory=tmp_path / "models",
         storage=CentralStorage(tmp_path / "storage"),
     )
@@ -211,6 +213,7 @@ def test_multi_label_names_all_classes_of_an_image(
         detectors,
         split,
         model_config.model_copy(update={"classifier_type": "multi-label"}),
+        preprocessing_hash=preprocessing_hash((16, 16)),
         directory=tmp_path / "models",
         storage=CentralStorage(tmp_path / "storage"),
     )
@@ -227,6 +230,7 @@ def test_refuses_a_split_without_images(
             detectors,
             make_split(1),
             model_config,
+            preprocessing_hash=preprocessing_hash((16, 16)),
             directory=tmp_path,
             storage=CentralStorage(tmp_path / "storage"),
         )
@@ -242,6 +246,7 @@ def test_refuses_a_split_whose_parts_have_different_lengths(
             detectors,
             split,
             model_config,
+            preprocessing_hash=preprocessing_hash((16, 16)),
             directory=tmp_path,
             storage=CentralStorage(tmp_path / "storage"),
         )

@@ -1,3 +1,4 @@
+import io
 import shutil
 import subprocess
 import sys
@@ -6,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.images import preprocessing_hash
+from cv_platform.serving.answer import predict_upload
 from cv_platform.serving.runtime import LoadedModel, load_bundle, load_folder
 from cv_platform.storage import CentralStorage, new_version
-from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, publish_tiny, tiny_images, tiny_metadata
+from cv_platform_tests.tiny_models import IMAGE_SIZE, MODEL_NAME, TinyExport, publish_tiny, tiny_images, tiny_metadata
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 
@@ -179,8 +182,23 @@ def test_metadata_that_do_not_fit_the_model_are_refused(tiny_export: TinyExport)
         load_folder(tiny_export.folder, tiny_metadata(image_size=(8, 8), preprocessing_hash=preprocessing_hash((8, 8))))
 
 
+def test_a_model_of_the_former_preprocessing_is_served_with_its_pixels(tiny_export: TinyExport):
+    former = tiny_metadata(preprocessing_hash=preprocessing_hash(IMAGE_SIZE, version=2))
+    drawing = Image.new("LA", IMAGE_SIZE[::-1], (0, 0))  # Black, and transparent: white for a browser.
+    stream = io.BytesIO()
+    drawing.save(stream, "PNG")
+    seen = {}
+    for name, metadata in (("former", former), ("latest", tiny_metadata())):
+        model = load_folder(tiny_export.folder, metadata)
+        predicted = predict_upload(model, stream.getvalue(), max_pixels=10_000)
+        seen[name] = int(predicted.image.min()), int(predicted.image.max())
+        expected = model.predict(np.full((*IMAGE_SIZE, 3), seen[name][0], dtype=np.uint8))
+        np.testing.assert_array_equal(predicted.prediction.probabilities, expected.probabilities)
+    assert seen == {"former": (0, 0), "latest": (255, 255)}
+
+
 def test_refuses_a_model_of_another_preprocessing(tiny_export: TinyExport):
-    with pytest.raises(CorruptBundleError, match="preprocessing"):
+    with pytest.raises(CorruptBundleError, match=r"version 2 or 3 of the preprocessing.*Train it again"):
         load_folder(tiny_export.folder, tiny_metadata(preprocessing_hash="0" * 16))
 
 

@@ -1,0 +1,248 @@
+"""Decodes images of one format or another to upright RGB, without a word on stderr: a decoder's complaint is returned.
+
+What may be decoded at all is judged before, in `images` and `image_files`; which decoder takes what is `images`' part.
+JPEG goes through libjpeg-turbo (https://gitlab.com/jfolz/simplejpeg), which tells its warnings and can decode to a
+half, a quarter or an eighth; WebP and BMP through OpenCV; the rest through Pillow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngImageFile
+
+from cv_platform.errors import TruncatedImageError, UnsupportedImageError
+from cv_platform.image_files import has_all_png_rows, has_all_scans, has_jpeg_end, no_end
+
+_BAND_PIXELS = 2**18
+_TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
+    2: lambda image: cv2.flip(image, 1),
+    3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
+    4: lambda image: cv2.flip(image, 0),
+    5: cv2.transpose,
+    6: lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda image: cv2.flip(cv2.transpose(image), -1),
+    8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
+"""EXIF's orientation to what undoes it."""
+_DAMAGES = (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, Image.DecompressionBombError)
+_OTHER_BREAKS = (MemoryError, OverflowError, RuntimeError, LookupError, AttributeError, ZeroDivisionError)
+"""A hostile file can break any of Pillow's parsers in its own way."""
+cv2.setLogLevel(1)
+if hasattr(_pillow := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):
+    # libtiff tells stderr of each damaged strip; what Pillow raises says that there is one.
+    _pillow.TIFFSetErrorHandler(None)
+
+
+def decode_jpeg(
+    picture: ImageFile.ImageFile, data: bytes, reduction: int
+) -> tuple[NDArray[np.uint8], str | None] | None:
+    """Decodes a JPEG; what its decoder warns of is told, not raised.
+
+    Args:
+        picture: its header.
+        data: its bytes.
+        reduction: 1, or 2, 4 or 8 for sides that are shorter by as much (rounded up), which is done while decoding.
+
+    Returns:
+        The pixels, and the damage that the decoder went on after. None: it is of a kind that only Pillow may know.
+
+    Raises:
+        TruncatedImageError: the end is missing, and not only the two bytes that mark it.
+    """
+    has_end = has_jpeg_end(data)
+    damage = None
+    if not has_end:
+        data += b"\xff\xd9"
+    try:
+        height_px, width_px, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        if (width_px, height_px) != picture.size:
+            return None
+        options = {
+            "colorspace": "CMYK" if space == "CMYK" else "RGB",
+            "min_height": -(-int(height_px) // reduction),
+            "min_width": -(-int(width_px) // reduction),
+        }
+        try:
+            pixels = simplejpeg.decode_jpeg(data, **options)
+        except ValueError as err:
+            damage = f"its decoder goes on after: {err}"
+            pixels = simplejpeg.decode_jpeg(data, strict=False, **options)
+    except (ValueError, KeyError):  # A KeyError for a rare subsampling.
+        return None
+    if not has_end:
+        if damage or not has_all_scans(data, getattr(picture, "layers", 0)):
+            raise no_end(data, "JPEG")
+        damage = "the two bytes that mark its end are missing; every row decodes"
+    if space == "CMYK":
+        pixels = _cmyk_to_rgb(pixels)
+    return _upright(pixels, lambda: _jpeg_exif(picture)), damage
+
+
+def _jpeg_exif(picture: ImageFile.ImageFile) -> Image.Exif:
+    """Reads EXIF; `getexif` would believe XMP where there is none, which neither OpenCV nor browsers do."""
+    exif = Image.Exif()
+    exif.load(picture.info.get("exif", b""))
+    return exif
+
+
+def _cmyk_to_rgb(cmyk: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Converts as OpenCV does, which decoded JPEG up to version 2 of the preprocessing; the samples are inverted."""
+    rgb = np.empty((*cmyk.shape[:2], 3), dtype=np.uint8)
+    for top, bottom in _bands(*cmyk.shape[:2]):
+        black = cmyk[top:bottom, :, 3:].astype(np.uint16)
+        rgb[top:bottom] = black - ((255 - cmyk[top:bottom, :, :3]) * black >> 8)
+    return rgb
+
+
+def decode_with_opencv(
+    picture: ImageFile.ImageFile, data: bytes, *, reduction: int, keeps_alpha: bool
+) -> NDArray[np.uint8] | None:
+    """Decodes a WebP or BMP; None: OpenCV does not know it.
+
+    Raises:
+        TruncatedImageError: OpenCV refuses it.
+    """
+    # Not as BGR, to be exchanged afterwards: that takes as long again as reading a BMP.
+    flags = cv2.IMREAD_UNCHANGED if keeps_alpha else cv2.IMREAD_COLOR_RGB
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+    except cv2.error as err:  # Its text names files of the machine that OpenCV was built on.
+        raise TruncatedImageError(
+            f"Expected a complete {picture.format}. Received: {len(data)} bytes that its decoder refuses. "
+            "Send the file again."
+        ) from err
+    if pixels is None:
+        return None
+    pixels = np.asarray(pixels, dtype=np.uint8)
+    if keeps_alpha or reduction > 1:
+        bgra = pixels
+        pixels = _banded(
+            bgra.shape[:2],
+            reduction,
+            lambda top, bottom: on_white(bgra[top:bottom, :, [2, 1, 0, 3]]) if keeps_alpha else bgra[top:bottom],
+        )
+    # OpenCV 4.11 turns a JPEG only. Bit 3 of the extended header says that there is EXIF.
+    has_exif = picture.format == "WEBP" and data[12:16] == b"VP8X" and data[20] & 0x08
+    return _upright(pixels, picture.getexif) if has_exif else pixels
+
+
+def decode_with_pillow(
+    picture: ImageFile.ImageFile, data: bytes, *, bits: int, reduction: int, keeps_alpha: bool
+) -> NDArray[np.uint8]:
+    """Decodes anything; stricter, slower. `picture` is the opened `data`, and is changed; `bits` are each sample's.
+
+    Raises:
+        TruncatedImageError, UnsupportedImageError: it does not decode.
+    """
+    with refusals(data):
+        picture.load()
+        if isinstance(picture, PngImageFile) and _lacks_rows(picture, data):
+            raise no_end(data, "PNG")
+        # Here rather than by `_upright`, which would need a third image of that size.
+        with suppress(*_DAMAGES, *_OTHER_BREAKS):
+            ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode in {"I", "F"}:
+            raise UnsupportedImageError(
+                "Expected 8 or 16 bits per sample. Received: an image with 32. Convert it to 8 bits, with the "
+                "range of values that the training images have."
+            )
+        if isinstance(picture, PngImageFile):
+            _scale_transparent_colour(picture, bits)
+        # Band by band: the whole image's conversion, copies and buffers are four more of its size.
+        width_px, height_px = picture.size
+        return _banded(
+            (height_px, width_px),
+            reduction,
+            lambda top, bottom: _to_rgb(picture.crop((0, top, width_px, bottom)), keeps_alpha=keeps_alpha),
+        )
+
+
+def _lacks_rows(picture: PngImageFile, data: bytes) -> bool:
+    """Tells whether the compressed data end before the last row does: Pillow leaves the rest 0, and says nothing."""
+    width_px, height_px = picture.size
+    if not picture.info.get("interlace") and np.asarray(picture.crop((0, height_px - 1, width_px, height_px))).any():
+        return False
+    return not has_all_png_rows(data)
+
+
+def _scale_transparent_colour(picture: PngImageFile, bits: int) -> None:
+    """Gives the colour that a tRNS chunk makes transparent in the 8 bits that Pillow gives the pixels."""
+    colour = picture.info.get("transparency")
+    if picture.mode == "L" and isinstance(colour, int):
+        picture.info["transparency"] = colour * 255 // (2**bits - 1)
+    elif picture.mode == "RGB" and isinstance(colour, tuple) and bits == 16:
+        picture.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _to_rgb(picture: Image.Image, *, keeps_alpha: bool) -> NDArray[np.uint8]:
+    if picture.mode.startswith("I;16"):
+        samples = np.asarray(picture)
+        grey = (samples >> 8).astype(np.uint8)
+        if keeps_alpha and "transparency" in picture.info:
+            grey[samples == picture.info["transparency"]] = 255
+        return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+    if keeps_alpha and picture.has_transparency_data:
+        return on_white(np.asarray(picture.convert("RGBA")))
+    return np.asarray(picture.convert("RGB"))
+
+
+def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lays `(H, W, 4)` uint8 RGBA, alpha not multiplied in, on white: `(H, W, 3)` uint8, rounded."""
+    rgb, alpha = rgba[..., :3], rgba[..., 3:].astype(np.uint16)
+    if alpha.min() == 255:
+        return rgb
+    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _upright(pixels: NDArray[np.uint8], read_exif: Callable[[], Image.Exif]) -> NDArray[np.uint8]:
+    """Turns an image as its EXIF says; broken EXIF says nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            turn = _TURNS.get(read_exif().get(ExifTags.Base.Orientation, 1))
+    except (*_DAMAGES, *_OTHER_BREAKS):
+        return pixels
+    return np.asarray(turn(pixels), dtype=np.uint8) if turn else pixels
+
+
+def _bands(height_px: int, width_px: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """Cuts an image into bands of about a quarter of a megapixel, whose heights (but for the last) are multiples."""
+    rows = max(1, _BAND_PIXELS // (width_px * multiple)) * multiple
+    return [(top, min(top + rows, height_px)) for top in range(0, height_px, rows)]
+
+
+def _banded(shape: tuple[int, ...], reduction: int, band: Callable[[int, int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Puts an image together from bands of RGB, each pixel the mean of `reduction` by `reduction`."""
+    height_px, width_px = shape
+    rgb = np.empty((-(-height_px // reduction), -(-width_px // reduction), 3), dtype=np.uint8)
+    for top, bottom in _bands(height_px, width_px, reduction):
+        pixels = band(top, bottom)
+        if reduction > 1:
+            pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).reduce(reduction))
+        rgb[top // reduction : -(-bottom // reduction)] = pixels
+    return rgb
+
+
+@contextmanager
+def refusals(data: bytes) -> Generator[None]:
+    """Turns whatever Pillow raises for a hostile file into an `ImageError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except _DAMAGES as err:
+        raise TruncatedImageError(
+            f"Expected a complete image. Received: {len(data)} bytes that decode only in part ({err}). Send it again."
+        ) from err
+    except _OTHER_BREAKS as err:
+        raise UnsupportedImageError(f"Expected a readable image. Received: a broken one ({err}).") from err
