@@ -277,7 +277,9 @@ class DeployConfig(Section):
         default="auto",
         description="what runs the exported model; auto: ONNX Runtime where the model converts and answers alike",
     )
-    golden_images: int = Field(default=8, ge=1, le=64, description="test images kept in the bundle for its self-test")
+    golden_images: int = Field(
+        default=8, ge=1, le=64, description="test images of all classes, kept in the bundle for its self-test"
+    )
     confirm_timeout_seconds: float = Field(default=60.0, gt=0.0, le=3600.0)
 
 

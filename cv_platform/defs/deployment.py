@@ -43,12 +43,14 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         """
         from cv_platform.datasets.packing import open_split, require_same_pack
         from cv_platform.deployment.bundle import publish_model
+        from cv_platform.deployment.golden import golden_rows
         from cv_platform.evaluation.report import require_promotion
 
         run = branch.run(context)
         require_promotion(evaluation, version=trained.version)
         require_same_pack(trained.pack, packed)
-        golden = open_split(packed, "test").images[: run.config.deploy.golden_images]
+        test = open_split(packed, "test")
+        golden = test.images[golden_rows(test.targets, run.config.deploy.golden_images)]
         for record in (detectors, reference):
             require_same_version(record, trained.version)
         bundle = publish_model(
