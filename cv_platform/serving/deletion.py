@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from cv_platform.serving.damaged_spools import delete_from_damaged
 from cv_platform.serving.spool_file import SQLITE, open_existing
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def delete_from_spools(directory: Path, prediction_id: UUID) -> bool:
         Whether there was such a prediction.
     """
     removed = [_delete_from_file(path, prediction_id) for path in sorted(directory.glob(f"*{SQLITE}"))]
-    return any(removed)
+    return delete_from_damaged(directory, prediction_id) or any(removed)
 
 
 def _delete_from_file(path: Path, prediction_id: UUID) -> bool:

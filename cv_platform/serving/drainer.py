@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Literal
 
 from cv_platform.database.address import postgres_url
 from cv_platform.errors import SchemaMismatchError, SpoolFullError
+from cv_platform.serving.damaged_spools import put_aside, remove_expired
 from cv_platform.serving.log_limits import LogLimits
 from cv_platform.serving.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
-from cv_platform.serving.spool_file import EXTENSIONS, LOCK, SQLITE
+from cv_platform.serving.spool_file import LOCK, SQLITE
 
 if TYPE_CHECKING:
     from cv_platform.serving.log_database import LogDatabase
@@ -197,7 +198,7 @@ class Drainer:
             self._state = "ok", None
         has_more = self._drain_batch(database, self._spool)
         for orphan in tuple(self._adopted):
-            with self._damage_put_aside(orphan):
+            with self._damageput_aside(orphan):
                 if self._drain_batch(database, orphan):
                     has_more = True
                 else:
@@ -292,7 +293,7 @@ class Drainer:
             return False
         image_bytes = min(_BATCH_IMAGE_BYTES, self._limits.max_bytes // 20)
         for spool in (*self._adopted, self._spool):
-            with self._damage_put_aside(spool):
+            with self._damageput_aside(spool):
                 rows, are_all = spool.read_batch(_BATCH_ROWS, image_bytes)
                 self._let_go(spool, rows)
                 if are_all and spool is not self._spool:
@@ -333,10 +334,12 @@ class Drainer:
             if orphan is None:
                 break
             self._adopted.append(orphan)
-            with self._damage_put_aside(orphan):
+            with self._damageput_aside(orphan):
                 if not orphan.depth() and not orphan.rejected_count():
                     self._release(orphan)
         self._known_unusable = unusable
+        remove_expired(self._spool.path.parent, self._limits.keep_days)
+        self._spool.forget_rejected(self._limits.keep_days)
         self._next_adoption = time.monotonic() + _IDLE_SECONDS
 
     def _release(self, orphan: Spool) -> None:
@@ -345,7 +348,7 @@ class Drainer:
         orphan.close()
 
     @contextlib.contextmanager
-    def _damage_put_aside(self, spool: Spool) -> Generator[None]:
+    def _damageput_aside(self, spool: Spool) -> Generator[None]:
         try:
             yield
         except sqlite3.OperationalError:
@@ -355,7 +358,7 @@ class Drainer:
                 raise
             self._adopted.remove(spool)
             spool.close()
-            _put_aside(spool.path, err)
+            put_aside(spool.path, err)
 
 
 def _adopt_orphan(directory: Path, unusable: set[str], known: set[str]) -> Spool | None:
@@ -372,7 +375,7 @@ def _adopt_orphan(directory: Path, unusable: set[str], known: set[str]) -> Spool
         try:
             spool = Spool.adopt(path)
         except sqlite3.DatabaseError as err:
-            _put_aside(path, err)
+            put_aside(path, err)
             continue
         except SpoolFullError as err:
             if name not in known:
@@ -383,12 +386,3 @@ def _adopt_orphan(directory: Path, unusable: set[str], known: set[str]) -> Spool
             logger.info("Taking over the spool of a replica that is gone: %s", path.name)
             return spool
     return None
-
-
-def _put_aside(path: Path, err: sqlite3.DatabaseError) -> None:
-    """Renames a damaged spool, so that it is there for a person and in nobody's way."""
-    logger.error("%s is damaged and is put aside: %s", path, err)
-    for extension in EXTENSIONS:
-        damaged = path.with_name(path.name + extension)
-        if damaged.exists():
-            damaged.rename(path.with_name(f"{path.stem}.damaged{extension}"))

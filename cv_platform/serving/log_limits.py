@@ -25,6 +25,7 @@ class LogLimits:
         max_bytes: of entries that wait in its spool, from which it takes no more.
         reserve_bytes: of the disk that it leaves free.
         archive: folder that the oldest entries go to where there is no database to take them; None: they are dropped.
+        keep_days: how long what the database refused, and damaged files, are kept; None: for ever.
         may_have_database: asked when there is no database now; says whether one may still come, so that nothing may be
             dropped.
     """
@@ -32,6 +33,7 @@ class LogLimits:
     max_bytes: int = 10_000_000_000
     reserve_bytes: int = LEAST_RESERVE_BYTES
     archive: Path | None = None
+    keep_days: int | None = None
     may_have_database: Callable[[], bool] = _one_may_come
 
     @classmethod
@@ -42,5 +44,9 @@ class LogLimits:
             max_bytes=settings.spool_max_bytes,
             reserve_bytes=max(settings.spare_disk_bytes, LEAST_RESERVE_BYTES),
             archive=settings.spool_archive,
+            # Both hold uploads.
+            keep_days=min(
+                (days for days in (settings.log_retention_days, settings.image_retention_days) if days), default=None
+            ),
             may_have_database=lambda: settings.database_url is not None or embedded.exists(),
         )

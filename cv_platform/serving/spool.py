@@ -360,6 +360,18 @@ class Spool:
         with self._reader() as connection:
             return int(connection.execute("SELECT count(*) FROM rejected").fetchone()[0])
 
+    def forget_rejected(self, keep_days: int | None) -> None:
+        """Deletes entries that the database refused more than `keep_days` ago; None: none."""
+        if keep_days is None:
+            return
+        before = time.time() - keep_days * 86_400
+        with self._reader() as connection:
+            query = "SELECT EXISTS (SELECT 1 FROM rejected WHERE rejected_on < ?)"
+            has_old = connection.execute(query, (before,)).fetchone()[0]
+        if has_old:
+            delete = "DELETE FROM rejected WHERE rejected_on < ?"
+            self._wait_for(self._writer.submit(lambda writing: writing.execute(delete, (before,))))
+
     def take_rejected(self, other: Spool) -> None:
         """Moves another spool's rejected entries here; after a crash in between, doing it again changes nothing."""
         if not other.rejected_count():
