@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from cv_platform import disk_space
+from cv_platform.datasets.source_tree import MAX_DEPTH
 from cv_platform.errors import InvalidDatasetError
 
 MAX_UNPACKED_BYTES = 500 * 10**9
@@ -24,8 +25,17 @@ _ZIP_ENCODINGS = ("gbk", "cp932", "big5", "cp949", "cp1251", "cp437")
 
 
 def is_archive(path: Path) -> bool:
-    """Tells from the content whether `path` is a tar (also compressed) or zip file."""
-    return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+    """Tells from the content whether `path` is a tar (also compressed) or zip file.
+
+    Raises:
+        InvalidDatasetError: it cannot be read.
+    """
+    try:
+        return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+    except OSError as err:
+        raise InvalidDatasetError(
+            f"Expected an archive that can be read. Received: {path} ({err.strerror}). Correct its rights."
+        ) from err
 
 
 def unpack(archive: Path, into: Path, *, encoding: str | None = None, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
@@ -69,6 +79,11 @@ def unpack(archive: Path, into: Path, *, encoding: str | None = None, max_bytes:
 
 def _target(archive: Path, into: Path, name: str) -> Path:
     path = PurePosixPath(name)
+    if len(path.parts) > MAX_DEPTH:
+        raise InvalidDatasetError(
+            f"Expected at most {MAX_DEPTH} folders in each other in {archive}. Received: {name[:100]!r}… with "
+            f"{len(path.parts)}. Unpack it yourself, and import the folder of the images."
+        )
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
         raise InvalidDatasetError(
             f"Expected only paths inside the archive. Received: {name!r} in {archive}, which leads out of it. "

@@ -177,3 +177,18 @@ def test_says_when_names_are_not_in_the_encoding_given(tmp_path: Path, into: Pat
 def test_refuses_names_that_are_not_the_utf_8_they_say(tmp_path: Path, into: Path) -> None:
     with pytest.raises(InvalidDatasetError, match="Pack it again"):
         unpack(zip_with(tmp_path / "a.zip", "狗/1.png".encode("gbk"), flags=0x800), into)
+
+
+def test_refuses_folders_without_end(tmp_path: Path, into: Path) -> None:
+    with pytest.raises(InvalidDatasetError, match="at most 64 folders"):
+        unpack(zip_with(tmp_path / "a.zip", b"a/" * 2000 + b"1.png"), into)
+
+
+def test_names_an_archive_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:  # The rights of a file mean nothing to root, who runs the tests in containers.
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.tar").touch()
+    monkeypatch.setattr(tarfile, "is_tarfile", refuse)
+    with pytest.raises(InvalidDatasetError, match=r"a\.tar \(Permission denied\)\. Correct its rights"):
+        is_archive(tmp_path / "a.tar")
