@@ -83,9 +83,14 @@ def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """Yields a path beside `target`, of its kind; what the block writes there becomes `target`, synced, in one step."""
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}{''.join(target.suffixes)}")
+def whole_file(target: Path, *, suffix: str = "") -> Iterator[Path]:
+    """Yields a path beside `target`; what the block writes there becomes `target`, synced, in one step.
+
+    Args:
+        target: the file; its folder exists.
+        suffix: that the path must have for its writer. None by default: who looks for such files finds no half one.
+    """
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}{suffix}")
     try:
         yield partial
         with partial.open("rb") as file:

@@ -178,7 +178,8 @@ def _mend_share_panel(workspace: Any, project_id: Any) -> None:
     dashboard.panels = [*(each for each in dashboard.panels if each.id not in gone), panel]
     for tab in dashboard.tabs:
         tab.panels = [each for each in tab.panels if each not in gone]
-    dashboard.tabs[0].panels.append(panel.id)
+    for tab in dashboard.tabs[:1]:  # Somebody may have removed it.
+        tab.panels.append(panel.id)
     workspace.save_dashboard(project_id, dashboard)
 
 

@@ -167,7 +167,7 @@ class TrainingMonitor:
 
     def _save(self, epoch: int, history: dict[str, list[float]], *, seconds: float) -> None:
         before, last = self.state, f"epoch-{epoch + 1:05d}.weights.h5"
-        with whole_file(self.folder / last) as partial:
+        with whole_file(self.folder / last, suffix=".weights.h5") as partial:
             self.model.save_weights(partial)
         state = TrainingState(
             epochs_done=epoch + 1,

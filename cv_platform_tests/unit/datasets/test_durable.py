@@ -35,9 +35,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_a_file_is_on_the_disk_before_its_name_and_keeps_its_suffix(tmp_path: Path, events: list[str]) -> None:
-    with whole_file(tmp_path / "a.weights.h5") as partial:
-        assert partial.name.endswith(".weights.h5")
+@pytest.mark.parametrize("suffix", ["", ".weights.h5"])
+def test_a_file_is_on_the_disk_before_its_name(tmp_path: Path, events: list[str], suffix: str) -> None:
+    with whole_file(tmp_path / "a.weights.h5", suffix=suffix) as partial:
+        assert partial.name.endswith(".weights.h5") == bool(suffix)
         partial.write_text("x")
     assert events == ["sync a.weights.h5", "name a.weights.h5", f"sync {tmp_path.name}"]
     assert [path.name for path in tmp_path.iterdir()] == ["a.weights.h5"]
