@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cv_platform.errors import ConfigError
+from cv_platform.loopback import is_loopback
 from cv_platform.maintenance.moved_home import LOCATION, settle_home, write_location
 from cv_platform.settings import Settings, process_environment
 
@@ -42,6 +44,12 @@ def platform_environment(settings: Settings, *, database_url: str | None = None)
     # The service cannot tell by itself: a Bento elsewhere has the same defaults, and no MLflow beside it.
     if settings.mlflow_tracking_uri.startswith("sqlite:"):
         environment["MLFLOW_PUBLIC_URL"] = settings.mlflow_pages
+    if not is_loopback(settings.mlflow_pages):
+        # Behind a proxy MLflow's server gets requests for that name, which it refuses unless it was told.
+        page = urlsplit(settings.mlflow_pages)
+        hosts = f"{page.hostname},{page.hostname}:*,localhost:*,127.0.0.1:*"
+        environment.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", hosts)
+        environment.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", f"{page.scheme}://{page.netloc}")
     url = database_url or (settings.database_url.get_secret_value() if settings.database_url else None)
     if url:
         environment["DATABASE_URL"] = url

@@ -58,7 +58,7 @@ def programs(settings: Settings) -> list[Program]:
         Program(
             "dagster",
             (
-                *(str(Path(python).with_name("dagster-webserver")), "-w", str(REPOSITORY / "workspace.yaml")),
+                *(python, "-m", "dagster_webserver", "-w", str(REPOSITORY / "workspace.yaml")),
                 *("--host", host, "--port", str(settings.dagster_port)),
             ),
             settings.dagster_port,
@@ -70,7 +70,7 @@ def programs(settings: Settings) -> list[Program]:
         ),
         Program(
             "dagster-daemon",
-            (str(Path(python).with_name("dagster-daemon")), "run", "-w", str(REPOSITORY / "workspace.yaml")),
+            (python, "-m", "dagster._daemon", "run", "-w", str(REPOSITORY / "workspace.yaml")),
             None,
             None,
             stop_signal="INT",

@@ -135,7 +135,6 @@ def _write_configuration(settings: Settings, stack: list[Program]) -> Path:
         leftovers = "keep" if program.has_lasting_children else "end"
         wrapper = (sys.executable, "-m", "cv_platform.stack.run_program", str(settings.home), program.name, leftovers)
         command = shlex.join(program.command if program.name == "postgres" else (*wrapper, *program.command))
-        command = command.replace("%", "%%")
         lines += [
             "",
             f"[program:{program.name}]",
@@ -150,20 +149,27 @@ def _write_configuration(settings: Settings, stack: list[Program]) -> Path:
             f"stopasgroup={'false' if program.name == 'postgres' else 'true'}",
             f"killasgroup={'false' if program.name == 'postgres' else 'true'}",
             "redirect_stderr=true",
-            f"stdout_logfile={logs / (program.name + '.log')}",
+            # supervisor 4.3 fills this one in twice: https://github.com/Supervisor/supervisor/blob/4.3.0/supervisor/options.py#L976
+            f"stdout_logfile={logs / (program.name + '.log')}".replace("%", "%%"),
             "stdout_logfile_maxbytes=20MB",
             "stdout_logfile_backups=3",
         ]
     path = run / "supervisord.conf"
     path.touch(mode=0o600)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if comments := [line for line in lines if " ;" in line or " #" in line]:
+        raise ServiceError(
+            "Expected no ' ;' or ' #' in the names of the checkout's folder and of CV_HOME, where a comment of "
+            f"supervisord begins. Received: {comments[0]}. Rename the folder, or set CV_HOME to another."
+        )
+    # supervisord fills in what follows a % in any value, and folders' names may hold one.
+    path.write_text("\n".join(lines).replace("%", "%%") + "\n", encoding="utf-8")
     return path
 
 
 def _socket_path(home: Path) -> Path:
     """Returns a socket path below the system's limit of about 107 bytes, in a private folder."""
     path = home / "run" / "supervisor.sock"
-    if len(str(path)) <= 90:
+    if len(os.fsencode(path)) <= 90:
         return path
     digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"cv-platform-{os.getuid()}-{digest}"

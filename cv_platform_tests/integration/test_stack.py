@@ -1,4 +1,7 @@
-"""`make up` for real: everything answers, what is killed comes back, and `make down` leaves nothing behind."""
+"""`make up` for real: everything answers, what is killed comes back, and `make down` leaves nothing behind.
+
+Its home has an odd name, and the environment names a proxy that leads nowhere.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,25 @@ from cv_platform.stack.leftovers import leftover_pids, program_mark
 from cv_platform.stack.programs import programs
 from cv_platform.stack.supervisor import control
 from cv_platform_tests.integration.demo_run import cli
+from cv_platform_tests.proxies import Counted, counting_server, proxy_variables
 
 pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def variables() -> Iterator[dict[str, str]]:
+def proxy() -> Iterator[Counted]:
+    with counting_server(status=502) as counted:
+        yield counted
+
+
+@pytest.fixture(scope="module")
+def variables(proxy: Counted) -> Iterator[dict[str, str]]:
     # Not below pytest's own folder, which is closed to the unprivileged user that runs PostgreSQL for root.
-    home = Path(tempfile.mkdtemp(prefix="cv-stack-"))
+    home = Path(tempfile.mkdtemp(prefix="cv-stack 100% é "))
     home.chmod(0o711)
     names = ("CV_SERVICE_PORT", "CV_DAGSTER_PORT", "CV_MLFLOW_PORT", "CV_EVIDENTLY_PORT")
     variables = {"CV_HOME": str(home), "CV_SERVICE_WORKERS": "1", **{name: str(free_port()) for name in names}}
+    variables |= {**proxy_variables(proxy.url), "NO_PROXY": "", "no_proxy": ""}
     started = cli(variables, "up")
     try:
         assert started.returncode == 0, started.stdout + started.stderr
@@ -125,3 +136,7 @@ def test_down_leaves_no_process_and_no_port(variables: dict[str, str], settings:
         assert program.port is None or not is_taken(program.port)
     assert running_database_url(settings) is None
     assert "Not running" in cli(variables, "status").stdout
+
+
+def test_nothing_of_all_that_reached_a_proxy(proxy: Counted) -> None:
+    assert proxy.asked == []

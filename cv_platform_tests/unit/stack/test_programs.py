@@ -66,6 +66,31 @@ def test_the_service_knows_where_its_training_runs_are_shown(
     assert Settings.from_environment(environment).mlflow_public_url == address
 
 
+@pytest.mark.parametrize(
+    ("public_url", "hosts", "origins"),
+    [
+        (None, None, None),
+        ("http://localhost:9999", None, None),
+        (
+            "https://vision.example.org:5050/mlflow",
+            "vision.example.org,vision.example.org:*,localhost:*,127.0.0.1:*",
+            "https://vision.example.org:5050",
+        ),
+    ],
+)
+def test_mlflow_answers_to_the_name_by_which_people_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, public_url: str | None, hosts: str | None, origins: str | None
+) -> None:
+    for name in ("MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"MLFLOW_PUBLIC_URL": public_url} if public_url else {}
+    environment = platform_environment(settings(tmp_path, **given))
+    assert environment.get("MLFLOW_SERVER_ALLOWED_HOSTS") == hosts
+    assert environment.get("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS") == origins
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine")
+    assert platform_environment(settings(tmp_path, **given))["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine"
+
+
 def test_postgres_is_stopped_by_its_fast_shutdown(tmp_path: Path) -> None:
     postgres = programs(settings(tmp_path))[0]
     assert postgres.stop_signal == "INT"

@@ -1,0 +1,62 @@
+"""What supervisord reads of the configuration that is written for it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from pathlib import Path
+
+import pytest
+from supervisor.options import ClientOptions, ServerOptions
+
+from cv_platform.errors import ServiceError
+from cv_platform.settings import Settings
+from cv_platform.stack.environment import prepare_home
+from cv_platform.stack.programs import programs
+from cv_platform.stack.supervisor import _write_configuration
+
+
+def written(home: Path) -> Path:
+    settings = Settings.from_environment({"CV_HOME": str(home)})
+    prepare_home(settings)
+    return _write_configuration(settings, programs(settings))
+
+
+@pytest.mark.parametrize("name", ["home", "100% é dir", "%(here)s", "a'b", "50%%"])
+def test_supervisord_reads_folders_with_odd_names_as_they_are(tmp_path: Path, name: str) -> None:
+    home = tmp_path / name
+    configuration = written(home)
+    options = ServerOptions()
+    options.realize(["-c", str(configuration), "-n"])
+    assert options.logfile == str(home / "logs" / "supervisord.log")
+    assert options.pidfile == str(home / "run" / "supervisord.pid")
+    processes = [process for group in options.process_group_configs for process in group.process_configs]
+    assert {process.name: process.stdout_logfile for process in processes} == {
+        program.name: str(home / "logs" / f"{program.name}.log")
+        for program in programs(Settings.from_environment({"CV_HOME": str(home)}))
+    }
+    (mlflow,) = (process for process in processes if process.name == "mlflow")
+    assert str(home / "mlflow" / "artifacts") in shlex.split(mlflow.command)
+    client = ClientOptions()
+    client.realize(["-c", str(configuration), "status"])
+    assert client.serverurl == f"unix://{options.server_configs[0]['file']}"
+
+
+@pytest.mark.parametrize("name", ["my #1 project", "a ;b"])
+def test_a_folder_whose_name_begins_a_comment_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ServiceError, match="Expected no ' ;' or ' #'"):
+        written(tmp_path / name)
+
+
+def test_a_long_name_gets_a_socket_that_the_system_takes() -> None:
+    """Letters of two bytes each: 88 characters, which would do, and more than 107 bytes, which do not."""
+    with tempfile.TemporaryDirectory(prefix="cv-", dir="/tmp") as folder:  # Pytest's own name is too long.
+        home = Path(folder) / ("é" * (87 - len(f"{folder}/run/supervisor.sock")))
+        assert len(str(home / "run" / "supervisor.sock")) == 88
+        assert len(os.fsencode(home / "run" / "supervisor.sock")) > 107
+        options = ServerOptions()
+        options.realize(["-c", str(written(home)), "-n"])
+        socket = Path(options.server_configs[0]["file"])
+        assert len(os.fsencode(socket)) <= 107
+        socket.parent.rmdir()  # Not below the home.
