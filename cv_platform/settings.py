@@ -60,6 +60,11 @@ class Settings(BaseModel):
     )
     max_upload_bytes: int = Field(default=10_000_000, ge=1024, description="CV_MAX_UPLOAD_BYTES")
     max_upload_pixels: int = Field(default=40_000_000, ge=64, description="CV_MAX_UPLOAD_PIXELS")
+    request_memory_bytes: int | None = Field(
+        default=None,
+        ge=2**24,
+        description="CV_REQUEST_MEMORY_BYTES of a worker's uploads and decoded images; none: from the memory there is",
+    )
     max_batch_files: int = Field(default=32, ge=1, le=256, description="CV_MAX_BATCH_FILES: of one POST /predict/batch")
     predict_threads: int | None = Field(
         default=None, ge=1, le=256, description="CV_PREDICT_THREADS of each worker; none: the cores' share"
@@ -225,6 +230,7 @@ _PLAIN_VARIABLES = {
     "postgres_port": "CV_POSTGRES_PORT",
     "max_upload_bytes": "CV_MAX_UPLOAD_BYTES",
     "max_upload_pixels": "CV_MAX_UPLOAD_PIXELS",
+    "request_memory_bytes": "CV_REQUEST_MEMORY_BYTES",
     "max_batch_files": "CV_MAX_BATCH_FILES",
     "predict_threads": "CV_PREDICT_THREADS",
     "predict_timeout_seconds": "CV_PREDICT_TIMEOUT_SECONDS",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from cv_platform.errors import SpoolFullError
@@ -12,6 +13,7 @@ from cv_platform.serving.limits import Gate, ServingLimits, overloaded
 from cv_platform.serving.observation import note_stage
 from cv_platform.serving.problems import try_later
 from cv_platform.serving.rate_limit import RateLimiter
+from cv_platform.serving.request_memory import RequestMemory
 from cv_platform.serving.worker_threads import WorkerThreads
 
 HANGING_TIMEOUTS = 4
@@ -27,13 +29,15 @@ class Admission:
         uploads: bodies being received.
         small_bodies: requests with any other body.
         in_flight: predictions running or waiting for a thread.
+        memory: of the uploads, and of the images that are decoded.
     """
 
-    def __init__(self, limits: ServingLimits) -> None:
+    def __init__(self, limits: ServingLimits, memory: RequestMemory) -> None:
         self.limits = limits
         self.uploads = Gate(limits.max_uploads)
         self.small_bodies = Gate(limits.max_small_bodies)
         self.in_flight = Gate(limits.max_in_flight)
+        self.memory = memory
         self._predict_pool: WorkerThreads | None = None
         self._rate_limiter: RateLimiter | None = None
 
@@ -83,7 +87,7 @@ class Admission:
     async def compute(self, work: Callable[[], _T]) -> _T:
         """Runs `work` in one of the threads that predict, and returns what it returns.
 
-        Everything that decodes an image goes through here, so that its memory and CPU are bounded. Its place is held
+        Everything that decodes an image goes through here, and takes its memory by `decoding`. Its place is held
         until its thread is free, even when the answer is a 504: abandoned work still costs.
 
         Raises:
@@ -120,6 +124,10 @@ class Admission:
                 f"The answer was not ready after {seconds:g} s. Try again later.",
                 expected=f"an answer within {seconds:g} s",
             ) from err
+
+    def decoding(self, data: bytes) -> AbstractContextManager[None]:
+        """Takes the memory that decoding an image needs, see `RequestMemory.decoding`."""
+        return self.memory.decoding(data, seconds=self.limits.predict_seconds)
 
     def is_stuck(self) -> bool:
         """Says whether every thread that predicts is at work that its client was told 504 about."""

@@ -26,6 +26,7 @@ from cv_platform.serving.metrics import ServingMetrics, SwapOutcome
 from cv_platform.serving.promotion import PROMOTION_LOCK
 from cv_platform.serving.rate_limit import RateLimiter
 from cv_platform.serving.refusal_bounds import RefusalBounds
+from cv_platform.serving.request_memory import RequestMemory
 from cv_platform.serving.runtime import LoadedModel
 from cv_platform.serving.security import Guard
 from cv_platform.serving.tracing import Tracing
@@ -92,7 +93,13 @@ class ServingContext(Admission, WorkerLog):
         models: ModelSource | None = None,
         metrics: ServingMetrics | None = None,
     ) -> None:
-        Admission.__init__(self, limits or ServingLimits.of(settings))
+        limits = limits or ServingLimits.of(settings)
+        memory = RequestMemory(
+            limits.memory_bytes,
+            max_upload_bytes=settings.max_upload_bytes,
+            max_pixels=settings.max_upload_pixels,
+        )
+        Admission.__init__(self, limits, memory)
         WorkerLog.__init__(self, settings, metrics)
         self.cache = settings.home / "cache"
         self.storage = CentralStorage(settings.storage_url)
@@ -238,6 +245,7 @@ class ServingContext(Admission, WorkerLog):
         self.metrics.storage_is(reachable=self.models.status().get("storage_error") is None)
         for name, gate in (("predictions", self.in_flight), ("uploads", self.uploads), ("bodies", self.small_bodies)):
             self.metrics.places_are(name, gate.inside, gate.limit)
+        self.metrics.memory_is(self.memory.taken_bytes, self.memory.limit_bytes)
 
     def _note_swap(self, outcome: SwapOutcome, seconds: float, model: LoadedModel | None) -> None:
         self.metrics.swap_ended(outcome, seconds)

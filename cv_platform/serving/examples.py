@@ -17,7 +17,8 @@ API_DESCRIPTION = (
     "`request_id`. Send X-Request-Id to choose that id yourself."
 )
 PREDICT_DESCRIPTION = (
-    "One image in the multipart field `file`: JPEG, PNG, WebP, BMP, TIFF or GIF (first frame). "
+    "One image in the multipart field `file`, or as the body itself with a Content-Type of `image/…`: JPEG, PNG, WebP, "
+    "BMP, TIFF or GIF (first frame). "
     "The answer's pictures are base64 without a prefix; `explain` chooses their format, a small matrix (`cam`) in "
     "their place, or nothing.\n"
     "With status 200 the request is in the log for good."

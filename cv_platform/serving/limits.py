@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.serving.cores import available_cores, share_cores
+from cv_platform.serving.memory import available_memory_bytes
 from cv_platform.serving.problems import Problem, problem_response, try_later
 from cv_platform.settings import Settings
 
@@ -35,6 +36,7 @@ SHRINK_IMAGE = "Shrink or recompress the image."
 PROMOTION_SECONDS = 100.0
 """Longest wait for a model to be fetched and load-tested."""
 _WAITING_PER_THREAD = 16
+_MEMORY_EIGHTHS = 5
 _APPEND_ALLOWANCE_SECONDS = 30.0
 
 
@@ -52,6 +54,7 @@ class ServingLimits:
         upload_seconds: longest time for receiving an upload; beyond, 408.
         small_body_seconds: longest time for receiving any other body; beyond, 408.
         predict_seconds: longest time for a prediction; beyond, 504.
+        memory_bytes: of uploads and decoded images together, see `request_memory`; beyond, 429.
     """
 
     max_in_flight: int = 64
@@ -63,17 +66,20 @@ class ServingLimits:
     upload_seconds: float = 30.0
     small_body_seconds: float = 10.0
     predict_seconds: float = 30.0
+    memory_bytes: int = 2**30
 
     @classmethod
-    def of(cls, settings: Settings, *, cores: int | None = None) -> Self:
+    def of(cls, settings: Settings, *, cores: int | None = None, memory_bytes: int | None = None) -> Self:
         """Returns the limits of each of the installation's workers.
 
         Without a setting of its own a worker computes its share of the cores at the same time, and takes on sixteen
-        predictions for each of its threads beside one full batch.
+        predictions for each of its threads beside one full batch; of the memory all workers' requests get five
+        eighths, as the processes and their models need some themselves.
 
         Args:
             settings: of the installation.
             cores: of this machine; None asks it.
+            memory_bytes: what this process may use; None asks the machine.
         """
         share = share_cores(
             cores or available_cores(), workers=settings.service_workers, predict_threads=settings.predict_threads
@@ -87,6 +93,8 @@ class ServingLimits:
             predict_threads=share.predict_threads,
             model_threads=share.model_threads,
             predict_seconds=settings.predict_timeout_seconds,
+            memory_bytes=settings.request_memory_bytes
+            or (memory_bytes or available_memory_bytes()) * _MEMORY_EIGHTHS // (8 * settings.service_workers),
         )
 
     @property

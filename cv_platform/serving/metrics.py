@@ -103,6 +103,8 @@ class ServingMetrics:
         self._storage_up = gauge("cv_storage_up", "1 while every worker reaches central storage.", mode="livemin")
         self._in_flight = gauge("cv_in_flight", "Places taken, by what they limit.", "limit")
         self._in_flight_limit = gauge("cv_in_flight_limit", "Places there are; beyond, 429.", "limit")
+        self._memory = gauge("cv_request_memory_bytes", "Taken by uploads and decoded images.")
+        self._memory_limit = gauge("cv_request_memory_limit_bytes", "What there is for them; beyond, 429.")
         self._swaps = counter("cv_model_swaps", "Attempts to take up a model, by outcome.", "outcome")
         self._swap_seconds = histogram(
             "cv_model_swap_duration_seconds", "Seconds of such an attempt.", "outcome", buckets=_SWAP_BUCKETS
@@ -219,6 +221,11 @@ class ServingMetrics:
         """Says how many places of a limit are taken, and how many there are."""
         self._in_flight.labels(limit_name).set(taken)
         self._in_flight_limit.labels(limit_name).set(limit)
+
+    def memory_is(self, taken_bytes: int, limit_bytes: int) -> None:
+        """Says how many bytes uploads and decoded images take, and how many there are."""
+        self._memory.set(taken_bytes)
+        self._memory_limit.set(limit_bytes)
 
     def swap_ended(self, outcome: SwapOutcome, seconds: float) -> None:
         """Counts an attempt to take up a model."""

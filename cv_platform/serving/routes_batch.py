@@ -24,13 +24,13 @@ from cv_platform.serving.api_models import BatchResult
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import BATCH_DESCRIPTION, BATCH_EXAMPLE, predict_responses
 from cv_platform.serving.explain import Explain
-from cv_platform.serving.limits import BATCH_UPLOADS, too_large
+from cv_platform.serving.limits import BATCH_UPLOADS
 from cv_platform.serving.log_format import escaped
 from cv_platform.serving.problems import RETRY_SECONDS, Problem, defect, shown_problem, trace_of, try_later
 from cv_platform.serving.refusal_log import log_refusal
 from cv_platform.serving.routes_predict import PREDICT_PATH, answer_and_log, begin
 from cv_platform.serving.runtime import LoadedModel
-from cv_platform.serving.upload_form import EXPLAIN_QUERY, UploadForm, received
+from cv_platform.serving.upload_form import EXPLAIN_QUERY, UploadForm, read_upload, received
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,6 @@ async def _answer_all(
         filename = _filename(upload)
         async with turns:
             try:
-                if (upload.size or 0) > context.settings.max_upload_bytes:
-                    raise too_large(context.settings.max_upload_bytes, f"{upload.size} bytes")
                 if asyncio.get_running_loop().time() > begin_until:
                     raise try_later(
                         504, "Its turn did not come in time. Send it again.", expected="a service with less to do"
@@ -103,7 +101,7 @@ async def _answer_all(
                     context,
                     request,
                     model,
-                    lambda: _read(upload),
+                    lambda: read_upload(upload, context.settings.max_upload_bytes),
                     explain,
                     lambda body: _Item(200, _render({"filename": filename, "status_code": 200, **body})),
                 )
@@ -154,12 +152,6 @@ def _response(items: Sequence[_Item], request_id: str) -> Response:
     head = json.dumps(fields)[:-1].encode()
     content = b"".join((head, b', "results": [', b", ".join(item.json for item in items), b"]}"))
     return Response(content, status_code=status, headers=headers, media_type="application/json")
-
-
-def _read(upload: UploadFile) -> bytes:
-    # The plain file, as this runs in a thread that predicts, where there is no event loop.
-    upload.file.seek(0)
-    return upload.file.read()
 
 
 def _filename(upload: UploadFile) -> str:

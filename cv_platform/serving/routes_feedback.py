@@ -332,8 +332,9 @@ def _result_again(
         try:
             version = metadata and preprocessing_version(metadata.preprocessing_hash, metadata.image_size)
             limit = context.settings.max_upload_pixels
-            image = decode(stored.image, max_pixels=limit, version=version or PREPROCESSING_VERSION)
-            pictures = draw(image, stored.raw_hm, Explain.JPEG)
+            with context.decoding(stored.image):
+                image = decode(stored.image, max_pixels=limit, version=version or PREPROCESSING_VERSION)
+                pictures = draw(image, stored.raw_hm, Explain.JPEG)
             message = BLANK if is_blank(stored.raw_hm) else OK
         except (ImageError, ValueError) as err:
             message = f"The pictures cannot be drawn again: {err}"

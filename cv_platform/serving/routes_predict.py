@@ -2,6 +2,7 @@
 
 The event loop only ever waits. A request holds a place in `uploads` while its body arrives and one in `in_flight` from
 then until its thread is free again, even when its client was told 504 meanwhile: an abandoned prediction still costs.
+Its upload takes memory until it is answered, and its image from its decoding to its answer.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from cv_platform.serving.api_models import PredictionResult
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
 from cv_platform.serving.explain import Explain
-from cv_platform.serving.limits import overloaded, too_large
+from cv_platform.serving.limits import overloaded
 from cv_platform.serving.observation import staged
 from cv_platform.serving.problems import json_response, trace_of, try_later
 from cv_platform.serving.refusal_log import logged_url
 from cv_platform.serving.request_log import BegunEntry
 from cv_platform.serving.runtime import LoadedModel
-from cv_platform.serving.upload_form import EXPLAIN_QUERY, UploadForm, received
+from cv_platform.serving.upload_form import EXPLAIN_QUERY, UploadForm, read_upload, received
 
 PREDICT_PATH = "/predict"
-_FORM = UploadForm(field="file", max_files=1, expected="multipart/form-data with one image in the field 'file'")
+_FORM = UploadForm(
+    field="file",
+    max_files=1,
+    expected="multipart/form-data with one image in the field 'file', or the image itself as image/*",
+)
 
 _T = TypeVar("_T")
 
@@ -49,11 +54,15 @@ def predict_router(context: ServingContext) -> APIRouter:
     ) -> Response:
         model = begin(context, request)
         async with received(context, request, _FORM, explain) as ((upload,), wished):
-            if (upload.size or 0) > context.settings.max_upload_bytes:
-                raise too_large(context.settings.max_upload_bytes, f"{upload.size} bytes")
-            data = await upload.read()
-        context.admit()
-        response = await answer_and_log(context, request, model, lambda: data, wished, json_response)
+            context.admit()
+            response = await answer_and_log(
+                context,
+                request,
+                model,
+                lambda: read_upload(upload, context.settings.max_upload_bytes),
+                wished,
+                json_response,
+            )
         trace_of(request.scope).is_logged = True
         return response
 
@@ -106,20 +115,21 @@ async def answer_and_log(
 
     def work() -> tuple[_T, BegunEntry]:
         data = read()
-        predicted = predict_upload(model, data, max_pixels=context.settings.max_upload_pixels)
-        entry = log_entry(predicted, data, trace, url=url, keep_images=context.settings.log_images)
-        if not claim.acquire(blocking=False):
-            raise TimeoutError("Nobody waits for this answer any more.")
-        # The disk takes the entry while the pictures are drawn: together they need hardly longer than either.
-        begun = context.begin_entry(entry, more_follow=context.has_waiting)
-        message = OK
-        try:
-            body = answer_body(predicted, explain, on_explain_failure=context.metrics.explain_failed)
-            message = body["message"]
-            with staged("encode"):
-                return render(body), begun
-        finally:
-            begun.settle(message, trace.seconds())
+        with context.decoding(data):
+            predicted = predict_upload(model, data, max_pixels=context.settings.max_upload_pixels)
+            entry = log_entry(predicted, data, trace, url=url, keep_images=context.settings.log_images)
+            if not claim.acquire(blocking=False):
+                raise TimeoutError("Nobody waits for this answer any more.")
+            # The disk takes the entry while the pictures are drawn: together they need hardly longer than either.
+            begun = context.begin_entry(entry, more_follow=context.has_waiting)
+            message = OK
+            try:
+                body = answer_body(predicted, explain, on_explain_failure=context.metrics.explain_failed)
+                message = body["message"]
+                with staged("encode"):
+                    return render(body), begun
+            finally:
+                begun.settle(message, trace.seconds())
 
     try:
         rendered, entry = await context.compute_admitted(work)

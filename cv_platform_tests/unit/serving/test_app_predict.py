@@ -256,3 +256,39 @@ def test_refuses_a_decompression_bomb_by_its_header_before_decoding(
     assert decoders == []
     assert spooled(context)[0]["response_status_code"] == 413
     assert spooled_images(context) == []
+
+
+def test_a_part_without_a_file_name_is_the_file(client: Client):
+    """As Node's FormData sends a Buffer, and curl what it reads by `-F 'file=<a.jpg'`."""
+    noise = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    assert len(noise) > 4096  # Of a text, no more is read.
+    for header in (b"", b"Content-Type: image/png\r\n"):
+        body = b'--x\r\nContent-Disposition: form-data; name="file"\r\n' + header + b"\r\n" + noise + b"\r\n--x--\r\n"
+        answer = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=x"})
+        assert answer.status_code == 200
+    nameless = [("files", (None, noise, "image/png"))] * 2
+    assert client.post("/predict/batch", files=nameless).json()["answered"] == 2
+
+
+def test_a_path_in_place_of_a_file_is_called_a_text(client: Client):
+    refused = client.post("/predict", files={"file": (None, "photos/a.jpg")})
+    assert refused.status_code == 422
+    assert "'file' (text)" in refused.json()["message"]
+
+
+def test_a_body_may_be_the_image_itself(client: Client, context: ServingContext):
+    """`curl --data-binary @a.png -H 'Content-Type: image/png'`."""
+    for media_type in ("image/png", "IMAGE/x-anything; q=1"):
+        answer = client.post("/predict?explain=cam", content=REDDISH, headers={"Content-Type": media_type})
+        assert answer.status_code == 200
+        assert answer.json()["prediction"] == {"cat": 0.5, "dog": 0.25, "owl": 0.25}
+        assert answer.json()["cam"] == [[0.519] * 4] * 4
+    assert spooled_images(context) == [REDDISH]
+    for content, status in ((b"", 400), (REDDISH[:90], 400), (b"no image", 415), (bytes(300_000), 413)):
+        refused = client.post("/predict", content=content, headers={"Content-Type": "image/png"})
+        assert refused.status_code == status
+    # Between the form's allowance and the image's: it is read, and refused all the same.
+    refused = client.post("/predict", content=bytes(200_001), headers={"Content-Type": "image/png"})
+    assert (refused.status_code, refused.json()["max_bytes"]) == (413, 200_000)
+    batch = client.post("/predict/batch", content=REDDISH, headers={"Content-Type": "image/png"})
+    assert batch.status_code == 422

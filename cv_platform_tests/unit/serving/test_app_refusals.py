@@ -130,7 +130,7 @@ def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, context: Se
     [
         {},
         {"json": {"file": "abc"}},
-        {"content": IMAGE, "headers": {"Content-Type": "image/png"}},
+        {"content": IMAGE, "headers": {"Content-Type": "application/png"}},
         {"content": b"file=abc", "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
         {"files": {"image": ("a.png", IMAGE)}},
         {"files": {"file": (None, "text, not a file")}},
