@@ -85,7 +85,9 @@ def is_running(settings: Settings) -> bool:
 def control(settings: Settings, *arguments: str) -> str:
     """Runs `supervisorctl` with `arguments` and returns what it prints."""
     configuration = settings.home / "run" / "supervisord.conf"
-    command = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(configuration), *arguments]
+    # Not the socket that the configuration names: the home may have been moved since.
+    server = ("-s", f"unix://{_socket_path(settings.home)}")
+    command = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(configuration), *server, *arguments]
     # `status` exits with 3 when a program is not running, which is an answer and no failure.
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from cv_platform.errors import ServiceError
 from cv_platform.settings import Settings
 from cv_platform.stack.environment import prepare_home
 from cv_platform.stack.programs import programs
-from cv_platform.stack.supervisor import _write_configuration
+from cv_platform.stack.supervisor import _start_supervisor, _write_configuration, is_running, stop_stack
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a short name, as Pytest's own leaves no room for a socket's."""
+    with tempfile.TemporaryDirectory(prefix="cv-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 def written(home: Path) -> Path:
@@ -24,8 +32,8 @@ def written(home: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["home", "100% é dir", "%(here)s", "a'b", "50%%"])
-def test_supervisord_reads_folders_with_odd_names_as_they_are(tmp_path: Path, name: str) -> None:
-    home = tmp_path / name
+def test_supervisord_reads_folders_with_odd_names_as_they_are(short: Path, name: str) -> None:
+    home = short / name
     configuration = written(home)
     options = ServerOptions()
     options.realize(["-c", str(configuration), "-n"])
@@ -49,14 +57,22 @@ def test_a_folder_whose_name_begins_a_comment_is_refused(tmp_path: Path, name: s
         written(tmp_path / name)
 
 
-def test_a_long_name_gets_a_socket_that_the_system_takes() -> None:
+def test_a_long_name_gets_a_socket_that_the_system_takes(monkeypatch: pytest.MonkeyPatch, short: Path) -> None:
     """Letters of two bytes each: 88 characters, which would do, and more than 107 bytes, which do not."""
-    with tempfile.TemporaryDirectory(prefix="cv-", dir="/tmp") as folder:  # Pytest's own name is too long.
-        home = Path(folder) / ("é" * (87 - len(f"{folder}/run/supervisor.sock")))
-        assert len(str(home / "run" / "supervisor.sock")) == 88
-        assert len(os.fsencode(home / "run" / "supervisor.sock")) > 107
-        options = ServerOptions()
-        options.realize(["-c", str(written(home)), "-n"])
-        socket = Path(options.server_configs[0]["file"])
-        assert len(os.fsencode(socket)) <= 107
-        socket.parent.rmdir()  # Not below the home.
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    home = short / ("é" * (87 - len(f"{short}/run/supervisor.sock")))
+    assert len(str(home / "run" / "supervisor.sock")) == 88
+    assert len(os.fsencode(home / "run" / "supervisor.sock")) > 107
+    options = ServerOptions()
+    options.realize(["-c", str(written(home)), "-n"])
+    assert len(os.fsencode(options.server_configs[0]["file"])) <= 107
+
+
+def test_a_home_that_was_moved_while_the_stack_runs_is_stopped_at_its_new_place(short: Path) -> None:
+    old, new = (Settings.from_environment({"CV_HOME": str(short / name)}) for name in ("50% old", "new é"))
+    prepare_home(old)
+    _start_supervisor(old, _write_configuration(old, []), dict(os.environ))
+    old.home.rename(new.home)
+    assert is_running(new)
+    assert stop_stack(new)
+    assert not is_running(new)
