@@ -27,7 +27,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -290,15 +290,32 @@ class CentralStorage:
                 for version in self._folder_names(f"models/{model}")
             }
 
-    def delete_bundle(self, model_name: str, version: str) -> None:
-        """Deletes a version and its reference data: the metadata first, so that no reader ever sees half of it."""
+    def delete_bundle(self, model_name: str, version: str, *, is_wanted: Callable[[], bool] = lambda: False) -> bool:
+        """Deletes a version and its reference data, and returns whether it did.
+
+        The metadata go first, so that no reader ever sees half of it. Then `is_wanted` is asked, and if it is, they
+        come back: a host that promotes the version meanwhile is seen here, or sees that the version is gone.
+        """
         bundle = self._bundle(model_name, version)
+        metadata = f"{bundle}/{model_name}.yaml"
         reference = self._reference(model_name, version).rsplit("/", 1)[0]
         with self._errors(f"delete {model_name} {version}"):
-            self._fs.invalidate_cache()
-            for path in (f"{bundle}/{model_name}.yaml", bundle, reference):
+            text = self._read(metadata)
+            if text is not None:
+                self._fs.rm_file(metadata)
+                is_gone = False
+                try:
+                    is_gone = not is_wanted()
+                finally:
+                    if not is_gone:
+                        self._replace(metadata, text)
+                if not is_gone:
+                    return False
+            for path in (bundle, reference):
+                self._fs.invalidate_cache()
                 if self._fs.exists(path):
                     self._fs.rm(path, recursive=True)
+        return True
 
     def _folder_names(self, relative: str) -> list[str]:
         folder = f"{self._root}/{relative}"

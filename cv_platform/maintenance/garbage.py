@@ -255,8 +255,11 @@ class _Search:
 
 
 def _delete_bundle(storage: CentralStorage, model: str, version: str) -> bool:
-    storage.delete_bundle(model, version)
-    return True
+    def is_served() -> bool:  # By another host's promotion, which no lock of this one keeps out.
+        pointers = [storage.read_pointer(service) for service in storage.service_names()]
+        return any(version in (pointer.version, pointer.previous_version) for pointer in pointers if pointer)
+
+    return storage.delete_bundle(model, version, is_wanted=is_served)
 
 
 def _delete_folder(path: Path, lock_path: Path | None) -> bool:

@@ -202,4 +202,10 @@ class Promoter:
             experiment=metadata.experiment,
         )
         self.storage.swap_pointer(self.service, before, pointer)
+        try:
+            self.storage.read_metadata(pointer.model_name, pointer.version)
+        except BundleNotFoundError:  # Another host has collected it as garbage; see `CentralStorage.delete_bundle`.
+            with suppress(PointerMovedError):
+                self.storage.swap_pointer(self.service, pointer, before)
+            raise
         return Move(before, pointer)

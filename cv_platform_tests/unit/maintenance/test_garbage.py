@@ -171,6 +171,20 @@ def test_a_version_that_was_promoted_after_the_list_was_made_stays(settings: Set
     assert (home / "models" / "tiny" / OTHERS[0]).exists()
 
 
+def test_a_version_that_another_host_promotes_during_the_collection_stays_whole(settings: Settings, home: Path) -> None:
+    items = {item.name: item for item in find(settings).items}
+    storage = CentralStorage(settings.storage_url)
+    before = everything(home / "storage" / "models" / "tiny" / OTHERS[0])
+    storage.swap_pointer("c", None, pointer(OTHERS[0], None))
+    assert not items[f"bundle tiny {OTHERS[0]}"].delete()
+    assert everything(home / "storage" / "models" / "tiny" / OTHERS[0]) == before
+    assert (home / "storage" / "ref_data" / "tiny" / OTHERS[0]).exists()
+    (home / "storage" / "services" / "c" / "production.json").write_text("{")
+    with pytest.raises(StorageError, match="ProductionPointer"):
+        items[f"bundle tiny {OTHERS[0]}"].delete()
+    assert everything(home / "storage" / "models" / "tiny" / OTHERS[0]) == before
+
+
 def test_nothing_is_deleted_while_a_pointer_cannot_be_read(settings: Settings, home: Path) -> None:
     (home / "storage" / "services" / "a" / "production.json").write_text("{")
     with pytest.raises(StorageError, match="ProductionPointer"):

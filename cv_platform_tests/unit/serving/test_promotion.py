@@ -228,3 +228,16 @@ def test_whoever_takes_a_service_during_the_load_test_is_not_replaced_either(
     with pytest.raises(DeploymentError, match="belongs to the experiment cats"):
         promoter(hurried, cache).promote(MODEL_NAME, FIRST, claim=Claim("dogs"))
     assert served(hurried) == (CATS, None)
+
+
+def test_a_version_that_another_host_deletes_after_its_load_test_is_not_promoted(storage: CentralStorage, cache: Path):
+    class Collected(CentralStorage):
+        def swap_pointer(self, service: str, expected: ProductionPointer | None, new: ProductionPointer | None) -> None:
+            if new is not None and new.version == SECOND:
+                storage.delete_bundle(MODEL_NAME, SECOND)
+            super().swap_pointer(service, expected, new)
+
+    move(storage, cache, FIRST)
+    with pytest.raises(BundleNotFoundError, match=SECOND):
+        move(Collected(storage.url), cache, SECOND)
+    assert served(storage) == (FIRST, None)
