@@ -1,12 +1,13 @@
 """Runs the numerical tests again with instruction sets held back, so that one machine stands for several.
 
 `make test-portable`. Rounding differs with the width of the registers and with fused multiply-adds: NumPy, OpenBLAS,
-OpenCV, oneDNN (TensorFlow) and the C library's mathematics each choose their code by the CPU, and each can be told to
-choose an older one's. ONNX Runtime cannot; its answers are compared with those of the others.
+OpenCV, libjpeg-turbo, oneDNN (TensorFlow) and the C library's mathematics each choose their code by the CPU, and each
+can be told to choose an older one's. ONNX Runtime cannot; its answers are compared with those of the others.
 
 https://numpy.org/doc/1.26/reference/simd/build-options.html, https://www.openblas.net,
 https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html,
-https://www.gnu.org/software/libc/manual/html_node/Hardware-Capability-Tunables.html
+https://www.gnu.org/software/libc/manual/html_node/Hardware-Capability-Tunables.html,
+https://github.com/libjpeg-turbo/libjpeg-turbo/blob/main/simd/x86_64/jsimd.c
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def settings() -> dict[str, dict[str, str]]:
     """Returns the environment of each older CPU that this one can stand for, by its name."""
     # Only what NumPy dispatches to and this CPU has: it warns of others.
     found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
-    oldest = {"NPY_DISABLE_CPU_FEATURES": " ".join(found), "TF_ENABLE_ONEDNN_OPTS": "0"}
+    oldest = {"NPY_DISABLE_CPU_FEATURES": " ".join(found), "TF_ENABLE_ONEDNN_OPTS": "0", "JSIMD_FORCENONE": "1"}
     if platform.machine() != "x86_64":
         return {f"the plainest {platform.machine()}": {**oldest, "OPENBLAS_CORETYPE": "ARMV8"}}
     wide = [feature for feature in found if feature.startswith("AVX512")]
