@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from cv_platform.serving.limits import Gate, overloaded
-from cv_platform.serving.problems import try_later
+from cv_platform.serving.problems import Problem, try_later
 from cv_platform.serving.worker_threads import WorkerThreads
 
 _T = TypeVar("_T")
@@ -28,13 +28,24 @@ class BoundedCalls:
         threads: how many at a time.
         seconds: the longest wait of whoever asks.
         places: calls under way or waiting for a thread; beyond, 429. None: eight for each thread.
+        may_succeed: whether what a call has begun may still be done after its time: then nobody is told to come again.
     """
 
-    def __init__(self, what: str, waits_for: str, *, threads: int, seconds: float, places: int | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        waits_for: str,
+        *,
+        threads: int,
+        seconds: float,
+        places: int | None = None,
+        may_succeed: bool = False,
+    ) -> None:
         self.gate = Gate(places or _PLACES_PER_THREAD * threads)
         self.seconds = seconds
         self._what = what
         self._waits_for = waits_for
+        self._may_succeed = may_succeed
         self._threads = WorkerThreads(threads, what)
 
     async def run(self, work: Callable[[], _T], *, seconds: float | None = None) -> _T:
@@ -45,7 +56,8 @@ class BoundedCalls:
             seconds: the longest wait for this one.
 
         Raises:
-            Problem: 429 when too many are under way, 503 when it does not end in time or the service stops.
+            Problem: 429 when too many are under way, 503 when it does not end in time (504 if it may succeed later) or
+                the service stops.
         """
         if not self.gate.enter():
             raise overloaded(self._what, self.gate.limit)
@@ -59,6 +71,13 @@ class BoundedCalls:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job), seconds)
         except TimeoutError as err:
+            if self._may_succeed:
+                raise Problem(
+                    504,
+                    f"No answer after {seconds:g} s: {self._waits_for} takes longer, and may still succeed. "
+                    "Look before you send it again.",
+                    expected=f"an answer of {self._waits_for} within {seconds:g} s",
+                ) from err
             raise try_later(
                 503,
                 f"No answer after {seconds:g} s: {self._waits_for} hangs. Try again later.",

@@ -194,9 +194,10 @@ class ServingContext(Admission, WorkerLog):
         )
         self._promotions = BoundedCalls(
             "updates",
-            "fetching or testing the model, which may still succeed (see /models/current),",
+            "fetching or testing the model (see /models/current)",
             threads=PROMOTION_THREADS,
             seconds=PROMOTION_SECONDS,
+            may_succeed=True,
         )
         if self.settings.rate_limit_per_minute is not None:
             self._rate_limiter = RateLimiter(self.cache / "rate_limits", self.settings.rate_limit_per_minute)

@@ -140,7 +140,7 @@ _REFUSALS = {
     422: "wrong or missing field; the message says what was expected",
     429: "overload, or more images per minute than this client may send; Retry-After says when to come again",
     503: "not this request's fault: no model, full log, database or storage away; Retry-After",
-    504: "the prediction was not ready in time",
+    504: "it was not ready in time; what was begun may still be done",
 }
 _ANYWHERE = (400, 421)
 """Refusals that every route has: of a malformed request, and of a Host that is not the service's."""

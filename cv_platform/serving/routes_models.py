@@ -68,7 +68,19 @@ def models_router(context: ServingContext) -> APIRouter:
         ),
         dependencies=admin,
         responses=responses(
-            MovedPointer, POINTER_EXAMPLE, 401, 403, 404, 408, 409, 413, 422, 429, 503, description="the new pointer"
+            MovedPointer,
+            POINTER_EXAMPLE,
+            401,
+            403,
+            404,
+            408,
+            409,
+            413,
+            422,
+            429,
+            503,
+            504,
+            description="the new pointer",
         ),
     )
     async def update_model(
@@ -97,7 +109,7 @@ def models_router(context: ServingContext) -> APIRouter:
         description="Load-tests what was served before, then moves the pointer back. Twice returns to the start.",
         dependencies=admin,
         responses=responses(
-            MovedPointer, POINTER_EXAMPLE, 401, 403, 404, 408, 409, 413, 429, 503, description="the new pointer"
+            MovedPointer, POINTER_EXAMPLE, 401, 403, 404, 408, 409, 413, 429, 503, 504, description="the new pointer"
         ),
     )
     async def rollback() -> Response:

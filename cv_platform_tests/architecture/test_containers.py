@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 
 from cv_platform.deployment.bento import SHIPPED
 from cv_platform.maintenance.volumes import MOUNTS
+from cv_platform.serving.limits import ServingLimits
 from cv_platform.stack.containers.databases import OWNERS
 from cv_platform.stack.containers.engine import DEFAULTS, RESTORED_VOLUMES
 from cv_platform.stack.containers.engine import ONE_SHOTS as TOLD_ONE_SHOTS
@@ -329,6 +332,49 @@ def test_the_pages_of_profiles_are_theirs() -> None:
     }
     of_profiles = {variables[port]: SERVICES[page].get("profiles") for port, page in pages.items()}
     assert {name: found[0] for name, found in of_profiles.items() if found} == PROFILE_OF_PORT
+
+
+@pytest.mark.parametrize(
+    ("connect_time", "was_sent"),
+    [("", False), ("-", False), ("-, -", False), ("- : -, -", False), ("0.000", True), ("-, 0.001", True),
+     ("0.002, -", True), ("- : 0.000", True)],
+)  # fmt: skip
+def test_nginx_tells_clients_to_come_again_only_when_no_replica_had_their_request(
+    connect_time: str, was_sent: bool
+) -> None:
+    text = (DOCKER / "nginx" / "templates" / "stack.conf.template").read_text()
+    default, pattern = re.findall(
+        r'map \$upstream_connect_time \$stack_was_sent \{\n    default (\d);\n    "~(.+)" "";\n\}', text
+    )[0]
+    assert ("" if re.search(pattern, connect_time) else default) == ("1" if was_sent else "")
+    away, unknown = (
+        re.search(rf"location @{name} \{{\n(.*?)\n    \}}\n", text, re.DOTALL) for name in ("away", "unknown")
+    )
+    assert away is not None
+    assert unknown is not None
+    # What was sent leaves @away before it gets a time to come again.
+    assert re.search(
+        r"error_page 418 = @unknown;\s+if \(\$stack_was_sent\) \{ return 418; \}\s+add_header Retry-After", away[1]
+    )
+    assert "Retry-After" not in unknown[1]
+    assert "return 504" in unknown[1]
+
+
+@pytest.mark.parametrize("predict_seconds", ["0.5", "30", "30.7", "600"])
+def test_nginx_waits_longer_than_the_service_for_each_of_its_time_outs(tmp_path: Path, predict_seconds: str) -> None:
+    assert SERVICES["nginx"]["environment"]["STACK_PREDICT_TIMEOUT_SECONDS"] == "${CV_PREDICT_TIMEOUT_SECONDS:-30}"
+    variables = {
+        "STACK_PREDICT_TIMEOUT_SECONDS": predict_seconds,
+        "STACK_MAX_UPLOAD_BYTES": "10000000",
+        "STATE": str(tmp_path / "state"),
+    }
+    command = ["sh", DOCKER / "nginx" / "upstream.sh", "limits", tmp_path]
+    subprocess.run(command, env={**os.environ, **variables}, check=True, timeout=30)
+    waits = re.fullmatch(r"proxy_read_timeout (\d+)s;\n", (tmp_path / "read_timeout.inc").read_text())
+    assert waits is not None
+    limits = ServingLimits(predict_seconds=float(predict_seconds))
+    assert limits.longest_seconds < int(waits[1]) < limits.longest_seconds + 15
+    assert "include /etc/nginx/conf.d/read_timeout.inc;" in (DOCKER / "nginx" / "service.inc").read_text()
 
 
 def test_every_volume_says_which_format_it_has() -> None:

@@ -9,12 +9,13 @@
 #                until CLOSING_MINUTES after the latest `update`
 #   drain IP     give a replica no new requests, and return when it has answered those it has (or after DRAIN_SECONDS)
 #   undrain IP   it has ended: the next replica may get its address
+#   limits DIR   write what follows from the service's limits (called by start)
 #   renew        read certificate, key and nginx.conf anew, without a failed request
 #
 # A replica gets requests once it has answered /readyz; from then on nginx itself sees whether it answers. While none is
 # ready (no model is deployed yet), all get them, and say so.
 set -eu
-STATE=/tmp/upstream
+STATE=${STATE:-/tmp/upstream}
 PORT=4242
 WATCH_SECONDS=3
 KEEPALIVE_SECONDS=16 # One more than keepalive_timeout in nginx.conf.
@@ -126,6 +127,17 @@ forget() { # Addresses of replicas that are gone: the next replica may get one o
     done
 }
 
+limits() { # The service refuses with advice what is too large or too slow; these are a little above its limits.
+    echo "client_max_body_size $((STACK_MAX_UPLOAD_BYTES + 65536));" >"$1/body_limit.inc"
+    echo "client_max_body_size $((STACK_MAX_UPLOAD_BYTES * 8 + 1048576));" >"$1/batch_limit.inc"
+    # By awk: it may be a fraction of a second. An upload, two predictions for a batch, the log; or an update of the model.
+    awk -v predict="$STACK_PREDICT_TIMEOUT_SECONDS" 'BEGIN {
+        seconds = 60 + 2 * predict
+        if (seconds < 140) seconds = 140
+        printf "proxy_read_timeout %ds;\n", seconds + 10
+    }' >"$1/read_timeout.inc"
+}
+
 watch() {
     while sleep "$WATCH_SECONDS"; do
         date +%s >"$STATE/watched"
@@ -140,15 +152,14 @@ case ${1:-} in
         rm -f "$STATE/closing" "$STATE/none_ready"
         : >"$STATE/drained"
         : >"$STATE/current"
-        # The service refuses what is too large with advice; this is a little above its limits.
-        echo "client_max_body_size $((STACK_MAX_UPLOAD_BYTES + 65536));" >/etc/nginx/conf.d/body_limit.inc
-        echo "client_max_body_size $((STACK_MAX_UPLOAD_BYTES * 8 + 1048576));" >/etc/nginx/conf.d/batch_limit.inc
+        limits /etc/nginx/conf.d
         addresses=$(wanted)
         write "$addresses"
         record "$addresses"
         date +%s >"$STATE/watched"
         watch &
         ;;
+    limits) limits "$2" ;;
     list) cat "$STATE/current" ;;
     update)
         [ ! -e "$STATE/closing" ] || touch "$STATE/closing"
@@ -166,5 +177,5 @@ case ${1:-} in
         (flock 9; closing reload) 9>"$STATE/lock"
         ;;
     undrain) (flock 9; sed -i "/^$2$/d" "$STATE/drained"; update) 9>"$STATE/lock" ;;
-    *) sed -n '2,16p' "$0"; exit 2 ;;
+    *) sed -n '2,17p' "$0"; exit 2 ;;
 esac
