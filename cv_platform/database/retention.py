@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Engine, delete, exists, func, select, text, update
 
-from cv_platform.database.schema import api_log, feedback, images, predictions
+from cv_platform.database.schema import api_log, deletions, feedback, images, predictions
 from cv_platform.errors import DatabaseError
 
 logger = logging.getLogger(__name__)
@@ -182,6 +182,8 @@ def _delete(engine: Engine, limits: Retention, batch_rows: int) -> dict[str, int
             key = (predictions.c.model_name == model_name) & (predictions.c.model_version == version)
             repeat(lambda connection, key=key: _delete_predictions(connection, key, before, batch_rows))
         repeat(lambda connection: _delete_feedback_of_none(connection, before, batch_rows))
+        with engine.begin() as connection:  # What would still arrive of these is too old itself.
+            connection.execute(delete(deletions).where(deletions.c.created_on < before))
     assert limits.images_before_utc is not None
     last = ""
     while True:

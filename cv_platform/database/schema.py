@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """Newest migration. It is written here too because the service checks it without importing Alembic."""
 
 metadata = MetaData(
@@ -107,6 +107,14 @@ feedback = Table(
     _created_on(),
     Index(None, "prediction_id", "created_on"),
     comment="One statement of a prediction's true class; the latest counts, all are kept",
+)
+
+deletions = Table(
+    "deletions",
+    metadata,
+    Column("prediction_id", Uuid, primary_key=True),
+    _created_on(),
+    comment="A prediction that was deleted: what still waits in a spool of it does not arrive",
 )
 
 drift_reports = Table(

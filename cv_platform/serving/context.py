@@ -44,7 +44,7 @@ connections (four); the others go on finding what is in the spool."""
 LOOK_UP_SECONDS = 8.0
 """Longest wait for one: a little longer than the database allows itself for a statement."""
 DELETION_SECONDS = 20.0
-"""Longest wait for a deletion, which may first wait for the spool to reach the database."""
+"""Longest wait for a deletion, which may wait for entries that are being committed."""
 STORAGE_THREADS = 4
 STORAGE_SECONDS = 20.0
 PROMOTION_THREADS = 2

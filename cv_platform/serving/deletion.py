@@ -1,10 +1,11 @@
-"""Deletes one prediction for good, wherever it is: in the database, or in a spool of this host.
+"""Deletes one prediction for good, wherever it is: in the database, or in a spool of this host or another one.
 
 What remains is the row of its request in `api_log`, without the prediction: that somebody asked is not what is deleted.
 An image goes with the last prediction that has it.
 
-Feedback may be on its way to the database, or given meanwhile. What is being written when the spools are searched is in
-the database once `DELETION_LOCK` is had; what is spooled later finds no prediction, and is dropped (`log_tables`).
+The prediction, or what was said of it, may be on its way to the database, wait on a host that nobody can ask, or be
+said only later. What is being written is in the database once `DELETION_LOCK` is had; what is written afterwards finds
+the deletion in the table `deletions`, and is dropped (`log_tables`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 DELETION_LOCK = 0x5DE1E7E
-"""PostgreSQL's advisory lock: a deletion holds it alone, and who writes feedback together with the others who do."""
+"""PostgreSQL's advisory lock: a deletion holds it alone, and who writes entries together with the others who do."""
 _REQUEST_FIELDS = (
     "entry_id",
     "request_method",
@@ -38,7 +39,7 @@ _REQUEST_FIELDS = (
 
 
 def delete_from_database(engine: Engine, prediction_id: UUID) -> bool:
-    """Deletes a prediction, what was said of it, and its image if no other prediction has it.
+    """Deletes a prediction, what was said of it, and its image if no other prediction has it; it never comes again.
 
     Returns:
         Whether there was such a prediction.
@@ -49,12 +50,16 @@ def delete_from_database(engine: Engine, prediction_id: UUID) -> bool:
     """
     # Late: no spool needs them, and a worker is to start soon.
     from sqlalchemy import delete, func, select
+    from sqlalchemy.dialects.postgresql import insert
 
-    from cv_platform.database.schema import feedback, images, predictions
+    from cv_platform.database.migrate import read_revision, require_revision
+    from cv_platform.database.schema import deletions, feedback, images, predictions
 
     with engine.begin() as connection:
+        require_revision(read_revision(connection))
         # By itself: the next statement then sees what those before have committed.
         connection.execute(select(func.pg_advisory_xact_lock(DELETION_LOCK)))
+        connection.execute(insert(deletions).values(prediction_id=prediction_id).on_conflict_do_nothing())
         connection.execute(delete(feedback).where(feedback.c.prediction_id == prediction_id))
         row = connection.execute(
             delete(predictions)
@@ -73,7 +78,7 @@ def delete_from_database(engine: Engine, prediction_id: UUID) -> bool:
 def delete_from_spools(directory: Path, prediction_id: UUID) -> bool:
     """Deletes a prediction from the spools of all replicas in `directory`; their requests stay, to be logged.
 
-    A prediction that is on its way to the database would arrive there afterwards: wait for it, unless nobody drains.
+    One that is on its way to the database is deleted there, before or after this (`delete_from_database`).
 
     Args:
         directory: `$CV_HOME/spool`.

@@ -6,7 +6,6 @@ its thread, so that nobody waits for that.
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
@@ -20,7 +19,6 @@ from cv_platform.database.connection import make_engine, normalise_url, typed_er
 from cv_platform.errors import DatabaseError
 from cv_platform.serving.log_tables import Cursor, check_revision, prepare_session, write_entries
 from cv_platform.serving.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
-from cv_platform.serving.spool_file import may_hold
 
 _STATEMENT_SECONDS = 120.0
 _POISON_CLASSES = frozenset({"21", "22", "23", "54", "P0"})
@@ -70,7 +68,7 @@ class LogDatabase:
         connection = self._connected()
         try:
             with _cursor(connection) as cursor:
-                write_entries(cursor, rows, spool.read_image, functools.partial(may_hold, spool.path.parent))
+                write_entries(cursor, rows, spool.read_image)
             _require_unchanged(connection, spool, rows)  # What was deleted meanwhile must not arrive.
             connection.commit()
         except psycopg2.Error as err:

@@ -99,7 +99,6 @@ class FeedbackEntry:
         prediction_id: which prediction.
         true_class: class name; for multi-label the true class names joined by `|`; or `predictions.NONE_OF_THESE`.
         source: who says so, such as `page` or an API client's name.
-        is_of_known: whether the prediction was there; if it is not when this is drained, it has been deleted.
         created_on: when, with a time zone.
         entry_id: makes writing idempotent.
     """
@@ -107,7 +106,6 @@ class FeedbackEntry:
     prediction_id: UUID
     true_class: str
     source: str
-    is_of_known: bool = False
     created_on: datetime = field(default_factory=lambda: datetime.now(UTC))
     entry_id: UUID = field(default_factory=uuid4)
 
@@ -176,7 +174,6 @@ def encode(entry: LogEntry | FeedbackEntry) -> SpooledEntry:
             "prediction_id": prediction_id,
             "true_class": _clean(entry.true_class),
             "source": _clean(entry.source),
-            "is_of_known": entry.is_of_known,
             "created_on": _utc(entry.created_on),
         }
         return SpooledEntry(str(entry.entry_id), "feedback", prediction_id, _json(record), b"", None)
@@ -231,6 +228,7 @@ def decode(record: str, vectors: bytes) -> dict[str, Any]:
         ValueError: the record is not one that `encode` wrote (KeyError and TypeError mean the same).
     """
     values: dict[str, Any] = json.loads(record)
+    values.pop("is_of_known", None)  # Of feedback that a former release has spooled.
     values["entry_id"] = UUID(values["entry_id"])
     values["created_on"] = datetime.fromisoformat(values["created_on"])
     if values["prediction_id"] is None:

@@ -3,8 +3,8 @@
 A batch goes over by `COPY` into temporary tables and from there by `INSERT … ON CONFLICT DO NOTHING`, so that writing
 it twice is writing it once. The order is that of the foreign keys: images, predictions, api_log.
 
-Feedback has none, as its prediction may come later, from another replica's spool. But what was said of a prediction
-that was there, and is neither here nor in a spool now, came too late for its deletion: it is dropped.
+Feedback has none, as its prediction may come later, from another replica's spool. What comes too late for a deletion is
+dropped: of a prediction that was deleted, only the row of its request is written, and nothing that was said of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sqlalchemy import Engine, Table, select
 
 from cv_platform.database.binary_copy import copy_stream, row_encoder
 from cv_platform.database.migrate import require_revision
-from cv_platform.database.schema import api_log, feedback, images, predictions
+from cv_platform.database.schema import api_log, deletions, feedback, images, predictions
 from cv_platform.serving.deletion import DELETION_LOCK
 from cv_platform.serving.log_entry import FeedbackEntry, StoredPrediction, decode, stored_prediction
 from cv_platform.serving.spool import SpoolRow
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 Cursor = psycopg2.extensions.cursor
 ReadImage = Callable[[str], tuple[bytes, str, str] | None]
-MayBeSpooled = Callable[[UUID], bool]
 
 
 class _Load(NamedTuple):
@@ -82,16 +81,13 @@ def check_revision(cursor: Cursor) -> None:
     require_revision(_first_value(cursor))
 
 
-def write_entries(
-    cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImage, may_be_spooled: MayBeSpooled
-) -> None:
+def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImage) -> None:
     """Writes entries, in the caller's transaction, which has to be rolled back after any error.
 
     Args:
         cursor: of that transaction.
         rows: the entries.
         read_image: returns an upload with its media type and time.
-        may_be_spooled: says whether a prediction may be in a spool of any replica here.
 
     Raises:
         SchemaMismatchError: the database has another revision than this version.
@@ -110,13 +106,20 @@ def write_entries(
         requests.append(values)
         if values["prediction_id"] is not None:
             answered.append(values)
-    if statements:
-        # Before any row is locked: a deletion that has this lock may wait for those.
-        cursor.execute("SELECT pg_advisory_xact_lock_shared(%s)", (DELETION_LOCK,))
+    # Before any row is locked: a deletion that has this lock may wait for those.
+    cursor.execute("SELECT pg_advisory_xact_lock_shared(%s)", (DELETION_LOCK,))
+    deleted = _present(cursor, deletions, {values["prediction_id"] for values in (*answered, *statements)})
+    if deleted:
+        logger.info("What is left of %d deleted predictions is dropped.", len(deleted))
+        statements = [values for values in statements if values["prediction_id"] not in deleted]
+        for values in answered:
+            if values["prediction_id"] in deleted:
+                values["prediction_id"] = None
+        answered = [values for values in answered if values["prediction_id"] is not None]
     _write_images(cursor, {values["image_sha256"] for values in answered} - {None}, read_image)
     _copy(cursor, _PREDICTIONS, answered)
     _copy(cursor, _API_LOG, requests)
-    _copy(cursor, _FEEDBACK, _of_known_predictions(cursor, statements, may_be_spooled))
+    _copy(cursor, _FEEDBACK, statements)
 
 
 def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | None:
@@ -149,27 +152,12 @@ def find_statements(engine: Engine, prediction_id: UUID) -> list[FeedbackEntry]:
         return [FeedbackEntry(**row) for row in connection.execute(query).mappings()]
 
 
-def _of_known_predictions(
-    cursor: Cursor, statements: list[dict[str, Any]], may_be_spooled: MayBeSpooled
-) -> list[dict[str, Any]]:
-    """Returns the statements without those whose prediction has been deleted since they were made."""
-    # Without the mark: looked up in vain, as the database was away, or spooled by a former version.
-    ids: set[UUID] = {values["prediction_id"] for values in statements if values.get("is_of_known")}
-    known = _stored(cursor, ids)
-    known |= {prediction_id for prediction_id in ids - known if may_be_spooled(prediction_id)}
-    # Again: in between, one may have left its spool, which it does only once the database has it.
-    known |= _stored(cursor, ids - known)
-    deleted = ids - known
-    if deleted:
-        logger.info("What was said of %d deleted predictions is dropped.", len(deleted))
-    return [values for values in statements if values["prediction_id"] not in deleted]
-
-
-def _stored(cursor: Cursor, ids: Collection[UUID]) -> set[UUID]:
+def _present(cursor: Cursor, table: Table, ids: Collection[UUID]) -> set[UUID]:
+    """Returns those of the ids that a table has."""
     if not ids:
         return set()
     cursor.execute(
-        "SELECT prediction_id::text FROM predictions WHERE prediction_id = ANY(%s::uuid[])", (list(map(str, ids)),)
+        f"SELECT prediction_id::text FROM {table.name} WHERE prediction_id = ANY(%s::uuid[])", (list(map(str, ids)),)
     )
     return {UUID(prediction_id) for (prediction_id,) in cursor.fetchall()}
 

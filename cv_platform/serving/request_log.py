@@ -8,7 +8,6 @@ is away.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["BegunEntry", "DrainStatus", "FeedbackEntry", "LogEntry", "RequestLog", "StoredPrediction"]
 
 
-_DRAIN_SECONDS = 10.0
-_LOOK_SECONDS = 0.1
 _POOL_SECONDS = 2.0
 """A person waits for what this engine reads: better no answer soon than one that never comes."""
 _STATEMENT_SECONDS = 5.0
@@ -136,33 +133,25 @@ class RequestLog:
     def delete_prediction(self, prediction_id: UUID) -> bool:
         """Deletes a prediction and what was said of it, wherever they are; returns whether there was one.
 
+        What waits on its way to the database, on this host or another one, does not arrive there either.
+
         Raises:
-            DatabaseUnavailableError: the database cannot be asked, which may have it whatever the spools have, or it
-                waits in a long queue on its way there. It is as before; what was said of it may be deleted already.
+            DatabaseUnavailableError: the database cannot be asked, which may have it whatever the spools have: nothing
+                was deleted.
             SchemaMismatchError: as the former.
         """
-        if self._url is not None:
-            if (state := self.status().database) != "ok":
-                raise DatabaseUnavailableError(
-                    f"Expected the request log's database to answer. Received: {state}. Nothing was deleted: "
-                    "try later, and see /health_check for the reason."
-                )
-            # First the wait: an entry leaves a spool only once the database has committed or refused it. Taking it out
-            # of the spool instead would not stop a batch that is being committed. Not for feedback, which may come
-            # without end: what is being committed is deleted from the database, and what comes later is dropped.
-            deadline = time.monotonic() + _DRAIN_SECONDS
-            while find_spooled(self._directory, prediction_id) is not None:
-                if time.monotonic() > deadline:
-                    raise DatabaseUnavailableError(
-                        f"Expected the spool to reach the database within {_DRAIN_SECONDS:g} s. Received: a longer "
-                        "queue. Nothing was deleted; try again later."
-                    )
-                time.sleep(_LOOK_SECONDS)
+        engine = self._reading_engine()
+        is_stored = False
+        if engine is not None:
+            try:
+                # First: what leaves a spool meanwhile is in the database, or finds the deletion there.
+                is_stored = delete_from_database(engine, prediction_id)
+            except DatabaseUnavailableError as err:
+                raise DatabaseUnavailableError(f"{err} Nothing was deleted: try again later.") from err
         removed = [delete_from_spools(folder, prediction_id) for folder in self._folders]
         was_spooled = any(removed)
-        engine = self._reading_engine()
         if engine is not None:
-            return delete_from_database(engine, prediction_id) or was_spooled
+            return is_stored or was_spooled
         if not was_spooled:
             raise DatabaseUnavailableError(
                 "Expected the request log's database. Received: none. Start it, or set DATABASE_URL."

@@ -144,7 +144,6 @@ def feedback_router(context: ServingContext) -> APIRouter:
             prediction_id=prediction_id,
             true_class=said.kept_class,
             source=said.source,
-            is_of_known=stored is not None,
             created_on=trace_of(request.scope).created_on,
         )
         if idempotency_key is not None:
@@ -261,7 +260,8 @@ def _is_repeated(context: ServingContext, statement: FeedbackEntry, key: str) ->
 def _unknown(prediction_id: UUID) -> Problem:
     return Problem(
         404,
-        f"There is no prediction {prediction_id}. It may have been deleted.",
+        f"There is no prediction {prediction_id}. It may have been deleted, or wait on another host, whose log has not "
+        "reached the database yet: then it arrives, unless it is deleted meanwhile.",
         expected="a prediction_id that POST /predict returned",
     )
 

@@ -259,28 +259,6 @@ def find_statements(directory: Path, prediction_id: UUID) -> Iterator[FeedbackEn
         yield from (FeedbackEntry(**decode(record, b"")) for (record,) in records)
 
 
-def may_hold(directory: Path, prediction_id: UUID) -> bool:
-    """Returns whether a prediction is in any replica's spool of this folder, refused by the database or not.
-
-    A spool that is there and cannot be read may have it.
-    """
-    wanted = str(prediction_id)
-    query = (
-        "SELECT EXISTS (SELECT 1 FROM entries WHERE prediction_id = ?1 AND kind = 'request') "
-        "OR EXISTS (SELECT 1 FROM rejected WHERE kind = 'request' AND instr(record, ?1))"
-    )
-    for path in sorted(directory.glob(f"*{SQLITE}")):
-        try:
-            with closing(_connect_to_read(path)) as connection:
-                if connection.execute(query, (wanted,)).fetchone()[0]:
-                    return True
-        except sqlite3.DatabaseError as err:
-            # Otherwise drained and deleted since it was listed, or not yet made.
-            if path.exists() and "no such table" not in str(err):
-                return True
-    return False
-
-
 def open_existing(path: Path) -> sqlite3.Connection:
     """Opens a spool file, whoever owns it, to change it by short transactions that the caller begins and ends."""
     name = f"file:{quote(str(path.absolute()))}?mode=rw"

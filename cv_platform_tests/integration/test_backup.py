@@ -189,6 +189,7 @@ def test_the_backup_says_what_it_holds(used: Used) -> None:
     assert contents.database.rows == {
         "alembic_version": 1,
         "api_log": IN_DATABASE,
+        "deletions": 0,
         "drift_reports": 1,
         "feedback": 0,
         "images": contents.database.rows["images"],

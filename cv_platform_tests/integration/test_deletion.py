@@ -17,8 +17,8 @@ from cv_platform_tests.integration.request_log_steps import WAIT_SECONDS, count,
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
 
-def said_of(prediction_id: UUID, *, is_of_known: bool = True) -> FeedbackEntry:
-    return FeedbackEntry(prediction_id=prediction_id, true_class="four", source="page", is_of_known=is_of_known)
+def said_of(prediction_id: UUID) -> FeedbackEntry:
+    return FeedbackEntry(prediction_id=prediction_id, true_class="four", source="page")
 
 
 def drained(spool: Spool, database_url: str) -> None:
@@ -72,7 +72,7 @@ def test_feedback_that_comes_after_the_deletion_is_dropped(
     unseen = uuid4()
     for prediction_id in (deleted.prediction_id, kept.prediction_id):
         late.append(said_of(prediction_id))
-    late.append(said_of(unseen, is_of_known=False))
+    late.append(said_of(unseen))
     drained(late, database_url)
     assert late.depth() == len(late.rejected()) == 0
     late.close()
@@ -87,7 +87,7 @@ def test_a_deletion_takes_feedback_out_of_the_spools(log: RequestLog, tmp_path: 
     log.append(entry)
     assert log.wait_until_drained(WAIT_SECONDS)
     waiting = Spool(tmp_path / "spool")  # Nobody drains it.
-    waiting.append(said_of(entry.prediction_id, is_of_known=False))
+    waiting.append(said_of(entry.prediction_id))
     assert log.delete_prediction(entry.prediction_id)
     assert waiting.depth() == 0
     waiting.close()
@@ -132,3 +132,39 @@ def test_feedback_that_is_drained_before_its_prediction_is_kept(
     assert (count(engine, "predictions"), count(engine, "feedback")) == (1, 1)
     late.close()
     early.close()
+
+
+def test_what_another_host_still_has_does_not_arrive_after_its_deletion(
+    log: RequestLog, tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    elsewhere = Spool(tmp_path / "another host")  # Cannot be seen from here.
+    deleted, kept = answered(image=b"a face"), answered(image=b"a cat")
+    assert deleted.prediction_id is not None
+    for entry in (deleted, kept):
+        elsewhere.append(entry)
+    elsewhere.append(said_of(deleted.prediction_id))
+    assert not log.delete_prediction(deleted.prediction_id), "there is none here, which a 404 says"
+    drained(elsewhere, database_url)
+    elsewhere.close()
+    with engine.connect() as connection:
+        stored = connection.execute(text("SELECT prediction_id FROM predictions")).scalars().all()
+        uploads = connection.execute(text("SELECT content FROM images")).scalars().all()
+        logged = connection.execute(text("SELECT prediction_id FROM api_log ORDER BY id")).scalars().all()
+    assert stored == [kept.prediction_id]
+    assert [bytes(content) for content in uploads] == [b"a cat"]
+    assert logged == [None, kept.prediction_id], "that somebody asked is not what is deleted"
+    assert count(engine, "feedback") == 0
+
+
+def test_a_queue_that_stands_still_does_not_hold_a_deletion_up(
+    log: RequestLog, tmp_path: Path, database_url: str, engine: Engine
+) -> None:
+    entry = answered(image=b"a face")
+    assert entry.prediction_id is not None
+    stuck = Spool(tmp_path / "spool")  # Another worker's, which drains nothing now.
+    stuck.append(entry)
+    assert log.delete_prediction(entry.prediction_id)
+    assert log.find_prediction(entry.prediction_id) is None
+    drained(stuck, database_url)
+    stuck.close()
+    assert (count(engine, "predictions"), count(engine, "images"), count(engine, "api_log")) == (0, 0, 1)

@@ -113,4 +113,5 @@ def test_feedback_keeps_who_said_what() -> None:
     assert spooled.kind == "feedback"
     assert (values["prediction_id"], values["true_class"], values["source"]) == (UUID(int=7), "fo\ufffdur", "page")
     assert values["entry_id"] == entry.entry_id
-    assert values["is_of_known"] is False
+    of_former_release = '{"is_of_known":true,' + spooled.record[1:]
+    assert decode(of_former_release, spooled.vectors) == values

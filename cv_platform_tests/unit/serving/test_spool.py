@@ -21,7 +21,7 @@ from cv_platform.serving.log_entry import FeedbackEntry, encode
 from cv_platform.serving.log_limits import LogLimits
 from cv_platform.serving.request_log import RequestLog
 from cv_platform.serving.spool import BegunEntry, Spool
-from cv_platform.serving.spool_file import find_spooled, may_hold
+from cv_platform.serving.spool_file import find_spooled
 from cv_platform.stack.http import free_port
 from cv_platform_tests.unit.serving.test_log_entry import answered
 
@@ -252,20 +252,6 @@ def test_the_log_is_long_only_while_the_disk_has_room(spool: Spool, monkeypatch:
         assert log_pages() == 1000
     spool.append(answered())
     assert log_pages() == 4000
-
-
-def test_a_prediction_may_be_where_it_waits_was_refused_or_cannot_be_read(spool: Spool) -> None:
-    folder, (waiting, refused) = spool.path.parent, (answered(), answered())
-    for entry in (waiting, refused):
-        spool.append(entry)
-        assert entry.prediction_id is not None
-    spool.reject(spool.read_batch(10, 10**9).rows[1], "for a test")
-    assert may_hold(folder, waiting.prediction_id)
-    assert may_hold(folder, refused.prediction_id)
-    assert not may_hold(folder, uuid4())
-    assert not may_hold(folder / "none", uuid4())
-    (folder / "damaged.sqlite").write_bytes(b"no database at all" * 100)
-    assert may_hold(folder, uuid4())
 
 
 def test_an_entry_that_is_never_settled_is_drained_by_the_next_owner(tmp_path: Path) -> None:
