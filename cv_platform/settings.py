@@ -81,6 +81,9 @@ class Settings(BaseModel):
     allowed_hosts: tuple[str, ...] = Field(
         default=(), description="CV_ALLOWED_HOSTS: comma-separated Host headers that are answered; none: any"
     )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="CV_CORS_ORIGINS: comma-separated origins whose pages may call; none: only its own page"
+    )
     log_images: Literal["all", "sampled", "none"] = Field(
         default="all", description="CV_LOG_IMAGES: which uploads are stored; sampled: one in ten, chosen by its content"
     )
@@ -120,6 +123,21 @@ class Settings(BaseModel):
         default=None, description="OTEL_EXPORTER_OTLP_ENDPOINT: where traces go; none: no traces"
     )
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            parts = urlsplit(origin)
+            if (
+                parts.scheme not in {"http", "https"}
+                or f"{parts.scheme}://{parts.netloc}" != origin
+                or not parts.hostname
+            ):
+                raise ValueError(
+                    f"Expected origins such as https://app.example.org, without a path. Received: {origin}"
+                )
+        return tuple(origin.lower() for origin in origins)
+
     @field_validator("storage_url")
     @classmethod
     def _has_known_scheme(cls, url: str) -> str:
@@ -156,6 +174,7 @@ class Settings(BaseModel):
             "mlflow_public_url": env.get("MLFLOW_PUBLIC_URL") or _address(env.get("MLFLOW_TRACKING_URI", "")),
             "api_keys": tuple(part.strip() for part in env.get("CV_API_KEYS", "").split(",") if part.strip()),
             "allowed_hosts": tuple(part.strip() for part in env.get("CV_ALLOWED_HOSTS", "").split(",") if part.strip()),
+            "cors_origins": tuple(part.strip() for part in env.get("CV_CORS_ORIGINS", "").split(",") if part.strip()),
             "alert_urls": tuple(part.strip() for part in env.get("CV_ALERT_URLS", "").split(",") if part.strip()),
         }
         for field, variable in _PLAIN_VARIABLES.items():
@@ -183,6 +202,7 @@ class Settings(BaseModel):
                 "home": "CV_HOME",
                 "configs": "CV_CONFIGS",
                 "storage_url": "CV_STORAGE",
+                "cors_origins": "CV_CORS_ORIGINS",
             }
             lines = [
                 f"  {variables.get(str(e['loc'][0]), str(e['loc'][0]))}: {e['msg'].removeprefix('Value error, ')}. "

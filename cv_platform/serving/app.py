@@ -1,7 +1,7 @@
 """The HTTP service of one worker: assembly only.
 
-    ObserveRequests → RequestEnvelope → RefusalLog → CleanRequest → AllowedHosts → SameSite → Unexpected → BodyLimit
-    → routes
+    ObserveRequests → RequestEnvelope → RefusalLog → CleanRequest → AllowedHosts → AllowedOrigins → SameSite
+    → Unexpected → BodyLimit → routes
 
 From the outside in: every request gets its access line, count and span, every answer its id and headers, every refused
 prediction its log entry, paths with control characters, other hosts' names and what other sites' pages send their
@@ -46,7 +46,7 @@ from cv_platform.serving.routes_metrics import metrics_router
 from cv_platform.serving.routes_models import models_router
 from cv_platform.serving.routes_page import page_files, page_router
 from cv_platform.serving.routes_predict import PREDICT_PATH, predict_router
-from cv_platform.serving.security import RequestEnvelope, SameSite
+from cv_platform.serving.security import AllowedOrigins, RequestEnvelope, SameSite
 
 
 def create_app(context: ServingContext) -> FastAPI:
@@ -89,7 +89,8 @@ def create_app(context: ServingContext) -> FastAPI:
             Middleware(RefusalLog, context=context, paths=(PREDICT_PATH, BATCH_PATH)),
             Middleware(CleanRequest),
             Middleware(AllowedHosts, hosts=context.settings.allowed_hosts),
-            Middleware(SameSite),
+            Middleware(AllowedOrigins, origins=context.settings.cors_origins),
+            Middleware(SameSite, origins=context.settings.cors_origins),
             Middleware(Unexpected),
             Middleware(BodyLimit, allowance_for=allowance_for, small_bodies=context.small_bodies),
         ],

@@ -1,9 +1,10 @@
 """Who may call what, and the headers that every answer carries.
 
 Admin routes need `Authorization: Bearer $CV_ADMIN_TOKEN`; with no token set they are closed. With `CV_API_KEYS` set,
-predictions need `X-API-Key`. There are no cookies, so another site's page has no credentials to abuse; there is no
-CORS, so it reads nothing. It could still send a plain form from a visitor's browser into the request log, and with it
-into the drift window: `SameSite` refuses what a browser says comes from another site.
+predictions need `X-API-Key`. There are no cookies, so another site's page has no credentials to abuse; it reads nothing
+unless its origin is one of CV_CORS_ORIGINS (`AllowedOrigins`). It could still send a plain form from a visitor's
+browser into the request log, and with it into the drift window: `SameSite` refuses what a browser says comes from
+another site.
 https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
 """
 
@@ -11,12 +12,15 @@ from __future__ import annotations
 
 import hmac
 import re
+from collections.abc import Sequence
+from http import HTTPStatus
 from uuid import uuid4
 
 from fastapi import Request
 from fastapi.params import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +29,8 @@ from cv_platform.serving.rate_limit import client_of_address
 from cv_platform.settings import Settings
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_CROSS_ORIGIN_METHODS = ("GET", "POST")
+_CROSS_ORIGIN_HEADERS = ("X-API-Key", "Idempotency-Key", "X-Request-Id")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 PAGE_POLICY = (
@@ -83,14 +89,59 @@ def open_trace(scope: Scope) -> RequestTrace:
     return trace_of(scope)
 
 
+class AllowedOrigins(CORSMiddleware):
+    """ASGI middleware: lets the pages of other origins call and read; their preflights are answered here.
+
+    Args:
+        app: what it stands before.
+        origins: such as `https://app.example.org`; without any, nothing is done.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=_CROSS_ORIGIN_METHODS,
+            allow_headers=_CROSS_ORIGIN_HEADERS,
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http" or not self.allow_origins:
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if is_preflight and "origin" in headers:
+            answer = self.preflight_response(headers)
+            if answer.status_code != HTTPStatus.OK:
+                problem = Problem(
+                    403,
+                    f"Pages of this origin may not do that: {bytes(answer.body).decode()}.",
+                    expected=f"an origin of CV_CORS_ORIGINS, {' or '.join(_CROSS_ORIGIN_METHODS)}, and no special headers "
+                    f"but {', '.join(_CROSS_ORIGIN_HEADERS)}",
+                    headers={"Vary": "Origin"},
+                )
+                answer = problem_response(scope, problem)
+            await answer(scope, receive, send)
+            return
+        await super().__call__(scope, receive, send)
+
+
 class SameSite:
     """ASGI middleware: 403 for a request that changes something and that a page of another site has sent.
 
-    Browsers set Sec-Fetch-Site, and no page can change it; programs send none, and pass.
+    Browsers set Sec-Fetch-Site and Origin, and no page can change them; programs send none, and pass.
+
+    Args:
+        app: what it stands before.
+        origins: whose pages may.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str] = ()) -> None:
         self.app = app
+        self.origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -99,7 +150,7 @@ class SameSite:
             sites = {
                 site.strip().lower() for site in ",".join(Headers(scope=scope).getlist("sec-fetch-site")).split(",")
             }
-            if "cross-site" in sites:
+            if "cross-site" in sites and Headers(scope=scope).get("origin") not in self.origins:
                 problem = Problem(
                     403,
                     "A page of another site sent this. Use this service's own page, or a program.",

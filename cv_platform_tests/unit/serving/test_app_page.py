@@ -1,11 +1,14 @@
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 
+from cv_platform.errors import ConfigError
 from cv_platform.serving.app import create_app
 from cv_platform.serving.context import ServingContext
 from cv_platform.serving.routes_page import PAGE
+from cv_platform.settings import Settings
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
 
@@ -66,6 +69,81 @@ def test_other_sites_get_no_permission(client: Client):
         "OPTIONS", "/predict", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     )
     assert preflight.status_code == 405
+
+
+FRONT_END = "https://app.example.org"
+
+
+@pytest.fixture
+def shared(make_context: MakeContext) -> Client:
+    context = make_context(
+        CV_CORS_ORIGINS=f"{FRONT_END}, http://localhost:3000", CV_API_KEYS="key", CV_ALLOWED_HOSTS="service"
+    )
+    return Client(create_app(context))
+
+
+def preflight(client: Client, origin: str, **headers: str) -> httpx.Response:
+    """Asks as a browser does before it lets a page send an image with its key."""
+    asked = {
+        "Origin": origin,
+        "Sec-Fetch-Site": "cross-site",
+        "Sec-Fetch-Mode": "cors",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type,idempotency-key,x-api-key",
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    return client.request("OPTIONS", "/predict", headers=asked)
+
+
+def test_pages_of_a_named_origin_may_call_and_read(shared: Client):
+    for origin in (FRONT_END, "http://localhost:3000"):
+        allowed = preflight(shared, origin)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == origin
+        assert "POST" in allowed.headers["access-control-allow-methods"]
+        assert "x-api-key" in allowed.headers["access-control-allow-headers"].lower()
+        assert "access-control-allow-credentials" not in allowed.headers
+        sent = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+        for headers, status in (({**sent, "X-API-Key": "key"}, 200), (sent, 401)):
+            answer = shared.predict(png(flat_image(1, 2, 3)), headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == origin
+            assert "Origin" in answer.headers["vary"]
+            assert {"X-Request-Id", "Retry-After"} <= set(answer.headers["access-control-expose-headers"].split(", "))
+
+
+@pytest.mark.parametrize(
+    ("origin", "headers"),
+    [
+        ("https://app.example.org.evil.example", {}),
+        ("http://app.example.org", {}),
+        (f"{FRONT_END}:8443", {}),
+        ("null", {}),
+        (FRONT_END, {"Access_Control_Request_Method": "DELETE"}),
+        (FRONT_END, {"Access_Control_Request_Headers": "authorization"}),
+    ],
+)
+def test_other_preflights_are_refused_as_everything_is(shared: Client, origin: str, headers: dict[str, str]):
+    refused = preflight(shared, origin, **headers)
+    assert refused.status_code == 403
+    assert refused.json()["request_id"] == refused.headers["x-request-id"]
+    assert "CV_CORS_ORIGINS" in refused.json()["expected"]
+    if origin != FRONT_END:
+        assert "access-control-allow-origin" not in refused.headers
+        sent = {"Origin": origin, "Sec-Fetch-Site": "cross-site", "X-API-Key": "key"}
+        answer = shared.predict(png(flat_image(1, 2, 3)), headers=sent)
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_another_host_is_refused_before_any_origin_is_looked_at(shared: Client):
+    assert preflight(shared, FRONT_END, Host="evil.example").status_code == 421
+
+
+@pytest.mark.parametrize("origins", ["*", "app.example.org", f"{FRONT_END}/", "ftp://a", f"{FRONT_END},null"])
+def test_only_exact_origins_can_be_named(origins: str):
+    with pytest.raises(ConfigError, match="CV_CORS_ORIGINS"):
+        Settings.from_environment({"CV_CORS_ORIGINS": origins})
 
 
 def test_the_openapi_description_names_every_route_with_its_answers(client: Client):
