@@ -30,7 +30,10 @@ def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
 
 def is_loopback(url: str) -> bool:
     """Returns whether `url` leads to this machine by a name or address that says so."""
-    host = urlsplit(url).hostname or ""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False  # Who connects says what is wrong with it.
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

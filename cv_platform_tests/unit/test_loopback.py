@@ -143,6 +143,7 @@ def test_no_proxy_keeps_what_it_has(environ: dict[str, str], value: str) -> None
         ("http://10.0.0.1", False),
         ("http://example.org/?to=http://127.0.0.1", False),
         ("nothing", False),
+        ("http://[::1", False),
     ],
 )
 def test_knows_this_machine_by_its_names(url: str, expected: bool) -> None:
