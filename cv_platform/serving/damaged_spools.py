@@ -8,8 +8,10 @@ the damage has overwritten that name, an upload may be left in it, until the sho
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -46,9 +48,10 @@ def remove_expired(directory: Path, keep_days: int | None) -> None:
     if keep_days is None:
         return
     for path in _damaged(directory):
-        newest = max((part.stat().st_mtime for part in _parts(path)), default=0.0)
-        if time.time() - newest > keep_days * 86_400:
-            _remove(path, f"it is older than {keep_days} days")
+        with contextlib.suppress(FileNotFoundError):  # Another worker was faster.
+            newest = max(part.stat().st_mtime for part in (path, *_parts(path)))
+            if time.time() - newest > keep_days * 86_400:
+                _remove(path, f"it is older than {keep_days} days")
 
 
 def _damaged(directory: Path) -> list[Path]:
@@ -60,11 +63,11 @@ def _parts(path: Path) -> Iterator[Path]:
 
 
 def _holds(path: Path, text: bytes) -> bool:
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            return False
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(text) >= 0
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size:  # Nothing cannot be mapped.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return content.find(text) >= 0
+    return False
 
 
 def _remove(path: Path, reason: str) -> None:

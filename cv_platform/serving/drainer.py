@@ -328,6 +328,7 @@ class Drainer:
     def _adopt_orphans(self) -> None:
         if not self._adopts or time.monotonic() < self._next_adoption:
             return
+        self._next_adoption = time.monotonic() + _IDLE_SECONDS  # First: whatever fails here must not hold up the rest.
         unusable: set[str] = set()
         while len(self._adopted) < _MOST_ADOPTED:
             orphan = _adopt_orphan(self._spool.path.parent, unusable, self._known_unusable)
@@ -340,7 +341,6 @@ class Drainer:
         self._known_unusable = unusable
         remove_expired(self._spool.path.parent, self._limits.keep_days)
         self._spool.forget_rejected(self._limits.keep_days)
-        self._next_adoption = time.monotonic() + _IDLE_SECONDS
 
     def _release(self, orphan: Spool) -> None:
         self._spool.take_rejected(orphan)

@@ -18,7 +18,7 @@ from cv_platform.cli import main
 from cv_platform.config import parse_experiment
 from cv_platform.database.binary_copy import copy_stream, row_encoder
 from cv_platform.database.retention import Retention, delete_expired
-from cv_platform.database.schema import api_log, drift_reports, feedback, images, predictions
+from cv_platform.database.schema import api_log, deletions, drift_reports, feedback, images, predictions
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation
 from cv_platform.defs.retention import retention_definitions
@@ -201,6 +201,14 @@ def test_feedback_without_its_prediction_goes_when_it_is_old(engine: Engine) -> 
 
     assert expire(engine).feedback == 1
     assert count(engine, feedback) == 1
+
+
+def test_deletions_are_remembered_as_long_as_what_they_keep_away(engine: Engine) -> None:
+    with engine.begin() as connection:
+        for days in (31, 29):
+            connection.execute(insert(deletions), {"prediction_id": uuid4(), "created_on": days_ago(days)})
+    expire(engine)
+    assert count(engine, deletions) == 1
 
 
 def test_refused_requests_go_and_drift_reports_stay(engine: Engine) -> None:
