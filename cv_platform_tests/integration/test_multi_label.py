@@ -133,8 +133,11 @@ def shapes() -> Iterator[Shapes]:
 
 def test_the_import_names_the_classes_in_the_order_of_the_columns(shapes: Shapes) -> None:
     assert 'classes: ["square", "circle", "stripe"]' in shapes.imported
-    counts = next(line for line in shapes.imported.splitlines() if line.startswith("images: "))
-    assert json.loads(counts.removeprefix("images: ")) == SPLITS
+    assert 'classifier_type: "multi-label"' in shapes.imported
+    assert "classes are the columns square, circle, stripe: every value is 0 or 1" in shapes.imported
+    counts = next(line for line in shapes.imported.splitlines() if line.startswith("  images: "))
+    found = dict(part.rsplit(" ", 1) for part in counts.removeprefix("  images: ").split(", "))
+    assert {split: int(count) for split, count in found.items()} == SPLITS
 
 
 def test_all_ten_assets_leave_their_record(shapes: Shapes) -> None:
