@@ -145,6 +145,21 @@ def test_an_installation_in_use_is_not_rewritten(folder: Path) -> None:
     require_settled(new)
 
 
+def test_a_bare_dagster_run_names_the_command_that_settles_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dagster as dg
+
+    from cv_platform.defs.resources import Installation
+
+    old, new = folder / "old", folder / "new"
+    prepare_home(settings_of(old))
+    old.rename(new)
+    monkeypatch.setenv("CV_HOME", str(new))
+    with pytest.raises(ConfigError, match=r"moved here from .*old\. Stop what uses it, and run: cv-platform migrate"):
+        Installation().setup_for_execution(dg.build_init_resource_context())
+    assert cli({"CV_HOME": str(new)}, "migrate").returncode == 0
+    Installation().setup_for_execution(dg.build_init_resource_context())
+
+
 def test_a_link_to_an_installation_is_no_other_place(folder: Path) -> None:
     home, link = folder / "home", folder / "link"
     prepare_home(settings_of(home))
