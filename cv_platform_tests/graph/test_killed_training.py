@@ -19,7 +19,9 @@ from cv_platform.validation.verdict import ValidationVerdict
 from cv_platform_tests.integration.demo_run import REPOSITORY
 from cv_platform_tests.unit.training.conftest import experiment, pack_tiny
 
-EPOCHS = 40
+EPOCHS = 20
+# Two processes load TensorFlow, one after the other: minutes on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture

@@ -531,6 +531,7 @@ train_model(
 """
 
 
+@pytest.mark.timeout(600)  # Another process loads TensorFlow first.
 def test_a_training_goes_on_after_its_process_was_killed(
     tiny_packed: PackedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
