@@ -163,6 +163,13 @@ class DatasetConfig(Section):
         default=0.15, gt=0.0, lt=0.5, description="share of train, or of all images, that becomes a missing test split"
     )
     split_seed: int = Field(default=0, ge=0)
+    max_image_pixels: int = Field(
+        default=250_000_000,
+        ge=64,
+        le=2**30,
+        description="height × width from which an image counts as unreadable; above 40 million, images are decoded to "
+        "fewer pixels, one at a time, which takes up to 2 GB",
+    )
 
 
 class ValidateConfig(Section):
@@ -172,6 +179,17 @@ class ValidateConfig(Section):
         default=0.01, description="images that do not decode (they are quarantined)"
     )
     unreadable_images: Severity = "error"
+    max_damaged_fraction: Fraction = Field(
+        default=0.0, description="images whose decoder goes on after damage, or which lack the mark of their end"
+    )
+    damaged_images: Severity = "warn"
+    max_constant_fraction: Fraction = Field(default=0.0, description="images that are of one colour throughout")
+    constant_images: Severity = "warn"
+    max_narrow_range_fraction: Fraction = Field(
+        default=0.0,
+        description="images of 16-bit samples that use less than a quarter of their range: 12-bit data, say",
+    )
+    narrow_range: Severity = "warn"
     min_images_per_class: int = Field(default=1, ge=1, description="per class and split")
     class_coverage: Severity = "error"
     max_leakage_fraction: Fraction = Field(default=0.0, description="test images (by sha256) that are in train too")

@@ -36,7 +36,8 @@ def contact_sheet(version: DatasetVersion, *, per_class: int = 8) -> bytes:
         caption = f"{_shortened(name)}\n{len(members):,}"
         draw.multiline_text((_GAP_PX, top + 12), caption, fill=(_INK,) * 3, font=font, spacing=2)
         for column, path in enumerate(members[:per_class]):
-            cell = _fit(images.decode((version.directory / path).read_bytes()))
+            data = (version.directory / path).read_bytes()
+            cell = _fit(images.decode(data, max_pixels=images.MAX_LOCAL_PIXELS))
             sheet.paste(Image.fromarray(cell), (_LABEL_PX + column * step, top))
     if more:
         draw.text((_GAP_PX, height - 20), f"and {more} more classes", fill=(_INK,) * 3, font=font)

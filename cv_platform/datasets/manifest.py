@@ -30,7 +30,7 @@ from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -43,9 +43,14 @@ MANIFEST_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("is_readable", pa.bool_()),
         ("problem", pa.string()),
+        ("damage", pa.string()),
+        ("constant", pa.string()),
+        ("narrow_range", pa.string()),
     ]
 )
 _READERS = 2
+_FEWEST_LEVELS = 64
+"""A quarter of the 256 that 8 bits have, as 14-bit data in 16 bits use."""
 _SHOWN = 5
 
 
@@ -57,6 +62,7 @@ def manifest_name(model: ModelConfig, dataset: DatasetConfig) -> str:
         "classifier_type": model.classifier_type,
         "fractions": [dataset.valid_fraction, dataset.reference_fraction, dataset.test_fraction],
         "seed": dataset.split_seed,
+        "max_image_pixels": dataset.max_image_pixels,
     }
     return f"manifest-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]}.parquet"
 
@@ -73,6 +79,8 @@ def build_manifest(
     * `labels`: class names; exactly one for multi-class.
     * `width_px`, `height_px`: of the upright image; of the header, or 0, where it is not readable.
     * `is_readable`, and the `problem` where it is not: such an image is a finding of validation, not an error here.
+    * `damage` that its decoder went on after, its colour if it is `constant`, and the `narrow_range` that its 16-bit
+      samples stay in: in words, or none where there is nothing of the kind.
 
     Args:
         directory: root of the checkout; the manifest is written into it.
@@ -89,7 +97,7 @@ def build_manifest(
     _check_classes(layout.entries, layout.class_names, model, dataset)
     paths = [f"{data_path}/{entry.path}" for entry in layout.entries]
     with ThreadPoolExecutor(_READERS) as pool:
-        files = list(pool.map(_inspect, [directory / path for path in paths]))
+        files = list(pool.map(lambda path: _inspect(directory / path, dataset.max_image_pixels), paths))
     splits, origins = complete_splits(
         [entry.split for entry in layout.entries],
         [file.sha256 for file in files],
@@ -111,6 +119,9 @@ def build_manifest(
             "bytes": [file.bytes for file in files],
             "is_readable": [file.problem is None for file in files],
             "problem": [file.problem for file in files],
+            "damage": [file.damage for file in files],
+            "constant": [file.constant for file in files],
+            "narrow_range": [file.narrow_range for file in files],
         },
         schema=MANIFEST_SCHEMA,
     )
@@ -150,19 +161,36 @@ class _File:
     bytes: int
     width_px: int
     height_px: int
-    problem: str | None
+    problem: str | None = None
+    damage: str | None = None
+    constant: str | None = None
+    narrow_range: str | None = None
 
 
-def _inspect(path: Path) -> _File:
+def _inspect(path: Path, max_pixels: int) -> _File:
     data = path.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()
     height_px = width_px = 0
     try:
-        _, height_px, width_px = images.read_size(data)
-        height_px, width_px = images.decode(data).shape[:2]
+        _, height_px, width_px = images.read_size(data, max_pixels=max_pixels)
+        image = images.read_image(data, max_pixels=max_pixels)
     except ImageError as err:
-        return _File(sha256, len(data), width_px, height_px, f"{type(err).__name__}: {err}")
-    return _File(sha256, len(data), width_px, height_px, None)
+        return _File(sha256, len(data), width_px, height_px, problem=f"{type(err).__name__}: {err}")
+    first, darkest, brightest = image.pixels[0, 0], int(image.pixels.min()), int(image.pixels.max())
+    is_constant = bool((image.pixels == first).all())
+    levels = brightest - darkest + 1
+    is_narrow = image.sample_bits == 16 and levels < _FEWEST_LEVELS
+    return _File(
+        sha256,
+        len(data),
+        image.width_px,
+        image.height_px,
+        damage=image.damage,
+        constant=f"all of it is RGB {tuple(map(int, first))}" if is_constant else None,
+        narrow_range=f"16-bit samples from {256 * darkest} to {256 * brightest + 255}: {levels} of 256 levels are seen"
+        if is_narrow
+        else None,
+    )
 
 
 def _check_classes(

@@ -293,7 +293,8 @@ def _decoded(
                 "Materialise the dataset again."
             )
         try:
-            return images.preprocess(data, model.image_size)
+            # The manifest has judged its size, by the config's limit.
+            return images.preprocess(data, model.image_size, max_pixels=images.MAX_LOCAL_PIXELS)
         except ImageError as err:
             raise InvalidDatasetError(f"Expected a readable image at {path}. Received: {err}") from err
 

@@ -1,6 +1,6 @@
 """Exact checks over the manifest and the sampled pixels; each returns a `CheckOutcome` and raises nothing.
 
-`manifest` is always the readable part of `datasets.manifest.read_manifest`: columns path, sha256, split, labels.
+`manifest` is always the readable part of `datasets.manifest.read_manifest`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,45 @@ def check_unreadable_images(total: int, problems: Mapping[str, str], config: Val
         value=fraction,
         limit=config.max_unreadable_fraction,
         offenders=[f"{path}: {problem}" for path, problem in sorted(problems.items())],
+    )
+
+
+def check_damaged_images(manifest: pd.DataFrame, config: ValidateConfig) -> CheckOutcome:
+    """Names the images whose decoder went on after damage: part of what they show may be noise or grey."""
+    summary = "are damaged, though they decode."
+    return _check_remarks("damaged_images", manifest, "damage", config.max_damaged_fraction, config, summary)
+
+
+def check_constant_images(manifest: pd.DataFrame, config: ValidateConfig) -> CheckOutcome:
+    """Names the images of one colour: there is nothing to learn from them, and often a fault behind them."""
+    summary = "are of one colour throughout."
+    return _check_remarks("constant_images", manifest, "constant", config.max_constant_fraction, config, summary)
+
+
+def check_narrow_range(manifest: pd.DataFrame, config: ValidateConfig) -> CheckOutcome:
+    """Names the images of 16-bit samples that become few grey levels, such as 12-bit data stored as they are."""
+    summary = (
+        "have 16-bit samples in less than a quarter of their range, and models see the upper 8 bits. Scale the samples "
+        "to 0–65535 before the import: all images alike, and what is predicted, too."
+    )
+    return _check_remarks("narrow_range", manifest, "narrow_range", config.max_narrow_range_fraction, config, summary)
+
+
+def _check_remarks(
+    name: str, manifest: pd.DataFrame, column: str, limit: float, config: ValidateConfig, summary: str
+) -> CheckOutcome:
+    """Holds the share of images with a remark in one of the manifest's columns against its limit."""
+    rows = zip(manifest["path"], manifest[column], strict=True)
+    remarked = [f"{path}: {remark}" for path, remark in rows if pd.notna(remark)]
+    fraction = len(remarked) / len(manifest) if len(manifest) else 0.0
+    return outcome(
+        name,
+        getattr(config, name),
+        passed=fraction <= limit,
+        summary=f"{len(remarked)} of {len(manifest)} images {summary}",
+        value=fraction,
+        limit=limit,
+        offenders=remarked,
     )
 
 

@@ -18,8 +18,11 @@ from cv_platform.predictions import ClassifierType
 from cv_platform.validation.checks import (
     check_class_coverage,
     check_conflicting_labels,
+    check_constant_images,
+    check_damaged_images,
     check_duplicates,
     check_label_drift,
+    check_narrow_range,
     check_property_drift,
     check_train_test_leakage,
     check_unreadable_images,
@@ -67,6 +70,9 @@ def validate_dataset(
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as directory:
         checks: dict[str, Callable[[], CheckOutcome]] = {
             "unreadable_images": lambda: check_unreadable_images(len(manifest), problems, config),
+            "damaged_images": lambda: check_damaged_images(readable, config),
+            "constant_images": lambda: check_constant_images(readable, config),
+            "narrow_range": lambda: check_narrow_range(readable, config),
             "class_coverage": lambda: check_class_coverage(readable, class_names, classifier_type, config),
             "train_test_leakage": lambda: check_train_test_leakage(readable, config),
             "conflicting_labels": lambda: check_conflicting_labels(readable, config),

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cv_platform.errors import ImageError
-from cv_platform.images import preprocess, resize
+from cv_platform.images import MAX_LOCAL_PIXELS, preprocess, resize
 from cv_platform.properties import batch_properties
 
 PROBE_SIZE = (32, 32)
@@ -79,7 +79,8 @@ def read_sample(
     for label in chosen:
         path = str(readable.at[label, "path"])
         try:
-            images.append(preprocess((directory / path).read_bytes(), PROBE_SIZE))
+            data = (directory / path).read_bytes()
+            images.append(preprocess(data, PROBE_SIZE, max_pixels=MAX_LOCAL_PIXELS))
             kept.append(label)
         except (ImageError, OSError) as err:
             problems[path] = str(err)

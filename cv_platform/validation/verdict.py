@@ -11,6 +11,9 @@ from cv_platform.errors import VerdictError
 
 CHECK_NAMES: tuple[str, ...] = (
     "unreadable_images",
+    "damaged_images",
+    "constant_images",
+    "narrow_range",
     "class_coverage",
     "train_test_leakage",
     "conflicting_labels",

@@ -22,8 +22,10 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 from benchmarks.soak.workers import forget_peak_memory, peak_memory_bytes
+from cv_platform import images
 from cv_platform.images import decode
 
+images.MAX_PIXELS = int(sys.argv.pop())
 small, large = (Path(name).read_bytes() for name in sys.argv[1:])
 decode(small)
 forget_peak_memory(os.getpid())
@@ -66,7 +68,18 @@ def test_decoding_takes_at_most_thirteen_bytes_a_pixel(
         image.save(stream, image_format, exif=exif, **options, **frames)
         files.append(tmp_path / f"{side_px}")
         files[-1].write_bytes(stream.getvalue())
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *files], check=True, capture_output=True, text=True, timeout=60
-    )
-    assert int(done.stdout) <= MOST_BYTES * SIDE_PX**2 + SLACK_BYTES
+    assert taken_bytes(files, large_from=SIDE_PX**2) <= MOST_BYTES * SIDE_PX**2 + SLACK_BYTES
+
+
+def taken_bytes(files: list[Path], *, large_from: int) -> int:
+    command = [sys.executable, "-c", PROGRAM, *map(str, files), str(large_from)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout)
+
+
+@pytest.mark.parametrize(("image_format", "most_bytes"), [("JPEG", 1), ("PNG", 5)])
+def test_a_large_image_takes_no_room_for_all_of_its_pixels(tmp_path: Path, image_format: str, most_bytes: int) -> None:
+    files = [tmp_path / "20", tmp_path / "2000"]
+    for file in files:
+        picture(int(file.name), "RGB").save(file, image_format)
+    # JPEG is reduced while it is decoded, PNG afterwards, from four bytes a pixel.
+    assert taken_bytes(files, large_from=SIDE_PX**2 // 16) <= most_bytes * SIDE_PX**2 + SLACK_BYTES

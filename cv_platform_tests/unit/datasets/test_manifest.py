@@ -4,6 +4,7 @@ import hashlib
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,7 +26,7 @@ def test_has_a_row_per_image_with_what_its_bytes_say(tmp_path: Path) -> None:
     (tmp_path / "images/cat/0.png").write_bytes(data)
     manifest = build(tmp_path)
     columns = "path sha256 split labels split_origin width_px height_px bytes is_readable problem"
-    assert manifest.columns.tolist() == columns.split()
+    assert manifest.columns.tolist() == [*columns.split(), "damage", "constant", "narrow_range"]
     assert manifest["path"].tolist() == [f"images/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
     row = manifest.iloc[0]
     assert (row["sha256"], row["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
@@ -56,6 +57,56 @@ def test_unreadable_images_are_rows_with_their_problem(tmp_path: Path) -> None:
         *("EmptyImageError", "UnsupportedImageError", "TruncatedImageError")
     ]
     assert bad["width_px"].tolist() == [0, 0, 20]
+
+
+def deep_png(levels: np.ndarray) -> bytes:
+    """A grey PNG of 16 bits per sample."""
+    stream = io.BytesIO()
+    Image.fromarray(levels.astype(np.uint16)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_says_what_is_odd_about_images_that_decode(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 5)
+    noise = np.random.default_rng(0).integers(0, 4096, (20, 30))
+    noise[0, 0], noise[0, 1] = 0, 4095
+    stream = io.BytesIO()
+    Image.fromarray((noise // 16).astype(np.uint8)).save(stream, "JPEG")
+    jpeg = stream.getvalue()
+    files = {
+        "cat/0.png": deep_png(noise),
+        "cat/1.png": deep_png(noise * 16),
+        "cat/2.png": jpeg[:-2],
+        "cat/3.png": jpeg[:400] + bytes(9) + jpeg[409:],
+        "cat/4.png": jpeg,
+        "dog/0.png": deep_png(np.full((9, 9), 700)),
+    }
+    for name, content in files.items():
+        (tmp_path / "images" / name).write_bytes(content)
+    manifest = build(tmp_path).set_index("path")
+    assert manifest["is_readable"].all()
+    odd = {column: manifest[column].dropna().to_dict() for column in ("damage", "constant", "narrow_range")}
+    assert odd["constant"] == {"images/dog/0.png": "all of it is RGB (2, 2, 2)"}
+    assert odd["narrow_range"] == {
+        "images/cat/0.png": "16-bit samples from 0 to 4095: 16 of 256 levels are seen",
+        "images/dog/0.png": "16-bit samples from 512 to 767: 1 of 256 levels are seen",
+    }
+    assert list(odd["damage"]) == ["images/cat/2.png", "images/cat/3.png"]
+    assert "every row decodes" in odd["damage"]["images/cat/2.png"]
+    assert "Corrupt JPEG data" in odd["damage"]["images/cat/3.png"]
+
+
+def test_the_configs_limit_of_pixels_decides_what_is_readable(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 5)
+    (tmp_path / "images/cat/0.png").write_bytes(picture(1, (30, 20)))
+    readable = {}
+    for limit in (600, 599):
+        config = dataset(max_image_pixels=limit)
+        path = build_manifest(tmp_path, data_path="images", annotations=None, model=model(), dataset=config)
+        rows = read_manifest(path).set_index("path")
+        readable[limit] = rows.loc["images/cat/0.png", "is_readable"]
+        assert rows.loc["images/cat/1.png", "is_readable"]
+    assert readable == {600: True, 599: False}
 
 
 def test_copies_of_an_image_share_a_split(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ def make_manifest() -> MakeManifest:
                 "sha256": [hashlib.sha256(row[3].encode()).hexdigest() for row in rows],
                 "is_readable": [True] * len(rows),
                 "problem": [None] * len(rows),
+                "damage": [None] * len(rows),
+                "constant": [None] * len(rows),
+                "narrow_range": [None] * len(rows),
             }
         )
 

@@ -11,8 +11,11 @@ from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.validation.checks import (
     check_class_coverage,
     check_conflicting_labels,
+    check_constant_images,
+    check_damaged_images,
     check_duplicates,
     check_label_drift,
+    check_narrow_range,
     check_property_drift,
     check_train_test_leakage,
     check_unreadable_images,
@@ -214,3 +217,23 @@ def test_property_drift_without_test_images_is_not_judged():
     found = check_property_drift(_sample(np.zeros((5, 7)), np.zeros((0, 7))), CONFIG)
     assert found.passed
     assert found.summary == "Not judged: test has no images (see class_coverage)."
+
+
+@pytest.mark.parametrize(
+    ("check", "column", "limit"),
+    [
+        (check_damaged_images, "damage", "max_damaged_fraction"),
+        (check_constant_images, "constant", "max_constant_fraction"),
+        (check_narrow_range, "narrow_range", "max_narrow_range_fraction"),
+    ],
+)
+def test_images_with_a_remark_in_the_manifest_are_named(make_manifest, check, column: str, limit: str):
+    manifest = make_manifest(*[(f"{i}.png", "train", ["cat"], str(i)) for i in range(4)])
+    assert check(manifest, CONFIG).passed
+    manifest[column] = [None, "what it is", None, None]
+    found = check(manifest, CONFIG)
+    assert (found.severity, found.passed, found.value) == ("warn", False, 0.25)
+    assert found.offenders == ("1.png: what it is",)
+    assert found.summary.startswith("1 of 4 images ")
+    assert check(manifest, CONFIG.model_copy(update={limit: 0.25})).passed
+    assert check(manifest.iloc[:0], CONFIG).passed
