@@ -15,9 +15,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
  && rm -rf /opt/venv/lib/python3*/site-packages/tensorflow/include
 
 FROM ${PYTHON_IMAGE}
-# git reads and writes the dataset repositories; setpriv and the rest of Debian's base stay as they are.
+# git reads and writes the dataset repositories; the font writes class names in Chinese, Japanese and Korean into pictures.
+# setpriv and the rest of Debian's base stay as they are.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends git \
+ && apt-get install -y --no-install-recommends fonts-droid-fallback git \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 platform \
  && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin platform \

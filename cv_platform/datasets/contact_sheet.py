@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cv_platform import images
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.fonts import by_font
 
 _CELL_PX = 64
 _GAP_PX = 4
@@ -29,21 +30,29 @@ def contact_sheet(version: DatasetVersion, *, per_class: int = 8) -> bytes:
     step = _CELL_PX + _GAP_PX
     height = len(class_names) * step + _GAP_PX + (24 if more else 0)
     sheet = Image.new("RGB", (_LABEL_PX + per_class * step, height), (_BACKGROUND,) * 3)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(class_names):
         top = _GAP_PX + row * step
         members = [row.path for row in usable.itertuples() if name in row.labels]
-        caption = f"{_shortened(name)}\n{len(members):,}"
-        draw.multiline_text((_GAP_PX, top + 12), caption, fill=(_INK,) * 3, font=font, spacing=2)
+        for line, text in enumerate((_shortened(name), f"{len(members):,}")):
+            _write(draw, top + 12 + 17 * line, text)
         for column, path in enumerate(members[:per_class]):
             data = (version.directory / path).read_bytes()
             cell = _fit(images.decode(data, max_pixels=images.MAX_LOCAL_PIXELS))
             sheet.paste(Image.fromarray(cell), (_LABEL_PX + column * step, top))
     if more:
-        draw.text((_GAP_PX, height - 20), f"and {more} more classes", fill=(_INK,) * 3, font=font)
+        _write(draw, height - 20, f"and {more} more classes")
     encoded, png = cv2.imencode(".png", cv2.cvtColor(np.asarray(sheet), cv2.COLOR_RGB2BGR))
     assert encoded
     return png.tobytes()
+
+
+def _write(draw: ImageDraw.ImageDraw, top: int, text: str) -> None:
+    left = float(_GAP_PX)
+    for run, path in by_font(text):
+        font = ImageFont.truetype(path, 13)
+        draw.text((left, top + 12), run, fill=(_INK,) * 3, font=font, anchor="ls")
+        left += font.getlength(run)
 
 
 def _shortened(name: str, length: int = 14) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cv_platform.evaluation.metrics import ReliabilityBin
+from cv_platform.fonts import matplotlib_families
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,7 +155,14 @@ def _figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.text import Text
+
     with warnings.catch_warnings():
-        # Class names may be in a script that the bundled font lacks: boxes are drawn, which is no reason to fail.
+        # `fonts_for` says what no font of this machine has: boxes are drawn, which is no reason to fail.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.draw_without_rendering()  # Only now do all labels have their texts.
+        texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+        families = matplotlib_families(text.get_text() for text in texts)
+        for text in texts:
+            text.set_fontfamily(families)
         figure.savefig(path, format="png", dpi=110)
