@@ -126,6 +126,7 @@ class WorkerHeartbeat(_Record):
     """What one worker of a service runs."""
 
     worker_id: str
+    public_id: str = Field("", description="what strangers read instead: the worker's id names its host and process")
     model_name: str | None = None
     version: str | None = None
     beat_utc: datetime

@@ -69,7 +69,7 @@ HEALTH_EXAMPLE: dict[str, Any] = {
     "status": "ready",
     "model_name": "digits_classifier",
     "model_version": VERSION,
-    "model": {"worker_id": "host-4711", "model_source": "pointer", "last_swap_error": None, "storage_error": None},
+    "model": {"worker_id": "5eaf00d1", "model_source": "pointer", "last_swap_error": None, "storage_error": None},
     "spool": {"entries": 0, "oldest_seconds": None, "rejected": 0, "as_of_seconds": 0.0},
     "database": {"state": "ok", "error": None},
     "in_flight": 0,
@@ -116,7 +116,7 @@ CURRENT_EXAMPLE: dict[str, Any] = {
     **{key: POINTER_EXAMPLE[key] for key in ("service", "production")},
     "workers": [
         {
-            "worker_id": "host-4711",
+            "worker_id": "5eaf00d1",
             "model_name": "digits_classifier",
             "version": VERSION,
             "beat_utc": "2026-01-31T06:05:01+00:00",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -37,7 +38,7 @@ _FORGET_SECONDS = 600.0
 
 
 def make_worker_id() -> str:
-    """Returns a name for this process that is unique among the workers of a service."""
+    """Returns a name for this process, with its host, that is unique among the workers of a service."""
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())
     return f"{host}-{os.getpid()}"
 
@@ -80,6 +81,7 @@ class ModelHolder:
     ) -> None:
         self.service = service
         self.worker_id = worker_id
+        self.public_id = secrets.token_hex(4)
         self._storage = storage
         self._cache = cache
         self._bundled = bundled
@@ -138,6 +140,7 @@ class ModelHolder:
             model, pointer = self._current, self._pointer
             return {
                 "worker_id": self.worker_id,
+                "public_id": self.public_id,
                 "service": self.service,
                 "model_name": model.metadata.model_name if model else None,
                 "model_version": model.metadata.version if model else None,
@@ -271,6 +274,7 @@ class ModelHolder:
             metadata = self._current.metadata if self._current else None
             beat = WorkerHeartbeat(
                 worker_id=self.worker_id,
+                public_id=self.public_id,
                 model_name=metadata.model_name if metadata else None,
                 version=metadata.version if metadata else None,
                 beat_utc=datetime.now(UTC),

@@ -101,6 +101,8 @@ def health_report(
 
     models = context.models.status()
     models = {**models, "last_swap_error": shown(models.get("last_swap_error"), "model refused")}
+    public_id = models.pop("public_id", None)
+    models["worker_id"] = models.get("worker_id") if is_admin else public_id
     models["storage_error"] = shown(models.get("storage_error"), "storage unreadable")
     model = context.models.current()
     reasons = _reasons(context, is_admin=is_admin)

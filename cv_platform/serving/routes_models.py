@@ -47,7 +47,8 @@ def models_router(context: ServingContext) -> APIRouter:
         wanted = (pointer.model_name, pointer.version) if pointer else None
         workers = [
             {
-                **(beat := worker.beat).model_dump(mode="json"),
+                **(beat := worker.beat).model_dump(mode="json", exclude={"public_id"}),
+                "worker_id": beat.worker_id if is_admin else beat.public_id,
                 "last_swap_error": beat.last_swap_error if is_admin or not beat.last_swap_error else "model refused",
                 "is_live": worker.state == "live" or beat.worker_id == here,
                 "is_current": (beat.model_name, beat.version) == wanted,

@@ -119,8 +119,8 @@ class AllowedOrigins(CORSMiddleware):
                 problem = Problem(
                     403,
                     f"Pages of this origin may not do that: {bytes(answer.body).decode()}.",
-                    expected=f"an origin of CV_CORS_ORIGINS, {' or '.join(_CROSS_ORIGIN_METHODS)}, and no special headers "
-                    f"but {', '.join(_CROSS_ORIGIN_HEADERS)}",
+                    expected=f"an origin of CV_CORS_ORIGINS, {' or '.join(_CROSS_ORIGIN_METHODS)}, and no special "
+                    f"headers but {', '.join(_CROSS_ORIGIN_HEADERS)}",
                     headers={"Vary": "Origin"},
                 )
                 answer = problem_response(scope, problem)

@@ -62,7 +62,7 @@ class FixedModels:
         return None
 
     def status(self) -> dict[str, Any]:
-        return {"worker_id": "here", "last_swap_error": self.last_swap_error}
+        return {"worker_id": "host-4711", "public_id": "5eaf00d1", "last_swap_error": self.last_swap_error}
 
 
 @dataclass(frozen=True)

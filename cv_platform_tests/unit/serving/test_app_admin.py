@@ -174,7 +174,7 @@ def test_only_one_update_runs_at_a_time(admin: Client, context: ServingContext):
 
 
 def test_shows_the_pointer_and_which_workers_live_and_follow_it(
-    context: ServingContext, client: Client, storage: CentralStorage
+    context: ServingContext, client: Client, admin: Client, storage: CentralStorage
 ):
     now = datetime.now(UTC)
     assert client.get("/models/current").json() == {"service": SERVICE, "production": None, "workers": []}
@@ -182,7 +182,14 @@ def test_shows_the_pointer_and_which_workers_live_and_follow_it(
 
     def beat(worker_id: str, version: str, ahead: timedelta) -> None:
         storage.write_heartbeat(
-            SERVICE, WorkerHeartbeat(worker_id=worker_id, model_name="tiny", version=version, beat_utc=now + ahead)
+            SERVICE,
+            WorkerHeartbeat(
+                worker_id=f"host-{worker_id}",
+                public_id=worker_id,
+                model_name="tiny",
+                version=version,
+                beat_utc=now + ahead,
+            ),
         )
 
     # All three are listed; the clocks of those that go on beating are far from ours.
@@ -195,6 +202,10 @@ def test_shows_the_pointer_and_which_workers_live_and_follow_it(
     beat("b", VERSIONS[0], timedelta(hours=1, seconds=2))
     body = client.get("/models/current").json()
     assert body["production"]["version"] == VERSIONS[1]
+    assert "public_id" not in body["workers"][0]
+    assert "host" not in str(body["workers"])  # Which machine it is, is for admins.
+    named = admin.get("/models/current").json()
+    assert [worker["worker_id"] for worker in named["workers"]] == ["host-a", "host-b", "host-c"]
     assert [(w["worker_id"], w["is_live"], w["is_current"]) for w in body["workers"]] == [
         ("a", True, True),
         ("b", True, False),

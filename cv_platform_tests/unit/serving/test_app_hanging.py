@@ -83,6 +83,13 @@ def test_the_probes_tell_a_worker_that_is_busy_from_one_that_hangs(make_context:
     wait_until(lambda: statuses() == (200, 200))
 
 
+def test_strangers_see_no_name_of_a_host(context: ServingContext, client: Client):
+    assert client.get("/health_check").json()["model"]["worker_id"] == "5eaf00d1"
+    full = Client(client.app, ADMIN).get("/health_check").json()["model"]
+    assert full["worker_id"] == "host-4711"
+    assert "public_id" not in full
+
+
 def test_readiness_follows_the_log(context: ServingContext, client: Client):
     assert client.get("/readyz").status_code == 200
     context.append_error = "/secret/spool is full"

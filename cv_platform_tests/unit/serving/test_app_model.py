@@ -46,4 +46,6 @@ def test_serves_the_probabilities_and_the_passport_of_the_model_in_production(
     assert passport["training_run"] == "http://mlflow:5050/#/runs/0a1b2c"  # Without the credentials of its address.
 
     current = client.get("/models/current").json()
-    assert [(w["worker_id"], w["is_live"], w["is_current"]) for w in current["workers"]] == [("here", True, True)]
+    assert [(w["worker_id"], w["is_live"], w["is_current"]) for w in current["workers"]] == [
+        (holder.public_id, True, True)
+    ]
