@@ -198,7 +198,7 @@ class Drainer:
             self._state = "ok", None
         has_more = self._drain_batch(database, self._spool)
         for orphan in tuple(self._adopted):
-            with self._damageput_aside(orphan):
+            with self._damage_set_aside(orphan):
                 if self._drain_batch(database, orphan):
                     has_more = True
                 else:
@@ -293,7 +293,7 @@ class Drainer:
             return False
         image_bytes = min(_BATCH_IMAGE_BYTES, self._limits.max_bytes // 20)
         for spool in (*self._adopted, self._spool):
-            with self._damageput_aside(spool):
+            with self._damage_set_aside(spool):
                 rows, are_all = spool.read_batch(_BATCH_ROWS, image_bytes)
                 self._let_go(spool, rows)
                 if are_all and spool is not self._spool:
@@ -335,7 +335,7 @@ class Drainer:
             if orphan is None:
                 break
             self._adopted.append(orphan)
-            with self._damageput_aside(orphan):
+            with self._damage_set_aside(orphan):
                 if not orphan.depth() and not orphan.rejected_count():
                     self._release(orphan)
         self._known_unusable = unusable
@@ -348,7 +348,7 @@ class Drainer:
         orphan.close()
 
     @contextlib.contextmanager
-    def _damageput_aside(self, spool: Spool) -> Generator[None]:
+    def _damage_set_aside(self, spool: Spool) -> Generator[None]:
         try:
             yield
         except sqlite3.OperationalError:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import sqlite3
 import sys
-from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cv_platform.errors import CvPlatformError, ServiceError
 from cv_platform.serving.spool_file import SQLITE, open_existing, requeue_rejected
 from cv_platform.settings import Settings
+
+_T = TypeVar("_T")
 
 
 class Rejection(NamedTuple):
@@ -38,15 +40,15 @@ def find_rejected(directory: Path) -> list[Rejection]:
     Raises:
         ServiceError: a spool cannot be read.
     """
-    found: list[Rejection] = []
-    for path in sorted(directory.glob(f"*{SQLITE}")):
-        with _spool(path) as connection:
-            query = "SELECT entry_id, kind, rejected_on, reason FROM rejected ORDER BY rowid"
-            found += [
-                Rejection(entry_id, kind, datetime.fromtimestamp(seconds, UTC), reason, path.name)
-                for entry_id, kind, seconds, reason in connection.execute(query)
-            ]
-    return found
+
+    def look(path: Path, connection: sqlite3.Connection) -> list[Rejection]:
+        query = "SELECT entry_id, kind, rejected_on, reason FROM rejected ORDER BY rowid"
+        return [
+            Rejection(entry_id, kind, datetime.fromtimestamp(seconds, UTC), reason, path.name)
+            for entry_id, kind, seconds, reason in connection.execute(query)
+        ]
+
+    return [entry for found in _in_each(directory, look) for entry in found]
 
 
 def requeue(directory: Path, entry_ids: Collection[str] | None = None) -> int:
@@ -55,13 +57,14 @@ def requeue(directory: Path, entry_ids: Collection[str] | None = None) -> int:
     Raises:
         ServiceError: a spool cannot be written.
     """
-    count = 0
-    for path in sorted(directory.glob(f"*{SQLITE}")):
-        with _spool(path) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            count += requeue_rejected(connection, entry_ids)
-            connection.execute("COMMIT")
-    return count
+
+    def put_back(_: Path, connection: sqlite3.Connection) -> int:
+        connection.execute("BEGIN IMMEDIATE")
+        count = requeue_rejected(connection, entry_ids)
+        connection.execute("COMMIT")
+        return count
+
+    return sum(_in_each(directory, put_back))
 
 
 def show_rejected(settings: Settings, *, requeue_ids: Sequence[str] | None, say: Callable[[str], None]) -> None:
@@ -98,17 +101,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@contextmanager
-def _spool(path: Path) -> Generator[sqlite3.Connection]:
-    try:
-        with closing(open_existing(path)) as connection:
-            yield connection
-    except sqlite3.Error as err:
-        if not path.exists():
-            return  # Drained and deleted since it was listed.
-        raise ServiceError(
-            f"Expected to read and write the spool {path}. Received: {err}. Run this as the user of the service."
-        ) from err
+def _in_each(directory: Path, work: Callable[[Path, sqlite3.Connection], _T]) -> list[_T]:
+    results: list[_T] = []
+    for path in sorted(directory.glob(f"*{SQLITE}")):
+        try:
+            with closing(open_existing(path)) as connection:
+                results.append(work(path, connection))
+        except sqlite3.Error as err:
+            # Otherwise drained and deleted since it was listed, or not yet made.
+            if path.exists() and "no such table" not in str(err):
+                raise ServiceError(
+                    f"Expected to read and write the spool {path}. Received: {err}. Run this as the service's user."
+                ) from err
+    return results
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from cv_platform import cli
+from cv_platform.errors import ServiceError
 from cv_platform.serving.log_entry import LogEntry
 from cv_platform.serving.rejected_entries import find_rejected, requeue
 from cv_platform.serving.request_log import RequestLog
@@ -78,6 +79,14 @@ def test_what_is_refused_again_is_put_aside_again(log: RequestLog, tmp_path: Pat
     mend(engine)
     assert requeue(spools) == 1
     wait_for(lambda: count(engine, "predictions") == 1)
+
+
+def test_a_spool_that_cannot_be_read_is_named_and_one_that_is_just_made_is_passed_by(tmp_path: Path) -> None:
+    (tmp_path / "a.sqlite").write_bytes(b"")
+    assert find_rejected(tmp_path) == []
+    (tmp_path / "b.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(ServiceError, match=r"b\.sqlite\. Received: file is not a database"):
+        requeue(tmp_path)
 
 
 def test_a_backlog_that_is_refused_as_a_whole_stays_in_the_queue(log: RequestLog, engine: Engine) -> None:

@@ -179,6 +179,7 @@ def test_a_service_without_a_database_answers_for_ever(make_context: MakeContext
             wait_for(lambda: not context.log._spool.is_crowded())
         assert status == 200
     wait_for(lambda: context.log.status().dropped_rows > 0)
+    wait_for(lambda: not context.log._spool.is_crowded())
     assert len(spooled(context)) < 30
     context._tend_log()
     (family,) = [family for family in context.metrics.registry.collect() if family.name == "cv_log_evicted_entries"]
