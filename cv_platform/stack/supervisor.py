@@ -16,8 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
+from xmlrpc.client import ServerProxy
 
 import httpx
+from supervisor.xmlrpc import SupervisorTransport
 
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import database_url
@@ -30,7 +33,9 @@ from cv_platform.stack.http import is_taken, wait_for_http
 from cv_platform.stack.leftovers import end_leftovers, program_mark
 from cv_platform.stack.programs import Program, programs
 
-START_SECONDS = 180.0
+START_SECONDS = 600.0
+"""Longer than a busy machine needs: what ends instead of starting is noticed by `MOST_STARTS`."""
+MOST_STARTS = 3
 PID_SECONDS = 15.0
 
 
@@ -186,7 +191,7 @@ def _wait_until_up(settings: Settings, program: Program) -> None:
     try:
         if program.health_path is not None:
             url = f"http://127.0.0.1:{program.port}{program.health_path}"
-            wait_for_http(url, seconds=START_SECONDS, alive=lambda: is_running(settings))
+            wait_for_http(url, seconds=START_SECONDS, alive=_may_come_up(settings, program.name))
         elif program.name == "postgres":
             _wait(lambda: running_database_url(settings) is not None, START_SECONDS, "PostgreSQL to take connections")
         else:
@@ -197,6 +202,22 @@ def _wait_until_up(settings: Settings, program: Program) -> None:
         raise ServiceError(
             f"{program.name} did not start: {err}\nThe end of {log}:\n{end}\n`make down` stops the rest."
         ) from err
+
+
+def _may_come_up(settings: Settings, name: str) -> Callable[[], bool]:
+    """Returns whether a program that does not answer may still do so: not once it has ended again and again."""
+    pids: set[int] = set()
+
+    def may() -> bool:
+        if not is_running(settings):
+            return False
+        transport = SupervisorTransport(None, None, f"unix://{_socket_path(settings.home)}")
+        with ServerProxy("http://127.0.0.1", transport=transport) as server:
+            information = cast("dict[str, Any]", server.supervisor.getProcessInfo(name))
+        pids.update({information["pid"]} - {0})
+        return len(pids) <= MOST_STARTS and information["statename"] != "FATAL"
+
+    return may
 
 
 def _require_loaded_graph(settings: Settings) -> None:

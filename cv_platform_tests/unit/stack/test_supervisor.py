@@ -14,8 +14,15 @@ from supervisor.options import ClientOptions, ServerOptions
 from cv_platform.errors import ServiceError
 from cv_platform.settings import Settings
 from cv_platform.stack.environment import prepare_home
-from cv_platform.stack.programs import programs
-from cv_platform.stack.supervisor import _start_supervisor, _write_configuration, is_running, stop_stack
+from cv_platform.stack.http import free_port
+from cv_platform.stack.programs import Program, programs
+from cv_platform.stack.supervisor import (
+    _start_supervisor,
+    _wait_until_up,
+    _write_configuration,
+    is_running,
+    stop_stack,
+)
 
 
 @pytest.fixture
@@ -66,6 +73,21 @@ def test_a_long_name_gets_a_socket_that_the_system_takes(monkeypatch: pytest.Mon
     options = ServerOptions()
     options.realize(["-c", str(written(home)), "-n"])
     assert len(os.fsencode(options.server_configs[0]["file"])) <= 107
+
+
+@pytest.mark.parametrize("seconds", ["0", "3"])
+def test_a_program_that_ends_again_and_again_is_not_waited_for(short: Path, seconds: str) -> None:
+    """At once, which supervisord calls FATAL in the end, or later, which it takes for a start each time."""
+    settings = Settings.from_environment({"CV_HOME": str(short / "home")})
+    prepare_home(settings)
+    broken = Program("broken", ("sh", "-c", f"echo no disk; sleep {seconds}; exit 1"), free_port(), "/health")
+    _start_supervisor(settings, _write_configuration(settings, [broken]), dict(os.environ))
+    try:
+        with pytest.raises(ServiceError, match="Its process has ended") as caught:
+            _wait_until_up(settings, broken)
+    finally:
+        stop_stack(settings)
+    assert "no disk" in str(caught.value)
 
 
 def test_a_home_that_was_moved_while_the_stack_runs_is_stopped_at_its_new_place(short: Path) -> None:
