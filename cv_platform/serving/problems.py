@@ -124,9 +124,8 @@ def client_gone() -> Problem:
 def method_not_allowed(path: str, method: str, methods: Collection[str]) -> Problem:
     """Returns the 405 of a path that takes other methods, which its header Allow names (RFC 9110, section 15.5.6)."""
     allowed = ", ".join(sorted(methods))
-    return Problem(
-        405, f"{path} does not take {ascii(method)[1:41]}.", expected=f"one of: {allowed}", headers={"Allow": allowed}
-    )
+    message = f"{path} does not take {ascii(method)[1:-1][:40]}."
+    return Problem(405, message, expected=f"one of: {allowed}", headers={"Allow": allowed})
 
 
 def problem_of(error: CvPlatformError) -> Problem:

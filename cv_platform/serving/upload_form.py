@@ -88,7 +88,8 @@ async def received(
         Problem: 408, 413, 422, 429, 499 or 503, saying what was received.
     """
     with context.memory.upload() as cover:
-        cover(int(request.headers.get("content-length", 0)))  # `BodyLimit` has seen that it is a number.
+        # `BodyLimit` has seen that it is a number. Python converts no thousands of digits, be they zeros in front.
+        cover(int(request.headers.get("content-length", "").strip().lstrip("0") or 0))
         if not context.uploads.enter(places):
             raise overloaded("uploads", context.uploads.limit)
         try:
