@@ -47,38 +47,42 @@ class RequestMemory:
         return self._uploads + self._decodings
 
     @contextmanager
-    def upload(self) -> Generator[Callable[[int], None]]:
-        """Yields what takes the bytes of one body, as far as it is known; they are given back at the end.
+    def upload(self, declared_bytes: int) -> Generator[Callable[[int], None]]:
+        """Yields what takes the bytes of one body as they arrive; they are given back at the end.
 
-        It is called with the body's length so far, and raises a `Problem`: 413, there never is so much; 429, there is
-        not so much now.
+        It is called with the length so far. Nothing is taken for a length that is declared, which costs its sender
+        nothing: a few who declare much and send nothing would keep out all others.
+
+        Raises:
+            Problem: (so does what is yielded) 413, there never is so much; 429, there is not so much now.
         """
         taken = 0
 
         def cover(length: int) -> None:
             nonlocal taken
-            if length > self.uploads_bytes:
-                raise too_large(self.uploads_bytes, f"{length} bytes (see CV_REQUEST_MEMORY_BYTES)")
             with self._changed:
-                more = max(0, length - taken)
-                is_too_much = self._uploads + more > self.uploads_bytes or self.taken_bytes + more > self.limit_bytes
-                if not is_too_much:
-                    self._uploads += more
-                    taken += more
-            if is_too_much:
-                raise try_later(
-                    429,
-                    f"This worker is busy with {self.taken_bytes} bytes of uploads and images. Try again.",
-                    expected=f"at most {self.uploads_bytes} bytes of uploads at a time",
-                    seconds=1,
-                )
+                self._require_room(length, length - taken)
+                self._uploads += length - taken
+                taken = length
 
+        self._require_room(declared_bytes, declared_bytes)
         try:
             yield cover
         finally:
             with self._changed:
                 self._uploads -= taken
                 self._changed.notify_all()
+
+    def _require_room(self, length: int, more: int) -> None:
+        if length > self.uploads_bytes:
+            raise too_large(self.uploads_bytes, f"{length} bytes (see CV_REQUEST_MEMORY_BYTES)")
+        if self._uploads + more > self.uploads_bytes or self.taken_bytes + more > self.limit_bytes:
+            raise try_later(
+                429,
+                f"This worker is busy with {self.taken_bytes} bytes of uploads and images. Try again.",
+                expected=f"at most {self.uploads_bytes} bytes of uploads at a time",
+                seconds=1,
+            )
 
     @contextmanager
     def decoding(self, data: bytes, *, seconds: float) -> Generator[None]:

@@ -87,9 +87,9 @@ async def received(
     Raises:
         Problem: 408, 413, 422, 429, 499 or 503, saying what was received.
     """
-    with context.memory.upload() as cover:
-        # `BodyLimit` has seen that it is a number. Python converts no thousands of digits, be they zeros in front.
-        cover(int(request.headers.get("content-length", "").strip().lstrip("0") or 0))
+    # `BodyLimit` has seen that it is a number. Python converts no thousands of digits, be they zeros in front.
+    declared_bytes = int(request.headers.get("content-length", "").strip().lstrip("0") or 0)
+    with context.memory.upload(declared_bytes) as cover:
         if not context.uploads.enter(places):
             raise overloaded("uploads", context.uploads.limit)
         try:
@@ -150,7 +150,7 @@ async def _parse(request: Request, form: UploadForm, cover: Callable[[int], None
 
 
 async def _covered(stream: AsyncGenerator[bytes, None], cover: Callable[[int], None]) -> AsyncGenerator[bytes, None]:
-    """Hands a body on, and takes the memory of one whose length was not declared."""
+    """Hands a body on, and takes its memory."""
     length = 0
     async for chunk in stream:
         length += len(chunk)

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import cv2
 import httpx
 import numpy as np
 import pytest
+from starlette.types import Message
 
 from cv_platform.serving.app import create_app
 from cv_platform.serving.limits import BATCH_UPLOADS, FORM_OVERHEAD_BYTES, ServingLimits
@@ -68,6 +70,35 @@ def test_uploads_beyond_the_memory_are_refused_and_the_others_answered(make_cont
     assert refused.headers["retry-after"] == "1"
     assert context.memory.taken_bytes == 0
     assert context.in_flight.inside == context.uploads.inside == 0
+
+
+def test_a_length_that_is_only_declared_takes_nothing_from_others(narrow: Client):
+    headers = [(b"content-type", b"image/bmp"), (b"content-length", b"4000000")]
+
+    async def others_answer() -> int:
+        idle = Counter[str]()
+
+        async def send_nothing() -> None:
+            async def receive() -> Message:
+                idle["waiting"] += 1
+                await asyncio.Event().wait()
+                raise AssertionError("unreachable")
+
+            scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": headers}
+            await narrow.app(scope, receive, AsyncMock())
+
+        transport = httpx.ASGITransport(narrow.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client, asyncio.timeout(60):
+            senders = [asyncio.create_task(send_nothing()) for _ in range(4)]  # 16 of 16.5 MB.
+            while idle["waiting"] < len(senders):
+                await asyncio.sleep(0.01)
+            answer = await client.post("/predict", files={"file": ("a.bmp", LARGE)})
+            for sender in senders:
+                sender.cancel()
+            await asyncio.gather(*senders, return_exceptions=True)
+            return answer.status_code
+
+    assert asyncio.run(others_answer()) == 200
 
 
 @pytest.mark.parametrize("is_declared", [True, False])
