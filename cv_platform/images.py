@@ -29,6 +29,7 @@ import logging
 import struct
 import threading
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -118,6 +119,18 @@ def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, i
     """
     with _open(data) as picture:
         return _judge(picture, data, max_pixels)
+
+
+def count_decoded_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
+    """Counts, by its header, the pixels that decoding an image makes: of a tiled TIFF those of whole tiles.
+
+    Raises:
+        ImageError: see `read_size`.
+    """
+    with _open(data) as picture:
+        _, height_px, width_px = _judge(picture, data, max_pixels)
+        is_tiff = isinstance(picture, TiffImageFile)
+        return _count_tiled_pixels(picture, tiff_tags(data, picture.tag_v2.offset)) if is_tiff else height_px * width_px
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREPROCESSING_VERSION) -> NDArray[np.uint8]:
@@ -263,11 +276,17 @@ def _judge(picture: ImageFile.ImageFile, data: bytes, max_pixels: int) -> tuple[
     if isinstance(picture, TiffImageFile):
         tags = tiff_tags(data, picture.tag_v2.offset)
         refuse_patient_tiff(tags)
-        tile_width_px, tile_height_px = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
-        padded_px = -(-width_px // tile_width_px) * tile_width_px * -(-height_px // tile_height_px) * tile_height_px
+        padded_px = _count_tiled_pixels(picture, tags)
         if padded_px > max_pixels:
+            tile_width_px, tile_height_px = tags[TILE_WIDTH], tags[TILE_LENGTH]
             raise ImageTooLargeError(
                 f"Expected at most {max_pixels} pixels. Received: tiles of {tile_width_px}×{tile_height_px} that hold "
                 f"{padded_px} for an image of {width_px}×{height_px}. Save it with smaller tiles, or with strips."
             )
     return image_format, height_px, width_px
+
+
+def _count_tiled_pixels(picture: TiffImageFile, tags: Mapping[int, int]) -> int:
+    width_px, height_px = picture.size
+    tile_width_px, tile_height_px = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
+    return -(-width_px // tile_width_px) * tile_width_px * -(-height_px // tile_height_px) * tile_height_px

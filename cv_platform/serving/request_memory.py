@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from cv_platform.errors import ImageError
-from cv_platform.images import read_size
+from cv_platform.images import count_decoded_pixels
 from cv_platform.serving.limits import SHRINK_IMAGE, too_large
 from cv_platform.serving.problems import Problem, try_later
 
@@ -95,16 +95,16 @@ class RequestMemory:
             Problem: 413, the image needs more than there ever is; 503, others have not ended after `seconds`.
         """
         try:
-            _, height_px, width_px = read_size(data, max_pixels=self._max_pixels)
+            pixels = count_decoded_pixels(data, max_pixels=self._max_pixels)
         except ImageError:
-            height_px = width_px = 0
-        needed = len(data) + DECODING_BYTES_PER_PIXEL * height_px * width_px
+            pixels = 0
+        needed = len(data) + DECODING_BYTES_PER_PIXEL * pixels
         limit = self.limit_bytes - self.uploads_bytes
         if needed > limit:
             raise Problem(
                 413,
                 f"Expected an image that can be decoded in {limit} bytes (CV_REQUEST_MEMORY_BYTES). Received: "
-                f"{width_px}×{height_px} pixels, which may take {needed}. {SHRINK_IMAGE}",
+                f"{pixels} pixels, which may take {needed}. {SHRINK_IMAGE}",
                 expected=f"an image of at most {limit // DECODING_BYTES_PER_PIXEL} pixels",
             )
         if not self._wait_and_take(needed, seconds):

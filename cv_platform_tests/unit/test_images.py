@@ -579,6 +579,9 @@ def test_tiles_count_as_pixels(is_big: bool, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ImageFile.ImageFile, "load", no_decoder)
     with pytest.raises(ImageTooLargeError, match="20000×20000 that hold 400000000 for an image of 16×16"):
         images.decode(tiled_tiff((322, 4, 20_000), (323, 4, 20_000), is_big=is_big))
+    # Two tiles of 10×16 for 16×16 pixels.
+    assert images.count_decoded_pixels(tiled_tiff((322, 4, 10), (323, 3, 16), is_big=is_big)) == 2 * 10 * 16
+    assert images.count_decoded_pixels(encode("PNG")) == scene().shape[0] * scene().shape[1]
 
 
 @pytest.mark.parametrize(
