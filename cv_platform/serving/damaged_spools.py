@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from cv_platform.serving.spool_file import EXTENSIONS
 logger = logging.getLogger(__name__)
 
 _DAMAGED = ".damaged"
+_PART_BYTES = 2**20
 
 
 def put_aside(path: Path, err: sqlite3.DatabaseError) -> None:
@@ -63,10 +62,14 @@ def _parts(path: Path) -> Iterator[Path]:
 
 
 def _holds(path: Path, text: bytes) -> bool:
+    # Not by `mmap`: its `find` holds up all other threads (4 s for 1 GiB), and a sector that cannot be read, as after
+    # such damage, would end the process.
+    end = b""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size:  # Nothing cannot be mapped.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return content.find(text) >= 0
+        while part := file.read(_PART_BYTES):
+            if text in (joined := end + part):
+                return True
+            end = joined[-len(text) :]
     return False
 
 

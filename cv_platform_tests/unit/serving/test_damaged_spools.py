@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
-from cv_platform.serving.damaged_spools import put_aside, remove_expired
+from cv_platform.serving.damaged_spools import delete_from_damaged, put_aside, remove_expired
 from cv_platform.serving.drainer import Drainer
 from cv_platform.serving.log_limits import LogLimits
 from cv_platform.serving.request_log import RequestLog
@@ -55,6 +56,26 @@ def test_a_name_in_the_write_ahead_log_counts(tmp_path: Path) -> None:
     with RequestLog(tmp_path, None) as log:
         assert log.delete_prediction(prediction_id)
     assert not list(tmp_path.glob("x.damaged*"))
+
+
+@pytest.mark.parametrize("before", [0, 2**20 - 35, 2**20 - 1, 2**20, 2 * 2**20 - 18])
+def test_a_name_is_found_wherever_it_lies_in_a_large_file(tmp_path: Path, before: int) -> None:
+    prediction_id = uuid4()
+    (tmp_path / "x.damaged").write_bytes(bytes(before) + str(prediction_id).encode() + bytes(99))
+    assert not delete_from_damaged(tmp_path, uuid4())
+    assert delete_from_damaged(tmp_path, prediction_id)
+
+
+def test_others_go_on_while_a_large_file_is_searched(tmp_path: Path) -> None:
+    with (tmp_path / "x.damaged").open("wb") as file:
+        file.truncate(2**30)
+    searching = threading.Thread(target=delete_from_damaged, args=(tmp_path, uuid4()))
+    searching.start()
+    turns = 0
+    while searching.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 5
 
 
 def test_damaged_spools_go_when_what_they_hold_may_not_be_kept_longer(tmp_path: Path) -> None:
