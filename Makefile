@@ -13,7 +13,7 @@ LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-emit-inde
 # The stack in containers: standard library only, so that it runs before anything is installed.
 STACK := "$(if $(filter managed,$(PYTHON)),python3,$(PYTHON))" -m cv_platform.stack.containers
 # A virtual environment names its folder: one that was moved with the checkout is made anew.
-ifeq ($(shell test ! -f .venv/pyvenv.cfg || grep -qF "$$(pwd -P)/.venv" .venv/pyvenv.cfg || echo moved),moved)
+ifeq ($(shell test ! -f .venv/pyvenv.cfg || grep -qF " $$(pwd -P)/.venv" .venv/pyvenv.cfg || echo moved),moved)
 .PHONY: .venv/.ready
 CLEAR := --clear
 endif

@@ -124,3 +124,7 @@ def test_a_virtual_environment_is_made_anew_once_the_checkout_was_moved(checkout
     moved = checkout.rename(checkout.with_name("moved"))
     assert make(moved, "--question", ".venv/.ready").returncode == 1
     assert "-m venv --clear .venv" in make(moved, "--dry-run", ".venv/.ready").stdout
+    # The new place may be the end of the old one's name, as in a container.
+    config = moved / ".venv" / "pyvenv.cfg"
+    config.write_text(f"command = /usr/bin/python3.11 -m venv /before{moved}/.venv\n")
+    assert make(moved, "--question", ".venv/.ready").returncode == 1
