@@ -418,7 +418,7 @@ def load_experiment(path: Path) -> ExperimentConfig:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as err:
         raise ConfigError(f"{path}: expected a YAML file. {_what_is_there(path)}") from err
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as err:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as err:  # ValueError: also a date of month 13.
         raise ConfigError(
             f"{path}: expected a readable YAML file. Received: {err}. Correct the file, or who may read it."
         ) from err

@@ -225,7 +225,7 @@ class CentralStorage:
             )
         try:
             metadata = BundleMetadata.model_validate(yaml.load(text, _YAML_LOADER))
-        except (yaml.YAMLError, ValidationError) as err:
+        except (yaml.YAMLError, ValueError) as err:
             raise CorruptBundleError(
                 f"{path}: expected bundle metadata of format {FORMAT_VERSION}. Received: {err}"
             ) from err

@@ -141,7 +141,10 @@ def test_fingerprint_follows_only_the_named_sections() -> None:
         one.fingerprint("trian")
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00", "just text"])
+@pytest.mark.parametrize(
+    "content",
+    ["[1, 2]", "a: [", "\x00", "just text", "name: 2024-13-45", pytest.param("name: " + 5000 * "9", id="digits")],
+)
 def test_a_file_that_is_no_experiment_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(content)
