@@ -124,6 +124,8 @@ def decode_with_opencv(
     if pixels is None:
         return None
     pixels = np.asarray(pixels, dtype=np.uint8)
+    if keeps_alpha and pixels.shape[2] == 3:  # Pillow looks for alpha in the frame, OpenCV in the extended header.
+        return decode_with_opencv(picture, data, reduction=reduction, keeps_alpha=False)
     if keeps_alpha or reduction > 1:
         bgra = pixels
         pixels = _banded(

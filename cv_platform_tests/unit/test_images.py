@@ -143,6 +143,15 @@ def test_a_drawing_in_the_alpha_channel_alone_is_seen(image_format: str, mode: s
     assert images.decode(data, version=2).max() == 0
 
 
+def test_alpha_that_the_header_of_a_webp_denies_is_none() -> None:
+    data = bytearray(encode("WEBP", np.dstack([scene(), scene()[..., 0]]), quality=90))
+    assert data[12:16] == b"VP8X"
+    data[20] &= ~0x10
+    pixels = images.decode(bytes(data)).astype(int)
+    assert np.abs(pixels - scene()).mean() < 15
+    np.testing.assert_array_equal(pixels, images.decode(bytes(data), version=2))
+
+
 @pytest.mark.parametrize("image_format", ["PNG", "GIF"])
 def test_a_transparent_colour_of_a_palette_is_white(image_format: str) -> None:
     indices = Image.fromarray((scene()[..., 0] // 64).astype(np.uint8), mode="P")
