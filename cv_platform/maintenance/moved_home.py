@@ -37,8 +37,10 @@ def previous_location(home: Path) -> Path | None:
             return None  # New, or a Dagster of its own: it names nothing yet, or nothing of ours.
     if not old.is_absolute() or old == home:
         return None
-    # By another name: a link, or a mount.
-    return None if old.exists() and old.samefile(home) else old
+    try:
+        return None if old.samefile(home) else old  # By another name: a link, or a mount.
+    except (OSError, ValueError):  # It is gone, or closed to us.
+        return old
 
 
 def require_settled(home: Path) -> None:

@@ -110,6 +110,12 @@ def make_installation(home: Path) -> None:
         engine.dispose()
 
 
+def test_an_old_place_that_nobody_can_look_at_was_another_one(tmp_path: Path) -> None:
+    old = tmp_path / ("n" * 300)  # As a folder that is closed to us, which root cannot make for a test.
+    (tmp_path / LOCATION).write_text(f"{old}\n")
+    assert previous_location(tmp_path) == old
+
+
 def test_a_moved_installation_goes_on_at_its_new_place(folder: Path) -> None:
     old, new = folder / "old home", folder / "new" / "cv 50% ñ"
     make_installation(old)
