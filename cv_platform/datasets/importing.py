@@ -201,7 +201,7 @@ def _read(root: Folder, annotations: Path | None, rules: ImportRules) -> Layout:
     except OSError as err:
         raise InvalidDatasetError(f"Expected annotations at {annotations}. Received: {err}. Correct the path.") from err
     name = annotations.name if annotations is not None else ""
-    classes = None if rules.classes is None else tuple(normalize("NFC", name) for name in rules.classes)
+    classes = None if rules.classes is None else tuple(dict.fromkeys(normalize("NFC", name) for name in rules.classes))
     layout = _judge_images(root, read_layout(root, content, LabelRules(classes), name=name), rules)
     used = {label for entry in layout.entries for label in entry.labels}
     empty = [name for name in layout.class_names if name not in used]

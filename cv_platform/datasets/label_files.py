@@ -199,7 +199,8 @@ def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, nam
     taken = {*paths, *([] if split is None else [split])}
     others = [at for at, key in enumerate(keys) if at not in taken and key not in _ROW_NUMBERS]
     found, is_binary = _values(rows, others)
-    if len(others) == 1 and label is None and others[0] not in is_binary and rules.classes is None:
+    doubtful = [at for at in others if at not in is_binary or _DOUBTFUL_COLUMN.fullmatch(keys[at])]
+    if len(others) == 1 and label is None and rules.classes is None and not (is_binary and doubtful):
         label = others[0]
     classes: dict[int, str] = {}
     why = ""
@@ -208,7 +209,6 @@ def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, nam
     elif label is None:
         classes, why = {at: header[at] for at in others}, "every value is 0 or 1"
         missing = [] if rules.classes is None else [column for column in rules.classes if column not in header]
-        doubtful = [at for at in others if at not in is_binary or _DOUBTFUL_COLUMN.fullmatch(keys[at])]
         if not others or (not rules.is_stored and (missing or doubtful)):
             raise _question(name, header, others, found, is_binary, doubtful, missing)
     notes = [f"the image is the column {header[paths[0]]}"]

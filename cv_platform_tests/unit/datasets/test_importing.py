@@ -145,6 +145,13 @@ def test_refuses_unusable_sources_and_leaves_nothing_behind(tmp_path: Path, name
     assert [p.name for p in (tmp_path / "ds").iterdir()] == [".pets.lock"]
 
 
+def test_a_class_that_is_named_twice_is_one(tmp_path: Path) -> None:
+    rules = ImportRules(classes=("cat", "dog", "cat"))
+    source = class_folders(tmp_path / "source", 2)
+    imported = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds", rules=rules)
+    assert imported.class_names == ("cat", "dog")
+
+
 def test_names_classes_without_images(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "source", 2)
     (source / "axolotl").mkdir()

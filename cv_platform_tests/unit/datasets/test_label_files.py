@@ -101,6 +101,14 @@ def test_asks_where_a_column_may_be_no_class(folder: Path, header: str, row: str
     assert str(caught.value).endswith("--classes cat,dog.")
 
 
+def test_the_only_other_column_holds_the_labels_also_where_these_are_0_and_1(folder: Path) -> None:
+    layout = read(folder, "path,defect\n1.png,1\n2.png,0\n")
+    assert labels(layout) == {"1.png": ("1",), "2.png": ("0",)}
+    assert layout.notes[1] == "the labels are the column defect"
+    with pytest.raises(InvalidDatasetError, match=r"Received: is_verified \(0 and 1\)"):
+        read(folder, "path,is_verified\n1.png,1\n2.png,0\n")
+
+
 def test_classes_that_are_no_columns_are_named(folder: Path) -> None:
     with pytest.raises(InvalidDatasetError, match="no emu in path, cat, dog"):
         read(folder, "path,cat,dog\n1.png,1,0\n", classes="cat,emu")
