@@ -338,6 +338,10 @@ def _result_again(
             message = BLANK if is_blank(stored.raw_hm) else OK
         except (ImageError, ValueError) as err:
             message = f"The pictures cannot be drawn again: {err}"
+        except Problem as err:
+            if err.status_code != 413:  # 413: who answered had more memory. Others pass.
+                raise
+            message = f"The pictures cannot be drawn again: {err.message}"
     names = metadata.class_names if metadata else tuple(stored.prediction_json)
     classifier_type = metadata.classifier_type if metadata else None
     is_single = classifier_type == "multi-class" or stored.predicted_class in stored.prediction_json

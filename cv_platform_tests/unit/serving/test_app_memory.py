@@ -135,6 +135,16 @@ def test_a_batch_and_a_stored_image_take_and_give_back(narrow: Client):
     assert refused.status_code == 413
 
 
+def test_a_stored_image_that_needs_more_memory_than_there_is_now_costs_its_pictures_only(make_context: MakeContext):
+    answer = Client(create_app(make_context())).predict(png(flat_image(1, 2, 3, height=1_200, width=1_200)))
+    smaller = Client(create_app(make_context(CV_REQUEST_MEMORY_BYTES=str(16 * MEBIBYTE))))
+    stored = smaller.get(f"/predictions/{answer.json()['prediction_id']}")
+    assert stored.status_code == 200
+    assert stored.json()["prediction"] == answer.json()["prediction"]
+    assert stored.json()["original_img"] is None
+    assert "CV_REQUEST_MEMORY_BYTES" in stored.json()["message"]
+
+
 def test_a_large_image_gets_its_turn_before_small_ones_that_come_later():
     memory = RequestMemory(100 * MEBIBYTE, max_upload_bytes=MEBIBYTE, max_pixels=9 * MEBIBYTE)
     large, small = (png(flat_image(1, 2, 3, height=side, width=side)) for side in (2_400, 1_000))
