@@ -18,6 +18,7 @@ from cv_platform.datasets.dvc_store import store_images
 from cv_platform.datasets.entries import NOT_AN_IMAGE, ImageEntry, Layout
 from cv_platform.datasets.label_files import LabelRules
 from cv_platform.datasets.layouts import descend, read_layout, write_annotations
+from cv_platform.datasets.phone_photos import GROWTH, SUFFIX, is_phone_photo, to_jpeg
 from cv_platform.datasets.repository import (
     DATA_FOLDER,
     StoredVersion,
@@ -141,8 +142,10 @@ def import_dataset(
             unpack(source, root, encoding=rules.zip_encoding)
         folder = descend(walk(root))
         layout = _read(folder, annotations, rules)
-        entries = _canonical(layout)
-        _stage(folder.path, layout.entries, entries, scratch / DATA_FOLDER, moves=not source.is_dir())
+        converted = frozenset(entry.path for entry in layout.entries if is_phone_photo(folder.path / entry.path))
+        entries = _canonical(layout, converted)
+        staging = _Staging(folder.path, scratch / DATA_FOLDER, converted, moves=not source.is_dir())
+        staging.fill(layout.entries, entries)
         classes = Counter(label for entry in entries for label in entry.labels)
         imported = ImportedDataset(
             ds_name=ds_name,
@@ -155,7 +158,7 @@ def import_dataset(
             ),
             counts=dict(Counter(entry.split or NO_SPLIT for entry in entries)),
             class_counts={name: classes[name] for name in layout.class_names},
-            notes=(f"understood as {layout.name}", *layout.notes),
+            notes=(f"understood as {layout.name}", *layout.notes, *_said_of(converted)),
             left_out=layout.left_out.counts(),
             directory=repository,
         )
@@ -231,7 +234,7 @@ def _judge_images(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
         reasons = [f"{n} {reason}" for reason, n in layout.left_out.counts().items() if reason.startswith(NOT_AN_IMAGE)]
         raise InvalidDatasetError(
             f"Expected images in at least {1 - rules.max_left_out_fraction:.0%} of the images' files of {root.path}. "
-            f"Received: {len(entries)} images, and {'; '.join(reasons)}. Convert them (HEIC, AVIF and RAW to JPEG), or "
+            f"Received: {len(entries)} images, and {'; '.join(reasons)}. Convert them (RAW to JPEG), or "
             "leave them out by --max-left-out 1."
         )
     return replace(layout, entries=entries)
@@ -262,11 +265,19 @@ def _judge_splits(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
     return replace(layout, notes=(*layout.notes, *notes))
 
 
-def _canonical(layout: Layout) -> tuple[ImageEntry, ...]:
+def _said_of(converted: frozenset[str]) -> tuple[str, ...]:
+    if not converted:
+        return ()
+    return (f"made JPEG of HEIC and AVIF, which the service does not take: {len(converted)}, such as {min(converted)}",)
+
+
+def _canonical(layout: Layout, converted: frozenset[str]) -> tuple[ImageEntry, ...]:
     """Names folders train, valid, test and reference, and classes and files in NFC, whatever they were called."""
     entries: list[ImageEntry] = []
     for entry in layout.entries:
         path = normalize("NFC", entry.path)
+        if entry.path in converted and not path.lower().endswith((SUFFIX, ".jpeg")):
+            path += SUFFIX
         if layout.labels_from == "folders":
             path = "/".join([*([entry.split] if entry.split else []), *entry.labels, PurePosixPath(path).name])
         entries.append(replace(entry, path=path))
@@ -283,24 +294,50 @@ def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _stage(
-    root: Path, found: tuple[ImageEntry, ...], named: tuple[ImageEntry, ...], images: Path, *, moves: bool
-) -> None:
-    """Copies (or moves, what was unpacked here) the images found in `root` to their names below `images`."""
-    try:
-        if not moves:
-            needed = sum((root / entry.path).stat().st_size for entry in found)
-            require_free_space(images.parent, needed, purpose=f"a copy of {root}")
-        for origin, entry in zip(found, named, strict=True):
-            target = images / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if moves:
-                (root / origin.path).rename(target)
-            else:
-                # Never a hard link: what happens to a stored file must not reach the source.
-                shutil.copyfile(root / origin.path, target)
-    except OSError as err:
-        raise InvalidDatasetError(f"Cannot read the images of {root}: {err}. Check their rights and the disk.") from err
+@dataclass(frozen=True)
+class _Staging:
+    """Brings the images found in `root` below `images`.
+
+    Attributes:
+        root: the source.
+        images: what is to be stored.
+        converted: paths in `root` of those that become JPEG.
+        moves: whether `root` is what was unpacked here.
+    """
+
+    root: Path
+    images: Path
+    converted: frozenset[str]
+    moves: bool
+
+    def fill(self, found: tuple[ImageEntry, ...], named: tuple[ImageEntry, ...]) -> None:
+        """Copies, moves or converts each to its name.
+
+        Raises:
+            InvalidDatasetError: one cannot be read.
+        """
+        try:
+            copied = [entry.path for entry in found if not self.moves or entry.path in self.converted]
+            growth = {path: GROWTH if path in self.converted else 1 for path in copied}
+            needed = sum((self.root / path).stat().st_size * times for path, times in growth.items())
+            require_free_space(self.images.parent, needed, purpose=f"a copy of {self.root}")
+            for origin, entry in zip(found, named, strict=True):
+                self._bring(origin.path, self.images / entry.path)
+        except OSError as err:
+            raise InvalidDatasetError(
+                f"Cannot read the images of {self.root}: {err}. Check their rights and the disk."
+            ) from err
+
+    def _bring(self, path: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path in self.converted:
+            if not to_jpeg(self.root / path, target):
+                raise InvalidDatasetError(f"Expected {path} as it was a moment ago. Received: damaged. Import again.")
+        elif self.moves:
+            (self.root / path).rename(target)
+        else:
+            # Never a hard link: what happens to a stored file must not reach the source.
+            shutil.copyfile(self.root / path, target)
 
 
 def _store(repository: Path, tag: str, scratch: Path, annotations: bytes | None, message: str) -> StoredVersion:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cv_platform import images
+from cv_platform.datasets.phone_photos import decodes, is_phone_photo
 from cv_platform.errors import ImageError, InvalidDatasetError
 from cv_platform.image_files import format_by_signature, is_litter, seems_image
 
@@ -36,7 +37,8 @@ class Folder:
     def images(self) -> tuple[str, ...]:
         """Names of the images directly in it."""
         try:
-            return tuple(name for name in self.files if seems_image(self.path / name))
+            paths = ((name, self.path / name) for name in self.files)
+            return tuple(name for name, path in paths if seems_image(path) or is_phone_photo(path))
         except OSError as err:
             raise InvalidDatasetError(
                 f"Expected files that can be read. Received: {err.filename} ({err.strerror}). Correct its rights, or "
@@ -95,7 +97,9 @@ def walk(path: Path, _above: tuple[tuple[int, int], ...] = ()) -> Folder:
 
 
 def is_image(path: Path) -> bool:
-    """Tells by the whole file's content whether it is, or was, an image of a supported format."""
+    """Tells by the whole file's content whether it is, or was, an image of a supported format, or becomes one."""
+    if is_phone_photo(path):
+        return decodes(path)
     try:
         data = path.read_bytes()
         if format_by_signature(data) is None:
