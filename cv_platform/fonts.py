@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 PACKAGE = "fonts-droid-fallback"
 """Of Debian and Ubuntu, 2 MB to load: Chinese, Japanese and Korean in one font."""
 
+_told: set[int] = set()
+"""Letters that no font has, as it was said: each text of a picture asks anew."""
+
 
 @cache
 def fonts_for(letters: frozenset[str]) -> tuple[str, ...]:
@@ -34,7 +37,8 @@ def fonts_for(letters: frozenset[str]) -> tuple[str, ...]:
             break
         chosen.append(best)
         missing -= _code_points(best)
-    if missing:
+    if missing - _told:
+        _told.update(missing)
         logger.warning(
             "Expected a font with the letters %s. Received: none of this machine has them, so pictures show boxes "
             "in their place. Install one, such as the package %s of Debian and Ubuntu.",
