@@ -5,7 +5,13 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
-BIN := .venv/bin
+VENV := .venv
+# Alembic, as MLflow and Dagster use it, takes a % in the path of their packages for a placeholder: a link has none.
+ifneq (,$(findstring %,$(CURDIR)))
+VENV := $(shell link="$${XDG_CACHE_HOME:-$$HOME/.cache}/cv_platform/checkout-$$(pwd -P | cksum | cut -d' ' -f1)"; \
+  mkdir -p "$${link%/*}" && ln -sfn "$$(pwd -P)" "$$link" && echo "$$link/.venv")
+endif
+BIN := "$(VENV)/bin"
 RUN := $(BIN)/python -m cv_platform.cli
 UV_VERSION := 0.13.9
 MANAGED_VERSION := 3.11
@@ -13,7 +19,8 @@ LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-emit-inde
 # The stack in containers: standard library only, so that it runs before anything is installed.
 STACK := "$(if $(filter managed,$(PYTHON)),python3,$(PYTHON))" -m cv_platform.stack.containers
 # A virtual environment names its folder: one that was moved with the checkout is made anew.
-ifeq ($(shell test ! -f .venv/pyvenv.cfg || grep -qF " $$(pwd -P)/.venv" .venv/pyvenv.cfg || echo moved),moved)
+ifeq ($(shell test ! -f .venv/pyvenv.cfg || \
+  grep -qF " $(if $(filter .venv,$(VENV)),$$(pwd -P)/.venv,$(VENV))" .venv/pyvenv.cfg || echo moved),moved)
 .PHONY: .venv/.ready
 CLEAR := --clear
 endif
@@ -41,7 +48,7 @@ setup: .venv/.ready ## Install everything into .venv (done by the others when ne
 	case $$found in 3.11|3.12) ;; \
 	*) echo "Expected Python 3.11 or 3.12. Received: $$found$${python:+, $$python}. Install one, and name it if it is not" \
 	  "found: make PYTHON=/path/to/python3.12 …, or let uv fetch one: make PYTHON=managed …" >&2; exit 1;; esac; \
-	"$$python" -m venv $(CLEAR) .venv
+	"$$python" -m venv $(CLEAR) "$(VENV)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .

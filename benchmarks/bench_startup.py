@@ -75,12 +75,14 @@ def run(options: Options) -> Report:
         switched = {BEFORE: "true", AFTER: "false"}
         observations = measure_interleaved(
             [
-                Alternative(name, _started(settings, {**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": value}))
+                Alternative(
+                    name,
+                    _started(settings, {**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": value}, name, options.say),
+                )
                 for name, value in switched.items()
             ],
             rounds=options.rounds,
             warm_up=1,  # Makes the databases.
-            say=options.say,
         )
     quantities = ("ready_seconds", "idle_mib", "processes", "cpu_us_per_unit")
     ratios = [compare(observations, BEFORE, AFTER, quantity, seed=options.seed) for quantity in quantities]
@@ -121,7 +123,9 @@ def judge(after: list[Observation]) -> list[Check]:
     return checks
 
 
-def _started(settings: Settings, environment: Mapping[str, str]) -> Callable[[], Observation]:
+def _started(
+    settings: Settings, environment: Mapping[str, str], name: str, say: Callable[[str], None]
+) -> Callable[[], Observation]:
     def measure() -> Observation:
         begin = time.perf_counter()
         try:
@@ -135,6 +139,7 @@ def _started(settings: Settings, environment: Mapping[str, str]) -> Callable[[],
         metrics = {"ready_seconds": ready_seconds, "processes": float(len(memory))}
         if known := [size for size in memory if size]:
             metrics["idle_mib"] = sum(known) / 2**20
+        say(f"  {name}: " + ", ".join(f"{quantity} {value:,.0f}" for quantity, value in metrics.items()))
         return Observation(units=1, wall_seconds=ready_seconds, cpu_seconds=cpu_seconds, metrics=metrics)
 
     return measure

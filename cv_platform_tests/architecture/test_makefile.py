@@ -34,7 +34,14 @@ def make(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
     return subprocess.run(
         ["make", *arguments],
         cwd=folder,
-        env={**environment, "PATH": path, "UV_PYTHON_INSTALL_MIRROR": NOWHERE, "UV_HTTP_RETRIES": "0", **variables},
+        env={
+            **environment,
+            "XDG_CACHE_HOME": str(folder.parent / "cache"),
+            "PATH": path,
+            "UV_PYTHON_INSTALL_MIRROR": NOWHERE,
+            "UV_HTTP_RETRIES": "0",
+            **variables,
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -42,9 +49,9 @@ def make(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
     )
 
 
-def make_environment(folder: Path) -> None:
-    """Makes an empty virtual environment that counts as ready."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=folder, check=True, timeout=60)
+def count_as_ready(folder: Path) -> None:
+    """Makes an empty folder of what `make setup` installs."""
+    (folder / ".venv").mkdir()
     (folder / ".venv" / ".ready").touch()
 
 
@@ -61,7 +68,7 @@ def make_environment(folder: Path) -> None:
 def test_names_may_hold_spaces_percent_signs_and_quotes(
     checkout: Path, target: str, variable: str, expected: list[str], value: str, is_exported: bool
 ) -> None:
-    make_environment(checkout)
+    count_as_ready(checkout)
     given = ((), {variable: value}) if is_exported else ((f"{variable}={value}",), {})
     done = make(checkout, target, *given[0], f"RUN={SHOW_ARGUMENTS}", **given[1])
     assert done.returncode == 0, done.stderr
@@ -118,13 +125,26 @@ def test_a_managed_python_is_found_where_uv_keeps_it(checkout: Path, tmp_path: P
     assert shown == f"Python {version}\n"
 
 
-def test_a_virtual_environment_is_made_anew_once_the_checkout_was_moved(checkout: Path) -> None:
-    make_environment(checkout)
-    assert make(checkout, "--question", ".venv/.ready").returncode == 0
-    moved = checkout.rename(checkout.with_name("moved"))
+@pytest.mark.parametrize("name", ["é dir", "100% é dir"])
+def test_a_virtual_environment_is_made_anew_once_the_checkout_was_moved(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for file in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy2(REPOSITORY / file, folder)
+    empty = ("--eval=empty:\n\t@'$(PYTHON)' -m venv --without-pip '$(VENV)'; touch .venv/.ready", "empty")
+    assert make(folder, *empty, f"PYTHON={sys.executable}").returncode == 0
+    assert make(folder, "--question", ".venv/.ready").returncode == 0
+    moved = folder.rename(tmp_path / "moved %")
     assert make(moved, "--question", ".venv/.ready").returncode == 1
-    assert "-m venv --clear .venv" in make(moved, "--dry-run", ".venv/.ready").stdout
-    # The new place may be the end of the old one's name, as in a container.
-    config = moved / ".venv" / "pyvenv.cfg"
-    config.write_text(f"command = /usr/bin/python3.11 -m venv /before{moved}/.venv\n")
-    assert make(moved, "--question", ".venv/.ready").returncode == 1
+    assert "-m venv --clear " in make(moved, "--dry-run", ".venv/.ready").stdout
+
+
+def test_packages_lie_at_a_path_without_a_percent_sign(checkout: Path, tmp_path: Path) -> None:
+    """Alembic fills in what follows one: neither MLflow nor Dagster could make its tables."""
+    recipe = "\t@'$(PYTHON)' -m venv --without-pip '$(VENV)' && $(BIN)/python -c 'import sys; print(sys.prefix)'"
+    cache = str(tmp_path / "a b")
+    shown = make(checkout, f"--eval=shown:\n{recipe}", "shown", f"PYTHON={sys.executable}", XDG_CACHE_HOME=cache)
+    assert shown.returncode == 0, shown.stderr
+    prefix = Path(shown.stdout.strip())
+    assert "%" not in str(prefix)
+    assert prefix.samefile(checkout / ".venv")
