@@ -202,7 +202,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
     async def delete_prediction(prediction_id: PredictionId) -> Response:
         delete = context.log.delete_prediction
         if not await context.look_ups.run(lambda: delete(prediction_id), seconds=DELETION_SECONDS):
-            raise _unknown(prediction_id)
+            raise _unknown(prediction_id, "If it waits on another host, it will not arrive.")
         return json_response({"prediction_id": str(prediction_id), "message": "deleted"})
 
     return router
@@ -211,7 +211,11 @@ def feedback_router(context: ServingContext) -> APIRouter:
 def _find(context: ServingContext, prediction_id: UUID) -> StoredPrediction:
     stored = context.find(prediction_id)
     if stored is None:
-        raise _unknown(prediction_id)
+        raise _unknown(
+            prediction_id,
+            "It may have been deleted, or wait on another host, whose log has not reached the database yet: then it "
+            "arrives, unless it is deleted meanwhile.",
+        )
     return stored
 
 
@@ -257,12 +261,9 @@ def _is_repeated(context: ServingContext, statement: FeedbackEntry, key: str) ->
     return False
 
 
-def _unknown(prediction_id: UUID) -> Problem:
+def _unknown(prediction_id: UUID, hint: str) -> Problem:
     return Problem(
-        404,
-        f"There is no prediction {prediction_id}. It may have been deleted, or wait on another host, whose log has not "
-        "reached the database yet: then it arrives, unless it is deleted meanwhile.",
-        expected="a prediction_id that POST /predict returned",
+        404, f"There is no prediction {prediction_id}. {hint}", expected="a prediction_id that POST /predict returned"
     )
 
 

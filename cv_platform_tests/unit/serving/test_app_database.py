@@ -85,6 +85,8 @@ def test_an_unknown_id_is_a_404_everywhere(client: Client):
     ]
     assert [answer.status_code for answer in answers] == [404] * 4
     assert all(path in answer.json()["message"] for answer in answers)
+    # Whoever deletes it is not told that it may still arrive.
+    assert ["will not arrive" in answer.json()["message"] for answer in answers] == [False, False, True, False]
 
 
 def test_the_latest_statement_of_the_true_class_is_the_last_row(client: Client, logged: ServingContext, engine: Engine):
