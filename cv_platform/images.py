@@ -176,13 +176,14 @@ def _decode(
     leaves holes where data are damaged; of PNG, it inflates what follows the last row, and a damaged animated one can
     end the process. Of WebP, Pillow would take 26 bytes for each pixel.
     """
-    has_alpha = keeps_alpha and picture.has_transparency_data
     if image_format == "JPEG" and (decoded := decode_jpeg(picture, data, reduction)) is not None:
         return decoded
-    if image_format == "WEBP" or (image_format == "BMP" and not has_alpha):
-        pixels = decode_with_opencv(picture, data, reduction=reduction, keeps_alpha=has_alpha)
-        if pixels is not None:
-            return pixels, None
+    if image_format in {"WEBP", "BMP"}:
+        has_alpha = keeps_alpha and picture.has_transparency_data
+        if image_format == "WEBP" or not has_alpha:
+            pixels = decode_with_opencv(picture, data, reduction=reduction, keeps_alpha=has_alpha)
+            if pixels is not None:
+                return pixels, None
     return decode_with_pillow(picture, data, bits=bits, reduction=reduction, keeps_alpha=keeps_alpha), None
 
 

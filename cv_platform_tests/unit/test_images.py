@@ -372,6 +372,12 @@ def png(*chunks: tuple[bytes, bytes]) -> bytes:
     )
 
 
+def test_a_palette_png_without_its_palette_is_decoded_as_ever() -> None:
+    header = (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0))
+    data = png(header, (b"IDAT", zlib.compress(bytes(5) * 4)), (b"IEND", b""))
+    np.testing.assert_array_equal(images.decode(data), images.decode(data, version=2))
+
+
 def png_header(width: int, height: int) -> tuple[bytes, bytes]:
     return b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
 
