@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from cv_platform.errors import ConfigError
 from cv_platform.loopback import past_proxies
@@ -122,6 +122,14 @@ class Settings(BaseModel):
     otlp_endpoint: str | None = Field(
         default=None, description="OTEL_EXPORTER_OTLP_ENDPOINT: where traces go; none: no traces"
     )
+
+    @field_validator("spool_archive")
+    @classmethod
+    def _is_no_spool(cls, archive: Path | None, info: ValidationInfo) -> Path | None:
+        spool = info.data["home"] / "spool"
+        if archive is not None and archive.expanduser().absolute() == spool:
+            raise ValueError(f"Expected another folder than {spool}, whose entries are to leave it")
+        return archive
 
     @field_validator("cors_origins")
     @classmethod

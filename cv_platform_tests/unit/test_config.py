@@ -371,6 +371,14 @@ def test_settings_name_each_wrong_variable() -> None:
     assert "CV_SERVICE_WORKERS" in str(caught.value)
 
 
+def test_the_archive_of_a_spool_is_another_folder(tmp_path: Path) -> None:
+    for archive in (tmp_path / "spool", f"{tmp_path}/spool/"):
+        with pytest.raises(ConfigError, match="CV_SPOOL_ARCHIVE: Expected another folder than"):
+            Settings.from_environment({"CV_HOME": str(tmp_path), "CV_SPOOL_ARCHIVE": str(archive)})
+    settings = Settings.from_environment({"CV_HOME": str(tmp_path), "CV_SPOOL_ARCHIVE": str(tmp_path / "archive")})
+    assert settings.spool_archive == tmp_path / "archive"
+
+
 @pytest.mark.parametrize("url", ["s4://bucket/prefix", "S3//://x", "://bucket", "simplecache::s4://bucket"])
 def test_a_storage_of_no_known_scheme_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="CV_STORAGE: Expected a folder, or a URL of a known scheme") as caught:
