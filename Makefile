@@ -6,10 +6,9 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
-# Alembic, as MLflow and Dagster use it, takes a % in the path of their packages for a placeholder: a link has none.
+# Alembic, as MLflow and Dagster use it, takes a % in the path of their packages for a placeholder: they go elsewhere.
 ifneq (,$(findstring %,$(CURDIR)))
-VENV := $(shell link="$${XDG_CACHE_HOME:-$$HOME/.cache}/cv_platform/checkout-$$(pwd -P | cksum | cut -d' ' -f1)"; \
-  mkdir -p "$${link%/*}" && ln -sfn "$$(pwd -P)" "$$link" && echo "$$link/.venv")
+VENV := $(shell echo "$${XDG_CACHE_HOME:-$$HOME/.cache}/cv_platform/venv-$$(pwd -P | cksum | cut -d' ' -f1)")
 endif
 BIN := "$(VENV)/bin"
 RUN := $(BIN)/python -m cv_platform.cli
@@ -22,8 +21,10 @@ STACK := "$(if $(filter managed,$(PYTHON)),python3,$(PYTHON))" -m cv_platform.st
 ifeq ($(shell test ! -f .venv/pyvenv.cfg || \
   grep -qF " $(if $(filter .venv,$(VENV)),$$(pwd -P)/.venv,$(VENV))" .venv/pyvenv.cfg || echo moved),moved)
 .PHONY: .venv/.ready
-CLEAR := --clear
+MOVED := yes
 endif
+CREATE = { test -z "$(MOVED)" || rm -rf .venv; } && "$$python" -m venv $(if $(MOVED),--clear) "$(VENV)" && \
+  { test "$(VENV)" = .venv || { rm -rf .venv && ln -s "$(VENV)" .venv; }; }
 # For PYTHON=managed: prints the path of a Python that uv has fetched. uv itself comes from the present Python's pip.
 MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { { python3 -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); } || \
@@ -48,7 +49,7 @@ setup: .venv/.ready ## Install everything into .venv (done by the others when ne
 	case $$found in 3.11|3.12) ;; \
 	*) echo "Expected Python 3.11 or 3.12. Received: $$found$${python:+, $$python}. Install one, and name it if it is not" \
 	  "found: make PYTHON=/path/to/python3.12 …, or let uv fetch one: make PYTHON=managed …" >&2; exit 1;; esac; \
-	"$$python" -m venv $(CLEAR) "$(VENV)"
+	$(CREATE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
