@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument("--use-valid-as-test", action="store_true", help="where there is train and valid, but no test")
     dataset.add_argument("--zip-encoding", metavar="NAME", help="of a zip's file names, such as gbk, cp932 or cp437")
     dataset.add_argument(
-        "--max-left-out", type=float, default=0.1, metavar="FRACTION", help="of files that are no images (default: 0.1)"
+        "--max-left-out", type=_fraction, default=0.1, metavar="FRACTION", help="of files that are no images (default: 0.1)"
     )
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
     backup = command("backup", _backup, "write one verified archive of the embedded installation, while it works")
@@ -132,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     database = command("database", _database, "run the embedded PostgreSQL in the foreground, or print its URL")
     database.add_argument("action", choices=["run", "url"])
     return parser
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0.0 <= number <= 1.0:  # Also of nan.
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, received {text}")
+    return number
 
 
 def _installation() -> Settings:

@@ -152,6 +152,7 @@ def _read_table(content: bytes, name: str) -> tuple[list[str], list[list[str]]]:
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
         if text.lstrip().startswith("{"):
             return _read_json_lines(text)
+        text = re.sub(r"\A\s*sep=.\r?\n", "", text)  # Excel's own line, which says no more than the header does.
         first = text.lstrip("\r\n").partition("\n")[0]
         delimiter = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -116,6 +116,13 @@ def test_an_import_says_how_the_config_finds_it(
     assert "was made" not in out
 
 
+@pytest.mark.parametrize("fraction", ["nan", "-1", "2", "half"])
+def test_the_share_that_may_be_left_out_is_a_fraction(fraction: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["import-dataset", "pets", "--name", "pets", "--tag", "v1", f"--max-left-out={fraction}"])
+    assert "--max-left-out" in capsys.readouterr().err
+
+
 def test_an_import_takes_its_decisions_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

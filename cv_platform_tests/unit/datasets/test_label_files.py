@@ -40,6 +40,7 @@ CAT_AND_DOG = {"1.png": ("cat",), "2.png": ("dog",)}
         "\ufeffimage_id,class_name\n1,cat\n2,dog\n",
         "path,label\n1.png,cat\n2.png,dog\n".encode("utf-16"),
         "id,breed\n1,cat\n2,dog\n",
+        "sep=;\r\npath;label\r\n1.png;cat\r\n2.png;dog\r\n",
         "abs_path,image_name,target\n/home/user/old/pets/1.png,x,cat\n/home/user/old/pets/2.png,y,dog\n",
         "path,label\nC:\\data\\pets\\1.png,cat\nC:\\data\\pets\\2.png,dog\n",
         ",path,label\n0,pets/1.png,cat\n1,./2.png,dog\n",
