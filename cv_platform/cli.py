@@ -106,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument("--use-valid-as-test", action="store_true", help="where there is train and valid, but no test")
     dataset.add_argument("--zip-encoding", metavar="NAME", help="of a zip's file names, such as gbk, cp932 or cp437")
     dataset.add_argument(
-        "--max-left-out", type=_fraction, default=0.1, metavar="FRACTION", help="of files that are no images (default: 0.1)"
+        "--max-left-out",
+        type=_fraction,
+        default=0.1,
+        metavar="FRACTION",
+        help="of files that are no images (default: 0.1)",
     )
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
     backup = command("backup", _backup, "write one verified archive of the embedded installation, while it works")
