@@ -126,12 +126,18 @@ def test_two_configs_of_one_name_are_both_refused(tmp_path: Path) -> None:
     definitions = build_defs(tmp_path)
     assert keys(definitions) == {"broken_configs/one_yaml", "broken_configs/two_yaml"}
     node = definitions.resolve_asset_graph().get(dg.AssetKey(["broken_configs", "one_yaml"]))
-    assert "digits in one.yaml, two.yaml" in (node.description or "")
+    both = f"{tmp_path / 'one.yaml'} and {tmp_path / 'two.yaml'}"
+    assert f"{both}: expected one experiment with name: digits" in (node.description or "")
 
 
 def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
     write(tmp_path, "one.yaml", DIGITS.read_text())
-    write(tmp_path, "two.yaml", DIGITS.read_text().replace("name: digits\n", "name: other\n", 1))
+    other = (
+        DIGITS.read_text()
+        .replace("name: digits\n", "name: other\n", 1)
+        .replace("digits_classifier", "other_classifier")
+    )
+    write(tmp_path, "two.yaml", f"{other}\ndeploy:\n  service: other\n")
     definitions = build_defs(tmp_path)
     dg.Definitions.validate_loadable(definitions)
     names = keys(definitions)

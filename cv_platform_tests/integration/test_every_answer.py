@@ -56,7 +56,7 @@ def require_ours(answer: HTTPResponse) -> None:
         ("TRACE", "/readyz", 405),
         ("PROPFIND", "/healthz", 405),
         ("PROPFIND", "/predict", 405),
-        ("SUBSCRIBE", "/nothing/here", 405),
+        ("SUBSCRIBE", "/nothing/here", 404),
         ("GET", "/readyz", 503),
         ("GET", "/livez/", 404),
     ],

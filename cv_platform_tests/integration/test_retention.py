@@ -486,7 +486,7 @@ def test_the_command_deletes_nothing_while_a_config_is_broken_and_counts_without
     # Two files of one name: the window of one must not hide the other's.
     (configs / "broken.yaml").write_text(yaml.safe_dump({**content, "monitor": {"window_days": 1}}))
     assert main(["retention"]) == 1
-    assert "cats in broken.yaml, cats.yaml" in capsys.readouterr().err
+    assert "broken.yaml, cats.yaml" in capsys.readouterr().err
     assert uploads(engine) == {"kept", "old"}
     (configs / "broken.yaml").unlink()
     assert main(["retention"]) == 0

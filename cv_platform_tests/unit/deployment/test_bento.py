@@ -84,6 +84,7 @@ def test_requirements_cover_what_the_service_imports(context: Path):
         "yaml": "pyyaml",
         "prometheus_client": "prometheus-client",
         "psycopg2": "psycopg2-binary",
+        "python_multipart": "python-multipart",
         "opentelemetry": "opentelemetry-sdk",
     }
     needed = {distributions.get(name, name) for name in done.stdout.split()} - {"bentos", "cv_platform"}
