@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 
 from cv_platform.predictions import ClassifierType
 from cv_platform.training.architectures import LOGITS_NAME
@@ -66,6 +64,8 @@ def fit_temperature(logits: NDArray[Any], targets: NDArray[Any], classifier_type
         targets: `(N,)` class indices, or `(N, C)` 0/1.
         classifier_type: softmax (multi-class) or sigmoids with one temperature (multi-label).
     """
+    from scipy.optimize import minimize_scalar  # Late: the code location needs none of it.
+
     logits = logits.astype(np.float64)
     smoothed = _smoothed(targets, logits.shape[1], classifier_type)
     # In log T, which treats halving and doubling alike; the likelihood is convex in 1/T, so there is one minimum.
@@ -108,6 +108,8 @@ def scale_logits(network: keras.Model, temperature: float) -> None:
 
 def _cross_entropy(logits: NDArray[Any], targets: NDArray[Any], classifier_type: ClassifierType) -> float:
     if classifier_type == "multi-class":
+        from scipy.special import log_softmax
+
         return float(-(targets * log_softmax(logits, axis=1)).sum(axis=1).mean())
     # −log σ(z) = log(1 + e^−z), in a form that no logit overflows.
     return float((targets * np.logaddexp(0, -logits) + (1 - targets) * np.logaddexp(0, logits)).mean())
