@@ -15,7 +15,6 @@ import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
 from cv_platform.config import ExperimentConfig, MlflowConfig, parse_experiment
-from cv_platform.maintenance.moved_home import require_settled
 from cv_platform.settings import Settings, prepare_process
 from cv_platform.storage import CentralStorage
 
@@ -34,6 +33,8 @@ class Installation(dg.ConfigurableResource):
         Raises:
             ConfigError: the installation was moved, and still names its old folder.
         """
+        from cv_platform.maintenance.moved_home import require_settled
+
         prepare_process()
         require_settled(self.settings().home)
 

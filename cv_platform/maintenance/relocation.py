@@ -18,7 +18,7 @@ from sqlalchemy import func, update
 from cv_platform.database.connection import make_engine
 from cv_platform.database.schema import drift_reports
 
-_RECORDS = ("records", "models", "evaluation", "validation")
+_RECORDS = ("records", "models", "evaluation", "validation", "production_metrics")
 _DATABASES = ("mlflow", "dagster")
 
 

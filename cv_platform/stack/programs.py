@@ -35,7 +35,8 @@ def programs(settings: Settings) -> list[Program]:
         Program(
             "mlflow",
             (
-                *(python, "-m", "mlflow", "server", "--backend-store-uri", settings.mlflow_tracking_uri),
+                *(python, "-m", "cv_platform.stack.mlflow_server", "server"),
+                *("--backend-store-uri", settings.mlflow_tracking_uri),
                 *("--artifacts-destination", str(settings.home / "mlflow" / "artifacts"), "--workers", "1"),
                 *("--host", host, "--port", str(settings.mlflow_port)),
             ),

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from sqlalchemy import text
 
+from benchmarks.servers import process_tree
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import make_engine
 from cv_platform.settings import Settings
@@ -91,6 +92,7 @@ def test_every_program_runs_and_every_page_answers(variables: dict[str, str], se
     for program in programs(settings):
         if program.port is not None:
             assert answers(f"http://127.0.0.1:{program.port}{program.health_path}")
+    assert len(process_tree(pid_of(settings, "mlflow"))) == 1, "its server takes its place, and runs no helpers"
     again = cli(variables, "up")
     assert again.returncode == 1
     assert "it is running" in again.stderr

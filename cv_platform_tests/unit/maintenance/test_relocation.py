@@ -34,10 +34,11 @@ def test_a_folder_is_replaced_where_it_is_named(old: str, new: str, before: str,
     assert Relocation(Path(old), Path(new)).text(before) == after
 
 
-def test_records_and_databases_are_rewritten_and_bundles_are_not(tmp_path: Path) -> None:
-    for name in ("records/x", "storage/models/x", "mlflow"):
+@pytest.mark.parametrize("folder", ["records", "models", "evaluation", "validation", "production_metrics"])
+def test_records_and_databases_are_rewritten_and_bundles_are_not(tmp_path: Path, folder: str) -> None:
+    for name in (f"{folder}/x", "storage/models/x", "mlflow"):
         (tmp_path / name).mkdir(parents=True)
-    record, bundle = tmp_path / "records" / "x" / "a.json", tmp_path / "storage" / "models" / "x" / "a.json"
+    record, bundle = tmp_path / folder / "x" / "a.json", tmp_path / "storage" / "models" / "x" / "a.json"
     record.write_text('{"path": "/old/a"}')
     record.chmod(0o444)
     bundle.write_text('{"path": "/old/a"}')
