@@ -37,6 +37,8 @@ NUMERICAL = (
     "unit/validation/test_label_issues.py",
 )
 """Folders and modules whose results are computed floats. A new one is added here."""
+HELD_BACK_BY_HALF = "unit/deployment/test_signature.py::test_a_layer_that_does_not_convert_falls_back_to_tensorflow"
+"""Convolves in bfloat16, which TensorFlow chooses by the CPU, and oneDNN refuses when it is told to be older."""
 
 
 def settings() -> dict[str, dict[str, str]]:
@@ -73,7 +75,10 @@ def main() -> int:
         sys.stdout.flush()
         tests = [f"cv_platform_tests/{path}" for path in NUMERICAL]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *tests, *sys.argv[1:]],
+            [
+                *(sys.executable, "-m", "pytest", *tests, *sys.argv[1:]),
+                *("--deselect", f"cv_platform_tests/{HELD_BACK_BY_HALF}"),
+            ],
             env={**os.environ, **environment},
             cwd=REPOSITORY,
             check=False,
