@@ -15,8 +15,7 @@ from benchmarks.harness import available_cores
 from cv_platform.errors import ServiceError
 
 REFERENCE_SECONDS = 6.0
-"""What `_seconds_of_work` is on two idle cores of a Xeon with AVX-512, on which the limits have held (5 to 8 s, as measured
-sixteen times)."""
+"""What `_seconds_of_work` is on two idle cores of a Xeon with AVX-512: 5 to 8 s, measured sixteen times."""
 MOST = 4.0
 """A machine that is still slower has another trouble, which a limit is there to show."""
 _ROUNDS = 3

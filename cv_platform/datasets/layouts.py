@@ -114,6 +114,12 @@ def _label_file_per_split(root: Folder, rules: LabelRules) -> Layout | None:
     sources: set[LabelSource] = set()
     for folder in root.folders:
         if folder not in found:
+            if splits.get(folder) == "train" and folder.has_images:
+                files = ", ".join(f"{other.name}/{path.name}" for other, path in found.items())
+                raise InvalidDatasetError(
+                    f"Expected a label file in {folder.name}/ of {root.path}, too. Received: {files}. "
+                    "Add one, or move these away where the folders' names are the classes."
+                )
             left_out.add(f"in {folder.name}/, which has no label file", folder.image_paths(root))
             continue
         name = f"{folder.name}/{found[folder].name}"

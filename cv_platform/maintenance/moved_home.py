@@ -14,6 +14,7 @@ import yaml
 from cv_platform.database.connection import database_url
 from cv_platform.database.file_lock import exclusive
 from cv_platform.database.migrate import migrate
+from cv_platform.datasets.durable import whole_file
 from cv_platform.errors import ConfigError
 from cv_platform.maintenance.backup import maintenance_lock
 from cv_platform.maintenance.relocation import Relocation
@@ -84,7 +85,6 @@ def settle_home(settings: Settings) -> None:
 
 
 def write_location(home: Path) -> None:
-    """Writes down where the installation is, in one step."""
-    beside = home / f".{LOCATION}.{os.getpid()}"
-    beside.write_bytes(os.fsencode(home) + b"\n")
-    beside.replace(home / LOCATION)
+    """Writes down where the installation is, in one step, synced: an empty file would never tell of a later move."""
+    with whole_file(home / LOCATION) as partial:
+        partial.write_bytes(os.fsencode(home) + b"\n")

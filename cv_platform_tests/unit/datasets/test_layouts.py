@@ -188,6 +188,15 @@ def test_reads_a_label_file_in_each_split(tmp_path: Path, folder: str, labels: s
     assert counts["no image, beside the images (.txt), such as README.dataset.txt"] == 1
 
 
+def test_train_needs_a_label_file_where_another_split_has_one(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["train/cat/1.png", "train/dog/2.png", "test/3.png"])
+    (tmp_path / "test/labels.csv").write_text("path,label\n3.png,cat\n")
+    with pytest.raises(
+        InvalidDatasetError, match=r"a label file in train/ of .*Received: test/labels\.csv\. Add one, or"
+    ):
+        read(tmp_path)
+
+
 def test_label_files_of_splits_must_have_the_same_class_columns(tmp_path: Path) -> None:
     write_pictures(tmp_path, ["train/1.png", "test/2.png"])
     (tmp_path / "train/_classes.csv").write_text("filename,cat,dog\n1.png,1,0\n")
