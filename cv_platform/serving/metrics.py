@@ -89,9 +89,10 @@ class ServingMetrics:
         self._append_failures = counter("cv_log_append_failures", "Log entries that the spool did not take.")
         self._dropped = counter("cv_log_dropped_entries", "Refusals that were answered without their log entry.")
         self._drained = counter("cv_log_drained_entries", "Log entries that the database has taken.")
-        self._evicted = counter(
+        evicted = counter(
             "cv_log_evicted_entries", "Oldest log entries that left a full spool, as there is no database.", "outcome"
         )
+        self._evicted = {outcome: evicted.labels(outcome) for outcome in ("dropped", "archived")}
         # Each worker has a spool of its own: they add up, the oldest counts.
         self._spool_entries = gauge("cv_spool_entries", "Log entries that wait for the database.")
         self._spool_bytes = gauge("cv_spool_bytes", "Size of the spool's files.")
@@ -203,8 +204,8 @@ class ServingMetrics:
         self._database_up.set(status.database == "ok")
         rows = {
             "drained": (self._drained, status.drained_rows),
-            "dropped": (self._evicted.labels("dropped"), status.dropped_rows),
-            "archived": (self._evicted.labels("archived"), status.archived_rows),
+            "dropped": (self._evicted["dropped"], status.dropped_rows),
+            "archived": (self._evicted["archived"], status.archived_rows),
         }
         with self._lock:
             for name, (series, count) in rows.items():

@@ -189,6 +189,13 @@ def test_drained_entries_add_up_over_drainers_that_count_from_zero(metrics: Serv
     assert value(shown(metrics), "cv_log_drained_entries_total") == 8 + 6
 
 
+def test_evicted_entries_are_counted_from_zero_on(metrics: ServingMetrics):
+    for rows in (0, 3):
+        for outcome in ("dropped", "archived"):
+            assert value(shown(metrics), "cv_log_evicted_entries_total", outcome=outcome) == rows
+        metrics.log_is(status(dropped_rows=3, archived_rows=3))
+
+
 def test_the_spools_size_is_that_of_its_files(client: Client, context: ServingContext):
     client.predict(REDDISH)
     files = (context.settings.home / "spool").glob("*.sqlite*")
