@@ -16,7 +16,7 @@ UV_VERSION := 0.13.9
 MANAGED_VERSION := 3.11
 LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --quiet
 # The stack in containers: standard library only, so that it runs before anything is installed.
-STACK := "$(if $(filter managed,$(PYTHON)),python3,$(PYTHON))" -m cv_platform.stack.containers
+STACK := "$(if $(filter managed,$(PYTHON)),python3,$(PYTHON))" -m cv_platform.containers
 # A virtual environment names its folder: one that was moved with the checkout is made anew.
 ifeq ($(shell test ! -f .venv/pyvenv.cfg || \
   grep -qF " $(if $(filter .venv,$(VENV)),$$(pwd -P)/.venv,$(VENV))" .venv/pyvenv.cfg || echo moved),moved)

@@ -33,7 +33,7 @@ from benchmarks.servers import process_memory_bytes, process_tree_memory_bytes, 
 from benchmarks.services import platform_service, worker_pids
 from benchmarks.untrained import deploy_untrained
 from benchmarks.uploads import write_uploads
-from cv_platform.serving.runtime import LoadedModel, load_bundle
+from cv_platform.serving.model.runtime import LoadedModel, load_bundle
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 

@@ -37,7 +37,7 @@ from benchmarks.services import SERVICE, platform_service
 from benchmarks.untrained import deploy_untrained
 from benchmarks.uploads import write_uploads
 from cv_platform.errors import ServiceError
-from cv_platform.serving.limits import ServingLimits
+from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.settings import Settings
 
 UNLOGGED = "benchmarks.unlogged_service:ImageClassifier"

@@ -35,11 +35,11 @@ from benchmarks.servers import process_memory_bytes, process_tree, process_tree_
 from benchmarks.untrained import deploy_untrained
 from cv_platform.database.cluster import Cluster
 from cv_platform.errors import ServiceError
+from cv_platform.local.environment import run_logged
+from cv_platform.local.http import free_port, wait_for_http
+from cv_platform.local.leftovers import leftover_pids, program_mark
+from cv_platform.local.programs import programs
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import run_logged
-from cv_platform.stack.http import free_port, wait_for_http
-from cv_platform.stack.leftovers import leftover_pids, program_mark
-from cv_platform.stack.programs import programs
 
 BEFORE, AFTER = "with MLflow's jobs", "as it is"
 MOST_SECONDS = 45.0

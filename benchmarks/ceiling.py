@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.harness import Observation, Record
 from benchmarks.options import REPOSITORY
 from cv_platform.images import decode, resize
-from cv_platform.serving.runtime import load_bundle
+from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.storage import CentralStorage
 
 _START_SECONDS = 240.0

@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.harness import Observation
 from cv_platform.errors import ServiceError
-from cv_platform.serving.drainer import Drainer
-from cv_platform.serving.log_entry import LogEntry
-from cv_platform.serving.spool import Spool
+from cv_platform.serving.log.drainer import Drainer
+from cv_platform.serving.log.entry import LogEntry
+from cv_platform.serving.log.spool import Spool
 
 ROWS = 20_000
 _CLASSES = tuple(f"class_{number}" for number in range(10))

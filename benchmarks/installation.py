@@ -14,8 +14,8 @@ import yaml
 from benchmarks.options import REPOSITORY
 from cv_platform.config import ExperimentConfig, load_experiment, parse_experiment
 from cv_platform.errors import CvPlatformError
+from cv_platform.local.environment import dagster_command, platform_environment, prepare_home, run_logged
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home, run_logged
 
 ORIGINAL_ARCHITECTURE: dict[str, Any] = {"architecture": "small_cnn", "input_size": {"h": 50, "w": 50}}
 

@@ -15,7 +15,7 @@ import psutil
 from benchmarks.harness import Alternative, Observation
 from benchmarks.load import LoadPlan, send
 from cv_platform.errors import ServiceError
-from cv_platform.stack.http import wait_for_http
+from cv_platform.local.http import wait_for_http
 
 STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.02

@@ -12,10 +12,10 @@ import psutil
 from benchmarks import original_serving
 from benchmarks.original_serving import ReplicaSettings
 from benchmarks.servers import Server, process_tree, serving
+from cv_platform.local.environment import prepare_home
+from cv_platform.local.http import free_port
+from cv_platform.local.programs import service_command
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import prepare_home
-from cv_platform.stack.http import free_port
-from cv_platform.stack.programs import service_command
 from cv_platform.storage import BundleMetadata
 
 Wrap = Callable[[Sequence[str]], list[str]]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.request_log import BegunEntry, FeedbackEntry, LogEntry
+from cv_platform.serving.log.request_log import BegunEntry, FeedbackEntry, LogEntry
+from cv_platform.serving.worker import ServingContext
 
 _DONE: Future[None] = Future()
 _DONE.set_result(None)

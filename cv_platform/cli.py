@@ -71,7 +71,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from cv_platform.serving.rejected_entries import add_arguments
+    from cv_platform.serving.log.rejected_entries import add_arguments
 
     parser = argparse.ArgumentParser(prog="cv-platform", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -162,8 +162,8 @@ def _demo(_: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from cv_platform.deployment.rollout import require_service
-    from cv_platform.stack.environment import new_run_log, platform_environment, prepare_home
-    from cv_platform.stack.graph import materialize
+    from cv_platform.local.environment import new_run_log, platform_environment, prepare_home
+    from cv_platform.local.graph import materialize
     from cv_platform.storage import CentralStorage
 
     experiment = load_beside_others(options.config)
@@ -197,7 +197,7 @@ def _run_summary(records: Path) -> list[str]:
 
 
 def _up(_: argparse.Namespace) -> int:
-    from cv_platform.stack.supervisor import start_stack
+    from cv_platform.local.supervisor import start_stack
 
     settings = Settings.from_environment()
     print("Starting; the first time takes up to two minutes.", flush=True)
@@ -209,14 +209,14 @@ def _up(_: argparse.Namespace) -> int:
 
 
 def _down(_: argparse.Namespace) -> int:
-    from cv_platform.stack.supervisor import stop_stack
+    from cv_platform.local.supervisor import stop_stack
 
     print("Stopped." if stop_stack(Settings.from_environment()) else "Nothing was running.")
     return 0
 
 
 def _status(_: argparse.Namespace) -> int:
-    from cv_platform.stack.supervisor import control, is_running
+    from cv_platform.local.supervisor import control, is_running
 
     settings = Settings.from_environment()
     if not is_running(settings):
@@ -324,8 +324,8 @@ def _backup(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> int:
+    from cv_platform.local.environment import HOME_FORMAT, prepare_home
     from cv_platform.maintenance.restore import restore
-    from cv_platform.stack.environment import HOME_FORMAT, prepare_home
 
     settings = Settings.from_environment()
     restored = restore(options.file, settings.home, home_format=HOME_FORMAT, spare_bytes=settings.spare_disk_bytes)
@@ -339,9 +339,9 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _gc(options: argparse.Namespace) -> int:
+    from cv_platform.local.environment import platform_environment
+    from cv_platform.local.graph import unfinished_runs
     from cv_platform.maintenance.garbage import collect, find_garbage
-    from cv_platform.stack.environment import platform_environment
-    from cv_platform.stack.graph import unfinished_runs
 
     settings = _installation()
     runs = unfinished_runs(settings.dagster_home, platform_environment(settings))
@@ -419,7 +419,7 @@ def _retention(options: argparse.Namespace) -> int:
 
 
 def _log(options: argparse.Namespace) -> int:
-    from cv_platform.serving.rejected_entries import show_rejected
+    from cv_platform.serving.log.rejected_entries import show_rejected
 
     show_rejected(Settings.from_environment(), requeue_ids=options.requeue, say=lambda line: print(line, flush=True))
     return 0

@@ -31,13 +31,13 @@ from cv_platform.config import load_experiment
 from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import CvPlatformError, ServiceError
+from cv_platform.local.environment import platform_environment, prepare_home
+from cv_platform.local.graph import materialize
+from cv_platform.local.http import free_port, wait_for_http
+from cv_platform.local.programs import service_command
+from cv_platform.local.supervisor import is_running
 from cv_platform.loopback import direct_transport
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import platform_environment, prepare_home
-from cv_platform.stack.graph import materialize
-from cv_platform.stack.http import free_port, wait_for_http
-from cv_platform.stack.programs import service_command
-from cv_platform.stack.supervisor import is_running
 
 READY_SECONDS = 120.0
 DRAIN_SECONDS = 60.0

@@ -19,15 +19,15 @@ import sys
 
 import numpy as np
 
-from cv_platform.stack.environment import REPOSITORY
+from cv_platform.local.environment import REPOSITORY
 
 NUMERICAL = (
     "unit/deployment/test_export.py",
     "unit/deployment/test_signature.py",
     "unit/drift",
     "unit/evaluation/test_metrics.py",
-    "unit/serving/test_explain.py",
-    "unit/serving/test_runtime.py",
+    "unit/serving/model/test_explain.py",
+    "unit/serving/model/test_runtime.py",
     "unit/test_images.py",
     "unit/test_properties.py",
     "unit/training/test_architectures.py",

@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from cv_platform.stack.http import free_port, wait_for_http
+from cv_platform.local.http import free_port, wait_for_http
 
 START_SECONDS = 60.0
 
@@ -91,9 +91,9 @@ def main(port: int, changed_limits: dict[str, Any]) -> None:
     import uvicorn
 
     from cv_platform.serving.app import create_app
-    from cv_platform.serving.connections import BoundedProtocol, bound_connections
-    from cv_platform.serving.context import ServingContext
-    from cv_platform.serving.limits import ServingLimits
+    from cv_platform.serving.capacity.limits import ServingLimits
+    from cv_platform.serving.http.connections import BoundedProtocol, bound_connections
+    from cv_platform.serving.worker import ServingContext
     from cv_platform.settings import Settings
     from cv_platform_tests.unit.serving.http_client import FixedModels
 

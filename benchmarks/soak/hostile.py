@@ -8,7 +8,7 @@ from benchmarks.services import worker_pids
 from benchmarks.soak.stage import Findings, Scale, Stage
 from benchmarks.soak.traffic import Traffic, failures
 from benchmarks.soak.workers import forget_peak_memory, peak_memory_bytes
-from cv_platform.serving.limits import ServingLimits
+from cv_platform.serving.capacity.limits import ServingLimits
 
 UPLOADS = 20_000
 CONCURRENCY = 8

@@ -25,8 +25,8 @@ from benchmarks.untrained import deploy_untrained
 from benchmarks.uploads import write_uploads
 from cv_platform.database.cluster import Cluster
 from cv_platform.errors import ServiceError
+from cv_platform.local.http import free_port
 from cv_platform.settings import Settings
-from cv_platform.stack.http import free_port
 from cv_platform.storage import CentralStorage
 
 WORKERS = 2

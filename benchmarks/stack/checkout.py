@@ -18,10 +18,10 @@ from pathlib import Path
 from benchmarks.harness import available_cores
 from benchmarks.options import REPOSITORY
 from benchmarks.pace import allowed
+from cv_platform.containers import engine
+from cv_platform.containers.env_file import make_secrets, read_env
+from cv_platform.containers.preflight import PORTS, is_free
 from cv_platform.errors import ServiceError
-from cv_platform.stack.containers import engine
-from cv_platform.stack.containers.env_file import make_secrets, read_env
-from cv_platform.stack.containers.preflight import PORTS, is_free
 
 PROJECT = "cv-platform-proof"
 _LEFT_OUT = {"backups", "benchmarks", "build", "cv_platform_tests", "docs", "test-artifacts"}

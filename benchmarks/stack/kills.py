@@ -17,9 +17,9 @@ from benchmarks.soak.stage import Findings, wait_until
 from benchmarks.soak.traffic import Outcome, failures, statuses
 from benchmarks.stack.experiment import job_runs
 from benchmarks.stack.stage import EXPERIMENT, Stage, add_rows
+from cv_platform.containers import engine
+from cv_platform.containers.engine import Container
 from cv_platform.errors import ServiceError
-from cv_platform.stack.containers import engine
-from cv_platform.stack.containers.engine import Container
 
 CONCURRENCY = 4
 RETURN_SECONDS = 150.0

@@ -13,7 +13,7 @@ from benchmarks.soak.stage import Findings, wait_until
 from benchmarks.stack.experiment import job_runs, send_window
 from benchmarks.stack.promql import Answer, check_queries
 from benchmarks.stack.stage import EXPERIMENT, Stage
-from cv_platform.stack.containers import engine
+from cv_platform.containers import engine
 
 PROFILE = "monitoring"
 ALERT = "DriftFound"

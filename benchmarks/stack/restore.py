@@ -15,10 +15,10 @@ from benchmarks.soak.stage import Findings, wait_until
 from benchmarks.soak.traffic import failures, statuses
 from benchmarks.stack.checkout import PROJECT, remove_project
 from benchmarks.stack.stage import EXPERIMENT, Stage
+from cv_platform.containers import engine
 from cv_platform.errors import ServiceError
 from cv_platform.maintenance.archive import verify_archive
 from cv_platform.maintenance.archive_stream import Manifest
-from cv_platform.stack.containers import engine
 
 ANSWERS = 50
 """Before the backup."""

@@ -25,9 +25,9 @@ from benchmarks.stack.scans import scan
 from benchmarks.stack.stage import Stage
 from benchmarks.stack.tls import speak_tls
 from benchmarks.stack.up import start
+from cv_platform.containers import engine
+from cv_platform.containers.env_file import read_env
 from cv_platform.errors import CvPlatformError, ServiceError
-from cv_platform.stack.containers import engine
-from cv_platform.stack.containers.env_file import read_env
 
 CHECKOUT = REPOSITORY / "build" / "stack-test"
 ARTIFACTS = REPOSITORY / "test-artifacts" / "stack"

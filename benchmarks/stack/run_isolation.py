@@ -11,9 +11,9 @@ from pathlib import Path
 from benchmarks.soak.stage import Findings, wait_until
 from benchmarks.stack.kills import kill_and_wait
 from benchmarks.stack.stage import EXPERIMENT, Stage
+from cv_platform.containers import engine
+from cv_platform.containers.run_container import RUN_LABEL
 from cv_platform.errors import ServiceError
-from cv_platform.stack.containers import engine
-from cv_platform.stack.containers.run_container import RUN_LABEL
 
 EPOCHS = 3
 """Done before the kill."""

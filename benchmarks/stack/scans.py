@@ -14,10 +14,10 @@ import httpx
 
 from benchmarks.soak.stage import Findings
 from benchmarks.stack.stage import Stage
-from cv_platform.stack.containers import engine
-from cv_platform.stack.containers.engine import Container
-from cv_platform.stack.containers.env_file import HASH, RANDOM, read_env
-from cv_platform.stack.containers.preflight import PORTS
+from cv_platform.containers import engine
+from cv_platform.containers.engine import Container
+from cv_platform.containers.env_file import HASH, RANDOM, read_env
+from cv_platform.containers.preflight import PORTS
 
 CORE_PAGES = ("DAGSTER_PORT", "MLFLOW_PORT", "EVIDENTLY_PORT")
 OPEN_PORTS = ("HTTP_PORT", "HTTPS_PORT", "SERVICE_PORT", "PAGE_PORT")

@@ -23,10 +23,10 @@ from benchmarks.soak.traffic import Outcome, Traffic
 from benchmarks.stack.checkout import Checkout
 from benchmarks.stack.dagster_api import DagsterApi
 from cv_platform.config import load_experiment
+from cv_platform.containers import engine
+from cv_platform.containers.engine import Container
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import ServiceError
-from cv_platform.stack.containers import engine
-from cv_platform.stack.containers.engine import Container
 
 EXPERIMENT = "digits"
 ROWS_SECONDS = 90.0

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from benchmarks.pace import allowed
 from benchmarks.soak.stage import Findings
 from benchmarks.stack.stage import Stage
-from cv_platform.stack.containers import engine
-from cv_platform.stack.containers.engine import Container
+from cv_platform.containers import engine
+from cv_platform.containers.engine import Container
 
 COLD_SECONDS = 240.0
 LARGEST_SHARE = 0.5

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import bentoml
 
 from cv_platform.database.address import postgres_url
-from cv_platform.serving.limits import ServingLimits
-from cv_platform.serving.log_format import configure_logging
+from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform.serving.telemetry.log_format import configure_logging
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 
 if TYPE_CHECKING:
-    from cv_platform.serving.context import ServingContext
+    from cv_platform.serving.worker import ServingContext
 
 _settings = Settings.from_environment()
 configure_logging(_settings)
@@ -36,7 +36,7 @@ _limits = ServingLimits.of(_settings)
 
 @functools.cache
 def _context() -> ServingContext:
-    from cv_platform.serving.context import ServingContext
+    from cv_platform.serving.worker import ServingContext
 
     bundled = Path(__file__).resolve().with_name("bundled_model")
     return ServingContext(_settings, bundled=bundled if bundled.is_dir() else None, limits=_limits)
@@ -68,8 +68,8 @@ class ImageClassifier:
 def _mount() -> None:
     """Gives the service of this worker its app."""
     from cv_platform.serving.app import AnswerAlone, create_app
-    from cv_platform.serving.connections import bound_connections
-    from cv_platform.serving.memory import return_large_blocks
+    from cv_platform.serving.capacity.memory import return_large_blocks
+    from cv_platform.serving.http.connections import bound_connections
 
     return_large_blocks()
     bound_connections()

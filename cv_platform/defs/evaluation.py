@@ -34,7 +34,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         Bento and deployment refuse a model version whose latest verdict failed.
         """
         from cv_platform.datasets.packing import require_same_pack
-        from cv_platform.evaluation.run import evaluate_model
+        from cv_platform.evaluation.evaluate import evaluate_model
 
         run = branch.run(context)
         require_same_pack(trained.pack, packed)

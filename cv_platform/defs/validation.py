@@ -35,7 +35,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
         Unreadable images are quarantined by name. Training refuses a version whose latest verdict failed,
         in later runs too.
         """
-        from cv_platform.validation.run import validate_dataset
+        from cv_platform.validation.validate import validate_dataset
 
         run = branch.run(context)
         model = run.config.model

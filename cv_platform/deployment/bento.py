@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from cv_platform.errors import ExportError
-from cv_platform.serving.fallback import write_fallback
+from cv_platform.serving.model.fallback import write_fallback
 from cv_platform.storage import BundleMetadata
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict
 from cv_platform.deployment.onnx_export import write_onnx
 from cv_platform.deployment.signature import Signature, epsilon, tape_signature
 from cv_platform.errors import CorruptBundleError, ExportError
-from cv_platform.serving.runtime import GOLDEN, PREDICTED_CLASS, Prediction
-from cv_platform.serving.runtime_onnx import OnnxRuntime
-from cv_platform.serving.runtime_tensorflow import ENDPOINT, TensorFlowRuntime
+from cv_platform.serving.model.runtime import GOLDEN, PREDICTED_CLASS, Prediction
+from cv_platform.serving.model.runtime_onnx import OnnxRuntime
+from cv_platform.serving.model.runtime_tensorflow import ENDPOINT, TensorFlowRuntime
 from cv_platform.storage import MODEL_PATHS
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from cv_platform.config import DeployConfig
 from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.errors import DeploymentError, PointerMovedError, StorageError
-from cv_platform.serving.promotion import PROMOTION_LOCK, Claim, Move, Promoter
-from cv_platform.serving.worker_watch import HEARTBEAT_STALE_SECONDS, WorkerWatch
+from cv_platform.serving.model.promotion import PROMOTION_LOCK, Claim, Move, Promoter
+from cv_platform.serving.model.worker_watch import HEARTBEAT_STALE_SECONDS, WorkerWatch
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 
 logger = logging.getLogger(__name__)

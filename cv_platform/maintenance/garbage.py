@@ -29,7 +29,7 @@ from cv_platform.maintenance.backup import maintenance_lock
 from cv_platform.maintenance.contents import embedded_mlflow
 from cv_platform.maintenance.in_use import InUse, find_in_use
 from cv_platform.maintenance.mlflow_runs import run_artifacts
-from cv_platform.serving.promotion import PROMOTION_LOCK
+from cv_platform.serving.model.promotion import PROMOTION_LOCK
 from cv_platform.settings import Settings
 from cv_platform.storage import VERSION_PATTERN, CentralStorage
 

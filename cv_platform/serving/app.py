@@ -24,12 +24,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cv_platform.serving.access import ObserveRequests
-from cv_platform.serving.clean_requests import CleanRequest
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.examples import API_DESCRIPTION, API_TITLE, API_VERSION
-from cv_platform.serving.hosts import AllowedHosts
-from cv_platform.serving.limits import (
+from cv_platform.serving.capacity.limits import (
     BATCH_UPLOADS,
     FORM_OVERHEAD_BYTES,
     SHRINK_IMAGE,
@@ -37,16 +32,21 @@ from cv_platform.serving.limits import (
     BodyAllowance,
     BodyLimit,
 )
-from cv_platform.serving.problems import Problem, Unexpected, install_problem_handlers, method_not_allowed
-from cv_platform.serving.refusal_log import RefusalLog
-from cv_platform.serving.routes_batch import BATCH_PATH, batch_router
-from cv_platform.serving.routes_feedback import feedback_router
-from cv_platform.serving.routes_health import health_router
-from cv_platform.serving.routes_metrics import metrics_router
-from cv_platform.serving.routes_models import models_router
-from cv_platform.serving.routes_page import page_files, page_router
-from cv_platform.serving.routes_predict import PREDICT_PATH, predict_router
-from cv_platform.serving.security import AllowedOrigins, RequestEnvelope, SameSite
+from cv_platform.serving.http.access import ObserveRequests
+from cv_platform.serving.http.clean_requests import CleanRequest
+from cv_platform.serving.http.hosts import AllowedHosts
+from cv_platform.serving.http.problems import Problem, Unexpected, install_problem_handlers, method_not_allowed
+from cv_platform.serving.http.refusal_log import RefusalLog
+from cv_platform.serving.http.security import AllowedOrigins, RequestEnvelope, SameSite
+from cv_platform.serving.routes.batch import BATCH_PATH, batch_router
+from cv_platform.serving.routes.examples import API_DESCRIPTION, API_TITLE, API_VERSION
+from cv_platform.serving.routes.feedback import feedback_router
+from cv_platform.serving.routes.health import health_router
+from cv_platform.serving.routes.metrics import metrics_router
+from cv_platform.serving.routes.models import models_router
+from cv_platform.serving.routes.page import page_files, page_router
+from cv_platform.serving.routes.predict import PREDICT_PATH, predict_router
+from cv_platform.serving.worker import ServingContext
 
 
 def create_app(context: ServingContext) -> FastAPI:

@@ -40,7 +40,7 @@ from cv_platform.errors import (
     UnsupportedImageError,
 )
 from cv_platform.loopback import direct_transport
-from cv_platform.serving.api_models import (
+from cv_platform.serving.routes.api_models import (
     BatchFailure,
     BatchResult,
     CurrentModels,

@@ -12,8 +12,8 @@ from typing import Any
 
 from cv_platform.errors import ImageError
 from cv_platform.image_files import SUPPORTED_FORMATS, TEXT_SUFFIXES, is_litter, seems_image
-from cv_platform.serving.api_models import PredictionResult
 from cv_platform.serving.client import Client, ExplainChoice
+from cv_platform.serving.routes.api_models import PredictionResult
 from cv_platform.settings import Settings
 
 LARGEST_LEFT_OUT_FRACTION = 0.1

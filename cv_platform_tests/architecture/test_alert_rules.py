@@ -12,7 +12,7 @@ import yaml
 
 from benchmarks.stack.promql import RULES, Query, dashboard_queries, rule_queries
 from cv_platform.monitoring.exported_metrics import HELP
-from cv_platform.serving.metrics import ServingMetrics
+from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform_tests.architecture.test_containers import DOCKER, REPOSITORY, SERVICES
 
 OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
+from cv_platform.containers.databases import OWNERS
+from cv_platform.containers.engine import DEFAULTS, RESTORED_VOLUMES
+from cv_platform.containers.engine import ONE_SHOTS as TOLD_ONE_SHOTS
+from cv_platform.containers.env_file import HASH, RANDOM, read_env
+from cv_platform.containers.preflight import PORTS, PROFILE_OF_PORT
 from cv_platform.deployment.bento import SHIPPED
 from cv_platform.maintenance.volumes import MOUNTS
-from cv_platform.serving.limits import ServingLimits
-from cv_platform.stack.containers.databases import OWNERS
-from cv_platform.stack.containers.engine import DEFAULTS, RESTORED_VOLUMES
-from cv_platform.stack.containers.engine import ONE_SHOTS as TOLD_ONE_SHOTS
-from cv_platform.stack.containers.env_file import HASH, RANDOM, read_env
-from cv_platform.stack.containers.preflight import PORTS, PROFILE_OF_PORT
+from cv_platform.serving.capacity.limits import ServingLimits
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKER = REPOSITORY / "docker"
@@ -514,7 +514,7 @@ def test_dockers_socket_is_given_to_one_service_which_runs_when_it_is_chosen() -
 
 
 def test_the_stacks_commands_need_no_more_than_an_old_python() -> None:
-    package = REPOSITORY / "cv_platform" / "stack" / "containers"
+    package = REPOSITORY / "cv_platform" / "containers"
     ours = {"cv_platform"}
     files = [
         *package.glob("*.py"),
@@ -533,7 +533,7 @@ def test_the_stacks_commands_need_no_more_than_an_old_python() -> None:
         }
         assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names) | ours
         inner = {name for name in names if name.split(".")[0] in ours}
-        assert all(name in allowed or name.startswith("cv_platform.stack.containers") for name in inner)
+        assert all(name in allowed or name.startswith("cv_platform.containers") for name in inner)
 
 
 def test_nginx_limits_predictions_also_while_answers_close_their_connections() -> None:

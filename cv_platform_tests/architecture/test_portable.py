@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from cv_platform.stack.environment import REPOSITORY
+from cv_platform.local.environment import REPOSITORY
 from cv_platform_tests.portable import NUMERICAL, settings
 
 LOOK = """

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cv_platform.local.environment import dagster_command, platform_environment, prepare_home
+from cv_platform.local.graph import materialize
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home
-from cv_platform.stack.graph import materialize
 from cv_platform.training.trainer import TrainedModel
 from cv_platform.validation.verdict import ValidationVerdict
 from cv_platform_tests.integration.demo_run import REPOSITORY

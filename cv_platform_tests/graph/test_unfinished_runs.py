@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cv_platform.local.environment import platform_environment, prepare_home
+from cv_platform.local.graph import unfinished_runs
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import platform_environment, prepare_home
-from cv_platform.stack.graph import unfinished_runs
 
 MAKE_RUNS = """
 import dagster as dg

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.serving.request_log import RequestLog
+from cv_platform.serving.log.request_log import RequestLog
 from cv_platform_tests.integration.demo_run import Demo, finished_demo
 
 

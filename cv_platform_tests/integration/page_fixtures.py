@@ -21,11 +21,11 @@ import uvicorn
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from cv_platform.images import preprocessing_hash
+from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.metrics import ServingMetrics
+from cv_platform.serving.telemetry.metrics import ServingMetrics
+from cv_platform.serving.worker import ServingContext
 from cv_platform.settings import Settings
-from cv_platform.stack.http import free_port
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.tiny_models import tiny_metadata
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cv_platform.stack.environment import REPOSITORY
-from cv_platform.stack.http import free_port, wait_for_http
-from cv_platform.stack.programs import service_command
+from cv_platform.local.environment import REPOSITORY
+from cv_platform.local.http import free_port, wait_for_http
+from cv_platform.local.programs import service_command
 
 
 @contextmanager

@@ -25,19 +25,19 @@ from cv_platform.database.embedded import embedded_database
 from cv_platform.database.migrate import migrate
 from cv_platform.database.schema import drift_reports
 from cv_platform.errors import BackupError, DiskSpaceError
+from cv_platform.local.environment import HOME_FORMAT, platform_environment, prepare_home
 from cv_platform.maintenance.archive import verify_archive, write_archive
 from cv_platform.maintenance.backup import Backup, back_up
 from cv_platform.maintenance.restore import restore
-from cv_platform.serving.log_entry import LogEntry
-from cv_platform.serving.log_tables import find_prediction
-from cv_platform.serving.request_log import RequestLog
-from cv_platform.serving.runtime import load_bundle
+from cv_platform.serving.log.entry import LogEntry
+from cv_platform.serving.log.request_log import RequestLog
+from cv_platform.serving.log.tables import find_prediction
+from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import HOME_FORMAT, platform_environment, prepare_home
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform.tracking import start_run
 from cv_platform_tests.tiny_models import TinyExport, export_tiny, publish_tiny
-from cv_platform_tests.unit.serving.test_log_entry import answered
+from cv_platform_tests.unit.serving.log.test_entry import answered
 
 pytestmark = [pytest.mark.xdist_group("tensorflow"), pytest.mark.timeout(600)]
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from cv_platform.deployment.bento import build_bento
-from cv_platform.serving.runtime import load_folder
-from cv_platform.stack.http import free_port, wait_for_http
+from cv_platform.local.http import free_port, wait_for_http
+from cv_platform.serving.model.runtime import load_folder
 from cv_platform_tests.tiny_models import CLASS_NAMES, TinyExport, export_tiny, tiny_images, tiny_metadata
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import Engine, text
 
-from cv_platform.serving.drainer import Drainer
-from cv_platform.serving.log_entry import FeedbackEntry
-from cv_platform.serving.request_log import RequestLog
-from cv_platform.serving.spool import Spool, SpoolRow
+from cv_platform.serving.log.drainer import Drainer
+from cv_platform.serving.log.entry import FeedbackEntry
+from cv_platform.serving.log.request_log import RequestLog
+from cv_platform.serving.log.spool import Spool, SpoolRow
 from cv_platform_tests.integration.request_log_steps import WAIT_SECONDS, count, scalar, wait_for
-from cv_platform_tests.unit.serving.test_log_entry import answered
+from cv_platform_tests.unit.serving.log.test_entry import answered
 
 
 def said_of(prediction_id: UUID) -> FeedbackEntry:

@@ -26,11 +26,11 @@ from cv_platform.config import load_experiment
 from cv_platform.database.connection import make_engine
 from cv_platform.database.embedded import embedded_database
 from cv_platform.images import preprocess
+from cv_platform.local.environment import dagster_command, platform_environment
+from cv_platform.local.http import free_port, wait_for_http
+from cv_platform.local.programs import service_command
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.properties import image_properties
-from cv_platform.stack.environment import dagster_command, platform_environment
-from cv_platform.stack.http import free_port, wait_for_http
-from cv_platform.stack.programs import service_command
 from cv_platform.storage import CentralStorage, new_version
 from cv_platform_tests.integration.demo_run import REPOSITORY, Demo
 
@@ -116,7 +116,7 @@ def test_each_reference_row_is_recomputed_from_its_own_image(demo: Demo, tmp_pat
     program = (
         "import sys, numpy as np\n"
         "from pathlib import Path\n"
-        "from cv_platform.serving.runtime import load_bundle\n"
+        "from cv_platform.serving.model.runtime import load_bundle\n"
         "from cv_platform.storage import CentralStorage\n"
         "storage, version, folder = CentralStorage(sys.argv[1]), sys.argv[2], Path(sys.argv[3])\n"
         "model = load_bundle(storage, 'digits_classifier', version, cache=folder / 'cache')\n"

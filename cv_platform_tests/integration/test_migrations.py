@@ -22,10 +22,10 @@ from cv_platform.database.migrate import alembic_config, check_schema, migrate, 
 from cv_platform.database.pg_binaries import find_binaries, server_user
 from cv_platform.database.schema import SCHEMA_REVISION, metadata
 from cv_platform.errors import DatabaseUnavailableError, SchemaMismatchError
-from cv_platform.serving.log_entry import FeedbackEntry
-from cv_platform.serving.log_tables import find_prediction
-from cv_platform.serving.request_log import RequestLog
-from cv_platform_tests.unit.serving.test_log_entry import answered
+from cv_platform.serving.log.entry import FeedbackEntry
+from cv_platform.serving.log.request_log import RequestLog
+from cv_platform.serving.log.tables import find_prediction
+from cv_platform_tests.unit.serving.log.test_entry import answered
 
 
 def free_port() -> int:

@@ -20,9 +20,9 @@ from cv_platform.database.file_lock import exclusive
 from cv_platform.database.migrate import migrate
 from cv_platform.database.schema import drift_reports
 from cv_platform.errors import ConfigError
+from cv_platform.local.environment import prepare_home
 from cv_platform.maintenance.moved_home import LOCATION, previous_location, require_settled, settle_home
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import prepare_home
 from cv_platform.tracking import start_run
 from cv_platform_tests.integration.demo_run import cli
 

@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cv_platform.local.environment import dagster_command, platform_environment, prepare_home
+from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.settings import Settings
-from cv_platform.stack.environment import dagster_command, platform_environment, prepare_home
-from cv_platform.stack.http import free_port, wait_for_http
 
 REPOSITORY = Path(__file__).parents[2]
 # Not in the order of the alphabet: an output that is named by a sorted list gets the wrong name.

@@ -15,7 +15,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from cv_platform.stack.http import free_port
+from cv_platform.local.http import free_port
 from cv_platform_tests.integration.served import serving
 from cv_platform_tests.span_collector import Collector, attributes
 
@@ -102,10 +102,10 @@ def test_every_line_is_json_and_each_request_has_one_without_secrets(served: Ser
 
     wait_until(lambda: any(line.get("request_id") == request_id and "route" in line for line in lines()))
     of_request = [line for line in lines() if line.get("request_id") == request_id]
-    (access,) = [line for line in of_request if line["logger"] == "cv_platform.serving.access"]
+    (access,) = [line for line in of_request if line["logger"] == "cv_platform.serving.http.access"]
     assert (access["route"], access["status"]) == ("/predictions/{prediction_id}", 503)
     assert [line["level"] for line in of_request if line is not access] == ["WARNING"]  # Why: the database is away.
-    assert {line["logger"] for line in lines()} >= {"bentoml.serve", "cv_platform.serving.holder"}
+    assert {line["logger"] for line in lines()} >= {"bentoml.serve", "cv_platform.serving.model.holder"}
     assert not [line for line in lines() if str(line["logger"]).startswith("bentoml.access")]
     text = served.log.read_text()
     assert [secret for secret in (API_KEY, ADMIN_TOKEN, PASSWORD) if secret in text] == []

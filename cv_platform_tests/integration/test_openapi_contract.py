@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from benchmarks.servers import serving
+from cv_platform.local.http import free_port
+from cv_platform.local.programs import service_command
 from cv_platform.settings import quiet_variables
-from cv_platform.stack.http import free_port
-from cv_platform.stack.programs import service_command
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.tiny_models import MODEL_NAME, export_tiny, publish_tiny
 from cv_platform_tests.unit.serving.http_client import flat_image, png

@@ -9,11 +9,11 @@ from sqlalchemy import Engine, text
 
 from cv_platform import cli
 from cv_platform.errors import ServiceError
-from cv_platform.serving.log_entry import LogEntry
-from cv_platform.serving.rejected_entries import find_rejected, requeue
-from cv_platform.serving.request_log import RequestLog
+from cv_platform.serving.log.entry import LogEntry
+from cv_platform.serving.log.rejected_entries import find_rejected, requeue
+from cv_platform.serving.log.request_log import RequestLog
 from cv_platform_tests.integration.request_log_steps import WAIT_SECONDS, count, scalar, wait_for
-from cv_platform_tests.unit.serving.test_log_entry import answered
+from cv_platform_tests.unit.serving.log.test_entry import answered
 
 MENDED = "ALTER TABLE api_log DROP CONSTRAINT lacks"
 
@@ -104,7 +104,7 @@ def test_a_backlog_that_is_refused_as_a_whole_stays_in_the_queue(log: RequestLog
 
 def test_our_own_mistake_rejects_no_backlog(log: RequestLog, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as mistaken:
-        mistaken.setattr("cv_platform.serving.log_tables.decode", lambda *_: {}["entry_id"])
+        mistaken.setattr("cv_platform.serving.log.tables.decode", lambda *_: {}["entry_id"])
         for _ in range(30):
             log.submit(answered())
         wait_for(lambda: "KeyError" in (log.status().last_error or ""))

@@ -26,13 +26,13 @@ from cv_platform.database.connection import make_engine
 from cv_platform.database.embedded import embedded_database
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import DatabaseUnavailableError
-from cv_platform.serving.drainer import Drainer
-from cv_platform.serving.log_entry import FeedbackEntry, LogEntry, StoredPrediction
-from cv_platform.serving.log_tables import find_prediction
-from cv_platform.serving.request_log import RequestLog
-from cv_platform.serving.spool import Spool
+from cv_platform.serving.log.drainer import Drainer
+from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
+from cv_platform.serving.log.request_log import RequestLog
+from cv_platform.serving.log.spool import Spool
+from cv_platform.serving.log.tables import find_prediction
 from cv_platform_tests.integration.request_log_steps import WAIT_SECONDS, count, scalar, wait_for
-from cv_platform_tests.unit.serving.test_log_entry import answered
+from cv_platform_tests.unit.serving.log.test_entry import answered
 
 
 def entry_ids(engine: Engine) -> list[str]:
@@ -221,7 +221,7 @@ def test_the_state_of_the_database_and_its_reason_change_together(
                 """Looks at the status in the very moment in which the drainer takes note of a failure."""
                 seen.append((log.status().database, log.status().last_error))
 
-        monkeypatch.setattr(logging.getLogger("cv_platform.serving.drainer"), "handlers", [Looking()])
+        monkeypatch.setattr(logging.getLogger("cv_platform.serving.log.drainer"), "handlers", [Looking()])
         log.append(answered())
         wait_for(lambda: seen)
     assert (seen[0][0], "cv-platform migrate" in (seen[0][1] or "")) == ("schema mismatch", True)
@@ -230,8 +230,8 @@ def test_the_state_of_the_database_and_its_reason_change_together(
 APPEND_FOR_EVER = """
 import os, sys
 from pathlib import Path
-from cv_platform.serving.request_log import RequestLog
-from cv_platform_tests.unit.serving.test_log_entry import answered
+from cv_platform.serving.log.request_log import RequestLog
+from cv_platform_tests.unit.serving.log.test_entry import answered
 import threading
 log = RequestLog(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
 def work():
@@ -268,10 +268,10 @@ def test_what_a_killed_process_acknowledged_arrives_exactly_once(
 KILLED_AFTER_COMMIT = """
 import os, signal, sys
 from pathlib import Path
-from cv_platform.serving.drainer import Drainer
-from cv_platform.serving.spool import Spool
-from cv_platform_tests.unit.serving.test_log_entry import answered
-from cv_platform.serving.log_entry import FeedbackEntry
+from cv_platform.serving.log.drainer import Drainer
+from cv_platform.serving.log.spool import Spool
+from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform.serving.log.entry import FeedbackEntry
 class DiesBeforeDeleting(Spool):
     def delete(self, rows):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -373,7 +373,7 @@ def start_again(cluster: Cluster, url: str) -> None:
 def test_nothing_is_lost_while_the_server_stops_and_starts(
     tmp_path: Path, private_server: tuple[Cluster, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cv_platform.serving.drainer._LONGEST_WAIT_SECONDS", 0.5)
+    monkeypatch.setattr("cv_platform.serving.log.drainer._LONGEST_WAIT_SECONDS", 0.5)
     cluster, url = private_server
     engine = make_engine(url)
     ids: list[UUID] = []

@@ -24,7 +24,7 @@ from cv_platform.defs.resources import Installation
 from cv_platform.defs.retention import retention_definitions
 from cv_platform.errors import DatabaseError
 from cv_platform.monitoring.window import monitored_since
-from cv_platform.serving.deletion import delete_from_database
+from cv_platform.serving.log.deletion import delete_from_database
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 

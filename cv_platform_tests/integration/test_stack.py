@@ -21,11 +21,11 @@ from sqlalchemy import text
 from benchmarks.servers import process_tree
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import make_engine
+from cv_platform.local.http import free_port, is_taken
+from cv_platform.local.leftovers import leftover_pids, program_mark
+from cv_platform.local.programs import programs
+from cv_platform.local.supervisor import control
 from cv_platform.settings import Settings
-from cv_platform.stack.http import free_port, is_taken
-from cv_platform.stack.leftovers import leftover_pids, program_mark
-from cv_platform.stack.programs import programs
-from cv_platform.stack.supervisor import control
 from cv_platform_tests.integration.demo_run import cli
 from cv_platform_tests.proxies import Counted, counting_server, proxy_variables
 

@@ -18,7 +18,7 @@ from sqlalchemy import Row, text
 
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import make_engine
-from cv_platform.stack.http import free_port
+from cv_platform.local.http import free_port
 from cv_platform_tests.integration.demo_run import REPOSITORY, Demo, cli
 
 TEST_IMAGES = 359

@@ -77,7 +77,7 @@ def test_a_broken_pipe_of_something_else_is_not_hidden(monkeypatch: pytest.Monke
         raise BrokenPipeError("of a socket")
 
     monkeypatch.setenv("CV_HOME", str(tmp_path))
-    monkeypatch.setattr("cv_platform.stack.supervisor.is_running", status)
+    monkeypatch.setattr("cv_platform.local.supervisor.is_running", status)
     with (tmp_path / "out").open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", out)

@@ -9,8 +9,8 @@ import pytest
 import uvicorn
 
 from cv_platform.cli import main
+from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.serving.app import create_app
-from cv_platform.stack.http import free_port, wait_for_http
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext, make_context
 from cv_platform_tests.unit.serving.http_client import flat_image, png
 

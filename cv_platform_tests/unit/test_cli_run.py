@@ -43,7 +43,7 @@ def test_the_summary_names_the_drift_report_where_one_was_made(
 
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
-    monkeypatch.setattr("cv_platform.stack.graph.materialize", materialize)
+    monkeypatch.setattr("cv_platform.local.graph.materialize", materialize)
     assert main(["run", "configs/digits.yaml"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1:] == ["  evaluation: good", "  deployment: deployed", *([line] if line else [])]
@@ -61,7 +61,7 @@ def test_each_run_has_a_log_of_its_own_and_names_it(
 
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
-    monkeypatch.setattr("cv_platform.stack.graph.materialize", materialize)
+    monkeypatch.setattr("cv_platform.local.graph.materialize", materialize)
     assert [main(["run", "configs/digits.yaml"]) for _ in range(2)] == [0, 0]
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("digits: ")]
     assert said == [f"digits: log in {path}" for path in written]
@@ -77,7 +77,7 @@ def test_a_service_of_another_experiment_is_refused_before_anything_runs(
 
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
-    monkeypatch.setattr("cv_platform.stack.graph.materialize", materialize)
+    monkeypatch.setattr("cv_platform.local.graph.materialize", materialize)
     pointer = {"model_name": "cats", "version": "v", "since_utc": "2026-01-31T06:00:00Z", "experiment": "cats"}
     storage = CentralStorage(Settings.from_environment().storage_url)
     storage.write_pointer("image_classifier", ProductionPointer.model_validate(pointer))

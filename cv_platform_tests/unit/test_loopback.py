@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from cv_platform.errors import CvPlatformError
+from cv_platform.local.http import wait_for_http
 from cv_platform.loopback import direct_transport, is_loopback, past_proxies
 from cv_platform.monitoring.evidently_report import delete_run
 from cv_platform.serving.client import Client
 from cv_platform.settings import prepare_process
-from cv_platform.stack.http import wait_for_http
 from cv_platform_tests.proxies import Counted, counting_server, proxy_variables
 
 REPOSITORY = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from cv_platform.drift.localisation import class_movements
 from cv_platform.drift.sample import DriftSample
 from cv_platform.evaluation.metrics import confidence_of, confusion_matrix
 from cv_platform.predictions import decide, predicted_flags
-from cv_platform.serving.answer import predicted_classes
+from cv_platform.serving.routes.answer import predicted_classes
 from cv_platform.storage import BundleMetadata
 
 THRESHOLD = 0.7

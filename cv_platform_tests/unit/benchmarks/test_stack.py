@@ -23,9 +23,9 @@ from benchmarks.stack.dagster_api import DagsterApi
 from benchmarks.stack.run import BUDGET_SECONDS, PHASES, bounded
 from benchmarks.stack.scans import listeners, places_of, process_status
 from benchmarks.stack.up import size_of
+from cv_platform.containers.env_file import env_problems, read_env
+from cv_platform.containers.preflight import PORTS
 from cv_platform.errors import ServiceError
-from cv_platform.stack.containers.env_file import env_problems, read_env
-from cv_platform.stack.containers.preflight import PORTS
 
 
 def test_the_tested_stack_shares_nothing_with_the_users(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_the_tested_stack_shares_nothing_with_the_users(tmp_path: Path) -> None:
     }
     # What its commands need, and nothing of the user's.
     assert (checkout.folder / "Makefile").exists()
-    assert (checkout.folder / "cv_platform" / "stack" / "containers" / "__main__.py").exists()
+    assert (checkout.folder / "cv_platform" / "containers" / "__main__.py").exists()
     assert not {".venv", ".git", "build", "test-artifacts", "backups"} & {
         path.name for path in checkout.folder.iterdir()
     }

@@ -14,9 +14,9 @@ from cv_platform.database.file_lock import exclusive
 from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.deployment.rollout import deploy, rollback
 from cv_platform.errors import CorruptBundleError, DeploymentError
-from cv_platform.serving import worker_watch
-from cv_platform.serving.holder import ModelHolder
-from cv_platform.serving.promotion import PROMOTION_LOCK, Promoter
+from cv_platform.serving.model import worker_watch
+from cv_platform.serving.model.holder import ModelHolder
+from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
 from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer, WorkerHeartbeat
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
 

@@ -17,8 +17,8 @@ from cv_platform.datasets.manifest import MANIFEST_SCHEMA
 from cv_platform.datasets.packing import PackedImages, pack_images
 from cv_platform.datasets.versions import DatasetVersion
 from cv_platform.errors import InvalidDatasetError, TrainingError
+from cv_platform.evaluation.evaluate import evaluate_model, worst_errors
 from cv_platform.evaluation.report import Evaluation
-from cv_platform.evaluation.run import evaluate_model, worst_errors
 
 CLASSES = ("blue", "green", "red")
 CHANNELS = {"red": 0, "green": 1, "blue": 2}

@@ -208,7 +208,7 @@ def test_a_killed_deletion_is_finished_by_the_next(settings: Settings, home: Pat
 def test_a_backup_and_a_promotion_keep_the_collector_out(settings: Settings, home: Path) -> None:
     from cv_platform.database.file_lock import exclusive
     from cv_platform.maintenance.backup import maintenance_lock
-    from cv_platform.serving.promotion import PROMOTION_LOCK
+    from cv_platform.serving.model.promotion import PROMOTION_LOCK
 
     before = everything(home)
     for lock in (maintenance_lock(home), home / "cache" / PROMOTION_LOCK):

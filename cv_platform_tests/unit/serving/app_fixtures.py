@@ -14,8 +14,8 @@ import prometheus_client
 import pytest
 
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.metrics import ServingMetrics
+from cv_platform.serving.telemetry.metrics import ServingMetrics
+from cv_platform.serving.worker import ServingContext
 from cv_platform.settings import Settings
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels
 

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 from starlette.types import ASGIApp
 
-from cv_platform.serving.runtime import LoadedModel, Prediction
+from cv_platform.serving.model.runtime import LoadedModel, Prediction
 from cv_platform_tests.tiny_models import tiny_metadata
 
 

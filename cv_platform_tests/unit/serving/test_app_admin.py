@@ -8,8 +8,8 @@ from starlette.types import ASGIApp, Message
 
 from cv_platform.database.file_lock import exclusive
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.worker_watch import WorkerWatch
+from cv_platform.serving.model.worker_watch import WorkerWatch
+from cv_platform.serving.worker import ServingContext
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext

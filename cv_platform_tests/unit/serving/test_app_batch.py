@@ -8,9 +8,9 @@ import pytest
 
 from cv_platform.errors import SpoolFullError
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.limits import ServingLimits
-from cv_platform.serving.runtime import LoadedModel, Prediction
+from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform.serving.model.runtime import LoadedModel, Prediction
+from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.tiny_models import tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled, spooled_images
 from cv_platform_tests.unit.serving.http_client import BrightnessRuntime, Client, FixedModels, flat_image, png

@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
+from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
 
@@ -175,7 +175,7 @@ def test_housekeeping_finds_the_embedded_database_when_it_starts(
     make_context: MakeContext, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     running: list[str | None] = [None]
-    monkeypatch.setattr("cv_platform.serving.worker_log.running_database_url", lambda settings: running[0])
+    monkeypatch.setattr("cv_platform.serving.log.worker_log.running_database_url", lambda settings: running[0])
     context = make_context()
     context._follow_database()
     assert context.log.status().database == "not configured"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
+from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled, spooled_images
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
 

@@ -14,14 +14,14 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from cv_platform.errors import ServiceError
-from cv_platform.serving import context as serving_context
-from cv_platform.serving import routes_feedback
+from cv_platform.serving import worker as serving_context
 from cv_platform.serving.app import create_app
-from cv_platform.serving.bounded_calls import BoundedCalls
-from cv_platform.serving.context import LOOK_UP_THREADS, ServingContext
-from cv_platform.serving.limits import ServingLimits
-from cv_platform.serving.metrics import ServingMetrics
-from cv_platform.serving.runtime import LoadedModel
+from cv_platform.serving.capacity.bounded_calls import BoundedCalls
+from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform.serving.model.runtime import LoadedModel
+from cv_platform.serving.routes import feedback as routes_feedback
+from cv_platform.serving.telemetry.metrics import ServingMetrics
+from cv_platform.serving.worker import LOOK_UP_THREADS, ServingContext
 from cv_platform.settings import Settings
 from cv_platform_tests.tiny_models import tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled, wait_until
@@ -46,7 +46,7 @@ def test_a_slow_statement_is_a_408(make_context: MakeContext):
 def test_a_disk_that_hangs_while_a_prediction_is_written_is_a_503_once(
     make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("cv_platform.serving.worker_log.APPEND_SECONDS", 0.3)
+    monkeypatch.setattr("cv_platform.serving.log.worker_log.APPEND_SECONDS", 0.3)
     context = make_context(limits=ServingLimits(predict_threads=1, predict_seconds=30))
     client = Client(create_app(context))
     go = threading.Event()

@@ -8,8 +8,8 @@ import pytest
 
 from cv_platform.images import preprocess
 from cv_platform.serving.app import create_app
-from cv_platform.serving.holder import ModelHolder
-from cv_platform.serving.runtime import load_folder
+from cv_platform.serving.model.holder import ModelHolder
+from cv_platform.serving.model.runtime import load_folder
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny, tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext

@@ -10,10 +10,10 @@ import httpx
 import pytest
 import uvicorn
 
+from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
-from cv_platform.serving.limits import ServingLimits
-from cv_platform.serving.runtime import LoadedModel
-from cv_platform.stack.http import free_port
+from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform_tests.tiny_models import tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
 from cv_platform_tests.unit.serving.http_client import FixedModels, GatedRuntime, flat_image, png

@@ -6,8 +6,8 @@ import pytest
 
 from cv_platform.errors import ConfigError
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.routes_page import PAGE
+from cv_platform.serving.routes.page import PAGE
+from cv_platform.serving.worker import ServingContext
 from cv_platform.settings import Settings
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png

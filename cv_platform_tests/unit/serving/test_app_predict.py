@@ -10,10 +10,11 @@ from PIL import Image
 
 from cv_platform.images import preprocess
 from cv_platform.properties import image_properties
-from cv_platform.serving import answer, explain
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.runtime import LoadedModel
+from cv_platform.serving.model import explain
+from cv_platform.serving.model.runtime import LoadedModel
+from cv_platform.serving.routes import answer
+from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.tiny_models import tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled, spooled_images
 from cv_platform_tests.unit.serving.http_client import (

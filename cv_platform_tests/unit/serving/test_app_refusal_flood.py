@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from cv_platform.serving import refusal_bounds
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.refusal_bounds import Allowance, Rate
+from cv_platform.serving.capacity import refusal_bounds
+from cv_platform.serving.capacity.refusal_bounds import Allowance, Rate
+from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
 
@@ -116,7 +116,7 @@ def test_a_deletion_works_after_a_flood(make_context: MakeContext):
 
 def test_an_allowance_comes_back_evenly_up_to_its_size(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
-    monkeypatch.setattr("cv_platform.serving.refusal_bounds.time.monotonic", lambda: now)
+    monkeypatch.setattr("cv_platform.serving.capacity.refusal_bounds.time.monotonic", lambda: now)
     allowance = Allowance(Rate(3, 0.5))
     assert [allowance.take() for _ in range(4)] == [True, True, True, False]
     now += 2.0  # One has come back.

@@ -10,11 +10,11 @@ import pytest
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 
 from cv_platform.errors import SpoolFullError
-from cv_platform.serving.access import ObserveRequests
 from cv_platform.serving.app import create_app
-from cv_platform.serving.context import ServingContext
-from cv_platform.serving.limits import ServingLimits
-from cv_platform.serving.runtime import LoadedModel, Prediction
+from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform.serving.http.access import ObserveRequests
+from cv_platform.serving.model.runtime import LoadedModel, Prediction
+from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.tiny_models import tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
 from cv_platform_tests.unit.serving.http_client import (

@@ -24,7 +24,7 @@ from cv_platform.errors import (
 )
 from cv_platform.serving.app import create_app
 from cv_platform.serving.client import Client
-from cv_platform.serving.context import ServingContext
+from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
 from cv_platform_tests.unit.serving.http_client import FixedModels, flat_image, png
 

@@ -13,7 +13,7 @@ import pytest
 
 from cv_platform.config import ValidateConfig
 from cv_platform.validation.deepchecks_suites import LEFT_OUT, REPORT_NAMES
-from cv_platform.validation.run import validate_dataset
+from cv_platform.validation.validate import validate_dataset
 from cv_platform.validation.verdict import CHECK_NAMES, ValidationVerdict
 
 CLASSES = ("left", "right")

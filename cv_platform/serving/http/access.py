@@ -1,0 +1,137 @@
+"""One access line, one count and one span per request: `ObserveRequests`, around everything else.
+
+A line names the route and the path, never the query, whose values may be secrets; and no header.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from starlette.routing import Match, Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cv_platform.serving.http.problems import CLIENT_GONE, RequestTrace
+from cv_platform.serving.http.security import open_trace
+from cv_platform.serving.telemetry.observation import Observation, end_observation, observe
+from cv_platform.serving.telemetry.tracing import RequestSpan
+from cv_platform.serving.worker import ServingContext
+
+logger = logging.getLogger(__name__)
+
+UNMATCHED = "unmatched"
+"""The route of what no route takes."""
+_TOO_LATE = 504
+"""What BentoML answers to a request that it cancels: after its time-out, which stands outside of the app."""
+_QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
+"""Routes that machines ask every few seconds: counted, but without a line while they answer 200."""
+_MAX_PATH = 300
+
+
+class ObserveRequests:
+    """ASGI middleware: observes each request.
+
+    Args:
+        app: what answers.
+        context: of this worker.
+    """
+
+    def __init__(self, app: ASGIApp, *, context: ServingContext) -> None:
+        self.app = app
+        self.context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        asked = dict(scope)  # Routing changes the scope.
+        trace = open_trace(scope)
+        tracing = self.context.tracing
+        span = tracing.begin(scope["method"], scope["headers"]) if tracing is not None else None
+        token = observe(Observation(trace, self.context.metrics, span))
+        status = 0
+        has_left = False
+
+        async def watched() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left = has_left or message["type"] == "http.disconnect"
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, watched, noted)
+        except asyncio.CancelledError:
+            status = status or (CLIENT_GONE if has_left else _TOO_LATE)
+            raise
+        finally:
+            route = route_template(scope, asked, self.context.routes)
+            self._finish(trace, asked, route, status or 500, span)
+            end_observation(token)
+
+    def _finish(self, trace: RequestTrace, asked: Scope, route: str, status: int, span: RequestSpan | None) -> None:
+        seconds = trace.seconds()
+        method: str = asked["method"]
+        self.context.metrics.answered(
+            route=route, method=method, status=status, version=trace.model_version, seconds=seconds
+        )
+        if span is not None:
+            span.end(f"{method} {route}", _attributes(trace, method, route, status), failed=status >= 500)
+        if status == 200 and route in _QUIET:
+            return
+        fields: dict[str, Any] = {
+            "method": method,
+            "route": route,
+            "path": asked["path"][:_MAX_PATH],
+            "status": status,
+            "seconds": round(seconds, 6),
+            "model_version": trace.model_version,
+            "prediction_id": _only(trace.prediction_ids),
+            "predictions": len(trace.prediction_ids) if len(trace.prediction_ids) > 1 else None,
+        }
+        logger.info("%s %s %d", method, route, status, extra={"fields": fields})
+
+
+def route_template(answered: Scope, asked: Scope, routes: Iterable[Route | Mount]) -> str:
+    """Returns the template of the route that a request belongs to: a label, so never a path that a client chose.
+
+    Args:
+        answered: the scope as routing has left it.
+        asked: the scope as it came.
+        routes: those of the app.
+    """
+    path = getattr(answered.get("route"), "path", None)
+    if isinstance(path, str) and path:
+        return path
+    # Refused before it got to a route, or as no route takes it: with another method one may.
+    for route in routes:
+        if route.matches(asked)[0] is not Match.NONE:
+            return route.path
+    return UNMATCHED
+
+
+def _attributes(trace: RequestTrace, method: str, route: str, status: int) -> dict[str, str | int]:
+    attributes: dict[str, str | int] = {
+        "http.request.method": method,
+        "http.route": route,
+        "http.response.status_code": status,
+        "cv.request_id": trace.request_id,
+    }
+    if trace.model_version is not None:
+        attributes["cv.model.version"] = trace.model_version
+    prediction_id = _only(trace.prediction_ids)
+    if prediction_id is not None:
+        attributes["cv.prediction.id"] = prediction_id
+    return attributes
+
+
+def _only(prediction_ids: Sequence[str]) -> str | None:
+    return prediction_ids[0] if len(prediction_ids) == 1 else None

@@ -1,0 +1,109 @@
+"""The log of what was refused: requests for a prediction without an answer, as far as `refusal_bounds` logs them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cv_platform.errors import CvPlatformError
+from cv_platform.serving.http.clean_requests import has_control_characters
+from cv_platform.serving.http.problems import RequestTrace, trace_of
+from cv_platform.serving.log.entry import LogEntry
+from cv_platform.serving.model.explain import Explain
+from cv_platform.serving.telemetry.log_format import BLOT, escaped
+from cv_platform.serving.worker import ServingContext
+
+logger = logging.getLogger(__name__)
+
+_MAX_URL = 2000
+_KEPT = {"explain": frozenset(wish.value for wish in Explain)}
+"""The query parameters that the routes know, with their values. Whatever else a query holds may be a secret."""
+_MAX_MESSAGE = 1000
+
+
+class RefusalLog:
+    """ASGI middleware: counts and logs each refused request for a prediction before the refusal leaves.
+
+    It sits outside of everything that can refuse (body limit, keys, overload, validation), so that nothing is missed.
+
+    Args:
+        app: what it stands before.
+        context: whose log it is.
+        paths: of the routes that predict.
+    """
+
+    def __init__(self, app: ASGIApp, *, context: ServingContext, paths: Collection[str]) -> None:
+        self.app = app
+        self.context = context
+        self.paths = frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in self.paths:
+            await self.app(scope, receive, send)
+            return
+
+        async def logged(message: Message) -> None:
+            trace = trace_of(scope)
+            if message["type"] == "http.response.start" and not trace.is_logged:
+                trace.is_logged = True
+                await log_refusal(self.context, scope, message["status"], trace.message)
+            await send(message)
+
+        await self.app(scope, receive, logged)
+
+
+async def log_refusal(context: ServingContext, scope: Scope, status: int, message: str) -> None:
+    """Counts one refused image, and makes its log entry if it gets one; what cannot be logged is still refused."""
+    trace: RequestTrace = trace_of(scope)
+    message = message[:_MAX_MESSAGE]
+    context.metrics.image_answered(status)
+    guard = context.guard
+    way = context.refusals.choose(status, has_key=guard.has_key(HTTPConnection(scope)), is_open=guard.is_open)
+    context.metrics.refused(_path(scope), status, way)
+    if way == "counted":
+        return
+    entry = LogEntry(
+        request_method="POST",
+        request_url=logged_url(scope),
+        response_status_code=status,
+        response_message=message,
+        timespan=trace.seconds(),
+        created_on=trace.created_on,
+        model_version=trace.model_version,
+        client_error=message if 400 <= status < 500 else None,
+    )
+    try:
+        if way == "durable":
+            await context.append(entry)
+        else:
+            context.append_soon(entry)
+    except CvPlatformError as err:
+        context.metrics.refusal_unlogged()
+        logger.warning("Request %s was refused (%d) without a log entry: %s", trace.request_id, status, err)
+
+
+def logged_url(scope: Scope) -> str:
+    """Returns path and query as the log keeps them: of the query only the names and values that the routes know."""
+    query = scope.get("query_string", b"").decode("latin-1")
+    path = escaped(scope["path"])
+    if not query:
+        return path[:_MAX_URL]
+    return f"{path}?{'&'.join(_logged_parameter(parameter) for parameter in query.split('&'))}"[:_MAX_URL]
+
+
+def _logged_parameter(parameter: str) -> str:
+    name, equals, value = parameter.partition("=")
+    known = _KEPT.get(name)
+    if known is None:
+        return f"{BLOT}={BLOT}" if equals else BLOT
+    return parameter if not equals or value in known else f"{name}={BLOT}"
+
+
+def _path(scope: Scope) -> str:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    # As a router's regular expression sees it: `$` matches before a newline.
+    return "".join(c for c in path if not has_control_characters(c))

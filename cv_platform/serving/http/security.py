@@ -1,0 +1,273 @@
+"""Who may call what, and the headers that every answer carries.
+
+Admin routes need `Authorization: Bearer $CV_ADMIN_TOKEN`; with no token set they are closed. With `CV_API_KEYS` set,
+predictions need `X-API-Key`. There are no cookies, so another site's page has no credentials to abuse; it reads nothing
+unless its origin is one of CV_CORS_ORIGINS (`AllowedOrigins`). It could still send a plain form from a visitor's
+browser into the request log, and with it into the drift window: `SameSite` refuses what a browser says comes from
+another site.
+https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from uuid import uuid4
+
+from fastapi import Request
+from fastapi.params import Security
+from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cv_platform.serving.capacity.rate_limit import client_of_address
+from cv_platform.serving.http.problems import Problem, RequestTrace, has_trace, problem_response, set_trace, trace_of
+from cv_platform.settings import Settings
+
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_CROSS_ORIGIN_METHODS = ("GET", "POST")
+_CROSS_ORIGIN_HEADERS = ("X-API-Key", "Idempotency-Key", "X-Request-Id")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy of the page: its own files, pictures it was given, nothing else."""
+PAGE_PERMISSIONS = "camera=(self), microphone=(), geolocation=()"
+"""Permissions-Policy of the page, which may ask its visitor for the camera; every other answer forbids that as well."""
+ANSWER_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Cache-Control": "no-store",
+}
+"""What every answer carries, unless a route has set it otherwise."""
+
+
+class RequestEnvelope:
+    """ASGI middleware: gives each request its trace and each answer X-Request-Id and the security headers.
+
+    A client's own X-Request-Id is kept when it is 1–128 letters, digits, dots, dashes or underscores: it ends up in
+    logs. Headers that a route has set stay as they are.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        trace = open_trace(scope)
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = trace.request_id
+                for name, value in ANSWER_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
+
+
+def open_trace(scope: Scope) -> RequestTrace:
+    """Returns the request's trace, made by the first who asks; see `RequestEnvelope` for its id."""
+    if not has_trace(scope):
+        wished = Headers(scope=scope).get("x-request-id", "")
+        set_trace(scope, RequestTrace(request_id=wished if _REQUEST_ID.fullmatch(wished) else uuid4().hex))
+    return trace_of(scope)
+
+
+class AllowedOrigins(CORSMiddleware):
+    """ASGI middleware: lets the pages of other origins call and read; their preflights are answered here.
+
+    Args:
+        app: what it stands before.
+        origins: such as `https://app.example.org`; without any, nothing is done.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=_CROSS_ORIGIN_METHODS,
+            allow_headers=_CROSS_ORIGIN_HEADERS,
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http" or not self.allow_origins:
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if is_preflight and "origin" in headers:
+            answer = self.preflight_response(headers)
+            if answer.status_code != HTTPStatus.OK:
+                problem = Problem(
+                    403,
+                    f"Pages of this origin may not do that: {bytes(answer.body).decode()}.",
+                    expected=f"an origin of CV_CORS_ORIGINS, {' or '.join(_CROSS_ORIGIN_METHODS)}, and no special "
+                    f"headers but {', '.join(_CROSS_ORIGIN_HEADERS)}",
+                    headers={"Vary": "Origin"},
+                )
+                answer = problem_response(scope, problem)
+            await answer(scope, receive, send)
+            return
+        await super().__call__(scope, receive, send)
+
+
+class SameSite:
+    """ASGI middleware: 403 for a request that changes something and that a page of another site has sent.
+
+    Browsers set Sec-Fetch-Site and Origin, and no page can change them; programs send none, and pass.
+
+    Args:
+        app: what it stands before.
+        origins: whose pages may.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str] = ()) -> None:
+        self.app = app
+        self.origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
+            # A proxy may join several headers into one.
+            sites = {
+                site.strip().lower() for site in ",".join(Headers(scope=scope).getlist("sec-fetch-site")).split(",")
+            }
+            if "cross-site" in sites and Headers(scope=scope).get("origin") not in self.origins:
+                problem = Problem(
+                    403,
+                    "A page of another site sent this. Use this service's own page, or a program.",
+                    expected="a request that no other site's page has sent (Sec-Fetch-Site)",
+                    headers={"Connection": "close"},
+                )
+                await problem_response(scope, problem)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class Guard:
+    """Checks the secrets of a request.
+
+    Args:
+        settings: `admin_token` and `api_keys`.
+
+    Attributes:
+        api_key: dependency of the routes that need an API key while there are any; /docs shows it.
+        admin: dependency of the routes that need the admin token.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.api_key = Security(_RequiredApiKey(self))
+        self.admin = Security(_RequiredAdminToken(self))
+        self._admin_token = settings.admin_token.get_secret_value().encode() if settings.admin_token else None
+        self._api_keys = tuple(key.get_secret_value().encode() for key in settings.api_keys)
+
+    def require_api_key(self, request: HTTPConnection) -> None:
+        """Lets a request pass when there are no API keys, or when it has one of them.
+
+        Raises:
+            Problem: 401.
+        """
+        if not self.is_open and not self.has_key(request):
+            raise Problem(
+                401,
+                "This service is closed by API keys. Send one of them in the header X-API-Key.",
+                expected="the header X-API-Key with a valid key",
+                headers={"WWW-Authenticate": 'ApiKey realm="predictions"'},
+            )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether predictions need no API key."""
+        return not self._api_keys
+
+    def has_key(self, request: HTTPConnection) -> bool:
+        """Says whether a request carries one of the API keys; False where there are none."""
+        given = _given_key(request)
+        # All of them, always: how long it takes says nothing about which one was close.
+        matches = [hmac.compare_digest(given, key) for key in self._api_keys]
+        return any(matches)
+
+    def client_of(self, request: Request) -> bytes:
+        """Returns who a request counts for: the API key that it was let pass with; without keys, its address.
+
+        Behind a reverse proxy the address is the proxy's: X-Forwarded-For is not believed, as anybody may send it.
+        """
+        if self._api_keys:
+            return b"key:" + _given_key(request)
+        return client_of_address(request.client.host if request.client else None)
+
+    def is_admin(self, request: Request) -> bool:
+        """Says whether a request carries the admin token."""
+        try:
+            self.require_admin(request)
+        except Problem:
+            return False
+        return True
+
+    def require_admin(self, request: HTTPConnection) -> None:
+        """Lets a request pass that carries the admin token.
+
+        Raises:
+            Problem: 401 without a token, 403 with a wrong one, 403 while no token is configured.
+        """
+        if self._admin_token is None:
+            raise Problem(
+                403,
+                "The admin routes are closed. To open them, start the service with CV_ADMIN_TOKEN set.",
+                expected="a service that is started with CV_ADMIN_TOKEN",
+            )
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        expected = "the header Authorization: Bearer, followed by the value of CV_ADMIN_TOKEN"
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Problem(
+                401,
+                "This is an admin route: it needs the admin token.",
+                expected=expected,
+                headers={"WWW-Authenticate": 'Bearer realm="admin"'},
+            )
+        if not hmac.compare_digest(token.strip().encode("latin-1"), self._admin_token):
+            raise Problem(403, "That is not the admin token of this service.", expected=expected)
+
+
+class _RequiredApiKey(APIKeyHeader):
+    def __init__(self, guard: Guard) -> None:
+        super().__init__(
+            name="X-API-Key", scheme_name="apiKey", description="Needed while CV_API_KEYS is set.", auto_error=False
+        )
+        self._guard = guard
+
+    # A coroutine, as FastAPI would hand anything else to a thread and wait for it.
+    async def __call__(self, request: HTTPConnection) -> None:
+        self._guard.require_api_key(request)
+
+
+class _RequiredAdminToken(HTTPBearer):
+    def __init__(self, guard: Guard) -> None:
+        super().__init__(scheme_name="adminToken", description="The value of CV_ADMIN_TOKEN.", auto_error=False)
+        self._guard = guard
+
+    async def __call__(self, request: HTTPConnection) -> None:
+        self._guard.require_admin(request)
+
+
+def _given_key(request: HTTPConnection) -> bytes:
+    # Not every HTTP parser takes away the white space around a value, which is none of it (RFC 9110, section 5.5).
+    return request.headers.get("x-api-key", "").strip(" \t").encode("latin-1")

@@ -1,0 +1,566 @@
+"""The local durable queue of the request log: what `append` has taken survives the process and the machine.
+
+One SQLite file per replica process (`<uuid>.sqlite`, write-ahead log, `synchronous=FULL`) and beside it `<uuid>.lock`,
+which its owner keeps locked; the kernel drops the lock with the process, and then a successor may adopt the file. (The
+lock is a file of its own because closing any descriptor of a database file drops SQLite's own locks on it.)
+
+One thread at a time writes (`group_commit.py`), any number read. https://www.sqlite.org/wal.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID, uuid4
+
+from cv_platform.errors import SpoolFullError
+from cv_platform.serving.log.entry import (
+    FeedbackEntry,
+    LogEntry,
+    Outcome,
+    StoredPrediction,
+    encode,
+)
+from cv_platform.serving.log.group_commit import MAX_QUEUED_BYTES, GroupCommit, Operation
+from cv_platform.serving.log.limits import LEAST_RESERVE_BYTES, LogLimits
+from cv_platform.serving.log.spool_file import (
+    EXTENSIONS,
+    LOCK,
+    LONG_LOG_PAGES,
+    SHORT_LOG_PAGES,
+    SQLITE,
+    VACUUM_PAGES,
+    connect,
+    copy_entries,
+    copy_rejected,
+    delete_entries,
+    find_in_file,
+    free_pages,
+    insert_entry,
+    move_to_rejected,
+    prepare,
+    settle_entries,
+    try_insert,
+)
+
+logger = logging.getLogger(__name__)
+
+_JOB_SECONDS = 60.0
+_DELETED_BYTES = 2 * 1024 * 1024
+"""By one transaction: SQLite may be built to overwrite what it deletes (Debian's is), by way of its write-ahead log,
+which must have room in the reserve when the disk is full."""
+_OUTCOMES_AT_ONCE = 500
+"""Of one transaction, behind which the next entry waits; and so many wait at most, which is what a crash may take."""
+_MARGIN = 10
+"""What part of its bound a spool without a database leaves free."""
+_ENTRY_BYTES = 4096
+"""Of an entry, beside its upload and map."""
+_SHARING_SECONDS = 0.01
+"""How long a busy worker's entry waits for others to share its transaction: each one costs more than an entry, but with
+too many of them so many answers would leave at once that the threads which predict would have to wait for requests."""
+
+
+class BegunEntry(NamedTuple):
+    """An entry that is written while its answer is still being made.
+
+    Attributes:
+        written: done once the entry is durable; it may hold a SpoolFullError.
+        settle: takes the message that the client gets and the seconds from reception to answer. `Spool.write_outcomes`
+            writes them; what they replace is what a crash before leaves.
+    """
+
+    written: Future[None]
+    settle: Callable[[str, float], None]
+
+
+class SpoolRow(NamedTuple):
+    """One entry on its way to the database; `image_sha256` names its upload, which `Spool.read_image` returns."""
+
+    id: int
+    entry_id: str
+    kind: str
+    record: str
+    vectors: bytes
+    image_sha256: str | None
+    image_bytes: int
+
+
+class SpoolBatch(NamedTuple):
+    """The oldest entries of a spool, and whether there are no others."""
+
+    rows: list[SpoolRow]
+    are_all: bool
+
+
+class RejectedEntry(NamedTuple):
+    """An entry that the database refuses, with the reason; it keeps its record and arrays for a person to look at."""
+
+    entry_id: str
+    kind: str
+    record: str
+    reason: str
+
+
+class _Usage(NamedTuple):
+    """Bytes that entries take in a spool's file, and that others still could take on its disk."""
+
+    used: int
+    free: int
+
+
+class PoisonError(Exception):
+    """The database refuses the values of at least one row of a batch, or a row's record is damaged."""
+
+
+class ChangedMeanwhileError(Exception):
+    """A deletion has changed an entry between its reading and its commit."""
+
+
+class Spool:
+    """One spool file, owned by this process; safe to use from many threads.
+
+    Args:
+        directory: of all replicas' spool files; made with mode 700, as it holds uploads.
+        limits: of this process.
+        append_timeout_seconds: longest wait for the disk.
+    """
+
+    def __init__(
+        self, directory: Path, limits: LogLimits | None = None, *, append_timeout_seconds: float = 10.0
+    ) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / f"{uuid4().hex}{SQLITE}"
+        lock = _try_to_own(path.with_suffix(LOCK))
+        if lock is None:
+            raise SpoolFullError(f"Expected to own the new spool {path}. Received: it is locked. Start again.")
+        self._open(path, lock, limits or LogLimits(), append_timeout_seconds)
+
+    @classmethod
+    def adopt(cls, path: Path) -> Spool | None:
+        """Returns the spool of a process that is gone; None if it lives, or if its file is gone too.
+
+        Raises:
+            sqlite3.DatabaseError: the file is damaged.
+        """
+        lock_path = path.with_suffix(LOCK)
+        lock = _try_to_own(lock_path)
+        if lock is None:
+            return None
+        if not path.exists():
+            lock_path.unlink(missing_ok=True)
+            os.close(lock)
+            return None
+        spool = cls.__new__(cls)
+        spool._open(path, lock, LogLimits(max_bytes=2**63 - 1), append_timeout_seconds=60.0)
+        return spool
+
+    def _open(self, path: Path, lock: int, limits: LogLimits, append_timeout_seconds: float) -> None:
+        self.path = path
+        self._log_pages = SHORT_LOG_PAGES
+        self._names = str(path), f"{path}-wal", str(path.parent)
+        self._lock = lock
+        self._limits = limits
+        self._timeout = append_timeout_seconds
+        self._listener: Callable[[], None] = lambda: None
+        self._read_lock = threading.Lock()
+        self._unsettled: set[str] = set()
+        """Ids of entries that were begun and whose outcome is not on disk; a successor drains them as they are."""
+        self._outcomes: deque[Outcome] = deque()
+        """What entries were settled with, until it is queued for the disk."""
+        writing = None
+        try:
+            writing = connect(path)
+            prepare(writing, path)
+            self._reading = connect(path)
+        except sqlite3.DatabaseError as err:
+            if writing is not None:
+                writing.close()
+            os.close(lock)
+            if isinstance(err, sqlite3.OperationalError):
+                raise SpoolFullError(
+                    f"{path}: expected a writable spool. Received: {err}. Free space or fix rights."
+                ) from err
+            raise
+        self._writer = GroupCommit(writing, path, lambda: self._listener())
+
+    def append(self, entry: LogEntry | FeedbackEntry) -> None:
+        """Returns once the entry is on disk for good.
+
+        Raises:
+            SpoolFullError: the disk is full, cannot keep up, or is broken. The entry is not kept, except that one whose
+                commit was under way when the wait ended may be.
+        """
+        done = self.submit(entry)
+        try:
+            done.result(self._timeout)
+        except TimeoutError as err:
+            done.cancel()  # If its turn has not come yet, it never will.
+            raise SpoolFullError(
+                f"Expected {self.path} to take an entry within {self._timeout:g} s. Received: nothing. "
+                "The disk is overloaded; try again later."
+            ) from err
+
+    def submit(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
+        """Queues the entry and returns at once; the future has a result when the entry is durable.
+
+        Raises:
+            SpoolFullError: too much is waiting for the disk. The future may hold a SpoolFullError, too.
+        """
+        return self._writer.submit(*self._insertion(entry))
+
+    def begin(self, entry: LogEntry, *, more_follow: bool = False) -> BegunEntry:
+        """Queues the entry of a prediction whose answer is still being made; `settle` it, whatever happens.
+
+        Args:
+            entry: what is known so far, all of it but message and time.
+            more_follow: whether others are about to be queued, and share its transaction.
+
+        Raises:
+            SpoolFullError: as `submit`.
+        """
+        entry_id = str(entry.entry_id)
+        self._unsettled.add(entry_id)
+        try:
+            written = self._writer.submit(
+                *self._insertion(entry), within_seconds=_SHARING_SECONDS if more_follow else 0.0
+            )
+        except BaseException:
+            self._unsettled.discard(entry_id)
+            raise
+        return BegunEntry(written, functools.partial(self._settle, entry_id, str(entry.prediction_id)))
+
+    def _settle(self, entry_id: str, prediction_id: str, message: str, seconds: float) -> None:
+        self._outcomes.append(Outcome(entry_id, prediction_id, message, seconds))
+        if len(self._outcomes) >= _OUTCOMES_AT_ONCE:
+            self._queue_outcomes()
+        self._listener()
+
+    def write_outcomes(self) -> None:
+        """Returns once the disk has what entries were settled with, or refuses it: they are drained as they began.
+
+        Raises:
+            SpoolFullError: the disk does not answer.
+        """
+        while self._outcomes:
+            self._wait_for(self._queue_outcomes())
+
+    def _queue_outcomes(self) -> Future[None]:
+        """Queues one transaction of them; the future is done once the entries can be drained."""
+        part: list[Outcome] = []
+        with contextlib.suppress(IndexError):  # Another thread may take some, too.
+            while len(part) < _OUTCOMES_AT_ONCE:
+                part.append(self._outcomes.popleft())
+        settled: Future[None] = Future()
+
+        def settle(err: BaseException | None) -> None:
+            if err is not None:
+                logger.warning("The log keeps message and time of entries as they began (%d): %s", len(part), err)
+            self._unsettled.difference_update(outcome.entry_id for outcome in part)
+            settled.set_result(None)
+
+        try:
+            written = self._writer.submit(lambda connection: settle_entries(connection, part))
+        except SpoolFullError as err:
+            settle(err)
+        else:
+            written.add_done_callback(lambda done: settle(done.exception()))
+        return settled
+
+    def try_out(self) -> None:
+        """Returns once the disk has shown that it would take an entry: one is written and removed in one transaction.
+
+        Raises:
+            SpoolFullError: it would not.
+        """
+
+        def write_and_remove(connection: sqlite3.Connection) -> None:
+            self._require_room(connection)
+            try_insert(connection)
+
+        try:
+            self._writer.submit(write_and_remove).result(self._timeout)
+        except TimeoutError as err:
+            raise SpoolFullError(
+                f"Expected {self.path} to be written to within {self._timeout:g} s. Received: no answer."
+            ) from err
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` whenever there may be something to drain: after a commit of entries, after a settling."""
+        self._listener = listener
+
+    def read_batch(self, max_rows: int, max_image_bytes: int) -> SpoolBatch:
+        """Returns the oldest settled entries, with uploads of at most `max_image_bytes` in all, but at least one entry.
+
+        Those that are not settled, or not as they were settled (`write_outcomes`), count as not there.
+        """
+        unsettled = self._unsettled.copy()  # First: what is added later must not be in what is read.
+        with self._reader() as connection:
+            rows = connection.execute(
+                "SELECT e.id, e.entry_id, e.kind, e.record, e.vectors, e.image_sha256, coalesce(i.bytes, 0) "
+                "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 ORDER BY e.id LIMIT ?",
+                (max_rows + 1,),
+            ).fetchall()
+        unsettled |= self._unsettled
+        settled = [row for row in map(SpoolRow._make, rows) if row.entry_id not in unsettled]
+        batch: list[SpoolRow] = []
+        seen: set[str | None] = set()
+        image_bytes = 0
+        for row in settled:
+            if row.image_sha256 not in seen:
+                image_bytes += row.image_bytes
+                seen.add(row.image_sha256)
+            if len(batch) == max_rows or (batch and image_bytes > max_image_bytes):
+                break
+            batch.append(row)
+        return SpoolBatch(batch, are_all=len(batch) == len(settled))
+
+    def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
+        """Returns whether the entries are as they were read: a deletion may have stripped one since."""
+        span = (rows[0].id, rows[-1].id)
+        with self._reader() as connection:
+            query = "SELECT id, record, image_sha256 FROM entries WHERE id BETWEEN ? AND ?"
+            found = {number: rest for number, *rest in connection.execute(query, span)}
+        return all(found.get(row.id) == [row.record, row.image_sha256] for row in rows)
+
+    def read_image(self, sha256: str) -> tuple[bytes, str, str] | None:
+        """Returns an upload's content, media type and time of first reception (ISO 8601)."""
+        with self._reader() as connection:
+            return connection.execute(
+                "SELECT content, media_type, created_on FROM images WHERE sha256 = ?", (sha256,)
+            ).fetchone()
+
+    def delete(self, rows: Sequence[SpoolRow]) -> None:
+        """Forgets entries that the database has, and uploads that no other entry needs."""
+        for ids in _parts(rows):
+            self._wait_for(self._writer.submit(functools.partial(_delete, ids)))
+
+    def reject(self, row: SpoolRow, reason: str) -> None:
+        """Puts an entry aside with the reason, until somebody has it tried again (`rejected_entries`)."""
+        self._wait_for(self._writer.submit(lambda connection: move_to_rejected(connection, row.id, reason)))
+
+    def rejected(self) -> list[RejectedEntry]:
+        """Returns the entries that the database refuses."""
+        with self._reader() as connection:
+            rows = connection.execute("SELECT entry_id, kind, record, reason FROM rejected ORDER BY rowid").fetchall()
+        return [RejectedEntry._make(row) for row in rows]
+
+    def rejected_count(self) -> int:
+        """Returns how many entries the database refuses."""
+        with self._reader() as connection:
+            return int(connection.execute("SELECT count(*) FROM rejected").fetchone()[0])
+
+    def forget_rejected(self, keep_days: int | None) -> None:
+        """Deletes entries that the database refused more than `keep_days` ago; None: none."""
+        if keep_days is None:
+            return
+        before = time.time() - keep_days * 86_400
+        with self._reader() as connection:
+            query = "SELECT EXISTS (SELECT 1 FROM rejected WHERE rejected_on < ?)"
+            has_old = connection.execute(query, (before,)).fetchone()[0]
+        if has_old:
+            delete = "DELETE FROM rejected WHERE rejected_on < ?"
+            self._wait_for(self._writer.submit(lambda writing: writing.execute(delete, (before,))))
+
+    def take_rejected(self, other: Spool) -> None:
+        """Moves another spool's rejected entries here; after a crash in between, doing it again changes nothing."""
+        if not other.rejected_count():
+            return
+        with other._reader() as source:
+            self._wait_for(self._writer.submit(lambda target: copy_rejected(source, target)))
+        other._wait_for(other._writer.submit(lambda connection: connection.execute("DELETE FROM rejected")))
+
+    def depth(self) -> int:
+        """Returns how many entries the database does not have yet."""
+        with self._reader() as connection:
+            return int(connection.execute("SELECT count(*) FROM entries").fetchone()[0])
+
+    def oldest_age_seconds(self) -> float | None:
+        """Returns how long the oldest entry has waited; None when nothing waits."""
+        with self._reader() as connection:
+            row = connection.execute("SELECT spooled_on FROM entries ORDER BY id LIMIT 1").fetchone()
+        return None if row is None else max(0.0, time.time() - row[0])
+
+    def size_bytes(self) -> int:
+        """Returns the size of the file and its write-ahead log; 0 once they are gone."""
+        size = 0
+        for extension in EXTENSIONS:
+            with contextlib.suppress(FileNotFoundError):
+                size += self.path.with_name(self.path.name + extension).stat().st_size
+        return size
+
+    def used_bytes(self) -> int:
+        """Returns how much of the file entries take."""
+        with self._reader() as connection:
+            return self._usage(connection).used
+
+    def is_crowded(self, others_bytes: int = 0) -> bool:
+        """Returns whether there is little room left, in this spool together with `others_bytes` of others.
+
+        Where no database takes the oldest entries, they have to go now, before any is refused.
+        """
+        with self._reader() as connection:
+            usage = self._usage(connection)
+        margin = min(self._limits.max_bytes // _MARGIN, MAX_QUEUED_BYTES)
+        return min(self._limits.max_bytes - usage.used - others_bytes, usage.free - self._limits.reserve_bytes) < margin
+
+    def take(self, other: Spool, rows: Sequence[SpoolRow]) -> None:
+        """Copies another spool's entries with their uploads here; they are durable when it returns.
+
+        Raises:
+            SpoolFullError: there is no room.
+        """
+        ids = [row.id for row in rows]
+        with other._reader() as source:
+
+            def copy(target: sqlite3.Connection) -> None:
+                self._require_room(target)
+                copy_entries(source, target, ids)
+
+            self._wait_for(self._writer.submit(copy))
+
+    def find(self, prediction_id: UUID) -> StoredPrediction | None:
+        """Returns a prediction that is still here; None when there is none, or no more."""
+        with self._reader() as connection:
+            return find_in_file(connection, prediction_id)
+
+    def shrink(self) -> None:
+        """Gives a part of the file's unused space back to the system; cheap when there is little."""
+        with self._reader() as connection:
+            unused = int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+        if unused > VACUUM_PAGES:
+            self._wait_for(self._writer.submit(free_pages))
+
+    def close(self) -> None:
+        """Writes what is queued and lets go of the file; an empty one is deleted, another is left to a successor."""
+        with contextlib.suppress(SpoolFullError):
+            self.write_outcomes()
+        if not self._writer.close():
+            return
+        with self._read_lock:
+            try:
+                is_empty = not self._reading.execute(
+                    "SELECT EXISTS (SELECT 1 FROM entries) OR EXISTS (SELECT 1 FROM rejected)"
+                ).fetchone()[0]
+            except sqlite3.DatabaseError as err:
+                logger.error("%s stays as it is: %s", self.path, err)
+                is_empty = False
+            self._reading.close()
+        if is_empty:
+            for extension in EXTENSIONS:
+                self.path.with_name(self.path.name + extension).unlink(missing_ok=True)
+            self.path.with_suffix(LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _insertion(self, entry: LogEntry | FeedbackEntry) -> tuple[Operation, int]:
+        """Returns what adds the entry, and about how many bytes it needs in memory and on disk."""
+        size = _ENTRY_BYTES
+        if isinstance(entry, LogEntry):
+            size += len(entry.image or b"") + (0 if entry.raw_hm is None else entry.raw_hm.nbytes)
+        return lambda connection: self._insert(connection, entry), size
+
+    def _insert(self, connection: sqlite3.Connection, entry: LogEntry | FeedbackEntry) -> None:
+        self._require_room(connection)
+        insert_entry(connection, encode(entry))
+
+    def _require_room(self, connection: sqlite3.Connection) -> None:
+        file_name, log_name, folder = self._names
+        log = _size_bytes(log_name)
+        disk = os.statvfs(folder)
+        free = disk.f_bavail * disk.f_frsize
+        # Mostly the files tell enough, and spare three statements an entry; they lack what this transaction adds.
+        margin = 2 * MAX_QUEUED_BYTES
+        limits = self._limits
+        if free >= limits.reserve_bytes + margin and _size_bytes(file_name) + log + margin <= limits.max_bytes:
+            self._copy_log_from(LONG_LOG_PAGES, connection)
+            return
+        self._copy_log_from(SHORT_LOG_PAGES, connection)
+        usage = self._usage(connection)
+        if usage.free < limits.reserve_bytes:
+            raise SpoolFullError(
+                f"Expected {limits.reserve_bytes} bytes free on the disk of {self.path} (CV_SPARE_DISK_BYTES). "
+                f"Received: {usage.free}. Free space on it, or bring the database back."
+            )
+        if usage.used > limits.max_bytes:
+            raise SpoolFullError(
+                f"Expected less than {limits.max_bytes} bytes of entries that the database does not have yet "
+                f"(CV_SPOOL_MAX_BYTES). Received: {usage.used} in {self.path}. Bring the database back."
+            )
+
+    def _usage(self, connection: sqlite3.Connection) -> _Usage:
+        _, log_name, folder = self._names
+        disk = os.statvfs(folder)
+        pages, unused, page_bytes = (
+            int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        # What the files hold and do not use counts as free: they seldom give it back to the disk.
+        idle = unused * page_bytes + min(_size_bytes(log_name), LEAST_RESERVE_BYTES // 2)
+        return _Usage((pages - unused) * page_bytes, disk.f_bavail * disk.f_frsize + idle)
+
+    def _wait_for(self, done: Future[None]) -> None:
+        try:
+            done.result(_JOB_SECONDS)
+        except TimeoutError as err:
+            raise SpoolFullError(
+                f"Expected the disk of {self.path} to answer within {_JOB_SECONDS:g} s. Received: nothing. "
+                "It is overloaded or broken."
+            ) from err
+
+    def _copy_log_from(self, pages: int, connection: sqlite3.Connection) -> None:
+        if pages != self._log_pages:
+            connection.execute(f"PRAGMA wal_autocheckpoint = {pages}")
+            self._log_pages = pages
+
+    @contextlib.contextmanager
+    def _reader(self) -> Generator[sqlite3.Connection]:
+        with self._read_lock:
+            yield self._reading
+
+
+def _delete(ids: Sequence[int], connection: sqlite3.Connection) -> None:
+    delete_entries(connection, ids)
+
+
+def _parts(rows: Sequence[SpoolRow]) -> Generator[list[int]]:
+    """Yields the rows' ids in parts that are deleted at once."""
+    part: list[int] = []
+    size = 0
+    for row in rows:
+        size += len(row.record) + len(row.vectors) + row.image_bytes
+        part.append(row.id)
+        if size >= _DELETED_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _size_bytes(name: str) -> int:
+    """Asks the system, without a `Path`, which takes longer than the system: this is done for each entry."""
+    return os.stat(name).st_size  # noqa: PTH116
+
+
+def _try_to_own(path: Path) -> int | None:
+    """Returns the descriptor that holds the lock file, made if it is missing; None if another process holds it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between the two calls its last owner may have deleted it: then this is a lock on nothing.
+        is_current = path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        is_current = False
+    if is_current:
+        return handle
+    os.close(handle)
+    return None

@@ -1,0 +1,207 @@
+"""Writes spooled entries to the tables of the request log, and reads a prediction back.
+
+A batch goes over by `COPY` into temporary tables and from there by `INSERT … ON CONFLICT DO NOTHING`, so that writing
+it twice is writing it once. The order is that of the foreign keys: images, predictions, api_log.
+
+Feedback has none, as its prediction may come later, from another replica's spool. What comes too late for a deletion is
+dropped: of a prediction that was deleted, only the row of its request is written, and nothing that was said of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import psycopg2.extensions
+from sqlalchemy import Engine, Table, select
+
+from cv_platform.database.binary_copy import copy_stream, row_encoder
+from cv_platform.database.migrate import require_revision
+from cv_platform.database.schema import api_log, deletions, feedback, images, predictions
+from cv_platform.serving.log.deletion import DELETION_LOCK
+from cv_platform.serving.log.entry import FeedbackEntry, StoredPrediction, decode, stored_prediction
+from cv_platform.serving.log.spool import SpoolRow
+
+logger = logging.getLogger(__name__)
+
+Cursor = psycopg2.extensions.cursor
+ReadImage = Callable[[str], tuple[bytes, str, str] | None]
+
+
+class _Load(NamedTuple):
+    """How one table is filled."""
+
+    table: Table
+    columns: tuple[str, ...]
+    key: str
+    encode: Callable[[Mapping[str, Any]], bytes]
+
+
+def _load(table: Table, key: str) -> _Load:
+    columns = tuple(column.name for column in table.columns if column.name != "id")
+    return _Load(table, columns, key, row_encoder(table, columns))
+
+
+_IMAGES = _load(images, "sha256")
+_PREDICTIONS = _load(predictions, "prediction_id")
+_API_LOG = _load(api_log, "entry_id")
+_FEEDBACK = _load(feedback, "entry_id")
+
+
+def prepare_session(cursor: Cursor) -> None:
+    """Makes the session's temporary tables.
+
+    Raises:
+        SchemaMismatchError: the database has another revision than this version.
+        psycopg2.Error: the database refuses or is gone.
+    """
+    check_revision(cursor)
+    for load in (_IMAGES, _PREDICTIONS, _API_LOG, _FEEDBACK):
+        # A select makes a table without constraints: the target's own decide.
+        cursor.execute(
+            f"CREATE TEMPORARY TABLE incoming_{load.table.name} ON COMMIT DELETE ROWS AS "
+            f"SELECT {', '.join(load.columns)} FROM {load.table.name} WITH NO DATA"
+        )
+
+
+def check_revision(cursor: Cursor) -> None:
+    """Returns if the database has the tables of this version; a migration may come at any time.
+
+    Raises:
+        SchemaMismatchError: it has another revision.
+        psycopg2.Error: the database refuses or is gone.
+    """
+    cursor.execute("SELECT to_regclass('alembic_version')")
+    if _first_value(cursor) is None:
+        require_revision(None)
+    cursor.execute("SELECT version_num FROM alembic_version")
+    require_revision(_first_value(cursor))
+
+
+def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImage) -> None:
+    """Writes entries, in the caller's transaction, which has to be rolled back after any error.
+
+    Args:
+        cursor: of that transaction.
+        rows: the entries.
+        read_image: returns an upload with its media type and time.
+
+    Raises:
+        SchemaMismatchError: the database has another revision than this version.
+        ValueError, KeyError, TypeError, AttributeError, struct.error: a spooled record is damaged.
+        psycopg2.Error: the database refuses or is gone.
+    """
+    check_revision(cursor)
+    requests: list[dict[str, Any]] = []
+    answered: list[dict[str, Any]] = []
+    statements: list[dict[str, Any]] = []
+    for row in rows:
+        values = decode(row.record, row.vectors)
+        if row.kind == "feedback":
+            statements.append(values)
+            continue
+        requests.append(values)
+        if values["prediction_id"] is not None:
+            answered.append(values)
+    # Before any row is locked: a deletion that has this lock may wait for those.
+    cursor.execute("SELECT pg_advisory_xact_lock_shared(%s)", (DELETION_LOCK,))
+    deleted = _present(cursor, deletions, {values["prediction_id"] for values in (*answered, *statements)})
+    if deleted:
+        logger.info("What is left of %d deleted predictions is dropped.", len(deleted))
+        statements = [values for values in statements if values["prediction_id"] not in deleted]
+        for values in answered:
+            if values["prediction_id"] in deleted:
+                values["prediction_id"] = None
+        answered = [values for values in answered if values["prediction_id"] is not None]
+    _write_images(cursor, {values["image_sha256"] for values in answered} - {None}, read_image)
+    _copy(cursor, _PREDICTIONS, answered)
+    _copy(cursor, _API_LOG, requests)
+    _copy(cursor, _FEEDBACK, statements)
+
+
+def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | None:
+    """Returns a prediction with its upload, by id; None when the database does not have it.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+        SchemaMismatchError: migrate first.
+    """
+    query = (
+        select(predictions, images.c.content, images.c.media_type)
+        .join(images, isouter=True)
+        .where(predictions.c.prediction_id == prediction_id)
+    )
+    with engine.connect() as connection:
+        row = connection.execute(query).mappings().first()
+    return None if row is None else stored_prediction(row, image=row["content"], media_type=row["media_type"])
+
+
+def find_statements(engine: Engine, prediction_id: UUID) -> list[FeedbackEntry]:
+    """Returns what was said of a prediction, the oldest first.
+
+    Raises:
+        DatabaseUnavailableError: the database cannot be reached.
+        SchemaMismatchError: migrate first.
+    """
+    columns = (feedback.c[name] for name in ("entry_id", "prediction_id", "true_class", "source", "created_on"))
+    query = select(*columns).where(feedback.c.prediction_id == prediction_id).order_by(feedback.c.id)
+    with engine.connect() as connection:
+        return [FeedbackEntry(**row) for row in connection.execute(query).mappings()]
+
+
+def _present(cursor: Cursor, table: Table, ids: Collection[UUID]) -> set[UUID]:
+    """Returns those of the ids that a table has."""
+    if not ids:
+        return set()
+    cursor.execute(
+        f"SELECT prediction_id::text FROM {table.name} WHERE prediction_id = ANY(%s::uuid[])", (list(map(str, ids)),)
+    )
+    return {UUID(prediction_id) for (prediction_id,) in cursor.fetchall()}
+
+
+def _write_images(cursor: Cursor, wanted: set[str], read_image: ReadImage) -> None:
+    if not wanted:
+        return
+    # Uploads are most of the bytes, and many are known. The lock keeps a known one until this transaction ends.
+    cursor.execute("SELECT sha256 FROM images WHERE sha256 = ANY(%s) FOR KEY SHARE", (sorted(wanted),))
+    known = {sha256 for (sha256,) in cursor.fetchall()}
+    rows: list[dict[str, Any]] = []
+    for sha256 in sorted(
+        wanted - known
+    ):  # In one order for all replicas, or they would wait for each other in circles.
+        found = read_image(sha256)
+        if found is None:
+            raise ValueError(f"Expected the upload {sha256} in the spool. Received: none.")
+        content, media_type, created_on = found
+        rows.append(
+            {
+                "sha256": sha256,
+                "content": content,
+                "bytes": len(content),
+                "media_type": media_type,
+                "created_on": datetime.fromisoformat(created_on),
+            }
+        )
+    _copy(cursor, _IMAGES, rows)
+
+
+def _copy(cursor: Cursor, load: _Load, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    columns = ", ".join(load.columns)
+    incoming = f"incoming_{load.table.name}"
+    cursor.copy_expert(
+        f"COPY {incoming} ({columns}) FROM STDIN WITH (FORMAT binary)", copy_stream(map(load.encode, rows))
+    )
+    cursor.execute(
+        f"INSERT INTO {load.table.name} ({columns}) SELECT {columns} FROM {incoming} "
+        f"ON CONFLICT ({load.key}) DO NOTHING"
+    )
+
+
+def _first_value(cursor: Cursor) -> Any:
+    row = cursor.fetchone()
+    return None if row is None else row[0]

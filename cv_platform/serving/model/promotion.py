@@ -1,0 +1,211 @@
+"""Moves a service's production pointer, after a load test: what `PUT /update_model` and deployments have in common.
+
+Waiting for the workers is not done here: `deployment.rollout` does it where somebody has the time to wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cv_platform.database.file_lock import exclusive
+from cv_platform.errors import (
+    BundleNotFoundError,
+    CorruptBundleError,
+    DeploymentError,
+    PointerMovedError,
+    PromotionBusyError,
+    ServiceError,
+)
+from cv_platform.serving.model.runtime import load_bundle
+from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer
+
+PROMOTION_LOCK = "promotion.lock"
+"""Name of the lock file in the folder `cache` of an installation's home."""
+_ATTEMPTS = 10
+"""Moves by other hosts between reading the pointer and moving it, which each takes milliseconds."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who wants a service.
+
+    Attributes:
+        experiment: its name.
+        takes_over: the experiment whose place it may take; None: nobody's.
+    """
+
+    experiment: str
+    takes_over: str | None = None
+
+    def require(self, storage: CentralStorage, service: str, pointer: ProductionPointer | None) -> None:
+        """Refuses what would silently take another experiment's place.
+
+        A pointer whose experiment nobody can tell, as its bundle is gone or damaged, stands in nobody's way.
+
+        Raises:
+            DeploymentError: `pointer` is another experiment's; the message says what to do.
+            StorageError: the bundle's metadata cannot be read.
+        """
+        owner = None if pointer is None else pointer.experiment or _experiment(storage, pointer)
+        if pointer is None or owner in (None, self.experiment, self.takes_over):
+            return
+        raise DeploymentError(
+            f"Expected {service} to serve a model of {self.experiment}, or none yet. Received: it serves "
+            f"{pointer.model_name} {pointer.version}, and belongs to the experiment {owner}. Give {self.experiment} a "
+            f"service of its own (deploy.service: {self.experiment}), or let it take this one's place "
+            f"(deploy.takes_over: {owner})."
+        )
+
+
+def _experiment(storage: CentralStorage, pointer: ProductionPointer) -> str | None:
+    try:
+        return storage.read_metadata(pointer.model_name, pointer.version).experiment
+    except (BundleNotFoundError, CorruptBundleError):
+        return None
+
+
+@dataclass(frozen=True)
+class Move:
+    """A move of the production pointer.
+
+    Attributes:
+        before: what it replaced; None: nothing was deployed.
+        pointer: where it is now.
+    """
+
+    before: ProductionPointer | None
+    pointer: ProductionPointer
+
+
+@dataclass(frozen=True)
+class Promoter:
+    """Moves the production pointer of one service.
+
+    Attributes:
+        storage: central storage.
+        service: whose pointer moves.
+        cache: folder for downloads.
+        lock: file that is locked meanwhile, the same for all processes of an installation (`PROMOTION_LOCK`): two load
+            tests at once would cost memory for two models. Other hosts are kept apart by `storage.swap_pointer`.
+        wait_seconds: how long to wait for another promotion of this installation to end.
+        threads: see `runtime.load_bundle`.
+    """
+
+    storage: CentralStorage
+    service: str
+    cache: Path
+    lock: Path
+    wait_seconds: float = 0.0
+    threads: int | None = None
+
+    def promote(self, model_name: str, version: str | None = None, *, claim: Claim | None = None) -> Move:
+        """Load-tests a version and makes it the one that the service serves; every worker takes it up within seconds.
+
+        The new pointer remembers what was served before. Promoting what is served already confirms it anew and forgets
+        nothing.
+
+        Args:
+            model_name: the model.
+            version: its version; None takes the newest published one.
+            claim: who promotes it; None: somebody who names model and service, and so may replace anybody's.
+
+        Raises:
+            BundleNotFoundError: there is no such model or version.
+            CorruptBundleError: the bundle did not pass its load test; the pointer has not moved.
+            DeploymentError: the service is another experiment's.
+            PromotionBusyError: another promotion was under way all that time.
+            StorageError: the storage cannot be reached or written.
+        """
+        with self._alone():
+            if claim is not None:  # Before the load test, which takes its time.
+                claim.require(self.storage, self.service, self.storage.read_pointer(self.service))
+            metadata = self._load(model_name, version or self._newest(model_name))
+            for _ in range(_ATTEMPTS):
+                before = self.storage.read_pointer(self.service)
+                if claim is not None:
+                    claim.require(self.storage, self.service, before)
+                with suppress(PointerMovedError):  # By another host: its version is what this one replaces.
+                    return self._move(before, metadata)
+        raise self._busy()
+
+    def roll_back(self) -> Move:
+        """Load-tests the version that the service served before, and makes it the one it serves.
+
+        A second rollback returns to where the first one started.
+
+        Raises:
+            DeploymentError: nothing was served before.
+            PromotionBusyError: another promotion was under way, or moved the pointer during the load test.
+            BundleNotFoundError, CorruptBundleError, StorageError: see `promote`; the pointer has not moved.
+        """
+        with self._alone():
+            current = self.storage.read_pointer(self.service)
+            if current is None or current.previous_version is None or current.previous_model_name is None:
+                raise DeploymentError(
+                    f"Expected a version that {self.service} served before. Received: none"
+                    + (
+                        f"; it serves {current.model_name} {current.version} since its first deployment."
+                        if current
+                        else "; nothing was deployed."
+                    )
+                    + " Promote a version by its name instead."
+                )
+            metadata = self._load(current.previous_model_name, current.previous_version)
+            try:
+                return self._move(current, metadata)
+            except PointerMovedError as err:  # What would be gone back to is no longer what was meant.
+                raise self._busy() from err
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        self.lock.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            try:
+                held.enter_context(exclusive(self.lock, timeout_seconds=self.wait_seconds))
+            except ServiceError as err:
+                raise self._busy() from err
+            yield
+
+    def _busy(self) -> PromotionBusyError:
+        return PromotionBusyError(
+            f"Expected to be the only update within {self.wait_seconds:g} s. Received: another update or rollback is "
+            "running. Wait for it, then look at /models/current."
+        )
+
+    def _newest(self, model_name: str) -> str:
+        versions = self.storage.bundle_versions(model_name)
+        if not versions:
+            raise BundleNotFoundError(
+                f"Expected a published model. Received: {model_name}, which has none. Materialise its bento first."
+            )
+        return versions[-1]
+
+    def _load(self, model_name: str, version: str) -> BundleMetadata:
+        return load_bundle(self.storage, model_name, version, cache=self.cache, threads=self.threads).metadata
+
+    def _move(self, before: ProductionPointer | None, metadata: BundleMetadata) -> Move:
+        previous_model_name, previous_version = None, None
+        if before is not None:
+            previous_model_name, previous_version = before.model_name, before.version
+            if (before.model_name, before.version) == (metadata.model_name, metadata.version):
+                previous_model_name, previous_version = before.previous_model_name, before.previous_version
+        pointer = ProductionPointer(
+            model_name=metadata.model_name,
+            version=metadata.version,
+            previous_model_name=previous_model_name,
+            previous_version=previous_version,
+            since_utc=datetime.now(UTC),
+            experiment=metadata.experiment,
+        )
+        self.storage.swap_pointer(self.service, before, pointer)
+        try:
+            self.storage.read_metadata(pointer.model_name, pointer.version)
+        except BundleNotFoundError:  # Another host has collected it as garbage; see `CentralStorage.delete_bundle`.
+            with suppress(PointerMovedError):
+                self.storage.swap_pointer(self.service, pointer, before)
+            raise
+        return Move(before, pointer)

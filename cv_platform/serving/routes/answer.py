@@ -1,0 +1,195 @@
+"""From the bytes of an upload to the answer that a client gets and the entry that the log keeps.
+
+All of it runs in a worker's thread. Decoding happens once: the decoded image is resized for the model exactly as
+`images.preprocess` does, and is what the pictures are drawn on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID, uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cv_platform.images import read_image, resize
+from cv_platform.predictions import LABEL_SEPARATOR, decide
+from cv_platform.properties import image_properties
+from cv_platform.serving.http.problems import RequestTrace
+from cv_platform.serving.log.entry import LogEntry
+from cv_platform.serving.model.explain import BLANK, Explain, Pictures, draw, is_blank, small_map, to_base64
+from cv_platform.serving.model.runtime import LoadedModel, Prediction
+from cv_platform.serving.telemetry.observation import note_prediction, staged
+from cv_platform.storage import BundleMetadata
+
+logger = logging.getLogger(__name__)
+
+OK = "ok"
+SAMPLED_SHARE = 10
+"""With `log_images = sampled`, one upload in so many is kept, chosen by its sha256: the same image always or never."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One upload that a model has answered.
+
+    Attributes:
+        prediction_id: UUIDv4; whoever knows it may see the result again.
+        model: metadata of the model that answered.
+        prediction: its outputs.
+        predicted_classes: one class name, or for multi-label any number.
+        properties: `(7,)` float32 of the preprocessed image.
+        image: `(H, W, 3)` uint8 RGB, the decoded upload.
+        media_type: of the upload.
+    """
+
+    prediction_id: UUID
+    model: BundleMetadata
+    prediction: Prediction
+    predicted_classes: tuple[str, ...]
+    properties: NDArray[np.float32]
+    image: NDArray[np.uint8]
+    media_type: str
+
+
+def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predicted:
+    """Predicts one upload.
+
+    Args:
+        model: the model to ask; the caller's own reference, so that a swap cannot change it half-way.
+        data: the upload.
+        max_pixels: largest height × width, judged before decoding.
+
+    Raises:
+        ImageError: the upload is no usable image.
+    """
+    metadata = model.metadata
+    with staged("decode"):
+        decoded = read_image(data, max_pixels=max_pixels, version=model.preprocessing_version)
+        pixels = resize(decoded.pixels, metadata.image_size)
+    with staged("model"):
+        prediction = model.predict(pixels)
+    classes = predicted_classes(prediction.probabilities, metadata)
+    prediction_id = uuid4()
+    note_prediction(
+        prediction_id, metadata.model_name, metadata.version, classes, float(prediction.probabilities.max())
+    )
+    media_type = f"image/{decoded.format.lower()}"
+    return Predicted(prediction_id, metadata, prediction, classes, image_properties(pixels), decoded.pixels, media_type)
+
+
+def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: Callable[[], None]) -> dict[str, Any]:
+    """Returns what the client gets, ready for JSON; a failing explanation costs the pictures, nothing else.
+
+    Args:
+        predicted: the prediction.
+        explain: what to add to the probabilities.
+        on_explain_failure: is called when there are no pictures although they were asked for; `message` says so, too.
+    """
+    metadata, prediction = predicted.model, predicted.prediction
+    message = BLANK if explain is not Explain.NONE and is_blank(prediction.cam) else OK
+    pictures: Pictures | None = None
+    if explain.media_type is not None:
+        try:
+            with staged("explain"):
+                pictures = draw(predicted.image, prediction.cam, explain)
+        # Whatever drawing meets: the prediction is already there, and it is what was asked for.
+        except Exception as err:
+            logger.exception(
+                "A prediction of %s %s goes out without its pictures", metadata.model_name, metadata.version
+            )
+            on_explain_failure()
+            message = f"The prediction is complete, but its pictures could not be drawn ({type(err).__name__})."
+    return result_body(
+        prediction_id=predicted.prediction_id,
+        model_name=metadata.model_name,
+        model_version=metadata.version,
+        classifier_type=metadata.classifier_type,
+        classes=predicted.predicted_classes,
+        probabilities=dict(zip(metadata.class_names, (float(p) for p in prediction.probabilities), strict=True)),
+        pictures=pictures,
+        cam=prediction.cam if explain is Explain.CAM else None,
+        message=message,
+    )
+
+
+def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetadata) -> tuple[str, ...]:
+    """Returns the most probable class, or for multi-label every class from the threshold on, in class order."""
+    if metadata.classifier_type == "multi-label":
+        decisions = decide(probabilities, metadata.threshold)
+        return tuple(name for name, chosen in zip(metadata.class_names, decisions, strict=True) if chosen)
+    return (metadata.class_names[int(np.argmax(probabilities))],)
+
+
+def result_body(
+    *,
+    prediction_id: UUID,
+    model_name: str,
+    model_version: str,
+    classifier_type: Literal["multi-class", "multi-label"] | None,
+    classes: Sequence[str],
+    probabilities: Mapping[str, float | None],
+    pictures: Pictures | None,
+    cam: NDArray[np.float32] | None,
+    message: str,
+) -> dict[str, Any]:
+    """Returns the fields of a result, the same whether it is fresh or read back."""
+    return {
+        "prediction_id": str(prediction_id),
+        "model_name": model_name,
+        "model_version": model_version,
+        "classifier_type": classifier_type,
+        "predicted_class": LABEL_SEPARATOR.join(classes),
+        "predicted_classes": list(classes),
+        "prediction": {name: _number(p) for name, p in probabilities.items()},
+        "overlaid_img": to_base64(pictures.overlaid) if pictures else None,
+        "raw_hm_img": to_base64(pictures.raw_heat_map) if pictures else None,
+        "media_type": pictures.media_type if pictures else None,
+        "cam": small_map(cam) if cam is not None else None,
+        "message": message,
+    }
+
+
+def _number(probability: float | None) -> float | None:
+    """Seven digits are what a float32 holds; JSON has no word for what is no number."""
+    return None if probability is None or not math.isfinite(probability) else float(f"{probability:.7g}")
+
+
+def log_entry(
+    predicted: Predicted, data: bytes, trace: RequestTrace, *, url: str, keep_images: Literal["all", "sampled", "none"]
+) -> LogEntry:
+    """Returns the log entry of a prediction whose answer is still to be made: `BegunEntry.settle` completes it."""
+    prediction = predicted.prediction
+    return LogEntry(
+        request_method="POST",
+        request_url=url,
+        response_status_code=200,
+        response_message=OK,
+        timespan=trace.seconds(),
+        created_on=trace.created_on,
+        model_name=predicted.model.model_name,
+        model_version=predicted.model.version,
+        prediction_id=predicted.prediction_id,
+        predicted_class=LABEL_SEPARATOR.join(predicted.predicted_classes),
+        prediction_json={
+            name: float(p) for name, p in zip(predicted.model.class_names, prediction.probabilities, strict=True)
+        },
+        uae_feats=prediction.uae,
+        bbsd_feats=prediction.probabilities,
+        features=prediction.features,
+        properties=predicted.properties,
+        raw_hm=prediction.cam,
+        image=data if _is_kept(data, keep_images) else None,
+        media_type=predicted.media_type,
+    )
+
+
+def _is_kept(data: bytes, keep_images: Literal["all", "sampled", "none"]) -> bool:
+    if keep_images == "sampled":
+        return hashlib.sha256(data).digest()[0] * SAMPLED_SHARE < 256
+    return keep_images == "all"

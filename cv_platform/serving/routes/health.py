@@ -1,0 +1,149 @@
+"""Whether this worker can answer: `GET /health_check` for a person, with the reasons, and the probes of supervisors.
+
+The probes answer as BentoML's do, which are not asked (`AnswerAlone`): one line end, or 503. `/readyz` is 503 for every
+reason for which `/health_check` is; `/livez` only when nothing but a new start helps.
+https://docs.bentoml.com/en/latest/build-with-bentoml/observability/health.html
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse, Response
+
+from cv_platform.serving.capacity.admission import HANGING_TIMEOUTS
+from cv_platform.serving.http.problems import RETRY_SECONDS, Problem, json_response, try_later
+from cv_platform.serving.log.request_log import DrainStatus
+from cv_platform.serving.routes.api_models import Health
+from cv_platform.serving.routes.examples import HEALTH_EXAMPLE, responses
+from cv_platform.serving.worker import ServingContext
+
+_PROBED = ["GET", "HEAD"]
+_STALE_SECONDS = 5.0
+"""Older figures than these are said to be old: the housekeeper renews them every two seconds."""
+
+
+def health_router(context: ServingContext) -> APIRouter:
+    """Returns the routes `/health_check`, `/livez`, `/healthz` and `/readyz`."""
+    router = APIRouter(tags=["health"])
+
+    @router.get(
+        "/health_check",
+        summary="Whether this worker can answer predictions",
+        description="200 when it can, else 503 with the same fields. A database that is away stops nothing.",
+        responses={
+            **responses(Health, HEALTH_EXAMPLE, description="ready"),
+            503: {"model": Health, "description": "not ready; the message says why"},
+        },
+    )
+    # On the event loop, not in one of Starlette's threads: it has to answer when all of them hang.
+    async def health_check(request: Request) -> Response:
+        log, age_seconds = await context.log_status()
+        report = health_report(context, log, age_seconds, is_admin=context.guard.is_admin(request))
+        is_ready = report["status"] == "ready"
+        response = json_response(report, status=200 if is_ready else 503)
+        if not is_ready:
+            response.headers["Retry-After"] = str(RETRY_SECONDS)
+        return response
+
+    @router.api_route("/livez", methods=_PROBED, include_in_schema=False)
+    @router.api_route("/healthz", methods=_PROBED, include_in_schema=False)
+    async def livez() -> Response:
+        if context.is_beyond_help():
+            raise Problem(
+                503,
+                f"Every thread has been at one prediction for more than {HANGING_TIMEOUTS} times the time-out. "
+                "Start this worker anew.",
+                expected="a thread that becomes free",
+            )
+        return PlainTextResponse("\n")
+
+    @router.api_route("/readyz", methods=_PROBED, include_in_schema=False)
+    async def readyz() -> Response:
+        reasons = _reasons(context, is_admin=False)
+        if reasons:
+            raise try_later(503, " ".join(reasons), expected="a worker that can answer predictions")
+        return PlainTextResponse("\n")
+
+    return router
+
+
+def _reasons(context: ServingContext, *, is_admin: bool) -> list[str]:
+    """Returns why this worker can answer no prediction now; nothing of it asks a disk."""
+    reasons: list[str] = []
+    if context.models.current() is None:
+        reasons.append("No model is deployed yet.")
+    if not context.is_started:
+        reasons.append("The service is starting or stopping.")
+    elif context.append_error is not None:
+        error = context.append_error if is_admin else "full or unwritable"
+        reasons.append(f"The request log takes no entries: {error}")
+    if context.is_stuck():
+        reasons.append("Every thread is busy with a prediction that takes too long.")
+    return reasons
+
+
+def health_report(
+    context: ServingContext, log: DrainStatus | None, age_seconds: float, *, is_admin: bool
+) -> dict[str, Any]:
+    """Returns the health page's fields, as JSON values.
+
+    Args:
+        context: the worker's.
+        log: what the request log last said of itself; None before the start.
+        age_seconds: how long ago that was.
+        is_admin: only admins read errors in full; the service's log has them too.
+    """
+
+    def shown(error: str | None, public: str) -> str | None:
+        return error if is_admin or not error else public
+
+    models = context.models.status()
+    models = {**models, "last_swap_error": shown(models.get("last_swap_error"), "model refused")}
+    public_id = models.pop("public_id", None)
+    models["worker_id"] = models.get("worker_id") if is_admin else public_id
+    models["storage_error"] = shown(models.get("storage_error"), "storage unreadable")
+    model = context.models.current()
+    reasons = _reasons(context, is_admin=is_admin)
+    if log is None and context.is_started:
+        reasons.append("The spool's disk does not answer.")
+    notes: list[str] = []
+    swap_error = models["last_swap_error"]
+    if swap_error:
+        notes.append(f"The model that production names was not taken up: {swap_error}")
+    if models["storage_error"]:
+        notes.append(f"The model goes on serving without central storage: {models['storage_error']}")
+    if log is not None and age_seconds > _STALE_SECONDS:
+        notes.append(f"The spool's disk does not answer; its figures are {age_seconds:.0f} s old.")
+    if log is not None and log.database != "ok":
+        notes.append(f"Log entries wait in the spool; database: {log.database}.")
+    if log is not None and (log.dropped_rows or log.archived_rows):
+        notes.append(
+            f"There is no database: of the oldest log entries, {log.dropped_rows} were dropped and {log.archived_rows} "
+            "archived, as the spool was full. Set DATABASE_URL to keep them."
+        )
+    if log is not None and log.rejected:
+        notes.append(f"The database refused {log.rejected} log entries; `cv-platform log rejected` shows them.")
+    database_error = shown(log.last_error, f"database {log.database}") if log else None
+    return {
+        "status": "busy" if reasons and context.is_stuck() else "not ready" if reasons else "ready",
+        "model_name": model.metadata.model_name if model else None,
+        "model_version": model.metadata.version if model else None,
+        "model": models,
+        "spool": {
+            "entries": log.depth if log else None,
+            "oldest_seconds": round(log.oldest_age_seconds, 3) if log and log.oldest_age_seconds is not None else None,
+            "rejected": log.rejected if log else None,
+            "as_of_seconds": round(age_seconds, 3),
+        },
+        "database": {
+            "state": log.database if log else None,
+            "error": database_error,
+        },
+        "in_flight": context.in_flight.inside,
+        "max_upload_bytes": context.settings.max_upload_bytes,
+        "max_upload_pixels": context.settings.max_upload_pixels,
+        "max_batch_files": context.limits.max_batch_files,
+        "message": " ".join(reasons + notes) or "ok",
+    }

@@ -1,0 +1,51 @@
+"""What people look at: the page, the description of the API, and the files of both. Nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from cv_platform.serving.http.problems import method_not_allowed
+from cv_platform.serving.http.security import PAGE_PERMISSIONS, PAGE_POLICY
+
+_READ = ("GET", "HEAD")
+PAGE = Path(__file__).parents[1] / "page"
+# Browsers ask each time whether a file has changed, so that a new release is seen at once.
+_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+
+
+class _PageFiles(StaticFiles):
+    """The page's files, each with the page's headers."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in _READ:
+            raise method_not_allowed(f"/page/{ascii(path)[1:-1][:200]}", scope["method"], _READ)
+        response = await super().get_response(path, scope)
+        response.headers.update(_HEADERS)
+        return response
+
+
+def page_router() -> APIRouter:
+    """Returns `GET /` and `GET /docs`."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
+    def page() -> Response:
+        headers = {**_HEADERS, "Permissions-Policy": PAGE_PERMISSIONS}
+        return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
+
+    @router.get("/docs")
+    def docs() -> Response:
+        return FileResponse(PAGE / "docs.html", media_type="text/html", headers=_HEADERS)
+
+    return router
+
+
+def page_files() -> Mount:
+    """Returns the mount of `/page/…`: styles, scripts, icon."""
+    return Mount("/page", _PageFiles(directory=PAGE), name="page")

@@ -1,0 +1,76 @@
+"""Leftovers of killed programs are found by their mark, whatever their session, and nothing else is touched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cv_platform.local.leftovers import end_leftovers, leftover_pids, marked, program_mark
+
+# Starts a child in a session of its own, as BentoML does with its workers, prints its pid, and sleeps.
+PARENT = (
+    "import subprocess, sys, time\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)'], start_new_session=True)\n"
+    "print(child.pid, flush=True)\n"
+    "time.sleep(120)\n"
+)
+
+
+def test_children_of_a_killed_program_are_ended_and_others_stay(tmp_path: Path) -> None:
+    mark, other = program_mark(tmp_path, "service"), program_mark(tmp_path, "mlflow")
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], env=marked(os.environ, other))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], env=marked(os.environ, mark), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert leftover_pids(mark) == [child]
+        assert end_leftovers(mark) == 1
+        assert leftover_pids(mark) == []
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+        if parent.stdout is not None:
+            parent.stdout.close()
+
+
+def test_the_wrapper_ends_its_predecessors_children_and_becomes_the_program(tmp_path: Path) -> None:
+    mark = program_mark(tmp_path, "service")
+    leftover = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"], env=marked(os.environ, mark))
+    wrapper = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "cv_platform.local.run_program", str(tmp_path), "service", "end"),
+            *(sys.executable, "-c", "import os; print(os.getpid(), os.environ['CV_PLATFORM_PROGRAM'])"),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    output, _ = wrapper.communicate(timeout=60)
+    assert output.split(maxsplit=1) == [str(wrapper.pid), f"{mark}\n"]
+    assert leftover.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_dagsters_runs_outlive_a_restart(tmp_path: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(120)"],
+        env=marked(os.environ, program_mark(tmp_path, "dagster")),
+    )
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "cv_platform.local.run_program", str(tmp_path), "dagster", "keep", "true"],
+            check=True,
+            timeout=60,
+        )
+        time.sleep(0.2)
+        assert run.poll() is None
+    finally:
+        run.kill()
+        run.wait()

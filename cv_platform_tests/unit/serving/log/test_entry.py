@@ -1,0 +1,117 @@
+"""Entries on their way in and out of a spool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from uuid import UUID, uuid4
+
+import numpy as np
+import pytest
+
+from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, decode, encode, stored_prediction
+
+
+def answered(**changes: object) -> LogEntry:
+    entry = LogEntry(
+        request_method="POST",
+        request_url="http://127.0.0.1:4242/predict",
+        response_status_code=200,
+        response_message="ok",
+        timespan=0.25,
+        created_on=datetime(2026, 1, 31, 6, tzinfo=UTC),
+        model_name="digits",
+        model_version="20260131T060000Z-1f3c9a2e",
+        prediction_id=uuid4(),
+        predicted_class="three",
+        prediction_json={"three": 0.75, "four": 0.25},
+        uae_feats=np.array([0.5, -1.5, 3.0], dtype=np.float32),
+        bbsd_feats=np.array([0.75, 0.25], dtype=np.float32),
+        features=np.array([1.0], dtype=np.float32),
+        properties=np.arange(7, dtype=np.float32),
+        raw_hm=np.array([[0.0, 0.5, 1.0], [0.25, 0.75, 0.125]], dtype=np.float32),
+        image=b"an image",
+        media_type="image/png",
+    )
+    return replace(entry, **changes)
+
+
+def test_a_prediction_comes_back_as_it_was() -> None:
+    entry = answered()
+    spooled = encode(entry)
+    assert spooled.image is not None
+    assert spooled.image.sha256 == hashlib.sha256(b"an image").hexdigest()
+    found = stored_prediction(
+        decode(spooled.record, spooled.vectors), image=spooled.image.content, media_type=spooled.image.media_type
+    )
+    assert found.prediction_id == entry.prediction_id
+    assert found.prediction_json == {"three": 0.75, "four": 0.25}
+    assert found.created_on == entry.created_on
+    assert (found.predicted_class, found.image, found.media_type) == ("three", b"an image", "image/png")
+    for name in ("uae_feats", "bbsd_feats", "features", "properties", "raw_hm"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(entry, name))
+
+
+def test_a_refused_request_has_no_prediction_and_keeps_no_image() -> None:
+    spooled = encode(
+        LogEntry(request_method="POST", request_url="/predict", response_status_code=415, image=b"not an image")
+    )
+    assert spooled.image is None
+    assert spooled.prediction_id is None
+    assert decode(spooled.record, spooled.vectors)["response_status_code"] == 415
+
+
+def test_a_prediction_without_a_heat_map_has_none() -> None:
+    spooled = encode(answered(raw_hm=None, image=None))
+    found = stored_prediction(decode(spooled.record, spooled.vectors), image=None, media_type=None)
+    assert found.raw_hm is None
+    assert found.image_sha256 is None
+
+
+def test_text_that_postgresql_refuses_is_cleaned() -> None:
+    spooled = encode(answered(request_url="/predict?\0\ud800", response_message="a\0b", prediction_json={"c\0": 1.0}))
+    values = decode(spooled.record, spooled.vectors)
+    assert values["request_url"] == "/predict?\ufffd?"
+    assert values["response_message"] == "a\ufffdb"
+    assert json.loads(values["prediction_json"]) == {"c\ufffd": 1.0}
+
+
+def test_a_probability_that_is_no_number_is_null() -> None:
+    spooled = encode(answered(prediction_json={"a": float("nan"), "b": float("inf"), "c": np.float32(0.5)}))
+    assert json.loads(decode(spooled.record, spooled.vectors)["prediction_json"]) == {
+        "a": None,
+        "b": None,
+        "c": 0.5,
+    }
+
+
+def test_times_are_kept_in_utc() -> None:
+    spooled = encode(answered(created_on=datetime(2026, 1, 31, 8, tzinfo=timezone(timedelta(hours=2)))))
+    assert decode(spooled.record, spooled.vectors)["created_on"].isoformat() == "2026-01-31T06:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"created_on": datetime(2026, 1, 31, 6)}, "expected a time with a time zone"),  # noqa: DTZ001 - that is the point
+        ({"uae_feats": np.zeros((1, 3))}, r"uae_feats: expected one vector. Received: shape \(1, 3\)"),
+        ({"raw_hm": np.zeros(3)}, r"raw_hm: expected a \(h, w\) matrix"),
+        ({"model_version": None, "features": None}, "Missing: model_version, features"),
+    ],
+)
+def test_what_no_row_could_hold_is_refused_at_once(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        answered(**changes)
+
+
+def test_feedback_keeps_who_said_what() -> None:
+    entry = FeedbackEntry(prediction_id=UUID(int=7), true_class="fo\0ur", source="page")
+    spooled = encode(entry)
+    values = decode(spooled.record, spooled.vectors)
+    assert spooled.kind == "feedback"
+    assert (values["prediction_id"], values["true_class"], values["source"]) == (UUID(int=7), "fo\ufffdur", "page")
+    assert values["entry_id"] == entry.entry_id
+    of_former_release = '{"is_of_known":true,' + spooled.record[1:]
+    assert decode(of_former_release, spooled.vectors) == values
