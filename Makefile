@@ -30,7 +30,7 @@ MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { { python3 -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); } || \
     python3 -m pip install --quiet --disable-pip-version-check --target .uv uv==$(UV_VERSION); } >&2 || \
   { echo "Expected uv on PATH, or a python3 with pip that can install it. Received: neither. Install uv." >&2; exit 1; }; \
-  "$$uv" python install --no-bin $(MANAGED_VERSION) >&2 && "$$uv" python find --managed-python $(MANAGED_VERSION) || \
+  "$$uv" python install --no-bin $(MANAGED_VERSION) >&2 && env -u VIRTUAL_ENV "$$uv" python find --managed-python $(MANAGED_VERSION) || \
   { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
     "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 

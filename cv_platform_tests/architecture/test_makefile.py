@@ -117,6 +117,7 @@ def test_a_managed_python_is_found_where_uv_keeps_it(checkout: Path, tmp_path: P
         "found",
         f"MANAGED_VERSION={version.rpartition('.')[0]}",
         UV_PYTHON_INSTALL_DIR=str(kept.parent),
+        VIRTUAL_ENV=sys.prefix,  # Of another project, as an editor's terminal has one active.
     )
     assert found.returncode == 0, found.stderr
     python = Path(found.stdout.strip())
