@@ -68,8 +68,8 @@ class ImageClassifier:
 def _mount() -> None:
     """Gives the service of this worker its app."""
     from cv_platform.serving.app import AnswerAlone, create_app
-    from cv_platform.serving.capacity.memory import return_large_blocks
     from cv_platform.serving.http.connections import bound_connections
+    from cv_platform.serving.machine import return_large_blocks
 
     return_large_blocks()
     bound_connections()

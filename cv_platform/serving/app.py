@@ -29,15 +29,15 @@ from cv_platform.serving.capacity.limits import (
     FORM_OVERHEAD_BYTES,
     SHRINK_IMAGE,
     SMALL_BODY_BYTES,
-    BodyAllowance,
-    BodyLimit,
 )
 from cv_platform.serving.http.access import ObserveRequests
+from cv_platform.serving.http.body_limit import BodyAllowance, BodyLimit
 from cv_platform.serving.http.clean_requests import CleanRequest
 from cv_platform.serving.http.hosts import AllowedHosts
-from cv_platform.serving.http.problems import Problem, Unexpected, install_problem_handlers, method_not_allowed
+from cv_platform.serving.http.problems import Unexpected, install_problem_handlers, method_not_allowed
 from cv_platform.serving.http.refusal_log import RefusalLog
 from cv_platform.serving.http.security import AllowedOrigins, RequestEnvelope, SameSite
+from cv_platform.serving.problem import Problem
 from cv_platform.serving.routes.batch import BATCH_PATH, batch_router
 from cv_platform.serving.routes.examples import API_DESCRIPTION, API_TITLE, API_VERSION
 from cv_platform.serving.routes.feedback import feedback_router
@@ -75,6 +75,7 @@ def create_app(context: ServingContext) -> FastAPI:
             return BodyAllowance(size, limits.upload_seconds, "Send fewer or smaller images.")
         return BodyAllowance(SMALL_BODY_BYTES, limits.small_body_seconds)
 
+    routes: list[Route | Mount] = []
     app = FastAPI(
         title=API_TITLE,
         version=API_VERSION,
@@ -84,7 +85,7 @@ def create_app(context: ServingContext) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(ObserveRequests, context=context),
+            Middleware(ObserveRequests, context=context, routes=routes),
             Middleware(RequestEnvelope),
             Middleware(RefusalLog, context=context, paths=(PREDICT_PATH, BATCH_PATH)),
             Middleware(CleanRequest),
@@ -108,8 +109,8 @@ def create_app(context: ServingContext) -> FastAPI:
     for router in routers:
         app.include_router(router)
     app.router.routes.append(page_files())
-    context.routes = [r for router in (app, *routers) for r in router.routes if isinstance(r, Route | Mount)]
-    app.router.routes.append(Mount("", app=_unknown_path(tuple(context.routes))))
+    routes += [r for router in (app, *routers) for r in router.routes if isinstance(r, Route | Mount)]
+    app.router.routes.append(Mount("", app=_unknown_path(routes)))
     return app
 
 

@@ -9,21 +9,21 @@ one touches neither disk nor network.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Any, Protocol
-
-from starlette.routing import Mount, Route
 
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.capacity.admission import Admission
 from cv_platform.serving.capacity.bounded_calls import BoundedCalls
 from cv_platform.serving.capacity.limits import PROMOTION_SECONDS, ServingLimits
+from cv_platform.serving.capacity.memory import RequestMemory
 from cv_platform.serving.capacity.rate_limit import RateLimiter
 from cv_platform.serving.capacity.refusal_bounds import RefusalBounds
-from cv_platform.serving.capacity.request_memory import RequestMemory
 from cv_platform.serving.capacity.worker_threads import WorkerThreads
 from cv_platform.serving.http.security import Guard
 from cv_platform.serving.log.worker_log import WorkerLog, not_started
@@ -31,6 +31,8 @@ from cv_platform.serving.model.holder import ModelHolder, make_worker_id
 from cv_platform.serving.model.promotion import PROMOTION_LOCK
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.model.worker_watch import WorkerWatch
+from cv_platform.serving.problem import Problem
+from cv_platform.serving.telemetry.log_status import LogStatus
 from cv_platform.serving.telemetry.metrics import ServingMetrics, SwapOutcome
 from cv_platform.serving.telemetry.tracing import Tracing
 from cv_platform.settings import Settings
@@ -51,6 +53,8 @@ PROMOTION_THREADS = 2
 """One moves the pointer, the other says that somebody does."""
 _HOUSEKEEPING_SECONDS = 2.0
 _STOP_SECONDS = 10.0
+_STATUS_SECONDS = 1.0
+"""A health check waits no longer for the spool's disk, and shows the figures that it had last."""
 
 
 class ModelSource(Protocol):
@@ -117,8 +121,6 @@ class ServingContext(Admission, WorkerLog):
             on_swap=self._note_swap,
             watch=self.workers,
         )
-        self.routes: list[Route | Mount] = []
-        """Of the app; what is refused before it gets to one is counted by the route that it wanted."""
         self.tracing: Tracing | None = None
         """Where traces go; None without an endpoint, and while the context is not started."""
         self._lifecycle = threading.Lock()
@@ -126,6 +128,7 @@ class ServingContext(Admission, WorkerLog):
         self._look_ups: BoundedCalls | None = None
         self._storage_reads: BoundedCalls | None = None
         self._promotions: BoundedCalls | None = None
+        self._status_reads: BoundedCalls | None = None
         self._stopping = threading.Event()
         self._housekeeper: threading.Thread | None = None
 
@@ -160,6 +163,21 @@ class ServingContext(Admission, WorkerLog):
     def is_started(self) -> bool:
         """Whether requests can be answered: between the end of `start` and the beginning of `stop`."""
         return self._is_started
+
+    async def log_status(self) -> tuple[LogStatus | None, float]:
+        """Returns what waits in the spool and how the database is, and how many seconds ago that was so.
+
+        Counting asks the spool's file, so it is not done on the event loop; while the disk does not answer, these are
+        the figures that it had last. None before `start`.
+        """
+        if self._status_reads is not None:
+            # Too late, too many at a time, or a broken disk: the former figures have to do.
+            with contextlib.suppress(Problem, CvPlatformError, sqlite3.Error, OSError):
+                await self._status_reads.run(self._read_status)
+        if self._last_status is None:
+            return None, 0.0
+        at, status = self._last_status
+        return status, time.monotonic() - at
 
     def start(self) -> None:
         """Opens the request log and loads the model.
@@ -198,6 +216,9 @@ class ServingContext(Admission, WorkerLog):
             threads=PROMOTION_THREADS,
             seconds=PROMOTION_SECONDS,
             may_succeed=True,
+        )
+        self._status_reads = BoundedCalls(
+            "looks at the spool", "its disk", threads=1, places=1, seconds=_STATUS_SECONDS
         )
         if self.settings.rate_limit_per_minute is not None:
             self._rate_limiter = RateLimiter(self.cache / "rate_limits", self.settings.rate_limit_per_minute)

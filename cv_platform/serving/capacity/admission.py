@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from cv_platform.errors import SpoolFullError
 from cv_platform.serving.capacity.limits import Gate, ServingLimits, overloaded
+from cv_platform.serving.capacity.memory import RequestMemory
 from cv_platform.serving.capacity.rate_limit import RateLimiter
-from cv_platform.serving.capacity.request_memory import RequestMemory
 from cv_platform.serving.capacity.worker_threads import WorkerThreads
-from cv_platform.serving.http.problems import try_later
+from cv_platform.serving.problem import try_later
 from cv_platform.serving.telemetry.observation import note_stage
 
 HANGING_TIMEOUTS = 4

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from cv_platform.serving.capacity.limits import Gate, overloaded
 from cv_platform.serving.capacity.worker_threads import WorkerThreads
-from cv_platform.serving.http.problems import Problem, try_later
+from cv_platform.serving.problem import Problem, try_later
 
 _T = TypeVar("_T")
 _PLACES_PER_THREAD = 8

@@ -1,52 +1,133 @@
-"""How much memory there is, and giving it back: what models and large uploads have used is not kept for the next ones.
+"""How many bytes a worker's requests may hold together: uploads, in memory or in the folder for temporary files, which
+is memory in a container, and images that are decoded.
 
-The calls that give it back are glibc's; with another C library they do nothing.
-https://man7.org/linux/man-pages/man3/mallopt.3.html
+Uploads never take what the largest image needs to be decoded. So a decoding only ever waits for others, which end, and
+nothing waits for an upload, which may be slow.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
-LARGE_BLOCK_BYTES = 4 * 2**20
-"""A decoded image of 1.4 megapixels. Smaller blocks come from the heap, which is faster, and stay in it."""
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Of cgroups v2 and v1, as a container sees them."""
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
+from cv_platform.errors import ImageError
+from cv_platform.images import count_decoded_pixels
+from cv_platform.serving.capacity.limits import SHRINK_IMAGE, too_large
+from cv_platform.serving.problem import Problem, try_later
 
-
-def available_memory_bytes(cgroup_limits: Sequence[Path] = _CGROUP_LIMITS) -> int:
-    """Returns how much memory this process may use: the machine's, or what its container may use if that is less."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in cgroup_limits:
-        # No such file outside of Linux or in another version of cgroups; "max" where there is no limit.
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(path.read_text(encoding="ascii")))
-    return min(limits)
+DECODING_BYTES_PER_PIXEL = 13
+"""The most that any format takes, see docs/serving.md."""
+_UPLOADS_SHARE = 8
+"""One part in so many is for uploads, also where the largest image would need all of it."""
 
 
-def return_large_blocks() -> None:
-    """Makes this process give every block of `LARGE_BLOCK_BYTES` back as soon as it is freed.
+class RequestMemory:
+    """One worker's bytes; safe to use from many threads.
 
-    glibc begins so, but after each such block it takes larger ones from the heap, up to 32 MiB, where smaller ones that
-    live on hold their pages: a worker grew by 40 MiB over 20,000 hostile uploads, and by 4 MiB with this.
+    Args:
+        limit_bytes: of all together.
+        max_upload_bytes: of the largest file.
+        max_pixels: of the largest image.
     """
-    with contextlib.suppress(AttributeError, OSError):
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-        library.mallopt(_M_TRIM_THRESHOLD, LARGE_BLOCK_BYTES)
 
+    def __init__(self, limit_bytes: int, *, max_upload_bytes: int, max_pixels: int) -> None:
+        largest = max_upload_bytes + DECODING_BYTES_PER_PIXEL * max_pixels
+        self.limit_bytes = limit_bytes
+        self.uploads_bytes = max(limit_bytes - largest, limit_bytes // _UPLOADS_SHARE)
+        self._max_pixels = max_pixels
+        self._uploads = 0
+        self._decodings = 0
+        self._changed = threading.Condition()
+        self._turn = threading.Lock()
 
-def release_memory() -> None:
-    """Gives back what is unused now, as after a model that another has replaced."""
-    # Its graph may hold reference cycles, which would wait for a full collection.
-    gc.collect()
-    # glibc keeps the pages between those of two models.
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+    @property
+    def taken_bytes(self) -> int:
+        """What is taken now."""
+        return self._uploads + self._decodings
+
+    @contextmanager
+    def upload(self, declared_bytes: int) -> Generator[Callable[[int], None]]:
+        """Yields what takes the bytes of one body as they arrive; they are given back at the end.
+
+        It is called with the length so far. Nothing is taken for a length that is declared, which costs its sender
+        nothing: a few who declare much and send nothing would keep out all others.
+
+        Raises:
+            Problem: (so does what is yielded) 413, there never is so much; 429, there is not so much now.
+        """
+        taken = 0
+
+        def cover(length: int) -> None:
+            nonlocal taken
+            with self._changed:
+                self._require_room(length, length - taken)
+                self._uploads += length - taken
+                taken = length
+
+        self._require_room(declared_bytes, declared_bytes)
+        try:
+            yield cover
+        finally:
+            with self._changed:
+                self._uploads -= taken
+                self._changed.notify_all()
+
+    def _require_room(self, length: int, more: int) -> None:
+        if length > self.uploads_bytes:
+            raise too_large(self.uploads_bytes, f"{length} bytes (see CV_REQUEST_MEMORY_BYTES)")
+        if self._uploads + more > self.uploads_bytes or self.taken_bytes + more > self.limit_bytes:
+            raise try_later(
+                429,
+                f"This worker is busy with {self.taken_bytes} bytes of uploads and images. Try again.",
+                expected=f"at most {self.uploads_bytes} bytes of uploads at a time",
+                seconds=1,
+            )
+
+    @contextmanager
+    def decoding(self, data: bytes, *, seconds: float) -> Generator[None]:
+        """Takes what decoding an image needs at most, by its header, to the end of the block; waits for other images.
+
+        It blocks, so call it in a thread that predicts. Who came first is first, so that a large image gets its turn.
+        What is no image has no pixels: whoever decodes it says why.
+
+        Raises:
+            Problem: 413, the image needs more than there ever is; 503, others have not ended after `seconds`.
+        """
+        try:
+            pixels = count_decoded_pixels(data, max_pixels=self._max_pixels)
+        except ImageError:
+            pixels = 0
+        needed = len(data) + DECODING_BYTES_PER_PIXEL * pixels
+        limit = self.limit_bytes - self.uploads_bytes
+        if needed > limit:
+            raise Problem(
+                413,
+                f"Expected an image that can be decoded in {limit} bytes (CV_REQUEST_MEMORY_BYTES). Received: "
+                f"{pixels} pixels, which may take {needed}. {SHRINK_IMAGE}",
+                expected=f"an image of at most {limit // DECODING_BYTES_PER_PIXEL} pixels",
+            )
+        if not self._wait_and_take(needed, seconds):
+            raise try_later(
+                503,
+                f"The memory for images was taken for {seconds:g} s. Send it again.",
+                expected="a service with fewer large images at a time",
+            )
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._decodings -= needed
+                self._changed.notify_all()
+
+    def _wait_and_take(self, needed: int, seconds: float) -> bool:
+        if not self._turn.acquire(timeout=seconds):
+            return False
+        try:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self.taken_bytes + needed <= self.limit_bytes, seconds):
+                    return False
+                self._decodings += needed
+                return True
+        finally:
+            self._turn.release()

@@ -13,9 +13,9 @@ from typing import Any
 from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cv_platform.serving.http.problems import CLIENT_GONE, RequestTrace
-from cv_platform.serving.http.security import open_trace
-from cv_platform.serving.telemetry.observation import Observation, end_observation, observe
+from cv_platform.serving.http.request_facts import facts_of
+from cv_platform.serving.problem import CLIENT_GONE
+from cv_platform.serving.telemetry.observation import Observation, RequestFacts, end_observation, observe
 from cv_platform.serving.telemetry.tracing import RequestSpan
 from cv_platform.serving.worker import ServingContext
 
@@ -36,11 +36,13 @@ class ObserveRequests:
     Args:
         app: what answers.
         context: of this worker.
+        routes: of the app; what is refused before it gets to one is counted by the route that it wanted.
     """
 
-    def __init__(self, app: ASGIApp, *, context: ServingContext) -> None:
+    def __init__(self, app: ASGIApp, *, context: ServingContext, routes: Sequence[Route | Mount]) -> None:
         self.app = app
         self.context = context
+        self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -48,10 +50,10 @@ class ObserveRequests:
             await self.app(scope, receive, send)
             return
         asked = dict(scope)  # Routing changes the scope.
-        trace = open_trace(scope)
+        facts = facts_of(scope)
         tracing = self.context.tracing
         span = tracing.begin(scope["method"], scope["headers"]) if tracing is not None else None
-        token = observe(Observation(trace, self.context.metrics, span))
+        token = observe(Observation(facts, self.context.metrics, span))
         status = 0
         has_left = False
 
@@ -73,18 +75,18 @@ class ObserveRequests:
             status = status or (CLIENT_GONE if has_left else _TOO_LATE)
             raise
         finally:
-            route = route_template(scope, asked, self.context.routes)
-            self._finish(trace, asked, route, status or 500, span)
+            route = route_template(scope, asked, self.routes)
+            self._finish(facts, asked, route, status or 500, span)
             end_observation(token)
 
-    def _finish(self, trace: RequestTrace, asked: Scope, route: str, status: int, span: RequestSpan | None) -> None:
-        seconds = trace.seconds()
+    def _finish(self, facts: RequestFacts, asked: Scope, route: str, status: int, span: RequestSpan | None) -> None:
+        seconds = facts.seconds()
         method: str = asked["method"]
         self.context.metrics.answered(
-            route=route, method=method, status=status, version=trace.model_version, seconds=seconds
+            route=route, method=method, status=status, version=facts.model_version, seconds=seconds
         )
         if span is not None:
-            span.end(f"{method} {route}", _attributes(trace, method, route, status), failed=status >= 500)
+            span.end(f"{method} {route}", _attributes(facts, method, route, status), failed=status >= 500)
         if status == 200 and route in _QUIET:
             return
         fields: dict[str, Any] = {
@@ -93,9 +95,9 @@ class ObserveRequests:
             "path": asked["path"][:_MAX_PATH],
             "status": status,
             "seconds": round(seconds, 6),
-            "model_version": trace.model_version,
-            "prediction_id": _only(trace.prediction_ids),
-            "predictions": len(trace.prediction_ids) if len(trace.prediction_ids) > 1 else None,
+            "model_version": facts.model_version,
+            "prediction_id": _only(facts.prediction_ids),
+            "predictions": len(facts.prediction_ids) if len(facts.prediction_ids) > 1 else None,
         }
         logger.info("%s %s %d", method, route, status, extra={"fields": fields})
 
@@ -118,16 +120,16 @@ def route_template(answered: Scope, asked: Scope, routes: Iterable[Route | Mount
     return UNMATCHED
 
 
-def _attributes(trace: RequestTrace, method: str, route: str, status: int) -> dict[str, str | int]:
+def _attributes(facts: RequestFacts, method: str, route: str, status: int) -> dict[str, str | int]:
     attributes: dict[str, str | int] = {
         "http.request.method": method,
         "http.route": route,
         "http.response.status_code": status,
-        "cv.request_id": trace.request_id,
+        "cv.request_id": facts.request_id,
     }
-    if trace.model_version is not None:
-        attributes["cv.model.version"] = trace.model_version
-    prediction_id = _only(trace.prediction_ids)
+    if facts.model_version is not None:
+        attributes["cv.model.version"] = facts.model_version
+    prediction_id = _only(facts.prediction_ids)
     if prediction_id is not None:
         attributes["cv.prediction.id"] = prediction_id
     return attributes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cv_platform.serving.http.problems import Problem, problem_response
+from cv_platform.serving.http.problems import problem_response
+from cv_platform.serving.problem import Problem
 
 _CONTENT_TYPE = b"content-type"
 

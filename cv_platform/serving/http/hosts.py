@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cv_platform.serving.http.problems import Problem, problem_response
+from cv_platform.serving.http.problems import problem_response
+from cv_platform.serving.problem import Problem
 
 _HOST = re.compile(r"(?P<name>[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?:(?<!])\.)?(?P<port>:[0-9]{1,5})?")
 """What a Host may look like, in lower case. The underscore is no host name's, but container networks use it."""

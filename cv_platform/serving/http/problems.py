@@ -1,4 +1,4 @@
-"""Refusals, and the one shape in which all of them reach a client.
+"""The one shape in which every refusal reaches a client.
 
     {"message": what happened and what to do, "expected": what would have been accepted, "request_id": …, …}
 
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import Any
 from uuid import UUID
 
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -37,88 +37,13 @@ from cv_platform.errors import (
     SpoolFullError,
     StorageError,
 )
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from cv_platform.images import SUPPORTED_FORMATS
+from cv_platform.serving.http.request_facts import facts_of
+from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 5
-CLIENT_GONE = 499
-"""Status of a request whose client left before there was an answer; nginx says so, too. Nobody receives it."""
-_TRACE = "cv_platform.trace"
 _MAX_MISTAKES = 20
-
-
-@dataclass
-class RequestTrace:
-    """What is known of one request while it is answered; one per request, in its ASGI scope."""
-
-    request_id: str
-    started: float = field(default_factory=time.perf_counter)
-    created_on: datetime = field(default_factory=lambda: datetime.now(UTC))
-    message: str = ""
-    is_logged: bool = False
-    model_version: str | None = None
-    prediction_ids: list[str] = field(default_factory=list[str])
-
-    def seconds(self) -> float:
-        """Returns the seconds since the request arrived."""
-        return time.perf_counter() - self.started
-
-
-def set_trace(scope: Scope, trace: RequestTrace) -> None:
-    """Puts the trace where `trace_of` finds it."""
-    scope[_TRACE] = trace
-
-
-def trace_of(scope: Scope) -> RequestTrace:
-    """Returns the trace of a request; one of its own where no middleware has made it."""
-    return scope.setdefault(_TRACE, RequestTrace(request_id="-"))
-
-
-def has_trace(scope: Scope) -> bool:
-    """Says whether the request has its trace already."""
-    return _TRACE in scope
-
-
-class Problem(HTTPException):
-    """A refusal with what was expected; an `HTTPException` so that FastAPI lets it pass while it reads a body.
-
-    Args:
-        status: HTTP status code.
-        message: what happened and what to do next.
-        expected: what would have been accepted.
-        headers: such as Retry-After.
-        extra: further fields of the JSON body.
-        logged: the message as the request log keeps it, where it is not to have what was received; None: as it is.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        expected: str,
-        headers: Mapping[str, str] | None = None,
-        extra: Mapping[str, Any] | None = None,
-        logged: str | None = None,
-    ) -> None:
-        super().__init__(status_code=status, detail=message, headers=dict(headers or {}))
-        self.message = message
-        self.expected = expected
-        self.extra = dict(extra or {})
-        self.logged = logged
-
-
-def try_later(status: int, message: str, *, expected: str, seconds: int = RETRY_SECONDS) -> Problem:
-    """Returns a problem that goes away by itself: the answer says when to come again."""
-    return Problem(status, message, expected=expected, headers={"Retry-After": str(seconds)})
-
-
-def client_gone() -> Problem:
-    """Returns what is counted and logged of a request whose client left before its body was complete."""
-    return Problem(CLIENT_GONE, "The client went away before its body was complete.", expected="a complete body")
 
 
 def method_not_allowed(path: str, method: str, methods: Collection[str]) -> Problem:
@@ -132,9 +57,6 @@ def problem_of(error: CvPlatformError) -> Problem:
     """Returns the HTTP answer to an error of the platform."""
     text = str(error)
     if isinstance(error, ImageError):
-        # Late, like FastAPI below: BentoML's first process needs the limits, and with them this module.
-        from cv_platform.images import SUPPORTED_FORMATS
-
         return Problem(
             error.status_code,
             text,
@@ -197,9 +119,9 @@ def defect(request_id: str) -> Problem:
 
 def problem_response(scope: Scope, problem: Problem) -> Response:
     """Renders a problem; the request's log entry takes its message from here."""
-    trace = trace_of(scope)
-    trace.message = problem.message if problem.logged is None else problem.logged
-    body = {"message": problem.message, "expected": problem.expected, "request_id": trace.request_id, **problem.extra}
+    facts = facts_of(scope)
+    facts.message = problem.message if problem.logged is None else problem.logged
+    body = {"message": problem.message, "expected": problem.expected, "request_id": facts.request_id, **problem.extra}
     # ASCII with escapes: whatever a client sent (lone surrogates, say) can be quoted back without failing to encode.
     return Response(
         json.dumps(body, ensure_ascii=True, default=str),
@@ -235,11 +157,12 @@ def install_problem_handlers(app: FastAPI, *, is_admin: Callable[[Request], bool
         app: where.
         is_admin: says who reads the whole text of what is wrong on this side; others get `public_reason`.
     """
-    from fastapi.exceptions import RequestValidationError
+
+    async def on_problem(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Problem)
+        return problem_response(request.scope, error)
 
     async def on_http(request: Request, error: Exception) -> Response:
-        if isinstance(error, Problem):
-            return problem_response(request.scope, error)
         assert isinstance(error, HTTPException)
         expected = _MEANINGS.get(error.status_code, "a request as /docs describes it")
         problem = Problem(error.status_code, str(error.detail), expected=expected, headers=error.headers)
@@ -247,13 +170,14 @@ def install_problem_handlers(app: FastAPI, *, is_admin: Callable[[Request], bool
 
     async def on_platform(request: Request, error: Exception) -> Response:
         assert isinstance(error, CvPlatformError)
-        problem = shown_problem(error, is_admin=is_admin(request), request_id=trace_of(request.scope).request_id)
+        problem = shown_problem(error, is_admin=is_admin(request), request_id=facts_of(request.scope).request_id)
         return problem_response(request.scope, problem)
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return problem_response(request.scope, validation_problem(error.errors()))
 
+    app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(CvPlatformError, on_platform)
     app.add_exception_handler(RequestValidationError, on_validation)
@@ -280,7 +204,7 @@ class Unexpected:
         except Exception:
             if scope["type"] != "http" or has_begun:
                 raise
-            request_id = trace_of(scope).request_id
+            request_id = facts_of(scope).request_id
             logger.exception("Request %s failed", request_id)
             await problem_response(scope, defect(request_id))(scope, receive, send)
 

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.http.clean_requests import has_control_characters
-from cv_platform.serving.http.problems import RequestTrace, trace_of
+from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.log.entry import LogEntry
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.telemetry.log_format import BLOT, escaped
@@ -47,10 +47,10 @@ class RefusalLog:
             return
 
         async def logged(message: Message) -> None:
-            trace = trace_of(scope)
-            if message["type"] == "http.response.start" and not trace.is_logged:
-                trace.is_logged = True
-                await log_refusal(self.context, scope, message["status"], trace.message)
+            facts = facts_of(scope)
+            if message["type"] == "http.response.start" and not facts.is_logged:
+                facts.is_logged = True
+                await log_refusal(self.context, scope, message["status"], facts.message)
             await send(message)
 
         await self.app(scope, receive, logged)
@@ -58,7 +58,7 @@ class RefusalLog:
 
 async def log_refusal(context: ServingContext, scope: Scope, status: int, message: str) -> None:
     """Counts one refused image, and makes its log entry if it gets one; what cannot be logged is still refused."""
-    trace: RequestTrace = trace_of(scope)
+    facts = facts_of(scope)
     message = message[:_MAX_MESSAGE]
     context.metrics.image_answered(status)
     guard = context.guard
@@ -71,9 +71,9 @@ async def log_refusal(context: ServingContext, scope: Scope, status: int, messag
         request_url=logged_url(scope),
         response_status_code=status,
         response_message=message,
-        timespan=trace.seconds(),
-        created_on=trace.created_on,
-        model_version=trace.model_version,
+        timespan=facts.seconds(),
+        created_on=facts.created_on,
+        model_version=facts.model_version,
         client_error=message if 400 <= status < 500 else None,
     )
     try:
@@ -83,7 +83,7 @@ async def log_refusal(context: ServingContext, scope: Scope, status: int, messag
             context.append_soon(entry)
     except CvPlatformError as err:
         context.metrics.refusal_unlogged()
-        logger.warning("Request %s was refused (%d) without a log entry: %s", trace.request_id, status, err)
+        logger.warning("Request %s was refused (%d) without a log entry: %s", facts.request_id, status, err)
 
 
 def logged_url(scope: Scope) -> str:

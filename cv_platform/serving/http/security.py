@@ -11,10 +11,8 @@ https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Si
 from __future__ import annotations
 
 import hmac
-import re
 from collections.abc import Sequence
 from http import HTTPStatus
-from uuid import uuid4
 
 from fastapi import Request
 from fastapi.params import Security
@@ -25,13 +23,14 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.serving.capacity.rate_limit import client_of_address
-from cv_platform.serving.http.problems import Problem, RequestTrace, has_trace, problem_response, set_trace, trace_of
+from cv_platform.serving.http.problems import problem_response
+from cv_platform.serving.http.request_facts import facts_of
+from cv_platform.serving.problem import Problem
 from cv_platform.settings import Settings
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _CROSS_ORIGIN_METHODS = ("GET", "POST")
 _CROSS_ORIGIN_HEADERS = ("X-API-Key", "Idempotency-Key", "X-Request-Id")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -54,11 +53,7 @@ ANSWER_HEADERS = {
 
 
 class RequestEnvelope:
-    """ASGI middleware: gives each request its trace and each answer X-Request-Id and the security headers.
-
-    A client's own X-Request-Id is kept when it is 1–128 letters, digits, dots, dashes or underscores: it ends up in
-    logs. Headers that a route has set stay as they are.
-    """
+    """ASGI middleware: gives each answer X-Request-Id and the security headers; those that a route has set stay."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -68,25 +63,17 @@ class RequestEnvelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        trace = open_trace(scope)
+        request_id = facts_of(scope).request_id
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = trace.request_id
+                headers["X-Request-Id"] = request_id
                 for name, value in ANSWER_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
         await self.app(scope, receive, with_headers)
-
-
-def open_trace(scope: Scope) -> RequestTrace:
-    """Returns the request's trace, made by the first who asks; see `RequestEnvelope` for its id."""
-    if not has_trace(scope):
-        wished = Headers(scope=scope).get("x-request-id", "")
-        set_trace(scope, RequestTrace(request_id=wished if _REQUEST_ID.fullmatch(wished) else uuid4().hex))
-    return trace_of(scope)
 
 
 class AllowedOrigins(CORSMiddleware):

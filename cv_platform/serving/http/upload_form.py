@@ -22,8 +22,8 @@ from starlette.requests import ClientDisconnect
 from cv_platform.image_files import format_by_signature
 from cv_platform.images import SUPPORTED_FORMATS
 from cv_platform.serving.capacity.limits import overloaded, too_large
-from cv_platform.serving.http.problems import Problem, client_gone, try_later
 from cv_platform.serving.model.explain import Explain
+from cv_platform.serving.problem import Problem, client_gone, try_later
 from cv_platform.serving.telemetry.log_format import BLOT
 from cv_platform.serving.telemetry.observation import staged
 from cv_platform.serving.worker import ServingContext

@@ -18,9 +18,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cv_platform.database.address import postgres_url
 from cv_platform.errors import SchemaMismatchError, SpoolFullError
@@ -28,13 +28,12 @@ from cv_platform.serving.log.damaged_spools import put_aside, remove_expired
 from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
 from cv_platform.serving.log.spool_file import LOCK, SQLITE
+from cv_platform.serving.telemetry.log_status import DatabaseState, LogStatus
 
 if TYPE_CHECKING:
     from cv_platform.serving.log.database import LogDatabase
 
 logger = logging.getLogger(__name__)
-
-DatabaseState = Literal["ok", "unreachable", "schema mismatch", "not configured"]
 
 _BATCH_ROWS = 1000
 _LINGER_SECONDS = 0.5
@@ -52,23 +51,6 @@ _NOTICE_SECONDS = 600.0
 _FIRST_WAIT_SECONDS = 0.2
 _LONGEST_WAIT_SECONDS = 15.0
 _NO_BOUND = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class DrainStatus:
-    """What the request log is doing."""
-
-    depth: int
-    oldest_age_seconds: float | None
-    database: DatabaseState
-    last_error: str | None
-    drained_rows: int
-    rejected: int
-    spool_bytes: int = 0
-    dropped_rows: int = 0
-    """Oldest entries that had to leave a full spool, as there is no database."""
-    archived_rows: int = 0
-    """Those of them that went to the archive instead."""
 
 
 class Drainer:
@@ -119,7 +101,7 @@ class Drainer:
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
 
-    def status(self) -> DrainStatus:
+    def status(self) -> LogStatus:
         """Returns the state now; `depth` includes the spools that were taken over."""
         depths, rejected, size = 0, 0, 0
         ages: list[float | None] = []
@@ -132,7 +114,7 @@ class Drainer:
             except sqlite3.ProgrammingError:
                 continue  # A spool that was taken over has just been emptied and closed.
         database, last_error = self._state
-        return DrainStatus(
+        return LogStatus(
             depth=depths,
             oldest_age_seconds=max((age for age in ages if age is not None), default=None),
             database=database,

@@ -17,17 +17,15 @@ from uuid import UUID
 from cv_platform.database.address import postgres_url
 from cv_platform.errors import DatabaseUnavailableError
 from cv_platform.serving.log.deletion import delete_from_database, delete_from_spools
-from cv_platform.serving.log.drainer import Drainer, DrainStatus
+from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.spool import BegunEntry, RejectedEntry, Spool
 from cv_platform.serving.log.spool_file import find_spooled, find_statements
+from cv_platform.serving.telemetry.log_status import LogStatus
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
-
-__all__ = ["BegunEntry", "DrainStatus", "FeedbackEntry", "LogEntry", "RequestLog", "StoredPrediction"]
-
 
 _POOL_SECONDS = 2.0
 """A person waits for what this engine reads: better no answer soon than one that never comes."""
@@ -186,7 +184,7 @@ class RequestLog:
         """Returns the entries that the database refuses for their values, with the reasons."""
         return self._spool.rejected()
 
-    def status(self) -> DrainStatus:
+    def status(self) -> LogStatus:
         """Returns depth and age of what waits, the database's state and the last error."""
         return self._drainer.status()
 

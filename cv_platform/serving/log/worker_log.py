@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
 from uuid import UUID
 
 from cv_platform.database.address import running_database_url
-from cv_platform.errors import CvPlatformError, DatabaseUnavailableError, ServiceError, SpoolFullError
-from cv_platform.serving.capacity.bounded_calls import BoundedCalls
-from cv_platform.serving.http.problems import Problem
+from cv_platform.errors import DatabaseUnavailableError, ServiceError, SpoolFullError
 from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.request_log import (
     BegunEntry,
-    DrainStatus,
     FeedbackEntry,
     LogEntry,
+    LogStatus,
     RequestLog,
     StoredPrediction,
 )
@@ -33,8 +30,6 @@ logger = logging.getLogger(__name__)
 APPEND_SECONDS = 15.0
 """Longest wait for an entry, once its answer is ready."""
 _OVERDUE = "Expected the disk to take an entry in time. Received: no answer. Try again later."
-_STATUS_SECONDS = 1.0
-"""A health check waits no longer for the spool's disk, and shows the figures that it had last."""
 
 
 def not_started() -> ServiceError:
@@ -60,8 +55,7 @@ class WorkerLog:
         self._metrics = metrics
         self._log: RequestLog | None = None
         self._log_url: str | None = None
-        self._status_reads: BoundedCalls | None = None
-        self._last_status: tuple[float, DrainStatus] | None = None
+        self._last_status: tuple[float, LogStatus] | None = None
 
     @property
     def metrics(self) -> ServingMetrics:
@@ -141,21 +135,6 @@ class WorkerLog:
             raise DatabaseUnavailableError("Expected the log's database. Received: none that runs. Start it: make up.")
         return found
 
-    async def log_status(self) -> tuple[DrainStatus | None, float]:
-        """Returns what waits in the spool and how the database is, and how many seconds ago that was so.
-
-        Counting asks the spool's file, so it is not done on the event loop; while the disk does not answer, these are
-        the figures that it had last. None before `start`.
-        """
-        if self._status_reads is not None:
-            # Too late, too many at a time, or a broken disk: the former figures have to do.
-            with contextlib.suppress(Problem, CvPlatformError, sqlite3.Error, OSError):
-                await self._status_reads.run(self._read_status)
-        if self._last_status is None:
-            return None, 0.0
-        at, status = self._last_status
-        return status, time.monotonic() - at
-
     def _open_log(self) -> None:
         self._log_url = self._running_database()
         try:
@@ -166,9 +145,6 @@ class WorkerLog:
             self.append_error = str(err)
             return
         self.append_error = None
-        self._status_reads = BoundedCalls(
-            "looks at the spool", "its disk", threads=1, places=1, seconds=_STATUS_SECONDS
-        )
 
     def _tend_log(self) -> None:
         if self._log is None:
@@ -179,7 +155,7 @@ class WorkerLog:
         self.metrics.log_is(self._read_status())
         self._try_log()
 
-    def _read_status(self) -> DrainStatus:
+    def _read_status(self) -> LogStatus:
         status = self.log.status()
         self._last_status = time.monotonic(), status
         return status

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cv_platform.errors import CvPlatformError, StorageError
-from cv_platform.serving.capacity.memory import release_memory
+from cv_platform.serving.machine import release_memory
 from cv_platform.serving.model.fallback import BUNDLED, load_fallback, write_fallback
 from cv_platform.serving.model.runtime import LoadedModel, fetch, load_bundle
 from cv_platform.serving.model.worker_watch import HEARTBEAT_SECONDS, WorkerWatch

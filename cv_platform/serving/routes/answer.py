@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from cv_platform.images import read_image, resize
 from cv_platform.predictions import LABEL_SEPARATOR, decide
 from cv_platform.properties import image_properties
-from cv_platform.serving.http.problems import RequestTrace
 from cv_platform.serving.log.entry import LogEntry
 from cv_platform.serving.model.explain import BLANK, Explain, Pictures, draw, is_blank, small_map, to_base64
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
-from cv_platform.serving.telemetry.observation import note_prediction, staged
+from cv_platform.serving.telemetry.observation import RequestFacts, note_prediction, staged
 from cv_platform.storage import BundleMetadata
 
 logger = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ def _number(probability: float | None) -> float | None:
 
 
 def log_entry(
-    predicted: Predicted, data: bytes, trace: RequestTrace, *, url: str, keep_images: Literal["all", "sampled", "none"]
+    predicted: Predicted, data: bytes, facts: RequestFacts, *, url: str, keep_images: Literal["all", "sampled", "none"]
 ) -> LogEntry:
     """Returns the log entry of a prediction whose answer is still to be made: `BegunEntry.settle` completes it."""
     prediction = predicted.prediction
@@ -170,8 +169,8 @@ def log_entry(
         request_url=url,
         response_status_code=200,
         response_message=OK,
-        timespan=trace.seconds(),
-        created_on=trace.created_on,
+        timespan=facts.seconds(),
+        created_on=facts.created_on,
         model_name=predicted.model.model_name,
         model_version=predicted.model.version,
         prediction_id=predicted.prediction_id,

@@ -21,11 +21,13 @@ from starlette.responses import Response
 
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.capacity.limits import BATCH_UPLOADS
-from cv_platform.serving.http.problems import RETRY_SECONDS, Problem, defect, shown_problem, trace_of, try_later
+from cv_platform.serving.http.problems import defect, shown_problem
 from cv_platform.serving.http.refusal_log import log_refusal
+from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.http.upload_form import EXPLAIN_QUERY, UploadForm, read_upload, received
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import LoadedModel
+from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
 from cv_platform.serving.routes.api_models import BatchResult
 from cv_platform.serving.routes.examples import BATCH_DESCRIPTION, BATCH_EXAMPLE, predict_responses
 from cv_platform.serving.routes.predict import PREDICT_PATH, answer_and_log, begin
@@ -73,8 +75,8 @@ def batch_router(context: ServingContext) -> APIRouter:
             if len(uploads) > 1:
                 context.charge(context.guard.client_of(request), len(uploads) - 1)
             items = await _answer_all(context, request, model, uploads, wished)
-        trace_of(request.scope).is_logged = True  # Each of its images is.
-        return _response(items, trace_of(request.scope).request_id)
+        facts_of(request.scope).is_logged = True  # Each of its images is.
+        return _response(items, facts_of(request.scope).request_id)
 
     return router
 
@@ -109,11 +111,11 @@ async def _answer_all(
                 problem = err
             except CvPlatformError as err:
                 problem = shown_problem(
-                    err, is_admin=context.guard.is_admin(request), request_id=trace_of(request.scope).request_id
+                    err, is_admin=context.guard.is_admin(request), request_id=facts_of(request.scope).request_id
                 )
             # Whatever one image meets must not lose the others.
             except Exception:
-                request_id = trace_of(request.scope).request_id
+                request_id = facts_of(request.scope).request_id
                 logger.exception("An image of request %s failed", request_id)
                 problem = defect(request_id)
             await log_refusal(context, request.scope, problem.status_code, problem.message)

@@ -17,17 +17,12 @@ from starlette.responses import Response
 from cv_platform.errors import DatabaseError, ImageError, StorageError
 from cv_platform.images import PREPROCESSING_VERSION, decode, preprocessing_version
 from cv_platform.predictions import LABEL_SEPARATOR, NONE_OF_THESE
-from cv_platform.serving.http.problems import (
-    Problem,
-    client_gone,
-    json_response,
-    public_reason,
-    trace_of,
-    validation_problem,
-)
+from cv_platform.serving.http.problems import json_response, public_reason, validation_problem
+from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.log.entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.log.passport import make_passport
 from cv_platform.serving.model.explain import BLANK, Explain, draw, is_blank, to_base64
+from cv_platform.serving.problem import Problem, client_gone
 from cv_platform.serving.routes.answer import OK, result_body
 from cv_platform.serving.routes.api_models import DeletionResult, FeedbackResult, Passport, StoredResult
 from cv_platform.serving.routes.examples import (
@@ -144,7 +139,7 @@ def feedback_router(context: ServingContext) -> APIRouter:
             prediction_id=prediction_id,
             true_class=said.kept_class,
             source=said.source,
-            created_on=trace_of(request.scope).created_on,
+            created_on=facts_of(request.scope).created_on,
         )
         if idempotency_key is not None:
             statement = replace(statement, entry_id=_id_by_key(statement, idempotency_key))

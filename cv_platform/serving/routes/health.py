@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
 from cv_platform.serving.capacity.admission import HANGING_TIMEOUTS
-from cv_platform.serving.http.problems import RETRY_SECONDS, Problem, json_response, try_later
-from cv_platform.serving.log.request_log import DrainStatus
+from cv_platform.serving.http.problems import json_response
+from cv_platform.serving.log.request_log import LogStatus
+from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
 from cv_platform.serving.routes.api_models import Health
 from cv_platform.serving.routes.examples import HEALTH_EXAMPLE, responses
 from cv_platform.serving.worker import ServingContext
@@ -85,7 +86,7 @@ def _reasons(context: ServingContext, *, is_admin: bool) -> list[str]:
 
 
 def health_report(
-    context: ServingContext, log: DrainStatus | None, age_seconds: float, *, is_admin: bool
+    context: ServingContext, log: LogStatus | None, age_seconds: float, *, is_admin: bool
 ) -> dict[str, Any]:
     """Returns the health page's fields, as JSON values.
 

@@ -15,12 +15,14 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from cv_platform.serving.capacity.limits import overloaded
-from cv_platform.serving.http.problems import json_response, trace_of, try_later
+from cv_platform.serving.http.problems import json_response
 from cv_platform.serving.http.refusal_log import logged_url
+from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.http.upload_form import EXPLAIN_QUERY, UploadForm, read_upload, received
 from cv_platform.serving.log.request_log import BegunEntry
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import LoadedModel
+from cv_platform.serving.problem import try_later
 from cv_platform.serving.routes.answer import OK, answer_body, log_entry, predict_upload
 from cv_platform.serving.routes.api_models import PredictionResult
 from cv_platform.serving.routes.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
@@ -63,7 +65,7 @@ def predict_router(context: ServingContext) -> APIRouter:
                 wished,
                 json_response,
             )
-        trace_of(request.scope).is_logged = True
+        facts_of(request.scope).is_logged = True
         return response
 
     return router
@@ -80,7 +82,7 @@ def begin(context: ServingContext, request: Request) -> LoadedModel:
         raise try_later(
             503, "No model is deployed yet. Materialise the experiment's deployment.", expected="a deployed model"
         )
-    trace_of(request.scope).model_version = model.metadata.version
+    facts_of(request.scope).model_version = model.metadata.version
     if context.in_flight.is_full:
         raise overloaded("predictions", context.in_flight.limit)
     context.charge(context.guard.client_of(request), 1)
@@ -110,14 +112,14 @@ async def answer_and_log(
         Problem: 504, it took too long; a prediction that was made in time to be logged keeps its row.
         SpoolFullError: the log cannot keep it, or did not in time; then its row may still come.
     """
-    trace, url = trace_of(request.scope), logged_url(request.scope)
+    facts, url = facts_of(request.scope), logged_url(request.scope)
     claim = threading.Lock()  # Who gets it says what becomes of the request: the entry is written, or it was too late.
 
     def work() -> tuple[_T, BegunEntry]:
         data = read()
         with context.decoding(data):
             predicted = predict_upload(model, data, max_pixels=context.settings.max_upload_pixels)
-            entry = log_entry(predicted, data, trace, url=url, keep_images=context.settings.log_images)
+            entry = log_entry(predicted, data, facts, url=url, keep_images=context.settings.log_images)
             if not claim.acquire(blocking=False):
                 raise TimeoutError("Nobody waits for this answer any more.")
             # The disk takes the entry while the pictures are drawn: together they need hardly longer than either.
@@ -129,7 +131,7 @@ async def answer_and_log(
                 with staged("encode"):
                     return render(body), begun
             finally:
-                begun.settle(message, trace.seconds())
+                begun.settle(message, facts.seconds())
 
     try:
         rendered, entry = await context.compute_admitted(work)

@@ -129,7 +129,7 @@ def _context_fields(record: logging.LogRecord) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     observation = current_observation()
     if observation is not None:
-        fields["request_id"] = observation.trace.request_id
+        fields["request_id"] = observation.facts.request_id
         if observation.span is not None:
             fields["trace_id"] = observation.span.trace_id
     own: dict[str, Any] = getattr(record, "fields", {})

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-if TYPE_CHECKING:
-    from cv_platform.serving.log.drainer import DrainStatus
+from cv_platform.serving.telemetry.log_status import LogStatus
 
 Stage = Literal["receive", "wait", "decode", "model", "explain", "encode", "append"]
 """Of a prediction: read the body, wait for a thread, decode and resize, call the model, draw, render, make durable."""
@@ -195,7 +194,7 @@ class ServingMetrics:
         """Counts a refusal that was answered although its log entry could not be kept."""
         self._dropped.inc()
 
-    def log_is(self, status: DrainStatus) -> None:
+    def log_is(self, status: LogStatus) -> None:
         """Says what waits in the spool, and how the database is."""
         self._spool_entries.set(status.depth)
         self._spool_bytes.set(status.spool_bytes)

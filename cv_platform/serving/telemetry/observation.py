@@ -1,7 +1,7 @@
 """What is observed while a request is answered: its id for every log line, and the seconds of its stages.
 
 The observation travels in a context variable, so that neither a route nor the code below it has to hand it on; threads
-that work for a request run in a copy of its context (`ServingContext.compute`). Outside of a request nothing is noted.
+that work for a request run in a copy of its context (`Admission.compute`). Outside of a request nothing is noted.
 """
 
 from __future__ import annotations
@@ -9,23 +9,46 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
 # For names alone: the log format, which every process of the service begins with, needs this module.
 if TYPE_CHECKING:
-    from cv_platform.serving.http.problems import RequestTrace
     from cv_platform.serving.telemetry.metrics import ServingMetrics, Stage
     from cv_platform.serving.telemetry.tracing import RequestSpan
+
+
+@dataclass
+class RequestFacts:
+    """What is known of one request while it is answered.
+
+    Attributes:
+        message: of the refusal, if it is one.
+        is_logged: whether nobody else needs to log it.
+        model_version: of the model that answers.
+    """
+
+    request_id: str
+    started: float = field(default_factory=time.perf_counter)
+    created_on: datetime = field(default_factory=lambda: datetime.now(UTC))
+    message: str = ""
+    is_logged: bool = False
+    model_version: str | None = None
+    prediction_ids: list[str] = field(default_factory=list[str])
+
+    def seconds(self) -> float:
+        """Returns the seconds since the request arrived."""
+        return time.perf_counter() - self.started
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     """Where what happens in one request is noted."""
 
-    trace: RequestTrace
+    facts: RequestFacts
     metrics: ServingMetrics
     span: RequestSpan | None
 
@@ -65,7 +88,7 @@ def note_prediction(
     """Notes what a model has answered; see `ServingMetrics.predicted`."""
     observation = _current.get()
     if observation is not None:
-        observation.trace.prediction_ids.append(str(prediction_id))
+        observation.facts.prediction_ids.append(str(prediction_id))
         observation.metrics.predicted(model_name, version, classes, confidence)
 
 

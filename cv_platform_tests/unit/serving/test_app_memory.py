@@ -17,10 +17,10 @@ from starlette.types import Message
 
 from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity.limits import BATCH_UPLOADS, FORM_OVERHEAD_BYTES, ServingLimits
-from cv_platform.serving.capacity.memory import available_memory_bytes
-from cv_platform.serving.capacity.request_memory import DECODING_BYTES_PER_PIXEL, RequestMemory
-from cv_platform.serving.http.problems import Problem
+from cv_platform.serving.capacity.memory import DECODING_BYTES_PER_PIXEL, RequestMemory
+from cv_platform.serving.machine import available_memory_bytes
 from cv_platform.serving.model.runtime import LoadedModel
+from cv_platform.serving.problem import Problem
 from cv_platform.settings import Settings
 from cv_platform_tests.tiny_models import tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext, wait_until

@@ -445,7 +445,9 @@ def test_what_bentoml_cancels_is_a_time_out_unless_the_client_has_left(
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [], "query_string": b""}
-    asyncio.run(TimeoutMiddleware(ObserveRequests(hang, context=context), timeout=0.01)(scope, receive, send))
+    asyncio.run(
+        TimeoutMiddleware(ObserveRequests(hang, context=context, routes=()), timeout=0.01)(scope, receive, send)
+    )
     assert sent[0]["status"] == 504
     counted = [
         sample.labels["status"]

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from cv_platform.serving.capacity.bounded_calls import BoundedCalls
-from cv_platform.serving.http.problems import Problem
+from cv_platform.serving.problem import Problem
 
 
 def test_returns_what_the_call_returns_and_raises_what_it_raises():

@@ -15,7 +15,7 @@ from cv_platform.errors import SpoolFullError
 from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
 from cv_platform.serving.log.deletion import delete_from_spools
-from cv_platform.serving.log.drainer import Drainer, DrainStatus
+from cv_platform.serving.log.drainer import Drainer, LogStatus
 from cv_platform.serving.log.limits import LEAST_RESERVE_BYTES, LogLimits
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool
@@ -194,6 +194,6 @@ def test_a_service_without_a_database_answers_for_ever(make_context: MakeContext
 def test_metrics_of_evicted_entries_survive_a_new_drainer(make_context: MakeContext) -> None:
     context = make_context()
     for dropped in (3, 5, 2):  # The third is a new drainer's.
-        context.metrics.log_is(DrainStatus(0, None, "not configured", None, 0, 0, dropped_rows=dropped))
+        context.metrics.log_is(LogStatus(0, None, "not configured", None, 0, 0, dropped_rows=dropped))
     total = context.metrics.registry.get_sample_value("cv_log_evicted_entries_total", {"outcome": "dropped"})
     assert total == 5 + 2

@@ -15,8 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cv_platform.serving.app import create_app
-from cv_platform.serving.log.drainer import DrainStatus
 from cv_platform.serving.telemetry.exposition import KEPT_VERSIONS, render
+from cv_platform.serving.telemetry.log_status import LogStatus
 from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.unit.serving.app_fixtures import MakeContext
@@ -162,12 +162,12 @@ def test_health_and_scrapes_are_counted_by_route(client: Client):
         assert value(samples, "cv_http_requests_total", route=route, method="GET", status="200", version="") == 1
 
 
-def status(**changes: float | str | None) -> DrainStatus:
+def status(**changes: float | str | None) -> LogStatus:
     fields = {
         "depth": 0, "oldest_age_seconds": None, "database": "ok", "last_error": None, "drained_rows": 0, "rejected": 0,
         "spool_bytes": 0, **changes,
     }  # fmt: skip
-    return DrainStatus(**fields)  # type: ignore[arg-type]
+    return LogStatus(**fields)  # type: ignore[arg-type]
 
 
 def test_the_spools_figures_are_shown(metrics: ServingMetrics):
@@ -260,12 +260,12 @@ def test_a_model_without_a_known_swap_is_shown(make_context: MakeContext):
 
 WORKER = """
     import sys
-    from cv_platform.serving.log.drainer import DrainStatus
+    from cv_platform.serving.telemetry.log_status import LogStatus
     from cv_platform.serving.telemetry.exposition import render
     from cv_platform.serving.telemetry.metrics import ServingMetrics
     metrics = ServingMetrics()
     metrics.answered(route="/predict", method="POST", status=200, version="v1", seconds=0.1)
-    metrics.log_is(DrainStatus(2, 9.0, "ok", None, drained_rows=10, rejected=0))
+    metrics.log_is(LogStatus(2, 9.0, "ok", None, drained_rows=10, rejected=0))
     metrics.places_are("predictions", 1, 32)
     metrics.serves("tiny", "v1", "onnx")
     metrics.serves("tiny", "v2", "onnx")

@@ -1,8 +1,29 @@
+"""How many cores a worker takes, and that what has been freed leaves the process."""
+
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from cv_platform.serving.capacity.cores import ThreadShare, available_cores, share_cores
+from cv_platform.serving.machine import ThreadShare, available_cores, share_cores
+
+PROGRAM = """
+from pathlib import Path
+from cv_platform.serving.machine import return_large_blocks
+
+def resident_bytes():
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+return_large_blocks()
+held = []
+before = resident_bytes()
+for _ in range(8):
+    block = bytearray(b"x") * (20 * 2**20)
+    held.append(bytearray(b"x") * 2**20)  # Lies behind the block, if both come from the heap.
+    del block
+print(resident_bytes() - before)
+"""
 
 
 @pytest.mark.parametrize(
@@ -37,3 +58,9 @@ def test_without_a_quota_all_cores_of_the_process_count(tmp_path: Path, text: st
     if text is not None:
         limit.write_text(text)
     assert available_cores(limit) == available_cores(tmp_path / "missing") >= 1
+
+
+def test_large_blocks_leave_although_smaller_ones_stay() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True, timeout=60)
+    # Eight of 1 MiB are still held.
+    assert int(done.stdout) < 10 * 2**20
