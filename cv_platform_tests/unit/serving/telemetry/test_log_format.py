@@ -191,8 +191,8 @@ def test_the_text_format_shows_the_fields(configure: Configure, client: Client):
     client.get("/nowhere", headers={"X-Request-Id": "abc"})
     line = stream.getvalue().splitlines()[-1]
     expected = (
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO cv_platform\.serving\.access: GET unmatched 404 request_id=abc "
-        r"method=GET route=unmatched path=/nowhere status=404 seconds=\d.*"
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO cv_platform\.serving\.http\.access: GET unmatched 404 "
+        r"request_id=abc method=GET route=unmatched path=/nowhere status=404 seconds=\d.*"
     )
     assert re.fullmatch(expected, line)
 
