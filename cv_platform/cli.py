@@ -360,17 +360,22 @@ def _gc(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from cv_platform.serving.predict_files import show_predictions
+    from cv_platform.client import ClientError
+    from cv_platform.errors import ServiceError
+    from cv_platform.predict_files import show_predictions
 
-    failures = show_predictions(
-        Settings.from_environment(),
-        options.files,
-        url=options.url,
-        as_json=options.json,
-        explain=options.explain,
-        say=lambda line: print(line, flush=True),
-        complain=lambda line: print(line, file=sys.stderr),
-    )
+    try:
+        failures = show_predictions(
+            Settings.from_environment(),
+            options.files,
+            url=options.url,
+            as_json=options.json,
+            explain=options.explain,
+            say=lambda line: print(line, flush=True),
+            complain=lambda line: print(line, file=sys.stderr),
+        )
+    except ClientError as err:
+        raise ServiceError(str(err)) from err
     if failures:
         print(f"error: {failures} {'file has' if failures == 1 else 'files have'} no prediction.", file=sys.stderr)
     return 1 if failures else 0

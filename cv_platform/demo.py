@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 from sqlalchemy import create_engine, text
 
+from cv_platform.client.loopback import direct_transport
 from cv_platform.config import load_experiment
 from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
@@ -36,7 +37,6 @@ from cv_platform.local.graph import materialize
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.local.programs import service_command
 from cv_platform.local.supervisor import is_running
-from cv_platform.loopback import direct_transport
 from cv_platform.settings import Settings
 
 READY_SECONDS = 120.0

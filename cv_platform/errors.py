@@ -32,11 +32,10 @@
     ├── DiskSpaceError                  a large write would fill the disk, so it was not begun
     ├── BackupError                     a backup cannot be made, or must not be restored
     ├── SpoolFullError                  the request log cannot promise durability: the request is refused
-    ├── ServiceError                    a process of the local stack did not start or answer: worth trying again
-    └── RequestRefusedError             the service understood a request and refused it; `status_code` says how
+    └── ServiceError                    a process of the local stack did not start or answer: worth trying again
 
 Messages say what was expected, what was received and what to do next. Failing verdicts about data are failed asset
-checks; `VerdictError` is only for what refuses to build upon them.
+checks; `VerdictError` is only for what refuses to build upon them. The Python client has a tree of its own.
 """
 
 from __future__ import annotations
@@ -180,15 +179,3 @@ class SpoolFullError(CvPlatformError):
 
 class ServiceError(CvPlatformError):
     """A process of the local stack did not start or answer."""
-
-
-class RequestRefusedError(CvPlatformError):
-    """A running service refused a request: the request or its credentials have to change.
-
-    Attributes:
-        status_code: of the answer.
-    """
-
-    def __init__(self, message: str, *, status_code: int) -> None:
-        super().__init__(message)
-        self.status_code = status_code

@@ -25,6 +25,7 @@ COPY bentos /app/bentos
 COPY cv_platform/__init__.py cv_platform/errors.py cv_platform/config.py cv_platform/disk_space.py cv_platform/loopback.py cv_platform/settings.py \
      cv_platform/image_decoders.py cv_platform/image_files.py cv_platform/images.py cv_platform/properties.py cv_platform/predictions.py \
      cv_platform/storage.py /app/cv_platform/
+COPY cv_platform/client /app/cv_platform/client
 COPY cv_platform/database /app/cv_platform/database
 COPY cv_platform/serving /app/cv_platform/serving
 RUN /opt/venv/bin/python -m compileall -q /app/cv_platform /app/bentos

@@ -32,6 +32,7 @@ SHIPPED: tuple[str, ...] = (
     "properties.py",
     "predictions.py",
     "storage.py",
+    "client",
     "serving",
     "database",
 )

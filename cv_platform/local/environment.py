@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cv_platform.client.loopback import is_loopback
 from cv_platform.errors import ConfigError
-from cv_platform.loopback import is_loopback
 from cv_platform.maintenance.moved_home import LOCATION, settle_home, write_location
 from cv_platform.settings import Settings, process_environment
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import httpx
 
+from cv_platform.client.loopback import direct_transport
 from cv_platform.errors import ServiceError
-from cv_platform.loopback import direct_transport
 
 
 def free_port() -> int:

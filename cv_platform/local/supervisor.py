@@ -22,6 +22,7 @@ from xmlrpc.client import ServerProxy
 import httpx
 from supervisor.xmlrpc import SupervisorTransport
 
+from cv_platform.client.loopback import direct_transport
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
@@ -30,7 +31,6 @@ from cv_platform.local.environment import REPOSITORY, platform_environment, prep
 from cv_platform.local.http import is_taken, wait_for_http
 from cv_platform.local.leftovers import end_leftovers, program_mark
 from cv_platform.local.programs import Program, programs
-from cv_platform.loopback import direct_transport
 from cv_platform.settings import Settings
 
 START_SECONDS = 600.0

@@ -26,9 +26,9 @@ import httpx
 import numpy as np
 import pandas as pd
 
+from cv_platform.client.loopback import direct_transport
 from cv_platform.drift.verdict import DETECTORS
 from cv_platform.errors import ServiceError
-from cv_platform.loopback import direct_transport
 from cv_platform.properties import PROPERTY_NAMES
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
+from cv_platform.client.answers import BatchResult
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.capacity.limits import BATCH_UPLOADS
 from cv_platform.serving.http.problems import defect, shown_problem
@@ -28,7 +29,6 @@ from cv_platform.serving.http.upload_form import EXPLAIN_QUERY, UploadForm, read
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
-from cv_platform.serving.routes.api_models import BatchResult
 from cv_platform.serving.routes.examples import BATCH_DESCRIPTION, BATCH_EXAMPLE, predict_responses
 from cv_platform.serving.routes.predict import PREDICT_PATH, answer_and_log, begin
 from cv_platform.serving.telemetry.log_format import escaped

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
-
-from cv_platform.serving.routes.api_models import ProblemBody
+from pydantic import BaseModel, ConfigDict
 
 API_TITLE = "API of the image classifier"
 API_VERSION = "1"
@@ -149,8 +147,22 @@ _RETRY_AFTER = {
 }
 
 
+class ProblemBody(BaseModel):
+    """A refusal: what happened and what to do, what would have been accepted, and the request's id.
+
+    `code` tells programs apart what has the same status: `unusable_image` is the image's fault, not the request's.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    message: str
+    expected: str
+    request_id: str
+    code: str | None = None
+
+
 def responses(
-    model: type[BaseModel], ok: Mapping[str, Any], *refusals: int, description: str = "done"
+    model: type, ok: Mapping[str, Any], *refusals: int, description: str = "done"
 ) -> dict[int | str, dict[str, Any]]:
     """Returns OpenAPI's `responses` of a route: its 200 with shape and example, and the refusals it knows."""
     answers: dict[int | str, dict[str, Any]] = {
@@ -178,7 +190,7 @@ def refusal(status: int) -> dict[str, Any]:
     return answer
 
 
-def predict_responses(model: type[BaseModel], ok: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
+def predict_responses(model: type, ok: Mapping[str, Any]) -> dict[int | str, dict[str, Any]]:
     """Returns the answers of `POST /predict` and `POST /predict/batch`."""
     return responses(
         model, ok, 401, 403, 408, 413, 415, 422, 429, 503, 504, description="answered, and logged for good"

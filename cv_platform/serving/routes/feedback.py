@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from cv_platform.client.answers import DeletionResult, FeedbackResult, Passport, StoredResult
 from cv_platform.errors import DatabaseError, ImageError, StorageError
 from cv_platform.images import PREPROCESSING_VERSION, decode, preprocessing_version
 from cv_platform.predictions import LABEL_SEPARATOR, NONE_OF_THESE
@@ -24,7 +25,6 @@ from cv_platform.serving.log.passport import make_passport
 from cv_platform.serving.model.explain import BLANK, Explain, draw, is_blank, to_base64
 from cv_platform.serving.problem import Problem, client_gone
 from cv_platform.serving.routes.answer import OK, result_body
-from cv_platform.serving.routes.api_models import DeletionResult, FeedbackResult, Passport, StoredResult
 from cv_platform.serving.routes.examples import (
     DELETION_EXAMPLE,
     FEEDBACK_DESCRIPTION,

@@ -12,11 +12,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
+from cv_platform.client.answers import Health
 from cv_platform.serving.capacity.admission import HANGING_TIMEOUTS
 from cv_platform.serving.http.problems import json_response
 from cv_platform.serving.log.request_log import LogStatus
 from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
-from cv_platform.serving.routes.api_models import Health
 from cv_platform.serving.routes.examples import HEALTH_EXAMPLE, responses
 from cv_platform.serving.worker import ServingContext
 

@@ -8,11 +8,11 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
+from cv_platform.client.answers import CurrentModels, MovedPointer
 from cv_platform.errors import BundleNotFoundError
 from cv_platform.serving.http.problems import json_response
 from cv_platform.serving.model.promotion import Promoter
 from cv_platform.serving.problem import Problem
-from cv_platform.serving.routes.api_models import CurrentModels, MovedPointer
 from cv_platform.serving.routes.examples import CURRENT_EXAMPLE, POINTER_EXAMPLE, VERSION, responses
 from cv_platform.serving.worker import ServingContext
 from cv_platform.storage import VERSION_PATTERN, ProductionPointer

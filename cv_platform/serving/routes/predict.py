@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from cv_platform.client.answers import PredictionResult
 from cv_platform.serving.capacity.limits import overloaded
 from cv_platform.serving.http.problems import json_response
 from cv_platform.serving.http.refusal_log import logged_url
@@ -24,7 +25,6 @@ from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import try_later
 from cv_platform.serving.routes.answer import OK, answer_body, log_entry, predict_upload
-from cv_platform.serving.routes.api_models import PredictionResult
 from cv_platform.serving.routes.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
 from cv_platform.serving.telemetry.observation import staged
 from cv_platform.serving.worker import ServingContext

@@ -12,18 +12,8 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from cv_platform.errors import (
-    BundleNotFoundError,
-    DeploymentError,
-    ImageError,
-    ImageTooLargeError,
-    PromotionBusyError,
-    RequestRefusedError,
-    ServiceError,
-    UnsupportedImageError,
-)
+from cv_platform.client import Client, ClientError, RequestRefusedError, ServiceUnavailableError, UnusableImageError
 from cv_platform.serving.app import create_app
-from cv_platform.serving.client import Client
 from cv_platform.serving.worker import ServingContext
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
 from cv_platform_tests.unit.serving.http_client import FixedModels, flat_image, png
@@ -72,15 +62,16 @@ def test_predicts_bytes_and_files(client: Client, tmp_path: Path):
     assert client.predict(REDDISH, explain="cam").cam == [[0.519] * 4] * 4
 
 
-def test_raises_the_errors_of_the_package_with_the_services_words(client: Client, tmp_path: Path):
-    for image, kind, text in (
-        (b"", ImageError, "Expected"),
-        (b"no image", UnsupportedImageError, "Expected an image"),
-        (b"x" * 300_000, ImageTooLargeError, "at most"),
-        (tmp_path / "missing.png", ImageError, "missing.png"),
+def test_an_image_that_cannot_be_used_is_an_error_with_the_services_words(client: Client, tmp_path: Path):
+    for image, status, text in (
+        (b"", 400, "Expected"),
+        (b"no image", 415, "Expected an image"),
+        (b"x" * 300_000, 413, "at most"),
+        (tmp_path / "missing.png", None, "missing.png"),
     ):
-        with pytest.raises(kind, match=text):
+        with pytest.raises(UnusableImageError, match=text) as caught:
             client.predict(image)
+        assert caught.value.status_code == status
 
 
 def test_a_malformed_request_is_no_unusable_image(make_context: MakeContext):
@@ -113,13 +104,15 @@ def test_a_batch_has_an_answer_or_an_error_for_each_image(client: Client, tmp_pa
     assert first.result is not None
     assert first.result.predicted_class == "cat"
     assert second.result is None
-    assert isinstance(second.error, UnsupportedImageError)
+    assert isinstance(second.error, UnusableImageError)
+    assert second.error.status_code == 415
     assert third.error is None
 
 
 def test_a_batch_that_is_refused_image_by_image_is_still_a_list(client: Client):
     answers = client.predict_batch([b"no", b""])
-    assert [type(answer.error) for answer in answers] == [UnsupportedImageError, ImageError]
+    assert all(isinstance(answer.error, UnusableImageError) for answer in answers)
+    assert [answer.error and answer.error.status_code for answer in answers] == [415, 400]
 
 
 def test_a_batch_that_is_refused_as_a_whole_raises(client: Client):
@@ -152,12 +145,14 @@ def test_looks_up_says_and_deletes(client: Client, context: ServingContext):
 def test_shows_models_and_health_and_refuses_what_cannot_be_promoted(client: Client, context: ServingContext):
     assert client.models_current().workers == []
     assert client.health().status == "ready"
-    with pytest.raises(BundleNotFoundError, match="tiny"):
+    with pytest.raises(RequestRefusedError, match="tiny") as missing:
         client.update_model("tiny")
+    assert missing.value.status_code == 404
     with pytest.raises(RequestRefusedError):
         client.update_model("../tiny")
-    with pytest.raises(DeploymentError, match="nothing was deployed"):
+    with pytest.raises(RequestRefusedError, match="nothing was deployed") as first:
         client.rollback()
+    assert first.value.status_code == 409
 
 
 def test_health_of_a_worker_that_is_not_ready_is_an_answer_too(make_context: MakeContext):
@@ -219,21 +214,21 @@ def test_comes_again_when_the_service_says_and_as_the_same_statement():
 @pytest.mark.parametrize("header", [{}, {"retry_after": "soon"}, {"retry_after": "nan"}])
 def test_waits_longer_each_time_where_no_time_is_named(header: dict[str, str]):
     script = Script(*[refusal(503, **header) for _ in range(4)])
-    with script.client() as client, pytest.raises(ServiceError, match=r"refused with 503 \(request r-1\)"):
+    with script.client() as client, pytest.raises(ServiceUnavailableError, match=r"refused with 503 \(request r-1\)"):
         client.models_current()
     assert script.waited == [0.5, 1.0, 2.0]
 
 
 def test_gives_up_after_its_retries_with_the_services_words():
     script = Script(*[refusal(429, retry_after="1") for _ in range(2)])
-    with script.client(retries=1) as client, pytest.raises(ServiceError, match="refused with 429"):
+    with script.client(retries=1) as client, pytest.raises(ServiceUnavailableError, match="refused with 429"):
         client.predict(b"x")
     assert script.waited == [1.0]
 
 
 def test_does_not_wait_for_longer_than_it_was_told():
     script = Script(refusal(503, retry_after="3600"))
-    with script.client() as client, pytest.raises(ServiceError):
+    with script.client() as client, pytest.raises(ServiceUnavailableError):
         client.predict(b"x")
     assert script.waited == []
 
@@ -243,7 +238,7 @@ def test_does_not_wait_for_longer_than_it_was_told():
 )
 def test_does_not_repeat_what_the_service_may_have_done(answer: httpx.Response | Exception):
     script = Script(answer)
-    with script.client() as client, pytest.raises(ServiceError):
+    with script.client() as client, pytest.raises(ServiceUnavailableError):
         client.predict(b"x")
     assert len(script.requests) == 1
 
@@ -254,25 +249,31 @@ def test_repeats_what_never_reached_the_service():
         client.feedback(uuid4(), "a")
     assert script.waited == [0.5]
     script = Script(*[httpx.ConnectError("refused") for _ in range(4)])
-    with script.client() as client, pytest.raises(ServiceError, match="http://service"):
+    with script.client() as client, pytest.raises(ServiceUnavailableError, match="http://service"):
         client.models_current()
 
 
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        (refusal(409, retry_after="5"), PromotionBusyError),
-        (refusal(409), DeploymentError),
-        (refusal(404), BundleNotFoundError),
+        (refusal(409, retry_after="5"), ServiceUnavailableError),
+        (refusal(409), RequestRefusedError),
+        (refusal(404), RequestRefusedError),
         (refusal(403), RequestRefusedError),
-        (httpx.Response(502, text="<html>Bad Gateway</html>"), ServiceError),
-        (httpx.Response(200, text="<html>another server</html>"), ServiceError),
+        (httpx.Response(502, text="<html>Bad Gateway</html>"), ServiceUnavailableError),
+        (httpx.Response(200, text="<html>another server</html>"), ServiceUnavailableError),
+        (httpx.Response(200, text="[" * 100_000), ServiceUnavailableError),
+        (
+            httpx.Response(200, json={"service": "a", "production": {"version": 3}, "message": ""}),
+            ServiceUnavailableError,
+        ),
     ],
 )
-def test_each_refusal_of_an_update_is_the_error_of_its_kind(answer: httpx.Response, kind: type[Exception]):
+def test_each_refusal_of_an_update_is_the_error_of_its_kind(answer: httpx.Response, kind: type[ClientError]):
     with Script(answer).client() as client, pytest.raises(kind) as caught:
         client.update_model("tiny", "20260101T000000Z-0000000a")
     assert type(caught.value) is kind
+    assert caught.value.status_code == answer.status_code
 
 
 def test_a_refused_image_that_is_sent_again_leaves_one_row_for_each_attempt(make_context: MakeContext):

@@ -1,4 +1,4 @@
-"""The shapes of the service's JSON: what /openapi.json documents and what the client reads.
+"""The shapes of the service's JSON: what the client reads, and what /openapi.json documents.
 
 The routes build their answers as plain dicts (`answer.result_body` and its kin), which costs nothing per request; that
 they have these shapes is held by the contract test. What may be null may be missing too: FastAPI leaves null out of the
@@ -7,20 +7,17 @@ document's examples, which have to fit their own shapes. https://fastapi.tiangol
 
 from __future__ import annotations
 
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import datetime
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+_T = TypeVar("_T")
 
 
-class _Shape(BaseModel):
-    """Fields may be added by later versions of the service, so others than these are no mistake."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-
-class PredictionResult(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class PredictionResult:
     """One answered image.
 
     Attributes:
@@ -46,6 +43,7 @@ class PredictionResult(_Shape):
     message: str
 
 
+@dataclass(frozen=True, kw_only=True)
 class StoredResult(PredictionResult):
     """A prediction that was looked up: the picture of its image comes with it, where the image was kept."""
 
@@ -53,6 +51,7 @@ class StoredResult(PredictionResult):
     created_on: datetime
 
 
+@dataclass(frozen=True, kw_only=True)
 class BatchPrediction(PredictionResult):
     """An answered image of a batch."""
 
@@ -60,16 +59,18 @@ class BatchPrediction(PredictionResult):
     status_code: Literal[200]
 
 
-class BatchFailure(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class BatchFailure:
     """An image of a batch that has no answer, and why; the status is the one that POST /predict would have had."""
 
     filename: str
-    status_code: int = Field(ge=400, le=599)
+    status_code: int
     message: str
     expected: str
 
 
-class BatchResult(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class BatchResult:
     """A batch: one item for each file, in the order of the files."""
 
     results: list[BatchPrediction | BatchFailure]
@@ -77,21 +78,8 @@ class BatchResult(_Shape):
     failed: int
 
 
-class ProblemBody(BaseModel):
-    """A refusal: what happened and what to do, what would have been accepted, and the request's id.
-
-    `code` tells programs apart what has the same status: `unusable_image` is the image's fault, not the request's.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    message: str
-    expected: str
-    request_id: str
-    code: str | None = None
-
-
-class FeedbackResult(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class FeedbackResult:
     """What was said of a prediction, and kept; `true_class` is null where the image shows none of the classes."""
 
     prediction_id: UUID
@@ -101,14 +89,16 @@ class FeedbackResult(_Shape):
     message: str
 
 
-class DeletionResult(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class DeletionResult:
     """A prediction that is gone."""
 
     prediction_id: UUID
     message: str
 
 
-class Passport(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class Passport:
     """Where a prediction comes from; `model` is null, and the next two are missing, where its metadata are gone."""
 
     prediction: dict[str, Any]
@@ -118,7 +108,8 @@ class Passport(_Shape):
     message: str
 
 
-class Production(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class Production:
     """The production pointer."""
 
     model_name: str
@@ -129,7 +120,8 @@ class Production(_Shape):
     experiment: str | None = None
 
 
-class MovedPointer(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class MovedPointer:
     """The production pointer after it was moved."""
 
     service: str
@@ -137,7 +129,8 @@ class MovedPointer(_Shape):
     message: str
 
 
-class WorkerState(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class WorkerState:
     """What a worker last said of itself, and whether it is seen to go on saying so."""
 
     worker_id: str
@@ -149,7 +142,8 @@ class WorkerState(_Shape):
     is_current: bool
 
 
-class CurrentModels(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class CurrentModels:
     """The production pointer, and what each worker runs."""
 
     service: str
@@ -157,7 +151,8 @@ class CurrentModels(_Shape):
     workers: list[WorkerState]
 
 
-class SpoolState(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class SpoolState:
     """What waits for the database; null before the start."""
 
     entries: int | None = None
@@ -166,14 +161,16 @@ class SpoolState(_Shape):
     as_of_seconds: float
 
 
-class DatabaseState(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class DatabaseState:
     """The request log's database."""
 
     state: str | None = None
     error: str | None = None
 
 
-class Health(_Shape):
+@dataclass(frozen=True, kw_only=True)
+class Health:
     """Whether this worker can answer predictions, and why not."""
 
     status: Literal["ready", "not ready", "busy"]
@@ -187,3 +184,39 @@ class Health(_Shape):
     max_upload_pixels: int
     max_batch_files: int
     message: str
+
+
+def read_answer(shape: type[_T], value: object) -> _T:
+    """Returns a parsed JSON value as one of the shapes above; fields that a later service adds are left out.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    return cast(_T, _read(shape, value))
+
+
+def _read(kind: Any, value: Any) -> Any:
+    wanted, arguments = get_origin(kind) or kind, get_args(kind)
+    if wanted is Any or (wanted is Literal and value in arguments) or (type(value) is wanted and not arguments):
+        return value
+    if wanted in (Union, UnionType):  # `X | None` is either, by what X is.
+        for one in arguments:
+            try:
+                return _read(one, value)
+            except ValueError:
+                continue
+    elif wanted in (UUID, datetime) and isinstance(value, str):
+        return UUID(value) if wanted is UUID else datetime.fromisoformat(value)
+    elif wanted is float and type(value) is int:
+        return float(value)
+    elif wanted is list and isinstance(value, list):
+        return [_read(arguments[0], item) for item in cast(list[Any], value)]
+    elif wanted is dict and isinstance(value, dict):
+        return {key: _read(arguments[1], item) for key, item in cast(dict[str, Any], value).items()}
+    elif is_dataclass(wanted) and isinstance(value, dict):
+        given = cast(dict[str, Any], value)
+        required = {field.name for field in fields(wanted) if field.default is MISSING}
+        if not required - given.keys():
+            kinds = get_type_hints(wanted)
+            return cast(Any, wanted)(**{name: _read(kinds[name], given[name]) for name in kinds.keys() & given.keys()})
+    raise ValueError(f"Expected {getattr(kind, '__name__', kind)}. Received: {ascii(cast(object, value))[:100]}.")

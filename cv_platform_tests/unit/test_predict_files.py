@@ -2,12 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.errors import RequestRefusedError
-from cv_platform.serving.predict_files import FileAnswer, expand, predict_files, show_predictions
+from cv_platform.client import RequestRefusedError
+from cv_platform.predict_files import FileAnswer, expand, predict_files, show_predictions
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext
+from cv_platform_tests.unit.client.test_client import client_of
+from cv_platform_tests.unit.serving.app_fixtures import MakeContext, context, make_context
 from cv_platform_tests.unit.serving.http_client import FixedModels, brightness_model, flat_image, png
-from cv_platform_tests.unit.serving.test_client import client_of
+
+__all__ = ["context", "make_context"]
 
 
 @pytest.fixture

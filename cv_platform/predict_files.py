@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cv_platform.errors import ImageError
+from cv_platform.client import Client, ExplainChoice, UnusableImageError
+from cv_platform.client.answers import PredictionResult
 from cv_platform.image_files import SUPPORTED_FORMATS, TEXT_SUFFIXES, is_litter, seems_image
-from cv_platform.serving.client import Client, ExplainChoice
-from cv_platform.serving.routes.api_models import PredictionResult
 from cv_platform.settings import Settings
 
 LARGEST_LEFT_OUT_FRACTION = 0.1
@@ -32,7 +31,7 @@ class FileAnswer:
         """Returns the fields of `POST /predict`, or the error, with the file's path."""
         if self.result is None:
             return {"file": str(self.path), "error": self.error}
-        return {"file": str(self.path), **self.result.model_dump(mode="json")}
+        return {"file": str(self.path), **asdict(self.result), "prediction_id": str(self.result.prediction_id)}
 
     def row(self) -> tuple[str, str, str, str]:
         """Returns file, class, its probability in percent, and prediction id.
@@ -101,12 +100,12 @@ def predict_files(client: Client, files: Sequence[Path], *, explain: ExplainChoi
 
     Raises:
         RequestRefusedError: the service refuses this client, whatever the file.
-        ServiceError: the service cannot be reached, or has no time or no model.
+        ServiceUnavailableError: the service cannot be reached, or has no time or no model.
     """
     for path in files:
         try:
             yield FileAnswer(path, client.predict(path, explain=explain), None)
-        except ImageError as err:
+        except UnusableImageError as err:
             yield FileAnswer(path, None, str(err))
 
 
@@ -136,7 +135,7 @@ def show_predictions(
             what was left out of the folders.
 
     Raises:
-        RequestRefusedError, ServiceError: as `predict_files`.
+        RequestRefusedError, ServiceUnavailableError: as `predict_files`.
     """
     expanded = expand(paths)
     api_key = settings.api_keys[0].get_secret_value() if settings.api_keys else None

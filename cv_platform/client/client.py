@@ -1,4 +1,4 @@
-"""A client of the service: images in, typed results out, errors of this package with the service's own words.
+"""A client of the service: images in, typed results out, errors with the service's own words.
 
     with Client("http://127.0.0.1:4242") as client:
         result = client.predict("seven.png")
@@ -12,7 +12,7 @@ lost by a retry. A prediction is in the log twice only when the service answered
 the first entry in time and wrote it after all. Feedback carries one Idempotency-Key through all attempts, so it is kept
 once.
 
-The service itself does not import this module: httpx is not among its requirements.
+httpx is imported late: the service, which takes the shapes of its answers from this package, does without.
 """
 
 from __future__ import annotations
@@ -26,21 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 from urllib.parse import quote
 from uuid import UUID, uuid4
 
-from pydantic import BaseModel, ValidationError
-
-from cv_platform.errors import (
-    BundleNotFoundError,
-    CvPlatformError,
-    DeploymentError,
-    ImageError,
-    ImageTooLargeError,
-    PromotionBusyError,
-    RequestRefusedError,
-    ServiceError,
-    UnsupportedImageError,
-)
-from cv_platform.loopback import direct_transport
-from cv_platform.serving.routes.api_models import (
+from cv_platform.client.answers import (
     BatchFailure,
     BatchResult,
     CurrentModels,
@@ -50,7 +36,10 @@ from cv_platform.serving.routes.api_models import (
     MovedPointer,
     PredictionResult,
     StoredResult,
+    read_answer,
 )
+from cv_platform.client.errors import ClientError, RequestRefusedError, ServiceUnavailableError, UnusableImageError
+from cv_platform.client.loopback import direct_transport
 
 if TYPE_CHECKING:
     import httpx
@@ -60,7 +49,9 @@ Image = str | Path | bytes
 ExplainChoice = Literal["jpeg", "png", "cam", "none"]
 _LATER = frozenset({429, 503})
 _FIRST_WAIT_SECONDS = 0.5
-_Shape = TypeVar("_Shape", bound=BaseModel)
+_UNUSABLE_IMAGE = "unusable_image"
+"""The code by which the service says that the image, and not the request, cannot be used."""
+_Shape = TypeVar("_Shape")
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class BatchAnswer:
 
     filename: str
     result: PredictionResult | None
-    error: CvPlatformError | None
+    error: ClientError | None
 
 
 class Client:
@@ -129,9 +120,9 @@ class Client:
         """Returns the prediction of one image; it is in the service's log for good.
 
         Raises:
-            ImageError: the service cannot use the image (UnsupportedImageError, ImageTooLargeError).
+            UnusableImageError: the service cannot use the image.
             RequestRefusedError: the API key is missing or wrong.
-            ServiceError: the service cannot be reached, or had no time or no model, after all retries.
+            ServiceUnavailableError: the service cannot be reached, or had no time or no model, after all retries.
         """
         files = {"file": _part(image, 1)}
         return self._send(PredictionResult, "POST", "/predict", params={"explain": explain}, files=files)
@@ -141,7 +132,7 @@ class Client:
 
         Raises:
             RequestRefusedError: too many images at once, none, or a missing API key.
-            ServiceError: as for `predict`.
+            ServiceUnavailableError: as for `predict`.
         """
         parts = [_part(image, number) for number, image in enumerate(images, start=1)]
         files = [("files", part) for part in parts]
@@ -151,7 +142,7 @@ class Client:
             raise _error(response)
         batch = _parse(BatchResult, response)
         return [
-            BatchAnswer(name, None, _error_of(item.status_code, item.message))
+            BatchAnswer(name, None, _error_of(item.status_code, item.message, is_image=True))
             if isinstance(item, BatchFailure)
             else BatchAnswer(name, item, None)
             for (name, _), item in zip(parts, batch.results, strict=True)
@@ -177,7 +168,7 @@ class Client:
 
         Raises:
             RequestRefusedError: there is no such prediction or class, or the key came with another statement before.
-            ServiceError: as for `predict`.
+            ServiceUnavailableError: as for `predict`.
         """
         what = {"none_of_these": True} if none_of_these else {}
         if true_class is not None:
@@ -191,7 +182,7 @@ class Client:
 
         Raises:
             RequestRefusedError: there is none of that id (404).
-            ServiceError: the log cannot be asked now.
+            ServiceUnavailableError: the log cannot be asked now.
         """
         return self._send(StoredResult, "GET", f"/predictions/{_id(prediction_id)}")
 
@@ -200,7 +191,7 @@ class Client:
 
         Raises:
             RequestRefusedError: there is none of that id (404), or the token is missing or wrong (401, 403).
-            ServiceError: the log cannot be asked now.
+            ServiceUnavailableError: the log cannot be asked now.
         """
         return self._send(DeletionResult, "DELETE", f"/predictions/{_id(prediction_id)}", headers=self._admin)
 
@@ -208,7 +199,7 @@ class Client:
         """Returns what is in production, and what each worker runs.
 
         Raises:
-            ServiceError: the service or its storage cannot be reached.
+            ServiceUnavailableError: the service or its storage cannot be reached.
         """
         return self._send(CurrentModels, "GET", "/models/current")
 
@@ -216,10 +207,9 @@ class Client:
         """Puts a published version (by default the newest) into production; needs the admin token.
 
         Raises:
-            BundleNotFoundError: there is no such model or version.
-            DeploymentError: it did not pass its load test; PromotionBusyError: another update is under way.
-            RequestRefusedError: the token is missing or wrong, or that is no name.
-            ServiceError: the service or its storage cannot be reached.
+            RequestRefusedError: there is no such model or version (404), it did not pass its load test (409), or the
+                token is missing or wrong.
+            ServiceUnavailableError: another update is under way, or the service or its storage cannot be reached.
         """
         params = {"version": version} if version else {}
         path = f"/update_model/{quote(model_name, safe='')}.yaml"
@@ -229,7 +219,7 @@ class Client:
         """Puts the previous version back into production; needs the admin token.
 
         Raises:
-            DeploymentError, RequestRefusedError, ServiceError: as for `update_model`.
+            RequestRefusedError, ServiceUnavailableError: as for `update_model`.
         """
         return self._send(MovedPointer, "POST", "/rollback", headers=self._admin)
 
@@ -237,7 +227,7 @@ class Client:
         """Returns what one worker says of itself, ready or not; never retried.
 
         Raises:
-            ServiceError: there is no answer.
+            ServiceUnavailableError: there is no answer.
         """
         return _parse(Health, self._request("GET", "/health_check"))
 
@@ -245,7 +235,7 @@ class Client:
         response = self._attempt(method, path, **options)
         if response.is_success:
             return _parse(shape, response)
-        raise _error(response, is_model=path.startswith("/update_model"))
+        raise _error(response)
 
     def _attempt(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Sends a request, again while it is refused for the time being; returns the last answer."""
@@ -277,13 +267,13 @@ class Client:
                 f"Expected the service at {self._url}. Received: {err}. Start it, or correct the URL."
             ) from err
         except (httpx.HTTPError, httpx.InvalidURL) as err:
-            raise ServiceError(
+            raise ServiceUnavailableError(
                 f"Expected an answer of {self._url}. Received: {type(err).__name__} {err}. Whether it did what was "
                 "asked is not known."
             ) from err
 
 
-class _NotSentError(ServiceError):
+class _NotSentError(ServiceUnavailableError):
     """No connection: the service has seen nothing of the request."""
 
 
@@ -294,7 +284,7 @@ def _part(image: Image, number: int) -> tuple[str, bytes]:
     try:
         return path.name, path.read_bytes()
     except OSError as err:
-        raise ImageError(f"Expected an image file. Received: {path}: {err.strerror}.") from err
+        raise UnusableImageError(f"Expected an image file. Received: {path}: {err.strerror}.") from err
 
 
 def _id(prediction_id: UUID | str) -> UUID:
@@ -318,45 +308,39 @@ def _retry_after(headers: Mapping[str, str], default: float) -> float:
 def _fields(response: httpx.Response) -> dict[str, Any]:
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return cast(dict[str, Any], body) if isinstance(body, dict) else {}
 
 
 def _parse(shape: type[_Shape], response: httpx.Response) -> _Shape:
     try:
-        return shape.model_validate_json(response.content)
-    except ValidationError as err:
-        raise ServiceError(
+        return read_answer(shape, _fields(response))
+    except ValueError as err:
+        raise ServiceUnavailableError(
             f"Expected the answer of an image classifier service. Received from {response.url} with status "
-            f"{response.status_code}: {response.text[:200]!r}. Is that the service's URL?"
+            f"{response.status_code}: {response.text[:200]!r}. Is that the service's URL?",
+            status_code=response.status_code,
         ) from err
 
 
-def _error(response: httpx.Response, *, is_model: bool = False) -> CvPlatformError:
+def _error(response: httpx.Response) -> ClientError:
     fields = _fields(response)
     # BentoML's own refusals have another shape.
     text = str(fields.get("message") or fields.get("error") or response.text[:200] or "no text")
     if "request_id" in fields:
         text += f" (request {fields['request_id']})"
-    if is_model and response.status_code == 404:
-        return BundleNotFoundError(text)
-    # Neither status is an image's alone: a request may be malformed, and any body too large.
-    is_malformed = response.status_code == 400 and fields.get("code") != ImageError.code
-    if is_malformed or (response.status_code == 413 and "/predict" not in response.url.path):
-        return RequestRefusedError(text, status_code=response.status_code)
-    if response.status_code == 409:
-        return PromotionBusyError(text) if "retry-after" in response.headers else DeploymentError(text)
-    return _error_of(response.status_code, text)
+    # A malformed request has the same status as a broken image, and any body may be too large.
+    is_image = fields.get("code") == _UNUSABLE_IMAGE or (
+        response.status_code == 413 and "/predict" in response.url.path
+    )
+    if response.status_code == 409 and "retry-after" in response.headers:
+        return ServiceUnavailableError(text, status_code=409)
+    return _error_of(response.status_code, text, is_image=is_image)
 
 
-def _error_of(status: int, text: str) -> CvPlatformError:
-    if status == 400:
-        return ImageError(text)
-    if status == 413:
-        return ImageTooLargeError(text)
-    if status == 415:
-        return UnsupportedImageError(text)
+def _error_of(status: int, text: str, *, is_image: bool) -> ClientError:
     if status == 429 or status >= 500:
-        return ServiceError(f"{text} (status {status})")
-    return RequestRefusedError(text, status_code=status)
+        return ServiceUnavailableError(f"{text} (status {status})", status_code=status)
+    kind = UnusableImageError if is_image else RequestRefusedError
+    return kind(text, status_code=status)
