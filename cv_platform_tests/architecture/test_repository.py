@@ -78,9 +78,8 @@ def test_default_ports_are_those_of_the_readme() -> None:
 
 def test_only_the_settings_module_reads_the_environment() -> None:
     # To the processes that they start; they read no setting.
-    pass_it_on = {
-        f"cv_platform/local/{name}.py" for name in ("environment", "mlflow_server", "run_program", "containers/engine")
-    }
+    pass_it_on = {f"cv_platform/local/{name}.py" for name in ("environment", "mlflow_server", "run_program")}
+    pass_it_on |= {"cv_platform/containers/engine.py"}
     readers = {
         path.relative_to(REPOSITORY).as_posix()
         for path in (REPOSITORY / "cv_platform").rglob("*.py")
