@@ -34,7 +34,7 @@ MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
     "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 
-.PHONY: help setup browser demo test test-portable run up down status backup restore gc check format lock schema audit bench bench-serving soak prove-cifar
+.PHONY: help setup browser demo test test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-serving soak prove-cifar
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
@@ -94,13 +94,17 @@ restore: setup ## Make the installation what a backup holds: make restore FILE=b
 gc: setup ## List what is not needed any more; make gc APPLY=1 deletes it.
 	@$(RUN) gc $(if $(APPLY),--apply)
 
-check: setup ## ruff, pyright, import-linter, deptry, generated files.
+check: setup ## ruff, pyright, import-linter, deptry, generated files, documentation.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 	$(RUN) schema | diff configs/schema.json -
+	$(RUN) reference configuration | diff docs/reference/configuration.md -
+	$(RUN) reference commands | diff docs/reference/commands.md -
+	$(RUN) reference environment | diff .env.example -
+	$(BIN)/mkdocs build
 	$(BIN)/python -W 'ignore:Function `definitions_validate_command` is superseded:FutureWarning' \
 	  -m dagster definitions validate -w workspace.yaml
 
@@ -111,24 +115,32 @@ format: setup ## Format the code.
 schema: setup ## Write configs/schema.json anew.
 	$(RUN) schema --write configs/schema.json
 
+reference: schema ## Write configs/schema.json, .env.example and two pages of docs/reference anew.
+	$(RUN) reference configuration --write docs/reference/configuration.md
+	$(RUN) reference commands --write docs/reference/commands.md
+	$(RUN) reference environment --write .env.example
+
+docs: setup ## Build the documentation as a site, build/docs/index.html.
+	$(BIN)/mkdocs build
+
 lock: setup ## Compile requirements.lock anew (needs the network).
 	$(BIN)/uv pip compile $(LOCK_FLAGS) --group dev --extra s3 --extra docker pyproject.toml -o requirements.lock
 
 bench: setup ## Benchmarks against the original's way; each prints ratios.
 	$(BIN)/python -m benchmarks
 
-bench-serving: setup ## The service against the original's request path, its own limits and targets (~15 min).
-	$(BIN)/python -m benchmarks serving runtime
+bench-serving: setup ## The service against its targets (15 min; 36 on a slow machine): make bench-serving [SHORT=1]
+	$(BIN)/python -m benchmarks serving runtime $(if $(SHORT),--rounds 1)
 
 soak: setup ## Swaps, kills, outages, a full disk and 20,000 hostile uploads under load (≤ 10 min).
-	$(BIN)/python -m benchmarks soak
+	$(BIN)/python -m trials soak
 
 audit: setup ## Look the service's dependencies up in the database of known vulnerabilities (needs the network).
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r bentos/image_classifier/requirements.txt
 
 prove-cifar: setup ## The same graph on CIFAR images: make prove-cifar ARCHIVE=cifar10.tar.gz
 	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of CIFAR-10 images. Received: nothing."; exit 2; }
-	$(BIN)/python -m benchmarks.prove_cifar "$$ARCHIVE"
+	$(BIN)/python -m trials.prove_cifar "$$ARCHIVE"
 
 secrets: ## Write docker/.env with random passwords; what it has stays.
 	@$(STACK) secrets
@@ -165,7 +177,7 @@ stack-gc: ## List what the stack does not need any more; make stack-gc APPLY=1 d
 	@$(STACK) gc $(if $(APPLY),--apply)
 
 stack-test: setup ## Prove the stack in a project of its own (≤ 20 min after stack-build): make stack-test [PHASES=up,digits,processes] [KEEP=1]
-	$(BIN)/python -m benchmarks stack $(if $(PHASES),--phases $(PHASES)) $(if $(KEEP),--keep)
+	$(BIN)/python -m trials stack $(if $(PHASES),--phases $(PHASES)) $(if $(KEEP),--keep)
 
 stack-status: ## Show the stack's containers, and what they use.
 	@$(STACK) status

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 UPLOADS = ("photos", "digits")
-PHASES = "abcdefg"
-"""Of the soak, in their order."""
-STACK_PHASES = ("up", "digits", "predict", "monitoring", "scans", "kills", "roll", "tls", "reboot", "restore")
-"""Of the stack's proof, in their order: those that are played when none is named."""
-STACK_EXTRA_PHASES = ("processes", "containers")
-"""Also of the stack's proof, when they are named: each takes five minutes."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -30,11 +25,11 @@ class Options:
     uploads: str
     """What is sent to the servers (predict): crops of scikit-learn's photographs, or its digits, enlarged."""
     seed: int
-    """Of image order, augmentation, bootstrap and hostile uploads."""
-    scale: float
-    """Share of the soak's requests, swaps, outages and uploads; 1 is what it promises."""
-    phases: Sequence[str]
-    """Of the soak or of the stack, to play."""
-    keep: bool
-    """Whether the stack that was proven goes on running."""
+    """Of image order, augmentation and bootstrap."""
     say: Callable[[str], None]
+
+
+def default_output() -> Path:
+    """Returns where reports go when nobody says: below an installation that was named, else in `build/`."""
+    home = os.environ.get("CV_HOME")
+    return Path(home).expanduser() / "benchmarks" if home else REPOSITORY / "build" / "benchmarks"

@@ -90,10 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     command("migrate", _migrate, "bring the request log's schema up to date")
     schema = command("schema", _schema, "print the JSON schema of configs/*.yaml")
     schema.add_argument("--write", type=Path, help="write it to this file instead")
+    reference = command("reference", _reference, "print a document that is written from the code")
+    reference.add_argument("document", choices=["configuration", "environment", "commands"])
+    reference.add_argument("--write", type=Path, help="write it to this file instead")
     validate = command("validate-config", _validate_config, "check configs without running anything")
     validate.add_argument("configs", type=Path, nargs="+", help="YAML files, or folders of them")
     dataset = command("import-dataset", _import_dataset, "put a folder or archive of images under DVC, with a tag")
-    dataset.add_argument("source", type=Path, help="folder, .zip or .tar(.gz); docs/import.md has the layouts")
+    dataset.add_argument(
+        "source", type=Path, help="folder, .zip or .tar(.gz); docs/reference/import.md has the layouts"
+    )
     dataset.add_argument("--name", required=True, help="dataset.ds_name in the config")
     dataset.add_argument("--tag", required=True, help="dataset.dvc_tag in the config, such as v1.0.0")
     dataset.add_argument(
@@ -237,9 +242,22 @@ def _migrate(_: argparse.Namespace) -> int:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
-    if options.write:
-        options.write.write_text(text, encoding="utf-8")
+    return _written(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", options.write)
+
+
+def _reference(options: argparse.Namespace) -> int:
+    from cv_platform.reference import commands_page, configuration_page, environment_example
+
+    if options.document == "commands":
+        return _written(commands_page(_parser()), options.write)
+    return _written(
+        configuration_page() if options.document == "configuration" else environment_example(), options.write
+    )
+
+
+def _written(text: str, path: Path | None) -> int:
+    if path:
+        path.write_text(text, encoding="utf-8")
     else:
         print(text, end="")
     return 0

@@ -60,7 +60,10 @@ ClassName = Annotated[
 ]
 """In NFC: macOS gives accents as characters of their own, keyboards do not."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Severity = Literal["error", "warn", "off"]
+Severity = Annotated[
+    Literal["error", "warn", "off"],
+    Field(description="of the check: a violation blocks training, is shown, or is not looked for"),
+]
 
 
 def is_class_name(name: str) -> bool:
@@ -104,13 +107,15 @@ class ModelConfig(Section):
 
     model_name: ModelName = Field(description="name in the registry, in storage and in every log row")
     classes: tuple[ClassName, ...] = Field(min_length=2, description="class names in the order of the outputs")
-    classifier_type: Literal["multi-class", "multi-label"] = "multi-class"
-    input_size: InputSize
+    classifier_type: Literal["multi-class", "multi-label"] = Field(
+        default="multi-class", description="one class for each image, or any number of them"
+    )
+    input_size: InputSize = Field(description="of the images that the model sees")
     architecture: Literal["small_cnn", "resnet9s", "resnet50"] = Field(
         default="small_cnn",
         description="small_cnn is the original's network; resnet9s is better for its cost; resnet50 for photos",
     )
-    dropout: float = Field(default=0.0, ge=0.0, le=0.9)
+    dropout: float = Field(default=0.0, ge=0.0, le=0.9, description="share of the features that a step leaves out")
     weights: str | None = Field(
         default=None, description="local .keras, .weights.h5 or .h5 file to start from; nothing is ever downloaded"
     )
@@ -122,7 +127,9 @@ class ModelConfig(Section):
     threshold: float = Field(
         default=0.5, gt=0.0, lt=1.0, description="multi-label: probability from which a class is predicted"
     )
-    drift_detection: DriftDetectionConfig = DriftDetectionConfig()
+    drift_detection: DriftDetectionConfig = Field(
+        default=DriftDetectionConfig(), description="what is fitted to detect drift later"
+    )
 
     @field_validator("classes")
     @classmethod
@@ -141,8 +148,12 @@ class ModelConfig(Section):
 class DatasetConfig(Section):
     """Which version of which DVC repository, and how missing splits are taken from `train`."""
 
-    ds_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"), _AS_WRITTEN]
-    dvc_tag: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"), _AS_WRITTEN]
+    ds_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"), _AS_WRITTEN] = Field(
+        description="the repository's name, as given to `cv-platform import-dataset --name`"
+    )
+    dvc_tag: Annotated[
+        str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"), _AS_WRITTEN
+    ] = Field(description="the version, as given to `cv-platform import-dataset --tag`")
     ds_root: str | None = Field(
         default=None, description="folder of dataset repositories; by default $CV_HOME/datasets"
     )
@@ -162,7 +173,7 @@ class DatasetConfig(Section):
     test_fraction: float = Field(
         default=0.15, gt=0.0, lt=0.5, description="share of train, or of all images, that becomes a missing test split"
     )
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: int = Field(default=0, ge=0, description="of the splits that are made")
     max_image_pixels: int = Field(
         default=250_000_000,
         ge=64,
@@ -196,7 +207,7 @@ class ValidateConfig(Section):
     train_test_leakage: Severity = "error"
     max_conflicting_fraction: Fraction = Field(default=0.0, description="identical images with different labels")
     conflicting_labels: Severity = "error"
-    max_duplicate_fraction: Fraction = 0.05
+    max_duplicate_fraction: Fraction = Field(default=0.05, description="images that are in the dataset more than once")
     duplicates: Severity = "warn"
     max_label_drift: Fraction = Field(default=0.2, description="Cramér's V between the labels of train and test")
     label_drift: Severity = "warn"
@@ -219,8 +230,8 @@ class MlflowConfig(Section):
     exp_name: Text | None = Field(
         default=None, min_length=1, description="MLflow experiment; by default the experiment's name"
     )
-    exp_desc: str = ""
-    exp_tags: dict[Text, Text] = Field(default_factory=dict)
+    exp_desc: str = Field(default="", description="description of the runs")
+    exp_tags: dict[Text, Text] = Field(default_factory=dict, description="tags of the runs")
 
 
 class AugmentConfig(Section):
@@ -229,8 +240,8 @@ class AugmentConfig(Section):
     sometimes: Fraction = Field(default=0.8, description="share of images that are augmented at all")
     flip_horizontal: Fraction = Field(default=0.0, description="probability")
     flip_vertical: Fraction = Field(default=0.0, description="probability")
-    rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0)
-    shear_degrees: float = Field(default=0.0, ge=0.0, le=45.0)
+    rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0, description="between −x and +x")
+    shear_degrees: float = Field(default=0.0, ge=0.0, le=45.0, description="between −x and +x")
     scale_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="zoom between 1−x and 1+x")
     translate_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="shift, as a share of the side")
     brightness_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="multiply by 1−x to 1+x")
@@ -244,15 +255,17 @@ class AugmentConfig(Section):
 class TrainConfig(Section):
     """The recipe of one training."""
 
-    epochs: int = Field(default=10, ge=1, le=10_000)
-    batch_size: int = Field(default=64, ge=1, le=8192)
+    epochs: int = Field(default=10, ge=1, le=10_000, description="passes over the train split")
+    batch_size: int = Field(default=64, ge=1, le=8192, description="images of one step")
     init_lr: float = Field(default=1e-3, gt=0.0, le=10.0, description="peak learning rate")
     optimizer: Literal["adam", "sgd"] = Field(default="adam", description="sgd uses Nesterov momentum 0.9")
-    schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
+    schedule: Literal["constant", "cosine", "one_cycle"] = Field(
+        default="cosine", description="of the learning rate over the steps"
+    )
     warmup_fraction: float = Field(
         default=0.2, ge=0.0, lt=1.0, description="one_cycle: share of the steps that warm up"
     )
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5, description="share of a label given to the others")
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="L2 penalty on kernels")
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="epochs without a better validation loss"
@@ -260,12 +273,12 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="float32", description="auto takes bfloat16 where the CPU has it; weights stay float32"
     )
-    seed: int = Field(default=42, ge=0, le=2**31 - 1)
+    seed: int = Field(default=42, ge=0, le=2**31 - 1, description="of weights, order and augmentation")
     temperature_scaling: bool = Field(
         default=True, description="divide the logits by a temperature fitted on the valid split, for honest confidences"
     )
-    augment: AugmentConfig = AugmentConfig()
-    mlflow: MlflowConfig = MlflowConfig()
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes of the training images")
+    mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the training's runs go")
 
 
 class EvaluateConfig(Section):
@@ -274,12 +287,12 @@ class EvaluateConfig(Section):
     min_accuracy: Fraction = Field(
         default=0.0, description="multi-class: accuracy; multi-label: mean of per-class accuracies"
     )
-    min_macro_f1: Fraction = 0.0
+    min_macro_f1: Fraction = Field(default=0.0, description="mean of the classes' F1")
     max_regression: Fraction = Field(
         default=1.0, description="accuracy that may be lost against the production model; 1: any"
     )
     worst_errors: int = Field(default=16, ge=0, le=100, description="images shown with the most confident mistakes")
-    mlflow: MlflowConfig = MlflowConfig()
+    mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the evaluation's runs go")
 
 
 class DeployConfig(Section):
@@ -298,7 +311,12 @@ class DeployConfig(Section):
     golden_images: int = Field(
         default=8, ge=1, le=64, description="test images of all classes, kept in the bundle for its self-test"
     )
-    confirm_timeout_seconds: float = Field(default=60.0, gt=0.0, le=3600.0)
+    confirm_timeout_seconds: float = Field(
+        default=60.0,
+        gt=0.0,
+        le=3600.0,
+        description="until every running worker has taken the model up; else it goes back",
+    )
 
 
 class MonitorConfig(Section):
@@ -321,13 +339,13 @@ class MonitorConfig(Section):
         default=None, description="ISO 8601 with zone: start (inclusive) instead of the default"
     )
     window_end_utc: str | None = Field(default=None, description="ISO 8601 with zone: end (exclusive) instead of now")
-    permutations: int = Field(default=499, ge=99, le=9999)
+    permutations: int = Field(default=499, ge=99, le=9999, description="of each kernel test")
     max_reference_rows: int = Field(
         default=2000, ge=100, description="seeded subsample of the reference in kernel tests"
     )
     schedule_cron: str = Field(default="0 6 * * 1", description="when the report runs (UTC)")
     new_rows_trigger: int = Field(default=1000, ge=1, description="new requests that make the sensor run a report")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of subsamples and permutations")
 
     @field_validator("window_start_utc", "window_end_utc")
     @classmethod
@@ -343,25 +361,27 @@ class MonitorConfig(Section):
 class AlertsConfig(Section):
     """What is worth a message. The addresses (apprise URLs) hold secrets and come from `CV_ALERT_URLS`."""
 
-    on_drift: bool = True
-    on_run_failure: bool = True
+    on_drift: bool = Field(default=True, description="a report whose verdict is drift")
+    on_run_failure: bool = Field(default=True, description="a Dagster run that failed")
 
 
 class ExperimentConfig(Section):
     """One experiment: one file in `configs/`, one branch of the asset graph."""
 
-    name: ExperimentName
-    description: str = ""
+    name: ExperimentName = Field(description="of the experiment: its group in Dagster, its folder of records")
+    description: str = Field(default="", description="shown in Dagster")
     owners: tuple[str, ...] = Field(default=("team:computer-vision",), description="e-mail addresses, or team:NAME")
-    model: ModelConfig
-    dataset: DatasetConfig
+    model: ModelConfig = Field(description="the network")
+    dataset: DatasetConfig = Field(description="the images")
     # Called `validate` in YAML, dumps and schema; pydantic keeps that attribute for a deprecated method of its own.
-    validation: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    deploy: DeployConfig = DeployConfig()
-    monitor: MonitorConfig = MonitorConfig()
-    alerts: AlertsConfig = AlertsConfig()
+    validation: ValidateConfig = Field(
+        default=ValidateConfig(), alias="validate", description="limits of the dataset's checks"
+    )
+    train: TrainConfig = Field(default=TrainConfig(), description="the recipe")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="the gate")
+    deploy: DeployConfig = Field(default=DeployConfig(), description="the service")
+    monitor: MonitorConfig = Field(default=MonitorConfig(), description="the drift report")
+    alerts: AlertsConfig = Field(default=AlertsConfig(), description="what is worth a message")
 
     def fingerprint(self, *sections: str) -> str:
         """Returns 12 hex digits over `sections`, named as in YAML (all, when none is): code versions carry it.

@@ -1,7 +1,7 @@
 """Where an installation keeps its state and what its service allows, read from environment variables (`Settings`).
 
 This module is the only reader of the environment and the only place where a default of it is written down; experiments
-are `config`'s part.
+are `config`'s part. `reference` writes `.env.example` and a page of the documentation from the fields.
 """
 
 from __future__ import annotations
@@ -9,118 +9,272 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from cv_platform.errors import ConfigError
 from cv_platform.loopback import past_proxies
 
 
+def checkout() -> Path:
+    """Returns the repository that this code lies in, wherever a command is typed; without one, where that is."""
+    folder = Path(__file__).resolve().parents[1]
+    return folder if (folder / "workspace.yaml").is_file() else Path.cwd()
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _split(value: object) -> object:
+    """Takes text with commas for the parts between them."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _never_for_zero(value: object) -> object:
+    return None if str(value).strip() == "0" else value
+
+
+def _address(uri: str) -> str | None:
+    """Returns a web address without the name and password in it; None for what is no web address."""
+    parts = urlsplit(uri)
+    if parts.scheme not in {"http", "https"}:
+        return None
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+Folder = Annotated[Path, AfterValidator(_absolute)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Days = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_never_for_zero)]
+Listed = BeforeValidator(_split)
+
+
 class Settings(BaseModel):
-    """Where this installation keeps its state; read once from the environment by `Settings.from_environment`."""
+    """Where this installation keeps its state; read once from the environment by `Settings.from_environment`.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    The alias of a field is its variable; a variable that is set to nothing counts as not set.
+    """
 
-    home: Path = Field(description="CV_HOME: everything embedded lives here; by default .cv_platform in the checkout")
-    dagster_home: Path = Field(description="DAGSTER_HOME: Dagster's instance; by default below CV_HOME")
-    configs: Path = Field(description="CV_CONFIGS: one YAML or a folder of them")
-    storage_url: str = Field(description="CV_STORAGE: central storage, a folder or s3://bucket/prefix")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+    home: Folder = Field(
+        validation_alias="CV_HOME",
+        default_factory=lambda: checkout() / ".cv_platform",
+        examples=["/srv/cv_platform"],
+        description="Everything embedded lives here; deleting it resets the installation. By default `.cv_platform` in "
+        "the checkout, wherever a command is typed.",
+    )
+    configs: Folder = Field(
+        validation_alias="CV_CONFIGS",
+        default_factory=lambda: checkout() / "configs",
+        examples=["/srv/configs"],
+        description="One YAML, or a folder of them. By default `configs` in the checkout.",
+    )
+    storage_url: str = Field(
+        validation_alias="CV_STORAGE",
+        default_factory=lambda data: str(data["home"] / "storage"),
+        examples=["s3://bucket/prefix"],
+        description="Central storage: a folder, or `s3://bucket/prefix` (extra `s3`). By default `$CV_HOME/storage`.",
+    )
+    dagster_home: Folder = Field(
+        validation_alias="DAGSTER_HOME",
+        default_factory=lambda data: data["home"] / "dagster",
+        description="Dagster's instance. By default `$CV_HOME/dagster`.",
+    )
     database_url: SecretStr | None = Field(
-        default=None, description="DATABASE_URL: request log; none: embedded PostgreSQL"
-    )
-    mlflow_tracking_uri: str = Field(description="MLFLOW_TRACKING_URI; by default SQLite below CV_HOME")
-    mlflow_public_url: str | None = Field(
         default=None,
-        pattern=r"^https?://",
-        description="MLFLOW_PUBLIC_URL: where people open MLflow; by default MLFLOW_TRACKING_URI if that is an address",
+        validation_alias="DATABASE_URL",
+        examples=["postgresql://user:password@host:5432/request_log"],
+        description="PostgreSQL of the request log. Without it, an embedded one.",
     )
-    revision: str | None = Field(
-        default=None, description="CV_REVISION: the code's commit where there is no repository; images have it"
+    mlflow_tracking_uri: str = Field(
+        validation_alias="MLFLOW_TRACKING_URI",
+        default_factory=lambda data: f"sqlite:///{data['home'] / 'mlflow' / 'mlflow.db'}",
+        examples=["http://mlflow:5050"],
+        description="MLflow's server. By default SQLite below `CV_HOME`.",
+    )
+    mlflow_public_url: str | None = Field(
+        validation_alias="MLFLOW_PUBLIC_URL",
+        default_factory=lambda data: _address(data["mlflow_tracking_uri"]),
+        pattern=r"^https?://",
+        examples=["https://vision.example.org:5050"],
+        description="Where links to MLflow lead, as people open it. By default the server's address, or the MLflow of "
+        "`make up`.",
     )
     evidently_url: str | None = Field(
-        default=None, description="EVIDENTLY_URL: Evidently server; none: a workspace folder"
+        default=None,
+        validation_alias="EVIDENTLY_URL",
+        examples=["http://evidently:8000"],
+        description="Evidently's server. Without it, a folder below `CV_HOME`.",
     )
-    admin_token: SecretStr | None = Field(default=None, description="CV_ADMIN_TOKEN: opens the service's admin routes")
-    api_keys: tuple[SecretStr, ...] = Field(
-        default=(), description="CV_API_KEYS: comma-separated; closes /predict to others"
+    revision: str | None = Field(
+        default=None,
+        validation_alias="CV_REVISION",
+        description="The code's commit where there is no git repository; images have it.",
     )
-    alert_urls: tuple[SecretStr, ...] = Field(default=(), description="CV_ALERT_URLS: apprise URLs, comma-separated")
-    service_workers: int = Field(default=2, ge=1, le=64, description="CV_SERVICE_WORKERS")
+    admin_token: SecretStr | None = Field(
+        default=None,
+        validation_alias="CV_ADMIN_TOKEN",
+        description="Opens `PUT /update_model`, `POST /rollback` and `DELETE /predictions/{id}`, which are closed "
+        "without it.",
+    )
+    api_keys: Annotated[tuple[SecretStr, ...], Listed] = Field(
+        default=(),
+        validation_alias="CV_API_KEYS",
+        description="Comma-separated. Close predictions and feedback to requests without one of them in the header "
+        "`X-API-Key`.",
+    )
+    alert_urls: Annotated[tuple[SecretStr, ...], Listed] = Field(
+        default=(),
+        validation_alias="CV_ALERT_URLS",
+        description="Where alerts go: [apprise](https://github.com/caronc/apprise) URLs, comma-separated.",
+    )
     service_name: str = Field(
-        default="image_classifier", description="CV_SERVICE: whose production pointer the service follows"
+        default="image_classifier",
+        validation_alias="CV_SERVICE",
+        description="Whose production pointer the service follows.",
     )
-    service_port: int = Field(default=4242, ge=1, le=65535, description="CV_SERVICE_PORT")
-    dagster_port: int = Field(default=3001, ge=1, le=65535, description="CV_DAGSTER_PORT")
-    mlflow_port: int = Field(default=5050, ge=1, le=65535, description="CV_MLFLOW_PORT")
-    evidently_port: int = Field(default=8000, ge=1, le=65535, description="CV_EVIDENTLY_PORT")
-    postgres_port: int | None = Field(
-        default=None, ge=1, le=65535, description="CV_POSTGRES_PORT; none: a free port, kept"
+    service_workers: int = Field(
+        default=2, ge=1, le=64, validation_alias="CV_SERVICE_WORKERS", description="Processes of the service."
     )
-    max_upload_bytes: int = Field(default=10_000_000, ge=1024, description="CV_MAX_UPLOAD_BYTES")
-    max_upload_pixels: int = Field(default=40_000_000, ge=64, description="CV_MAX_UPLOAD_PIXELS")
+    service_port: Port = Field(default=4242, validation_alias="CV_SERVICE_PORT", description="Of the service.")
+    dagster_port: Port = Field(default=3001, validation_alias="CV_DAGSTER_PORT", description="Of Dagster's pages.")
+    mlflow_port: Port = Field(default=5050, validation_alias="CV_MLFLOW_PORT", description="Of MLflow.")
+    evidently_port: Port = Field(default=8000, validation_alias="CV_EVIDENTLY_PORT", description="Of Evidently.")
+    postgres_port: Port | None = Field(
+        default=None,
+        validation_alias="CV_POSTGRES_PORT",
+        description="Of the embedded PostgreSQL. By default a free one, which is remembered.",
+    )
+    max_upload_bytes: int = Field(
+        default=10_000_000, ge=1024, validation_alias="CV_MAX_UPLOAD_BYTES", description="Of one image; more get 413."
+    )
+    max_upload_pixels: int = Field(
+        default=40_000_000,
+        ge=64,
+        validation_alias="CV_MAX_UPLOAD_PIXELS",
+        description="Height × width of one image; more get 413, before decoding.",
+    )
     request_memory_bytes: int | None = Field(
         default=None,
         ge=2**24,
-        description="CV_REQUEST_MEMORY_BYTES of a worker's uploads and decoded images; none: from the memory there is",
+        validation_alias="CV_REQUEST_MEMORY_BYTES",
+        description="What a worker's uploads and decoded images take together; more get 429. By default 5/8 of the "
+        "memory, divided by the workers.",
     )
-    max_batch_files: int = Field(default=32, ge=1, le=256, description="CV_MAX_BATCH_FILES: of one POST /predict/batch")
+    max_batch_files: int = Field(
+        default=32, ge=1, le=256, validation_alias="CV_MAX_BATCH_FILES", description="Of one `POST /predict/batch`."
+    )
     predict_threads: int | None = Field(
-        default=None, ge=1, le=256, description="CV_PREDICT_THREADS of each worker; none: the cores' share"
+        default=None,
+        ge=1,
+        le=256,
+        validation_alias="CV_PREDICT_THREADS",
+        description="Predictions that a worker computes at the same time. By default the cores' share.",
     )
     predict_timeout_seconds: float = Field(
-        default=30.0, gt=0.0, le=600.0, description="CV_PREDICT_TIMEOUT_SECONDS: then 504"
+        default=30.0,
+        gt=0.0,
+        le=600.0,
+        validation_alias="CV_PREDICT_TIMEOUT_SECONDS",
+        description="Longest time of one prediction; then 504.",
     )
     max_in_flight: int | None = Field(
-        default=None, ge=1, le=10_000, description="CV_MAX_IN_FLIGHT: predictions a worker takes; more get 429"
+        default=None,
+        ge=1,
+        le=10_000,
+        validation_alias="CV_MAX_IN_FLIGHT",
+        description="Predictions that a worker takes on; more get 429. By default 16 for each thread and one batch.",
     )
     rate_limit_per_minute: int | None = Field(
-        default=None, ge=1, description="CV_RATE_LIMIT_PER_MINUTE: images of each API key; none: no limit"
+        default=None,
+        ge=1,
+        validation_alias="CV_RATE_LIMIT_PER_MINUTE",
+        description="Images per minute of each API key; more get 429. By default there is no limit.",
     )
-    allowed_hosts: tuple[str, ...] = Field(
-        default=(), description="CV_ALLOWED_HOSTS: comma-separated Host headers that are answered; none: any"
+    allowed_hosts: Annotated[tuple[str, ...], Listed] = Field(
+        default=(),
+        validation_alias="CV_ALLOWED_HOSTS",
+        description="Comma-separated `Host` headers that are answered. By default any.",
     )
-    cors_origins: tuple[str, ...] = Field(
-        default=(), description="CV_CORS_ORIGINS: comma-separated origins whose pages may call; none: only its own page"
+    cors_origins: Annotated[tuple[str, ...], Listed] = Field(
+        default=(),
+        validation_alias="CV_CORS_ORIGINS",
+        examples=["https://app.example.org"],
+        description="Comma-separated origins whose pages may call the service. By default only its own page.",
     )
     log_images: Literal["all", "sampled", "none"] = Field(
-        default="all", description="CV_LOG_IMAGES: which uploads are stored; sampled: one in ten, chosen by its content"
+        default="all",
+        validation_alias="CV_LOG_IMAGES",
+        description="Which uploads are stored; sampled: one in ten, chosen by its content.",
     )
-    log_retention_days: int | None = Field(
-        default=365, ge=1, description="CV_LOG_RETENTION_DAYS: older rows of the request log are deleted; 0: never"
+    log_retention_days: Days = Field(
+        default=365,
+        validation_alias="CV_LOG_RETENTION_DAYS",
+        description="Older rows of the request log are deleted (0: never).",
     )
-    image_retention_days: int | None = Field(
-        default=90, ge=1, description="CV_IMAGE_RETENTION_DAYS: older stored uploads are deleted; 0: never"
+    image_retention_days: Days = Field(
+        default=90,
+        validation_alias="CV_IMAGE_RETENTION_DAYS",
+        description="Older stored uploads are deleted (0: never).",
     )
     gc_keep_days: int = Field(
-        default=30, ge=0, description="CV_GC_KEEP_DAYS: `cv-platform gc` deletes nothing that is younger"
+        default=30,
+        ge=0,
+        validation_alias="CV_GC_KEEP_DAYS",
+        description="`cv-platform gc` deletes nothing that is younger.",
     )
     gc_keep_versions: int = Field(
-        default=3, ge=1, description="CV_GC_KEEP_VERSIONS: newest versions of each model that `gc` keeps anyway"
+        default=3,
+        ge=1,
+        validation_alias="CV_GC_KEEP_VERSIONS",
+        description="Newest versions of each model that `cv-platform gc` keeps anyway.",
     )
     mlflow_artifacts: Path | None = Field(
         default=None,
-        description="CV_MLFLOW_ARTIFACTS: folder of an MLflow server's artifacts, for `gc`; none: it leaves them alone",
+        validation_alias="CV_MLFLOW_ARTIFACTS",
+        description="Where an MLflow server's artifacts lie on this machine, for `cv-platform gc`. Without it, they "
+        "are left alone.",
     )
     spare_disk_bytes: int = Field(
         default=256 * 2**20,
         ge=0,
-        description="CV_SPARE_DISK_BYTES: left free by every large write, and by the log's spool (at least 32 MiB)",
+        validation_alias="CV_SPARE_DISK_BYTES",
+        description="Left free by large writes, which refuse to start otherwise, and by the request log (at least "
+        "32 MiB).",
     )
     spool_max_bytes: int = Field(
         default=10_000_000_000,
         ge=1_000_000,
-        description="CV_SPOOL_MAX_BYTES: of each worker's log entries that wait for the database; then 503",
+        validation_alias="CV_SPOOL_MAX_BYTES",
+        description="Log entries of each worker that wait for the database; beyond, 503, or see `CV_SPOOL_ARCHIVE`.",
     )
     spool_archive: Path | None = Field(
         default=None,
-        description="CV_SPOOL_ARCHIVE: folder for a full spool's oldest entries where there is no database; "
-        "none: they are dropped",
+        validation_alias="CV_SPOOL_ARCHIVE",
+        description="Where there is no database: folder for the oldest entries of a full spool. Without it, they are "
+        "dropped.",
     )
-    log_format: Literal["text", "json"] = Field(default="json", description="CV_LOG_FORMAT of the service's log")
+    log_format: Literal["text", "json"] = Field(
+        default="json", validation_alias="CV_LOG_FORMAT", description="Of the service's log."
+    )
     otlp_endpoint: str | None = Field(
-        default=None, description="OTEL_EXPORTER_OTLP_ENDPOINT: where traces go; none: no traces"
+        default=None,
+        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        examples=["http://collector:4318"],
+        description="Where OpenTelemetry traces are sent. By default nowhere.",
     )
 
     @field_validator("spool_archive")
@@ -172,25 +326,6 @@ class Settings(BaseModel):
             ConfigError: a variable has a wrong value, or a secret is a placeholder; all of them are named.
         """
         env = os.environ if environ is None else environ
-        home = Path(env.get("CV_HOME") or checkout() / ".cv_platform").expanduser().absolute()
-        values: dict[str, Any] = {
-            "home": home,
-            "dagster_home": Path(env.get("DAGSTER_HOME") or home / "dagster").expanduser().absolute(),
-            "configs": Path(env.get("CV_CONFIGS") or checkout() / "configs").expanduser().absolute(),
-            "storage_url": env.get("CV_STORAGE") or str(home / "storage"),
-            "mlflow_tracking_uri": env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}",
-            "mlflow_public_url": env.get("MLFLOW_PUBLIC_URL") or _address(env.get("MLFLOW_TRACKING_URI", "")),
-            "api_keys": tuple(part.strip() for part in env.get("CV_API_KEYS", "").split(",") if part.strip()),
-            "allowed_hosts": tuple(part.strip() for part in env.get("CV_ALLOWED_HOSTS", "").split(",") if part.strip()),
-            "cors_origins": tuple(part.strip() for part in env.get("CV_CORS_ORIGINS", "").split(",") if part.strip()),
-            "alert_urls": tuple(part.strip() for part in env.get("CV_ALERT_URLS", "").split(",") if part.strip()),
-        }
-        for field, variable in _PLAIN_VARIABLES.items():
-            if env.get(variable):
-                values[field] = env[variable]
-        for field in ("log_retention_days", "image_retention_days"):
-            if str(values.get(field, "")).strip() == "0":
-                values[field] = None
         placeholders = [
             variable
             for variable in ("DATABASE_URL", "CV_ADMIN_TOKEN", "CV_API_KEYS")
@@ -202,28 +337,18 @@ class Settings(BaseModel):
                 'Write a random value, as from: python -c "import secrets; print(secrets.token_urlsafe(32))"'
             )
         try:
-            return cls(**values)
+            return cls.model_validate({name: env[name] for name in cls.variables().values() if env.get(name)})
         except ValidationError as err:
-            variables = {
-                **_PLAIN_VARIABLES,
-                "mlflow_public_url": "MLFLOW_PUBLIC_URL",
-                "home": "CV_HOME",
-                "configs": "CV_CONFIGS",
-                "storage_url": "CV_STORAGE",
-                "cors_origins": "CV_CORS_ORIGINS",
-            }
             lines = [
-                f"  {variables.get(str(e['loc'][0]), str(e['loc'][0]))}: {e['msg'].removeprefix('Value error, ')}. "
-                f"Received: {e['input']!r}"
+                f"  {e['loc'][0]}: {e['msg'].removeprefix('Value error, ')}. Received: {e['input']!r}"
                 for e in err.errors()
             ]
             raise ConfigError("The environment is wrong:\n" + "\n".join(lines)) from err
 
-
-def checkout() -> Path:
-    """Returns the repository that this code lies in, wherever a command is typed; without one, where that is."""
-    folder = Path(__file__).resolve().parents[1]
-    return folder if (folder / "workspace.yaml").is_file() else Path.cwd()
+    @classmethod
+    def variables(cls) -> dict[str, str]:
+        """Returns the variable of each field."""
+        return {name: str(field.validation_alias) for name, field in cls.model_fields.items()}
 
 
 def overlooked_home() -> Path | None:
@@ -236,46 +361,6 @@ def overlooked_home() -> Path | None:
     return here if not is_used and (here / "FORMAT_VERSION").is_file() else None
 
 
-def _address(uri: str) -> str | None:
-    """Returns a web address without the name and password in it; None for what is no web address."""
-    parts = urlsplit(uri)
-    if parts.scheme not in {"http", "https"}:
-        return None
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-_PLAIN_VARIABLES = {
-    "revision": "CV_REVISION",
-    "database_url": "DATABASE_URL",
-    "evidently_url": "EVIDENTLY_URL",
-    "admin_token": "CV_ADMIN_TOKEN",
-    "service_workers": "CV_SERVICE_WORKERS",
-    "service_name": "CV_SERVICE",
-    "service_port": "CV_SERVICE_PORT",
-    "dagster_port": "CV_DAGSTER_PORT",
-    "mlflow_port": "CV_MLFLOW_PORT",
-    "evidently_port": "CV_EVIDENTLY_PORT",
-    "postgres_port": "CV_POSTGRES_PORT",
-    "max_upload_bytes": "CV_MAX_UPLOAD_BYTES",
-    "max_upload_pixels": "CV_MAX_UPLOAD_PIXELS",
-    "request_memory_bytes": "CV_REQUEST_MEMORY_BYTES",
-    "max_batch_files": "CV_MAX_BATCH_FILES",
-    "predict_threads": "CV_PREDICT_THREADS",
-    "predict_timeout_seconds": "CV_PREDICT_TIMEOUT_SECONDS",
-    "max_in_flight": "CV_MAX_IN_FLIGHT",
-    "rate_limit_per_minute": "CV_RATE_LIMIT_PER_MINUTE",
-    "log_images": "CV_LOG_IMAGES",
-    "log_retention_days": "CV_LOG_RETENTION_DAYS",
-    "image_retention_days": "CV_IMAGE_RETENTION_DAYS",
-    "gc_keep_days": "CV_GC_KEEP_DAYS",
-    "gc_keep_versions": "CV_GC_KEEP_VERSIONS",
-    "mlflow_artifacts": "CV_MLFLOW_ARTIFACTS",
-    "spare_disk_bytes": "CV_SPARE_DISK_BYTES",
-    "spool_max_bytes": "CV_SPOOL_MAX_BYTES",
-    "spool_archive": "CV_SPOOL_ARCHIVE",
-    "log_format": "CV_LOG_FORMAT",
-    "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
-}
 _PLACEHOLDERS = (
     "user:password@",
     "changeme",

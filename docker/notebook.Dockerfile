@@ -1,6 +1,6 @@
 # JupyterLab on the platform's image, so that notebooks import cv_platform: the profile `notebook`.
 # From the repository's root, after the platform's: docker build -f docker/notebook.Dockerfile -t cv-platform/notebook .
-ARG PLATFORM_IMAGE=cv-platform/platform:0.1.0
+ARG PLATFORM_IMAGE=cv-platform/platform:0.2.0
 
 FROM ${PLATFORM_IMAGE}
 USER root

@@ -111,7 +111,7 @@ def import_dataset(
     understood is the message of the version's commit.
 
     Args:
-        source: a folder, or a tar or zip archive, in one of the layouts of docs/import.md.
+        source: a folder, or a tar or zip archive, in one of the layouts of docs/reference/import.md.
         ds_name: the dataset's name.
         tag: the new version's git tag, such as v1.0.0.
         ds_root: folder of the dataset repositories.
@@ -216,7 +216,8 @@ def _read(root: Folder, annotations: Path | None, rules: ImportRules) -> Layout:
     if len(layout.class_names) < 2:
         raise InvalidDatasetError(
             f"Expected at least two classes in {root.path}. Received: {', '.join(layout.class_names) or 'none'}. "
-            "Arrange images as CLASS/image.jpg or SPLIT/CLASS/image.jpg, or add a label file; see docs/import.md."
+            "Arrange images as CLASS/image.jpg or SPLIT/CLASS/image.jpg, or add a label file: "
+            "see docs/reference/import.md."
         )
     return _judge_splits(root, layout, rules)
 

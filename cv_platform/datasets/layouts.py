@@ -1,9 +1,9 @@
-"""What a folder of images says about them: class folders, split and class folders, or label files; see docs/import.md.
+"""What a folder of images says about them: class folders, split and class folders, or label files.
 
 Importing and the manifest read folders through here, so that what was imported is what is found again.
 
 How to add one: a function that takes the source and the rules and returns a `Layout`, or None where the source is
-another one; its name in `LAYOUTS`, of which the first that answers counts; and a row in docs/import.md.
+another one; its name in `LAYOUTS`, of which the first that answers counts; and a row in docs/reference/import.md.
 """
 
 from __future__ import annotations
@@ -279,5 +279,5 @@ def _refusal(root: Folder, received: str) -> InvalidDatasetError:
     return InvalidDatasetError(
         f"Expected images in class folders of {root.path}. Received: {received}. "
         "Arrange them as CLASS/image.jpg or SPLIT/CLASS/image.jpg, or put a label file beside them (such as "
-        f"metadata.csv with file_name and label); docs/import.md has all layouts. {' '.join(hints)}".rstrip()
+        f"metadata.csv with file_name and label); docs/reference/import.md has all layouts. {' '.join(hints)}".rstrip()
     )

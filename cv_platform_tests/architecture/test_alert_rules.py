@@ -10,13 +10,13 @@ import prometheus_client
 import pytest
 import yaml
 
-from benchmarks.stack.promql import RULES, Query, dashboard_queries, rule_queries
 from cv_platform.monitoring.exported_metrics import HELP
 from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform_tests.architecture.test_containers import DOCKER, REPOSITORY, SERVICES
+from trials.stack.promql import RULES, Query, dashboard_queries, rule_queries
 
-OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()
-ALERTS_GUIDE = (REPOSITORY / "docs" / "alerts.md").read_text()
+METRICS = (REPOSITORY / "docs" / "reference" / "metrics.md").read_text()
+ALERTS_GUIDE = (REPOSITORY / "docs" / "how-to" / "alerts.md").read_text()
 PROMETHEUS: dict[str, Any] = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
 ALERTMANAGER: dict[str, Any] = yaml.safe_load((DOCKER / "alertmanager" / "alertmanager.yml").read_text())
 GROUPS = [group for path in sorted(RULES.glob("*.yml")) for group in yaml.safe_load(path.read_text())["groups"]]
@@ -50,7 +50,7 @@ def test_an_alert_says_what_is_wrong_how_bad_it_is_and_where_to_read_on(name: st
     rule = ALERTS[name]
     assert rule["labels"]["severity"] in {"critical", "warning"}
     assert set(rule["annotations"]) == {"summary", "description", "runbook"}
-    assert rule["annotations"]["runbook"] == f"docs/alerts.md#alert-{name.lower()}"
+    assert rule["annotations"]["runbook"] == f"docs/how-to/alerts.md#alert-{name.lower()}"
     assert f"\n## Alert {name}\n" in ALERTS_GUIDE
 
 
@@ -88,9 +88,8 @@ def test_metrics_are_told_from_functions_labels_and_strings() -> None:
 
 
 def test_documented_metrics_are_exposed() -> None:
-    section = OPERATIONS.partition("## Metrics, logs, traces")[2].partition("\n## ")[0]
     documented = {
-        name for row in re.findall(r"^\| (`cv_[^|]+)\|", section, re.MULTILINE) for name in re.findall(r"cv_\w+", row)
+        name for row in re.findall(r"^\| (`cv_[^|]+)\|", METRICS, re.MULTILINE) for name in re.findall(r"cv_\w+", row)
     }
     exposed = of_the_service() | {re.sub(r"_bucket$", "", name) for name in of_the_service()} | set(HELP)
     assert documented <= exposed

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from benchmarks.stack.promql import DASHBOARDS, dashboard_queries
 from cv_platform_tests.architecture.test_containers import DOCKER, SERVICES
+from trials.stack.promql import DASHBOARDS, dashboard_queries
 
 SCHEMA = json.loads(Path(__file__).with_name("grafana_dashboard.schema.json").read_text())
 FILES = sorted(DASHBOARDS.glob("*.json"))

@@ -30,7 +30,8 @@ def test_a_checkout_of_git_for_windows_runs_in_linux(tmp_path: Path) -> None:
     git(origin, "add", "--all", "--force")
     git(origin, "commit", "--quiet", "--message", "all")
     git(tmp_path, "clone", "--quiet", "--config", "core.autocrlf=true", str(origin), str(checkout))
-    assert {name for name in names if b"\r\n" in (checkout / name).read_bytes()} == set()
+    texts = [name for name in names if name.suffix != ".png"]
+    assert {name for name in texts if b"\r\n" in (checkout / name).read_bytes()} == set()
     for script in checkout.rglob("*.sh"):
         subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
     assert any(name.suffix == ".sh" for name in names)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from cv_platform import cli
+from cv_platform.reference import commands_page, configuration_page, environment_example
 from cv_platform.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
-DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *(REPOSITORY / "docs").rglob("*.md")])
+DOCUMENTS = sorted(
+    [
+        *(REPOSITORY / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+        *(REPOSITORY / "docs").rglob("*.md"),
+    ]
+)
 # The changelog names what has gone, too, and the import's table a user's files.
 LASTING = [path for path in DOCUMENTS if path.name not in {"CHANGELOG.md", "import.md"}]
 OTHER_FOLDERS = {"valid/", "test/", "reference/", "models/"}
@@ -52,28 +61,54 @@ def test_the_descriptions_of_make_help_begin_in_one_column() -> None:
     assert columns == {max(map(len, described))}
 
 
-def test_readme_describes_every_environment_variable() -> None:
+def test_functions_that_are_linked_exist() -> None:
+    hooks = runpy.run_path(str(REPOSITORY / "docs" / "hooks.py"))
+    linked = [
+        (name, document.parent / target)
+        for document in DOCUMENTS
+        for name, target in hooks["CODE_LINK"].findall(document.read_text())
+    ]
+    for name, source in linked:
+        assert hooks["line_of"](name, source) > 0
+    with pytest.raises(LookupError, match="Correct the link"):
+        hooks["line_of"]("NoSuchName", Path(__file__))
+
+
+@pytest.mark.parametrize(
+    ("document", "written"),
+    [
+        ("docs/reference/configuration.md", configuration_page()),
+        ("docs/reference/commands.md", commands_page(cli._parser())),
+        (".env.example", environment_example()),
+    ],
+    ids=["configuration", "commands", "environment"],
+)
+def test_documents_that_are_written_from_the_code_are_up_to_date(document: str, written: str) -> None:
+    assert (REPOSITORY / document).read_text() == written, "Run `make reference`."
+
+
+def test_the_example_of_the_environment_names_every_variable_once_and_sets_none() -> None:
+    lines = environment_example().splitlines()
+    assert [line for line in lines if line and not line.startswith("#")] == []
+    named = [found[1] for line in lines if (found := re.match(r"#([A-Z_]+)=", line))]
+    assert sorted(named) == sorted(Settings.variables().values())
+
+
+def test_the_readme_is_short_and_names_the_ports() -> None:
     readme = (REPOSITORY / "README.md").read_text()
-    source = (REPOSITORY / "cv_platform" / "settings.py").read_text()
-    names = r"CV_[A-Z_]+|DATABASE_URL|MLFLOW_TRACKING_URI|MLFLOW_PUBLIC_URL|EVIDENTLY_URL|DAGSTER_HOME|OTEL_[A-Z_]+"
-    variables = set(re.findall(rf'"({names})"', source))
-    assert len(variables) > 12
-    assert {name for name in variables if f"`{name}`" not in readme} == set()
-    example = (REPOSITORY / ".env.example").read_text()
-    assert {name for name in variables if f"# {name}=" not in example} == set()
-
-
-def test_readme_describes_every_config_section() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    for section in ("model", "dataset", "validate", "train", "evaluate", "deploy", "monitor", "alerts"):
-        assert f"| `{section}` |" in readme
-
-
-def test_default_ports_are_those_of_the_readme() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
     settings = Settings.from_environment({})
     for port in (settings.service_port, settings.dagster_port, settings.mlflow_port, settings.evidently_port):
-        assert str(port) in readme
+        assert f":{port}>" in readme
+
+
+def test_the_client_and_the_images_of_the_stack_have_the_version_of_the_package() -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    for name in ("docker/compose.yaml", "docker/notebook.Dockerfile", "cv_platform/containers/engine.py"):
+        tags = re.findall(r"cv-platform/\w+:([\d.]+)", (REPOSITORY / name).read_text())
+        assert set(tags) == {version}, name
+    client = tomllib.loads((REPOSITORY / "cv_platform" / "client" / "pyproject.toml").read_text())["project"]
+    assert client["version"] == version
 
 
 def test_only_the_settings_module_reads_the_environment() -> None:

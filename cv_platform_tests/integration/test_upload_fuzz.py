@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hostile_files import FAMILIES
-from benchmarks.hostile_load import send_hostile
-from benchmarks.mutations import HostileUpload, hostile_upload
-from benchmarks.soak.hostile import PIXEL_BYTES
 from cv_platform_tests.served_app import serve_app
+from trials.hostile_files import FAMILIES
+from trials.hostile_load import send_hostile
+from trials.mutations import HostileUpload, hostile_upload
+from trials.soak.hostile import PIXEL_BYTES
 
 MUTATED = 300
 SEED = 20_260_131

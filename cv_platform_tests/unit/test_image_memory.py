@@ -14,14 +14,14 @@ from PIL import Image
 
 SIDE_PX = 2_000
 MOST_BYTES = 13
-"""For each pixel, as docs/serving.md says. Nothing needs more than a progressive JPEG of four channels (two bytes for
-each of its coefficients, and four), or an animated WebP with alpha (two canvases of four, and four)."""
+"""For each pixel, as docs/reference/service.md says. Nothing needs more than a progressive JPEG of four channels (two
+bytes for each of its coefficients, and four), or an animated WebP with alpha (two canvases of four, and four)."""
 SLACK_BYTES = 4 * 2**20
 """Tables, buffers of a few rows, code that was not needed before."""
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from benchmarks.soak.workers import forget_peak_memory, peak_memory_bytes
+from trials.soak.workers import forget_peak_memory, peak_memory_bytes
 from cv_platform import images
 from cv_platform.images import decode
 

@@ -17,7 +17,7 @@ from cv_platform.serving.capacity.limits import SHRINK_IMAGE, too_large
 from cv_platform.serving.problem import Problem, try_later
 
 DECODING_BYTES_PER_PIXEL = 13
-"""The most that any format takes, see docs/serving.md."""
+"""The most that any format takes, see docs/reference/service.md."""
 _UPLOADS_SHARE = 8
 """One part in so many is for uploads, also where the largest image would need all of it."""
 

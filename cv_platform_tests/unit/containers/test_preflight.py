@@ -167,7 +167,7 @@ def test_the_gpus_image_is_needed_with_its_profile_only(tmp_path: Path, monkeypa
     fake_docker(tmp_path, monkeypatch, 'case "$*" in *-gpu) exit 1;; *) exit 0;; esac')
     assert preflight.image_problems({}) == []
     (problem,) = preflight.image_problems({"COMPOSE_PROFILES": "gpu"})
-    assert "cv-platform/platform:0.1.0-gpu" in problem
+    assert "cv-platform/platform:0.2.0-gpu" in problem
 
 
 @pytest.mark.parametrize(
