@@ -29,6 +29,7 @@
     ├── DatabaseError
     │   ├── DatabaseUnavailableError    cannot connect: worth trying again
     │   └── SchemaMismatchError         migrate first: trying again is useless
+    ├── LockHeldError                   another process does the same work: worth trying again
     ├── DiskSpaceError                  a large write would fill the disk, so it was not begun
     ├── BackupError                     a backup cannot be made, or must not be restored
     ├── SpoolFullError                  the request log cannot promise durability: the request is refused
@@ -163,6 +164,10 @@ class DatabaseUnavailableError(DatabaseError):
 
 class SchemaMismatchError(DatabaseError):
     """The database has another schema version; migrate first."""
+
+
+class LockHeldError(CvPlatformError):
+    """Another process does what only one at a time may do; worth trying again."""
 
 
 class DiskSpaceError(CvPlatformError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import stat
@@ -16,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cv_platform.errors import ConfigError
+from cv_platform.files import write_file
 
 RANDOM = "__random__"
 HASH = "__hash__"
@@ -77,14 +77,14 @@ def make_secrets(example: Path, target: Path) -> list[str]:
     if PASSWORD_HASH in made:
         values[PASSWORD_HASH] = ssha(values.get(PASSWORD) or present[PASSWORD])
     if made or not target.exists():
-        write_private(target, _assigned(text, values))
+        write_file(target, _assigned(text, values), is_private=True)
     target.chmod(0o600)
     return made
 
 
 def set_values(target: Path, values: Mapping[str, str]) -> None:
     """Sets variables of an env file; everything else in it stays as it is."""
-    write_private(target, _assigned(target.read_text(encoding="utf-8"), values))
+    write_file(target, _assigned(target.read_text(encoding="utf-8"), values), is_private=True)
 
 
 def ssha(password: str, salt: bytes | None = None) -> str:
@@ -164,16 +164,3 @@ def _assigned(text: str, values: Mapping[str, str]) -> str:
         assignment = f"{name}={value}"
         text = line.sub(assignment, text) if line.search(text) else f"{text.rstrip()}\n{assignment}\n"
     return text
-
-
-def write_private(path: Path, text: str) -> None:
-    """Writes a file that its owner alone may read; it appears at once, complete."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -11,7 +11,6 @@ there is no docker/.env, the backup's becomes it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import tarfile
@@ -38,11 +37,11 @@ from cv_platform.containers.env_file import (
     parse_env,
     read_env,
     set_values,
-    write_private,
 )
 from cv_platform.containers.preflight import engine_problems, image_problems
-from cv_platform.errors import BackupError, ConfigError, ServiceError
-from cv_platform.maintenance.archive import sync_folder, verified_members, verify_archive
+from cv_platform.errors import BackupError, ConfigError, LockHeldError, ServiceError
+from cv_platform.files import sync_folder, try_lock, write_file
+from cv_platform.maintenance.archive import verified_members, verify_archive
 from cv_platform.maintenance.archive_stream import ArchiveWriter, Manifest, Readable, packing
 
 _CLUSTER_BYTES = 300_000_000
@@ -77,7 +76,8 @@ def restore(archive: Path, say: Callable[[str], None]) -> Restored:
         BackupError: the archive is damaged, harmful, of something else or of a newer release, or the stack is in use.
         ConfigError: docker/.env is unusable.
         DiskSpaceError: it does not fit beside the old volumes.
-        ServiceError: Docker or PostgreSQL does not do its part, or another restoration runs.
+        ServiceError: Docker or PostgreSQL does not do its part.
+        LockHeldError: another restoration runs.
     """
     say(f"Reading {archive}")
     manifest = verify_archive(archive)
@@ -134,7 +134,7 @@ def give_up() -> bool:
     """Clears away what a killed restoration has left, unless one is running; returns whether there was something.
 
     Raises:
-        ServiceError: a restoration is running.
+        LockHeldError: a restoration is running.
     """
     with _alone():
         return discard_unfinished()
@@ -143,7 +143,7 @@ def give_up() -> bool:
 def _prepare_settings(archive: Path, manifest: Manifest, before: bytes | None) -> dict[str, str]:
     """Writes the settings of the new volumes to `engine.RESTORING`; returns those of the archive."""
     text = _read_member(archive, manifest, SETTINGS)
-    write_private(engine.RESTORING, (text if before is None else before).decode())
+    write_file(engine.RESTORING, text if before is None else before, is_private=True)
     suffix = time.strftime("_%Y%m%dT%H%M%SZ", time.gmtime())
     set_values(engine.RESTORING, {engine.SUFFIX: suffix})
     if before is None:
@@ -271,12 +271,13 @@ def _read_member(archive: Path, manifest: Manifest, wanted: str) -> bytes:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    handle = os.open(engine.DOCKER, os.O_RDONLY)
+    handle = os.open(engine.DOCKER, os.O_RDONLY)  # The folder itself: it needs no lock file among those of git.
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise ServiceError("Expected to be the only restoration. Received: another one is running.") from err
+        if not try_lock(handle):
+            raise LockHeldError(
+                "Expected to be the only restoration. Received: another one is running. Wait for it, and look at what "
+                "it made."
+            )
         yield
     finally:
         os.close(handle)

@@ -11,7 +11,6 @@ import os
 import secrets
 import socket
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from cv_platform.database import pg_binaries
 from cv_platform.database.data_folder import HOST, make_data_folder, place_outside
 from cv_platform.database.pg_binaries import POSTGRES_MAJOR, ServerUser, find_binaries, server_user
 from cv_platform.errors import ServiceError
+from cv_platform.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class Cluster:
         user = server_user(self.data)
         binaries = find_binaries(user)
         if not self._password_file.exists():
-            _write_private(self._password_file, secrets.token_urlsafe(24))
+            write_file(self._password_file, secrets.token_urlsafe(24), is_private=True)
         place = self.folder if user.can_enter(self.folder) else place_outside(self.folder, user)
         data = make_data_folder(place, user, binaries, role=NAME, password=self._password())
         self._remember(data_directory="data" if place == self.folder else str(data))
@@ -314,20 +314,7 @@ class Cluster:
         state = self._state()
         changed = state.model_copy(update=values)
         if changed != state:
-            _write_private(self._state_file, changed.model_dump_json())
-
-
-def _write_private(path: Path, content: str) -> None:
-    """Writes a file of mode 600 in one step."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    with os.fdopen(handle, "w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if os.geteuid() == 0:
-        owner = path.parent.stat()
-        os.chown(partial, owner.st_uid, owner.st_gid)
-    Path(partial).replace(path)
+            write_file(self._state_file, changed.model_dump_json(), is_private=True)
 
 
 def _runs_on(pid: int, data: Path) -> bool | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from cv_platform.database import pg_binaries
 from cv_platform.database.pg_binaries import POSTGRES_MAJOR, ServerUser, make_enterable
 from cv_platform.errors import ServiceError
+from cv_platform.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def make_data_folder(place: Path, user: ServerUser, binaries: Path, *, role: str
         statements=f"CREATE ROLE {role} LOGIN CREATEDB PASSWORD '{password}';\nCREATE DATABASE {role} OWNER {role};\n",
     )
     staged.rename(data)
+    sync_folder(place)  # What is in it, PostgreSQL has synced.
     logger.info("Made a PostgreSQL %d data folder: %s", POSTGRES_MAJOR, data)
     return data
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from cv_platform.database.cluster import START_SECONDS, Cluster
-from cv_platform.database.file_lock import exclusive, open_lock, try_lock
-from cv_platform.errors import ServiceError
+from cv_platform.errors import LockHeldError, ServiceError
+from cv_platform.files import exclusive, is_locked, open_lock, try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def embedded_database(home: Path, port: int | None = None) -> Iterator[str]:
 
     Raises:
         ServiceError: it does not start, the port is taken, or the data are of another major version.
+        LockHeldError: another program has been starting or stopping it all the time.
     """
     cluster = Cluster(home)
     cluster.make_folder()
@@ -57,7 +58,7 @@ def embedded_database(home: Path, port: int | None = None) -> Iterator[str]:
     finally:
         try:
             _leave(cluster, users)
-        except ServiceError as err:
+        except (LockHeldError, ServiceError) as err:
             logger.warning("PostgreSQL keeps running: %s", err)  # Raising would hide the block's own error.
         finally:
             os.close(users)
@@ -128,11 +129,7 @@ def _ensure_running(cluster: Cluster, port: int | None) -> str:
 
 
 def _is_in_foreground(cluster: Cluster) -> bool:
-    handle = open_lock(cluster.folder / "foreground.lock")
-    try:
-        return not try_lock(handle)
-    finally:
-        os.close(handle)
+    return is_locked(cluster.folder / "foreground.lock")
 
 
 def _leave(cluster: Cluster, users: int) -> None:

@@ -12,12 +12,12 @@ import os
 import pwd
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cv_platform.errors import ServiceError
+from cv_platform.files import exclusive, whole_directory
 
 POSTGRES_MAJOR = 18
 ROOT_STATE = Path("/var/lib/cv_platform")
@@ -106,19 +106,15 @@ def _copy(package: Path, version: str) -> Path:
     if target.exists():
         return target
     make_enterable(ROOT_STATE)
-    with tempfile.TemporaryDirectory(dir=ROOT_STATE, prefix=".copying-") as partial:
-        staged = Path(partial) / "copy"
-        shutil.copytree(package / _FOLDER, staged / _PACKAGE / _FOLDER, symlinks=True)
-        libraries = package.parent / f"{_PACKAGE}.libs"
-        if libraries.is_dir():
-            shutil.copytree(libraries, staged / libraries.name)
-        for folder in (staged, staged / _PACKAGE):
-            folder.chmod(0o755)
-        try:
-            staged.rename(target)
-        except OSError:
-            if not target.exists():  # Otherwise another process was faster, with the same files.
-                raise
+    with exclusive(ROOT_STATE / f".{target.name}.lock"):
+        if not target.exists():
+            with whole_directory(target) as staged:
+                shutil.copytree(package / _FOLDER, staged / _PACKAGE / _FOLDER, symlinks=True)
+                libraries = package.parent / f"{_PACKAGE}.libs"
+                if libraries.is_dir():
+                    shutil.copytree(libraries, staged / libraries.name)
+                for folder in (staged, staged / _PACKAGE):
+                    folder.chmod(0o755)
     return target
 
 

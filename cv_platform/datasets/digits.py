@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cv_platform.datasets.durable import exclusive, scratch_directory, whole_directory
 from cv_platform.datasets.dvc_store import store_images
 from cv_platform.datasets.repository import (
     DATA_FOLDER,
@@ -24,6 +23,7 @@ from cv_platform.datasets.repository import (
     show_version,
 )
 from cv_platform.datasets.splits import split_identical_together
+from cv_platform.files import exclusive, scratch_directory, whole_directory
 
 SPLIT_FRACTIONS = {"test": 0.2, "reference": 0.15, "valid": 0.085}
 """Of v2.0.0: about 360 test, 270 reference and 150 validation images; drift tests need a good reference."""

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cv_platform.config import DatasetConfig
 from cv_platform.datasets.archives import is_archive, unpack
-from cv_platform.datasets.durable import exclusive, scratch_directory, whole_directory
 from cv_platform.datasets.dvc_store import store_images
 from cv_platform.datasets.entries import NOT_AN_IMAGE, ImageEntry, Layout
 from cv_platform.datasets.label_files import LabelRules
@@ -34,6 +33,7 @@ from cv_platform.datasets.source_tree import Folder, is_image, walk
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import DatasetError, InvalidDatasetError
+from cv_platform.files import exclusive, scratch_directory, whole_directory
 
 NO_SPLIT = "no split"
 MAX_LEFT_OUT_FRACTION = 0.1

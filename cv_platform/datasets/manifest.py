@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 
 from cv_platform import images
 from cv_platform.config import DatasetConfig, ModelConfig
-from cv_platform.datasets.durable import whole_file
 from cv_platform.datasets.entries import ImageEntry
 from cv_platform.datasets.label_files import LabelRules
 from cv_platform.datasets.layouts import read_layout
 from cv_platform.datasets.source_tree import walk
 from cv_platform.datasets.splits import SPLITS, TAKEN, complete_splits
 from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
+from cv_platform.files import whole_file
 
 logger = logging.getLogger(__name__)
 

@@ -31,13 +31,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cv_platform import images
 from cv_platform.config import ModelConfig
-from cv_platform.datasets.durable import exclusive, whole_directory
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.datasets.versions import DatasetVersion
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError, VerdictError
-from cv_platform.storage import file_sha256
+from cv_platform.files import exclusive, file_sha256, whole_directory
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict
 
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.digits import make_digits_repository
-from cv_platform.datasets.durable import exclusive, whole_directory
 from cv_platform.datasets.dvc_store import check_out
 from cv_platform.datasets.manifest import build_manifest, is_manifest, manifest_name
 from cv_platform.datasets.repository import (
@@ -27,6 +26,7 @@ from cv_platform.datasets.repository import (
     read_version,
     require_repository,
 )
+from cv_platform.files import exclusive, whole_directory
 
 logger = logging.getLogger(__name__)
 

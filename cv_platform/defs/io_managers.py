@@ -7,8 +7,8 @@ from pathlib import Path
 import dagster as dg
 from pydantic import BaseModel, ValidationError
 
-from cv_platform.datasets.durable import whole_file
 from cv_platform.errors import StorageError
+from cv_platform.files import write_file
 from cv_platform.settings import Settings
 
 
@@ -19,10 +19,7 @@ class RecordIOManager(dg.ConfigurableIOManager):
         """Replaces the asset's record in one step."""
         if obj is None:  # An asset without a value, such as an external observation.
             return
-        path = _record_path(context.asset_key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
-            partial.write_text(obj.model_dump_json(indent=2), encoding="utf-8")
+        write_file(_record_path(context.asset_key), obj.model_dump_json(indent=2))
 
     def load_input(self, context: dg.InputContext) -> BaseModel:
         """Reads the upstream asset's latest record as the type that the asset body annotates.

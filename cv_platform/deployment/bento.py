@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SHIPPED: tuple[str, ...] = (
     "__init__.py",
     "errors.py",
+    "files.py",
     "config.py",
     "disk_space.py",
     "loopback.py",
@@ -31,6 +32,7 @@ SHIPPED: tuple[str, ...] = (
     "images.py",
     "properties.py",
     "predictions.py",
+    "object_store.py",
     "storage.py",
     "client",
     "serving",

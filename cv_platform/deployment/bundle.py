@@ -20,8 +20,9 @@ from cv_platform.deployment.bento import build_bento
 from cv_platform.deployment.export import export_bundle
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BundleExistsError, ExportError
+from cv_platform.files import file_sha256
 from cv_platform.serving.model.runtime import load_folder
-from cv_platform.storage import BundleMetadata, CentralStorage, file_sha256
+from cv_platform.storage import BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ assumptions, and the numbers of `two_sample.py` deserve a check where they are u
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.scipy_tests import binomial_quantile
 from cv_platform.drift.verdict import DriftVerdict, judge
 from cv_platform.errors import InvalidSampleError
+from cv_platform.files import whole_file
 from cv_platform.properties import batch_properties
 
 logger = logging.getLogger(__name__)
@@ -157,14 +157,8 @@ def build_detectors(
     """
     encoder = build_uae(model.image_size, model.drift_detection.uae_encoding_dims, model.drift_detection.uae_seed)
     uae_path = directory / model_name / version / f"{model_name}_uae.keras"
-    uae_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = uae_path.with_name(f".{secrets.token_hex(4)}_{uae_path.name}")
-    try:
+    with whole_file(uae_path, suffix=".keras") as partial:
         encoder.save(partial)
-        partial.replace(uae_path)
-    finally:
-        partial.unlink(missing_ok=True)
-
     sample = extract_sample(keras_path, uae_path, held_out, seeded_rows(len(held_out.paths), _FALSE_ALARM_ROWS, seed))
     alarms = measure_false_alarms(sample, alpha=alpha, seed=seed)
     if alarms.rate is None:

@@ -11,7 +11,6 @@ Columns: `cv_platform.predictions.reference_schema`.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from cv_platform.config import ModelConfig
 from cv_platform.drift.detectors import DriftDetectors, HeldOutImages, extract_sample, seeded_rows
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
+from cv_platform.files import whole_file
 from cv_platform.predictions import (
     BBSD_FEATS,
     FEATURES,
@@ -172,13 +172,8 @@ def write_reference(
         # Floats compress a quarter better byte by byte; nested columns are named by their leaf.
         "column_encoding": {f"{column}.list.element": "BYTE_STREAM_SPLIT" for column in _VECTORS},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{secrets.token_hex(4)}_{path.name}")
-    try:
+    with whole_file(path) as partial:
         pq.write_table(table, partial, **options)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_reference(

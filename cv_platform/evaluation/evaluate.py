@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cv_platform.config import EvaluateConfig
-from cv_platform.datasets.durable import exclusive, whole_directory
 from cv_platform.datasets.packing import PackedImages, PackedSplit, open_split
 from cv_platform.errors import InvalidDatasetError, TrainingError
 from cv_platform.evaluation.gate import judge_promotion
@@ -40,6 +39,7 @@ from cv_platform.evaluation.plots import (
     save_worst_errors,
 )
 from cv_platform.evaluation.report import Evaluation, render_report
+from cv_platform.files import exclusive, whole_directory
 from cv_platform.predictions import LABEL_SEPARATOR, ClassifierType, predicted_flags
 from cv_platform.tracking import MlflowRun
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from cv_platform.client.loopback import is_loopback
 from cv_platform.errors import ConfigError
+from cv_platform.files import write_file
 from cv_platform.maintenance.moved_home import LOCATION, settle_home, write_location
 from cv_platform.settings import Settings, process_environment
 
@@ -72,13 +73,12 @@ def prepare_home(settings: Settings) -> None:
             f"Expected an installation of format {HOME_FORMAT} at {settings.home}. Received: format {found}. "
             "Use the release that made it, or set CV_HOME to a new folder."
         )
-    version_file.write_text(f"{HOME_FORMAT}\n")
+    write_file(version_file, f"{HOME_FORMAT}\n")
     settle_home(settings)
     if not (settings.home / LOCATION).exists():
         write_location(settings.home)
     if settings.dagster_home != settings.home / "dagster":
         return  # Somebody's own instance: its dagster.yaml is theirs.
-    settings.dagster_home.mkdir(exist_ok=True)
     try:
         template = (REPOSITORY / "dagster.yaml").read_text(encoding="utf-8")
     except FileNotFoundError as err:
@@ -92,9 +92,7 @@ def prepare_home(settings: Settings) -> None:
         return match[1] + json.dumps(str(settings.home / match[2]))
 
     content = re.sub(r"(base_dir: )\.cv_platform/(\S+)", absolute, template)
-    beside = settings.dagster_home / f".dagster.yaml.{os.getpid()}"  # A running daemon may read it at any moment.
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(settings.dagster_home / "dagster.yaml")
+    write_file(settings.dagster_home / "dagster.yaml", content)  # A running daemon may read it at any moment.
 
 
 def dagster_command(*arguments: str) -> list[str]:

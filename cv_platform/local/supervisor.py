@@ -27,6 +27,7 @@ from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import database_url
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import ServiceError
+from cv_platform.files import write_file
 from cv_platform.local.environment import REPOSITORY, platform_environment, prepare_home
 from cv_platform.local.http import is_taken, wait_for_http
 from cv_platform.local.leftovers import end_leftovers, program_mark
@@ -162,14 +163,13 @@ def _write_configuration(settings: Settings, stack: list[Program]) -> Path:
             "stdout_logfile_backups=3",
         ]
     path = run / "supervisord.conf"
-    path.touch(mode=0o600)
     if comments := [line for line in lines if " ;" in line or " #" in line]:
         raise ServiceError(
             "Expected no ' ;' or ' #' in the names of the checkout's folder and of CV_HOME, where a comment of "
             f"supervisord begins. Received: {comments[0]}. Rename the folder, or set CV_HOME to another."
         )
     # supervisord fills in what follows a % in any value, and folders' names may hold one.
-    path.write_text("\n".join(lines).replace("%", "%%") + "\n", encoding="utf-8")
+    write_file(path, "\n".join(lines).replace("%", "%%") + "\n", is_private=True)
     return path
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import gzip
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tarfile import TarInfo
 
 from cv_platform.errors import BackupError
+from cv_platform.files import whole_file
 from cv_platform.maintenance.archive_stream import (
     CHUNK_BYTES,
     ArchiveReader,
@@ -41,23 +41,17 @@ def write_archive(target: Path, *, kind: str, product_version: str) -> Iterator[
     """
     if target.exists():
         raise BackupError(f"Expected a new name for the archive. Received: {target}, which exists.")
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as raw:
+        with whole_file(target, is_private=True) as partial:
             with (
+                partial.open("wb") as raw,
                 gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=_COMPRESSION, mtime=0) as packed,
                 packing(packed, kind=kind, product_version=product_version) as writer,
             ):
                 yield writer
-            raw.flush()
-            os.fsync(raw.fileno())
-        verify_archive(partial)
-        partial.rename(target)
-        sync_folder(target.parent)
+            verify_archive(partial)
     except OSError as err:
         raise BackupError(f"Cannot write {target}: {err}. Check the folder, its rights and the free space.") from err
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def verify_archive(path: Path) -> Manifest:
@@ -111,14 +105,3 @@ def write_member(content: Readable | None, target: Path) -> None:
     with target.open("xb") as file:
         while chunk := content.read(CHUNK_BYTES):
             file.write(chunk)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes new names in `folder` survive a power cut, where the file system can."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        return  # Some network file systems refuse to sync a folder; its files are synced.
-    finally:
-        os.close(handle)

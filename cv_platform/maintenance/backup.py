@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict
 
 from cv_platform.database.connection import database_url
-from cv_platform.database.file_lock import exclusive
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BackupError
+from cv_platform.files import exclusive
 from cv_platform.maintenance.archive import write_archive
 from cv_platform.maintenance.archive_stream import ArchiveWriter
 from cv_platform.maintenance.contents import Part, elsewhere, parts, spool_part
@@ -80,7 +80,8 @@ def back_up(settings: Settings, output: Path) -> Backup:
     Raises:
         BackupError: there is no installation, a part is damaged, or the archive cannot be written.
         DiskSpaceError: it would fill the disk.
-        ServiceError: another backup or garbage collection runs, or the embedded PostgreSQL does not start.
+        LockHeldError: another backup or garbage collection runs.
+        ServiceError: the embedded PostgreSQL does not start.
     """
     home = settings.home
     if not (home / FORMAT_FILE).is_file():

@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from cv_platform.database.file_lock import exclusive
+from cv_platform.errors import LockHeldError
+from cv_platform.files import exclusive
 from cv_platform.maintenance.backup import maintenance_lock
 from cv_platform.maintenance.contents import embedded_mlflow
 from cv_platform.maintenance.in_use import InUse, find_in_use
@@ -113,12 +112,11 @@ def collect(settings: Settings, garbage: Garbage) -> list[Item]:
     """Deletes what is in `garbage` and still is garbage, and returns it; safe to repeat, and to kill.
 
     Raises:
-        ServiceError: a backup, a restoration or a promotion is under way.
+        LockHeldError: a backup, a restoration or a promotion is under way.
         StorageError, TrackingError: see `find_garbage`; or central storage cannot be changed.
     """
     shown = {item.name for item in garbage.items}
     cache = settings.home / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
     deleted = []
     with (
         exclusive(maintenance_lock(settings.home), timeout_seconds=0.0),
@@ -265,15 +263,11 @@ def _delete_bundle(storage: CentralStorage, model: str, version: str) -> bool:
 def _delete_folder(path: Path, lock_path: Path | None) -> bool:
     if lock_path is None:
         return _rename_and_empty(path)
-    lock = FileLock(lock_path, timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
+        with exclusive(lock_path, timeout_seconds=0.0):
+            return _rename_and_empty(path)
+    except LockHeldError:
         return False
-    try:
-        return _rename_and_empty(path)
-    finally:
-        lock.release()  # The file stays: removing it could let two processes believe that they hold it.
 
 
 def _rename_and_empty(path: Path) -> bool:

@@ -12,10 +12,9 @@ from pathlib import Path
 import yaml
 
 from cv_platform.database.connection import database_url
-from cv_platform.database.file_lock import exclusive
 from cv_platform.database.migrate import migrate
-from cv_platform.datasets.durable import whole_file
 from cv_platform.errors import ConfigError
+from cv_platform.files import exclusive, write_file
 from cv_platform.maintenance.backup import maintenance_lock
 from cv_platform.maintenance.relocation import Relocation
 from cv_platform.maintenance.users import users
@@ -64,7 +63,8 @@ def settle_home(settings: Settings) -> None:
 
     Raises:
         ConfigError: something uses it.
-        ServiceError: PostgreSQL does not start on its data, or a backup of it runs.
+        ServiceError: PostgreSQL does not start on its data.
+        LockHeldError: a backup of it runs.
     """
     home = settings.home
     if (old := previous_location(home)) is not None:
@@ -86,5 +86,4 @@ def settle_home(settings: Settings) -> None:
 
 def write_location(home: Path) -> None:
     """Writes down where the installation is, in one step, synced: an empty file would never tell of a later move."""
-    with whole_file(home / LOCATION) as partial:
-        partial.write_bytes(os.fsencode(home) + b"\n")
+    write_file(home / LOCATION, os.fsencode(home) + b"\n")

@@ -17,6 +17,7 @@ from sqlalchemy import func, update
 
 from cv_platform.database.connection import make_engine
 from cv_platform.database.schema import drift_reports
+from cv_platform.files import whole_file
 
 _RECORDS = ("records", "models", "evaluation", "validation", "production_metrics")
 _DATABASES = ("mlflow", "dagster")
@@ -50,10 +51,9 @@ class Relocation:
             for path in (home / folder).rglob("*.json"):
                 text = path.read_text(encoding="utf-8")
                 if (changed := self.text(text)) != text:
-                    beside = path.with_name(f".{path.name}.relocated")
-                    beside.write_text(changed, encoding="utf-8")
-                    shutil.copymode(path, beside)
-                    beside.replace(path)
+                    with whole_file(path) as partial:
+                        partial.write_text(changed, encoding="utf-8")
+                        shutil.copymode(path, partial)
         for folder in _DATABASES:
             for path in (home / folder).rglob("*.db"):
                 self._database(path)

@@ -18,11 +18,11 @@ from pydantic import ValidationError
 
 from cv_platform.database.cluster import Cluster
 from cv_platform.database.embedded import embedded_database
-from cv_platform.database.file_lock import exclusive
 from cv_platform.database.migrate import migrate
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BackupError
-from cv_platform.maintenance.archive import extract_archive, sync_folder, verify_archive
+from cv_platform.files import exclusive, sync_folder
+from cv_platform.maintenance.archive import extract_archive, verify_archive
 from cv_platform.maintenance.archive_stream import Manifest
 from cv_platform.maintenance.backup import DUMP, FORMAT_FILE, HOME, KIND, Contents, maintenance_lock
 from cv_platform.maintenance.contents import SPOOL
@@ -64,7 +64,8 @@ def restore(archive: Path, home: Path, *, home_format: str, spare_bytes: int) ->
     Raises:
         BackupError: the archive is damaged, harmful, of another kind or of a newer release, or processes use `home`.
         DiskSpaceError: it does not fit beside the old installation.
-        ServiceError: PostgreSQL does not start on the restored data, or a backup of `home` runs.
+        ServiceError: PostgreSQL does not start on the restored data.
+        LockHeldError: a backup of `home` runs.
         SchemaMismatchError: the request log is of a newer release.
     """
     manifest = verify_archive(archive)

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from cv_platform.database.cluster import START_SECONDS, Cluster
-from cv_platform.database.file_lock import exclusive, open_lock, try_lock
+from cv_platform.files import exclusive, is_locked
 from cv_platform.maintenance.contents import SPOOL
 
 _PROGRAMS = ("python", "postgres", "dagster", "mlflow", "bentoml", "evidently")
@@ -23,7 +23,7 @@ def users(home: Path) -> list[str]:
     A PostgreSQL that a killed process has left, and that nobody uses, is stopped.
     """
     found = _database_users(Cluster(home))
-    found += [f"a service ({lock.name})" for lock in sorted((home / SPOOL).glob("*.lock")) if _is_held(lock)]
+    found += [f"a service ({lock.name})" for lock in sorted((home / SPOOL).glob("*.lock")) if is_locked(lock)]
     return found + [f"process {pid}: {command}" for pid, command in _processes(home)]
 
 
@@ -33,21 +33,11 @@ def _database_users(cluster: Cluster) -> list[str]:
     # As `embedded.py` wants it of everyone who tries `users.lock` alone, or stops the server.
     with exclusive(cluster.folder / "start.lock", timeout_seconds=START_SECONDS):
         server = cluster.postmaster()
-        if _is_held(cluster.folder / "users.lock"):
+        if is_locked(cluster.folder / "users.lock"):
             return [f"PostgreSQL (process {server.pid if server else 'unknown'})"]
         if server is not None:
             cluster.stop()
     return []
-
-
-def _is_held(lock: Path) -> bool:
-    if not lock.exists():
-        return False
-    handle = open_lock(lock)
-    try:
-        return not try_lock(handle)
-    finally:
-        os.close(handle)
 
 
 def _processes(home: Path) -> list[tuple[int, str]]:

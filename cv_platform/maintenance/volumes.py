@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from cv_platform.database.file_lock import exclusive
 from cv_platform.errors import BackupError, CvPlatformError
+from cv_platform.files import exclusive
 from cv_platform.maintenance.archive import write_member
 from cv_platform.maintenance.archive_stream import ArchiveReader, packing
 from cv_platform.maintenance.backup import add_part, maintenance_lock, part_bytes

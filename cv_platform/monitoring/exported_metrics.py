@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import get_args
 
-from cv_platform.datasets.durable import whole_file
+from cv_platform.files import write_file
 from cv_platform.monitoring.production_record import ProductionMetrics
 from cv_platform.monitoring.report_record import DriftReport, Verdict
 
@@ -123,6 +123,4 @@ def _write(path: Path, samples: Mapping[str, Samples]) -> None:
 
     registry = CollectorRegistry()
     registry.register(_Gauges(samples))  # pyright: ignore[reportArgumentType]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:  # Nobody reads half of one.
-        partial.write_bytes(generate_latest(registry))
+    write_file(path, generate_latest(registry))

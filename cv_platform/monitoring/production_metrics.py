@@ -23,10 +23,10 @@ from sqlalchemy import Engine, func, select
 
 from cv_platform.config import ExperimentConfig
 from cv_platform.database.schema import feedback, predictions
-from cv_platform.datasets.durable import whole_file
 from cv_platform.drift.reference import label_targets
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
+from cv_platform.files import write_file
 from cv_platform.monitoring.production_record import ProductionMetrics, Verdict, VersionMetrics
 from cv_platform.monitoring.window import window_bounds
 from cv_platform.predictions import NONE_OF_THESE
@@ -86,8 +86,7 @@ def measure_production(
     )
     directory.mkdir(parents=True, exist_ok=True)
     metrics = metrics.model_copy(update={"plots": _draw(metrics, directory)})
-    with whole_file(metrics.record_path) as partial:
-        partial.write_text(metrics.model_dump_json(indent=1), encoding="utf-8")
+    write_file(metrics.record_path, metrics.model_dump_json(indent=1))
     logger.info("%s", metrics.summary())
     return metrics
 

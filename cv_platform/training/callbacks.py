@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cv_platform.datasets.durable import whole_file
 from cv_platform.errors import TrackingError, TrainingError
-from cv_platform.storage import file_sha256
+from cv_platform.files import file_sha256, whole_file, write_file
 
 if TYPE_CHECKING:
     import keras
@@ -183,8 +182,7 @@ class TrainingMonitor:
             best = before.best_weights
             sha256 = {**state.sha256, best: before.sha256[best]}
             state = state.model_copy(update={"best_weights": best, "sha256": sha256})
-        with whole_file(self.folder / _record_name(state)) as partial:
-            partial.write_text(state.model_dump_json(), encoding="utf-8")
+        write_file(self.folder / _record_name(state), state.model_dump_json())
         self.state = state
         needed = {name for kept in (before, state) if kept for name in (*kept.sha256, _record_name(kept))}
         for path in self.folder.glob("epoch-*"):

@@ -20,20 +20,19 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from cv_platform.config import ExperimentConfig
-from cv_platform.datasets.durable import whole_directory, whole_file
 from cv_platform.datasets.packing import PackedImages, open_split
-from cv_platform.errors import TrainingError
+from cv_platform.errors import LockHeldError, TrainingError
+from cv_platform.files import exclusive, file_sha256, whole_directory, write_file
 from cv_platform.images import preprocessing_hash
-from cv_platform.storage import file_sha256, new_version
+from cv_platform.storage import new_version
 from cv_platform.tracking import flatten
 from cv_platform.training.architectures import resolve_precision
 from cv_platform.training.calibration import calibrate
@@ -214,24 +213,20 @@ def _work_folder(parent: Path, recipe: dict[str, str]) -> Iterator[Path]:
     """Yields the folder of the work under way: kept when the training stops early, removed when it ends."""
     content = json.dumps(recipe, sort_keys=True, indent=1)
     folder = parent / f".training-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as err:
-        raise TrainingError(
-            f"Expected one training of {parent.name} with this config and data. Received: a second, while the first "
-            f"still runs (it holds {lock.lock_file}). Wait for it, or stop it; then this one goes on from there."
-        ) from err
-    try:
+    lock = folder.with_name(f"{folder.name}.lock")
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(lock, timeout_seconds=0.0))
+        except LockHeldError as err:
+            raise TrainingError(
+                f"Expected one training of {parent.name} with this config and data. Received: a second, while the "
+                f"first still runs (it holds {lock}). Wait for it, or stop it; then this one goes on from there."
+            ) from err
         if not folder.exists():
             _say_why_not(parent, recipe)
-        folder.mkdir(exist_ok=True)
-        with whole_file(folder / RECIPE) as partial:
-            partial.write_text(content, encoding="utf-8")
+        write_file(folder / RECIPE, content)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        lock.release()
 
 
 def _say_why_not(parent: Path, recipe: dict[str, str]) -> None:

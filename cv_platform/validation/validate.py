@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from cv_platform.config import ValidateConfig
-from cv_platform.datasets.durable import exclusive, whole_directory
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.files import exclusive, whole_directory
 from cv_platform.predictions import ClassifierType
 from cv_platform.validation.checks import (
     check_class_coverage,

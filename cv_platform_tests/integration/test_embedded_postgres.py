@@ -22,9 +22,9 @@ from sqlalchemy import make_url
 from cv_platform.database import pg_binaries
 from cv_platform.database.cluster import Cluster
 from cv_platform.database.embedded import embedded_database, existing_url
-from cv_platform.database.file_lock import exclusive
 from cv_platform.database.pg_binaries import server_user
-from cv_platform.errors import ServiceError
+from cv_platform.errors import LockHeldError, ServiceError
+from cv_platform.files import exclusive
 
 WAIT_SECONDS = 60.0
 
@@ -364,7 +364,7 @@ def test_somebody_who_starts_for_ever_is_named(home: Path, monkeypatch: pytest.M
     Cluster(home).make_folder()
     with (
         exclusive(home / "postgres" / "start.lock", timeout_seconds=1),
-        pytest.raises(ServiceError, match=r"start\.lock"),
+        pytest.raises(LockHeldError, match=r"start\.lock"),
         embedded_database(home),
     ):
         pytest.fail("It must not get here.")

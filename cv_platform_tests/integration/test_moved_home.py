@@ -16,10 +16,10 @@ from sqlalchemy import insert, select
 
 from cv_platform.database.connection import database_url, make_engine
 from cv_platform.database.embedded import embedded_database
-from cv_platform.database.file_lock import exclusive
 from cv_platform.database.migrate import migrate
 from cv_platform.database.schema import drift_reports
 from cv_platform.errors import ConfigError
+from cv_platform.files import exclusive
 from cv_platform.local.environment import prepare_home
 from cv_platform.maintenance.moved_home import LOCATION, previous_location, require_settled, settle_home
 from cv_platform.settings import Settings

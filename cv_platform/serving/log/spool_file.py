@@ -270,6 +270,7 @@ def _connect_to_read(path: Path) -> sqlite3.Connection:
 
 
 def _sync_folder(folder: Path) -> None:
+    """As `files.sync_folder`, but it raises: without its name on the disk no entry would be durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

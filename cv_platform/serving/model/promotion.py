@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cv_platform.database.file_lock import exclusive
 from cv_platform.errors import (
     BundleNotFoundError,
     CorruptBundleError,
     DeploymentError,
+    LockHeldError,
     PointerMovedError,
     PromotionBusyError,
-    ServiceError,
 )
+from cv_platform.files import exclusive
 from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer
 
@@ -162,11 +162,10 @@ class Promoter:
 
     @contextmanager
     def _alone(self) -> Generator[None]:
-        self.lock.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             try:
                 held.enter_context(exclusive(self.lock, timeout_seconds=self.wait_seconds))
-            except ServiceError as err:
+            except LockHeldError as err:
                 raise self._busy() from err
             yield
 

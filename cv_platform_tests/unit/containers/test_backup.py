@@ -15,7 +15,7 @@ from cv_platform.containers import backup, engine, preflight, restore
 from cv_platform.containers.__main__ import main
 from cv_platform.containers.backup_contents import Contents, product_version, require_restorable
 from cv_platform.containers.env_file import make_secrets, read_env, set_values
-from cv_platform.errors import BackupError, ConfigError, DiskSpaceError, ServiceError
+from cv_platform.errors import BackupError, ConfigError, DiskSpaceError, LockHeldError, ServiceError
 from cv_platform.maintenance.archive import verify_archive, write_archive
 from cv_platform_tests.unit.containers.test_preflight import fake_docker
 
@@ -193,9 +193,9 @@ def test_only_one_restoration_works_at_a_time(docker: Path, tmp_path: Path) -> N
     other = os.open(docker, os.O_RDONLY)
     try:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ServiceError, match="another one is running"):
+        with pytest.raises(LockHeldError, match="another one is running"):
             restore.restore(write(tmp_path), quiet)
-        with pytest.raises(ServiceError, match="another one is running"):
+        with pytest.raises(LockHeldError, match="another one is running"):
             restore.give_up()
     finally:
         os.close(other)

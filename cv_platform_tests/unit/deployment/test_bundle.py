@@ -6,10 +6,11 @@ import pytest
 from cv_platform.deployment import bundle as bundle_module
 from cv_platform.deployment.bundle import ModelBundle, publish_model
 from cv_platform.errors import BundleExistsError, CorruptBundleError, ExportError
+from cv_platform.files import file_sha256
 from cv_platform.images import preprocessing_hash
 from cv_platform.serving.model.fallback import load_fallback
 from cv_platform.serving.model.runtime import load_bundle
-from cv_platform.storage import CentralStorage, file_sha256
+from cv_platform.storage import CentralStorage
 from cv_platform_tests.tiny_models import CLASS_NAMES, IMAGE_SIZE, TinyExport, build_classifier, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")

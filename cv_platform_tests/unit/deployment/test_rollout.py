@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from cv_platform.config import DeployConfig
-from cv_platform.database.file_lock import exclusive
 from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.deployment.rollout import deploy, rollback
 from cv_platform.errors import CorruptBundleError, DeploymentError
+from cv_platform.files import exclusive
 from cv_platform.serving.model import worker_watch
 from cv_platform.serving.model.holder import ModelHolder
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-from cv_platform.errors import ServiceError, StorageError, TrackingError
+from cv_platform.errors import LockHeldError, StorageError, TrackingError
+from cv_platform.files import exclusive
 from cv_platform.maintenance.garbage import Garbage, collect, find_garbage
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
@@ -154,7 +154,7 @@ def test_an_unfinished_run_keeps_all_that_it_may_read(settings: Settings, home: 
 
 
 def test_what_somebody_works_on_stays(settings: Settings, home: Path) -> None:
-    with FileLock(home / "packed" / ".old-pack.lock"):
+    with exclusive(home / "packed" / ".old-pack.lock"):
         collect(settings, find(settings))
         assert (home / "packed" / "old-pack" / "file").exists()
     collect(settings, find(settings))
@@ -206,13 +206,12 @@ def test_a_killed_deletion_is_finished_by_the_next(settings: Settings, home: Pat
 
 
 def test_a_backup_and_a_promotion_keep_the_collector_out(settings: Settings, home: Path) -> None:
-    from cv_platform.database.file_lock import exclusive
     from cv_platform.maintenance.backup import maintenance_lock
     from cv_platform.serving.model.promotion import PROMOTION_LOCK
 
     before = everything(home)
     for lock in (maintenance_lock(home), home / "cache" / PROMOTION_LOCK):
-        with exclusive(lock, timeout_seconds=0), pytest.raises(ServiceError, match="another process holds"):
+        with exclusive(lock, timeout_seconds=0), pytest.raises(LockHeldError, match="another process holds"):
             collect(settings, find(settings))
     assert {name: size for name, size in everything(home).items() if not name.endswith(".lock")} == before
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.database.file_lock import exclusive
-from cv_platform.errors import ServiceError
+from cv_platform.errors import LockHeldError
+from cv_platform.files import exclusive
 from cv_platform.maintenance import volumes
 from cv_platform.maintenance.archive_stream import ArchiveReader, packing
 from cv_platform.maintenance.backup import maintenance_lock
@@ -149,7 +149,7 @@ def test_the_lock_is_held_until_the_input_ends(mounts: Path) -> None:
     # At least what the small files have; SQLite's count twice, as they are copied first.
     assert '"bytes": ' in holder.stdout.readline()
     with (
-        pytest.raises(ServiceError, match="another process holds"),
+        pytest.raises(LockHeldError, match="another process holds"),
         exclusive(maintenance_lock(mounts / "home"), timeout_seconds=0.0),
     ):
         pass

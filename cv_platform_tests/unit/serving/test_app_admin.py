@@ -6,7 +6,7 @@ from uuid import uuid4
 import pytest
 from starlette.types import ASGIApp, Message
 
-from cv_platform.database.file_lock import exclusive
+from cv_platform.files import exclusive
 from cv_platform.serving.app import create_app
 from cv_platform.serving.model.worker_watch import WorkerWatch
 from cv_platform.serving.worker import ServingContext

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.database.file_lock import exclusive
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError, DeploymentError, PromotionBusyError
+from cv_platform.files import exclusive
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Claim, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, publish_tiny

@@ -1,0 +1,203 @@
+"""Files and folders that appear whole or not at all, and locks between processes.
+
+A process may be killed at any line, and the power may fail: what has its final name is complete and on the disk. Locks
+are `flock`'s, which the kernel drops with the process that holds them
+(https://man7.org/linux/man-pages/man2/flock.2.html). The `filelock` package has no shared lock, and none that survives
+`exec`, which `database.embedded` needs.
+
+Standard library only, and Python 3.9: the stack in containers is backed up by the machine's own Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cv_platform.errors import LockHeldError
+
+LONGEST_WORK_SECONDS = 3600.0
+"""The longest honest work under a lock: checking out or packing a large dataset."""
+MANY_FILES = 100
+"""From here on, a folder reaches the disk by one sync of everything."""
+_POLL_SECONDS = 0.05
+
+
+@contextmanager
+def whole_file(target: Path, *, suffix: str = "", is_private: bool = False) -> Generator[Path]:
+    """Yields a path beside `target`; what the block writes there becomes `target`, synced, in one step.
+
+    Args:
+        target: the file; its folder is made if it is missing.
+        suffix: that the path must have for its writer. None by default: who looks for such files finds no half one.
+        is_private: its owner alone may read it; one that root makes belongs to the folder's owner.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}{suffix}")
+    try:
+        if is_private:
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            _give_to_owner(handle, target.parent)
+            os.close(handle)
+        yield partial
+        sync_file(partial)
+        partial.replace(target)
+        sync_folder(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_file(target: Path, content: str | bytes, *, is_private: bool = False) -> None:
+    """Makes `content` (text in UTF-8) the file `target`; see `whole_file`."""
+    with whole_file(target, is_private=is_private) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_directory(target: Path) -> Generator[Path]:
+    """Yields a fresh folder that becomes `target` (replacing one that exists) when the block ends without an error.
+
+    Call it under `exclusive`: it also clears what killed processes left beside `target`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for pattern in (f".{target.name}.partial-*", f".{target.name}.stale-*"):
+        for leftover in target.parent.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        yield partial
+        sync_tree(partial)
+        stale = target.parent / f".{target.name}.stale-{secrets.token_hex(4)}"
+        if target.exists():
+            target.rename(stale)
+        partial.rename(target)
+        sync_folder(target.parent)
+        shutil.rmtree(stale, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def scratch_directory(parent: Path, name: str) -> Generator[Path]:
+    """Yields an empty hidden folder below `parent` and removes it afterwards; call it under `exclusive`."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for leftover in parent.glob(f".{name}.scratch-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = parent / f".{name}.scratch-{secrets.token_hex(4)}"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync_tree(directory: Path) -> None:
+    """Makes everything below `directory` survive a power cut."""
+    paths = list(directory.rglob("*"))
+    if len(paths) > MANY_FILES:
+        os.sync()  # Once, instead of an fsync for each.
+        return
+    for path in paths:
+        if path.is_file() and not path.is_symlink():
+            sync_file(path)
+    for folder in (directory, *(path for path in paths if path.is_dir() and not path.is_symlink())):
+        sync_folder(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Makes what a file holds survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in `folder` survive a power cut, where the file system can."""
+    # Some network file systems refuse to sync a folder, and one above the storage may not be ours to open; what the
+    # files hold is synced by their writers.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """Returns a file's sha256 as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def exclusive(path: Path, *, timeout_seconds: float = LONGEST_WORK_SECONDS, mode: int = 0o600) -> Generator[None]:
+    """Holds a file's lock alone, so that no other process or thread does the same work while the block runs.
+
+    The file stays: removing it could let two processes believe that they hold it.
+
+    Args:
+        path: the lock file, made if it is missing, as is its folder.
+        timeout_seconds: how long to wait for it.
+        mode: of a new lock file.
+
+    Raises:
+        LockHeldError: somebody else held it all that time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = open_lock(path, mode=mode)
+    try:
+        deadline = time.monotonic() + timeout_seconds
+        while not try_lock(handle):
+            if time.monotonic() > deadline:
+                raise LockHeldError(
+                    f"Expected to get the lock {path} within {timeout_seconds:.0f} s. Received: another process holds "
+                    "it. Wait for that process, or end it, and try again."
+                )
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # A forked child may have a copy of the handle, which would keep the lock.
+        os.close(handle)
+
+
+def open_lock(path: Path, *, mode: int = 0o600) -> int:
+    """Opens (and makes) a lock file and returns its descriptor; each call is a holder of its own."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+    except PermissionError:  # Made by another user; to lock it, reading is enough.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    _give_to_owner(handle, path.parent)  # Else one start as root would shut the home's owner out.
+    return handle
+
+
+def try_lock(handle: int, *, shared: bool = False) -> bool:
+    """Takes the lock, or changes its kind, if nobody is in the way; never waits."""
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Returns whether somebody holds the lock of a file, alone or shared; False where there is no such file."""
+    if not path.exists():
+        return False
+    handle = open_lock(path)
+    try:
+        return not try_lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _give_to_owner(handle: int, folder: Path) -> None:
+    if os.geteuid() == 0 and (owner := folder.stat()).st_uid != 0:
+        os.fchown(handle, owner.st_uid, owner.st_gid)
