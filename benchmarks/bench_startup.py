@@ -6,6 +6,7 @@ platform starts it. Both in turns, on one installation with a deployed model tha
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +36,6 @@ from benchmarks.servers import process_memory_bytes, process_tree, process_tree_
 from benchmarks.untrained import deploy_untrained
 from cv_platform.database.cluster import Cluster
 from cv_platform.errors import ServiceError
-from cv_platform.local.environment import run_logged
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.local.leftovers import leftover_pids, program_mark
 from cv_platform.local.programs import programs
@@ -174,7 +174,16 @@ def _settle(settings: Settings) -> float:
 
 def _command(environment: Mapping[str, str], command: str, home: Path) -> None:
     log = home.parent / f"{command}.log"
-    if run_logged([sys.executable, "-m", "cv_platform.cli", command], log, environment, lambda line: None) != 0:
+    with log.open("w", encoding="utf-8") as file:
+        result = subprocess.run(
+            [sys.executable, "-m", "cv_platform.cli", command],
+            env=dict(environment),
+            cwd=REPOSITORY,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if result.returncode != 0:
         raise ServiceError(
             f"`cv-platform {command}` failed in {REPOSITORY}:\n{log.read_text(errors='replace')[-3000:]}"
         )

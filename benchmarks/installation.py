@@ -13,8 +13,8 @@ import yaml
 
 from benchmarks.options import REPOSITORY
 from cv_platform.config import ExperimentConfig, load_experiment, parse_experiment
-from cv_platform.errors import CvPlatformError
-from cv_platform.local.environment import dagster_command, platform_environment, prepare_home, run_logged
+from cv_platform.local.environment import platform_environment, prepare_home
+from cv_platform.local.graph import materialize
 from cv_platform.settings import Settings
 
 ORIGINAL_ARCHITECTURE: dict[str, Any] = {"architecture": "small_cnn", "input_size": {"h": 50, "w": 50}}
@@ -89,13 +89,9 @@ def deploy_by_graph(
     """Materialises everything up to `deployment`.
 
     Raises:
-        CvPlatformError: the run failed; the end of its log is shown.
+        CvPlatformError: the run failed; the message says why, and where its log is.
     """
     prepare_home(settings)
     selection = f"+key:{experiment.name}/deployment"
-    log = settings.home / "logs" / "benchmark-graph.log"
-    command = dagster_command("asset", "materialize", "--select", selection, "-m", "cv_platform.definitions")
     say(f"materialising {selection} …")
-    if run_logged(command, log, environment, lambda line: None) != 0:
-        end = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-30:])
-        raise CvPlatformError(f"`dagster asset materialize --select {selection}` failed. The end of {log}:\n{end}")
+    materialize(selection, environment, log=settings.home / "logs" / "benchmark-graph.log", say=say)

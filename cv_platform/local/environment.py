@@ -1,4 +1,4 @@
-"""What every process of an installation shares: its folders, its environment, and how a command is run and logged."""
+"""What every process of an installation shares: its folders, its environment, and the logs of its runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import json
 import os
 import re
 import secrets
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,8 +20,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HOME_FORMAT = "1"
 """Layout of `CV_HOME`; a release that changes it raises this and says how to move."""
 
-_SUPERSEDED = "ignore:Function `asset_materialize_command` is superseded:FutureWarning"
-"""Its category by its base class: Python would have to import Dagster, for the other's name, before anything else."""
 KEPT_RUN_LOGS = 20
 """Of each experiment; `cv-platform gc` deletes old ones of them, too."""
 _RUN_LOG = re.compile(r"run-[a-z0-9_]+-[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}\.log")
@@ -95,15 +90,6 @@ def prepare_home(settings: Settings) -> None:
     write_file(settings.dagster_home / "dagster.yaml", content)  # A running daemon may read it at any moment.
 
 
-def dagster_command(*arguments: str) -> list[str]:
-    """Returns a `dagster` command of this environment.
-
-    Dagster 1.13 announces its newer `dg` CLI as a SupersessionWarning of `dagster asset materialize`, which is this
-    platform's documented interface, so that notice is left out. Once it becomes a removal, move to `dg launch`.
-    """
-    return [sys.executable, "-W", _SUPERSEDED, "-m", "dagster", *arguments]
-
-
 def new_run_log(folder: Path, name: str) -> Path:
     """Makes the empty log of a new run, `run-<name>-<UTC time>-<8 hex digits>.log`; of old ones the newest 19 stay."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,19 +99,3 @@ def new_run_log(folder: Path, name: str) -> Path:
     log = folder / f"run-{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}.log"
     log.touch(exist_ok=False)
     return log
-
-
-def run_logged(command: list[str], log: Path, environment: Mapping[str, str], on_line: Callable[[str], None]) -> int:
-    """Runs a command to its end, keeps its output in `log`, hands each line to `on_line`; returns its exit status."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(
-            command, env=dict(environment), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
-    ):
-        for line in process.stdout or ():
-            file.write(line)
-            file.flush()
-            on_line(line)
-    return process.returncode

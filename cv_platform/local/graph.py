@@ -1,8 +1,9 @@
-"""Materialises assets by the `dagster` CLI, and says in a line each what happened; the whole output goes to a log."""
+"""Asks Dagster, in processes of its own: materialises assets (`defs.materialize`), and lists unfinished runs."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -10,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cv_platform.errors import CvPlatformError
-from cv_platform.local.environment import REPOSITORY, dagster_command, run_logged
-from cv_platform.local.run_output import RunOutput
+from cv_platform.local.environment import REPOSITORY
 
 LAST_LINES = {"DAGSTER_COMPUTE_LOG_TAIL_WAIT_AFTER_FINISH": "1"}
 """For a run's environment. Dagster 1.13 prints the steps' lines through `tail`, which it ends at once after the last
@@ -51,21 +51,39 @@ def materialize(
         selection: as `dagster asset materialize --select` takes it.
         environment: see `environment.platform_environment`; with `CV_HOME`.
         log: receives everything that Dagster prints.
-        say: is given a line per finished asset, and per check that did not pass.
+        say: is given a line per finished asset, per check that did not pass, and where a training goes on.
         config: run config.
 
     Raises:
         CvPlatformError: the run failed; the message says which asset, why, and where the log is, without a traceback.
     """
-    arguments = ["asset", "materialize", "--select", selection, "-m", "cv_platform.definitions"]
+    command = [sys.executable, "-m", "cv_platform.defs.materialize", "cv_platform.definitions", selection]
     if config is not None:
-        arguments += ["--config-json", json.dumps(config)]
-    output = RunOutput(say, Path(environment["CV_HOME"]) / "records")
-    status = run_logged(dagster_command(*arguments), log, {**environment, **LAST_LINES}, output.read)
-    if status == 0:
-        return
-    last_lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
-    raise CvPlatformError(
-        f"{selection.removeprefix('key:')} was not materialised completely (status {status}).\n"
-        f"{output.failure(status, last_lines)}\n  The whole log, with tracebacks: {log}"
-    )
+        command += ["--config-json", json.dumps(config)]
+    failed = ""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, env={**environment, **LAST_LINES}, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=file, text=True
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            message = json.loads(line)
+            if "said" in message:
+                say(message["said"])
+            failed += message.get("failed", "")
+    if process.returncode:
+        reason = "\n".join(f"  {line}" for line in (failed or _last_word(process.returncode)).splitlines())
+        raise CvPlatformError(
+            f"{selection.removeprefix('key:')} was not materialised completely (status {process.returncode}).\n"
+            f"{reason}\n  The whole log, with tracebacks: {log}"
+        )
+
+
+def _last_word(status: int) -> str:
+    if status > 0:
+        return "Dagster's process ended without a word."
+    name = signal.Signals(-status).name
+    memory = ": often the system's answer to a full memory" if name == "SIGKILL" else ""
+    return f"Dagster's process was ended by {name}{memory}."

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cv_platform.local.environment import dagster_command, platform_environment, prepare_home
+from cv_platform.local.environment import platform_environment, prepare_home
 from cv_platform.local.graph import materialize
 from cv_platform.settings import Settings
 from cv_platform.training.trainer import TrainedModel
@@ -49,7 +50,7 @@ def test_the_same_command_goes_on_after_the_last_whole_epoch(settings: Settings,
     killed = tmp_path / "killed.log"
     with killed.open("w") as file:
         process = subprocess.Popen(
-            dagster_command("asset", "materialize", "--select", "key:tiny/model", "-m", "cv_platform.definitions"),
+            [sys.executable, "-m", "cv_platform.defs.materialize", "cv_platform.definitions", "key:tiny/model"],
             env=environment,
             cwd=REPOSITORY,
             stdout=file,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -26,7 +27,7 @@ from cv_platform.config import load_experiment
 from cv_platform.database.connection import make_engine
 from cv_platform.database.embedded import embedded_database
 from cv_platform.images import preprocess
-from cv_platform.local.environment import dagster_command, platform_environment
+from cv_platform.local.environment import platform_environment
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.local.programs import service_command
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
@@ -178,7 +179,12 @@ def test_mlflow_has_a_run_per_stage_with_the_config_and_the_report(demo: Demo) -
 
 def materialize(demo: Demo, selection: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        dagster_command("asset", "materialize", "--select", selection, "-m", "cv_platform.definitions"),
+        [
+            sys.executable,
+            "-m",
+            "dagster",
+            *shlex.split(f"asset materialize -m cv_platform.definitions --select {selection}"),
+        ],
         cwd=REPOSITORY,
         env=platform_environment(demo.settings),
         capture_output=True,

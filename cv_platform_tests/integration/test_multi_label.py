@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cv_platform.local.environment import dagster_command, platform_environment, prepare_home
+from cv_platform.local.environment import platform_environment, prepare_home
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.settings import Settings
 
@@ -123,7 +123,7 @@ def shapes() -> Iterator[Shapes]:
             [*command, "--name", "shapes", "--tag", "v1.0.0"], check=False, timeout=120, **options
         )
         assert imported.returncode == 0, imported.stderr
-        command = dagster_command("asset", "materialize", "--select", "key:shapes/*", "-m", "cv_platform.definitions")
+        command = [sys.executable, "-m", "cv_platform.defs.materialize", "cv_platform.definitions", "key:shapes/*"]
         run = subprocess.run(command, check=False, timeout=400, **options)
         assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
         yield Shapes(folder, settings, imported.stdout)

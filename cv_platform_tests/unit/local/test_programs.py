@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cv_platform.errors import ConfigError
-from cv_platform.local.environment import dagster_command, platform_environment, prepare_home
+from cv_platform.local.environment import platform_environment, prepare_home
 from cv_platform.local.programs import programs
 from cv_platform.settings import Settings
 
@@ -108,19 +107,3 @@ def test_an_installation_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "FORMAT_VERSION").write_text("99\n")
     with pytest.raises(ConfigError, match="format 99"):
         prepare_home(settings(tmp_path))
-
-
-def test_only_the_notice_about_dagsters_own_command_is_left_out() -> None:
-    code = """
-import warnings
-class SupersessionWarning(FutureWarning): ...
-for name in ("asset_materialize_command", "mine"):
-    warnings.warn(f"Function `{name}` is superseded and its usage is discouraged.", SupersessionWarning)
-warnings.warn("Function `asset_materialize_command` is superseded", UserWarning)
-"""
-    python, option, value, *_ = dagster_command("asset", "materialize")
-    shown = subprocess.run([python, option, value, "-c", code], capture_output=True, text=True, check=True).stderr
-    assert [line.partition(": ")[2] for line in shown.splitlines()] == [
-        "SupersessionWarning: Function `mine` is superseded and its usage is discouraged.",
-        "UserWarning: Function `asset_materialize_command` is superseded",
-    ]
