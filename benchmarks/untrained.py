@@ -58,7 +58,7 @@ def deploy_untrained(
         environment: see `installation.isolated_environment`.
         scratch: a folder for what only the export needs.
         name: of the experiment; the model is `<name>_classifier`.
-        architecture: see `training.architectures`.
+        architecture: see `training/architectures`.
         side_px: height and width of the input.
         versions: how many versions of it are published.
         runtime: see `deployment.export.export_bundle`.
@@ -108,7 +108,7 @@ def publish(wanted: UntrainedModel) -> None:
     from cv_platform.deployment.bundle import publish_model
     from cv_platform.drift.encoders import build_uae, encoder_hash
     from cv_platform.images import preprocessing_hash
-    from cv_platform.training.architectures import build_model
+    from cv_platform.training.network import build_model
 
     size: dict[str, Any] = {"h": wanted.side_px, "w": wanted.side_px}
     experiment = quick_experiment(wanted.name, model={"architecture": wanted.architecture, "input_size": size})

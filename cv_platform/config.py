@@ -25,6 +25,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -102,6 +103,18 @@ class DriftDetectionConfig(Section):
     )
 
 
+def _architectures() -> list[str]:
+    """Lists what `training/architectures/` has, a module each; a Bento, which trains nothing, has none."""
+    return sorted(path.stem for path in (Path(__file__).parent / "training" / "architectures").glob("[!_]*.py"))
+
+
+def _known_architecture(name: str) -> str:
+    known = _architectures()
+    if known and name not in known:
+        raise ValueError(f"Expected one of {', '.join(known)}. Received: {name}")
+    return name
+
+
 class ModelConfig(Section):
     """The network: its name, its input and output, its architecture."""
 
@@ -111,9 +124,10 @@ class ModelConfig(Section):
         default="multi-class", description="one class for each image, or any number of them"
     )
     input_size: InputSize = Field(description="of the images that the model sees")
-    architecture: Literal["small_cnn", "resnet9s", "resnet50"] = Field(
+    architecture: Annotated[str, AfterValidator(_known_architecture)] = Field(
         default="small_cnn",
         description="small_cnn is the original's network; resnet9s is better for its cost; resnet50 for photos",
+        json_schema_extra=lambda schema: schema.update(enum=list[JsonValue](_architectures())),
     )
     dropout: float = Field(default=0.0, ge=0.0, le=0.9, description="share of the features that a step leaves out")
     weights: str | None = Field(

@@ -30,7 +30,7 @@ NUMERICAL = (
     "unit/serving/model/test_runtime.py",
     "unit/test_images.py",
     "unit/test_properties.py",
-    "unit/training/test_architectures.py",
+    "unit/training/test_network.py",
     "unit/training/test_calibration.py",
     "unit/training/test_schedules.py",
     "unit/validation/test_checks.py",

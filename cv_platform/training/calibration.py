@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.predictions import ClassifierType
-from cv_platform.training.architectures import LOGITS_NAME
+from cv_platform.training.network import LOGITS_NAME
 
 if TYPE_CHECKING:
     import keras
@@ -36,7 +36,7 @@ def calibrate(network: keras.Model, images: np.ndarray, targets: np.ndarray, cla
     Call it once for a network: a second call would find a temperature near 1.
 
     Args:
-        network: see `architectures`; its last dense layer is changed.
+        network: see `network`; its last dense layer is changed.
         images: `(N, H, W, 3)` uint8 that the weights were not fitted on; may be memory-mapped.
         targets: `(N,)` class indices, or `(N, C)` 0/1.
         classifier_type: multi-label has one temperature over all outputs.

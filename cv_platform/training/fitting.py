@@ -16,7 +16,6 @@ import numpy as np
 from cv_platform.config import ModelConfig, TrainConfig
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import TrainingError
-from cv_platform.training.architectures import build_model, resolve_precision
 from cv_platform.training.augmentation import Augmenter
 from cv_platform.training.batches import ShuffledBatches, ordered_dataset
 from cv_platform.training.callbacks import (
@@ -26,6 +25,7 @@ from cv_platform.training.callbacks import (
     read_state,
     restore_random_state,
 )
+from cv_platform.training.network import build_model, resolve_precision
 from cv_platform.training.schedules import build_optimizer
 
 if TYPE_CHECKING:

@@ -34,10 +34,10 @@ from cv_platform.files import exclusive, file_sha256, whole_directory, write_fil
 from cv_platform.images import preprocessing_hash
 from cv_platform.storage import new_version
 from cv_platform.tracking import flatten
-from cv_platform.training.architectures import resolve_precision
 from cv_platform.training.calibration import calibrate
 from cv_platform.training.callbacks import write_history
 from cv_platform.training.fitting import FittedModel, fit_model
+from cv_platform.training.network import resolve_precision
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

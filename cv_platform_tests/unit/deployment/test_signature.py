@@ -200,7 +200,7 @@ def test_each_architecture_runs_by_onnx_and_answers_as_the_tape(
     import keras
     import tensorflow as tf
 
-    from cv_platform.training.architectures import build_model
+    from cv_platform.training.network import build_model
 
     config = ModelConfig.model_validate(
         {

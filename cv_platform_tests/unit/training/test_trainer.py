@@ -21,9 +21,9 @@ from cv_platform.datasets.packing import PackedImages, open_split
 from cv_platform.errors import DiskSpaceError, TrackingError, TrainingError
 from cv_platform.storage import VERSION_PATTERN
 from cv_platform.tracking import start_run
-from cv_platform.training.architectures import build_model
 from cv_platform.training.calibration import scale_logits
 from cv_platform.training.callbacks import TrainingMonitor, read_state
+from cv_platform.training.network import build_model
 from cv_platform.training.trainer import TrainedModel, _recipe, _work_folder, train_model
 from cv_platform_tests.unit.training.conftest import experiment
 

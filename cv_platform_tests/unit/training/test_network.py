@@ -12,7 +12,7 @@ import pytest
 
 from cv_platform.config import ModelConfig
 from cv_platform.errors import TrainingError
-from cv_platform.training.architectures import _has_bfloat16, build_model, feature_map_layer, resolve_precision
+from cv_platform.training.network import _has_bfloat16, build_model, feature_map_layer, resolve_precision
 
 HEAD = {"GlobalAveragePooling2D", "Dropout", "Dense", "Activation"}
 
