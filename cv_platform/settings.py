@@ -381,6 +381,7 @@ def quiet_variables() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "BENTOML_DO_NOT_TRACK": "True",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "ORT_DISABLE_TELEMETRY": "1",
         # Helpers of MLflow's server for language models: seven processes, 1.4 GB.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "DISABLE_LATEST_VERSION_CHECK": "True",

@@ -76,7 +76,7 @@ def main() -> int:
         tests = [f"cv_platform_tests/{path}" for path in NUMERICAL]
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pytest", *tests, *sys.argv[1:]),
+                *(sys.executable, "-m", "pytest", "-n", "2", *tests, *sys.argv[1:]),
                 *("--deselect", f"cv_platform_tests/{HELD_BACK_BY_HALF}"),
             ],
             env={**os.environ, **environment},

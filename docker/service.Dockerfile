@@ -33,7 +33,7 @@ ARG REVISION=
 LABEL org.opencontainers.image.title="cv-platform service" org.opencontainers.image.revision="${REVISION}"
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     CV_HOME=/data/service CV_STORAGE=/data/storage BENTOML_HOME=/tmp/bentoml \
-    BENTOML_DO_NOT_TRACK=True DO_NOT_TRACK=1 TF_CPP_MIN_LOG_LEVEL=2
+    BENTOML_DO_NOT_TRACK=True DO_NOT_TRACK=1 ORT_DISABLE_TELEMETRY=1 TF_CPP_MIN_LOG_LEVEL=2
 WORKDIR /app
 USER 10001:10001
 EXPOSE 4242

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cv_platform.local.http import free_port
 from cv_platform.settings import Settings
+from cv_platform_tests.proxies import Counted, counting_server, proxy_variables
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -31,6 +33,17 @@ class Demo:
 
     def record(self, asset: str) -> dict[str, Any]:
         return json.loads((self.home / "records" / "digits" / f"{asset}.json").read_text())
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What `make up` runs."""
+
+    variables: dict[str, str]
+    """Its home and ports, and a proxy for everything."""
+    settings: Settings
+    proxy: Counted
+    """Where everything would go that does not know this machine's own addresses. It leads nowhere."""
 
 
 def cli(variables: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +65,7 @@ def cli(variables: Mapping[str, str], *arguments: str) -> subprocess.CompletedPr
 @contextmanager
 def finished_demo() -> Iterator[Demo]:
     # Not below pytest's own folder, which is closed to the unprivileged user that runs PostgreSQL for root.
-    folder = Path(tempfile.mkdtemp(prefix="cv-demo-"))
+    folder = Path(tempfile.mkdtemp(prefix="cv-demo 100% é "))
     folder.chmod(0o711)
     config = REPOSITORY / "configs" / "digits.yaml"
     variables = {"CV_HOME": str(folder / "home"), "CV_CONFIGS": str(config)}
@@ -67,3 +80,25 @@ def finished_demo() -> Iterator[Demo]:
         )
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def running_stack(demo: Demo) -> Iterator[Stack]:
+    assert demo.status == 0, demo.output
+    ports = ("CV_SERVICE_PORT", "CV_DAGSTER_PORT", "CV_MLFLOW_PORT", "CV_EVIDENTLY_PORT")
+    with counting_server(status=502) as proxy:
+        variables = {
+            "CV_HOME": str(demo.home),
+            "CV_CONFIGS": str(demo.config),
+            "CV_SERVICE_WORKERS": "1",
+            **{name: str(free_port()) for name in ports},
+            **proxy_variables(proxy.url),
+            "NO_PROXY": "",
+            "no_proxy": "",
+        }
+        started = cli(variables, "up")
+        try:
+            assert started.returncode == 0, started.stdout + started.stderr
+            yield Stack(variables, Settings.from_environment(variables), proxy)
+        finally:
+            cli(variables, "down")

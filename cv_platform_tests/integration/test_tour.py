@@ -6,7 +6,6 @@ It adds requests and reports to the installation of test_demo, which counts them
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -18,8 +17,7 @@ from sqlalchemy import Row, text
 
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import make_engine
-from cv_platform.local.http import free_port
-from cv_platform_tests.integration.demo_run import REPOSITORY, Demo, cli
+from cv_platform_tests.integration.demo_run import REPOSITORY, Demo, Stack
 
 TEST_IMAGES = 359
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
@@ -55,32 +53,20 @@ class Tour:
 
 
 @pytest.fixture(scope="module")
-def tour(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tour]:
-    assert demo.status == 0, demo.output
-    ports = ("CV_SERVICE_PORT", "CV_DAGSTER_PORT", "CV_MLFLOW_PORT", "CV_EVIDENTLY_PORT")
-    variables = {
-        "CV_HOME": str(demo.home),
-        "CV_CONFIGS": str(demo.config),
-        "CV_SERVICE_WORKERS": "1",
-        **{name: str(free_port()) for name in ports},
-    }
+def tour(demo: Demo, stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Tour:
     jupyter = {
         "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
     began, version = datetime.now(UTC), demo.record("model")["version"]
-    started = cli(variables, "up")
-    try:
-        assert started.returncode == 0, started.stdout + started.stderr
-        path = REPOSITORY / "notebooks" / "tour.ipynb"
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(
-            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-        )
-        client.execute(env={**os.environ, **variables, **jupyter})
-        yield Tour(notebook, demo, version, began)
-    finally:
-        cli(variables, "down")
+    path = REPOSITORY / "notebooks" / "tour.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    )
+    ours = {name: value for name, value in stack.variables.items() if name.startswith("CV_")}
+    client.execute(env={**os.environ, **ours, **jupyter})
+    return Tour(notebook, demo, version, began)
 
 
 def test_every_cell_runs_and_none_raises(tour: Tour) -> None:

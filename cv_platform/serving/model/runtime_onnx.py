@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cv_platform.errors import CorruptBundleError
 from cv_platform.serving.model.runtime import Prediction
+from cv_platform.settings import prepare_process
 
 _INPUTS = {"images": ("tensor(uint8)", 4), "class_index": ("tensor(int32)", 1)}
 _OUTPUTS = {
@@ -37,6 +38,9 @@ class OnnxRuntime:
     """
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        # From 1.29 on it tells its maker which model runs, unless the process's environment says no.
+        # https://github.com/microsoft/onnxruntime/blob/main/docs/Privacy.md
+        prepare_process()
         # It has no types that a checker could follow.
         import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 

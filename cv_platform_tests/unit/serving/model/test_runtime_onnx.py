@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from cv_platform.errors import CorruptBundleError
 from cv_platform.serving.model.runtime_onnx import OnnxRuntime
+from cv_platform_tests.proxies import counting_server, proxy_variables
 from cv_platform_tests.tiny_models import TinyExport, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
@@ -135,3 +136,23 @@ def test_a_dropped_model_is_released(tiny_export: TinyExport):
     del runtime
     gc.collect()
     assert session() is None
+
+
+def test_what_it_runs_is_told_to_nobody(tmp_path: Path, tiny_export: TinyExport):
+    code = (
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from cv_platform.serving.model.runtime_onnx import OnnxRuntime\n"
+        f"images = np.zeros({tiny_images(2).shape}, np.uint8)\n"
+        "OnnxRuntime(Path(sys.argv[1]))(images, np.full(len(images), -1, np.int32))"
+    )
+    # Under CI, ONNX Runtime sends nothing by itself.
+    environment = {name: value for name, value in os.environ.items() if name not in {"CI", "ORT_DISABLE_TELEMETRY"}}
+    with counting_server(status=502) as proxy:
+        subprocess.run(
+            [sys.executable, "-c", code, str(tiny_export.folder / "model.onnx")],
+            env={**environment, **proxy_variables(proxy.url), "HOME": str(tmp_path)},
+            check=True,
+            timeout=120,
+        )
+    assert proxy.asked == []
+    assert list(tmp_path.iterdir()) == []

@@ -1,17 +1,15 @@
 """`make up` for real: everything answers, what is killed comes back, and `make down` leaves nothing behind.
 
-Its home has an odd name, and the environment names a proxy that leads nowhere.
+Its home has an odd name, and its environment names a proxy that leads nowhere. It is the installation of test_demo and
+test_tour, which come first, by their names.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx
 import psutil
@@ -21,43 +19,24 @@ from sqlalchemy import text
 from benchmarks.servers import process_tree
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import make_engine
-from cv_platform.local.http import free_port, is_taken
+from cv_platform.local.http import is_taken
 from cv_platform.local.leftovers import leftover_pids, program_mark
 from cv_platform.local.programs import programs
 from cv_platform.local.supervisor import control
 from cv_platform.settings import Settings
-from cv_platform_tests.integration.demo_run import cli
-from cv_platform_tests.proxies import Counted, counting_server, proxy_variables
+from cv_platform_tests.integration.demo_run import Stack, cli
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def proxy() -> Iterator[Counted]:
-    with counting_server(status=502) as counted:
-        yield counted
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def variables(proxy: Counted) -> Iterator[dict[str, str]]:
-    # Not below pytest's own folder, which is closed to the unprivileged user that runs PostgreSQL for root.
-    home = Path(tempfile.mkdtemp(prefix="cv-stack 100% é "))
-    home.chmod(0o711)
-    names = ("CV_SERVICE_PORT", "CV_DAGSTER_PORT", "CV_MLFLOW_PORT", "CV_EVIDENTLY_PORT")
-    variables = {"CV_HOME": str(home), "CV_SERVICE_WORKERS": "1", **{name: str(free_port()) for name in names}}
-    variables |= {**proxy_variables(proxy.url), "NO_PROXY": "", "no_proxy": ""}
-    started = cli(variables, "up")
-    try:
-        assert started.returncode == 0, started.stdout + started.stderr
-        yield variables
-    finally:
-        cli(variables, "down")
-        shutil.rmtree(home)
+def variables(stack: Stack) -> dict[str, str]:
+    return stack.variables
 
 
 @pytest.fixture(scope="module")
-def settings(variables: dict[str, str]) -> Settings:
-    return Settings.from_environment(variables)
+def settings(stack: Stack) -> Settings:
+    return stack.settings
 
 
 def pid_of(settings: Settings, program: str) -> int:
@@ -140,5 +119,5 @@ def test_down_leaves_no_process_and_no_port(variables: dict[str, str], settings:
     assert "Not running" in cli(variables, "status").stdout
 
 
-def test_nothing_of_all_that_reached_a_proxy(proxy: Counted) -> None:
-    assert proxy.asked == []
+def test_nothing_of_all_that_reached_a_proxy(stack: Stack) -> None:
+    assert stack.proxy.asked == []
