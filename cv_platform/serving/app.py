@@ -1,6 +1,6 @@
 """The HTTP service of one worker: assembly only.
 
-    ObserveRequests → RequestEnvelope → RefusalLog → CleanRequest → AllowedHosts → AllowedOrigins → SameSite
+    ObserveRequests → RequestEnvelope → RefusalLog → CleanRequest → AllowedHosts → CORSMiddleware → SameSite
     → Unexpected → BodyLimit → routes
 
 From the outside in: every request gets its access line, count and span, every answer its id and headers, every refused
@@ -36,7 +36,7 @@ from cv_platform.serving.http.clean_requests import CleanRequest
 from cv_platform.serving.http.hosts import AllowedHosts
 from cv_platform.serving.http.problems import Unexpected, install_problem_handlers, method_not_allowed
 from cv_platform.serving.http.refusal_log import RefusalLog
-from cv_platform.serving.http.security import AllowedOrigins, RequestEnvelope, SameSite
+from cv_platform.serving.http.security import RequestEnvelope, SameSite, allowed_origins
 from cv_platform.serving.problem import Problem
 from cv_platform.serving.routes.batch import BATCH_PATH, batch_router
 from cv_platform.serving.routes.examples import API_DESCRIPTION, API_TITLE, API_VERSION
@@ -90,7 +90,7 @@ def create_app(context: ServingContext) -> FastAPI:
             Middleware(RefusalLog, context=context, paths=(PREDICT_PATH, BATCH_PATH)),
             Middleware(CleanRequest),
             Middleware(AllowedHosts, hosts=context.settings.allowed_hosts),
-            Middleware(AllowedOrigins, origins=context.settings.cors_origins),
+            *allowed_origins(context.settings.cors_origins),
             Middleware(SameSite, origins=context.settings.cors_origins),
             Middleware(Unexpected),
             Middleware(BodyLimit, allowance_for=allowance_for, small_bodies=context.small_bodies),

@@ -2,7 +2,7 @@
 
 Admin routes need `Authorization: Bearer $CV_ADMIN_TOKEN`; with no token set they are closed. With `CV_API_KEYS` set,
 predictions need `X-API-Key`. There are no cookies, so another site's page has no credentials to abuse; it reads nothing
-unless its origin is one of CV_CORS_ORIGINS (`AllowedOrigins`). It could still send a plain form from a visitor's
+unless its origin is one of CV_CORS_ORIGINS (`allowed_origins`). It could still send a plain form from a visitor's
 browser into the request log, and with it into the drift window: `SameSite` refuses what a browser says comes from
 another site.
 https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from http import HTTPStatus
 
 from fastapi import Request
 from fastapi.params import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,8 +29,6 @@ from cv_platform.serving.problem import Problem
 from cv_platform.settings import Settings
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-_CROSS_ORIGIN_METHODS = ("GET", "POST")
-_CROSS_ORIGIN_HEADERS = ("X-API-Key", "Idempotency-Key", "X-Request-Id")
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -76,44 +74,17 @@ class RequestEnvelope:
         await self.app(scope, receive, with_headers)
 
 
-class AllowedOrigins(CORSMiddleware):
-    """ASGI middleware: lets the pages of other origins call and read; their preflights are answered here.
-
-    Args:
-        app: what it stands before.
-        origins: such as `https://app.example.org`; without any, nothing is done.
-    """
-
-    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
-        super().__init__(
-            app,
-            allow_origins=origins,
-            allow_methods=_CROSS_ORIGIN_METHODS,
-            allow_headers=_CROSS_ORIGIN_HEADERS,
-            expose_headers=("X-Request-Id", "Retry-After"),
+def allowed_origins(origins: Sequence[str]) -> list[Middleware]:
+    """Returns what lets the pages of these origins, such as `https://app.example.org`, call and read; [] for none."""
+    if not origins:
+        return []
+    methods, headers = ("GET", "POST"), ("X-API-Key", "Idempotency-Key", "X-Request-Id")
+    exposed = ("X-Request-Id", "Retry-After")
+    return [
+        Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers, expose_headers=exposed
         )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-        if scope["type"] != "http" or not self.allow_origins:
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
-        if is_preflight and "origin" in headers:
-            answer = self.preflight_response(headers)
-            if answer.status_code != HTTPStatus.OK:
-                problem = Problem(
-                    403,
-                    f"Pages of this origin may not do that: {bytes(answer.body).decode()}.",
-                    expected=f"an origin of CV_CORS_ORIGINS, {' or '.join(_CROSS_ORIGIN_METHODS)}, and no special "
-                    f"headers but {', '.join(_CROSS_ORIGIN_HEADERS)}",
-                    headers={"Vary": "Origin"},
-                )
-                answer = problem_response(scope, problem)
-            await answer(scope, receive, send)
-            return
-        await super().__call__(scope, receive, send)
+    ]
 
 
 class SameSite:
