@@ -1,4 +1,9 @@
-"""What people look at: the page, the description of the API, and the files of both. Nothing comes from elsewhere."""
+"""What people look at: the page, the description of the API, and the files of both. Nothing comes from elsewhere.
+
+The description is rendered by `page/docs.js`. Swagger UI (5.12, as BentoML carries it) works under the same policy, but
+dozens of its texts are harder to read than WCAG allows and its pictures have no names
+(`test_the_description_of_the_api_is_rendered_readably`); it knows no dark scheme either.
+"""
 
 from __future__ import annotations
 

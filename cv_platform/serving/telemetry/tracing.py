@@ -3,6 +3,9 @@
 A provider of its own, never the global one: BentoML 1.4 has one, too, and would show each request twice. Spans leave in
 batches from a thread; while the collector is away they are dropped, and no request waits for one. The variables of
 the SDK (OTEL_EXPORTER_OTLP_HEADERS, OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME, …) work.
+OpenTelemetry's ASGI instrumentation is not used: it writes the client's address, and the URL with its query, whose
+values may be secrets, into the span when that begins, and no hook can take an attribute back
+(`test_a_prediction_is_one_trace_of_its_callers`).
 https://opentelemetry.io/docs/specs/otlp/#otlphttp, https://opentelemetry.io/docs/specs/semconv/http/http-spans/,
 https://www.w3.org/TR/trace-context/
 """
