@@ -93,7 +93,7 @@ def main(port: int, changed_limits: dict[str, Any]) -> None:
     from cv_platform.serving.app import create_app
     from cv_platform.serving.capacity.limits import ServingLimits
     from cv_platform.serving.http.connections import BoundedProtocol, bound_connections
-    from cv_platform.serving.worker import ServingContext
+    from cv_platform.serving.worker import open_worker
     from cv_platform.settings import Settings
     from cv_platform_tests.unit.serving.http_client import FixedModels
 
@@ -101,13 +101,14 @@ def main(port: int, changed_limits: dict[str, Any]) -> None:
     for name in ("head_seconds", "kept_seconds", "untaken_seconds", "closing_seconds"):
         setattr(BoundedProtocol, name, changed_limits.pop(name, getattr(BoundedProtocol, name)))
     limits = replace(ServingLimits.of(settings), **changed_limits)
-    app = create_app(ServingContext(settings, limits=limits, models=FixedModels()))
     # As `_bentoml_impl/worker/service.py` of BentoML 1.4.39, whose "auto" is ours by then.
     bound_connections()
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=port, backlog=2048, log_config=None, timeout_keep_alive=5, server_header=False
-    )
-    uvicorn.Server(config).run()
+    with open_worker(settings, limits=limits, models=FixedModels()) as worker:
+        app = create_app(worker)
+        config = uvicorn.Config(
+            app, host="127.0.0.1", port=port, backlog=2048, log_config=None, timeout_keep_alive=5, server_header=False
+        )
+        uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

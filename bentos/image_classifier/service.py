@@ -1,4 +1,4 @@
-"""The image classifier as a BentoML service: the FastAPI app of `cv_platform.serving`, mounted, once per worker.
+"""The image classifier as a BentoML service: the FastAPI app of `cv_platform.serving`, once per worker.
 
 From a checkout: `bentoml serve bentos.image_classifier.service:ImageClassifier`; by tag: `bentoml serve <tag>`, with a
 model inside. Give each server a BENTOML_HOME of its own: servers that share one wipe each other's metrics.
@@ -11,6 +11,7 @@ what serves is imported in workers alone. https://docs.bentoml.com/en/latest/bui
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 
 if TYPE_CHECKING:
-    from cv_platform.serving.worker import ServingContext
+    from fastapi import FastAPI
 
 _settings = Settings.from_environment()
 configure_logging(_settings)
@@ -34,12 +35,18 @@ if _settings.database_url is not None:
 _limits = ServingLimits.of(_settings)
 
 
+_opened = ExitStack()
+
+
 @functools.cache
-def _context() -> ServingContext:
-    from cv_platform.serving.worker import ServingContext
+def _app() -> FastAPI:
+    """Opens this process's worker, and returns its app."""
+    from cv_platform.serving.app import create_app
+    from cv_platform.serving.worker import open_worker
 
     bundled = Path(__file__).resolve().with_name("bundled_model")
-    return ServingContext(_settings, bundled=bundled if bundled.is_dir() else None, limits=_limits)
+    parts = open_worker(_settings, bundled=bundled if bundled.is_dir() else None, limits=_limits)
+    return create_app(_opened.enter_context(parts))
 
 
 @bentoml.service(
@@ -57,27 +64,25 @@ class ImageClassifier:
     """Classifies images, explains the answers, and logs every request durably."""
 
     def __init__(self) -> None:
-        _context().start()
+        _app()
 
     @bentoml.on_shutdown
     def stop(self) -> None:
         """Takes the worker off the list and lets go of its files."""
-        _context().stop()
+        _opened.close()
 
 
-def _mount() -> None:
+def _answer_alone() -> None:
     """Gives the service of this worker its app."""
-    from cv_platform.serving.app import AnswerAlone, create_app
+    from cv_platform.serving.app import AnswerAlone
     from cv_platform.serving.http.connections import bound_connections
     from cv_platform.serving.machine import return_large_blocks
 
     return_large_blocks()
     bound_connections()
-    app = create_app(_context())
-    bentoml.asgi_app(app, path="/")(ImageClassifier)
     # BentoML 1.4.39 types a class as an instance of its protocol.
-    ImageClassifier.add_asgi_middleware(AnswerAlone, ours=app)  # pyright: ignore[reportArgumentType]
+    ImageClassifier.add_asgi_middleware(AnswerAlone, ours=_app)  # pyright: ignore[reportArgumentType]
 
 
 if bentoml.server_context.worker_index is not None:
-    _mount()
+    _answer_alone()

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +24,9 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 from cv_platform.images import preprocessing_hash
 from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.metrics import ServingMetrics
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.worker import open_worker
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.tiny_models import tiny_metadata
@@ -95,7 +97,7 @@ class Service:
     """A service that answers on loopback."""
 
     url: str
-    context: ServingContext
+    worker: WorkerParts
 
     def predict(self, image: bytes, **headers: str) -> dict[str, Any]:
         """Asks the service directly: what the page has to show."""
@@ -114,6 +116,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """Starts services, each with a home and a model version of its own, and stops them at the end."""
     folder = tmp_path_factory.mktemp("page")
     exported = export_by_hand(folder / "export")
+    workers = ExitStack()
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(*, metadata: dict[str, Any] | None = None, **environment: str) -> Service:
@@ -130,9 +133,10 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
         pointer = ProductionPointer(model_name="tiny", version=published.version, since_utc=datetime.now(UTC))
         storage.write_pointer("image_classifier", pointer)
         settings = Settings.from_environment({"CV_HOME": str(home), **environment})
-        context = ServingContext(settings, metrics=ServingMetrics(prometheus_client.CollectorRegistry()))
+        opened = open_worker(settings, metrics=ServingMetrics(prometheus_client.CollectorRegistry()))
+        worker = workers.enter_context(opened)
         port = free_port()
-        server = uvicorn.Server(uvicorn.Config(create_app(context), port=port, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(create_app(worker), port=port, log_level="warning"))
         thread = threading.Thread(target=server.run)
         thread.start()
         running.append((server, thread))
@@ -143,14 +147,15 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
             deadline.wait(0.1)
         # Else each test of the module would wait in the browser for an answer that cannot come.
         assert server.started, "Expected the service to start. Its log says why it did not."
-        assert context.models.current(), f"Expected a service with a model. Received: {context.models.status()}"
-        return Service(f"http://127.0.0.1:{port}", context)
+        assert worker.models.current(), f"Expected a service with a model. Received: {worker.models.status()}"
+        return Service(f"http://127.0.0.1:{port}", worker)
 
     yield start
     for server, _ in running:
         server.should_exit = True
     for _, thread in running:
         thread.join(WAIT_SECONDS)
+    workers.close()
 
 
 @pytest.fixture(scope="module")

@@ -291,7 +291,7 @@ def test_what_visitors_say_of_a_result_is_stored(service: Service, make_visit: M
     expect(page.locator("#thanks")).to_contain_text("Kept with the result: none of these.")
     said = [
         (entry["true_class"], entry["source"])
-        for entry in spooled(service.context)
+        for entry in spooled(service.worker)
         if entry.get("prediction_id") == first and "true_class" in entry
     ]
     assert said == [("lemon", "page"), ("cherry", "page"), ("", "page")]
@@ -472,12 +472,12 @@ def test_several_labels_and_hostile_names_are_shown_as_they_are(serve: Serve, ma
     page.get_by_role("checkbox", name=HOSTILE_CLASSES[5]).check()
     page.get_by_role("button", name="Send").click()
     expect(page.locator("#thanks")).to_contain_text("Thank you.")
-    said = [entry["true_class"] for entry in spooled(service.context) if "true_class" in entry]
+    said = [entry["true_class"] for entry in spooled(service.worker) if "true_class" in entry]
     assert [set(text.split("|")) for text in said] == [{HOSTILE_CLASSES[1], HOSTILE_CLASSES[5]}]
     page.get_by_role("button", name="No, this is wrong").click()
     page.get_by_role("button", name="None of these").click()
     expect(page.locator("#thanks")).to_contain_text("Kept with the result: none of these.")
-    assert [entry["true_class"] for entry in spooled(service.context) if "true_class" in entry][1:] == [""]
+    assert [entry["true_class"] for entry in spooled(service.worker) if "true_class" in entry][1:] == [""]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

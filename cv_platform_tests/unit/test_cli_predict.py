@@ -11,16 +11,16 @@ import uvicorn
 from cv_platform.cli import main
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.serving.app import create_app
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext, make_context
+from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, make_worker
 from cv_platform_tests.unit.serving.http_client import flat_image, png
 
-__all__ = ["make_context"]
+__all__ = ["make_worker"]
 
 
 @pytest.fixture
-def url(make_context: MakeContext) -> Iterator[str]:
+def url(make_worker: MakeWorker) -> Iterator[str]:
     port = free_port()
-    app = create_app(make_context(CV_API_KEYS="first,second"))
+    app = create_app(make_worker(CV_API_KEYS="first,second"))
     server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -6,10 +6,10 @@ from cv_platform.client import RequestRefusedError
 from cv_platform.predict_files import FileAnswer, expand, predict_files, show_predictions
 from cv_platform.settings import Settings
 from cv_platform_tests.unit.client.test_client import client_of
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext, context, make_context
+from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, make_worker, worker
 from cv_platform_tests.unit.serving.http_client import FixedModels, brightness_model, flat_image, png
 
-__all__ = ["context", "make_context"]
+__all__ = ["make_worker", "worker"]
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def test_names_everything_that_is_not_there(folder: Path, tmp_path: Path):
     assert "in this folder. Received: none" in str(expanded.unusable[1].error)
 
 
-def test_a_broken_file_has_its_error_and_the_others_go_on(folder: Path, make_context: MakeContext):
-    with client_of(make_context()) as client:
+def test_a_broken_file_has_its_error_and_the_others_go_on(folder: Path, make_worker: MakeWorker):
+    with client_of(make_worker()) as client:
         answers = list(predict_files(client, expand([folder]).files, explain="none"))
     assert [answer.row()[1:3] for answer in answers[:2]] == [("cat", "50.0%"), ("owl", "50.0%")]
     assert answers[0].row()[3] == answers[0].as_json()["prediction_id"]
@@ -95,16 +95,16 @@ def test_a_broken_file_has_its_error_and_the_others_go_on(folder: Path, make_con
     assert set(answers[2].as_json()) == {"file", "error"}
 
 
-def test_a_client_that_is_refused_stops_at_once(folder: Path, make_context: MakeContext):
-    context = make_context(CV_API_KEYS="one")
-    with client_of(context) as client, pytest.raises(RequestRefusedError, match="X-API-Key"):
+def test_a_client_that_is_refused_stops_at_once(folder: Path, make_worker: MakeWorker):
+    worker = make_worker(CV_API_KEYS="one")
+    with client_of(worker) as client, pytest.raises(RequestRefusedError, match="X-API-Key"):
         list(predict_files(client, expand([folder]).files, explain="none"))
 
 
-def test_several_classes_have_their_probabilities_and_none_says_so(folder: Path, make_context: MakeContext):
+def test_several_classes_have_their_probabilities_and_none_says_so(folder: Path, make_worker: MakeWorker):
     def rows(threshold: float) -> list[FileAnswer]:
         model = brightness_model(classifier_type="multi-label", threshold=threshold)
-        with client_of(make_context(models=FixedModels(model))) as client:
+        with client_of(make_worker(models=FixedModels(model))) as client:
             return list(predict_files(client, [folder / "b.png"], explain="none"))
 
     assert rows(0.25)[0].row()[1:3] == ("cat|dog|owl", "50.0% 25.0% 25.0%")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
-from cv_platform.errors import SpoolFullError
 from cv_platform.serving.capacity.limits import Gate, ServingLimits, overloaded
 from cv_platform.serving.capacity.memory import RequestMemory
 from cv_platform.serving.capacity.rate_limit import RateLimiter
@@ -16,41 +16,40 @@ from cv_platform.serving.capacity.worker_threads import WorkerThreads
 from cv_platform.serving.problem import try_later
 from cv_platform.serving.telemetry.observation import note_stage
 
+logger = logging.getLogger(__name__)
+
 HANGING_TIMEOUTS = 4
 """A prediction that takes so many times its longest time is taken for one that never ends."""
 _T = TypeVar("_T")
 
 
 class Admission:
-    """The part of `ServingContext` that bounds what is under way; the context starts and stops its threads.
+    """Bounds what is under way in one worker; its threads run until `close`.
+
+    Args:
+        limits: what this worker allows itself.
+        memory: of the uploads, and of the images that are decoded.
+        rate: of each client's images; None sets them no limit.
 
     Attributes:
-        limits: what this worker allows itself.
         uploads: bodies being received.
         small_bodies: requests with any other body.
         in_flight: predictions running or waiting for a thread.
-        memory: of the uploads, and of the images that are decoded.
     """
 
-    def __init__(self, limits: ServingLimits, memory: RequestMemory) -> None:
+    def __init__(self, limits: ServingLimits, memory: RequestMemory, rate: RateLimiter | None) -> None:
         self.limits = limits
+        self.memory = memory
         self.uploads = Gate(limits.max_uploads)
         self.small_bodies = Gate(limits.max_small_bodies)
         self.in_flight = Gate(limits.max_in_flight)
-        self.memory = memory
-        self._predict_pool: WorkerThreads | None = None
-        self._rate_limiter: RateLimiter | None = None
+        self.threads = WorkerThreads(limits.predict_threads, "predict")
+        self._rate = rate
 
-    @property
-    def predict_pool(self) -> WorkerThreads:
-        """The threads that predict.
-
-        Raises:
-            RuntimeError: the context is not started.
-        """
-        if self._predict_pool is None:
-            raise RuntimeError("Expected a started context.")
-        return self._predict_pool
+    def close(self) -> None:
+        """Finishes what is predicted, as long as anybody waits for it."""
+        if not self.threads.close(self.limits.predict_seconds):
+            logger.warning("Predictions that never ended are left behind")
 
     @property
     def has_waiting(self) -> bool:
@@ -72,11 +71,11 @@ class Admission:
         Raises:
             Problem: 429 when it has none left, with the time until it has.
         """
-        if self._rate_limiter is None:
+        if self._rate is None:
             return
-        seconds = self._rate_limiter.take(client, images)
+        seconds = self._rate.take(client, images)
         if seconds is not None:
-            limit = self._rate_limiter.images_per_minute
+            limit = self._rate.images_per_minute
             raise try_later(
                 429,
                 f"More than {limit} images per minute. Send these again in {seconds} s.",
@@ -109,8 +108,8 @@ class Admission:
             return work()
 
         try:
-            job = self.predict_pool.submit(in_thread)
-        except (RuntimeError, SpoolFullError) as err:
+            job = self.threads.submit(in_thread)
+        except RuntimeError as err:
             self.in_flight.leave()
             raise try_later(503, "The service is stopping. Send it again.", expected="a running service") from err
         # Also called when the job is cancelled before it began: each place is given back exactly once.
@@ -131,9 +130,8 @@ class Admission:
 
     def is_stuck(self) -> bool:
         """Says whether every thread that predicts is at work that its client was told 504 about."""
-        return self._predict_pool is not None and self._predict_pool.are_stuck(self.limits.predict_seconds)
+        return self.threads.are_stuck(self.limits.predict_seconds)
 
     def is_beyond_help(self) -> bool:
         """Says whether every thread that predicts hangs: nothing can end what it does but the end of the process."""
-        seconds = HANGING_TIMEOUTS * self.limits.predict_seconds
-        return self._predict_pool is not None and self._predict_pool.are_stuck(seconds)
+        return self.threads.are_stuck(HANGING_TIMEOUTS * self.limits.predict_seconds)

@@ -17,6 +17,7 @@ from cv_platform.serving.problem import Problem, try_later
 
 _T = TypeVar("_T")
 _PLACES_PER_THREAD = 8
+_STOP_SECONDS = 10.0
 
 
 class BoundedCalls:
@@ -84,6 +85,6 @@ class BoundedCalls:
                 expected=f"an answer of {self._waits_for} within {seconds:g} s",
             ) from err
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float = _STOP_SECONDS) -> None:
         """Finishes what is under way, for at most `seconds`; what hangs for longer is left behind."""
         self._threads.close(seconds)

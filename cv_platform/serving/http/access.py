@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.problem import CLIENT_GONE
+from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.telemetry.observation import Observation, RequestFacts, end_observation, observe
-from cv_platform.serving.telemetry.tracing import RequestSpan
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.telemetry.tracing import RequestSpan, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,17 @@ class ObserveRequests:
 
     Args:
         app: what answers.
-        context: of this worker.
+        metrics: count it.
+        tracing: where its span goes; None: nowhere.
         routes: of the app; what is refused before it gets to one is counted by the route that it wanted.
     """
 
-    def __init__(self, app: ASGIApp, *, context: ServingContext, routes: Sequence[Route | Mount]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: ServingMetrics, tracing: Tracing | None, routes: Sequence[Route | Mount]
+    ) -> None:
         self.app = app
-        self.context = context
+        self.metrics = metrics
+        self.tracing = tracing
         self.routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,9 +55,8 @@ class ObserveRequests:
             return
         asked = dict(scope)  # Routing changes the scope.
         facts = facts_of(scope)
-        tracing = self.context.tracing
-        span = tracing.begin(scope["method"], scope["headers"]) if tracing is not None else None
-        token = observe(Observation(facts, self.context.metrics, span))
+        span = None if self.tracing is None else self.tracing.begin(scope["method"], scope["headers"])
+        token = observe(Observation(facts, self.metrics, span))
         status = 0
         has_left = False
 
@@ -82,9 +85,7 @@ class ObserveRequests:
     def _finish(self, facts: RequestFacts, asked: Scope, route: str, status: int, span: RequestSpan | None) -> None:
         seconds = facts.seconds()
         method: str = asked["method"]
-        self.context.metrics.answered(
-            route=route, method=method, status=status, version=facts.model_version, seconds=seconds
-        )
+        self.metrics.answered(route=route, method=method, status=status, version=facts.model_version, seconds=seconds)
         if span is not None:
             span.end(f"{method} {route}", _attributes(facts, method, route, status), failed=status >= 500)
         if status == 200 and route in _QUIET:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.errors import CvPlatformError
+from cv_platform.serving.capacity.refusal_bounds import RefusalBounds
 from cv_platform.serving.http.clean_requests import has_control_characters
 from cv_platform.serving.http.request_facts import facts_of
+from cv_platform.serving.http.security import Guard
 from cv_platform.serving.log.entry import LogEntry
+from cv_platform.serving.log.worker_log import WorkerLog
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.telemetry.log_format import BLOT, escaped
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.telemetry.metrics import ServingMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +28,45 @@ _KEPT = {"explain": frozenset(wish.value for wish in Explain)}
 _MAX_MESSAGE = 1000
 
 
+@dataclass(frozen=True)
+class Refusals:
+    """Takes what one worker refuses of predictions."""
+
+    metrics: ServingMetrics
+    guard: Guard
+    bounds: RefusalBounds
+    entries: WorkerLog
+
+    async def log(self, scope: Scope, status: int, message: str) -> None:
+        """Counts one refused image, and makes its log entry if it gets one; what cannot be logged is still refused."""
+        facts = facts_of(scope)
+        message = message[:_MAX_MESSAGE]
+        self.metrics.image_answered(status)
+        has_key = self.guard.has_key(HTTPConnection(scope))
+        way = self.bounds.choose(status, has_key=has_key, is_open=self.guard.is_open)
+        self.metrics.refused(_path(scope), status, way)
+        if way == "counted":
+            return
+        entry = LogEntry(
+            request_method="POST",
+            request_url=logged_url(scope),
+            response_status_code=status,
+            response_message=message,
+            timespan=facts.seconds(),
+            created_on=facts.created_on,
+            model_version=facts.model_version,
+            client_error=message if 400 <= status < 500 else None,
+        )
+        try:
+            if way == "durable":
+                await self.entries.append(entry)
+            else:
+                self.entries.append_soon(entry)
+        except CvPlatformError as err:
+            self.metrics.refusal_unlogged()
+            logger.warning("Request %s was refused (%d) without a log entry: %s", facts.request_id, status, err)
+
+
 class RefusalLog:
     """ASGI middleware: counts and logs each refused request for a prediction before the refusal leaves.
 
@@ -31,13 +74,13 @@ class RefusalLog:
 
     Args:
         app: what it stands before.
-        context: whose log it is.
+        refusals: takes them.
         paths: of the routes that predict.
     """
 
-    def __init__(self, app: ASGIApp, *, context: ServingContext, paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, *, refusals: Refusals, paths: Collection[str]) -> None:
         self.app = app
-        self.context = context
+        self.refusals = refusals
         self.paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,40 +93,10 @@ class RefusalLog:
             facts = facts_of(scope)
             if message["type"] == "http.response.start" and not facts.is_logged:
                 facts.is_logged = True
-                await log_refusal(self.context, scope, message["status"], facts.message)
+                await self.refusals.log(scope, message["status"], facts.message)
             await send(message)
 
         await self.app(scope, receive, logged)
-
-
-async def log_refusal(context: ServingContext, scope: Scope, status: int, message: str) -> None:
-    """Counts one refused image, and makes its log entry if it gets one; what cannot be logged is still refused."""
-    facts = facts_of(scope)
-    message = message[:_MAX_MESSAGE]
-    context.metrics.image_answered(status)
-    guard = context.guard
-    way = context.refusals.choose(status, has_key=guard.has_key(HTTPConnection(scope)), is_open=guard.is_open)
-    context.metrics.refused(_path(scope), status, way)
-    if way == "counted":
-        return
-    entry = LogEntry(
-        request_method="POST",
-        request_url=logged_url(scope),
-        response_status_code=status,
-        response_message=message,
-        timespan=facts.seconds(),
-        created_on=facts.created_on,
-        model_version=facts.model_version,
-        client_error=message if 400 <= status < 500 else None,
-    )
-    try:
-        if way == "durable":
-            await context.append(entry)
-        else:
-            context.append_soon(entry)
-    except CvPlatformError as err:
-        context.metrics.refusal_unlogged()
-        logger.warning("Request %s was refused (%d) without a log entry: %s", facts.request_id, status, err)
 
 
 def logged_url(scope: Scope) -> str:

@@ -125,15 +125,9 @@ class Guard:
 
     Args:
         settings: `admin_token` and `api_keys`.
-
-    Attributes:
-        api_key: dependency of the routes that need an API key while there are any; /docs shows it.
-        admin: dependency of the routes that need the admin token.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.api_key = Security(_RequiredApiKey(self))
-        self.admin = Security(_RequiredAdminToken(self))
         self._admin_token = settings.admin_token.get_secret_value().encode() if settings.admin_token else None
         self._api_keys = tuple(key.get_secret_value().encode() for key in settings.api_keys)
 
@@ -205,27 +199,33 @@ class Guard:
             raise Problem(403, "That is not the admin token of this service.", expected=expected)
 
 
-class _RequiredApiKey(APIKeyHeader):
-    def __init__(self, guard: Guard) -> None:
-        super().__init__(
-            name="X-API-Key", scheme_name="apiKey", description="Needed while CV_API_KEYS is set.", auto_error=False
-        )
-        self._guard = guard
-
-    # A coroutine, as FastAPI would hand anything else to a thread and wait for it.
-    async def __call__(self, request: HTTPConnection) -> None:
-        self._guard.require_api_key(request)
-
-
-class _RequiredAdminToken(HTTPBearer):
-    def __init__(self, guard: Guard) -> None:
-        super().__init__(scheme_name="adminToken", description="The value of CV_ADMIN_TOKEN.", auto_error=False)
-        self._guard = guard
-
-    async def __call__(self, request: HTTPConnection) -> None:
-        self._guard.require_admin(request)
-
-
 def _given_key(request: HTTPConnection) -> bytes:
     # Not every HTTP parser takes away the white space around a value, which is none of it (RFC 9110, section 5.5).
     return request.headers.get("x-api-key", "").strip(" \t").encode("latin-1")
+
+
+def _guard_of(request: HTTPConnection) -> Guard:
+    return request.app.state.guard
+
+
+class _RequiredApiKey(APIKeyHeader):
+    # A coroutine, as FastAPI would hand anything else to a thread and wait for it.
+    async def __call__(self, request: HTTPConnection) -> None:
+        _guard_of(request).require_api_key(request)
+
+
+class _RequiredAdminToken(HTTPBearer):
+    async def __call__(self, request: HTTPConnection) -> None:
+        _guard_of(request).require_admin(request)
+
+
+API_KEY = Security(
+    _RequiredApiKey(
+        name="X-API-Key", scheme_name="apiKey", description="Needed while CV_API_KEYS is set.", auto_error=False
+    )
+)
+"""Dependency of the routes that need an API key while there are any; /docs shows it. The app's state has the guard."""
+ADMIN = Security(
+    _RequiredAdminToken(scheme_name="adminToken", description="The value of CV_ADMIN_TOKEN.", auto_error=False)
+)
+"""Dependency of the routes that need the admin token."""

@@ -21,12 +21,12 @@ from starlette.requests import ClientDisconnect
 
 from cv_platform.image_files import format_by_signature
 from cv_platform.images import SUPPORTED_FORMATS
+from cv_platform.serving.capacity.admission import Admission
 from cv_platform.serving.capacity.limits import overloaded, too_large
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.problem import Problem, client_gone, try_later
 from cv_platform.serving.telemetry.log_format import BLOT
 from cv_platform.serving.telemetry.observation import staged
-from cv_platform.serving.worker import ServingContext
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ class UploadForm:
 
 @asynccontextmanager
 async def received(
-    context: ServingContext, request: Request, form: UploadForm, explain: str | None, *, places: int = 1
+    admission: Admission, request: Request, form: UploadForm, explain: str | None, *, places: int = 1
 ) -> AsyncGenerator[tuple[list[UploadFile], Explain]]:
     """Receives a body, and yields its files and what to add to the probabilities; then drops the files.
 
     Args:
-        context: whose `uploads` are counted while the body arrives, and whose memory it takes until its files go.
+        admission: whose `uploads` are counted while the body arrives, and whose memory it takes until its files go.
         request: its body is read here and nowhere else.
         form: what it should be.
         explain: the query's wish.
@@ -89,14 +89,14 @@ async def received(
     """
     # `BodyLimit` has seen that it is a number. Python converts no thousands of digits, be they zeros in front.
     declared_bytes = int(request.headers.get("content-length", "").strip().lstrip("0") or 0)
-    with context.memory.upload(declared_bytes) as cover:
-        if not context.uploads.enter(places):
-            raise overloaded("uploads", context.uploads.limit)
+    with admission.memory.upload(declared_bytes) as cover:
+        if not admission.uploads.enter(places):
+            raise overloaded("uploads", admission.uploads.limit)
         try:
             with staged("receive"):
                 data = await _parse(request, form, cover)
         finally:
-            context.uploads.leave(places)
+            admission.uploads.leave(places)
         try:
             items = data.multi_items()
             wished = _explain([value for name, value in items if name == EXPLAIN_FIELD], explain)

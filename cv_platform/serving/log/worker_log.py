@@ -12,16 +12,12 @@ from uuid import UUID
 
 from cv_platform.database.address import running_database_url
 from cv_platform.errors import DatabaseUnavailableError, ServiceError, SpoolFullError
+from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.log.limits import LogLimits
-from cv_platform.serving.log.request_log import (
-    BegunEntry,
-    FeedbackEntry,
-    LogEntry,
-    LogStatus,
-    RequestLog,
-    StoredPrediction,
-)
-from cv_platform.serving.telemetry.metrics import ServingMetrics, process_metrics
+from cv_platform.serving.log.request_log import RequestLog
+from cv_platform.serving.log.spool import BegunEntry
+from cv_platform.serving.telemetry.log_status import LogStatus
+from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.telemetry.observation import staged
 from cv_platform.settings import Settings
 
@@ -32,51 +28,36 @@ APPEND_SECONDS = 15.0
 _OVERDUE = "Expected the disk to take an entry in time. Received: no answer. Try again later."
 
 
-def not_started() -> ServiceError:
-    """Returns what a request is told that comes before the start has ended, or after the stop has begun."""
-    return ServiceError("Expected a started service. Received: one that is starting or stopping. Send it again.")
-
-
 class WorkerLog:
-    """The part of `ServingContext` that logs; the context opens, tends and closes it.
+    """One worker's log, from here to `close`; where there is no room for a spool, `tend` tries again.
 
     Args:
         settings: of the installation.
-        metrics: None takes those of the process.
+        metrics: of the worker.
 
     Attributes:
         append_error: why the last log entry was not taken; None while the log works. Without a log there are no
             predictions.
     """
 
-    def __init__(self, settings: Settings, metrics: ServingMetrics | None) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, metrics: ServingMetrics) -> None:
         self.append_error: str | None = None
+        self._settings = settings
         self._metrics = metrics
-        self._log: RequestLog | None = None
-        self._log_url: str | None = None
         self._last_status: tuple[float, LogStatus] | None = None
+        self._url = self._running_database()
+        self._log = self._open()
 
     @property
-    def metrics(self) -> ServingMetrics:
-        """This worker's metrics; `prometheus_client` is imported by the first use, see `metrics`."""
-        if self._metrics is None:
-            self._metrics = process_metrics()
-        return self._metrics
-
-    @property
-    def log(self) -> RequestLog:
+    def opened(self) -> RequestLog:
         """The request log.
 
         Raises:
-            ServiceError: the context is not started.
             SpoolFullError: there was no room for a spool.
         """
-        if self._log is not None:
+        if isinstance(self._log, RequestLog):
             return self._log
-        if self.append_error is not None:
-            raise SpoolFullError(self.append_error)
-        raise not_started()
+        raise SpoolFullError(self._log)
 
     async def append(self, entry: LogEntry | FeedbackEntry) -> None:
         """Returns once the entry is durable.
@@ -85,7 +66,7 @@ class WorkerLog:
             SpoolFullError: it is not, and will not be.
         """
         with staged("append"), self._append_failures():
-            await self._until_durable(self.log.submit(entry))
+            await self._until_durable(self.opened.submit(entry))
 
     def append_soon(self, entry: LogEntry) -> None:
         """Queues an entry that nobody waits for; if the disk does not take it, it is counted and gone.
@@ -96,9 +77,9 @@ class WorkerLog:
 
         def note(done: Future[None]) -> None:
             if done.exception() is not None:
-                self.metrics.refusal_unlogged()
+                self._metrics.refusal_unlogged()
 
-        self.log.submit(entry).add_done_callback(note)
+        self.opened.submit(entry).add_done_callback(note)
 
     def begin_entry(self, entry: LogEntry, *, more_follow: bool) -> BegunEntry:
         """Queues a prediction's entry, to be written while its answer is made; `entry_written` awaits its end.
@@ -111,7 +92,7 @@ class WorkerLog:
             SpoolFullError: it cannot be kept.
         """
         with self._append_failures():
-            return self.log.begin(entry, more_follow=more_follow)
+            return self.opened.begin(entry, more_follow=more_follow)
 
     async def entry_written(self, entry: BegunEntry) -> None:
         """Returns once what `begin_entry` returned is durable.
@@ -125,40 +106,72 @@ class WorkerLog:
     def find(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction from a spool of this host or from the database; None when there is none.
 
-        It may hang as long as the database does: call it by `look_ups`.
+        It may hang as long as the database does: call it where that holds up nobody.
 
         Raises:
             DatabaseError: it is in no spool, and the database cannot be asked.
         """
-        found = self.log.find_prediction(prediction_id)
-        if found is None and self.log.status().database == "not configured":
+        found = self.opened.find_prediction(prediction_id)
+        if found is None and self.opened.status().database == "not configured":
             raise DatabaseUnavailableError("Expected the log's database. Received: none that runs. Start it: make up.")
         return found
 
-    def _open_log(self) -> None:
-        self._log_url = self._running_database()
+    def read_status(self) -> LogStatus:
+        """Returns what waits in the spool and how the database is; asks the spool's file, which may hang.
+
+        Raises:
+            SpoolFullError: there is no spool.
+        """
+        status = self.opened.status()
+        self._last_status = time.monotonic(), status
+        return status
+
+    def last_status(self) -> tuple[LogStatus | None, float]:
+        """Returns what `read_status` has said last, and how many seconds ago; None where it never did."""
+        if self._last_status is None:
+            return None, 0.0
+        at, status = self._last_status
+        return status, time.monotonic() - at
+
+    def tend(self) -> None:
+        """Opens what there was no room for, follows the database, and tells the metrics; to be called every so often.
+
+        Raises:
+            CvPlatformError, OSError, sqlite3.Error: it cannot; the next time it may.
+        """
+        if not isinstance(self._log, RequestLog):
+            self._url = self._running_database()
+            self._log = self._open()
+        if isinstance(self._log, RequestLog):
+            self.follow_database()
+            self._metrics.log_is(self.read_status())
+            self._try_log()
+
+    def follow_database(self) -> None:
+        """Moves the log to the embedded database that runs now: it may start later than the service, or change port."""
+        if self._settings.database_url is not None:
+            return
+        url = self._running_database()
+        if url is not None and url != self._url:
+            self.opened.use_database(url)
+            self._url = url
+
+    def close(self) -> None:
+        """Lets go of it; what the database does not have yet stays in the spool."""
+        if isinstance(self._log, RequestLog):
+            self._log.close()
+
+    def _open(self) -> RequestLog | str:
+        """Returns the log, or why there is none."""
         try:
-            self._log = RequestLog(self.settings.home / "spool", self._log_url, LogLimits.of(self.settings))
+            log = RequestLog(self._settings.home / "spool", self._url, LogLimits.of(self._settings))
         except (SpoolFullError, OSError) as err:
             if self.append_error is None:
                 logger.error("No prediction is answered until the request log can be opened: %s", err)
             self.append_error = str(err)
-            return
+            return str(err)
         self.append_error = None
-
-    def _tend_log(self) -> None:
-        if self._log is None:
-            self._open_log()
-        if self._log is None:
-            return
-        self._follow_database()
-        self.metrics.log_is(self._read_status())
-        self._try_log()
-
-    def _read_status(self) -> LogStatus:
-        status = self.log.status()
-        self._last_status = time.monotonic(), status
-        return status
+        return log
 
     async def _until_durable(self, entry: Future[None]) -> None:
         try:
@@ -176,7 +189,7 @@ class WorkerLog:
         try:
             yield
         except SpoolFullError as err:
-            self.metrics.append_failed()
+            self._metrics.append_failed()
             self.append_error = str(err)
             raise
 
@@ -185,21 +198,12 @@ class WorkerLog:
         if self.append_error is None:
             return
         with contextlib.suppress(SpoolFullError):
-            self.log.try_out()
+            self.opened.try_out()
             self.append_error = None
-
-    def _follow_database(self) -> None:
-        """Moves the log to the embedded database that runs now: it may start later than the service, or change port."""
-        if self.settings.database_url is not None:
-            return
-        url = self._running_database()
-        if url is not None and url != self._log_url:
-            self.log.use_database(url)
-            self._log_url = url
 
     def _running_database(self) -> str | None:
         try:
-            return running_database_url(self.settings)
+            return running_database_url(self._settings)
         except ServiceError as err:
             logger.warning("The embedded database cannot be used: %s", err)
             return None

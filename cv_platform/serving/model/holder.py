@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cv_platform.errors import CvPlatformError, StorageError
 from cv_platform.serving.machine import release_memory
@@ -41,6 +41,26 @@ def make_worker_id() -> str:
     """Returns a name for this process, with its host, that is unique among the workers of a service."""
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())
     return f"{host}-{os.getpid()}"
+
+
+class ModelSource(Protocol):
+    """Where the routes get the model from; `ModelHolder` is the one of the service."""
+
+    def current(self) -> LoadedModel | None:
+        """Returns the model to answer a request with, or None while there is none."""
+        ...
+
+    def start(self) -> None:
+        """Begins to look for models."""
+        ...
+
+    def stop(self) -> None:
+        """Ends it."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Returns what a health page shows."""
+        ...
 
 
 class ModelHolder:

@@ -23,16 +23,16 @@ from cv_platform.client.answers import BatchResult
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.capacity.limits import BATCH_UPLOADS
 from cv_platform.serving.http.problems import defect, shown_problem
-from cv_platform.serving.http.refusal_log import log_refusal
 from cv_platform.serving.http.request_facts import facts_of
-from cv_platform.serving.http.upload_form import EXPLAIN_QUERY, UploadForm, read_upload, received
+from cv_platform.serving.http.security import API_KEY
+from cv_platform.serving.http.upload_form import EXPLAIN_QUERY, UploadForm, received
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
 from cv_platform.serving.routes.examples import BATCH_DESCRIPTION, BATCH_EXAMPLE, predict_responses
+from cv_platform.serving.routes.parts import Parts, WorkerParts
 from cv_platform.serving.routes.predict import PREDICT_PATH, answer_and_log, begin
 from cv_platform.serving.telemetry.log_format import escaped
-from cv_platform.serving.worker import ServingContext
 
 logger = logging.getLogger(__name__)
 
@@ -49,45 +49,48 @@ class _Item:
     problem: Problem | None = None
 
 
-def batch_router(context: ServingContext) -> APIRouter:
-    """Returns the route `POST /predict/batch`."""
-    router = APIRouter(tags=["predictions"])
-    limit = context.limits.max_batch_files
-    form = UploadForm(
+router = APIRouter(tags=["predictions"])
+
+
+def form_of(max_files: int) -> UploadForm:
+    """Returns the form that a worker takes; how many files depends on its settings."""
+    return UploadForm(
         field="files",
-        max_files=limit,
-        expected=f"multipart/form-data with 1 to {limit} images, each in a field 'files'",
+        max_files=max_files,
+        expected=f"multipart/form-data with 1 to {max_files} images, each in a field 'files'",
     )
 
-    @router.post(
-        BATCH_PATH,
-        summary="Classify several images",
-        description=BATCH_DESCRIPTION,
-        dependencies=[context.guard.api_key],
-        responses=predict_responses(BatchResult, BATCH_EXAMPLE),
-        openapi_extra={"requestBody": form.request_body()},
-    )
-    async def predict_batch(
-        request: Request, explain: Annotated[str | None, Query(description=EXPLAIN_QUERY)] = None
-    ) -> Response:
-        model = begin(context, request)  # Counts one image of the client's, whatever the form holds.
-        async with received(context, request, form, explain, places=BATCH_UPLOADS) as (uploads, wished):
-            if len(uploads) > 1:
-                context.charge(context.guard.client_of(request), len(uploads) - 1)
-            items = await _answer_all(context, request, model, uploads, wished)
-        facts_of(request.scope).is_logged = True  # Each of its images is.
-        return _response(items, facts_of(request.scope).request_id)
 
-    return router
+@router.post(
+    BATCH_PATH,
+    summary="Classify several images",
+    description=BATCH_DESCRIPTION,
+    dependencies=[API_KEY],
+    responses=predict_responses(BatchResult, BATCH_EXAMPLE),
+)
+async def predict_batch(
+    parts: Parts, request: Request, explain: Annotated[str | None, Query(description=EXPLAIN_QUERY)] = None
+) -> Response:
+    """Answers several images."""
+    model = begin(parts, request)  # Counts one image of the client's, whatever the form holds.
+    form = form_of(parts.limits.max_batch_files)
+    async with received(parts.admission, request, form, explain, places=BATCH_UPLOADS) as (uploads, wished):
+        if len(uploads) > 1:
+            parts.admission.charge(parts.guard.client_of(request), len(uploads) - 1)
+        items = await _answer_all(parts, request, model, uploads, wished)
+    facts = facts_of(request.scope)
+    facts.is_logged = True  # Each of its images is.
+    return _response(items, facts.request_id)
 
 
 async def _answer_all(
-    context: ServingContext, request: Request, model: LoadedModel, uploads: Sequence[UploadFile], explain: Explain
+    parts: WorkerParts, request: Request, model: LoadedModel, uploads: Sequence[UploadFile], explain: Explain
 ) -> list[_Item]:
-    context.admit(len(uploads))
+    admission, request_id = parts.admission, facts_of(request.scope).request_id
+    admission.admit(len(uploads))
     unused = len(uploads)
-    turns = asyncio.Semaphore(context.limits.predict_threads)
-    begin_until = asyncio.get_running_loop().time() + context.limits.predict_seconds
+    turns = asyncio.Semaphore(admission.limits.predict_threads)
+    begin_until = asyncio.get_running_loop().time() + admission.limits.predict_seconds
 
     async def answer(upload: UploadFile) -> _Item:
         nonlocal unused
@@ -100,25 +103,22 @@ async def _answer_all(
                     )
                 unused -= 1
                 return await answer_and_log(
-                    context,
+                    parts,
                     request,
                     model,
-                    lambda: read_upload(upload, context.settings.max_upload_bytes),
+                    upload,
                     explain,
                     lambda body: _Item(200, _render({"filename": filename, "status_code": 200, **body})),
                 )
             except Problem as err:
                 problem = err
             except CvPlatformError as err:
-                problem = shown_problem(
-                    err, is_admin=context.guard.is_admin(request), request_id=facts_of(request.scope).request_id
-                )
+                problem = shown_problem(err, is_admin=parts.guard.is_admin(request), request_id=request_id)
             # Whatever one image meets must not lose the others.
             except Exception:
-                request_id = facts_of(request.scope).request_id
                 logger.exception("An image of request %s failed", request_id)
                 problem = defect(request_id)
-            await log_refusal(context, request.scope, problem.status_code, problem.message)
+            await parts.refusals.log(request.scope, problem.status_code, problem.message)
             body = {
                 "filename": filename,
                 "status_code": problem.status_code,
@@ -131,7 +131,7 @@ async def _answer_all(
         return list(await asyncio.gather(*(answer(upload) for upload in uploads)))
     finally:
         if unused:
-            context.in_flight.leave(unused)
+            admission.in_flight.leave(unused)
 
 
 def _response(items: Sequence[_Item], request_id: str) -> Response:

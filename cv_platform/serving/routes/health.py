@@ -7,107 +7,104 @@ https://docs.bentoml.com/en/latest/build-with-bentoml/observability/health.html
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
 from cv_platform.client.answers import Health
+from cv_platform.errors import CvPlatformError
 from cv_platform.serving.capacity.admission import HANGING_TIMEOUTS
 from cv_platform.serving.http.problems import json_response
-from cv_platform.serving.log.request_log import LogStatus
 from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
 from cv_platform.serving.routes.examples import HEALTH_EXAMPLE, responses
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.routes.parts import Parts, WorkerParts
 
 _PROBED = ["GET", "HEAD"]
 _STALE_SECONDS = 5.0
 """Older figures than these are said to be old: the housekeeper renews them every two seconds."""
 
 
-def health_router(context: ServingContext) -> APIRouter:
-    """Returns the routes `/health_check`, `/livez`, `/healthz` and `/readyz`."""
-    router = APIRouter(tags=["health"])
-
-    @router.get(
-        "/health_check",
-        summary="Whether this worker can answer predictions",
-        description="200 when it can, else 503 with the same fields. A database that is away stops nothing.",
-        responses={
-            **responses(Health, HEALTH_EXAMPLE, description="ready"),
-            503: {"model": Health, "description": "not ready; the message says why"},
-        },
-    )
-    # On the event loop, not in one of Starlette's threads: it has to answer when all of them hang.
-    async def health_check(request: Request) -> Response:
-        log, age_seconds = await context.log_status()
-        report = health_report(context, log, age_seconds, is_admin=context.guard.is_admin(request))
-        is_ready = report["status"] == "ready"
-        response = json_response(report, status=200 if is_ready else 503)
-        if not is_ready:
-            response.headers["Retry-After"] = str(RETRY_SECONDS)
-        return response
-
-    @router.api_route("/livez", methods=_PROBED, include_in_schema=False)
-    @router.api_route("/healthz", methods=_PROBED, include_in_schema=False)
-    async def livez() -> Response:
-        if context.is_beyond_help():
-            raise Problem(
-                503,
-                f"Every thread has been at one prediction for more than {HANGING_TIMEOUTS} times the time-out. "
-                "Start this worker anew.",
-                expected="a thread that becomes free",
-            )
-        return PlainTextResponse("\n")
-
-    @router.api_route("/readyz", methods=_PROBED, include_in_schema=False)
-    async def readyz() -> Response:
-        reasons = _reasons(context, is_admin=False)
-        if reasons:
-            raise try_later(503, " ".join(reasons), expected="a worker that can answer predictions")
-        return PlainTextResponse("\n")
-
-    return router
+router = APIRouter(tags=["health"])
 
 
-def _reasons(context: ServingContext, *, is_admin: bool) -> list[str]:
+@router.get(
+    "/health_check",
+    summary="Whether this worker can answer predictions",
+    description="200 when it can, else 503 with the same fields. A database that is away stops nothing.",
+    responses={
+        **responses(Health, HEALTH_EXAMPLE, description="ready"),
+        503: {"model": Health, "description": "not ready; the message says why"},
+    },
+)
+async def health_check(parts: Parts, request: Request) -> Response:
+    """Says so on the event loop, not in one of Starlette's threads: it has to answer when all of them hang."""
+    # Too late, too many at a time, or a broken disk: the former figures have to do.
+    with suppress(Problem, CvPlatformError, sqlite3.Error, OSError):
+        await parts.status_reads.run(parts.log.read_status)
+    report = health_report(parts, is_admin=parts.guard.is_admin(request))
+    is_ready = report["status"] == "ready"
+    response = json_response(report, status=200 if is_ready else 503)
+    if not is_ready:
+        response.headers["Retry-After"] = str(RETRY_SECONDS)
+    return response
+
+
+@router.api_route("/livez", methods=_PROBED, include_in_schema=False)
+@router.api_route("/healthz", methods=_PROBED, include_in_schema=False)
+async def livez(parts: Parts) -> Response:
+    """Says whether anything but a new start helps."""
+    if parts.admission.is_beyond_help():
+        raise Problem(
+            503,
+            f"Every thread has been at one prediction for more than {HANGING_TIMEOUTS} times the time-out. "
+            "Start this worker anew.",
+            expected="a thread that becomes free",
+        )
+    return PlainTextResponse("\n")
+
+
+@router.api_route("/readyz", methods=_PROBED, include_in_schema=False)
+async def readyz(parts: Parts) -> Response:
+    """Says whether predictions can be answered."""
+    reasons = _reasons(parts, is_admin=False)
+    if reasons:
+        raise try_later(503, " ".join(reasons), expected="a worker that can answer predictions")
+    return PlainTextResponse("\n")
+
+
+def _reasons(parts: WorkerParts, *, is_admin: bool) -> list[str]:
     """Returns why this worker can answer no prediction now; nothing of it asks a disk."""
     reasons: list[str] = []
-    if context.models.current() is None:
+    if parts.models.current() is None:
         reasons.append("No model is deployed yet.")
-    if not context.is_started:
-        reasons.append("The service is starting or stopping.")
-    elif context.append_error is not None:
-        error = context.append_error if is_admin else "full or unwritable"
+    if parts.stopping.is_set():
+        reasons.append("The service is stopping.")
+    elif parts.log.append_error is not None:
+        error = parts.log.append_error if is_admin else "full or unwritable"
         reasons.append(f"The request log takes no entries: {error}")
-    if context.is_stuck():
+    if parts.admission.is_stuck():
         reasons.append("Every thread is busy with a prediction that takes too long.")
     return reasons
 
 
-def health_report(
-    context: ServingContext, log: LogStatus | None, age_seconds: float, *, is_admin: bool
-) -> dict[str, Any]:
-    """Returns the health page's fields, as JSON values.
-
-    Args:
-        context: the worker's.
-        log: what the request log last said of itself; None before the start.
-        age_seconds: how long ago that was.
-        is_admin: only admins read errors in full; the service's log has them too.
-    """
+def health_report(parts: WorkerParts, *, is_admin: bool) -> dict[str, Any]:
+    """Returns the health page's fields, as JSON values; only admins read errors in full, which the log has too."""
+    log, age_seconds = parts.log.last_status()
 
     def shown(error: str | None, public: str) -> str | None:
         return error if is_admin or not error else public
 
-    models = context.models.status()
+    models = parts.models.status()
     models = {**models, "last_swap_error": shown(models.get("last_swap_error"), "model refused")}
     public_id = models.pop("public_id", None)
     models["worker_id"] = models.get("worker_id") if is_admin else public_id
     models["storage_error"] = shown(models.get("storage_error"), "storage unreadable")
-    model = context.models.current()
-    reasons = _reasons(context, is_admin=is_admin)
-    if log is None and context.is_started:
+    model = parts.models.current()
+    reasons = _reasons(parts, is_admin=is_admin)
+    if log is None and not parts.stopping.is_set():
         reasons.append("The spool's disk does not answer.")
     notes: list[str] = []
     swap_error = models["last_swap_error"]
@@ -128,7 +125,7 @@ def health_report(
         notes.append(f"The database refused {log.rejected} log entries; `cv-platform log rejected` shows them.")
     database_error = shown(log.last_error, f"database {log.database}") if log else None
     return {
-        "status": "busy" if reasons and context.is_stuck() else "not ready" if reasons else "ready",
+        "status": "busy" if reasons and parts.admission.is_stuck() else "not ready" if reasons else "ready",
         "model_name": model.metadata.model_name if model else None,
         "model_version": model.metadata.version if model else None,
         "model": models,
@@ -142,9 +139,9 @@ def health_report(
             "state": log.database if log else None,
             "error": database_error,
         },
-        "in_flight": context.in_flight.inside,
-        "max_upload_bytes": context.settings.max_upload_bytes,
-        "max_upload_pixels": context.settings.max_upload_pixels,
-        "max_batch_files": context.limits.max_batch_files,
+        "in_flight": parts.admission.in_flight.inside,
+        "max_upload_bytes": parts.settings.max_upload_bytes,
+        "max_upload_pixels": parts.settings.max_upload_pixels,
+        "max_batch_files": parts.limits.max_batch_files,
         "message": " ".join(reasons + notes) or "ok",
     }

@@ -11,18 +11,14 @@ import asyncio
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from cv_platform.serving.routes.parts import Parts
 from cv_platform.serving.telemetry.exposition import render
-from cv_platform.serving.worker import ServingContext
+
+router = APIRouter(include_in_schema=False)
 
 
-def metrics_router(context: ServingContext) -> APIRouter:
-    """Returns the route `GET /metrics`."""
-    router = APIRouter(include_in_schema=False)
-
-    @router.get("/metrics")
-    # Not in one of Starlette's threads, which may all wait for something; here, only quick work is done.
-    async def metrics() -> Response:
-        text, media_type = await asyncio.to_thread(render, context.metrics)
-        return Response(text, media_type=media_type)
-
-    return router
+@router.get("/metrics")
+async def metrics(parts: Parts) -> Response:
+    """Answers a scrape; not in one of Starlette's threads, which may all wait for something."""
+    text, media_type = await asyncio.to_thread(render, parts.metrics)
+    return Response(text, media_type=media_type)

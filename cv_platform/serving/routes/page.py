@@ -35,22 +35,19 @@ class _PageFiles(StaticFiles):
         return response
 
 
-def page_router() -> APIRouter:
-    """Returns `GET /` and `GET /docs`."""
-    router = APIRouter(include_in_schema=False)
-
-    @router.get("/")
-    def page() -> Response:
-        headers = {**_HEADERS, "Permissions-Policy": PAGE_PERMISSIONS}
-        return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
-
-    @router.get("/docs")
-    def docs() -> Response:
-        return FileResponse(PAGE / "docs.html", media_type="text/html", headers=_HEADERS)
-
-    return router
+router = APIRouter(include_in_schema=False)
+files = Mount("/page", _PageFiles(directory=PAGE, check_dir=False), name="page")
+"""Styles, scripts, icon."""
 
 
-def page_files() -> Mount:
-    """Returns the mount of `/page/…`: styles, scripts, icon."""
-    return Mount("/page", _PageFiles(directory=PAGE), name="page")
+@router.get("/")
+def page() -> Response:
+    """Returns the page."""
+    headers = {**_HEADERS, "Permissions-Policy": PAGE_PERMISSIONS}
+    return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
+
+
+@router.get("/docs")
+def docs() -> Response:
+    """Returns the description of the API."""
+    return FileResponse(PAGE / "docs.html", media_type="text/html", headers=_HEADERS)

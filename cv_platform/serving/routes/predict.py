@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
+from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from cv_platform.client.answers import PredictionResult
@@ -19,15 +20,16 @@ from cv_platform.serving.capacity.limits import overloaded
 from cv_platform.serving.http.problems import json_response
 from cv_platform.serving.http.refusal_log import logged_url
 from cv_platform.serving.http.request_facts import facts_of
+from cv_platform.serving.http.security import API_KEY
 from cv_platform.serving.http.upload_form import EXPLAIN_QUERY, UploadForm, read_upload, received
-from cv_platform.serving.log.request_log import BegunEntry
+from cv_platform.serving.log.spool import BegunEntry
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import try_later
 from cv_platform.serving.routes.answer import OK, answer_body, log_entry, predict_upload
 from cv_platform.serving.routes.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
+from cv_platform.serving.routes.parts import Parts, WorkerParts
 from cv_platform.serving.telemetry.observation import staged
-from cv_platform.serving.worker import ServingContext
 
 PREDICT_PATH = "/predict"
 _FORM = UploadForm(
@@ -39,71 +41,62 @@ _FORM = UploadForm(
 _T = TypeVar("_T")
 
 
-def predict_router(context: ServingContext) -> APIRouter:
-    """Returns the route `POST /predict`."""
-    router = APIRouter(tags=["predictions"])
-
-    @router.post(
-        PREDICT_PATH,
-        summary="Classify an image",
-        description=PREDICT_DESCRIPTION,
-        dependencies=[context.guard.api_key],
-        responses=predict_responses(PredictionResult, PREDICTION_EXAMPLE),
-        openapi_extra={"requestBody": _FORM.request_body()},
-    )
-    async def predict(
-        request: Request, explain: Annotated[str | None, Query(description=EXPLAIN_QUERY)] = None
-    ) -> Response:
-        model = begin(context, request)
-        async with received(context, request, _FORM, explain) as ((upload,), wished):
-            context.admit()
-            response = await answer_and_log(
-                context,
-                request,
-                model,
-                lambda: read_upload(upload, context.settings.max_upload_bytes),
-                wished,
-                json_response,
-            )
-        facts_of(request.scope).is_logged = True
-        return response
-
-    return router
+router = APIRouter(tags=["predictions"])
 
 
-def begin(context: ServingContext, request: Request) -> LoadedModel:
+@router.post(
+    PREDICT_PATH,
+    summary="Classify an image",
+    description=PREDICT_DESCRIPTION,
+    dependencies=[API_KEY],
+    responses=predict_responses(PredictionResult, PREDICTION_EXAMPLE),
+    openapi_extra={"requestBody": _FORM.request_body()},
+)
+async def predict(
+    parts: Parts, request: Request, explain: Annotated[str | None, Query(description=EXPLAIN_QUERY)] = None
+) -> Response:
+    """Answers one image."""
+    model = begin(parts, request)
+    async with received(parts.admission, request, _FORM, explain) as ((upload,), wished):
+        parts.admission.admit()
+        response = await answer_and_log(parts, request, model, upload, wished, json_response)
+    facts_of(request.scope).is_logged = True
+    return response
+
+
+def begin(parts: WorkerParts, request: Request) -> LoadedModel:
     """Returns the model that answers a request, before its body is read: when there is no use in reading it, it is not.
 
     Raises:
         Problem: 503 without a model, 429 when the worker is full or the client has sent too many images.
     """
-    model = context.models.current()
+    model = parts.models.current()
     if model is None:
         raise try_later(
             503, "No model is deployed yet. Materialise the experiment's deployment.", expected="a deployed model"
         )
     facts_of(request.scope).model_version = model.metadata.version
-    if context.in_flight.is_full:
-        raise overloaded("predictions", context.in_flight.limit)
-    context.charge(context.guard.client_of(request), 1)
+    if parts.admission.in_flight.is_full:
+        raise overloaded("predictions", parts.admission.in_flight.limit)
+    parts.admission.charge(parts.guard.client_of(request), 1)
     return model
 
 
 async def answer_and_log(
-    context: ServingContext,
+    parts: WorkerParts,
     request: Request,
     model: LoadedModel,
-    read: Callable[[], bytes],
+    upload: UploadFile,
     explain: Explain,
     render: Callable[[dict[str, Any]], _T],
 ) -> _T:
     """Answers one admitted image; returns once the answer's log entry is durable.
 
     Args:
-        context: the worker's; `admit` has given this image its place.
+        parts: the worker's; `admit` has given this image its place.
         request: which request it came with.
         model: the model to ask.
-        read: returns the upload's bytes; called in the thread that predicts.
+        upload: the image.
         explain: what to add to the probabilities.
         render: makes of the answer's fields what the caller wants; called in the thread that predicts.
 
@@ -116,17 +109,17 @@ async def answer_and_log(
     claim = threading.Lock()  # Who gets it says what becomes of the request: the entry is written, or it was too late.
 
     def work() -> tuple[_T, BegunEntry]:
-        data = read()
-        with context.decoding(data):
-            predicted = predict_upload(model, data, max_pixels=context.settings.max_upload_pixels)
-            entry = log_entry(predicted, data, facts, url=url, keep_images=context.settings.log_images)
+        data = read_upload(upload, parts.settings.max_upload_bytes)
+        with parts.admission.decoding(data):
+            predicted = predict_upload(model, data, max_pixels=parts.settings.max_upload_pixels)
+            entry = log_entry(predicted, data, facts, url=url, keep_images=parts.settings.log_images)
             if not claim.acquire(blocking=False):
                 raise TimeoutError("Nobody waits for this answer any more.")
             # The disk takes the entry while the pictures are drawn: together they need hardly longer than either.
-            begun = context.begin_entry(entry, more_follow=context.has_waiting)
+            begun = parts.log.begin_entry(entry, more_follow=parts.admission.has_waiting)
             message = OK
             try:
-                body = answer_body(predicted, explain, on_explain_failure=context.metrics.explain_failed)
+                body = answer_body(predicted, explain, on_explain_failure=parts.metrics.explain_failed)
                 message = body["message"]
                 with staged("encode"):
                     return render(body), begun
@@ -134,10 +127,10 @@ async def answer_and_log(
                 begun.settle(message, facts.seconds())
 
     try:
-        rendered, entry = await context.compute_admitted(work)
+        rendered, entry = await parts.admission.compute_admitted(work)
     except BaseException:
         claim.acquire(blocking=False)
         raise
-    await context.entry_written(entry)
-    context.metrics.image_answered(200)
+    await parts.log.entry_written(entry)
+    parts.metrics.image_answered(200)
     return rendered

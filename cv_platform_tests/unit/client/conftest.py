@@ -1,3 +1,3 @@
-from cv_platform_tests.unit.serving.app_fixtures import context, make_context
+from cv_platform_tests.unit.serving.app_fixtures import make_worker, worker
 
-__all__ = ["context", "make_context"]
+__all__ = ["make_worker", "worker"]

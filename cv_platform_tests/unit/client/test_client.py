@@ -14,8 +14,8 @@ import pytest
 
 from cv_platform.client import Client, ClientError, RequestRefusedError, ServiceUnavailableError, UnusableImageError
 from cv_platform.serving.app import create_app
-from cv_platform.serving.worker import ServingContext
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
+from cv_platform.serving.routes.parts import WorkerParts
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
 from cv_platform_tests.unit.serving.http_client import FixedModels, flat_image, png
 
 REDDISH = png(flat_image(199, 99, 99))
@@ -38,13 +38,13 @@ class AppTransport(httpx.BaseTransport):
         return asyncio.run(send())
 
 
-def client_of(context: ServingContext, **options: object) -> Client:
-    return Client("http://service", transport=AppTransport(create_app(context)), **options)  # type: ignore[arg-type]
+def client_of(worker: WorkerParts, **options: object) -> Client:
+    return Client("http://service", transport=AppTransport(create_app(worker)), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def client(context: ServingContext) -> Iterator[Client]:
-    with client_of(context, admin_token=ADMIN_TOKEN, sleep=lambda seconds: None) as client:
+def client(worker: WorkerParts) -> Iterator[Client]:
+    with client_of(worker, admin_token=ADMIN_TOKEN, sleep=lambda seconds: None) as client:
         yield client
 
 
@@ -105,7 +105,7 @@ def test_a_batch_that_is_refused_as_a_whole_raises(client: Client):
     assert caught.value.status_code == 422
 
 
-def test_looks_up_says_and_deletes(client: Client, context: ServingContext):
+def test_looks_up_says_and_deletes(client: Client, worker: WorkerParts):
     result = client.predict(REDDISH)
     stored = client.prediction(str(result.prediction_id))
     assert stored.prediction == result.prediction
@@ -126,7 +126,7 @@ def test_looks_up_says_and_deletes(client: Client, context: ServingContext):
         client.prediction("../../etc/passwd")
 
 
-def test_shows_models_and_health_and_refuses_what_cannot_be_promoted(client: Client, context: ServingContext):
+def test_shows_models_and_health_and_refuses_what_cannot_be_promoted(client: Client, worker: WorkerParts):
     assert client.models_current().workers == []
     assert client.health().status == "ready"
     with pytest.raises(RequestRefusedError, match="tiny") as missing:
@@ -139,19 +139,19 @@ def test_shows_models_and_health_and_refuses_what_cannot_be_promoted(client: Cli
     assert first.value.status_code == 409
 
 
-def test_health_of_a_worker_that_is_not_ready_is_an_answer_too(make_context: MakeContext):
-    with client_of(make_context(models=FixedModels(model=None))) as client:
+def test_health_of_a_worker_that_is_not_ready_is_an_answer_too(make_worker: MakeWorker):
+    with client_of(make_worker(models=FixedModels(model=None))) as client:
         assert client.health().status == "not ready"
 
 
-def test_sends_its_key_and_only_admin_routes_get_the_token(make_context: MakeContext):
-    context = make_context(CV_API_KEYS="my-key")
-    with client_of(context, api_key="my-key") as client:
+def test_sends_its_key_and_only_admin_routes_get_the_token(make_worker: MakeWorker):
+    worker = make_worker(CV_API_KEYS="my-key")
+    with client_of(worker, api_key="my-key") as client:
         assert client.predict(REDDISH).predicted_class == "cat"
         with pytest.raises(RequestRefusedError, match="admin token") as caught:
             client.rollback()
         assert caught.value.status_code == 401
-    with client_of(context, api_key="wrong") as client, pytest.raises(RequestRefusedError, match="X-API-Key"):
+    with client_of(worker, api_key="wrong") as client, pytest.raises(RequestRefusedError, match="X-API-Key"):
         client.predict(REDDISH)
 
 
@@ -265,16 +265,16 @@ def test_a_malformed_request_is_no_unusable_image():
         client.predict(REDDISH)
 
 
-def test_a_refused_image_that_is_sent_again_leaves_one_row_for_each_attempt(make_context: MakeContext):
+def test_a_refused_image_that_is_sent_again_leaves_one_row_for_each_attempt(make_worker: MakeWorker):
     models = FixedModels(model=None)
-    context = make_context(models=models)
+    worker = make_worker(models=models)
     ready = FixedModels().model
 
     def deploy(seconds: float) -> None:
         models.model = ready
 
-    with client_of(context, sleep=deploy) as client:
+    with client_of(worker, sleep=deploy) as client:
         result = client.predict(REDDISH)
-    records = spooled(context)
+    records = spooled(worker)
     assert [record["response_status_code"] for record in records] == [503, 200]
     assert [record["prediction_id"] for record in records] == [None, str(result.prediction_id)]

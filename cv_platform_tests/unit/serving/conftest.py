@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from cv_platform_tests.tiny_models import TinyExport, export_tiny
-from cv_platform_tests.unit.serving.app_fixtures import admin, client, context, make_context
+from cv_platform_tests.unit.serving.app_fixtures import admin, client, make_worker, worker
 
-__all__ = ["admin", "client", "context", "make_context"]
+__all__ = ["admin", "client", "make_worker", "worker"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -9,10 +10,10 @@ from starlette.types import ASGIApp, Message
 from cv_platform.files import exclusive
 from cv_platform.serving.app import create_app
 from cv_platform.serving.model.worker_watch import WorkerWatch
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png, send_raw
 
 SERVICE = "image_classifier"
@@ -29,8 +30,8 @@ def storage(tmp_path: Path) -> CentralStorage:
     return CentralStorage(tmp_path / "storage")
 
 
-def test_admin_routes_are_closed_while_no_token_is_configured(make_context: MakeContext):
-    client = Client(create_app(make_context(CV_ADMIN_TOKEN="")), {"Authorization": "Bearer "})
+def test_admin_routes_are_closed_while_no_token_is_configured(make_worker: MakeWorker):
+    client = Client(create_app(make_worker(CV_ADMIN_TOKEN="")), {"Authorization": "Bearer "})
     for method, path in ADMIN_ROUTES:
         response = client.request(method, path)
         assert response.status_code == 403, path
@@ -162,9 +163,9 @@ def test_a_corrupt_model_is_refused_and_production_stays(
     assert storage.read_pointer(SERVICE) is None
 
 
-def test_only_one_update_runs_at_a_time(admin: Client, context: ServingContext):
-    context.promotion_lock.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(context.promotion_lock, timeout_seconds=1):  # As another worker would hold it.
+def test_only_one_update_runs_at_a_time(admin: Client, worker: WorkerParts):
+    worker.promoter.lock.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(worker.promoter.lock, timeout_seconds=1):  # As another worker would hold it.
         response = admin.put("/update_model/tiny.yaml")
         assert admin.post("/rollback").status_code == 409
     assert response.status_code == 409
@@ -174,7 +175,7 @@ def test_only_one_update_runs_at_a_time(admin: Client, context: ServingContext):
 
 
 def test_shows_the_pointer_and_which_workers_live_and_follow_it(
-    context: ServingContext, client: Client, admin: Client, storage: CentralStorage
+    worker: WorkerParts, client: Client, admin: Client, storage: CentralStorage
 ):
     now = datetime.now(UTC)
     assert client.get("/models/current").json() == {"service": SERVICE, "production": None, "workers": []}
@@ -196,7 +197,8 @@ def test_shows_the_pointer_and_which_workers_live_and_follow_it(
     beat("a", VERSIONS[1], timedelta(hours=-1))
     beat("b", VERSIONS[0], timedelta(hours=1))
     beat("c", VERSIONS[1], timedelta(0))
-    context.workers = WorkerWatch(storage, SERVICE)  # As of a worker that has just started.
+    fresh = replace(worker, workers=WorkerWatch(storage, SERVICE))  # As of a worker that has just started.
+    client, admin = Client(create_app(fresh)), Client(create_app(fresh), admin.headers)
     assert [w["is_live"] for w in client.get("/models/current").json()["workers"]] == [False, False, False]
     beat("a", VERSIONS[1], timedelta(hours=-1, seconds=2))
     beat("b", VERSIONS[0], timedelta(hours=1, seconds=2))
@@ -226,8 +228,8 @@ def test_an_unreadable_pointer_is_a_503_that_names_it_to_an_admin(client: Client
 
 
 @pytest.fixture
-def closed(make_context: MakeContext) -> Client:
-    return Client(create_app(make_context(CV_API_KEYS="first-key,second-key")))
+def closed(make_worker: MakeWorker) -> Client:
+    return Client(create_app(make_worker(CV_API_KEYS="first-key,second-key")))
 
 
 KEYED = [
@@ -265,8 +267,8 @@ def test_the_page_the_health_and_the_docs_stay_open(closed: Client):
     assert [closed.get(path).status_code for path in ("/", "/docs", "/openapi.json", "/health_check")] == [200] * 4
 
 
-def test_a_stranger_is_refused_before_a_body_is_read(make_context: MakeContext) -> None:
-    app = create_app(make_context(CV_API_KEYS="first-key"))
+def test_a_stranger_is_refused_before_a_body_is_read(make_worker: MakeWorker) -> None:
+    app = create_app(make_worker(CV_API_KEYS="first-key"))
     for path, content_type in (
         (f"/feedback/{uuid4()}", "application/json"),
         ("/predict", "multipart/form-data; boundary=y"),

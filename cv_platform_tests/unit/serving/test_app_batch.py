@@ -10,9 +10,9 @@ from cv_platform.errors import SpoolFullError
 from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled, spooled_images
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled, spooled_images
 from cv_platform_tests.unit.serving.http_client import BrightnessRuntime, Client, FixedModels, flat_image, png
 
 RED, GREEN, BLUE = (png(flat_image(*colour)) for colour in ((199, 99, 99), (99, 199, 99), (99, 99, 199)))
@@ -27,7 +27,7 @@ def batch(client: Client, *images: bytes, **options: Any) -> httpx.Response:
     return client.post("/predict/batch", **form(*images), **options)
 
 
-def test_answers_each_image_as_predict_does_in_their_order(client: Client, context: ServingContext):
+def test_answers_each_image_as_predict_does_in_their_order(client: Client, worker: WorkerParts):
     response = batch(client, BLUE, RED, GREEN, RED)
     assert response.status_code == 200
     body = response.json()
@@ -41,22 +41,22 @@ def test_answers_each_image_as_predict_does_in_their_order(client: Client, conte
     }
     assert single["media_type"] == "image/jpeg"
     assert len({item["prediction_id"] for item in body["results"]}) == 4
-    assert context.in_flight.inside == context.uploads.inside == 0
+    assert worker.admission.in_flight.inside == worker.admission.uploads.inside == 0
 
 
-def test_every_answered_image_is_durable_when_the_answer_arrives(client: Client, context: ServingContext):
+def test_every_answered_image_is_durable_when_the_answer_arrives(client: Client, worker: WorkerParts):
     results = batch(client, RED, GREEN, params={"explain": "none"}).json()["results"]
-    records = {record["prediction_id"]: record for record in spooled(context)}
+    records = {record["prediction_id"]: record for record in spooled(worker)}
     assert set(records) == {item["prediction_id"] for item in results}
     for item in results:
         record = records[item["prediction_id"]]
         assert record["predicted_class"] == item["predicted_class"]
         assert record["request_url"] == "/predict/batch?explain=none"
         assert record["response_status_code"] == 200
-    assert sorted(spooled_images(context)) == sorted([RED, GREEN])
+    assert sorted(spooled_images(worker)) == sorted([RED, GREEN])
 
 
-def test_one_broken_file_does_not_lose_the_others(client: Client, context: ServingContext):
+def test_one_broken_file_does_not_lose_the_others(client: Client, worker: WorkerParts):
     broken = [RED, b"%PDF-1.7", b"", RED[: len(RED) // 2], b"x" * 200_001, GREEN]
     response = batch(client, *broken)
     assert response.status_code == 200
@@ -67,14 +67,14 @@ def test_one_broken_file_does_not_lose_the_others(client: Client, context: Servi
         assert set(item) == {"filename", "status_code", "message", "expected"}
         assert "Expected" in item["message"]
     # Each refused image has its entry, as a refused POST /predict has.
-    assert sorted(record["response_status_code"] for record in spooled(context)) == [200, 200, 400, 400, 413, 415]
+    assert sorted(record["response_status_code"] for record in spooled(worker)) == [200, 200, 400, 400, 413, 415]
 
 
 @pytest.mark.parametrize(
     ("images", "status"), [([b"no", b"image"], 415), ([b"", b""], 400), ([b"no", b""], 422), ([b""], 400)]
 )
 def test_a_batch_without_any_answer_has_the_status_that_its_images_share(
-    client: Client, context: ServingContext, images: list[bytes], status: int
+    client: Client, worker: WorkerParts, images: list[bytes], status: int
 ):
     response = batch(client, *images)
     assert response.status_code == status
@@ -82,7 +82,7 @@ def test_a_batch_without_any_answer_has_the_status_that_its_images_share(
     assert body["request_id"] == response.headers["x-request-id"]
     assert body["message"].startswith(f"None of the {len(images)} images")
     assert [item["status_code"] for item in body["results"]] == [400 if image == b"" else 415 for image in images]
-    assert len(spooled(context)) == len(images)
+    assert len(spooled(worker)) == len(images)
 
 
 MALFORMED: list[dict[str, Any]] = [
@@ -99,28 +99,28 @@ MALFORMED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", MALFORMED)
-def test_a_wrong_form_is_refused_as_a_whole_and_logged_once(make_context: MakeContext, options: dict[str, Any]):
-    context = make_context(CV_MAX_BATCH_FILES="4")
-    response = Client(create_app(context)).post("/predict/batch", **options)
+def test_a_wrong_form_is_refused_as_a_whole_and_logged_once(make_worker: MakeWorker, options: dict[str, Any]):
+    worker = make_worker(CV_MAX_BATCH_FILES="4")
+    response = Client(create_app(worker)).post("/predict/batch", **options)
     assert response.status_code == 422
     assert "results" not in response.json()
-    (record,) = spooled(context)
+    (record,) = spooled(worker)
     assert record["response_status_code"] == 422
-    assert context.in_flight.inside == context.uploads.inside == 0
+    assert worker.admission.in_flight.inside == worker.admission.uploads.inside == 0
 
 
-def test_says_how_many_files_it_takes(make_context: MakeContext):
-    client = Client(create_app(make_context(CV_MAX_BATCH_FILES="2")))
+def test_says_how_many_files_it_takes(make_worker: MakeWorker):
+    client = Client(create_app(make_worker(CV_MAX_BATCH_FILES="2")))
     assert batch(client, RED, RED).status_code == 200
     assert "1 to 2 images" in batch(client, RED, RED, RED).json()["expected"]
     assert client.get("/health_check").json()["max_batch_files"] == 2
 
 
-def test_all_files_together_are_bounded(client: Client, context: ServingContext):
+def test_all_files_together_are_bounded(client: Client, worker: WorkerParts):
     response = batch(client, *[b"x" * 200_000] * 9)
     assert response.status_code == 413
     assert response.json()["max_bytes"] == 8 * (200_000 + 16_384)
-    assert [record["response_status_code"] for record in spooled(context)] == [413]
+    assert [record["response_status_code"] for record in spooled(worker)] == [413]
 
 
 def test_a_file_name_can_forge_nothing(client: Client):
@@ -143,14 +143,14 @@ class WaitingRuntime(BrightnessRuntime):
         return super().__call__(images, class_index)
 
 
-def waiting(make_context: MakeContext, limits: ServingLimits) -> tuple[WaitingRuntime, ServingContext]:
+def waiting(make_worker: MakeWorker, limits: ServingLimits) -> tuple[WaitingRuntime, WorkerParts]:
     runtime = WaitingRuntime()
-    return runtime, make_context(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
+    return runtime, make_worker(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
 
 
-def test_each_image_takes_a_place_and_a_batch_without_room_is_refused_as_a_whole(make_context: MakeContext):
-    runtime, context = waiting(make_context, ServingLimits(max_in_flight=4, predict_threads=1, max_batch_files=4))
-    app = create_app(context)
+def test_each_image_takes_a_place_and_a_batch_without_room_is_refused_as_a_whole(make_worker: MakeWorker):
+    runtime, worker = waiting(make_worker, ServingLimits(max_in_flight=4, predict_threads=1, max_batch_files=4))
+    app = create_app(worker)
 
     async def overlap() -> tuple[int, list[httpx.Response]]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
@@ -158,7 +158,7 @@ def test_each_image_takes_a_place_and_a_batch_without_room_is_refused_as_a_whole
             async with asyncio.timeout(30):
                 while not runtime.inside:
                     await asyncio.sleep(0.01)
-            inside = context.in_flight.inside
+            inside = worker.admission.in_flight.inside
             second = await client.post("/predict/batch", **form(RED, GREEN))
             third = asyncio.create_task(client.post("/predict", files={"file": ("a", RED)}))
             health = await client.get("/health_check")
@@ -169,21 +169,21 @@ def test_each_image_takes_a_place_and_a_batch_without_room_is_refused_as_a_whole
     assert inside == 3
     assert [first.status_code, second.status_code, third.status_code, health.status_code] == [200, 429, 200, 200]
     assert int(second.headers["retry-after"]) > 0
-    assert context.in_flight.inside == 0
+    assert worker.admission.in_flight.inside == 0
 
 
-def test_no_more_images_of_a_batch_wait_for_a_thread_than_there_are_threads(make_context: MakeContext):
-    runtime, context = waiting(make_context, ServingLimits(predict_threads=2))
-    app = create_app(context)
+def test_no_more_images_of_a_batch_wait_for_a_thread_than_there_are_threads(make_worker: MakeWorker):
+    runtime, worker = waiting(make_worker, ServingLimits(predict_threads=2))
+    app = create_app(worker)
     submitted = 0
-    submit = context.predict_pool.submit
+    submit = worker.admission.threads.submit
 
     def counted(work: Any) -> Any:
         nonlocal submitted
         submitted += 1
         return submit(work)
 
-    context.predict_pool.submit = counted  # type: ignore[method-assign]
+    worker.admission.threads.submit = counted  # type: ignore[method-assign]
 
     async def watch() -> tuple[int, httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
@@ -200,56 +200,56 @@ def test_no_more_images_of_a_batch_wait_for_a_thread_than_there_are_threads(make
     assert submitted == response.json()["answered"] == 10
 
 
-def test_images_whose_turn_does_not_come_are_504s_and_give_their_places_back(make_context: MakeContext):
-    runtime, context = waiting(make_context, ServingLimits(predict_threads=1, predict_seconds=0.1))
-    response = batch(Client(create_app(context)), RED, GREEN, BLUE)
+def test_images_whose_turn_does_not_come_are_504s_and_give_their_places_back(make_worker: MakeWorker):
+    runtime, worker = waiting(make_worker, ServingLimits(predict_threads=1, predict_seconds=0.1))
+    response = batch(Client(create_app(worker)), RED, GREEN, BLUE)
     assert response.status_code == 504
     assert int(response.headers["retry-after"]) > 0
     assert [item["status_code"] for item in response.json()["results"]] == [504] * 3
     runtime.go.set()
-    context.predict_pool.submit(lambda: None).result(30)
-    assert context.in_flight.inside == 0
+    worker.admission.threads.submit(lambda: None).result(30)
+    assert worker.admission.in_flight.inside == 0
 
 
 def test_a_full_log_is_a_503_for_the_images_it_could_not_keep(
-    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+    client: Client, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
 ):
-    taken = context.log.begin
+    taken = worker.log.opened.begin
     kept: list[object] = []
 
     def one_only(entry: Any, **_: object) -> Any:
         if entry.prediction_id is not None and kept:
-            raise SpoolFullError(f"Expected room in {context.settings.home}. Received: none. Free space.")
+            raise SpoolFullError(f"Expected room in {worker.settings.home}. Received: none. Free space.")
         kept.append(entry)
         return taken(entry)
 
-    monkeypatch.setattr(context.log, "begin", one_only)
+    monkeypatch.setattr(worker.log.opened, "begin", one_only)
     response = batch(client, RED, RED, RED)
     assert response.status_code == 200
     assert sorted(item["status_code"] for item in response.json()["results"]) == [200, 503, 503]
-    assert str(context.settings.home) not in response.text
+    assert str(worker.settings.home) not in response.text
     kept.append(None)
     response = batch(client, RED, RED)
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) > 0
-    assert str(context.settings.home) in batch(client, RED, headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}).text
+    assert str(worker.settings.home) in batch(client, RED, headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}).text
 
 
-def test_a_defect_costs_one_image_and_names_the_request(make_context: MakeContext, caplog: pytest.LogCaptureFixture):
+def test_a_defect_costs_one_image_and_names_the_request(make_worker: MakeWorker, caplog: pytest.LogCaptureFixture):
     class Broken(BrightnessRuntime):
         def __call__(self, images: np.ndarray, class_index: np.ndarray) -> Prediction:
             if images.mean() > 140:
                 raise ZeroDivisionError("the secret inside")
             return super().__call__(images, class_index)
 
-    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), Broken())))
-    client = Client(create_app(context), {"X-Request-Id": "abc-123"})
+    worker = make_worker(models=FixedModels(LoadedModel(tiny_metadata(), Broken())))
+    client = Client(create_app(worker), {"X-Request-Id": "abc-123"})
     response = batch(client, RED, png(flat_image(250, 250, 250)))
     assert [item["status_code"] for item in response.json()["results"]] == [200, 500]
     assert "abc-123" in response.json()["results"][1]["message"]
     assert "secret" not in response.text
     assert "the secret inside" in caplog.text
-    assert context.in_flight.inside == 0
+    assert worker.admission.in_flight.inside == 0
 
 
 def test_the_documented_example_of_a_batch_has_the_real_fields(client: Client):

@@ -4,25 +4,25 @@ import pytest
 from sqlalchemy import Engine, text
 
 from cv_platform.serving.app import create_app
-from cv_platform.serving.worker import ServingContext
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
+from cv_platform.serving.routes.parts import WorkerParts
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
 
 REDDISH = png(flat_image(199, 99, 99))
 
 
 @pytest.fixture
-def logged(make_context: MakeContext, database_url: str) -> ServingContext:
-    return make_context(DATABASE_URL=database_url)
+def logged(make_worker: MakeWorker, database_url: str) -> WorkerParts:
+    return make_worker(DATABASE_URL=database_url)
 
 
 @pytest.fixture
-def client(logged: ServingContext) -> Client:
+def client(logged: WorkerParts) -> Client:
     return Client(create_app(logged), {"Authorization": f"Bearer {ADMIN_TOKEN}"})
 
 
-def drain(context: ServingContext) -> None:
-    assert context.log.wait_until_drained(30)
+def drain(worker: WorkerParts) -> None:
+    assert worker.log.opened.wait_until_drained(30)
 
 
 def count(engine: Engine, table: str) -> int:
@@ -30,7 +30,7 @@ def count(engine: Engine, table: str) -> int:
         return connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one()
 
 
-def test_every_answer_and_refusal_has_its_row(client: Client, logged: ServingContext, engine: Engine):
+def test_every_answer_and_refusal_has_its_row(client: Client, logged: WorkerParts, engine: Engine):
     answered = [client.predict(REDDISH).json()["prediction_id"] for _ in range(3)]
     client.predict(b"")
     client.predict(b"x" * 300_000)
@@ -56,7 +56,7 @@ def test_every_answer_and_refusal_has_its_row(client: Client, logged: ServingCon
     assert client.get("/health_check").json()["database"] == {"state": "ok", "error": None}
 
 
-def test_reads_a_result_and_its_passport_from_the_database(client: Client, logged: ServingContext):
+def test_reads_a_result_and_its_passport_from_the_database(client: Client, logged: WorkerParts):
     first = client.predict(REDDISH).json()
     drain(logged)
     again = client.get(f"/predictions/{first['prediction_id']}").json()
@@ -89,7 +89,7 @@ def test_an_unknown_id_is_a_404_everywhere(client: Client):
     assert ["will not arrive" in answer.json()["message"] for answer in answers] == [False, False, True, False]
 
 
-def test_the_latest_statement_of_the_true_class_is_the_last_row(client: Client, logged: ServingContext, engine: Engine):
+def test_the_latest_statement_of_the_true_class_is_the_last_row(client: Client, logged: WorkerParts, engine: Engine):
     prediction_id = client.predict(REDDISH).json()["prediction_id"]
     for said, key in (("owl", "1"), ("owl", "1"), ("dog", "2"), ("owl", "3")):
         client.post(f"/feedback/{prediction_id}", json={"true_class": said}, headers={"Idempotency-Key": key})
@@ -110,7 +110,7 @@ def test_the_latest_statement_of_the_true_class_is_the_last_row(client: Client, 
 
 
 def test_deletes_a_prediction_with_its_feedback_and_keeps_the_request(
-    client: Client, logged: ServingContext, engine: Engine
+    client: Client, logged: WorkerParts, engine: Engine
 ):
     prediction_id = client.predict(REDDISH).json()["prediction_id"]
     client.post(f"/feedback/{prediction_id}", json={"true_class": "owl"})
@@ -121,7 +121,7 @@ def test_deletes_a_prediction_with_its_feedback_and_keeps_the_request(
     assert client.delete(f"/predictions/{prediction_id}").status_code == 404
 
 
-def test_deletes_an_image_only_with_its_last_prediction(client: Client, logged: ServingContext, engine: Engine):
+def test_deletes_an_image_only_with_its_last_prediction(client: Client, logged: WorkerParts, engine: Engine):
     first, second = (client.predict(REDDISH).json()["prediction_id"] for _ in range(2))
     drain(logged)
     client.delete(f"/predictions/{first}")
@@ -132,7 +132,7 @@ def test_deletes_an_image_only_with_its_last_prediction(client: Client, logged: 
 
 
 def test_a_deletion_right_after_the_answer_reaches_what_is_on_its_way(
-    client: Client, logged: ServingContext, engine: Engine
+    client: Client, logged: WorkerParts, engine: Engine
 ):
     for _ in range(5):
         prediction_id = client.predict(REDDISH).json()["prediction_id"]
@@ -141,9 +141,9 @@ def test_a_deletion_right_after_the_answer_reaches_what_is_on_its_way(
     assert [count(engine, table) for table in ("predictions", "images", "api_log")] == [0, 0, 5]
 
 
-def test_goes_on_without_a_database_and_says_so(make_context: MakeContext):
-    context = make_context(DATABASE_URL="postgresql://nobody:nothing@127.0.0.1:9/none")
-    client = Client(create_app(context))
+def test_goes_on_without_a_database_and_says_so(make_worker: MakeWorker):
+    worker = make_worker(DATABASE_URL="postgresql://nobody:nothing@127.0.0.1:9/none")
+    client = Client(create_app(worker))
     first = client.predict(REDDISH)
     assert first.status_code == 200
     prediction_id = first.json()["prediction_id"]
@@ -160,27 +160,27 @@ def test_goes_on_without_a_database_and_says_so(make_context: MakeContext):
     assert "nothing" not in health.text  # The password.
 
 
-def test_the_log_moves_to_a_database_that_starts_later(make_context: MakeContext, database_url: str, engine: Engine):
-    context = make_context()
-    client = Client(create_app(context))
+def test_the_log_moves_to_a_database_that_starts_later(make_worker: MakeWorker, database_url: str, engine: Engine):
+    worker = make_worker()
+    client = Client(create_app(worker))
     client.predict(REDDISH)
-    assert context.log.status().database == "not configured"
-    context.log.use_database(database_url)
+    assert worker.log.opened.status().database == "not configured"
+    worker.log.opened.use_database(database_url)
     client.predict(REDDISH)
-    drain(context)
+    drain(worker)
     assert count(engine, "predictions") == 2
 
 
 def test_housekeeping_finds_the_embedded_database_when_it_starts(
-    make_context: MakeContext, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    make_worker: MakeWorker, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ):
     running: list[str | None] = [None]
     monkeypatch.setattr("cv_platform.serving.log.worker_log.running_database_url", lambda settings: running[0])
-    context = make_context()
-    context._follow_database()
-    assert context.log.status().database == "not configured"
+    worker = make_worker()
+    worker.log.follow_database()
+    assert worker.log.opened.status().database == "not configured"
     running[0] = database_url
-    context._follow_database()
-    Client(create_app(context)).predict(REDDISH)
-    drain(context)
+    worker.log.follow_database()
+    Client(create_app(worker)).predict(REDDISH)
+    drain(worker)
     assert count(engine, "predictions") == 1

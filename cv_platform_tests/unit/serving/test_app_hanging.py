@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,25 +16,26 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from cv_platform.errors import ServiceError
-from cv_platform.serving import worker as serving_context
+from cv_platform.serving import worker as serving_worker
 from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity.bounded_calls import BoundedCalls
 from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.model.runtime import LoadedModel
-from cv_platform.serving.routes import feedback as routes_feedback
+from cv_platform.serving.routes import predictions
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.metrics import ServingMetrics
-from cv_platform.serving.worker import LOOK_UP_THREADS, ServingContext
+from cv_platform.serving.worker import LOOK_UP_THREADS, open_worker
 from cv_platform.settings import Settings
 from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled, wait_until
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled, wait_until
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels, GatedRuntime, flat_image, png
 
 IMAGE = png(flat_image(1, 2, 3))
 ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
 
 
-def test_a_slow_statement_is_a_408(make_context: MakeContext):
-    client = Client(create_app(make_context(limits=ServingLimits(small_body_seconds=0.05))))
+def test_a_slow_statement_is_a_408(make_worker: MakeWorker):
+    client = Client(create_app(make_worker(limits=ServingLimits(small_body_seconds=0.05))))
 
     async def stuck() -> AsyncIterator[bytes]:
         yield b'{"true_class": '
@@ -44,28 +47,28 @@ def test_a_slow_statement_is_a_408(make_context: MakeContext):
 
 
 def test_a_disk_that_hangs_while_a_prediction_is_written_is_a_503_once(
-    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("cv_platform.serving.log.worker_log.APPEND_SECONDS", 0.3)
-    context = make_context(limits=ServingLimits(predict_threads=1, predict_seconds=30))
-    client = Client(create_app(context))
+    worker = make_worker(limits=ServingLimits(predict_threads=1, predict_seconds=30))
+    client = Client(create_app(worker))
     go = threading.Event()
-    context.log._spool._writer.submit(lambda _: go.wait(60))
+    worker.log.opened._spool._writer.submit(lambda _: go.wait(60))
     response = client.predict(IMAGE)
     assert response.status_code == 503
     assert client.get("/health_check").status_code == 503
-    context.predict_pool.submit(lambda: None).result(30)  # The threads that predict do not hang with the disk.
+    worker.admission.threads.submit(lambda: None).result(30)  # The threads that predict do not hang with the disk.
     go.set()
     assert client.predict(IMAGE).status_code == 200
     assert client.get("/health_check").status_code == 200
-    assert [record["response_status_code"] for record in spooled(context)] == [200]  # Nobody waited for the first.
+    assert [record["response_status_code"] for record in spooled(worker)] == [200]  # Nobody waited for the first.
 
 
-def test_the_probes_tell_a_worker_that_is_busy_from_one_that_hangs(make_context: MakeContext):
+def test_the_probes_tell_a_worker_that_is_busy_from_one_that_hangs(make_worker: MakeWorker):
     runtime = GatedRuntime()
     models = FixedModels(LoadedModel(tiny_metadata(), runtime))
-    context = make_context(models=models, limits=ServingLimits(predict_threads=2, predict_seconds=0.25))
-    client = Client(create_app(context))
+    worker = make_worker(models=models, limits=ServingLimits(predict_threads=2, predict_seconds=0.25))
+    client = Client(create_app(worker))
 
     def statuses() -> tuple[int, int]:
         return client.get("/livez").status_code, client.get("/readyz").status_code
@@ -78,21 +81,21 @@ def test_the_probes_tell_a_worker_that_is_busy_from_one_that_hangs(make_context:
     assert "takes too long" in client.get("/readyz").json()["message"]
     wait_until(lambda: statuses() == (503, 503))
     assert "retry-after" not in client.get("/livez").headers  # It does not get well by itself.
-    assert context.is_stuck()
+    assert worker.admission.is_stuck()
     runtime.go.set()
     wait_until(lambda: statuses() == (200, 200))
 
 
-def test_strangers_see_no_name_of_a_host(context: ServingContext, client: Client):
+def test_strangers_see_no_name_of_a_host(worker: WorkerParts, client: Client):
     assert client.get("/health_check").json()["model"]["worker_id"] == "5eaf00d1"
     full = Client(client.app, ADMIN).get("/health_check").json()["model"]
     assert full["worker_id"] == "host-4711"
     assert "public_id" not in full
 
 
-def test_readiness_follows_the_log(context: ServingContext, client: Client):
+def test_readiness_follows_the_log(worker: WorkerParts, client: Client):
     assert client.get("/readyz").status_code == 200
-    context.append_error = "/secret/spool is full"
+    worker.log.append_error = "/secret/spool is full"
     for path in ("/readyz", "/health_check"):
         answer = client.get(path)
         assert answer.status_code == 503
@@ -107,48 +110,48 @@ def test_a_worker_that_could_not_start_lets_go_and_can_start_later(tmp_path: Pat
     settings = Settings.from_environment(
         {"CV_HOME": str(home), "CV_STORAGE": str(tmp_path / "storage"), "CV_RATE_LIMIT_PER_MINUTE": "5"}
     )
-    metrics = ServingMetrics(prometheus_client.CollectorRegistry())
-    context = ServingContext(settings, models=FixedModels(), metrics=metrics)
-    with pytest.raises(ServiceError, match="rate_limits"):
-        context.start()
+
+    def opened() -> AbstractContextManager[WorkerParts]:
+        metrics = ServingMetrics(prometheus_client.CollectorRegistry())
+        return open_worker(settings, models=FixedModels(), metrics=metrics)
+
+    with pytest.raises(ServiceError, match="rate_limits"), opened():
+        pass
     assert list((home / "spool").iterdir()) == []
-    with pytest.raises(ServiceError, match="Expected a started service"):
-        _ = context.log
     (home / "cache" / "rate_limits").rmdir()
-    context.start()
-    assert context.log.status().depth == 0
-    context.stop()
-    context.stop()
+    with opened() as worker:
+        assert worker.log.opened.status().depth == 0
     assert list((home / "spool").iterdir()) == []
 
 
 @pytest.fixture
-def hung_disk(context: ServingContext, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def hung_disk(worker: WorkerParts, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Lets no look at the spool end until the event is set."""
     go = threading.Event()
-    status = context.log.status
+    status = worker.log.opened.status
 
     def hang() -> object:
         assert go.wait(60)
         return status()
 
-    monkeypatch.setattr(context.log, "status", hang)
+    monkeypatch.setattr(worker.log.opened, "status", hang)
     yield go
     go.set()
 
 
 def test_health_answers_while_the_spools_disk_hangs_with_the_figures_it_had(
-    client: Client, context: ServingContext, hung_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerParts, hung_disk: threading.Event
 ):
-    context._status_reads = BoundedCalls("looks at the spool", "its disk", threads=1, places=1, seconds=0.05)
-    known = context._last_status
+    reads = BoundedCalls("looks at the spool", "its disk", threads=1, places=1, seconds=0.05)
+    client = Client(create_app(replace(worker, status_reads=reads)))
+    known = worker.log._last_status
     if known is None:
         hung_disk.set()
         client.get("/health_check")
         hung_disk.clear()
-        known = context._last_status
+        known = worker.log._last_status
     assert known is not None
-    context._last_status = known[0] - 60, known[1]
+    worker.log._last_status = known[0] - 60, known[1]
     for _ in range(3):
         health = client.get("/health_check")
         assert health.status_code == 200
@@ -158,11 +161,12 @@ def test_health_answers_while_the_spools_disk_hangs_with_the_figures_it_had(
 
 
 def test_storage_that_hangs_is_a_503_and_takes_no_thread_of_the_others(
-    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
 ):
     go = threading.Event()
-    monkeypatch.setattr(context.storage, "read_pointer", lambda service: go.wait(60))
-    context._storage_reads = BoundedCalls("reads of storage", "central storage", threads=2, places=2, seconds=0.05)
+    monkeypatch.setattr(worker.storage, "read_pointer", lambda service: go.wait(60))
+    reads = BoundedCalls("reads of storage", "central storage", threads=2, places=2, seconds=0.05)
+    client = Client(create_app(replace(worker, storage_reads=reads)))
     statuses = [client.get("/models/current").status_code for _ in range(3)]
     assert statuses == [503, 503, 429]
     assert client.get("/").status_code == 200
@@ -171,9 +175,10 @@ def test_storage_that_hangs_is_a_503_and_takes_no_thread_of_the_others(
 
 
 def test_an_update_whose_storage_hangs_is_a_503_and_takes_no_thread_of_the_others(
-    context: ServingContext, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
 ):
-    admin = Client(create_app(context), ADMIN)
+    updates = BoundedCalls("updates", "fetching the model", threads=2, places=2, seconds=1.0, may_succeed=True)
+    admin = Client(create_app(replace(worker, promotions=updates)), ADMIN)
     go = threading.Event()
     ended = threading.Event()
 
@@ -182,10 +187,7 @@ def test_an_update_whose_storage_hangs_is_a_503_and_takes_no_thread_of_the_other
         ended.set()
         return []
 
-    monkeypatch.setattr(context.storage, "bundle_versions", hang)
-    context._promotions = BoundedCalls(
-        "updates", "fetching the model", threads=2, places=2, seconds=1.0, may_succeed=True
-    )
+    monkeypatch.setattr(worker.storage, "bundle_versions", hang)
     late = admin.put("/update_model/tiny.yaml")
     assert late.status_code == 504  # Not 503 with a time to come again: a rollback that is repeated undoes itself.
     assert "retry-after" not in late.headers
@@ -219,14 +221,14 @@ def freeze(database_url: str) -> Iterator[Callable[[], None]]:
 
 
 def test_a_frozen_database_answers_503_in_time_and_the_rest_goes_on(
-    make_context: MakeContext, database_url: str, freeze: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    make_worker: MakeWorker, database_url: str, freeze: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(serving_context, "LOOK_UP_SECONDS", 1.0)
-    monkeypatch.setattr(routes_feedback, "DELETION_SECONDS", 1.0)
-    context = make_context(DATABASE_URL=database_url)
-    app = create_app(context)
+    monkeypatch.setattr(serving_worker, "LOOK_UP_SECONDS", 1.0)
+    monkeypatch.setattr(predictions, "DELETION_SECONDS", 1.0)
+    worker = make_worker(DATABASE_URL=database_url)
+    app = create_app(worker)
     drained = Client(app).predict(IMAGE).json()["prediction_id"]
-    assert context.log.wait_until_drained(30)
+    assert worker.log.opened.wait_until_drained(30)
 
     async def look_up(client: httpx.AsyncClient, count: int) -> list[int]:
         responses = await asyncio.gather(*(client.get(f"/predictions/{drained}") for _ in range(count)))

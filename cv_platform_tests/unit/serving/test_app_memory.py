@@ -23,7 +23,7 @@ from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import Problem
 from cv_platform.settings import Settings
 from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext, wait_until
+from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, wait_until
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels, GatedRuntime, flat_image, png
 
 MEBIBYTE = 2**20
@@ -39,28 +39,28 @@ LARGE = bmp(1_000)  # 3 MB of file; its million pixels count as 13 MB.
 
 
 @pytest.fixture
-def narrow(make_context: MakeContext) -> Client:
+def narrow(make_worker: MakeWorker) -> Client:
     """A worker of 32 MiB: 17 MB for the largest image, 16.5 MB for uploads, which is five of `LARGE`."""
-    context = make_context(
+    worker = make_worker(
         CV_REQUEST_MEMORY_BYTES=str(32 * MEBIBYTE), CV_MAX_UPLOAD_BYTES="4000000", CV_MAX_UPLOAD_PIXELS="1000000"
     )
-    assert context.memory.uploads_bytes == 32 * MEBIBYTE - 17_000_000
-    return Client(create_app(context))
+    assert worker.admission.memory.uploads_bytes == 32 * MEBIBYTE - 17_000_000
+    return Client(create_app(worker))
 
 
-def test_uploads_beyond_the_memory_are_refused_and_the_others_answered(make_context: MakeContext):
+def test_uploads_beyond_the_memory_are_refused_and_the_others_answered(make_worker: MakeWorker):
     runtime = GatedRuntime()
     settings = {"CV_MAX_UPLOAD_BYTES": "4000000", "CV_MAX_UPLOAD_PIXELS": "1000000"}
     limits = ServingLimits(predict_threads=2, memory_bytes=32 * MEBIBYTE)
-    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits, **settings)
+    worker = make_worker(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits, **settings)
 
     async def flood() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(create_app(context))
+        transport = httpx.ASGITransport(create_app(worker))
         async with httpx.AsyncClient(transport=transport, base_url="http://service") as client, asyncio.timeout(60):
             sent = [asyncio.create_task(client.post("/predict", files={"file": ("a.bmp", LARGE)})) for _ in range(10)]
             while sum(task.done() for task in sent) < 5:
                 await asyncio.sleep(0.01)
-            assert context.memory.taken_bytes <= context.memory.limit_bytes
+            assert worker.admission.memory.taken_bytes <= worker.admission.memory.limit_bytes
             runtime.go.set()
             return list(await asyncio.gather(*sent))
 
@@ -68,8 +68,8 @@ def test_uploads_beyond_the_memory_are_refused_and_the_others_answered(make_cont
     assert Counter(answer.status_code for answer in answers) == {200: 5, 429: 5}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.headers["retry-after"] == "1"
-    assert context.memory.taken_bytes == 0
-    assert context.in_flight.inside == context.uploads.inside == 0
+    assert worker.admission.memory.taken_bytes == 0
+    assert worker.admission.in_flight.inside == worker.admission.uploads.inside == 0
 
 
 def test_a_length_that_is_only_declared_takes_nothing_from_others(narrow: Client):
@@ -102,23 +102,23 @@ def test_a_length_that_is_only_declared_takes_nothing_from_others(narrow: Client
 
 
 @pytest.mark.parametrize("is_declared", [True, False])
-def test_an_upload_that_never_fits_is_refused_for_good(make_context: MakeContext, is_declared: bool):
-    context = make_context(CV_REQUEST_MEMORY_BYTES=str(16 * MEBIBYTE), CV_MAX_UPLOAD_BYTES="10000000")
+def test_an_upload_that_never_fits_is_refused_for_good(make_worker: MakeWorker, is_declared: bool):
+    worker = make_worker(CV_REQUEST_MEMORY_BYTES=str(16 * MEBIBYTE), CV_MAX_UPLOAD_BYTES="10000000")
 
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(5):
             yield bytes(MEBIBYTE)
 
     content = bytes(5 * MEBIBYTE) if is_declared else chunks()
-    refused = Client(create_app(context)).post("/predict", content=content, headers={"Content-Type": "image/bmp"})
+    refused = Client(create_app(worker)).post("/predict", content=content, headers={"Content-Type": "image/bmp"})
     assert refused.status_code == 413
     assert "CV_REQUEST_MEMORY_BYTES" in refused.json()["message"]
-    assert context.memory.taken_bytes == 0
+    assert worker.admission.memory.taken_bytes == 0
 
 
-def test_an_image_that_could_never_be_decoded_is_refused_before_it_is(make_context: MakeContext):
+def test_an_image_that_could_never_be_decoded_is_refused_before_it_is(make_worker: MakeWorker):
     # An eighth of 16 MiB is for uploads, the rest decodes 1.1 megapixels.
-    client = Client(create_app(make_context(CV_REQUEST_MEMORY_BYTES=str(16 * MEBIBYTE))))
+    client = Client(create_app(make_worker(CV_REQUEST_MEMORY_BYTES=str(16 * MEBIBYTE))))
     assert client.predict(png(flat_image(1, 2, 3, height=1_000, width=1_000))).status_code == 200
     refused = client.predict(png(flat_image(1, 2, 3, height=1_200, width=1_200)))
     assert refused.status_code == 413
@@ -135,9 +135,9 @@ def test_a_batch_and_a_stored_image_take_and_give_back(narrow: Client):
     assert refused.status_code == 413
 
 
-def test_a_stored_image_that_needs_more_memory_than_there_is_now_costs_its_pictures_only(make_context: MakeContext):
-    answer = Client(create_app(make_context())).predict(png(flat_image(1, 2, 3, height=1_200, width=1_200)))
-    smaller = Client(create_app(make_context(CV_REQUEST_MEMORY_BYTES=str(16 * MEBIBYTE))))
+def test_a_stored_image_that_needs_more_memory_than_there_is_now_costs_its_pictures_only(make_worker: MakeWorker):
+    answer = Client(create_app(make_worker())).predict(png(flat_image(1, 2, 3, height=1_200, width=1_200)))
+    smaller = Client(create_app(make_worker(CV_REQUEST_MEMORY_BYTES=str(16 * MEBIBYTE))))
     stored = smaller.get(f"/predictions/{answer.json()['prediction_id']}")
     assert stored.status_code == 200
     assert stored.json()["prediction"] == answer.json()["prediction"]

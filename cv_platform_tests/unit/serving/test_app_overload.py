@@ -15,7 +15,7 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
+from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled
 from cv_platform_tests.unit.serving.http_client import FixedModels, GatedRuntime, flat_image, png
 
 IMAGE = png(flat_image(199, 99, 99))
@@ -38,11 +38,11 @@ def listening(server: uvicorn.Server) -> Iterator[None]:
         thread.join(60)
 
 
-def test_overload_answers_429_with_advice_while_health_stays_green(make_context: MakeContext, runtime: GatedRuntime):
+def test_overload_answers_429_with_advice_while_health_stays_green(make_worker: MakeWorker, runtime: GatedRuntime):
     limits = ServingLimits(max_in_flight=8, predict_threads=2, max_batch_files=4)
-    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
+    worker = make_worker(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(context), port=port, lifespan="off", log_config=None))
+    server = uvicorn.Server(uvicorn.Config(create_app(worker), port=port, lifespan="off", log_config=None))
 
     async def flood() -> tuple[list[httpx.Response], list[int]]:
         no_limit = httpx.Limits(max_connections=None)
@@ -62,7 +62,7 @@ def test_overload_answers_429_with_advice_while_health_stays_green(make_context:
                 for number in range(CLIENTS)
             ]
             health: list[int] = []
-            while context.in_flight.inside < 6 or sum(task.done() for task in tasks) < CLIENTS - 8:
+            while worker.admission.in_flight.inside < 6 or sum(task.done() for task in tasks) < CLIENTS - 8:
                 health.append((await client.get("/health_check")).status_code)
             runtime.go.set()
             return list(await asyncio.gather(*tasks)), health
@@ -77,7 +77,8 @@ def test_overload_answers_429_with_advice_while_health_stays_green(make_context:
     assert set(health) == {200}
     images = sum(len(r.json().get("results", [None])) for r in responses if r.status_code == 200)
     assert 6 <= images <= 8
-    logged = Counter(record["response_status_code"] for record in spooled(context))
+    logged = Counter(record["response_status_code"] for record in spooled(worker))
     assert logged[200] == images
     assert 1 <= logged[429] <= statuses[429], "a sample"
-    assert context.in_flight.inside == context.uploads.inside == context.small_bodies.inside == 0
+    admission = worker.admission
+    assert admission.in_flight.inside == admission.uploads.inside == admission.small_bodies.inside == 0

@@ -7,9 +7,9 @@ import pytest
 from cv_platform.errors import ConfigError
 from cv_platform.serving.app import create_app
 from cv_platform.serving.routes.page import PAGE
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
 
 FILES = sorted(path.name for path in PAGE.iterdir())
@@ -75,11 +75,11 @@ FRONT_END = "https://app.example.org"
 
 
 @pytest.fixture
-def shared(make_context: MakeContext) -> Client:
-    context = make_context(
+def shared(make_worker: MakeWorker) -> Client:
+    worker = make_worker(
         CV_CORS_ORIGINS=f"{FRONT_END}, http://localhost:3000", CV_API_KEYS="key", CV_ALLOWED_HOSTS="service"
     )
-    return Client(create_app(context))
+    return Client(create_app(worker))
 
 
 def preflight(client: Client, origin: str, **headers: str) -> httpx.Response:
@@ -175,12 +175,12 @@ def test_the_documented_example_of_a_prediction_has_the_real_fields(client: Clie
     assert set(example["content"]["application/json"]["example"]) == {k for k, v in body.items() if v is not None}
 
 
-def test_health_is_ready_with_a_model_even_without_a_database(client: Client, context: ServingContext):
+def test_health_is_ready_with_a_model_even_without_a_database(client: Client, worker: WorkerParts):
     client.predict(png(flat_image(1, 2, 3)))
     response = client.get("/health_check")
     assert response.status_code == 200
     body = response.json()
-    model = context.models.current()
+    model = worker.models.current()
     assert model is not None
     assert body["status"] == "ready"
     assert (body["model_name"], body["model_version"]) == ("tiny", model.metadata.version)
@@ -190,43 +190,41 @@ def test_health_is_ready_with_a_model_even_without_a_database(client: Client, co
     assert "wait in the spool" in body["message"]
 
 
-def test_health_is_not_ready_without_a_model(make_context: MakeContext):
-    context = make_context(models=FixedModels(model=None))
-    response = Client(create_app(context)).get("/health_check")
+def test_health_is_not_ready_without_a_model(make_worker: MakeWorker):
+    worker = make_worker(models=FixedModels(model=None))
+    response = Client(create_app(worker)).get("/health_check")
     assert response.status_code == 503
     assert response.headers["retry-after"]
     assert response.json()["message"].startswith("No model is deployed yet.")
 
 
-def test_health_tells_of_a_version_that_was_not_taken_up(make_context: MakeContext):
-    context = make_context(models=FixedModels(last_swap_error="tiny 2026: a checksum does not hold"))
-    response = Client(create_app(context)).get("/health_check")
+def test_health_tells_of_a_version_that_was_not_taken_up(make_worker: MakeWorker):
+    worker = make_worker(models=FixedModels(last_swap_error="tiny 2026: a checksum does not hold"))
+    response = Client(create_app(worker)).get("/health_check")
     assert response.status_code == 200
     assert "was not taken up: model refused" in response.json()["message"]
     assert "a checksum does not hold" not in response.text
     admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-    assert "a checksum does not hold" in Client(create_app(context)).get("/health_check", headers=admin).text
+    assert "a checksum does not hold" in Client(create_app(worker)).get("/health_check", headers=admin).text
 
 
-def test_health_before_the_start_is_not_ready_and_predictions_are_a_503(make_context: MakeContext):
-    context = make_context()
-    context.stop()
-    client = Client(create_app(context))
+def test_a_worker_that_has_stopped_is_not_ready_and_predictions_are_a_503(make_worker: MakeWorker):
+    worker = make_worker()
+    make_worker.stop(worker)
+    client = Client(create_app(worker))
     assert client.get("/health_check").status_code == 503
     assert client.predict(png(flat_image(1, 2, 3))).status_code == 503
-    context.start()
-    assert client.predict(png(flat_image(1, 2, 3))).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/livez", "/healthz"])
-def test_a_worker_without_a_model_is_alive(make_context: MakeContext, path: str):
-    client = Client(create_app(make_context(models=FixedModels(None))))
+def test_a_worker_without_a_model_is_alive(make_worker: MakeWorker, path: str):
+    client = Client(create_app(make_worker(models=FixedModels(None))))
     assert (client.get(path).status_code, client.get(path).text) == (200, "\n")
 
 
-def test_a_worker_is_ready_once_it_has_a_model(make_context: MakeContext):
+def test_a_worker_is_ready_once_it_has_a_model(make_worker: MakeWorker):
     models = FixedModels(None)
-    client = Client(create_app(make_context(models=models)))
+    client = Client(create_app(make_worker(models=models)))
     response = client.get("/readyz")
     assert (response.status_code, response.json()["message"]) == (503, "No model is deployed yet.")
     assert int(response.headers["retry-after"]) > 0

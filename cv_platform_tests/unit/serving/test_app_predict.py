@@ -14,9 +14,9 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.model import explain
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.routes import answer
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled, spooled_images
+from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled, spooled_images
 from cv_platform_tests.unit.serving.http_client import (
     BrightnessRuntime,
     Client,
@@ -87,9 +87,9 @@ def test_the_forms_explain_wins_over_the_querys(client: Client):
     assert body["overlaid_img"] is None
 
 
-def test_the_entry_is_in_the_spool_when_the_answer_arrives(client: Client, context: ServingContext):
+def test_the_entry_is_in_the_spool_when_the_answer_arrives(client: Client, worker: WorkerParts):
     body = client.predict(REDDISH, params={"explain": "none"}).json()
-    (record,) = spooled(context)
+    (record,) = spooled(worker)
     assert record["prediction_id"] == body["prediction_id"]
     assert record["request_method"] == "POST"
     assert record["request_url"] == "/predict?explain=none"
@@ -100,11 +100,11 @@ def test_the_entry_is_in_the_spool_when_the_answer_arrives(client: Client, conte
     assert record["model_version"] == body["model_version"]
     assert record["predicted_class"] == "cat"
     assert record["prediction_json"] == {"cat": 0.5, "dog": 0.25, "owl": 0.25}
-    assert spooled_images(context) == [REDDISH]
+    assert spooled_images(worker) == [REDDISH]
 
 
 @pytest.mark.parametrize("upload", [REDDISH, b"no image"], ids=["answered", "refused"])
-def test_the_log_keeps_no_key_that_a_client_put_into_the_query(client: Client, context: ServingContext, upload: bytes):
+def test_the_log_keeps_no_key_that_a_client_put_into_the_query(client: Client, worker: WorkerParts, upload: bytes):
     queries = (
         "api_key=s3cret&explain=none&token=s3cret",
         "s3cret",
@@ -116,7 +116,7 @@ def test_the_log_keeps_no_key_that_a_client_put_into_the_query(client: Client, c
     )
     for query in queries:
         client.post(f"/predict?{query}", files={"file": ("image.png", upload, "image/png")})
-    assert [record["request_url"] for record in spooled(context)] == [
+    assert [record["request_url"] for record in spooled(worker)] == [
         "/predict?***=***&explain=none&***=***",
         "/predict?***",
         "/predict?***=***",
@@ -125,10 +125,10 @@ def test_the_log_keeps_no_key_that_a_client_put_into_the_query(client: Client, c
         "/predict?explain=***",
         "/predict?explain&explain=cam",
     ]
-    assert not any("s3cret" in str(record) for record in spooled(context))
+    assert not any("s3cret" in str(record) for record in spooled(worker))
 
 
-def test_properties_and_model_input_are_those_of_the_one_preprocessing(make_context: MakeContext):
+def test_properties_and_model_input_are_those_of_the_one_preprocessing(make_worker: MakeWorker):
     seen: list[np.ndarray] = []
 
     class Watching(BrightnessRuntime):
@@ -136,23 +136,23 @@ def test_properties_and_model_input_are_those_of_the_one_preprocessing(make_cont
             seen.append(images[0].copy())
             return super().__call__(images, class_index)
 
-    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), Watching())))
+    worker = make_worker(models=FixedModels(LoadedModel(tiny_metadata(), Watching())))
     data = png(np.random.default_rng(3).integers(0, 256, (37, 91, 3), dtype=np.uint8))
-    prediction_id = UUID(Client(create_app(context)).predict(data).json()["prediction_id"])
+    prediction_id = UUID(Client(create_app(worker)).predict(data).json()["prediction_id"])
     expected = preprocess(data, (16, 16))
     np.testing.assert_array_equal(seen[0], expected)
-    stored = context.log.find_prediction(prediction_id)
+    stored = worker.log.opened.find_prediction(prediction_id)
     assert stored is not None
     np.testing.assert_array_equal(stored.properties, image_properties(expected))
     assert stored.media_type == "image/png"
 
 
 @pytest.mark.parametrize(("keep", "kept"), [("all", 1), ("none", 0)])
-def test_keeps_the_uploads_that_the_settings_ask_for(make_context: MakeContext, keep: str, kept: int):
-    context = make_context(CV_LOG_IMAGES=keep)
-    assert Client(create_app(context)).predict(REDDISH).status_code == 200
-    assert len(spooled_images(context)) == kept
-    assert len(spooled(context)) == 1
+def test_keeps_the_uploads_that_the_settings_ask_for(make_worker: MakeWorker, keep: str, kept: int):
+    worker = make_worker(CV_LOG_IMAGES=keep)
+    assert Client(create_app(worker)).predict(REDDISH).status_code == 200
+    assert len(spooled_images(worker)) == kept
+    assert len(spooled(worker)) == 1
 
 
 def test_samples_about_a_tenth_of_the_uploads_and_the_same_ones_each_time():
@@ -162,7 +162,7 @@ def test_samples_about_a_tenth_of_the_uploads_and_the_same_ones_each_time():
 
 
 def test_a_failing_explanation_never_loses_the_prediction(
-    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+    client: Client, worker: WorkerParts, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ):
     def broken(*_: object) -> None:
         raise MemoryError("no room for a picture")
@@ -174,14 +174,14 @@ def test_a_failing_explanation_never_loses_the_prediction(
     assert body["predicted_class"] == "cat"
     assert body["overlaid_img"] is None
     assert "pictures could not be drawn" in body["message"]
-    context.stop()  # Its message follows the entry, see `BegunEntry`.
-    assert spooled(context)[0]["response_message"] == body["message"]
+    make_worker.stop(worker)  # Its message follows the entry, see `BegunEntry`.
+    assert spooled(worker)[0]["response_message"] == body["message"]
 
 
-def test_multi_label_answers_every_class_from_the_threshold_on(make_context: MakeContext):
+def test_multi_label_answers_every_class_from_the_threshold_on(make_worker: MakeWorker):
     model = brightness_model(classifier_type="multi-label", threshold=0.25)
-    context = make_context(models=FixedModels(model))
-    client = Client(create_app(context))
+    worker = make_worker(models=FixedModels(model))
+    client = Client(create_app(worker))
     body = client.predict(png(flat_image(199, 99, 99))).json()
     assert body["predicted_class"] == "cat|dog|owl"
     assert body["predicted_classes"] == ["cat", "dog", "owl"]
@@ -189,38 +189,38 @@ def test_multi_label_answers_every_class_from_the_threshold_on(make_context: Mak
     assert client.predict(png(flat_image(239, 79, 79))).json()["predicted_class"] == "cat"
 
 
-def test_multi_label_may_predict_no_class(make_context: MakeContext):
-    context = make_context(models=FixedModels(brightness_model(classifier_type="multi-label", threshold=0.9)))
-    body = Client(create_app(context)).predict(REDDISH).json()
+def test_multi_label_may_predict_no_class(make_worker: MakeWorker):
+    worker = make_worker(models=FixedModels(brightness_model(classifier_type="multi-label", threshold=0.9)))
+    body = Client(create_app(worker)).predict(REDDISH).json()
     assert body["predicted_class"] == ""
     assert body["predicted_classes"] == []
-    assert spooled(context)[0]["predicted_class"] == ""
+    assert spooled(worker)[0]["predicted_class"] == ""
 
 
-def test_an_upload_of_many_megabytes_passes_through_the_temporary_file(make_context: MakeContext):
-    context = make_context(CV_MAX_UPLOAD_BYTES="10000000")
+def test_an_upload_of_many_megabytes_passes_through_the_temporary_file(make_worker: MakeWorker):
+    worker = make_worker(CV_MAX_UPLOAD_BYTES="10000000")
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
     data = png(noise)
     assert len(data) > 2_500_000
-    response = Client(create_app(context)).predict(data)
+    response = Client(create_app(worker)).predict(data)
     assert response.status_code == 200
-    assert spooled_images(context) == [data]
+    assert spooled_images(worker) == [data]
     assert max(decoded(response.json()["overlaid_img"]).shape) == explain.LONGEST_SIDE_PX
 
 
-def test_predictions_at_the_same_time_are_all_answered_and_logged(client: Client, context: ServingContext):
+def test_predictions_at_the_same_time_are_all_answered_and_logged(client: Client, worker: WorkerParts):
     request = ("POST", "/predict", {"files": {"file": ("a.png", REDDISH)}})
     responses = client.together([request] * 20)
     assert [r.status_code for r in responses] == [200] * 20
     ids = {r.json()["prediction_id"] for r in responses}
     assert len(ids) == 20
-    assert {record["prediction_id"] for record in spooled(context)} == ids
+    assert {record["prediction_id"] for record in spooled(worker)} == ids
 
 
-def test_counts_answers_and_classes(client: Client, context: ServingContext):
+def test_counts_answers_and_classes(client: Client, worker: WorkerParts):
     client.predict(REDDISH)
     client.predict(b"")
-    collected = context.metrics._requests.collect()
+    collected = worker.metrics._requests.collect()
     counts = {s.labels["status"]: s.value for metric in collected for s in metric.samples if s.name.endswith("_total")}
     assert counts == {"200": 1.0, "400": 1.0}
 
@@ -243,7 +243,7 @@ def test_a_small_image_of_one_bit_per_pixel_is_answered(client: Client):
 
 
 def test_refuses_a_decompression_bomb_by_its_header_before_decoding(
-    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+    client: Client, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
 ):
     decoders: list[str] = []
     monkeypatch.setattr(cv2, "imdecode", lambda *_: decoders.append("OpenCV"))
@@ -255,8 +255,8 @@ def test_refuses_a_decompression_bomb_by_its_header_before_decoding(
     assert response.status_code == 413
     assert "at most 40000000 pixels" in response.json()["message"]
     assert decoders == []
-    assert spooled(context)[0]["response_status_code"] == 413
-    assert spooled_images(context) == []
+    assert spooled(worker)[0]["response_status_code"] == 413
+    assert spooled_images(worker) == []
 
 
 def test_a_part_without_a_file_name_is_the_file(client: Client):
@@ -277,14 +277,14 @@ def test_a_path_in_place_of_a_file_is_called_a_text(client: Client):
     assert "'file' (text)" in refused.json()["message"]
 
 
-def test_a_body_may_be_the_image_itself(client: Client, context: ServingContext):
+def test_a_body_may_be_the_image_itself(client: Client, worker: WorkerParts):
     """`curl --data-binary @a.png -H 'Content-Type: image/png'`."""
     for media_type in ("image/png", "IMAGE/x-anything; q=1"):
         answer = client.post("/predict?explain=cam", content=REDDISH, headers={"Content-Type": media_type})
         assert answer.status_code == 200
         assert answer.json()["prediction"] == {"cat": 0.5, "dog": 0.25, "owl": 0.25}
         assert answer.json()["cam"] == [[0.519] * 4] * 4
-    assert spooled_images(context) == [REDDISH]
+    assert spooled_images(worker) == [REDDISH]
     for content, status in ((b"", 400), (REDDISH[:90], 400), (b"no image", 415), (bytes(300_000), 413)):
         refused = client.post("/predict", content=content, headers={"Content-Type": "image/png"})
         assert refused.status_code == status

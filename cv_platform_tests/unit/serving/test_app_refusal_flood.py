@@ -8,8 +8,8 @@ import pytest
 from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity import refusal_bounds
 from cv_platform.serving.capacity.refusal_bounds import Allowance, Rate
-from cv_platform.serving.worker import ServingContext
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
+from cv_platform.serving.routes.parts import WorkerParts
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
 
 IMAGE = png(flat_image(10, 20, 30))
@@ -26,9 +26,9 @@ def flood(client: Client, count: int, **options: Any) -> Counter[int]:
     return statuses
 
 
-def counted(context: ServingContext) -> Counter[tuple[str, str, str]]:
+def counted(worker: WorkerParts) -> Counter[tuple[str, str, str]]:
     """Returns how many refusals there were by route, status and how they are logged."""
-    (family,) = [family for family in context.metrics.registry.collect() if family.name == "cv_refusals"]
+    (family,) = [family for family in worker.metrics.registry.collect() if family.name == "cv_refusals"]
     return Counter(
         {
             (s.labels["route"], s.labels["status"], s.labels["logged"]): int(s.value)
@@ -59,17 +59,17 @@ def no_refill(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["wrong key", "too large", "other site", "other host", "too many of a key", "too many"],
 )
 def test_a_flood_of_what_is_refused_leaves_a_sample_and_a_count(
-    make_context: MakeContext, environment: dict[str, str], headers: dict[str, str], options: Any, status: int
+    make_worker: MakeWorker, environment: dict[str, str], headers: dict[str, str], options: Any, status: int
 ):
-    context = make_context(**environment)
-    app = create_app(context)
+    worker = make_worker(**environment)
+    app = create_app(worker)
     if status == 429:  # The first one is within the limit.
         assert Client(app, headers).post("/predict", **EMPTY).status_code == 422
-    before = len(spooled(context))
+    before = len(spooled(worker))
     assert flood(Client(app, headers), FLOOD, **options) == {status: FLOOD}
-    records = spooled(context)[before:]
+    records = spooled(worker)[before:]
     assert [record["response_status_code"] for record in records] == [status] * 20
-    of_status = {key: count for key, count in counted(context).items() if key[1] == str(status)}
+    of_status = {key: count for key, count in counted(worker).items() if key[1] == str(status)}
     assert of_status == {
         ("/predict", str(status), "sampled"): 20,
         ("/predict", str(status), "counted"): FLOOD - 20,
@@ -77,11 +77,11 @@ def test_a_flood_of_what_is_refused_leaves_a_sample_and_a_count(
 
 
 @pytest.mark.usefixtures("no_refill")
-def test_an_open_service_keeps_a_bounded_number_of_what_it_could_not_use(make_context: MakeContext):
-    context = make_context()
-    assert flood(Client(create_app(context)), 500, **EMPTY) == {422: 500}
-    assert len(spooled(context)) == 120
-    assert counted(context) == {
+def test_an_open_service_keeps_a_bounded_number_of_what_it_could_not_use(make_worker: MakeWorker):
+    worker = make_worker()
+    assert flood(Client(create_app(worker)), 500, **EMPTY) == {422: 500}
+    assert len(spooled(worker)) == 120
+    assert counted(worker) == {
         ("/predict", "422", "durable"): 100,
         ("/predict", "422", "sampled"): 20,
         ("/predict", "422", "counted"): 380,
@@ -89,29 +89,29 @@ def test_an_open_service_keeps_a_bounded_number_of_what_it_could_not_use(make_co
 
 
 @pytest.mark.usefixtures("no_refill")
-def test_each_refusal_of_a_client_with_a_key_is_durable_before_it_leaves(make_context: MakeContext):
-    context = make_context(CV_API_KEYS="known")
-    keyed = Client(create_app(context), {"X-API-Key": "known"})
+def test_each_refusal_of_a_client_with_a_key_is_durable_before_it_leaves(make_worker: MakeWorker):
+    worker = make_worker(CV_API_KEYS="known")
+    keyed = Client(create_app(worker), {"X-API-Key": "known"})
     assert flood(keyed, 150, **EMPTY) == {422: 150}
     assert keyed.predict(b"x" * 300_000).status_code == 413  # Before any route has asked for the key.
     broken = [("files", (f"{number}.png", b"no image")) for number in range(3)]
     assert keyed.post("/predict/batch", files=broken).status_code == 415
-    assert counted(context) == {
+    assert counted(worker) == {
         ("/predict", "422", "durable"): 150,
         ("/predict", "413", "durable"): 1,
         ("/predict/batch", "415", "durable"): 3,
     }
-    assert len(spooled(context)) == 154
+    assert len(spooled(worker)) == 154
 
 
-def test_a_deletion_works_after_a_flood(make_context: MakeContext):
-    context = make_context(CV_API_KEYS="known")
-    app = create_app(context)
+def test_a_deletion_works_after_a_flood(make_worker: MakeWorker):
+    worker = make_worker(CV_API_KEYS="known")
+    app = create_app(worker)
     stored = Client(app, {"X-API-Key": "known"}).predict(IMAGE).json()["prediction_id"]
     assert flood(Client(app), FLOOD, **UPLOAD) == {401: FLOOD}
     admin = Client(app, {"Authorization": f"Bearer {ADMIN_TOKEN}"})
     assert admin.delete(f"/predictions/{stored}").status_code == 200
-    assert stored not in str(spooled(context))
+    assert stored not in str(spooled(worker))
 
 
 def test_an_allowance_comes_back_evenly_up_to_its_size(monkeypatch: pytest.MonkeyPatch):

@@ -14,9 +14,9 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.http.access import ObserveRequests
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext, spooled
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
 from cv_platform_tests.unit.serving.http_client import (
     BrightnessRuntime,
     Client,
@@ -41,16 +41,14 @@ def jpeg() -> bytes:
     return data.tobytes()
 
 
-def refused(
-    context: ServingContext, response: httpx.Response, status: int, *, logged: str | None = None
-) -> dict[str, Any]:
+def refused(worker: WorkerParts, response: httpx.Response, status: int, *, logged: str | None = None) -> dict[str, Any]:
     """Checks a refusal and its log entry (`logged`: its message, if it is not the answer's); returns the body."""
     assert response.status_code == status, response.text
     body = response.json()
     assert body["message"]
     assert body["expected"]
     assert response.headers["x-request-id"] == body["request_id"]
-    record = spooled(context)[-1]
+    record = spooled(worker)[-1]
     assert record["response_status_code"] == status
     assert record["response_message"] == (logged or body["message"])[:1000]
     assert record["client_error"] in {None, record["response_message"]}
@@ -74,35 +72,33 @@ def refused(
         (b"\xff\xd8\xff\xe0", 400),
     ],
 )
-def test_says_what_is_wrong_with_an_upload_and_logs_it(
-    client: Client, context: ServingContext, data: bytes, status: int
-):
-    body = refused(context, client.predict(data), status)
+def test_says_what_is_wrong_with_an_upload_and_logs_it(client: Client, worker: WorkerParts, data: bytes, status: int):
+    body = refused(worker, client.predict(data), status)
     assert "Expected" in body["message"]
-    assert len(spooled(context)) == 1
+    assert len(spooled(worker)) == 1
 
 
-def test_refuses_too_many_pixels(make_context: MakeContext):
-    context = make_context(CV_MAX_UPLOAD_PIXELS="599")
-    client = Client(create_app(context))
-    body = refused(context, client.predict(IMAGE), 413)
+def test_refuses_too_many_pixels(make_worker: MakeWorker):
+    worker = make_worker(CV_MAX_UPLOAD_PIXELS="599")
+    client = Client(create_app(worker))
+    body = refused(worker, client.predict(IMAGE), 413)
     assert "30×20 = 600" in body["message"]
 
 
-def test_takes_exactly_the_largest_number_of_pixels(make_context: MakeContext):
-    context = make_context(CV_MAX_UPLOAD_PIXELS="600")
-    assert Client(create_app(context)).predict(IMAGE).status_code == 200
+def test_takes_exactly_the_largest_number_of_pixels(make_worker: MakeWorker):
+    worker = make_worker(CV_MAX_UPLOAD_PIXELS="600")
+    assert Client(create_app(worker)).predict(IMAGE).status_code == 200
 
 
-def test_refuses_a_large_upload_by_its_length(client: Client, context: ServingContext):
-    body = refused(context, client.predict(b"x" * 300_000), 413)
+def test_refuses_a_large_upload_by_its_length(client: Client, worker: WorkerParts):
+    body = refused(worker, client.predict(b"x" * 300_000), 413)
     assert body["max_bytes"] == 200_000 + 16_384
 
 
-def test_refuses_a_file_above_the_limit_that_hides_in_the_forms_allowance(client: Client, context: ServingContext):
-    body = refused(context, client.predict(b"x" * 200_001), 413)
+def test_refuses_a_file_above_the_limit_that_hides_in_the_forms_allowance(client: Client, worker: WorkerParts):
+    body = refused(worker, client.predict(b"x" * 200_001), 413)
     assert body["max_bytes"] == 200_000
-    refused(context, client.predict(b"x" * 200_000), 415)
+    refused(worker, client.predict(b"x" * 200_000), 415)
 
 
 def test_a_large_upload_is_told_to_shrink_its_images_and_any_other_body_only_to_be_smaller(client: Client):
@@ -110,7 +106,7 @@ def test_a_large_upload_is_told_to_shrink_its_images_and_any_other_body_only_to_
     assert {path: message.partition("(Content-Length). ")[2] for path, message in messages.items()} == LARGE
 
 
-def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, context: ServingContext):
+def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, worker: WorkerParts):
     taken = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -121,7 +117,7 @@ def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, context: Se
             yield b"x" * 10_000
 
     response = client.post("/predict", content=endless(), headers={"Content-Type": "multipart/form-data; boundary=x"})
-    refused(context, response, 413)
+    refused(worker, response, 413)
     assert taken == 22  # 21 chunks fit into 216,384 bytes; the 22nd is one too many.
 
 
@@ -146,8 +142,8 @@ def test_stops_reading_a_chunked_upload_at_the_limit(client: Client, context: Se
         {"content": b"x", "headers": {"Content-Type": "multipart/form-data; charset=no-such; boundary=x"}},
     ],
 )
-def test_says_which_field_it_expected(client: Client, context: ServingContext, options: dict[str, Any]):
-    refused(context, client.post("/predict", **options), 422)
+def test_says_which_field_it_expected(client: Client, worker: WorkerParts, options: dict[str, Any]):
+    refused(worker, client.post("/predict", **options), 422)
 
 
 @pytest.mark.parametrize(
@@ -160,25 +156,25 @@ def test_says_which_field_it_expected(client: Client, context: ServingContext, o
     ],
 )
 def test_says_which_explain_it_received_and_logs_it_masked(
-    client: Client, context: ServingContext, options: dict[str, Any], received: str
+    client: Client, worker: WorkerParts, options: dict[str, Any], received: str
 ):
     response = client.post("/predict", **{"files": {"file": ("a.png", IMAGE)}, **options})
     expected = "explain: expected jpeg, png, cam, none. Received: "
-    body = refused(context, response, 422, logged=f"{expected}***.")
+    body = refused(worker, response, 422, logged=f"{expected}***.")
     assert body["message"] == f"{expected}{received}."
 
 
-def test_a_multipart_form_inside_the_file_is_only_bytes(client: Client, context: ServingContext):
+def test_a_multipart_form_inside_the_file_is_only_bytes(client: Client, worker: WorkerParts):
     inner = b'--y\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n' + IMAGE + b"\r\n--y--\r\n"
     response = client.post("/predict", files={"file": ("a.png", inner, "multipart/mixed; boundary=y")})
-    assert "JPEG" in refused(context, response, 415)["expected"]
+    assert "JPEG" in refused(worker, response, 415)["expected"]
 
 
 @pytest.mark.parametrize(
     "filename",
     [b"a\x00b.png", b"../../etc/passwd", "日本語 😀.png".encode(), b"\xff\xfe\xfa", b"x" * 3_000, b"C:\\a.png", b""],
 )
-def test_the_filename_changes_nothing(client: Client, context: ServingContext, filename: bytes):
+def test_the_filename_changes_nothing(client: Client, worker: WorkerParts, filename: bytes):
     body = (
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="'
         + filename
@@ -188,10 +184,10 @@ def test_the_filename_changes_nothing(client: Client, context: ServingContext, f
     )
     response = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=x"})
     assert response.status_code == 200
-    assert len(spooled(context)) == 1
+    assert len(spooled(worker)) == 1
 
 
-def test_a_newline_in_the_filename_breaks_only_its_own_request(client: Client, context: ServingContext):
+def test_a_newline_in_the_filename_breaks_only_its_own_request(client: Client, worker: WorkerParts):
     body = (
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="a\r\nX-Evil: 1"\r\n\r\n'
         + IMAGE
@@ -200,22 +196,22 @@ def test_a_newline_in_the_filename_breaks_only_its_own_request(client: Client, c
     response = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=x"})
     assert response.status_code in {200, 422}
     assert "x-evil" not in response.headers
-    assert spooled(context)[-1]["response_status_code"] == response.status_code
+    assert spooled(worker)[-1]["response_status_code"] == response.status_code
 
 
-def test_what_a_client_sends_can_be_quoted_back_and_logged_whatever_it_is(client: Client, context: ServingContext):
+def test_what_a_client_sends_can_be_quoted_back_and_logged_whatever_it_is(client: Client, worker: WorkerParts):
     hostile = "\x00\ud800<script>".encode("utf-8", "surrogatepass")
     logged = "explain: expected jpeg, png, cam, none. Received: ***."
-    body = refused(context, client.predict(IMAGE, params={"explain": hostile}), 422, logged=logged)
+    body = refused(worker, client.predict(IMAGE, params={"explain": hostile}), 422, logged=logged)
     assert "<script>" in body["message"]  # JSON, with nosniff: text, never markup.
-    body = refused(context, client.post("/predict", files={"<script>\x00": ("a.png", IMAGE)}), 422)
+    body = refused(worker, client.post("/predict", files={"<script>\x00": ("a.png", IMAGE)}), 422)
     assert "<script>" in body["message"]  # JSON, with nosniff: text, never markup.
 
 
-def test_without_a_model_it_says_so_and_when_to_come_again(make_context: MakeContext):
-    context = make_context(models=FixedModels(model=None))
-    response = Client(create_app(context)).predict(IMAGE)
-    body = refused(context, response, 503)
+def test_without_a_model_it_says_so_and_when_to_come_again(make_worker: MakeWorker):
+    worker = make_worker(models=FixedModels(model=None))
+    response = Client(create_app(worker)).predict(IMAGE)
+    body = refused(worker, response, 503)
     assert "No model is deployed" in body["message"]
     assert int(response.headers["retry-after"]) > 0
 
@@ -235,13 +231,13 @@ class WaitingRuntime(BrightnessRuntime):
             self.has_ended.set()
 
 
-def test_overload_is_refused_with_429_and_the_rest_is_answered(make_context: MakeContext):
+def test_overload_is_refused_with_429_and_the_rest_is_answered(make_worker: MakeWorker):
     runtime = WaitingRuntime()
-    context = make_context(
+    worker = make_worker(
         models=FixedModels(LoadedModel(tiny_metadata(), runtime)),
         limits=ServingLimits(max_in_flight=3, predict_threads=1),
     )
-    app = create_app(context)
+    app = create_app(worker)
 
     async def flood() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
@@ -256,66 +252,66 @@ def test_overload_is_refused_with_429_and_the_rest_is_answered(make_context: Mak
     statuses = sorted(r.status_code for r in responses)
     assert statuses == [200] * 3 + [429] * 5
     assert all(int(r.headers["retry-after"]) > 0 for r in responses if r.status_code == 429)
-    assert sorted(record["response_status_code"] for record in spooled(context)) == statuses
-    assert context.in_flight.inside == context.uploads.inside == 0
+    assert sorted(record["response_status_code"] for record in spooled(worker)) == statuses
+    assert worker.admission.in_flight.inside == worker.admission.uploads.inside == 0
 
 
-def test_a_late_prediction_is_a_504_and_keeps_its_place_until_its_thread_is_free(make_context: MakeContext):
+def test_a_late_prediction_is_a_504_and_keeps_its_place_until_its_thread_is_free(make_worker: MakeWorker):
     runtime = WaitingRuntime()
     limits = ServingLimits(max_in_flight=1, predict_threads=1, predict_seconds=0.05)
-    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
-    client = Client(create_app(context))
+    worker = make_worker(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
+    client = Client(create_app(worker))
     runtime.go.set()
-    context.limits = ServingLimits()
+    worker.admission.limits = ServingLimits()
     stored = client.predict(IMAGE).json()["prediction_id"]
     runtime.go.clear()
-    context.limits = limits
+    worker.admission.limits = limits
     response = client.predict(IMAGE)
-    refused(context, response, 504)
-    assert context.in_flight.inside == 1
-    refused(context, client.predict(IMAGE), 429)
+    refused(worker, response, 504)
+    assert worker.admission.in_flight.inside == 1
+    refused(worker, client.predict(IMAGE), 429)
     assert client.get(f"/predictions/{stored}").status_code == 429  # It decodes an image, too.
     runtime.go.set()
-    context.predict_pool.submit(lambda: None).result(30)
-    assert context.in_flight.inside == 0
-    assert [record["response_status_code"] for record in spooled(context)] == [200, 504, 429]
+    worker.admission.threads.submit(lambda: None).result(30)
+    assert worker.admission.in_flight.inside == 0
+    assert [record["response_status_code"] for record in spooled(worker)] == [200, 504, 429]
 
 
-def test_a_worker_whose_threads_never_end_is_busy_and_still_stops(make_context: MakeContext):
+def test_a_worker_whose_threads_never_end_is_busy_and_still_stops(make_worker: MakeWorker):
     runtime = WaitingRuntime()
     limits = ServingLimits(predict_threads=1, predict_seconds=0.05)
-    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
-    client = Client(create_app(context))
+    worker = make_worker(models=FixedModels(LoadedModel(tiny_metadata(), runtime)), limits=limits)
+    client = Client(create_app(worker))
     assert client.predict(IMAGE).status_code == 504
     health = client.get("/health_check")
     assert (health.status_code, health.json()["status"]) == (503, "busy")
-    context.stop()
+    make_worker.stop(worker)
     assert not runtime.has_ended.is_set()
     runtime.go.set()
 
 
-def test_a_body_that_never_ends_is_a_408(make_context: MakeContext):
-    context = make_context(limits=ServingLimits(upload_seconds=0.05))
+def test_a_body_that_never_ends_is_a_408(make_worker: MakeWorker):
+    worker = make_worker(limits=ServingLimits(upload_seconds=0.05))
 
     async def stuck() -> AsyncIterator[bytes]:
         yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
         await asyncio.sleep(30)
 
-    response = Client(create_app(context)).post(
+    response = Client(create_app(worker)).post(
         "/predict", content=stuck(), headers={"Content-Type": "multipart/form-data; boundary=x"}
     )
-    refused(context, response, 408)
-    assert context.uploads.inside == 0
+    refused(worker, response, 408)
+    assert worker.admission.uploads.inside == 0
 
 
 def test_a_full_spool_is_a_503_and_no_prediction_leaves(
-    client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch
+    client: Client, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
 ):
     def full(entry: object, **_: object) -> None:
         raise SpoolFullError("Expected room. Received: none. Free space.")
 
-    monkeypatch.setattr(context.log, "begin", full)
-    monkeypatch.setattr(context.log, "submit", full)
+    monkeypatch.setattr(worker.log.opened, "begin", full)
+    monkeypatch.setattr(worker.log.opened, "submit", full)
     response = client.predict(IMAGE)
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) > 0
@@ -327,25 +323,25 @@ def test_a_full_spool_is_a_503_and_no_prediction_leaves(
     assert "Expected room" in client.get("/health_check", headers=admin).json()["message"]
 
 
-def test_recovers_when_the_spool_has_room_again(client: Client, context: ServingContext):
-    context.append_error = "Expected room. Received: none."
+def test_recovers_when_the_spool_has_room_again(client: Client, worker: WorkerParts):
+    worker.log.append_error = "Expected room. Received: none."
     assert client.get("/health_check").status_code == 503
     assert client.predict(IMAGE).status_code == 200
     assert client.get("/health_check").status_code == 200
 
 
-def test_a_defect_of_the_service_is_a_500_in_json_with_the_requests_id(make_context: MakeContext, caplog: Any):
+def test_a_defect_of_the_service_is_a_500_in_json_with_the_requests_id(make_worker: MakeWorker, caplog: Any):
     class Broken(BrightnessRuntime):
         def __call__(self, images: np.ndarray, class_index: np.ndarray) -> Prediction:
             raise ZeroDivisionError("the secret inside")
 
-    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), Broken())))
-    client = Client(create_app(context), {"X-Request-Id": "abc-123"})
-    body = refused(context, client.predict(IMAGE), 500)
+    worker = make_worker(models=FixedModels(LoadedModel(tiny_metadata(), Broken())))
+    client = Client(create_app(worker), {"X-Request-Id": "abc-123"})
+    body = refused(worker, client.predict(IMAGE), 500)
     assert "abc-123" in body["message"]
     assert "secret" not in body["message"]
     assert "the secret inside" in caplog.text
-    assert context.in_flight.inside == 0
+    assert worker.admission.in_flight.inside == 0
 
 
 def test_the_wrong_method_and_unknown_paths_are_json_too(client: Client):
@@ -357,8 +353,8 @@ def test_the_wrong_method_and_unknown_paths_are_json_too(client: Client):
     assert "/docs" in response.json()["expected"]
     refused = client.request("PATCH", "/rollback")
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
-    assert client.get("/page/../context.py").status_code == 404
-    assert client.get("/page/%2e%2e/context.py").status_code == 404
+    assert client.get("/page/../worker.py").status_code == 404
+    assert client.get("/page/%2e%2e/worker.py").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -380,12 +376,12 @@ def test_what_does_not_take_a_method_names_those_that_it_takes(client: Client, m
     assert allow in answer.json()["expected"]
 
 
-def test_a_malformed_length_is_logged_as_well(client: Client, context: ServingContext):
+def test_a_malformed_length_is_logged_as_well(client: Client, worker: WorkerParts):
     answer = send_raw(client.app, "POST", "/predict", headers=[(b"content-length", b"9" * 400)])
     assert answer.status == 413
     answer = send_raw(client.app, "POST", "/predict", headers=[(b"content-length", b"a lot")])
     assert answer.status == 400
-    assert [record["response_status_code"] for record in spooled(context)] == [413, 400]
+    assert [record["response_status_code"] for record in spooled(worker)] == [413, 400]
 
 
 def test_zeros_before_a_length_change_nothing(client: Client):
@@ -406,7 +402,7 @@ def test_makes_a_request_id_of_its_own_otherwise(client: Client):
         assert made != wished
 
 
-def test_a_client_that_goes_away_is_no_defect(client: Client, context: ServingContext):
+def test_a_client_that_goes_away_is_no_defect(client: Client, worker: WorkerParts):
     sent: list[Any] = []
     messages = iter([{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}])
 
@@ -423,14 +419,14 @@ def test_a_client_that_goes_away_is_no_defect(client: Client, context: ServingCo
     }  # fmt: skip
     asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
     assert sent[0]["status"] == 499
-    (record,) = spooled(context)
+    (record,) = spooled(worker)
     assert record["response_status_code"] == 499
     assert "went away" in record["response_message"]
 
 
 @pytest.mark.parametrize(("has_left", "status"), [(False, "504"), (True, "499")])
 def test_what_bentoml_cancels_is_a_time_out_unless_the_client_has_left(
-    context: ServingContext, has_left: bool, status: str
+    worker: WorkerParts, has_left: bool, status: str
 ):
     async def hang(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -445,13 +441,12 @@ def test_what_bentoml_cancels_is_a_time_out_unless_the_client_has_left(
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [], "query_string": b""}
-    asyncio.run(
-        TimeoutMiddleware(ObserveRequests(hang, context=context, routes=()), timeout=0.01)(scope, receive, send)
-    )
+    observed = ObserveRequests(hang, metrics=worker.metrics, tracing=None, routes=())
+    asyncio.run(TimeoutMiddleware(observed, timeout=0.01)(scope, receive, send))
     assert sent[0]["status"] == 504
     counted = [
         sample.labels["status"]
-        for family in context.metrics.registry.collect()
+        for family in worker.metrics.registry.collect()
         for sample in family.samples
         if sample.name == "cv_http_requests_total"
     ]

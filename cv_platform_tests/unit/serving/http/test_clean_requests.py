@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cv_platform.serving.http.clean_requests import CleanRequest
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform_tests.unit.serving.app_fixtures import spooled
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png, send_raw
 
@@ -24,10 +24,10 @@ def test_a_path_with_control_characters_is_a_400_in_json(client: Client, path: s
         assert response.headers["x-content-type-options"] == "nosniff"
 
 
-def test_a_predict_path_with_a_newline_is_refused_and_has_its_log_entry(client: Client, context: ServingContext):
+def test_a_predict_path_with_a_newline_is_refused_and_has_its_log_entry(client: Client, worker: WorkerParts):
     response = client.post("/predict%0a", files={"file": ("a.png", IMAGE)})
     assert response.status_code == 400
-    (record,) = spooled(context)
+    (record,) = spooled(worker)
     assert (record["response_status_code"], record["request_url"]) == (400, "/predict\\n")
 
 
@@ -66,7 +66,7 @@ def test_this_services_page_programs_and_links_from_elsewhere_pass(client: Clien
     assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
 
 
-def test_a_refused_cross_site_prediction_has_its_log_entry_and_no_prediction(client: Client, context: ServingContext):
+def test_a_refused_cross_site_prediction_has_its_log_entry_and_no_prediction(client: Client, worker: WorkerParts):
     client.predict(IMAGE, headers={"Sec-Fetch-Site": "Cross-Site"})
-    (record,) = spooled(context)
+    (record,) = spooled(worker)
     assert (record["response_status_code"], record["prediction_id"]) == (403, None)

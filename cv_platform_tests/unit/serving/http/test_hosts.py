@@ -1,7 +1,7 @@
 import pytest
 
 from cv_platform.serving.app import create_app
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
+from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png, send_raw
 
 IMAGE = png(flat_image(1, 2, 3))
@@ -9,8 +9,8 @@ HOSTS = "cv.example.org, *.shop.example, 127.0.0.1, [::1], only-here:8080, my_se
 
 
 @pytest.fixture
-def named(make_context: MakeContext) -> Client:
-    return Client(create_app(make_context(CV_ALLOWED_HOSTS=HOSTS)))
+def named(make_worker: MakeWorker) -> Client:
+    return Client(create_app(make_worker(CV_ALLOWED_HOSTS=HOSTS)))
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_refuses_what_is_no_host_although_it_holds_an_allowed_name(named: Client
     assert answer.status == 421
 
 
-def test_a_refused_host_is_logged_like_every_refused_prediction(make_context: MakeContext):
-    context = make_context(CV_ALLOWED_HOSTS="cv.example.org")
-    client = Client(create_app(context))
+def test_a_refused_host_is_logged_like_every_refused_prediction(make_worker: MakeWorker):
+    worker = make_worker(CV_ALLOWED_HOSTS="cv.example.org")
+    client = Client(create_app(worker))
     assert client.predict(IMAGE, headers={"Host": "evil.example"}).status_code == 421
     assert client.predict(IMAGE, headers={"Host": "cv.example.org"}).status_code == 200
-    assert [record["response_status_code"] for record in spooled(context)] == [421, 200]
+    assert [record["response_status_code"] for record in spooled(worker)] == [421, 200]
 
 
 @pytest.mark.parametrize("path", ["/health_check", "/livez", "/readyz", "/healthz", "/metrics"])

@@ -17,7 +17,7 @@ from cv_platform.errors import SpoolFullError
 from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
 from cv_platform.serving.log.spool import Spool
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
 from cv_platform_tests.unit.serving.log.test_entry import answered
 
@@ -62,7 +62,7 @@ def test_a_spool_whose_folder_was_deleted_takes_nothing_more(spool: Spool) -> No
 
 
 def test_a_service_that_starts_on_a_full_disk_waits_for_room_and_then_answers(
-    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as full:
 
@@ -70,8 +70,8 @@ def test_a_service_that_starts_on_a_full_disk_waits_for_room_and_then_answers(
             raise sqlite3.OperationalError("database or disk is full")
 
         full.setattr("cv_platform.serving.log.spool.prepare", no_room)
-        context = make_context()
-        client = Client(create_app(context))
+        worker = make_worker()
+        client = Client(create_app(worker))
         response = client.predict(png(flat_image(10, 20, 30)))
         assert response.status_code == 503
         assert response.json()["expected"].startswith("room in the request log")
@@ -84,25 +84,25 @@ def test_a_service_that_starts_on_a_full_disk_waits_for_room_and_then_answers(
     assert client.predict(png(flat_image(10, 20, 30))).status_code == 200
 
 
-def test_a_service_that_has_not_started_does_not_speak_of_disks(make_context: MakeContext) -> None:
-    context = make_context()
-    client = Client(create_app(context), {"Authorization": f"Bearer {ADMIN_TOKEN}"})
-    context.stop()
+def test_a_service_that_has_stopped_does_not_speak_of_disks(make_worker: MakeWorker) -> None:
+    worker = make_worker()
+    client = Client(create_app(worker), {"Authorization": f"Bearer {ADMIN_TOKEN}"})
+    make_worker.stop(worker)
     for response in (client.get(f"/predictions/{uuid4()}"), client.delete(f"/predictions/{uuid4()}")):
         assert response.status_code == 503
-        assert response.json()["expected"] == "a service that has started"
-        assert "starting or stopping" in response.json()["message"]
+        assert response.json()["expected"] == "a running service"
+        assert "is stopping" in response.json()["message"]
         assert int(response.headers["retry-after"]) > 0
 
 
 def test_health_recovers_without_a_request_that_would_show_it(
-    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = make_context(DATABASE_URL=f"postgresql://nobody@127.0.0.1:{free_port()}/none")
-    client = Client(create_app(context))
+    worker = make_worker(DATABASE_URL=f"postgresql://nobody@127.0.0.1:{free_port()}/none")
+    client = Client(create_app(worker))
     picture = png(flat_image(10, 20, 30))
     with monkeypatch.context() as full:
-        fill_the_disk(full, context.log._spool)
+        fill_the_disk(full, worker.log.opened._spool)
         assert client.predict(picture).status_code == 503
         assert client.get("/health_check").status_code == 503
     deadline = time.monotonic() + 30

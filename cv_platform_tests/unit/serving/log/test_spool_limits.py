@@ -20,7 +20,7 @@ from cv_platform.serving.log.limits import LEAST_RESERVE_BYTES, LogLimits
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext, spooled
+from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled
 from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
 from cv_platform_tests.unit.serving.log.test_entry import answered
 
@@ -169,31 +169,31 @@ def test_the_reserve_is_the_installations_but_never_too_small_to_recover(
     assert LogLimits.of(Settings.from_environment({**environment, **url})).may_have_database()
 
 
-def test_a_service_without_a_database_answers_for_ever(make_context: MakeContext) -> None:
-    context = make_context(CV_SPOOL_MAX_BYTES="1000000", CV_LOG_IMAGES="all")
-    client = Client(create_app(context))
+def test_a_service_without_a_database_answers_for_ever(make_worker: MakeWorker) -> None:
+    worker = make_worker(CV_SPOOL_MAX_BYTES="1000000", CV_LOG_IMAGES="all")
+    client = Client(create_app(worker))
     for number in range(50):
         # Noise, so that each upload is of its own and does not compress.
         image = png(flat_image(number, 0, 0)) + bytes([number]) * 40_000
         while (status := client.predict(image).status_code) == 503:
-            wait_for(lambda: not context.log._spool.is_crowded())
+            wait_for(lambda: not worker.log.opened._spool.is_crowded())
         assert status == 200
-    wait_for(lambda: context.log.status().dropped_rows > 0)
-    wait_for(lambda: not context.log._spool.is_crowded())
-    assert len(spooled(context)) < 30
-    context._tend_log()
-    (family,) = [family for family in context.metrics.registry.collect() if family.name == "cv_log_evicted_entries"]
+    wait_for(lambda: worker.log.opened.status().dropped_rows > 0)
+    wait_for(lambda: not worker.log.opened._spool.is_crowded())
+    assert len(spooled(worker)) < 30
+    worker.log.tend()
+    (family,) = [family for family in worker.metrics.registry.collect() if family.name == "cv_log_evicted_entries"]
     counted = {s.labels["outcome"]: s.value for s in family.samples if s.name.endswith("_total")}
     assert counted["archived"] == 0
-    assert counted["dropped"] == context.log.status().dropped_rows
+    assert counted["dropped"] == worker.log.opened.status().dropped_rows
     health = client.get("/health_check")
     assert health.status_code == 200
     assert "There is no database: of the oldest log entries" in health.json()["message"]
 
 
-def test_metrics_of_evicted_entries_survive_a_new_drainer(make_context: MakeContext) -> None:
-    context = make_context()
+def test_metrics_of_evicted_entries_survive_a_new_drainer(make_worker: MakeWorker) -> None:
+    worker = make_worker()
     for dropped in (3, 5, 2):  # The third is a new drainer's.
-        context.metrics.log_is(LogStatus(0, None, "not configured", None, 0, 0, dropped_rows=dropped))
-    total = context.metrics.registry.get_sample_value("cv_log_evicted_entries_total", {"outcome": "dropped"})
+        worker.metrics.log_is(LogStatus(0, None, "not configured", None, 0, 0, dropped_rows=dropped))
+    total = worker.metrics.registry.get_sample_value("cv_log_evicted_entries_total", {"outcome": "dropped"})
     assert total == 5 + 2

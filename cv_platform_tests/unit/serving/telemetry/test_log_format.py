@@ -15,11 +15,11 @@ import pytest
 from cv_platform.errors import DatabaseUnavailableError
 from cv_platform.serving.app import create_app
 from cv_platform.serving.model.runtime import LoadedModel
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.log_format import configure_logging
-from cv_platform.serving.worker import ServingContext
 from cv_platform.settings import Settings
 from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeContext
+from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
 from cv_platform_tests.unit.serving.http_client import BrightnessRuntime, Client, FixedModels, flat_image, png
 
 IMAGE = png(flat_image(10, 20, 30))
@@ -61,11 +61,11 @@ def accesses(stream: io.StringIO) -> list[dict[str, Any]]:
     return [line for line in lines(stream) if line["logger"] == "cv_platform.serving.http.access"]
 
 
-def test_a_prediction_leaves_one_access_line(configure: Configure, client: Client, context: ServingContext):
+def test_a_prediction_leaves_one_access_line(configure: Configure, client: Client, worker: WorkerParts):
     stream = configure()
     response = client.predict(IMAGE, headers={"X-Request-Id": "my-request"})
     (line,) = accesses(stream)
-    model = context.models.current()
+    model = worker.models.current()
     assert model is not None
     assert 0 < line.pop("seconds") < 60
     written = datetime.fromisoformat(line.pop("time"))
@@ -115,14 +115,14 @@ class LoggingRuntime(BrightnessRuntime):
         return super().__call__(images, class_index)
 
 
-def test_lines_of_the_threads_that_predict_carry_the_request(configure: Configure, make_context: MakeContext):
-    context = make_context(models=FixedModels(LoadedModel(tiny_metadata(), LoggingRuntime())))
+def test_lines_of_the_threads_that_predict_carry_the_request(configure: Configure, make_worker: MakeWorker):
+    worker = make_worker(models=FixedModels(LoadedModel(tiny_metadata(), LoggingRuntime())))
     stream = configure()
     requests = [
         ("POST", "/predict", {"files": {"file": ("a.png", IMAGE)}, "headers": {"X-Request-Id": f"request-{number}"}})
         for number in range(8)
     ]
-    responses = Client(create_app(context)).together(requests)
+    responses = Client(create_app(worker)).together(requests)
     assert {response.status_code for response in responses} == {200}
     called = [line["request_id"] for line in lines(stream) if line["logger"] == "somebody.elses"]
     assert sorted(called) == [f"request-{number}" for number in range(8)]
@@ -198,11 +198,11 @@ def test_the_text_format_shows_the_fields(configure: Configure, client: Client):
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
-def test_no_secret_is_ever_in_the_log(configure: Configure, make_context: MakeContext, log_format: str):
+def test_no_secret_is_ever_in_the_log(configure: Configure, make_worker: MakeWorker, log_format: str):
     stream = configure(CV_LOG_FORMAT=log_format)
-    context = make_context(**SECRETS)
+    worker = make_worker(**SECRETS)
     headers = {"X-API-Key": API_KEY, "Authorization": f"Bearer {ADMIN_TOKEN}", "Cookie": API_KEY}
-    client = Client(create_app(context), headers)
+    client = Client(create_app(worker), headers)
     assert client.predict(IMAGE, params={"key": API_KEY}).status_code == 200
     assert client.get(f"/predictions/{uuid4()}?token={ADMIN_TOKEN}").status_code == 503
     assert client.delete(f"/predictions/{uuid4()}").status_code == 503
@@ -233,13 +233,13 @@ def test_a_query_is_not_in_the_log(configure: Configure, client: Client):
     assert "sesame" not in stream.getvalue()
 
 
-def test_an_unforeseen_error_is_logged_once_with_the_request(configure: Configure, make_context: MakeContext):
+def test_an_unforeseen_error_is_logged_once_with_the_request(configure: Configure, make_worker: MakeWorker):
     class Broken(BrightnessRuntime):
         def __call__(self, images: Any, class_index: Any) -> Any:
             raise RuntimeError("no idea")
 
     stream = configure()
-    client = Client(create_app(make_context(models=FixedModels(LoadedModel(tiny_metadata(), Broken())))))
+    client = Client(create_app(make_worker(models=FixedModels(LoadedModel(tiny_metadata(), Broken())))))
     response = client.predict(IMAGE)
     assert response.status_code == 500
     errors = [line for line in lines(stream) if "exception" in line]

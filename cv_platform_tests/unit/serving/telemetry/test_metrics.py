@@ -15,11 +15,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cv_platform.serving.app import create_app
+from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.exposition import KEPT_VERSIONS, render
 from cv_platform.serving.telemetry.log_status import LogStatus
 from cv_platform.serving.telemetry.metrics import ServingMetrics
-from cv_platform.serving.worker import ServingContext
-from cv_platform_tests.unit.serving.app_fixtures import MakeContext
+from cv_platform.serving.worker import note_load
+from cv_platform_tests.unit.serving.app_fixtures import MakeWorker
 from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
 
 # Means + 1 are (200, 100, 100), so the probabilities are (0.5, 0.25, 0.25).
@@ -56,8 +57,8 @@ def metrics() -> ServingMetrics:
     return ServingMetrics(prometheus_client.CollectorRegistry())
 
 
-def test_a_prediction_is_counted_by_route_version_class_and_confidence(client: Client, context: ServingContext):
-    model = context.models.current()
+def test_a_prediction_is_counted_by_route_version_class_and_confidence(client: Client, worker: WorkerParts):
+    model = worker.models.current()
     assert model is not None
     version = model.metadata.version
     assert client.predict(REDDISH).status_code == 200
@@ -140,18 +141,18 @@ def test_a_refusal_before_any_route_is_counted_by_the_route_that_it_wanted(clien
     assert value(samples, "cv_http_requests_total", **feedback) == 1
 
 
-def test_overload_is_a_429_of_its_route_and_the_limits_are_shown(make_context: MakeContext):
-    context = make_context()
-    client = Client(create_app(context))
-    while context.uploads.enter():
+def test_overload_is_a_429_of_its_route_and_the_limits_are_shown(make_worker: MakeWorker):
+    worker = make_worker()
+    client = Client(create_app(worker))
+    while worker.admission.uploads.enter():
         pass
     client.predict(REDDISH)
-    context.note_load()
+    note_load(worker)
     samples = scraped(client)
     counted = {dict(labels)["status"]: n for (name, labels), n in samples.items() if name == "cv_http_requests_total"}
     assert counted == {"429": 1}
     taken, limit = (value(samples, name, limit="uploads") for name in ("cv_in_flight", "cv_in_flight_limit"))
-    assert taken == limit == context.limits.max_uploads
+    assert taken == limit == worker.limits.max_uploads
 
 
 def test_health_and_scrapes_are_counted_by_route(client: Client):
@@ -196,15 +197,15 @@ def test_evicted_entries_are_counted_from_zero_on(metrics: ServingMetrics):
         metrics.log_is(status(dropped_rows=3, archived_rows=3))
 
 
-def test_the_spools_size_is_that_of_its_files(client: Client, context: ServingContext):
+def test_the_spools_size_is_that_of_its_files(client: Client, worker: WorkerParts):
     client.predict(REDDISH)
-    files = (context.settings.home / "spool").glob("*.sqlite*")
-    log = context.log.status()
+    files = (worker.settings.home / "spool").glob("*.sqlite*")
+    log = worker.log.opened.status()
     assert log.spool_bytes == sum(path.stat().st_size for path in files) > len(REDDISH)
 
 
-def test_a_full_spool_is_counted(client: Client, context: ServingContext, monkeypatch: pytest.MonkeyPatch):
-    context.log.close()
+def test_a_full_spool_is_counted(client: Client, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch):
+    worker.log.opened.close()
     assert client.predict(REDDISH).status_code == 503
     samples = scraped(client)
     # The answer's entry and then the refusal's.
@@ -251,8 +252,8 @@ def test_a_version_that_is_rolled_back_to_is_kept(metrics: ServingMetrics, monke
     assert served == {"v0", "v2", "v3", "v4", "v5"}
 
 
-def test_a_model_without_a_known_swap_is_shown(make_context: MakeContext):
-    client = Client(create_app(make_context(models=FixedModels(brightness_model(version="20260131T060000Z-1f3c9a2e")))))
+def test_a_model_without_a_known_swap_is_shown(make_worker: MakeWorker):
+    client = Client(create_app(make_worker(models=FixedModels(brightness_model(version="20260131T060000Z-1f3c9a2e")))))
     client.predict(REDDISH)
     versions = {dict(labels).get("version") for name, labels in scraped(client) if name == "cv_predictions_total"}
     assert versions == {"20260131T060000Z-1f3c9a2e"}

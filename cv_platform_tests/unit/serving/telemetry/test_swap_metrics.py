@@ -6,7 +6,7 @@ import prometheus_client
 import pytest
 
 from cv_platform.serving.telemetry.metrics import ServingMetrics
-from cv_platform.serving.worker import ServingContext
+from cv_platform.serving.worker import note_load, open_worker
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
@@ -29,34 +29,28 @@ def test_swaps_refusals_and_fallbacks_are_counted(tmp_path: Path, tiny_export: T
     root = tmp_path / "storage"
     storage = CentralStorage(root)
     settings = Settings.from_environment({"CV_HOME": str(tmp_path / "home"), "CV_STORAGE": str(root)})
-
-    def make() -> tuple[ServingContext, ServingMetrics]:
-        metrics = ServingMetrics(prometheus_client.CollectorRegistry())
-        return ServingContext(settings, metrics=metrics), metrics
-
+    metrics = ServingMetrics(prometheus_client.CollectorRegistry())
     first = publish_tiny(storage, tiny_export)
     point_to(storage, first)
-    context, metrics = make()
     assert swaps(metrics) == {"swapped": 0, "refused": 0, "fallback": 0}
-    context.start()
-    assert swaps(metrics) == {"swapped": 1, "refused": 0, "fallback": 0}
-    second = publish_tiny(storage, tiny_export)
-    point_to(storage, second)
-    wait_until(lambda: swaps(metrics)["swapped"] == 2)
-    broken = publish_tiny(storage, tiny_export)
-    damage(root, broken)
-    point_to(storage, broken)
-    wait_until(lambda: swaps(metrics)["refused"] == 1)
-    samples = shown(metrics)
-    assert serving(samples) == [second.version]
-    assert value(samples, "cv_model_swap_duration_seconds_count", outcome="swapped") == 2
-    assert value(samples, "cv_model_swap_duration_seconds_count", outcome="refused") == 1
-    context.note_load()
-    assert value(shown(metrics), "cv_storage_up") == 1
-    context.stop()
+    with open_worker(settings, metrics=metrics) as worker:
+        assert swaps(metrics) == {"swapped": 1, "refused": 0, "fallback": 0}
+        second = publish_tiny(storage, tiny_export)
+        point_to(storage, second)
+        wait_until(lambda: swaps(metrics)["swapped"] == 2)
+        broken = publish_tiny(storage, tiny_export)
+        damage(root, broken)
+        point_to(storage, broken)
+        wait_until(lambda: swaps(metrics)["refused"] == 1)
+        samples = shown(metrics)
+        assert serving(samples) == [second.version]
+        assert value(samples, "cv_model_swap_duration_seconds_count", outcome="swapped") == 2
+        assert value(samples, "cv_model_swap_duration_seconds_count", outcome="refused") == 1
+        note_load(worker)
+        assert value(shown(metrics), "cv_storage_up") == 1
 
-    context, metrics = make()
-    context.start()
-    context.stop()
+    metrics = ServingMetrics(prometheus_client.CollectorRegistry())
+    with open_worker(settings, metrics=metrics):
+        pass
     assert swaps(metrics) == {"swapped": 0, "refused": 1, "fallback": 1}
     assert serving(shown(metrics)) == [second.version]
