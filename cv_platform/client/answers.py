@@ -1,7 +1,7 @@
 """The shapes of the service's JSON: what the client reads, and what /openapi.json documents.
 
-The routes build their answers as plain dicts (`answer.result_body` and its kin), which costs nothing per request; that
-they have these shapes is held by the contract test. What may be null may be missing too: FastAPI leaves null out of the
+The routes build their answers as plain dicts (`Result.fields` and its kin), which costs nothing per request; that they
+have these shapes is held by the contract test. What may be null may be missing too: FastAPI leaves null out of the
 document's examples, which have to fit their own shapes. https://fastapi.tiangolo.com/advanced/additional-responses/
 """
 

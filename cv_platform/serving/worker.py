@@ -85,14 +85,12 @@ def open_worker(
             rate = opened.enter_context(closing(RateLimiter(cache / "rate_limits", settings.rate_limit_per_minute)))
         workers = WorkerWatch(storage, service)
         models = models or ModelHolder(
-            storage,
-            service=service,
+            workers,
             worker_id=make_worker_id(),
             cache=cache,
             bundled=bundled,
             threads=limits.model_threads,
             on_swap=_swap_counter(metrics),
-            watch=workers,
         )
         opened.callback(models.stop)
         models.start()

@@ -93,7 +93,7 @@ def test_a_backlog_that_is_refused_as_a_whole_stays_in_the_queue(log: RequestLog
     lack_something(engine, "response_status_code <> 200")
     entries = [answered() for _ in range(30)]
     for entry in entries:
-        log.submit(entry)
+        log.spool.submit(entry)
     wait_for(lambda: "take at least one of 10 log entries" in (log.status().last_error or ""))
     status = log.status()
     assert (status.database, status.rejected, count(engine, "api_log")) == ("schema mismatch", 0, 0)
@@ -106,7 +106,7 @@ def test_our_own_mistake_rejects_no_backlog(log: RequestLog, engine: Engine, mon
     with monkeypatch.context() as mistaken:
         mistaken.setattr("cv_platform.serving.log.tables.decode", lambda *_: {}["entry_id"])
         for _ in range(30):
-            log.submit(answered())
+            log.spool.submit(answered())
         wait_for(lambda: "KeyError" in (log.status().last_error or ""))
         assert log.status().rejected == 0
     assert log.wait_until_drained(WAIT_SECONDS)

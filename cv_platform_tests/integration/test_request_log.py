@@ -439,7 +439,7 @@ def test_rejected_rows_are_in_the_spool_for_a_person_to_look_at(log: RequestLog,
     entry = replace(answered(), response_status_code=2**40)
     log.append(entry)
     assert log.wait_until_drained(WAIT_SECONDS)
-    (rejected,) = log.rejected()
+    (rejected,) = log.spool.rejected()
     assert rejected.entry_id == str(entry.entry_id)
     assert str(2**40) in rejected.record
     assert count(engine, "api_log") == 0

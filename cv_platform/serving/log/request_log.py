@@ -1,7 +1,7 @@
 """The request log as the service sees it: keep an entry for good, record feedback, find a prediction again.
 
-What `submit` and `begin` return is done once the entry is in the local spool (`spool.py`); the drainer (`drainer.py`)
-brings it to PostgreSQL when PostgreSQL is there. The service therefore answers, and loses nothing, while the database
+An entry is kept once it is in the local spool (`spool.py`); the drainer (`drainer.py`) brings it to PostgreSQL when
+PostgreSQL is there. The service therefore answers, and loses nothing, while the database
 is away.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from uuid import UUID
@@ -20,7 +19,7 @@ from cv_platform.serving.log.deletion import delete_from_database, delete_from_s
 from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.log.limits import LogLimits
-from cv_platform.serving.log.spool import BegunEntry, RejectedEntry, Spool
+from cv_platform.serving.log.spool import Spool
 from cv_platform.serving.log.spool_file import find_spooled, find_statements
 from cv_platform.serving.telemetry.log_status import LogStatus
 
@@ -34,6 +33,9 @@ _STATEMENT_SECONDS = 5.0
 
 class RequestLog:
     """One replica's request log; safe to use from many threads. Make it after forking.
+
+    Attributes:
+        spool: takes the entries.
 
     Args:
         directory: `$CV_HOME/spool`, shared by all replicas.
@@ -58,8 +60,8 @@ class RequestLog:
         self._making_engine = threading.Lock()
         self._directory = directory
         self._folders = (directory,) if self._limits.archive is None else (directory, self._limits.archive)
-        self._spool = Spool(directory, self._limits)
-        self._drainer = Drainer(self._spool, database_url, self._limits)
+        self.spool = Spool(directory, self._limits)
+        self._drainer = Drainer(self.spool, database_url, self._limits)
         self._drainer.start()
 
     def __enter__(self) -> Self:
@@ -74,27 +76,7 @@ class RequestLog:
         Raises:
             SpoolFullError: durability cannot be promised; refuse the request.
         """
-        self._spool.append(entry)
-
-    def submit(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
-        """Queues the entry; the future is done when it is on disk for good (`asyncio.wrap_future` awaits it).
-
-        Raises:
-            SpoolFullError: as `append`; the future may hold one, too.
-        """
-        return self._spool.submit(entry)
-
-    def begin(self, entry: LogEntry, *, more_follow: bool = False) -> BegunEntry:
-        """Queues the entry of a prediction whose answer is still being made; `settle` it, whatever happens.
-
-        Args:
-            entry: what is known so far, all of it but message and time.
-            more_follow: whether others are about to be queued, and share its transaction.
-
-        Raises:
-            SpoolFullError: as `submit`.
-        """
-        return self._spool.begin(entry, more_follow=more_follow)
+        self.spool.append(entry)
 
     def find_prediction(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction wherever it is: in a replica's spool, or in the database.
@@ -104,7 +86,7 @@ class RequestLog:
             SchemaMismatchError: it is in no spool, and the database has other tables.
         """
         # In this order: an entry leaves the spool only after the database has it.
-        found = self._spool.find(prediction_id)
+        found = self.spool.find(prediction_id)
         for folder in self._folders:
             found = found or find_spooled(folder, prediction_id)
         engine = None if found is not None else self._reading_engine()
@@ -167,22 +149,10 @@ class RequestLog:
         with self._making_engine:
             self._url = url
             former, self._engine = self._engine, None
-        self._drainer = Drainer(self._spool, database_url, self._limits)
+        self._drainer = Drainer(self.spool, database_url, self._limits)
         self._drainer.start()
         if former is not None:
             former.dispose()
-
-    def try_out(self) -> None:
-        """Returns once the disk has shown that it would take an entry; blocks as `append` does, and leaves nothing.
-
-        Raises:
-            SpoolFullError: it would not.
-        """
-        self._spool.try_out()
-
-    def rejected(self) -> list[RejectedEntry]:
-        """Returns the entries that the database refuses for their values, with the reasons."""
-        return self._spool.rejected()
 
     def status(self) -> LogStatus:
         """Returns depth and age of what waits, the database's state and the last error."""
@@ -195,7 +165,7 @@ class RequestLog:
     def close(self) -> None:
         """Ends the threads; what the database does not have yet is left to the next replica that starts."""
         self._drainer.close()
-        self._spool.close()
+        self.spool.close()
         if self._engine is not None:
             self._engine.dispose()
 

@@ -17,7 +17,6 @@ import os
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -28,17 +27,16 @@ from cv_platform.errors import SpoolFullError
 from cv_platform.serving.log.entry import (
     FeedbackEntry,
     LogEntry,
-    Outcome,
     StoredPrediction,
     encode,
 )
-from cv_platform.serving.log.group_commit import MAX_QUEUED_BYTES, GroupCommit, Operation
-from cv_platform.serving.log.limits import LEAST_RESERVE_BYTES, LogLimits
+from cv_platform.serving.log.group_commit import GroupCommit, Operation
+from cv_platform.serving.log.limits import LogLimits
+from cv_platform.serving.log.outcomes import Outcomes
+from cv_platform.serving.log.room import Room
 from cv_platform.serving.log.spool_file import (
     EXTENSIONS,
     LOCK,
-    LONG_LOG_PAGES,
-    SHORT_LOG_PAGES,
     SQLITE,
     VACUUM_PAGES,
     connect,
@@ -50,7 +48,6 @@ from cv_platform.serving.log.spool_file import (
     insert_entry,
     move_to_rejected,
     prepare,
-    settle_entries,
     try_insert,
 )
 
@@ -60,10 +57,6 @@ _JOB_SECONDS = 60.0
 _DELETED_BYTES = 2 * 1024 * 1024
 """By one transaction: SQLite may be built to overwrite what it deletes (Debian's is), by way of its write-ahead log,
 which must have room in the reserve when the disk is full."""
-_OUTCOMES_AT_ONCE = 500
-"""Of one transaction, behind which the next entry waits; and so many wait at most, which is what a crash may take."""
-_MARGIN = 10
-"""What part of its bound a spool without a database leaves free."""
 _ENTRY_BYTES = 4096
 """Of an entry, beside its upload and map."""
 _SHARING_SECONDS = 0.01
@@ -110,13 +103,6 @@ class RejectedEntry(NamedTuple):
     kind: str
     record: str
     reason: str
-
-
-class _Usage(NamedTuple):
-    """Bytes that entries take in a spool's file, and that others still could take on its disk."""
-
-    used: int
-    free: int
 
 
 class PoisonError(Exception):
@@ -167,17 +153,11 @@ class Spool:
 
     def _open(self, path: Path, lock: int, limits: LogLimits, append_timeout_seconds: float) -> None:
         self.path = path
-        self._log_pages = SHORT_LOG_PAGES
-        self._names = str(path), f"{path}-wal", str(path.parent)
         self._lock = lock
-        self._limits = limits
+        self._room = Room(path, limits)
         self._timeout = append_timeout_seconds
         self._listener: Callable[[], None] = lambda: None
         self._read_lock = threading.Lock()
-        self._unsettled: set[str] = set()
-        """Ids of entries that were begun and whose outcome is not on disk; a successor drains them as they are."""
-        self._outcomes: deque[Outcome] = deque()
-        """What entries were settled with, until it is queued for the disk."""
         writing = None
         try:
             writing = connect(path)
@@ -193,6 +173,7 @@ class Spool:
                 ) from err
             raise
         self._writer = GroupCommit(writing, path, lambda: self._listener())
+        self._outcomes = Outcomes(self._writer, lambda: self._listener())
 
     def append(self, entry: LogEntry | FeedbackEntry) -> None:
         """Returns once the entry is on disk for good.
@@ -229,22 +210,9 @@ class Spool:
         Raises:
             SpoolFullError: as `submit`.
         """
-        entry_id = str(entry.entry_id)
-        self._unsettled.add(entry_id)
-        try:
-            written = self._writer.submit(
-                *self._insertion(entry), within_seconds=_SHARING_SECONDS if more_follow else 0.0
-            )
-        except BaseException:
-            self._unsettled.discard(entry_id)
-            raise
-        return BegunEntry(written, functools.partial(self._settle, entry_id, str(entry.prediction_id)))
-
-    def _settle(self, entry_id: str, prediction_id: str, message: str, seconds: float) -> None:
-        self._outcomes.append(Outcome(entry_id, prediction_id, message, seconds))
-        if len(self._outcomes) >= _OUTCOMES_AT_ONCE:
-            self._queue_outcomes()
-        self._listener()
+        within_seconds = _SHARING_SECONDS if more_follow else 0.0
+        with self._outcomes.begun(entry) as settle:
+            return BegunEntry(self._writer.submit(*self._insertion(entry), within_seconds=within_seconds), settle)
 
     def write_outcomes(self) -> None:
         """Returns once the disk has what entries were settled with, or refuses it: they are drained as they began.
@@ -252,30 +220,8 @@ class Spool:
         Raises:
             SpoolFullError: the disk does not answer.
         """
-        while self._outcomes:
-            self._wait_for(self._queue_outcomes())
-
-    def _queue_outcomes(self) -> Future[None]:
-        """Queues one transaction of them; the future is done once the entries can be drained."""
-        part: list[Outcome] = []
-        with contextlib.suppress(IndexError):  # Another thread may take some, too.
-            while len(part) < _OUTCOMES_AT_ONCE:
-                part.append(self._outcomes.popleft())
-        settled: Future[None] = Future()
-
-        def settle(err: BaseException | None) -> None:
-            if err is not None:
-                logger.warning("The log keeps message and time of entries as they began (%d): %s", len(part), err)
-            self._unsettled.difference_update(outcome.entry_id for outcome in part)
-            settled.set_result(None)
-
-        try:
-            written = self._writer.submit(lambda connection: settle_entries(connection, part))
-        except SpoolFullError as err:
-            settle(err)
-        else:
-            written.add_done_callback(lambda done: settle(done.exception()))
-        return settled
+        while self._outcomes.are_waiting:
+            self._wait_for(self._outcomes.queue())
 
     def try_out(self) -> None:
         """Returns once the disk has shown that it would take an entry: one is written and removed in one transaction.
@@ -285,7 +231,7 @@ class Spool:
         """
 
         def write_and_remove(connection: sqlite3.Connection) -> None:
-            self._require_room(connection)
+            self._room.require(connection)
             try_insert(connection)
 
         try:
@@ -304,14 +250,14 @@ class Spool:
 
         Those that are not settled, or not as they were settled (`write_outcomes`), count as not there.
         """
-        unsettled = self._unsettled.copy()  # First: what is added later must not be in what is read.
+        unsettled = self._outcomes.unsettled.copy()  # First: what is added later must not be in what is read.
         with self._reader() as connection:
             rows = connection.execute(
                 "SELECT e.id, e.entry_id, e.kind, e.record, e.vectors, e.image_sha256, coalesce(i.bytes, 0) "
                 "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 ORDER BY e.id LIMIT ?",
                 (max_rows + 1,),
             ).fetchall()
-        unsettled |= self._unsettled
+        unsettled |= self._outcomes.unsettled
         settled = [row for row in map(SpoolRow._make, rows) if row.entry_id not in unsettled]
         batch: list[SpoolRow] = []
         seen: set[str | None] = set()
@@ -402,7 +348,7 @@ class Spool:
     def used_bytes(self) -> int:
         """Returns how much of the file entries take."""
         with self._reader() as connection:
-            return self._usage(connection).used
+            return self._room.usage(connection).used
 
     def is_crowded(self, others_bytes: int = 0) -> bool:
         """Returns whether there is little room left, in this spool together with `others_bytes` of others.
@@ -410,9 +356,7 @@ class Spool:
         Where no database takes the oldest entries, they have to go now, before any is refused.
         """
         with self._reader() as connection:
-            usage = self._usage(connection)
-        margin = min(self._limits.max_bytes // _MARGIN, MAX_QUEUED_BYTES)
-        return min(self._limits.max_bytes - usage.used - others_bytes, usage.free - self._limits.reserve_bytes) < margin
+            return self._room.is_crowded(connection, others_bytes)
 
     def take(self, other: Spool, rows: Sequence[SpoolRow]) -> None:
         """Copies another spool's entries with their uploads here; they are durable when it returns.
@@ -424,7 +368,7 @@ class Spool:
         with other._reader() as source:
 
             def copy(target: sqlite3.Connection) -> None:
-                self._require_room(target)
+                self._room.require(target)
                 copy_entries(source, target, ids)
 
             self._wait_for(self._writer.submit(copy))
@@ -470,43 +414,8 @@ class Spool:
         return lambda connection: self._insert(connection, entry), size
 
     def _insert(self, connection: sqlite3.Connection, entry: LogEntry | FeedbackEntry) -> None:
-        self._require_room(connection)
+        self._room.require(connection)
         insert_entry(connection, encode(entry))
-
-    def _require_room(self, connection: sqlite3.Connection) -> None:
-        file_name, log_name, folder = self._names
-        log = _size_bytes(log_name)
-        disk = os.statvfs(folder)
-        free = disk.f_bavail * disk.f_frsize
-        # Mostly the files tell enough, and spare three statements an entry; they lack what this transaction adds.
-        margin = 2 * MAX_QUEUED_BYTES
-        limits = self._limits
-        if free >= limits.reserve_bytes + margin and _size_bytes(file_name) + log + margin <= limits.max_bytes:
-            self._copy_log_from(LONG_LOG_PAGES, connection)
-            return
-        self._copy_log_from(SHORT_LOG_PAGES, connection)
-        usage = self._usage(connection)
-        if usage.free < limits.reserve_bytes:
-            raise SpoolFullError(
-                f"Expected {limits.reserve_bytes} bytes free on the disk of {self.path} (CV_SPARE_DISK_BYTES). "
-                f"Received: {usage.free}. Free space on it, or bring the database back."
-            )
-        if usage.used > limits.max_bytes:
-            raise SpoolFullError(
-                f"Expected less than {limits.max_bytes} bytes of entries that the database does not have yet "
-                f"(CV_SPOOL_MAX_BYTES). Received: {usage.used} in {self.path}. Bring the database back."
-            )
-
-    def _usage(self, connection: sqlite3.Connection) -> _Usage:
-        _, log_name, folder = self._names
-        disk = os.statvfs(folder)
-        pages, unused, page_bytes = (
-            int(connection.execute(f"PRAGMA {name}").fetchone()[0])
-            for name in ("page_count", "freelist_count", "page_size")
-        )
-        # What the files hold and do not use counts as free: they seldom give it back to the disk.
-        idle = unused * page_bytes + min(_size_bytes(log_name), LEAST_RESERVE_BYTES // 2)
-        return _Usage((pages - unused) * page_bytes, disk.f_bavail * disk.f_frsize + idle)
 
     def _wait_for(self, done: Future[None]) -> None:
         try:
@@ -516,11 +425,6 @@ class Spool:
                 f"Expected the disk of {self.path} to answer within {_JOB_SECONDS:g} s. Received: nothing. "
                 "It is overloaded or broken."
             ) from err
-
-    def _copy_log_from(self, pages: int, connection: sqlite3.Connection) -> None:
-        if pages != self._log_pages:
-            connection.execute(f"PRAGMA wal_autocheckpoint = {pages}")
-            self._log_pages = pages
 
     @contextlib.contextmanager
     def _reader(self) -> Generator[sqlite3.Connection]:
@@ -544,11 +448,6 @@ def _parts(rows: Sequence[SpoolRow]) -> Generator[list[int]]:
             part, size = [], 0
     if part:
         yield part
-
-
-def _size_bytes(name: str) -> int:
-    """Asks the system, without a `Path`, which takes longer than the system: this is done for each entry."""
-    return os.stat(name).st_size  # noqa: PTH116
 
 
 def _try_to_own(path: Path) -> int | None:

@@ -66,7 +66,7 @@ class WorkerLog:
             SpoolFullError: it is not, and will not be.
         """
         with staged("append"), self._append_failures():
-            await self._until_durable(self.opened.submit(entry))
+            await self._until_durable(self.opened.spool.submit(entry))
 
     def append_soon(self, entry: LogEntry) -> None:
         """Queues an entry that nobody waits for; if the disk does not take it, it is counted and gone.
@@ -79,7 +79,7 @@ class WorkerLog:
             if done.exception() is not None:
                 self._metrics.refusal_unlogged()
 
-        self.opened.submit(entry).add_done_callback(note)
+        self.opened.spool.submit(entry).add_done_callback(note)
 
     def begin_entry(self, entry: LogEntry, *, more_follow: bool) -> BegunEntry:
         """Queues a prediction's entry, to be written while its answer is made; `entry_written` awaits its end.
@@ -92,7 +92,7 @@ class WorkerLog:
             SpoolFullError: it cannot be kept.
         """
         with self._append_failures():
-            return self.opened.begin(entry, more_follow=more_follow)
+            return self.opened.spool.begin(entry, more_follow=more_follow)
 
     async def entry_written(self, entry: BegunEntry) -> None:
         """Returns once what `begin_entry` returned is durable.
@@ -198,7 +198,7 @@ class WorkerLog:
         if self.append_error is None:
             return
         with contextlib.suppress(SpoolFullError):
-            self.opened.try_out()
+            self.opened.spool.try_out()
             self.append_error = None
 
     def _running_database(self) -> str | None:

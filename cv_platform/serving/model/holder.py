@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,21 +27,35 @@ from cv_platform.serving.model.fallback import BUNDLED, load_fallback, write_fal
 from cv_platform.serving.model.runtime import LoadedModel, fetch, load_bundle
 from cv_platform.serving.model.worker_watch import HEARTBEAT_SECONDS, WorkerWatch
 from cv_platform.serving.telemetry.metrics import SwapOutcome
-from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
+from cv_platform.storage import ProductionPointer, WorkerHeartbeat
 
 logger = logging.getLogger(__name__)
 
 _POINTER_GONE = (
     "Expected the production pointer that named the model in use. Received: none. Check that the storage is mounted."
 )
-_FORGET_SECONDS = 600.0
-"""Workers that died without saying goodbye are taken off the list by the others, after watching them for so long."""
 
 
 def make_worker_id() -> str:
     """Returns a name for this process, with its host, that is unique among the workers of a service."""
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())
     return f"{host}-{os.getpid()}"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often a `ModelHolder` does what.
+
+    Attributes:
+        poll_seconds: between two looks at the pointer.
+        retry_seconds: how long a version that failed is left alone while the pointer does not move.
+        forget_seconds: workers that died without saying goodbye are taken off the list by the others, after watching
+            them for so long.
+    """
+
+    poll_seconds: float = 0.5
+    retry_seconds: float = 60.0
+    forget_seconds: float = 600.0
 
 
 class ModelSource(Protocol):
@@ -70,47 +85,37 @@ class ModelHolder:
     served (kept below `cache`), the one bundled with the service, none. Without a model it goes on looking.
 
     Args:
-        storage: central storage.
-        service: whose production pointer it follows.
+        watch: of the workers of the service whose production pointer it follows; it knows central storage.
         worker_id: name of this worker, see `make_worker_id`.
         cache: folder for downloads and the last good bundle; workers of one host share it.
         bundled: folder written by `fallback.write_fallback` (the one inside a Bento), or None.
         threads: see `runtime.load_bundle`.
         on_swap: is told how an attempt to take up a model ended, after how many seconds, and of the model that serves
             from then on, unless it was refused.
-        poll_seconds: how often the pointer is read.
-        retry_seconds: how long a version that failed is left alone while the pointer does not move.
-        watch: of the service's workers; None makes one.
-        forget_seconds: a worker that has been still for so long is taken off the list.
+        pace: how often it does what.
     """
 
     def __init__(
         self,
-        storage: CentralStorage,
+        watch: WorkerWatch,
         *,
-        service: str,
         worker_id: str,
         cache: Path,
         bundled: Path | None = None,
         threads: int | None = None,
         on_swap: Callable[[SwapOutcome, float, LoadedModel | None], None] | None = None,
-        poll_seconds: float = 0.5,
-        retry_seconds: float = 60.0,
-        watch: WorkerWatch | None = None,
-        forget_seconds: float = _FORGET_SECONDS,
+        pace: Pace | None = None,
     ) -> None:
-        self.service = service
+        self.service = watch.service
         self.worker_id = worker_id
         self.public_id = secrets.token_hex(4)
-        self._storage = storage
+        self._storage = watch.storage
+        self._watch = watch
         self._cache = cache
         self._bundled = bundled
         self._threads = threads
         self._on_swap = on_swap or _tell_nobody
-        self._poll_seconds = poll_seconds
-        self._retry_seconds = retry_seconds
-        self._watch = watch or WorkerWatch(storage, service)
-        self._forget_seconds = forget_seconds
+        self._pace = pace or Pace()
         self._current: LoadedModel | None = None
         self._source: str | None = None
         self._since_utc: datetime | None = None
@@ -176,7 +181,7 @@ class ModelHolder:
     # Following the pointer
 
     def _follow_until_stopped(self) -> None:
-        while not self._stopping.wait(self._poll_seconds):
+        while not self._stopping.wait(self._pace.poll_seconds):
             before = self._since_utc
             self._follow_pointer()
             self._keep_as_last_good()
@@ -238,7 +243,7 @@ class ModelHolder:
     def _note_failure(self, pointer: ProductionPointer, message: str) -> None:
         with self._lock:
             self._failed, self._last_swap_error = pointer, message
-            self._retry_at = time.monotonic() + self._retry_seconds
+            self._retry_at = time.monotonic() + self._pace.retry_seconds
         self._changed.set()
 
     def _swap(self, model: LoadedModel, source: str) -> None:
@@ -314,7 +319,7 @@ class ModelHolder:
         while not self._stopping.wait(HEARTBEAT_SECONDS):
             try:
                 for worker in self._watch.look():
-                    if worker.still_seconds > self._forget_seconds:
+                    if worker.still_seconds > self._pace.forget_seconds:
                         self._storage.remove_heartbeat(self.service, worker.beat.worker_id)
             # As in `_follow_pointer`.
             except Exception as err:

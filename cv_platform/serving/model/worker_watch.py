@@ -53,8 +53,8 @@ class WorkerWatch:
     """
 
     def __init__(self, storage: CentralStorage, service: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._storage = storage
-        self._service = service
+        self.storage = storage
+        self.service = service
         self._clock = clock
         self._lock = threading.Lock()
         self._looked_at: float | None = None
@@ -67,7 +67,7 @@ class WorkerWatch:
             StorageError: they cannot be read.
         """
         with self._lock:  # Also while it reads: an older reading that came last would look like a beat.
-            beats = self._storage.read_heartbeats(self._service)
+            beats = self.storage.read_heartbeats(self.service)
             now = self._clock()
             watches = self._looked_at is not None and now - self._looked_at <= HEARTBEAT_STALE_SECONDS
             self._looked_at = now

@@ -56,6 +56,39 @@ class Predicted:
     media_type: str
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a client is told of a prediction, the same whether it is fresh or read back."""
+
+    prediction_id: UUID
+    model_name: str
+    model_version: str
+    classifier_type: Literal["multi-class", "multi-label"] | None
+    classes: Sequence[str]
+    probabilities: Mapping[str, float | None]
+    pictures: Pictures | None
+    cam: NDArray[np.float32] | None
+    message: str
+
+    def fields(self) -> dict[str, Any]:
+        """Returns it ready for JSON."""
+        pictures = self.pictures
+        return {
+            "prediction_id": str(self.prediction_id),
+            "model_name": self.model_name,
+            "model_version": self.model_version,
+            "classifier_type": self.classifier_type,
+            "predicted_class": LABEL_SEPARATOR.join(self.classes),
+            "predicted_classes": list(self.classes),
+            "prediction": {name: _number(p) for name, p in self.probabilities.items()},
+            "overlaid_img": to_base64(pictures.overlaid) if pictures else None,
+            "raw_hm_img": to_base64(pictures.raw_heat_map) if pictures else None,
+            "media_type": pictures.media_type if pictures else None,
+            "cam": None if self.cam is None else small_map(self.cam),
+            "message": self.message,
+        }
+
+
 def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predicted:
     """Predicts one upload.
 
@@ -104,7 +137,7 @@ def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: C
             )
             on_explain_failure()
             message = f"The prediction is complete, but its pictures could not be drawn ({type(err).__name__})."
-    return result_body(
+    result = Result(
         prediction_id=predicted.prediction_id,
         model_name=metadata.model_name,
         model_version=metadata.version,
@@ -115,6 +148,7 @@ def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: C
         cam=prediction.cam if explain is Explain.CAM else None,
         message=message,
     )
+    return result.fields()
 
 
 def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetadata) -> tuple[str, ...]:
@@ -123,35 +157,6 @@ def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetada
         decisions = decide(probabilities, metadata.threshold)
         return tuple(name for name, chosen in zip(metadata.class_names, decisions, strict=True) if chosen)
     return (metadata.class_names[int(np.argmax(probabilities))],)
-
-
-def result_body(
-    *,
-    prediction_id: UUID,
-    model_name: str,
-    model_version: str,
-    classifier_type: Literal["multi-class", "multi-label"] | None,
-    classes: Sequence[str],
-    probabilities: Mapping[str, float | None],
-    pictures: Pictures | None,
-    cam: NDArray[np.float32] | None,
-    message: str,
-) -> dict[str, Any]:
-    """Returns the fields of a result, the same whether it is fresh or read back."""
-    return {
-        "prediction_id": str(prediction_id),
-        "model_name": model_name,
-        "model_version": model_version,
-        "classifier_type": classifier_type,
-        "predicted_class": LABEL_SEPARATOR.join(classes),
-        "predicted_classes": list(classes),
-        "prediction": {name: _number(p) for name, p in probabilities.items()},
-        "overlaid_img": to_base64(pictures.overlaid) if pictures else None,
-        "raw_hm_img": to_base64(pictures.raw_heat_map) if pictures else None,
-        "media_type": pictures.media_type if pictures else None,
-        "cam": small_map(cam) if cam is not None else None,
-        "message": message,
-    }
 
 
 def _number(probability: float | None) -> float | None:

@@ -18,7 +18,7 @@ from cv_platform.serving.log.entry import StoredPrediction
 from cv_platform.serving.log.passport import make_passport
 from cv_platform.serving.model.explain import BLANK, Explain, draw, is_blank, to_base64
 from cv_platform.serving.problem import Problem
-from cv_platform.serving.routes.answer import OK, result_body
+from cv_platform.serving.routes.answer import OK, Result
 from cv_platform.serving.routes.examples import (
     DELETION_EXAMPLE,
     PASSPORT_EXAMPLE,
@@ -137,7 +137,7 @@ def _result_again(parts: WorkerParts, stored: StoredPrediction, metadata: Bundle
     classifier_type = metadata.classifier_type if metadata else None
     is_single = classifier_type == "multi-class" or stored.predicted_class in stored.prediction_json
     classes = [stored.predicted_class] if is_single else [c for c in stored.predicted_class.split(LABEL_SEPARATOR) if c]
-    body = result_body(
+    result = Result(
         prediction_id=stored.prediction_id,
         model_name=stored.model_name,
         model_version=stored.model_version,
@@ -150,7 +150,7 @@ def _result_again(parts: WorkerParts, stored: StoredPrediction, metadata: Bundle
         message=message,
     )
     return {
-        **body,
+        **result.fields(),
         "original_img": to_base64(pictures.original) if pictures else None,
         "created_on": stored.created_on.isoformat(),
     }

@@ -15,7 +15,7 @@ from cv_platform.deployment.rollout import deploy, rollback
 from cv_platform.errors import CorruptBundleError, DeploymentError
 from cv_platform.files import exclusive
 from cv_platform.serving.model import worker_watch
-from cv_platform.serving.model.holder import ModelHolder
+from cv_platform.serving.model.holder import ModelHolder, Pace
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
 from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer, WorkerHeartbeat
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
@@ -47,11 +47,10 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], ModelHolder]]:
 
     def make(worker_id: str, url: Path | None = None) -> ModelHolder:
         holder = ModelHolder(
-            CentralStorage(url or tmp_path / "storage"),
-            service=SERVICE,
+            worker_watch.WorkerWatch(CentralStorage(url or tmp_path / "storage"), SERVICE),
             worker_id=worker_id,
             cache=tmp_path / f"cache-{worker_id}",
-            poll_seconds=0.02,
+            pace=Pace(poll_seconds=0.02),
         )
         holders.append(holder)
         holder.start()

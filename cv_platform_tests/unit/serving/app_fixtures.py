@@ -99,7 +99,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def spooled(worker: WorkerParts) -> list[dict[str, Any]]:
     """Returns the records that are durable in the spool's files, oldest first, with those that nobody waited for."""
     with suppress(SpoolFullError):  # A worker that has stopped has written them.
-        worker.log.opened.try_out()  # Behind them.
+        worker.log.opened.spool.try_out()  # Behind them.
     records: list[dict[str, Any]] = []
     for path in sorted((worker.settings.home / "spool").glob("*.sqlite")):
         with closing(sqlite3.connect(path)) as connection:

@@ -214,7 +214,7 @@ def test_images_whose_turn_does_not_come_are_504s_and_give_their_places_back(mak
 def test_a_full_log_is_a_503_for_the_images_it_could_not_keep(
     client: Client, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
 ):
-    taken = worker.log.opened.begin
+    taken = worker.log.opened.spool.begin
     kept: list[object] = []
 
     def one_only(entry: Any, **_: object) -> Any:
@@ -223,7 +223,7 @@ def test_a_full_log_is_a_503_for_the_images_it_could_not_keep(
         kept.append(entry)
         return taken(entry)
 
-    monkeypatch.setattr(worker.log.opened, "begin", one_only)
+    monkeypatch.setattr(worker.log.opened.spool, "begin", one_only)
     response = batch(client, RED, RED, RED)
     assert response.status_code == 200
     assert sorted(item["status_code"] for item in response.json()["results"]) == [200, 503, 503]

@@ -53,7 +53,7 @@ def test_a_disk_that_hangs_while_a_prediction_is_written_is_a_503_once(
     worker = make_worker(limits=ServingLimits(predict_threads=1, predict_seconds=30))
     client = Client(create_app(worker))
     go = threading.Event()
-    worker.log.opened._spool._writer.submit(lambda _: go.wait(60))
+    worker.log.opened.spool._writer.submit(lambda _: go.wait(60))
     response = client.predict(IMAGE)
     assert response.status_code == 503
     assert client.get("/health_check").status_code == 503

@@ -10,6 +10,7 @@ from cv_platform.images import preprocess
 from cv_platform.serving.app import create_app
 from cv_platform.serving.model.holder import ModelHolder
 from cv_platform.serving.model.runtime import load_folder
+from cv_platform.serving.model.worker_watch import WorkerWatch
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny, tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import MakeWorker
@@ -28,7 +29,7 @@ def test_serves_the_probabilities_and_the_passport_of_the_model_in_production(
         "image_classifier",
         ProductionPointer(model_name="tiny", version=metadata.version, since_utc=datetime.now(UTC)),
     )
-    holder = ModelHolder(storage, service="image_classifier", worker_id="here", cache=tmp_path / "cache")
+    holder = ModelHolder(WorkerWatch(storage, "image_classifier"), worker_id="here", cache=tmp_path / "cache")
     client = Client(create_app(make_worker(models=holder)))
     data = png(np.random.default_rng(5).integers(0, 256, (50, 40, 3), dtype=np.uint8))
     body = client.predict(data, params={"explain": "cam"}).json()

@@ -310,8 +310,8 @@ def test_a_full_spool_is_a_503_and_no_prediction_leaves(
     def full(entry: object, **_: object) -> None:
         raise SpoolFullError("Expected room. Received: none. Free space.")
 
-    monkeypatch.setattr(worker.log.opened, "begin", full)
-    monkeypatch.setattr(worker.log.opened, "submit", full)
+    monkeypatch.setattr(worker.log.opened.spool, "begin", full)
+    monkeypatch.setattr(worker.log.opened.spool, "submit", full)
     response = client.predict(IMAGE)
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) > 0

@@ -217,7 +217,7 @@ def test_what_is_known_last_of_many_entries_is_written_by_one_transaction(spool:
 
 
 def test_outcomes_do_not_gather_while_nobody_drains(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cv_platform.serving.log.spool._OUTCOMES_AT_ONCE", 3)
+    monkeypatch.setattr("cv_platform.serving.log.outcomes._AT_ONCE", 3)
     commits = count_commits(spool)
     begun = begin_and_wait(spool, 7)
     before = len(commits)
@@ -247,7 +247,7 @@ def test_the_log_is_long_only_while_the_disk_has_room(spool: Spool, monkeypatch:
     spool.append(answered())
     assert log_pages() == 4000
     with monkeypatch.context() as short:
-        short.setattr("cv_platform.serving.log.spool.MAX_QUEUED_BYTES", 2**60)  # Twice as much has to be free.
+        short.setattr("cv_platform.serving.log.room.MAX_QUEUED_BYTES", 2**60)  # Twice as much has to be free.
         spool.append(answered())
         assert log_pages() == 1000
     spool.append(answered())

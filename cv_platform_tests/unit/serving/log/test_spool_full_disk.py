@@ -32,7 +32,7 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, spool: Spool) -> None:
     """Makes what is free count as the reserve, as at the end of a disk."""
     reserve_bytes = 2 * free_bytes(spool.path.parent)
-    monkeypatch.setattr(spool, "_limits", replace(spool._limits, reserve_bytes=reserve_bytes))
+    monkeypatch.setattr(spool._room, "limits", replace(spool._room.limits, reserve_bytes=reserve_bytes))
 
 
 def test_entries_end_before_the_disk_does_and_what_is_drained_still_leaves(
@@ -102,7 +102,7 @@ def test_health_recovers_without_a_request_that_would_show_it(
     client = Client(create_app(worker))
     picture = png(flat_image(10, 20, 30))
     with monkeypatch.context() as full:
-        fill_the_disk(full, worker.log.opened._spool)
+        fill_the_disk(full, worker.log.opened.spool)
         assert client.predict(picture).status_code == 503
         assert client.get("/health_check").status_code == 503
     deadline = time.monotonic() + 30

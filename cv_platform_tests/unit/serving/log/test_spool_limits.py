@@ -64,7 +64,7 @@ def append(log: RequestLog, count: int) -> list[str]:
     for entry in entries:
         log.append(entry)
         # As a client that comes again after a 503 would; the bound is smaller here than what one moment can bring.
-        wait_for(lambda: not log._spool.is_crowded())
+        wait_for(lambda: not log.spool.is_crowded())
     return [str(entry.entry_id) for entry in entries]
 
 
@@ -176,10 +176,10 @@ def test_a_service_without_a_database_answers_for_ever(make_worker: MakeWorker) 
         # Noise, so that each upload is of its own and does not compress.
         image = png(flat_image(number, 0, 0)) + bytes([number]) * 40_000
         while (status := client.predict(image).status_code) == 503:
-            wait_for(lambda: not worker.log.opened._spool.is_crowded())
+            wait_for(lambda: not worker.log.opened.spool.is_crowded())
         assert status == 200
     wait_for(lambda: worker.log.opened.status().dropped_rows > 0)
-    wait_for(lambda: not worker.log.opened._spool.is_crowded())
+    wait_for(lambda: not worker.log.opened.spool.is_crowded())
     assert len(spooled(worker)) < 30
     worker.log.tend()
     (family,) = [family for family in worker.metrics.registry.collect() if family.name == "cv_log_evicted_entries"]

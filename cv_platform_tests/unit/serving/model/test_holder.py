@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cv_platform.serving.model.fallback import write_fallback
-from cv_platform.serving.model.holder import ModelHolder, make_worker_id
+from cv_platform.serving.model.holder import ModelHolder, Pace, make_worker_id
+from cv_platform.serving.model.worker_watch import WorkerWatch
 from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer, WorkerHeartbeat
 from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, publish_tiny, tiny_images
 
@@ -57,15 +58,13 @@ def start(storage: CentralStorage, cache: Path) -> Iterator[Callable[..., ModelH
     """Starts holders, and stops them at the end."""
     holders: list[ModelHolder] = []
 
-    def make(*, bundled: Path | None = None, worker_id: str | None = None, **arguments: float) -> ModelHolder:
+    def make(*, bundled: Path | None = None, worker_id: str | None = None, **pace: float) -> ModelHolder:
         holder = ModelHolder(
-            storage,
-            service=SERVICE,
+            WorkerWatch(storage, SERVICE),
             worker_id=worker_id or f"worker-{len(holders)}",
             cache=cache,
             bundled=bundled,
-            poll_seconds=0.02,
-            **arguments,
+            pace=Pace(poll_seconds=0.02, **pace),
         )
         holders.append(holder)
         holder.start()
@@ -246,7 +245,7 @@ def test_an_error_of_the_storage_driver_does_not_end_the_following(storage, root
     one, two = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
     point_to(storage, one)
     flaky = FlakyStorage(root)
-    holder = ModelHolder(flaky, service=SERVICE, worker_id="w", cache=cache, poll_seconds=0.02)
+    holder = ModelHolder(WorkerWatch(flaky, SERVICE), worker_id="w", cache=cache, pace=Pace(poll_seconds=0.02))
     holder.start()
     try:
         flaky.broken = True
@@ -334,7 +333,8 @@ def test_workers_of_one_host_start_together(storage, cache, tiny_export: TinyExp
     metadata = publish_tiny(storage, tiny_export)
     point_to(storage, metadata)
     holders = [
-        ModelHolder(storage, service=SERVICE, worker_id=f"w{n}", cache=cache, poll_seconds=0.02) for n in range(3)
+        ModelHolder(WorkerWatch(storage, SERVICE), worker_id=f"w{n}", cache=cache, pace=Pace(poll_seconds=0.02))
+        for n in range(3)
     ]
     threads = [threading.Thread(target=holder.start) for holder in holders]
     for thread in threads:
