@@ -48,10 +48,10 @@ def test_the_first_process_imports_nothing_that_serves(tmp_path: Path) -> None:
     assert printed(program, tmp_path) == []
 
 
-def test_only_a_worker_mounts_the_app(tmp_path: Path) -> None:
-    mounted = "print((len(service.ImageClassifier.mount_apps), len(service.ImageClassifier.middlewares)))"
-    assert printed(f"{IMPORT_SERVICE}\n{mounted}", tmp_path) == (0, 0)
-    assert printed(f"{AS_WORKER}\n{IMPORT_SERVICE}\n{mounted}", tmp_path) == (1, 1)
+def test_only_a_worker_answers_by_the_app(tmp_path: Path) -> None:
+    count = "print(len(service.ImageClassifier.middlewares))"
+    assert printed(f"{IMPORT_SERVICE}\n{count}", tmp_path) == 0
+    assert printed(f"{AS_WORKER}\n{IMPORT_SERVICE}\n{count}", tmp_path) == 1
 
 
 def test_a_worker_is_ready_without_the_databases_driver(tmp_path: Path) -> None:
