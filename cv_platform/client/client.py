@@ -72,6 +72,10 @@ class BatchAnswer:
 class Client:
     """Talks to one service; safe to use from several threads, and best used in a `with` block.
 
+    Each call raises `RequestRefusedError` where the request, its key or its token has to change, or names what is not
+    there (404), and `ServiceUnavailableError` where the service cannot be reached or, after all retries, has no time,
+    no model or no log to ask.
+
     Args:
         url: where the service is, such as `http://127.0.0.1:4242`.
         api_key: needed where the service has CV_API_KEYS.
@@ -121,19 +125,12 @@ class Client:
 
         Raises:
             UnusableImageError: the service cannot use the image.
-            RequestRefusedError: the API key is missing or wrong.
-            ServiceUnavailableError: the service cannot be reached, or had no time or no model, after all retries.
         """
         files = {"file": _part(image, 1)}
         return self._send(PredictionResult, "POST", "/predict", params={"explain": explain}, files=files)
 
     def predict_batch(self, images: Sequence[Image], *, explain: ExplainChoice = "jpeg") -> list[BatchAnswer]:
-        """Returns an answer for each image, in their order; one that cannot be used does not lose the others.
-
-        Raises:
-            RequestRefusedError: too many images at once, none, or a missing API key.
-            ServiceUnavailableError: as for `predict`.
-        """
+        """Returns an answer for each image, in their order; one that cannot be used does not lose the others."""
         parts = [_part(image, number) for number, image in enumerate(images, start=1)]
         files = [("files", part) for part in parts]
         response = self._attempt("POST", "/predict/batch", params={"explain": explain}, files=files)
@@ -164,11 +161,8 @@ class Client:
             true_class: one of the model's classes; multi-label classes are joined by `|`.
             none_of_these: in place of `true_class`: the image shows none of the model's classes.
             source: who says so.
-            idempotency_key: makes this statement one, however often it is sent; None: one for this call's attempts.
-
-        Raises:
-            RequestRefusedError: there is no such prediction or class, or the key came with another statement before.
-            ServiceUnavailableError: as for `predict`.
+            idempotency_key: makes this statement one, however often it is sent, and refuses another one under the same
+                key; None: one for this call's attempts.
         """
         what = {"none_of_these": True} if none_of_these else {}
         if true_class is not None:
@@ -178,57 +172,34 @@ class Client:
         return self._send(FeedbackResult, "POST", f"/feedback/{_id(prediction_id)}", json=said, headers=headers)
 
     def prediction(self, prediction_id: UUID | str) -> StoredResult:
-        """Returns a result again.
-
-        Raises:
-            RequestRefusedError: there is none of that id (404).
-            ServiceUnavailableError: the log cannot be asked now.
-        """
+        """Returns a result again."""
         return self._send(StoredResult, "GET", f"/predictions/{_id(prediction_id)}")
 
     def delete_prediction(self, prediction_id: UUID | str) -> DeletionResult:
-        """Deletes a prediction for good; needs the admin token.
-
-        Raises:
-            RequestRefusedError: there is none of that id (404), or the token is missing or wrong (401, 403).
-            ServiceUnavailableError: the log cannot be asked now.
-        """
+        """Deletes a prediction for good; needs the admin token."""
         return self._send(DeletionResult, "DELETE", f"/predictions/{_id(prediction_id)}", headers=self._admin)
 
     def models_current(self) -> CurrentModels:
-        """Returns what is in production, and what each worker runs.
-
-        Raises:
-            ServiceUnavailableError: the service or its storage cannot be reached.
-        """
+        """Returns what is in production, and what each worker runs."""
         return self._send(CurrentModels, "GET", "/models/current")
 
     def update_model(self, model_name: str, version: str | None = None) -> MovedPointer:
         """Puts a published version (by default the newest) into production; needs the admin token.
 
         Raises:
-            RequestRefusedError: there is no such model or version (404), it did not pass its load test (409), or the
-                token is missing or wrong.
-            ServiceUnavailableError: another update is under way, or the service or its storage cannot be reached.
+            RequestRefusedError: among others, it did not pass its load test (409).
+            ServiceUnavailableError: among others, another update is under way.
         """
         params = {"version": version} if version else {}
         path = f"/update_model/{quote(model_name, safe='')}.yaml"
         return self._send(MovedPointer, "PUT", path, params=params, headers=self._admin)
 
     def rollback(self) -> MovedPointer:
-        """Puts the previous version back into production; needs the admin token.
-
-        Raises:
-            RequestRefusedError, ServiceUnavailableError: as for `update_model`.
-        """
+        """Puts the previous version back into production, as `update_model` does."""
         return self._send(MovedPointer, "POST", "/rollback", headers=self._admin)
 
     def health(self) -> Health:
-        """Returns what one worker says of itself, ready or not; never retried.
-
-        Raises:
-            ServiceUnavailableError: there is no answer.
-        """
+        """Returns what one worker says of itself, ready or not; never retried."""
         return _parse(Health, self._request("GET", "/health_check"))
 
     def _send(self, shape: type[_Shape], method: str, path: str, **options: Any) -> _Shape:
