@@ -98,7 +98,7 @@ def main(port: int, changed_limits: dict[str, Any]) -> None:
     from cv_platform_tests.unit.serving.http_client import FixedModels
 
     settings = Settings.from_environment()
-    for name in ("head_seconds", "kept_seconds", "untaken_seconds", "closing_seconds"):
+    for name in ("head_seconds", "kept_seconds", "untaken_seconds"):
         setattr(BoundedProtocol, name, changed_limits.pop(name, getattr(BoundedProtocol, name)))
     limits = replace(ServingLimits.of(settings), **changed_limits)
     # As `_bentoml_impl/worker/service.py` of BentoML 1.4.39, whose "auto" is ours by then.

@@ -50,6 +50,8 @@ def require_ours(answer: HTTPResponse) -> None:
         ("GET", "/docs.json", 404),
         ("GET", "/assets/index.html", 404),
         ("OPTIONS", "*", 404),
+        ("GET", "http://evil.example/openapi.json", 404),
+        ("CONNECT", "service:80", 404),
         ("POST", "/livez", 405),
         ("DELETE", "/readyz", 405),
         ("PURGE", "/livez", 405),
@@ -108,42 +110,19 @@ def test_prometheus_scrapes_by_address(port: int) -> None:
     assert b'route="/schema.json"' not in body
 
 
-@pytest.mark.parametrize("headers", ["", "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"])
 @pytest.mark.parametrize(
-    ("target", "host", "status"),
+    "content",
     [
-        ("http://evil.example/openapi.json", "service", 421),
-        ("http://evil.example?/openapi.json", "service", 400),
-        ("http://service@evil.example/openapi.json", "service", 421),
-        ("https://evil.example:80/openapi.json", "service", 421),
-        ("http://service/openapi.json", "evil.example", 200),
-        ("HTTP://SERVICE:4242/openapi.json", "evil.example", 200),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01",
+        b"CONNECT\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: service\r\nContent-Length: -1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: service\r\nHost: evil.example\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\n\r\n",
+        b"GET /" + 17_000 * b"a",
     ],
 )
-def test_the_name_in_the_target_counts_and_not_the_header(
-    port: int, target: str, host: str, status: int, headers: str
-) -> None:
-    answer, _ = send(port, f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n".encode())
-    assert answer.status == status
-
-
-@pytest.mark.parametrize(
-    ("content", "status"),
-    [
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01", 400),
-        (b"FOO /livez HTTP/1.1\r\nHost: service\r\n\r\n", 400),
-        (b"CONNECT service:80 HTTP/1.1\r\nHost: service\r\n\r\n", 400),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-        (b"GET /livez HTTP/1.1\r\nHost: service\r\nContent-Length: -1\r\n\r\n", 400),
-        (b"GET /" + 70_000 * b"a", 431),
-    ],
-)
-def test_what_never_becomes_a_request_has_our_headers_and_shape(port: int, content: bytes, status: int) -> None:
+def test_what_never_becomes_a_request_is_a_400_that_tells_nothing(port: int, content: bytes) -> None:
     answer, body = send(port, content)
-    assert answer.status == status
-    require_ours(answer)
+    assert (answer.status, body) == (400, b"Invalid HTTP request received.")
     assert answer.headers["Connection"] == "close"
-    problem = json.loads(body)
-    assert problem["message"]
-    assert problem["expected"]
-    assert problem["request_id"] == answer.headers["X-Request-Id"]
+    assert "Server" not in answer.headers
