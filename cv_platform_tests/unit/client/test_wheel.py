@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tomllib
 import venv
-from importlib.metadata import distribution, version
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -88,5 +88,5 @@ def test_the_wheel_holds_the_clients_package_alone(wheel: Path) -> None:
 
 
 def test_both_distributions_have_one_version() -> None:
-    project = tomllib.loads((CLIENT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == version("cv-platform")
+    projects = [tomllib.loads((folder / "pyproject.toml").read_text()) for folder in (CLIENT, CLIENT.parents[1])]
+    assert projects[0]["project"]["version"] == projects[1]["project"]["version"]
