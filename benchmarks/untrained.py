@@ -105,43 +105,73 @@ def publish(wanted: UntrainedModel) -> None:
     """Builds the network and its encoder, and publishes them under every wanted version."""
     import numpy as np
 
-    from cv_platform.deployment.bundle import publish_model
+    from cv_platform.config import DeployConfig
+    from cv_platform.deployment.bundle import Place, publish_model
     from cv_platform.drift.encoders import build_uae, encoder_hash
     from cv_platform.images import preprocessing_hash
+    from cv_platform.records import (
+        DriftDetectors,
+        Evaluation,
+        FalseAlarms,
+        ModelIdentity,
+        Provenance,
+        Task,
+        TrainedModel,
+    )
     from cv_platform.training.network import build_model
 
     size: dict[str, Any] = {"h": wanted.side_px, "w": wanted.side_px}
     experiment = quick_experiment(wanted.name, model={"architecture": wanted.architecture, "input_size": size})
     model = experiment.model
     network, encoder = build_model(model), build_uae(model.image_size, UAE_DIMS, seed=0)
-    wanted.scratch.mkdir(parents=True, exist_ok=True)
-    keras_path, uae_path = wanted.scratch / "network.keras", wanted.scratch / "encoder.keras"
-    network.save(keras_path)
-    encoder.save(uae_path)
-    shape = (GOLDEN_IMAGES, *model.image_size, 3)
-    storage = CentralStorage(wanted.storage_url)
-    bundle = publish_model(
-        model_name=model.model_name,
-        version=wanted.versions[0],
-        keras_path=keras_path,
-        uae_path=uae_path,
-        golden_images=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
-        class_names=tuple(model.classes),
-        classifier_type=model.classifier_type,
-        preprocessing_hash=preprocessing_hash(model.image_size),
-        encoder_hash=encoder_hash(encoder),
-        dataset_name=experiment.dataset.ds_name,
-        dvc_tag=experiment.dataset.dvc_tag,
-        dvc_md5="00000000000000000000000000000000.dir",
-        runtime=wanted.runtime,
-        storage=storage,
-        bentoml_home=wanted.scratch / "bentoml",
-        cache=wanted.scratch / "cache",
+    identity = ModelIdentity(model_name=model.model_name, version=wanted.versions[0])
+    trained = TrainedModel(
+        model=identity,
+        provenance=Provenance(ds_name=experiment.dataset.ds_name, dvc_tag=experiment.dataset.dvc_tag, dvc_md5="0" * 32),
+        task=Task(
+            image_size=model.image_size,
+            preprocessing_hash=preprocessing_hash(model.image_size),
+            class_names=model.classes,
+            classifier_type=model.classifier_type,
+        ),
+        pack="none",
+        directory=wanted.scratch.absolute(),
+        best_epoch=1,
+        history={},
+        seconds=0.0,
+        images_per_second=0.0,
         effective_config=experiment.model_dump(mode="json"),
     )
-    folder, metadata = storage.fetch_bundle(bundle.model_name, bundle.version, wanted.scratch / "cache")
+    detectors = DriftDetectors(
+        model=identity,
+        directory=trained.directory,
+        encoder_hash=encoder_hash(encoder),
+        uae_dims=UAE_DIMS,
+        feature_dims=0,
+        false_alarms=FalseAlarms(rate=None, trials=0, alpha=0.05, rows=0, permutations=0),
+    )
+    evaluation = Evaluation(
+        model=identity,
+        passed=True,
+        reasons=(),
+        threshold=model.threshold,
+        metrics={},
+        per_class=[],
+        confusion=[],
+        directory=trained.directory,
+        plot_names=(),
+        mlflow_run_id=None,
+    )
+    wanted.scratch.mkdir(parents=True, exist_ok=True)
+    network.save(trained.keras_path)
+    encoder.save(detectors.uae_path)
+    shape = (GOLDEN_IMAGES, *model.image_size, 3)
+    golden = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    place = Place(CentralStorage(wanted.storage_url), wanted.scratch / "bentoml", wanted.scratch / "cache")
+    publish_model(trained, detectors, evaluation, golden, deploy=DeployConfig(runtime=wanted.runtime), place=place)
+    folder, metadata = place.storage.fetch_bundle(identity.model_name, identity.version, place.cache)
     for version in wanted.versions[1:]:
-        storage.publish_bundle(folder, metadata.model_copy(update={"version": version}))
+        place.storage.publish_bundle(folder, metadata.model_copy(update={"version": version}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from cv_platform.config import config_files, json_schema, load_beside_others, load_experiments
 from cv_platform.errors import ConfigError, CvPlatformError
@@ -183,21 +183,22 @@ def _run(options: argparse.Namespace) -> int:
         log=log,
         say=lambda line: print(line, flush=True),
     )
-    for line in _run_summary(settings.home / "records" / experiment.name):
+    for line in _run_summary(settings.home, experiment.name):
         print(f"  {line}")
     return 0
 
 
-def _run_summary(records: Path) -> list[str]:
+def _run_summary(home: Path, experiment: str) -> list[str]:
     """Returns what a complete run of an experiment came to, by the records of its assets; a line each."""
+    from cv_platform.record_store import RecordStore
+    from cv_platform.records import Deployment, DriftReport, Evaluation
 
-    def record(asset: str) -> dict[str, Any]:
-        return json.loads((records / f"{asset}.json").read_text(encoding="utf-8"))
-
-    lines = [f"evaluation: {'; '.join(record('evaluation')['reasons'])}"]
-    lines.append(f"deployment: {record('deployment')['message']}")
-    if (records / "drift_report.json").is_file() and (report := record("drift_report"))["report_url"]:
-        lines.append(f"drift report: {report['verdict']} ({report['rows']} requests); {report['report_url']}")
+    records = RecordStore(home, experiment)
+    evaluation, deployment = records.latest(Evaluation), records.latest(Deployment)
+    lines = [f"evaluation: {'; '.join(evaluation.reasons)}"] if evaluation else []
+    lines += [f"deployment: {deployment.message}"] if deployment else []
+    if (report := records.latest(DriftReport)) and report.report_url:
+        lines.append(f"drift report: {report.verdict} ({report.rows} requests); {report.report_url}")
     return lines
 
 

@@ -61,6 +61,7 @@ ClassName = Annotated[
 ]
 """In NFC: macOS gives accents as characters of their own, keyboards do not."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+ClassifierType = Literal["multi-class", "multi-label"]
 Severity = Annotated[
     Literal["error", "warn", "off"],
     Field(description="of the check: a violation blocks training, is shown, or is not looked for"),
@@ -120,7 +121,7 @@ class ModelConfig(Section):
 
     model_name: ModelName = Field(description="name in the registry, in storage and in every log row")
     classes: tuple[ClassName, ...] = Field(min_length=2, description="class names in the order of the outputs")
-    classifier_type: Literal["multi-class", "multi-label"] = Field(
+    classifier_type: ClassifierType = Field(
         default="multi-class", description="one class for each image, or any number of them"
     )
     input_size: InputSize = Field(description="of the images that the model sees")

@@ -7,7 +7,6 @@ images as another camera might give them. The first must show no drift, the seco
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import cv2
 import httpx
@@ -37,8 +36,11 @@ from cv_platform.local.graph import materialize
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.local.programs import service_command
 from cv_platform.local.supervisor import is_running
+from cv_platform.record_store import RecordStore
+from cv_platform.records import DatasetVersion, DriftReport, Evaluation, Record
 from cv_platform.settings import Settings
 
+_R = TypeVar("_R", bound=Record)
 READY_SECONDS = 120.0
 DRAIN_SECONDS = 60.0
 
@@ -77,9 +79,8 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
         with _stage(summary, "graph", say):
             log = settings.home / "logs" / "demo-graph.log"
             materialize(f"key:{experiment.name}/*", environment, log=log, say=say)
-        evaluation = _record(settings, experiment.name, "evaluation")
-        version = evaluation["version"]
-        accuracy = evaluation["metrics"]["accuracy"]
+        evaluation = _record(settings, experiment.name, Evaluation)
+        version, accuracy = evaluation.model.version, evaluation.metrics["accuracy"]
         summary.expect(
             accuracy >= experiment.evaluate.min_accuracy,
             f"test accuracy {accuracy:.4f} (gate {experiment.evaluate.min_accuracy})",
@@ -101,14 +102,14 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
             start, end, _ = windows[title]
             with _stage(summary, f"drift report, {title}", say):
                 report = _drift_report(settings, environment, experiment.name, start, end, title, say)
-            moved = ", ".join(str(row.get("class", row)) for row in report["moved_classes"][:3])
-            detail = f"; classes that moved: {moved}" if report["verdict"] == "drift" and moved else ""
+            moved = ", ".join(movement.class_name for movement in report.moved_classes[:3])
+            detail = f"; classes that moved: {moved}" if report.verdict == "drift" and moved else ""
             summary.expect(
-                report["verdict"] == verdict,
-                f"{title} window ({report['rows']} requests): {report['verdict']}, smallest adjusted p "
-                f"{min(report['adjusted_p_values'].values(), default=float('nan')):.4f}{detail}",
+                report.verdict == verdict,
+                f"{title} window ({report.rows} requests): {report.verdict}, smallest adjusted p "
+                f"{min(report.adjusted_p_values.values(), default=float('nan')):.4f}{detail}",
             )
-            summary.lines.append(f"       report: {report['report_url']}")
+            summary.lines.append(f"       report: {report.report_url}")
     _print(summary, settings, say)
     return 1 if summary.failures else 0
 
@@ -154,12 +155,12 @@ def _drift_report(
     end: datetime,
     title: str,
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> DriftReport:
     window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat()}
     config = {"resources": {f"{name}_config": {"config": {"monitor": window}}}}
     log = settings.home / "logs" / f"demo-drift-{title}.log"
     materialize(f"key:{name}/drift_report", environment, log=log, say=say, config=config)
-    return _record(settings, name, "drift_report")
+    return _record(settings, name, DriftReport)
 
 
 @contextmanager
@@ -253,15 +254,18 @@ def _test_images(settings: Settings, name: str) -> list[bytes]:
 
     By class, as they lie, no user would send them, and drift detection that follows the order would take it for drift.
     """
-    dataset = _record(settings, name, "dataset")
-    manifest = pd.read_parquet(dataset["manifest_path"])
+    dataset = _record(settings, name, DatasetVersion)
+    manifest = pd.read_parquet(dataset.manifest_path)
     paths = manifest.loc[(manifest["split"] == "test") & manifest["is_readable"], "path"]
     shuffled = np.random.default_rng(0).permutation(sorted(paths))
-    return [(Path(dataset["directory"]) / path).read_bytes() for path in shuffled]
+    return [(dataset.directory / path).read_bytes() for path in shuffled]
 
 
-def _record(settings: Settings, name: str, asset: str) -> dict[str, Any]:
-    return json.loads((settings.home / "records" / name / f"{asset}.json").read_text(encoding="utf-8"))
+def _record(settings: Settings, name: str, kind: type[_R]) -> _R:
+    record = RecordStore(settings.home, name).latest(kind)
+    if record is None:
+        raise CvPlatformError(f"Expected a {kind.__name__} of {name}. Received: none. Look into the log of the graph.")
+    return record
 
 
 @contextmanager

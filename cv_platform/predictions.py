@@ -11,11 +11,12 @@ original's. How probabilities become predicted classes is here too: every reader
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.config import ClassifierType
 from cv_platform.properties import PROPERTY_NAMES
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ BBSD_FEATS = "bbsd_feats"
 FEATURES = "features"
 PROPERTIES = "properties"
 
-ClassifierType = Literal["multi-class", "multi-label"]
 LABEL_SEPARATOR = "|"
 """Joins the class names of a multi-label `label` or `predicted_class`."""
 NONE_OF_THESE = ""

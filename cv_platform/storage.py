@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
+from cv_platform.config import ClassifierType
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import (
     BundleExistsError,
@@ -36,7 +37,7 @@ from cv_platform.errors import (
 from cv_platform.files import file_sha256, whole_file
 from cv_platform.object_store import ObjectStore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # LibYAML, where the wheel has it, reads the same a dozen times as fast; a start waits for the metadata.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MODEL_PATHS = {"tensorflow": "saved_model", "onnx": "model.onnx"}
@@ -65,7 +66,7 @@ class BundleMetadata(_Record):
     parity: dict[str, float] = Field(
         default_factory=dict, description="differences of the ONNX graph from the gradient tape on the golden images"
     )
-    classifier_type: Literal["multi-class", "multi-label"]
+    classifier_type: ClassifierType
     class_names: tuple[str, ...]
     image_size: tuple[int, int] = Field(description="(height, width) in pixels")
     threshold: float = Field(0.5, description="multi-label only")
@@ -76,7 +77,7 @@ class BundleMetadata(_Record):
     feature_dims: int
     preprocessing_hash: str
     encoder_hash: str
-    dataset_name: str
+    ds_name: str = Field(validation_alias=AliasChoices("ds_name", "dataset_name"), description="format 1: dataset_name")
     dvc_tag: str
     dvc_md5: str
     git_commit: str | None = None
@@ -168,6 +169,10 @@ class CentralStorage:
             text = yaml.safe_dump(complete.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             self._store.replace(f"{target}/{name}", text)
         return complete
+
+    def bundle_url(self, model_name: str, version: str) -> str:
+        """Returns where a bundle's folder is, or would be."""
+        return self._store.url_of(self._bundle(model_name, version))
 
     def bundle_versions(self, model_name: str) -> list[str]:
         """Lists a model's published versions, oldest first."""

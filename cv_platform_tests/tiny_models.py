@@ -96,7 +96,7 @@ def tiny_metadata(version: str | None = None, **changes: Any) -> BundleMetadata:
         "feature_dims": 5,
         "preprocessing_hash": preprocessing_hash(IMAGE_SIZE),
         "encoder_hash": "0123456789abcdef",
-        "dataset_name": "tiny",
+        "ds_name": "tiny",
         "dvc_tag": "v1.0.0",
         "dvc_md5": "d41d8cd98f00b204e9800998ecf8427e.dir",
     }

@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cv_platform import images
 from cv_platform.datasets.manifest import read_manifest
-from cv_platform.datasets.versions import DatasetVersion
 from cv_platform.fonts import by_font
+from cv_platform.records import DatasetVersion
 
 _CELL_PX = 64
 _GAP_PX = 4

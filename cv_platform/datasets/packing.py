@@ -21,61 +21,30 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cv_platform import images
 from cv_platform.config import ModelConfig
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.splits import SPLITS
-from cv_platform.datasets.versions import DatasetVersion
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError, VerdictError
 from cv_platform.files import exclusive, file_sha256, whole_directory
+from cv_platform.records import DatasetVersion, PackedImages, Task, TrainedModel
 
 logger = logging.getLogger(__name__)
 
 PACK_FORMAT = 1
 _MARKER = "packed.json"
+_FACTS = ("counts", "bytes", "images_per_second")
+"""In the marker, beside the checksums: what cannot be told from dataset version and config."""
 _CHUNK_IMAGES = 256
 _DECODERS = 2
-
-
-class PackedImages(BaseModel):
-    """The decoded images of a dataset version.
-
-    Attributes:
-        directory: folder of the pack.
-        dvc_md5: the data version.
-        dvc_tag: its tag.
-        ds_name: name of the dataset.
-        preprocessing_hash: `images.preprocessing_hash` of the pixels.
-        image_size: (height, width) in pixels.
-        class_names: the classes in the order of targets.
-        classifier_type: decides the targets' form.
-        counts: images per split: train, valid, test, reference.
-        bytes: size of the pack.
-        images_per_second: speed at which it was made.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    directory: Path
-    dvc_md5: str
-    dvc_tag: str
-    ds_name: str
-    preprocessing_hash: str
-    image_size: tuple[int, int]
-    class_names: tuple[str, ...]
-    classifier_type: Literal["multi-class", "multi-label"]
-    counts: dict[str, int]
-    bytes: int
-    images_per_second: float
 
 
 @dataclass(frozen=True)
@@ -129,47 +98,49 @@ def pack_images(
     unknown = sorted(set(quarantined) - set(manifest["path"]))
     if unknown:
         raise InvalidDatasetError(
-            f"Expected quarantined paths of {version.ds_name} {version.tag}. Received: {', '.join(unknown[:5])}, "
+            f"Expected quarantined paths of {version.provenance}. Received: {', '.join(unknown[:5])}, "
             "not in its manifest. Validate this version again."
         )
     usable = manifest.loc[manifest["is_readable"] & ~manifest["path"].isin(list(quarantined))]
     if not (usable["split"] == "train").any():
         raise InvalidDatasetError(
-            f"Expected images to train on in {version.ds_name} {version.tag}. Received: none that is readable and not "
+            f"Expected images to train on in {version.provenance}. Received: none that is readable and not "
             f"quarantined ({len(quarantined)} are). Look at the validation report."
         )
-    directory = home.absolute() / "packed" / f"{version.dvc_md5}-{_key(manifest, model, quarantined)}"
+    directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{_key(manifest, model, quarantined)}"
     with exclusive(directory.parent / f".{directory.name}.lock"):
-        packed = _intact(directory)
-        if packed is None:
-            packed = _pack(version, model, usable, directory, spare_bytes)
+        facts = _intact(directory) or _pack(version, model, usable, directory, spare_bytes)
+    task = Task(
+        image_size=model.image_size,
+        preprocessing_hash=images.preprocessing_hash(model.image_size),
+        class_names=model.classes,
+        classifier_type=model.classifier_type,
+    )
     # Another tag of the same images shares the pack.
-    return packed.model_copy(update={"directory": directory, "dvc_tag": version.tag, "ds_name": version.ds_name})
+    return PackedImages(provenance=version.provenance, task=task, directory=directory, **facts)
 
 
-def require_same_pack(pack: str, packed: PackedImages) -> None:
-    """Refuses packed images that are not those a model was trained beside: their splits may overlap otherwise.
-
-    Raises:
-        VerdictError: `pack`, the name of the model's packed images, is another one.
-    """
-    if pack != packed.directory.name:
-        raise VerdictError(
-            f"Expected the packed images {pack}, whose training split the model has seen. "
-            f"Received: {packed.directory.name}. Materialise model, then this asset."
-        )
-
-
-def open_split(packed: PackedImages, split: str) -> PackedSplit:
+def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None = None) -> PackedSplit:
     """Opens one split without reading its pixels.
 
+    Args:
+        packed: the pack.
+        split: train, valid, test or reference.
+        beside: a model that must have been trained with this pack; with another, splits may overlap.
+
     Raises:
+        VerdictError: the model was trained with another pack.
         DatasetError: the pack is incomplete; materialising packed_images makes it again.
     """
+    if beside is not None and beside.pack != packed.directory.name:
+        raise VerdictError(
+            f"Expected the packed images {beside.pack}, whose training split the model has seen. "
+            f"Received: {packed.directory.name}. Materialise model, then this asset."
+        )
     if split not in SPLITS:
         raise ValueError(f"Expected one of {', '.join(SPLITS)}. Received: {split!r}.")
-    count, (height, width) = packed.counts.get(split, 0), packed.image_size
-    target_shape = (count,) if packed.classifier_type == "multi-class" else (count, len(packed.class_names))
+    task, count = packed.task, packed.counts.get(split, 0)
+    target_shape = (count,) if task.classifier_type == "multi-class" else (count, len(task.class_names))
     try:
         pixels = _open_array(packed.directory / f"{split}.images.npy", count)
         targets = _open_array(packed.directory / f"{split}.targets.npy", count)
@@ -178,7 +149,7 @@ def open_split(packed: PackedImages, split: str) -> PackedSplit:
         raise DatasetError(
             f"Expected a pack at {packed.directory}. Received: {err}. Materialise packed_images again."
         ) from err
-    expected = ((count, height, width, 3), target_shape, count)
+    expected = ((count, *task.image_size, 3), target_shape, count)
     if (pixels.shape, targets.shape, rows.num_rows) != expected:
         raise DatasetError(
             f"Expected shapes and rows {expected} in {packed.directory}. Received: {pixels.shape}, {targets.shape}, "
@@ -205,30 +176,31 @@ def _key(manifest: pd.DataFrame, model: ModelConfig, quarantined: Collection[str
     return digest.hexdigest()[:16]
 
 
-def _intact(directory: Path) -> PackedImages | None:
-    """Returns the pack at `directory` if it has exactly the files that were written."""
+def _intact(directory: Path) -> dict[str, Any] | None:
+    """Returns the facts of the pack at `directory` if it has exactly the files that were written."""
     try:
         marker = json.loads((directory / _MARKER).read_bytes())
-        packed = PackedImages.model_validate(marker["packed"])
+        facts = {name: marker["packed"][name] for name in _FACTS}
         for name, (size, sha256) in marker["files"].items():
             if (directory / name).stat().st_size != size or file_sha256(directory / name) != sha256:
                 logger.warning("%s in %s is damaged; packing again", name, directory)
                 return None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         logger.warning("The pack %s is unreadable (%s); packing again", directory, err)
         return None
-    return packed
+    return facts
 
 
 def _pack(
     version: DatasetVersion, model: ModelConfig, usable: pd.DataFrame, directory: Path, spare_bytes: int | None
-) -> PackedImages:
+) -> dict[str, Any]:
+    """Makes the pack and returns its facts, which stand in its marker too."""
     height, width = model.image_size
     directory.parent.mkdir(parents=True, exist_ok=True)
     needed = len(usable) * (height * width * 3 + 4 * len(model.classes) + 256)
-    purpose = f"the decoded images of {version.ds_name}"
+    purpose = f"the decoded images of {version.provenance.ds_name}"
     require_free_space(directory.parent, needed, purpose=purpose, spare_bytes=spare_bytes)
     started = time.perf_counter()
     with whole_directory(directory) as partial, ThreadPoolExecutor(_DECODERS) as pool:
@@ -244,23 +216,15 @@ def _pack(
             files |= _write(partial / f"{split}.rows.parquet", lambda path, table=table: pq.write_table(table, path))
         seconds = time.perf_counter() - started
         counts = Counter(usable["split"])
-        packed = PackedImages(
-            directory=directory,
-            dvc_md5=version.dvc_md5,
-            dvc_tag=version.tag,
-            ds_name=version.ds_name,
-            preprocessing_hash=images.preprocessing_hash(model.image_size),
-            image_size=model.image_size,
-            class_names=model.classes,
-            classifier_type=model.classifier_type,
-            counts={split: counts[split] for split in SPLITS},
-            bytes=sum(size for size, _ in files.values()),
-            images_per_second=len(usable) / max(seconds, 1e-9),
-        )
-        marker = json.dumps({"files": files, "packed": packed.model_dump(mode="json")})
+        facts: dict[str, Any] = {
+            "counts": {split: counts[split] for split in SPLITS},
+            "bytes": sum(size for size, _ in files.values()),
+            "images_per_second": len(usable) / max(seconds, 1e-9),
+        }
+        marker = json.dumps({"files": files, "packed": facts})
         _write(partial / _MARKER, lambda path: path.write_text(marker, encoding="utf-8"))
-    logger.info("Packed %d images at %.0f per second into %s", len(usable), packed.images_per_second, directory)
-    return packed
+    logger.info("Packed %d images at %.0f per second into %s", len(usable), facts["images_per_second"], directory)
+    return facts
 
 
 _ROWS = pa.schema([("path", pa.string()), ("sha256", pa.string())])

@@ -13,8 +13,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.digits import make_digits_repository
 from cv_platform.datasets.dvc_store import check_out
@@ -27,35 +25,12 @@ from cv_platform.datasets.repository import (
     require_repository,
 )
 from cv_platform.files import exclusive, whole_directory
+from cv_platform.records import DatasetVersion, Provenance
 
 logger = logging.getLogger(__name__)
 
 _MARKER = "checkout.json"
 _MARKER_FORMAT = 1
-
-
-class DatasetVersion(BaseModel):
-    """A checked-out dataset version.
-
-    Attributes:
-        ds_name: name of the dataset.
-        tag: its DVC tag.
-        dvc_md5: the data version: DVC's md5 of the images, or of images and annotations.csv where git tracks one.
-        git_commit: the commit of the tag.
-        directory: root of the read-only checkout; the manifest's paths are relative to it.
-        manifest_path: the manifest for one config.
-        class_names: the configured classes, in the order of the model's outputs.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    ds_name: str
-    tag: str
-    dvc_md5: str
-    git_commit: str
-    directory: Path
-    manifest_path: Path
-    class_names: tuple[str, ...]
 
 
 def repository_directory(dataset: DatasetConfig, *, home: Path) -> Path:
@@ -101,12 +76,10 @@ def checkout_version(dataset: DatasetConfig, model: ModelConfig, *, home: Path) 
                 directory, data_path=version.data_path, annotations=version.annotations, model=model, dataset=dataset
             )
     return DatasetVersion(
-        ds_name=dataset.ds_name,
-        tag=version.tag,
-        dvc_md5=version.dvc_md5,
+        provenance=Provenance(ds_name=dataset.ds_name, dvc_tag=version.tag, dvc_md5=version.dvc_md5),
         git_commit=version.commit,
         directory=directory,
-        manifest_path=manifest,
+        manifest=manifest.name,
         class_names=model.classes,
     )
 

@@ -16,7 +16,7 @@ from cv_platform.settings import Settings
 
 
 @dataclass(frozen=True)
-class Run:
+class AssetRun:
     """What an asset body works with in one Dagster run."""
 
     context: dg.AssetExecutionContext
@@ -83,7 +83,7 @@ class Branch:
         """Declares a check of one of the branch's assets."""
         return dg.AssetCheckSpec(name, asset=self.key(asset), blocking=blocking, description=description)
 
-    def run(self, context: dg.AssetExecutionContext) -> Run:
+    def run(self, context: dg.AssetExecutionContext) -> AssetRun:
         """Returns what the body of an asset needs in this run.
 
         Raises:
@@ -96,7 +96,7 @@ class Branch:
         config = experiment.resolve()
         if self.key("deployment") in context.job_def.asset_layer.selected_asset_keys:
             require_service(config.deploy, experiment=config.name, storage=installation.storage())
-        return Run(context, config, installation, installation.settings(), context.resources.mlflow)
+        return AssetRun(context, config, installation, installation.settings(), context.resources.mlflow)
 
 
 @functools.cache

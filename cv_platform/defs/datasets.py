@@ -4,11 +4,9 @@ from collections import Counter
 
 import dagster as dg
 
-from cv_platform.datasets.packing import PackedImages
-from cv_platform.datasets.versions import DatasetVersion
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, picture, table
-from cv_platform.validation.verdict import ValidationVerdict
+from cv_platform.records import DatasetVersion, PackedImages, ValidationVerdict
 
 
 def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -32,11 +30,11 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             value=version,
             # The manifest's name stands for the splits, which follow from the config too.
-            data_version=dg.DataVersion(f"{version.dvc_md5}-{version.manifest_path.stem}"),
+            data_version=dg.DataVersion(f"{version.provenance.dvc_md5}-{version.manifest_path.stem}"),
             metadata={
                 "dagster/row_count": len(manifest),
-                "tag": version.tag,
-                "dvc_md5": version.dvc_md5,
+                "tag": version.provenance.dvc_tag,
+                "dvc_md5": version.provenance.dvc_md5,
                 "git_commit": version.git_commit,
                 "directory": file_link(version.directory),
                 "manifest": file_link(version.manifest_path),
@@ -83,12 +81,11 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
         Made by the very function that the service calls on an upload, once per data version and preprocessing hash.
         Quarantined images are left out.
         """
-        from cv_platform.datasets.manifest import read_manifest
         from cv_platform.datasets.packing import pack_images
         from cv_platform.validation.verdict import require_verdict
 
         run = branch.run(context)
-        require_verdict(verdict, dvc_md5=dataset.dvc_md5, manifest=dataset.manifest_path.name, must_pass=False)
+        require_verdict(verdict, dvc_md5=dataset.provenance.dvc_md5, manifest=dataset.manifest, must_pass=False)
         packed = pack_images(
             dataset,
             run.config.model,
@@ -96,9 +93,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             home=run.settings.home,
             spare_bytes=run.settings.spare_disk_bytes,
         )
-        manifest = read_manifest(dataset.manifest_path)
-        is_usable = manifest["is_readable"] & ~manifest["path"].isin(list(verdict.quarantined))
-        expected = dict(Counter(manifest.loc[is_usable, "split"].astype(str)))
+        expected = _usable(dataset, verdict)
         return dg.MaterializeResult(
             value=packed,
             data_version=dg.DataVersion(packed.directory.name),
@@ -107,7 +102,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
                 "directory": file_link(packed.directory),
                 "bytes": packed.bytes,
                 "images_per_second": packed.images_per_second,
-                "preprocessing_hash": packed.preprocessing_hash,
+                "preprocessing_hash": packed.task.preprocessing_hash,
                 "splits": table([{"split": split, "images": count} for split, count in packed.counts.items()]),
             },
             check_results=[
@@ -120,3 +115,12 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
         )
 
     return packed_images
+
+
+def _usable(dataset: DatasetVersion, verdict: ValidationVerdict) -> dict[str, int]:
+    """Counts the images per split that are neither unreadable nor quarantined."""
+    from cv_platform.datasets.manifest import read_manifest
+
+    manifest = read_manifest(dataset.manifest_path)
+    is_usable = manifest["is_readable"] & ~manifest["path"].isin(list(verdict.quarantined))
+    return dict(Counter(manifest.loc[is_usable, "split"].astype(str)))

@@ -2,15 +2,18 @@
 
 import dagster as dg
 
-from cv_platform.datasets.packing import PackedImages
 from cv_platform.defs.branch import Branch
-from cv_platform.deployment.bundle import ModelBundle
-from cv_platform.deployment.rollout import Deployment
-from cv_platform.drift.detectors import DriftDetectors
-from cv_platform.drift.reference import ReferenceData
 from cv_platform.errors import VerdictError
-from cv_platform.evaluation.report import Evaluation
-from cv_platform.training.trainer import TrainedModel
+from cv_platform.records import (
+    Deployment,
+    DriftDetectors,
+    Evaluation,
+    ModelBundle,
+    ModelIdentity,
+    PackedImages,
+    ReferenceData,
+    TrainedModel,
+)
 
 
 def bento_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -41,47 +44,26 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         The bundle answers probabilities, drift features and the Grad-CAM map in a single call, and carries golden
         images with their outputs for its self-test.
         """
-        from cv_platform.datasets.packing import open_split, require_same_pack
-        from cv_platform.deployment.bundle import publish_model
+        from cv_platform.datasets.packing import open_split
+        from cv_platform.deployment.bundle import Place, publish_model
         from cv_platform.deployment.golden import golden_rows
         from cv_platform.evaluation.report import require_promotion
 
         run = branch.run(context)
-        require_promotion(evaluation, version=trained.version)
-        require_same_pack(trained.pack, packed)
-        test = open_split(packed, "test")
-        golden = test.images[golden_rows(test.targets, run.config.deploy.golden_images)]
+        deploy, home = run.config.deploy, run.settings.home
+        require_promotion(evaluation, trained.model)
         for record in (detectors, reference):
-            require_same_version(record, trained.version)
-        bundle = publish_model(
-            model_name=trained.model_name,
-            version=trained.version,
-            keras_path=trained.keras_path,
-            uae_path=detectors.uae_path,
-            golden_images=golden,
-            class_names=trained.class_names,
-            classifier_type=trained.classifier_type,
-            threshold=run.config.model.threshold,
-            temperature=trained.temperature,
-            runtime=run.config.deploy.runtime,
-            preprocessing_hash=trained.preprocessing_hash,
-            encoder_hash=detectors.encoder_hash,
-            dataset_name=trained.ds_name,
-            dvc_tag=trained.dvc_tag,
-            dvc_md5=trained.dvc_md5,
-            git_commit=trained.git_commit,
-            mlflow_run_id=trained.mlflow_run_id,
-            metrics=evaluation.metrics,
-            effective_config=trained.effective_config,
-            storage=run.installation.storage(),
-            bentoml_home=run.settings.home / "bentoml",
-            cache=run.settings.home / "cache",
-            spare_bytes=run.settings.spare_disk_bytes,
+            require_same_model(record, trained.model)
+        test = open_split(packed, "test", beside=trained)
+        golden = test.images[golden_rows(test.targets, deploy.golden_images)]
+        place = Place(
+            run.installation.storage(), home / "bentoml", home / "cache", spare_bytes=run.settings.spare_disk_bytes
         )
+        bundle = publish_model(trained, detectors, evaluation, golden, deploy=deploy, place=place)
         return dg.MaterializeResult(
             value=bundle,
             metadata={
-                "version": bundle.version,
+                "version": bundle.model.version,
                 "bento_tag": bundle.bento_tag,
                 "bytes": bundle.bytes,
                 "published": bundle.url,
@@ -113,7 +95,7 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.tracking import CHAMPION, set_alias
 
         run = branch.run(context)
-        require_promotion(evaluation, version=bundle.version)
+        require_promotion(evaluation, bundle.model)
         result = deploy(
             bundle,
             run.config.deploy,
@@ -122,14 +104,14 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
             cache=run.settings.home / "cache",
         )
         try:
-            set_alias(run.settings.mlflow_tracking_uri, bundle.model_name, CHAMPION, bundle.version)
+            set_alias(run.settings.mlflow_tracking_uri, bundle.model.model_name, CHAMPION, bundle.model.version)
         except TrackingError as err:  # The service serves the version already; MLflow only shows it.
             context.log.warning(f"MLflow's alias {CHAMPION} was not moved: {err}")
         return dg.MaterializeResult(
             value=result,
             metadata={
                 "service": result.service,
-                "version": result.version,
+                "version": result.model.version,
                 "previous_version": result.previous_version or "",
                 "confirmed_workers": list(result.confirmed_workers),
                 "seconds": result.seconds,
@@ -140,14 +122,14 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
     return deployment
 
 
-def require_same_version(record: DriftDetectors | ReferenceData, version: str) -> None:
+def require_same_model(record: DriftDetectors | ReferenceData, model: ModelIdentity) -> None:
     """Refuses detectors or reference data of another model version.
 
     Raises:
         VerdictError: they belong to another version.
     """
-    if record.version != version:
+    if record.model != model:
         raise VerdictError(
-            f"Expected {type(record).__name__} of model version {version}. Received: of {record.version}. "
+            f"Expected {type(record).__name__} of {model}. Received: of {record.model}. "
             "Materialise what is upstream of this asset again."
         )

@@ -2,12 +2,9 @@
 
 import dagster as dg
 
-from cv_platform.datasets.packing import PackedImages
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link
-from cv_platform.drift.detectors import DriftDetectors
-from cv_platform.drift.reference import ReferenceData
-from cv_platform.training.trainer import TrainedModel
+from cv_platform.records import DriftDetectors, PackedImages, ReferenceData, TrainedModel
 
 
 def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -33,38 +30,29 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
 
         The false-alarm rate is measured on halves of the reference split, which the model has never seen.
         """
-        from cv_platform.datasets.packing import open_split, require_same_pack
-        from cv_platform.drift.detectors import build_detectors
+        from cv_platform.datasets.packing import open_split
+        from cv_platform.drift.detectors import build_detectors, false_alarm_summary, is_calibrated
 
         run = branch.run(context)
-        require_same_pack(trained.pack, packed)
-        reference = open_split(packed, "reference")
-        detectors = build_detectors(
-            trained.keras_path,
-            reference,
-            run.config.model,
-            model_name=trained.model_name,
-            version=trained.version,
-            directory=run.settings.home / "models",
-            alpha=run.config.monitor.alpha,
-            seed=run.config.monitor.seed,
-        )
-        rate, summary = detectors.false_alarm_rate, detectors.false_alarm_summary(len(reference.paths))
+        reference = open_split(packed, "reference", beside=trained)
+        detectors = build_detectors(trained, reference, run.config)
+        alarms = detectors.false_alarms
+        summary = false_alarm_summary(alarms, len(reference.paths))
         return dg.MaterializeResult(
             value=detectors,
             metadata={
-                "version": detectors.version,
+                "version": detectors.model.version,
                 "encoder": file_link(detectors.uae_path),
                 "encoder_hash": detectors.encoder_hash,
                 "uae_dims": detectors.uae_dims,
                 "feature_dims": detectors.feature_dims,
-                "false_alarm_rate": dg.MetadataValue.float(rate) if rate is not None else summary,
-                "false_alarm_trials": detectors.false_alarm_trials,
+                "false_alarm_rate": dg.MetadataValue.float(alarms.rate) if alarms.rate is not None else summary,
+                "false_alarm_trials": alarms.trials,
             },
             check_results=[
                 dg.AssetCheckResult(
                     check_name=calibrated.name,
-                    passed=detectors.is_calibrated,
+                    passed=is_calibrated(alarms),
                     severity=dg.AssetCheckSeverity.WARN,
                     description=summary,
                 )
@@ -91,25 +79,18 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
         Neither training, model selection nor calibration has seen these images. Columns: path, sha256, label, model
         and version, predicted class, UAE embedding, probabilities, penultimate features, pixel statistics.
         """
-        from cv_platform.datasets.packing import open_split, require_same_pack
+        from cv_platform.datasets.packing import open_split
         from cv_platform.drift.reference import build_reference_data
 
         run = branch.run(context)
-        require_same_pack(trained.pack, packed)
-        reference = build_reference_data(
-            trained.keras_path,
-            detectors,
-            open_split(packed, "reference"),
-            run.config.model,
-            preprocessing_hash=packed.preprocessing_hash,
-            directory=run.settings.home / "models",
-            storage=run.installation.storage(),
-        )
+        held_out = open_split(packed, "reference", beside=trained)
+        storage = run.installation.storage()
+        reference = build_reference_data(trained, detectors, held_out, run.config.model, storage=storage)
         return dg.MaterializeResult(
             value=reference,
             metadata={
                 "dagster/row_count": reference.rows,
-                "version": reference.version,
+                "version": reference.model.version,
                 "parquet": file_link(reference.path),
                 "published": reference.url,
             },

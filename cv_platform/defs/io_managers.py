@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import dagster as dg
-from pydantic import BaseModel, ValidationError
 
 from cv_platform.errors import StorageError
-from cv_platform.files import write_file
+from cv_platform.record_store import RecordStore, record_stores
+from cv_platform.records import Record
 from cv_platform.settings import Settings
+
+_PARENT, _RETRY = "dagster/parent_run_id", "dagster/retry_number"
+"""Tags of a run; the second has one that Dagster's daemon has started for one that was killed."""
 
 
 class RecordIOManager(dg.ConfigurableIOManager):
-    """Keeps the latest record of each asset in `$CV_HOME/records/<experiment>/<asset>.json`."""
+    """Keeps the records of each experiment by version, see `record_store`."""
 
-    def handle_output(self, context: dg.OutputContext, obj: BaseModel | None) -> None:
-        """Replaces the asset's record in one step."""
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Takes note of what is the latest when the run begins."""
+        if context.run is not None and context.instance is not None:
+            for store in record_stores(Settings.from_environment().home):
+                store.seen(_first_attempt(context.run, context.instance))
+
+    def handle_output(self, context: dg.OutputContext, obj: Record | None) -> None:
+        """Keeps the asset's record, with the versions of what it was made from."""
         if obj is None:  # An asset without a value, such as an external observation.
             return
-        write_file(_record_path(context.asset_key), obj.model_dump_json(indent=2))
+        store, asset, run_id = _place(context)
+        upstream = [dep.asset_key.path[-1] for dep in context.asset_spec.deps]
+        record = obj.model_copy(update={"made_from": store.made_from(upstream, run_id=run_id)})
+        context.add_output_metadata({"record": store.write(asset, record, run_id=run_id)})
 
-    def load_input(self, context: dg.InputContext) -> BaseModel:
-        """Reads the upstream asset's latest record as the type that the asset body annotates.
+    def load_input(self, context: dg.InputContext) -> Record:
+        """Reads the upstream asset's record as the type that the asset body annotates.
 
         Raises:
             StorageError: the upstream asset was never materialised here, or by another version of the platform.
         """
-        path = _record_path(context.asset_key)
-        record = context.dagster_type.typing_type
-        name = context.asset_key.to_user_string()
-        try:
-            return record.model_validate_json(path.read_bytes())
-        except FileNotFoundError as err:
+        store, asset, run_id = _place(context)
+        version = store.version_for(asset, run_id=run_id)
+        if version is None:
+            name = context.asset_key.to_user_string()
             raise StorageError(
-                f"Expected a materialised {name}. Received: nothing at {path}. Materialise it first."
-            ) from err
-        except ValidationError as err:
-            raise StorageError(
-                f"Expected a record of {name} of this version. Received: {err}. Materialise {name} again."
-            ) from err
+                f"Expected a materialised {name}. Received: no record in {store.folder}. Materialise it first."
+            )
+        return store.read(asset, context.dagster_type.typing_type, version)
 
 
-def _record_path(key: dg.AssetKey) -> Path:
-    return Settings.from_environment().home.joinpath("records", *key.path).with_suffix(".json")
+def _place(context: dg.InputContext | dg.OutputContext) -> tuple[RecordStore, str, str]:
+    experiment, asset = context.asset_key.path
+    run_id = _first_attempt(context.step_context.dagster_run, context.step_context.instance)
+    return RecordStore(Settings.from_environment().home, experiment), asset, run_id
+
+
+def _first_attempt(run: dg.DagsterRun, instance: dg.DagsterInstance) -> str:
+    """Returns the id of a run; of an automatic retry, that of the first attempt, whose work it goes on with."""
+    while _RETRY in run.tags and (parent := instance.get_run_by_id(run.tags.get(_PARENT, ""))):
+        run = parent
+    return run.run_id

@@ -1,12 +1,13 @@
 """The assets `drift_report` (the verdict on a window of requests) and `production_metrics` (what people said of it)."""
 
+from datetime import UTC, datetime
+from typing import Any
+
 import dagster as dg
 
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import picture, table
-from cv_platform.deployment.rollout import Deployment
-from cv_platform.monitoring.production_record import ProductionMetrics
-from cv_platform.monitoring.report import DriftReport
+from cv_platform.records import Deployment, DriftReport, ModelIdentity, ProductionMetrics
 
 
 def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -30,60 +31,40 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         family-wise test decides (Holm over BBSD-KS, properties-KS and two MMD permutation tests). Kept in Postgres,
         in central storage and in the Evidently workspace.
         """
-        from datetime import UTC, datetime
-
         from cv_platform.monitoring.alerts import send_alert
         from cv_platform.monitoring.exported_metrics import export_drift
-        from cv_platform.monitoring.report import make_drift_report
+        from cv_platform.monitoring.report import ReportPlace, make_drift_report
+        from cv_platform.monitoring.sentences import drift_summary
 
         run = branch.run(context)
         storage, cache = run.installation.storage(), run.settings.home / "cache"
-        model_name = run.config.model.model_name
         # The pointer, not the bundle: reports go on when the bundle is damaged.
         pointer = storage.read_pointer(run.config.deploy.service)
-        version = pointer.version if pointer and pointer.model_name == model_name else deployment.version
+        model = deployment.model
+        if pointer and pointer.model_name == run.config.model.model_name:
+            model = ModelIdentity(model_name=pointer.model_name, version=pointer.version)
+        reference_path = storage.fetch_reference_data(model.model_name, model.version, cache)
+        evidently = run.settings.evidently_url or run.settings.home / "evidently"
+        place = ReportPlace(storage, evidently, work_directory=cache / "drift_reports")
         with run.installation.engine() as engine:
             report = make_drift_report(
-                run.config,
-                model_name=model_name,
-                model_version=version,
-                reference_path=storage.fetch_reference_data(model_name, version, cache),
-                engine=engine,
-                storage=storage,
-                evidently=run.settings.evidently_url or run.settings.home / "evidently",
-                now=datetime.now(UTC),
-                work_directory=cache / "drift_reports",
+                run.config, model, reference_path, engine=engine, place=place, now=datetime.now(UTC)
             )
+        summary = drift_summary(report)
         if report.verdict == "drift" and run.config.alerts.on_drift:
-            failures = send_alert(
-                [url.get_secret_value() for url in run.settings.alert_urls],
-                f"{run.config.name}: drift",
-                report.summary(),
-            )
-            for failure in failures:
+            urls = [url.get_secret_value() for url in run.settings.alert_urls]
+            for failure in send_alert(urls, f"{run.config.name}: drift", summary):
                 context.log.warning(failure)
         export_drift(run.settings.home, report)
         return dg.MaterializeResult(
             value=report,
-            metadata={
-                "verdict": report.verdict,
-                "sequential_test": report.stream_note(),
-                "dagster/row_count": report.rows,
-                "model_version": report.model_version,
-                "window_start_utc": dg.MetadataValue.text(report.window_start_utc.isoformat()),
-                "window_end_utc": dg.MetadataValue.text(report.window_end_utc.isoformat()),
-                "p_values": table([{"test": name, "p": p} for name, p in report.p_values.items()]),
-                "moved_classes": table(report.moved_classes),
-                "images": table(report.top_images[:20]),
-                "report": report.report_url,
-                "evidently_run_id": report.evidently_run_id or "",
-            },
+            metadata=_drift_metadata(report),
             check_results=[
                 dg.AssetCheckResult(
                     check_name=no_drift.name,
                     passed=report.verdict != "drift",
                     severity=dg.AssetCheckSeverity.WARN,
-                    description=report.summary(),
+                    description=summary,
                 )
             ],
         )
@@ -113,10 +94,9 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
         A prediction's latest feedback counts, from any source. People choose what they comment on, mistakes more often
         than hits: these figures are of the predictions with feedback, and of all only where those are a random sample.
         """
-        from datetime import UTC, datetime
-
         from cv_platform.monitoring.exported_metrics import export_production
         from cv_platform.monitoring.production_metrics import log_production, measure_production
+        from cv_platform.monitoring.sentences import production_summary
 
         run = branch.run(context)
         with run.installation.engine() as engine:
@@ -134,27 +114,48 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
         export_production(run.settings.home, metrics)
         return dg.MaterializeResult(
             value=metrics,
-            metadata={
-                "summary": metrics.summary(),
-                "predictions": metrics.predictions,
-                "with_feedback": metrics.with_feedback,
-                "versions": table([version.row() for version in metrics.versions]),
-                **{
-                    f"per_class_{version.model_version}": table(version.per_class)
-                    for version in metrics.versions
-                    if version.per_class
-                },
-                **{name: picture(path, name) for name, path in metrics.plots.items()},
-                "problems": list(metrics.problems),
-            },
+            metadata=_production_metadata(metrics),
             check_results=[
                 dg.AssetCheckResult(
                     check_name=as_on_the_test_split.name,
                     passed=not metrics.worse_versions,
                     severity=dg.AssetCheckSeverity.WARN,
-                    description=metrics.summary(),
+                    description=production_summary(metrics),
                 )
             ],
         )
 
     return production_metrics
+
+
+def _drift_metadata(report: DriftReport) -> dict[str, Any]:
+    from cv_platform.monitoring.sentences import stream_note
+
+    columns = {"class_name", "ks_distance", "reference_share", "current_share", "adjusted_p_value"}
+    return {
+        "verdict": report.verdict,
+        "sequential_test": stream_note(report),
+        "dagster/row_count": report.rows,
+        "model_version": report.model.version,
+        "window_start_utc": dg.MetadataValue.text(report.window_start_utc.isoformat()),
+        "window_end_utc": dg.MetadataValue.text(report.window_end_utc.isoformat()),
+        "p_values": table([{"test": name, "p": p} for name, p in report.p_values.items()]),
+        "moved_classes": table([movement.model_dump(include=columns) for movement in report.moved_classes]),
+        "images": table(report.top_images[:20]),
+        "report": report.report_url,
+        "evidently_run_id": report.evidently_run_id or "",
+    }
+
+
+def _production_metadata(metrics: ProductionMetrics) -> dict[str, Any]:
+    from cv_platform.monitoring.sentences import production_summary, version_row
+
+    return {
+        "summary": production_summary(metrics),
+        "predictions": metrics.predictions,
+        "with_feedback": metrics.with_feedback,
+        "versions": table([version_row(version) for version in metrics.versions]),
+        **{f"per_class_{v.model_version}": table(v.per_class) for v in metrics.versions if v.per_class},
+        **{name: picture(path, name) for name, path in metrics.plots.items()},
+        "problems": list(metrics.problems),
+    }

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import dagster as dg
 
-from cv_platform.datasets.packing import PackedImages
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, picture, table
-from cv_platform.training.trainer import TrainedModel
-from cv_platform.validation.verdict import ValidationVerdict
+from cv_platform.records import PackedImages, TrainedModel, ValidationVerdict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -36,7 +34,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.validation.verdict import require_verdict
 
         run = branch.run(context)
-        require_verdict(verdict, dvc_md5=packed.dvc_md5, must_pass=True)
+        require_verdict(verdict, dvc_md5=packed.provenance.dvc_md5, must_pass=True)
         with run.mlflow.stage(context, run.settings, run.config, run.config.train.mlflow) as mlflow_run:
             mlflow_run.log_artifact(verdict.report_path, "validation")
             trained = train_model(
@@ -51,7 +49,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             value=trained,
             metadata={
-                "version": trained.version,
+                "version": trained.model.version,
                 "keras": file_link(trained.keras_path),
                 "mlflow_run_id": trained.mlflow_run_id or "",
                 "mlflow_url": dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages)),

@@ -2,10 +2,10 @@
 
 import dagster as dg
 
-from cv_platform.datasets.versions import DatasetVersion
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
-from cv_platform.validation.verdict import CHECK_NAMES, ValidationVerdict
+from cv_platform.records import CheckOutcome, DatasetVersion, ValidationVerdict
+from cv_platform.validation.verdict import CHECK_NAMES
 
 
 def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -57,20 +57,21 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
                     [o.model_dump(include={"name", "passed", "severity", "summary"}) for o in verdict.outcomes]
                 ),
             },
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name=spec.name,
-                    passed=outcomes[spec.name].passed if spec.name in outcomes else True,
-                    severity=dg.AssetCheckSeverity.WARN
-                    if spec.name not in outcomes or outcomes[spec.name].severity == "warn"
-                    else dg.AssetCheckSeverity.ERROR,
-                    description=outcomes[spec.name].finding() if spec.name in outcomes else "Switched off in this run.",
-                    metadata={"offenders": table([{"image": path} for path in outcomes[spec.name].offenders[:50]])}
-                    if spec.name in outcomes
-                    else {},
-                )
-                for spec in specs
-            ],
+            check_results=[_check_result(spec.name, outcomes.get(spec.name)) for spec in specs],
         )
 
     return validation_report
+
+
+def _check_result(name: str, outcome: CheckOutcome | None) -> dg.AssetCheckResult:
+    """Returns what the page shows of a check; without an outcome, the run's config has switched it off."""
+    if outcome is None:
+        warn = dg.AssetCheckSeverity.WARN
+        return dg.AssetCheckResult(check_name=name, passed=True, severity=warn, description="Switched off in this run.")
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=outcome.passed,
+        severity=dg.AssetCheckSeverity.WARN if outcome.severity == "warn" else dg.AssetCheckSeverity.ERROR,
+        description=outcome.finding(),
+        metadata={"offenders": table([{"image": path} for path in outcome.offenders[:50]])},
+    )

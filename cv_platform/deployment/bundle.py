@@ -8,19 +8,19 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
+from cv_platform.config import DeployConfig
 from cv_platform.deployment.bento import build_bento
-from cv_platform.deployment.export import export_bundle
+from cv_platform.deployment.export import ExportedModel, export_bundle
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BundleExistsError, ExportError
 from cv_platform.files import file_sha256
+from cv_platform.records import DriftDetectors, Evaluation, ModelBundle, TrainedModel
 from cv_platform.serving.model.runtime import load_folder
 from cv_platform.storage import BundleMetadata, CentralStorage
 
@@ -29,56 +29,33 @@ logger = logging.getLogger(__name__)
 _COPIES = 6
 
 
-class ModelBundle(BaseModel):
-    """A published bundle and the Bento built around it.
+@dataclass(frozen=True)
+class Place:
+    """Where a bundle and its Bento go.
 
     Attributes:
-        bento_tag: serve it with `bentoml serve`.
-        bytes: size of the bundle's files.
-        url: the bundle's folder in central storage.
-        runtime: what runs the exported model.
-        runtime_reason: why that one.
-        parity: see `export.ExportedModel`.
+        storage: receives the bundle.
+        bentoml_home: receives the Bento.
+        cache: folder for downloads.
+        source: see `bento.build_bento`.
+        spare_bytes: see `disk_space.require_free_space`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    model_name: str
-    version: str
-    bento_tag: str
-    bytes: int
-    url: str
-    runtime: Literal["tensorflow", "onnx"] = "tensorflow"
-    runtime_reason: str = ""
-    parity: dict[str, float] = Field(default_factory=dict)
+    storage: CentralStorage
+    bentoml_home: Path
+    cache: Path
+    source: Path | None = None
+    spare_bytes: int | None = None
 
 
 def publish_model(
-    *,
-    model_name: str,
-    version: str,
-    keras_path: Path,
-    uae_path: Path,
+    trained: TrainedModel,
+    detectors: DriftDetectors,
+    evaluation: Evaluation,
     golden_images: np.ndarray,
-    class_names: tuple[str, ...],
-    classifier_type: Literal["multi-class", "multi-label"],
-    preprocessing_hash: str,
-    encoder_hash: str,
-    dataset_name: str,
-    dvc_tag: str,
-    dvc_md5: str,
-    storage: CentralStorage,
-    bentoml_home: Path,
-    cache: Path,
-    threshold: float = 0.5,
-    temperature: float = 1.0,
-    runtime: Literal["auto", "onnx", "tensorflow"] = "auto",
-    git_commit: str | None = None,
-    mlflow_run_id: str | None = None,
-    metrics: Mapping[str, float] | None = None,
-    effective_config: Mapping[str, Any] | None = None,
-    source: Path | None = None,
-    spare_bytes: int | None = None,
+    *,
+    deploy: DeployConfig,
+    place: Place,
 ) -> ModelBundle:
     """Exports, load-tests and publishes a model, then builds its Bento.
 
@@ -86,30 +63,12 @@ def publish_model(
     builds the Bento.
 
     Args:
-        model_name: name in storage, registry and logs.
-        version: see `storage.new_version`; the trained model's own.
-        keras_path: the classifier, see `export.export_bundle`.
-        uae_path: the encoder.
+        trained: the classifier, see `export.export_bundle`.
+        detectors: of the same model; their encoder goes with it.
+        evaluation: of the same model: its metrics, and the threshold of multi-label decisions.
         golden_images: `(G, H, W, 3)` uint8 RGB, preprocessed; G ≥ 1.
-        class_names: in the order of the outputs.
-        classifier_type: what the outputs mean.
-        preprocessing_hash: of the pixels that the model was trained on.
-        encoder_hash: of the encoder's weights.
-        dataset_name: the DVC repository.
-        dvc_tag: its tag.
-        dvc_md5: the data's own version.
-        storage: receives the bundle.
-        bentoml_home: receives the Bento.
-        cache: folder for downloads.
-        threshold: multi-label: probability from which a class is predicted.
-        temperature: that the classifier's weights have in them, for the record.
-        runtime: see `export.export_bundle`.
-        git_commit: of the code that trained.
-        mlflow_run_id: of the training.
-        metrics: of the evaluation.
-        effective_config: the experiment as it ran, JSON values.
-        source: see `bento.build_bento`.
-        spare_bytes: see `disk_space.require_free_space`.
+        deploy: `runtime`, see `export.export_bundle`.
+        place: where it goes.
 
     Raises:
         ExportError: the models do not fit each other or the metadata, or the Bento cannot be built.
@@ -118,72 +77,69 @@ def publish_model(
         StorageError: central storage cannot be written.
         DiskSpaceError: the export and its copies would fill the disk.
     """
+    name, version = trained.model.model_name, trained.model.version
     # Keras file, exported graphs, bundle, Bento and its fallback: each holds the weights once.
-    needed = _COPIES * (_existing(keras_path).stat().st_size + _existing(uae_path).stat().st_size)
-    for directory in (Path(tempfile.gettempdir()), bentoml_home):
-        require_free_space(directory, needed, purpose=f"the bundle of {model_name}", spare_bytes=spare_bytes)
+    needed = _COPIES * sum(_existing(path).stat().st_size for path in (trained.keras_path, detectors.uae_path))
+    for directory in (Path(tempfile.gettempdir()), place.bentoml_home):
+        require_free_space(directory, needed, purpose=f"the bundle of {name}", spare_bytes=place.spare_bytes)
     with tempfile.TemporaryDirectory(prefix="cv-bundle-") as temporary:
         folder = Path(temporary)
-        keras_name = f"{model_name}.keras"
-        shutil.copyfile(_existing(keras_path), folder / keras_name)
-        shutil.copyfile(_existing(uae_path), folder / f"{model_name}_uae.keras")
-        exported = export_bundle(
-            folder / keras_name,
-            folder / f"{model_name}_uae.keras",
-            folder,
-            golden_images=golden_images,
-            runtime=runtime,
-        )
-        if exported.classes != len(class_names):
-            raise ExportError(
-                f"Expected an output for each of {len(class_names)} classes ({', '.join(class_names)}). "
-                f"Received: {exported.classes} outputs. Train {model_name} with this config."
-            )
-        metadata = BundleMetadata(
-            model_name=model_name,
-            version=version,
-            created_utc=datetime.now(UTC),
-            runtime=exported.runtime,
-            runtime_reason=exported.runtime_reason,
-            parity=exported.parity,
-            classifier_type=classifier_type,
-            class_names=class_names,
-            image_size=exported.image_size,
-            threshold=threshold,
-            temperature=temperature,
-            uae_dims=exported.uae_dims,
-            feature_dims=exported.feature_dims,
-            preprocessing_hash=preprocessing_hash,
-            encoder_hash=encoder_hash,
-            dataset_name=dataset_name,
-            dvc_tag=dvc_tag,
-            dvc_md5=dvc_md5,
-            git_commit=git_commit,
-            mlflow_run_id=mlflow_run_id,
-            metrics=dict(metrics or {}),
-            effective_config=dict(effective_config or {}),
-        )
+        keras_path, uae_path = folder / trained.keras_path.name, folder / detectors.uae_path.name
+        shutil.copyfile(trained.keras_path, keras_path)
+        shutil.copyfile(detectors.uae_path, uae_path)
+        exported = export_bundle(keras_path, uae_path, folder, golden_images=golden_images, runtime=deploy.runtime)
+        metadata = _metadata(trained, detectors, evaluation, exported)
         load_folder(folder, metadata)
-        try:
-            storage.publish_bundle(folder, metadata)
-        except BundleExistsError as err:
-            if storage.read_metadata(model_name, version).checksums.get(keras_name) != file_sha256(folder / keras_name):
-                raise BundleExistsError(
-                    f"Expected the model that is published as {model_name} {version}. Received: {keras_path}, which "
-                    "differs from it. Train again: the new model gets a version of its own."
-                ) from err
-            logger.info("%s %s is published already with this very model; it stays", model_name, version)
-    published, metadata = storage.fetch_bundle(model_name, version, cache)
-    tag = build_bento(published, metadata, bentoml_home=bentoml_home, source=source)
+        _publish(place.storage, folder, metadata, trained)
+    files, metadata = place.storage.fetch_bundle(name, version, place.cache)
+    tag = build_bento(files, metadata, bentoml_home=place.bentoml_home, source=place.source)
     return ModelBundle(
-        model_name=model_name,
-        version=version,
+        model=trained.model,
         bento_tag=tag,
-        bytes=sum((published / relative).stat().st_size for relative in metadata.checksums),
-        url=f"{storage.url.rstrip('/')}/models/{model_name}/{version}",
+        bytes=sum((files / relative).stat().st_size for relative in metadata.checksums),
+        url=place.storage.bundle_url(name, version),
         runtime=metadata.runtime,
         runtime_reason=metadata.runtime_reason,
         parity=metadata.parity,
+    )
+
+
+def _publish(storage: CentralStorage, folder: Path, metadata: BundleMetadata, trained: TrainedModel) -> None:
+    try:
+        storage.publish_bundle(folder, metadata)
+    except BundleExistsError as err:
+        keras_name = trained.keras_path.name
+        published = storage.read_metadata(metadata.model_name, metadata.version).checksums.get(keras_name)
+        if published != file_sha256(folder / keras_name):
+            raise BundleExistsError(
+                f"Expected the model that is published as {trained.model}. Received: {trained.keras_path}, which "
+                "differs from it. Train again: the new model gets a version of its own."
+            ) from err
+        logger.info("%s is published already with this very model; it stays", trained.model)
+
+
+def _metadata(
+    trained: TrainedModel, detectors: DriftDetectors, evaluation: Evaluation, exported: ExportedModel
+) -> BundleMetadata:
+    class_names = trained.task.class_names
+    if exported.classes != len(class_names):
+        raise ExportError(
+            f"Expected an output for each of {len(class_names)} classes ({', '.join(class_names)}). "
+            f"Received: {exported.classes} outputs. Train {trained.model.model_name} with this config."
+        )
+    return BundleMetadata(
+        **trained.model.model_dump(),
+        **trained.provenance.model_dump(),
+        **trained.task.model_dump(exclude={"image_size"}),
+        **exported.model_dump(exclude={"golden", "classes", "cam_size"}),
+        created_utc=datetime.now(UTC),
+        threshold=evaluation.threshold,
+        temperature=trained.temperature,
+        encoder_hash=detectors.encoder_hash,
+        git_commit=trained.git_commit,
+        mlflow_run_id=trained.mlflow_run_id,
+        metrics=evaluation.metrics,
+        effective_config=trained.effective_config,
     )
 
 

@@ -10,11 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from cv_platform.config import DeployConfig
-from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.errors import DeploymentError, PointerMovedError, StorageError
+from cv_platform.records import Deployment, ModelBundle, ModelIdentity
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Claim, Move, Promoter
 from cv_platform.serving.model.worker_watch import HEARTBEAT_STALE_SECONDS, WorkerWatch
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
@@ -24,26 +22,6 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.25
 _PROMOTION_SECONDS = 120.0
 """Longest wait for an update that somebody else has started: it load-tests a model."""
-
-
-class Deployment(BaseModel):
-    """A move of the production pointer that held.
-
-    Attributes:
-        confirmed_workers: ids of the workers that run the version and live; empty when no service was running.
-        seconds: from the load test to the last confirmation.
-        message: what happened, for people.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    service: str
-    model_name: str
-    version: str
-    previous_version: str | None
-    confirmed_workers: tuple[str, ...]
-    seconds: float
-    message: str
 
 
 def require_service(config: DeployConfig, *, experiment: str, storage: CentralStorage) -> None:
@@ -71,7 +49,7 @@ def deploy(
     promoter = _promoter(storage, config.service, cache)
     return _move(
         promoter,
-        lambda: promoter.promote(bundle.model_name, bundle.version, claim=claim),
+        lambda: promoter.promote(bundle.model.model_name, bundle.model.version, claim=claim),
         confirm_timeout_seconds=config.confirm_timeout_seconds,
     )
 
@@ -107,19 +85,18 @@ def _move(promoter: Promoter, make: Callable[[], Move], *, confirm_timeout_secon
         _put_back(storage, service, move)
         raise
     seconds = time.monotonic() - started
-    name = f"{pointer.model_name} {pointer.version}"
+    model = ModelIdentity(model_name=pointer.model_name, version=pointer.version)
     message = (
-        f"{service} serves {name}: confirmed by {len(confirmed)} worker(s) in {seconds:.1f} s"
+        f"{service} serves {model}: confirmed by {len(confirmed)} worker(s) in {seconds:.1f} s"
         if confirmed
-        else f"{service} will serve {name}: no service is running; the next start serves it"
+        else f"{service} will serve {model}: no service is running; the next start serves it"
     )
     if dead:
         message += f". Listed, but without a heartbeat for {HEARTBEAT_STALE_SECONDS:g} s: {', '.join(dead)}"
     logger.info("%s", message)
     return Deployment(
         service=service,
-        model_name=pointer.model_name,
-        version=pointer.version,
+        model=model,
         previous_version=before.version if before else None,
         confirmed_workers=confirmed,
         seconds=seconds,

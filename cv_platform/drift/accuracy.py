@@ -14,31 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
+from cv_platform.config import ClassifierType
 from cv_platform.drift.sample import Float32Matrix
-from cv_platform.predictions import ClassifierType, decide
-
-
-class AccuracyEstimate(BaseModel):
-    """Accuracy of the current images, estimated without labels; multi-label: mean accuracy of the single decisions.
-
-    Attributes:
-        average_confidence: mean confidence of the current decisions.
-        difference_of_confidences: reference accuracy moved by the difference of mean confidences (DoC).
-        thresholded_confidence: share of current decisions above the confidence that as many reference decisions exceed
-            as are right (ATC).
-        reference_accuracy: measured, on the labelled reference.
-        is_reliable: false while drift fires; then show the numbers greyed, or not at all.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    average_confidence: float
-    difference_of_confidences: float
-    thresholded_confidence: float
-    reference_accuracy: float
-    is_reliable: bool
+from cv_platform.predictions import decide
+from cv_platform.records import AccuracyEstimate
 
 
 def estimate_accuracy(

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from cv_platform.config import ModelConfig
+from cv_platform.config import ExperimentConfig
 from cv_platform.drift.encoders import build_uae, encoder_hash
 from cv_platform.drift.extraction import extract
 from cv_platform.drift.sample import DriftSample
@@ -28,6 +26,7 @@ from cv_platform.drift.verdict import DriftVerdict, judge
 from cv_platform.errors import InvalidSampleError
 from cv_platform.files import whole_file
 from cv_platform.properties import batch_properties
+from cv_platform.records import DriftDetectors, FalseAlarms, TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -64,123 +63,59 @@ class HeldOutImages(Protocol):
         ...
 
 
-class DriftDetectors(BaseModel):
-    """The detectors of one model version.
-
-    Attributes:
-        model_name, version: whose.
-        uae_path: the encoder, `<model_name>_uae.keras`.
-        encoder_hash: of its weights.
-        uae_dims, feature_dims: widths of the two embeddings.
-        false_alarm_rate: share of trials without drift in which the verdict fired; None with too few images.
-            Trials split the same images again and again, so they are not independent: a check, not a proof.
-        false_alarm_trials: seeded random splits that were judged.
-        false_alarm_alpha: the nominal rate, at most which is expected.
-        false_alarm_rows: images on each side of a split.
-        false_alarm_permutations: of the MMD tests in the trials; a report uses more.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    model_name: str
-    version: str
-    uae_path: Path
-    encoder_hash: str
-    uae_dims: int
-    feature_dims: int
-    false_alarm_rate: float | None
-    false_alarm_trials: int
-    false_alarm_alpha: float
-    false_alarm_rows: int
-    false_alarm_permutations: int
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the false-alarm rate was measured, and is compatible with the nominal one."""
-        bound = false_alarm_bound(self.false_alarm_alpha, self.false_alarm_trials)
-        return self.false_alarm_rate is not None and self.false_alarm_rate <= bound
-
-    def false_alarm_summary(self, reference_images: int) -> str:
-        """Returns the false-alarm rate in a sentence or two; not measured, with how many images it takes.
-
-        Args:
-            reference_images: number of images of the reference split.
-        """
-        if self.false_alarm_rate is None:
-            return (
-                f"Not measured: the reference split has {reference_images} images, and at least "
-                f"{FEWEST_FALSE_ALARM_IMAGES} are needed. Add some, or raise dataset.reference_fraction where the "
-                "dataset has no reference split of its own."
-            )
-        bound = false_alarm_bound(self.false_alarm_alpha, self.false_alarm_trials)
-        return (
-            f"Expected at most {bound:.3f} (monitor.alpha {self.false_alarm_alpha:g}). Measured: "
-            f"{self.false_alarm_rate:.3f} in {self.false_alarm_trials} trials, {self.false_alarm_rows} images a side."
-        )
-
-
-@dataclass(frozen=True)
-class FalseAlarms:
-    """How often `judge` fired on halves of one sample; the attributes of `DriftDetectors` say what each number is."""
-
-    rate: float | None
-    trials: int
-    alpha: float
-    rows: int
-    permutations: int
-
-
-def build_detectors(
-    keras_path: Path,
-    held_out: HeldOutImages,
-    model: ModelConfig,
-    *,
-    model_name: str,
-    version: str,
-    directory: Path,
-    alpha: float = 0.05,
-    seed: int = 0,
-) -> DriftDetectors:
+def build_detectors(trained: TrainedModel, held_out: HeldOutImages, config: ExperimentConfig) -> DriftDetectors:
     """Makes and saves the encoder, and measures how often the verdict fires on images that have not drifted.
 
     Args:
-        keras_path: the trained model.
+        trained: the model; the encoder is written beside it, complete or not at all.
         held_out: the reference split; at most 1,000 of its images, seeded, take part.
-        model: its configuration: image size, width and seed of the encoder.
-        model_name, version: of the trained model.
-        directory: `<model_name>/<version>/<model_name>_uae.keras` is written below it, complete or not at all.
-        alpha: family-wise false-alarm rate at which the verdict is tried.
-        seed: of the trials.
+        config: `model` has the encoder's width and seed, `monitor` the level and seed of the trials.
 
     Raises:
         InvalidModelError: the model has no layers "features" and "probabilities".
     """
-    encoder = build_uae(model.image_size, model.drift_detection.uae_encoding_dims, model.drift_detection.uae_seed)
-    uae_path = directory / model_name / version / f"{model_name}_uae.keras"
+    drift, monitor = config.model.drift_detection, config.monitor
+    encoder = build_uae(trained.task.image_size, drift.uae_encoding_dims, drift.uae_seed)
+    uae_path = trained.directory / f"{trained.model.model_name}_uae.keras"
     with whole_file(uae_path, suffix=".keras") as partial:
         encoder.save(partial)
-    sample = extract_sample(keras_path, uae_path, held_out, seeded_rows(len(held_out.paths), _FALSE_ALARM_ROWS, seed))
-    alarms = measure_false_alarms(sample, alpha=alpha, seed=seed)
-    if alarms.rate is None:
-        logger.warning(
-            "The reference split has %d images; from %d on, the drift verdict's false alarms are measured.",
-            len(sample),
-            FEWEST_FALSE_ALARM_IMAGES,
-        )
-    else:
-        logger.info("False alarms: %.3f of %d trials, %d images a side.", alarms.rate, alarms.trials, alarms.rows)
+    rows = seeded_rows(len(held_out.paths), _FALSE_ALARM_ROWS, monitor.seed)
+    sample = extract_sample(trained.keras_path, uae_path, held_out, rows)
+    alarms = measure_false_alarms(sample, alpha=monitor.alpha, seed=monitor.seed)
+    level = logging.WARNING if alarms.rate is None else logging.INFO
+    logger.log(level, "False alarms: %s", false_alarm_summary(alarms, len(sample)))
     return DriftDetectors(
-        model_name=model_name,
-        version=version,
-        uae_path=uae_path,
+        model=trained.model,
+        directory=trained.directory,
         encoder_hash=encoder_hash(encoder),
         uae_dims=sample.uae.shape[1],
         feature_dims=sample.features.shape[1],
-        false_alarm_rate=alarms.rate,
-        false_alarm_trials=alarms.trials,
-        false_alarm_alpha=alarms.alpha,
-        false_alarm_rows=alarms.rows,
-        false_alarm_permutations=alarms.permutations,
+        false_alarms=alarms,
+    )
+
+
+def is_calibrated(alarms: FalseAlarms) -> bool:
+    """Whether the false-alarm rate was measured, and is compatible with the nominal one."""
+    return alarms.rate is not None and alarms.rate <= false_alarm_bound(alarms.alpha, alarms.trials)
+
+
+def false_alarm_summary(alarms: FalseAlarms, reference_images: int) -> str:
+    """Returns the false-alarm rate in a sentence or two; not measured, with how many images it takes.
+
+    Args:
+        alarms: as measured.
+        reference_images: number of images of the reference split.
+    """
+    if alarms.rate is None:
+        return (
+            f"Not measured: the reference split has {reference_images} images, and at least "
+            f"{FEWEST_FALSE_ALARM_IMAGES} are needed. Add some, or raise dataset.reference_fraction where the "
+            "dataset has no reference split of its own."
+        )
+    bound = false_alarm_bound(alarms.alpha, alarms.trials)
+    return (
+        f"Expected at most {bound:.3f} (monitor.alpha {alarms.alpha:g}). Measured: "
+        f"{alarms.rate:.3f} in {alarms.trials} trials, {alarms.rows} images a side."
     )
 
 
@@ -193,7 +128,7 @@ def measure_false_alarms(
     """
     rows = len(sample) // 2
     if rows < _FEWEST_ROWS_PER_SIDE:
-        return FalseAlarms(None, 0, alpha, 0, 0)
+        return FalseAlarms(rate=None, trials=0, alpha=alpha, rows=0, permutations=0)
     verdicts: list[DriftVerdict] = []
     for trial in range(trials):
         order = np.random.default_rng((seed, trial)).permutation(len(sample))
@@ -207,7 +142,13 @@ def measure_false_alarms(
                 seed=trial,
             )
         )
-    return FalseAlarms(sum(v.drifted for v in verdicts) / trials, trials, alpha, rows, verdicts[0].permutations)
+    return FalseAlarms(
+        rate=sum(v.drifted for v in verdicts) / trials,
+        trials=trials,
+        alpha=alpha,
+        rows=rows,
+        permutations=verdicts[0].permutations,
+    )
 
 
 def false_alarm_bound(alpha: float, trials: int) -> float:

@@ -14,88 +14,17 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
+from cv_platform.config import ClassifierType
 from cv_platform.drift.sample import DriftSample, Float32Matrix, require_comparable
 from cv_platform.drift.scipy_tests import fisher_exact
 from cv_platform.drift.two_sample import gaussian_kernel, holm, ks_bonferroni, median_bandwidth, subsample
 from cv_platform.drift.verdict import DriftVerdict, settle_saturated
-from cv_platform.predictions import ClassifierType, predicted_flags
+from cv_platform.predictions import predicted_flags
 from cv_platform.properties import PROPERTY_NAMES
+from cv_platform.records import ClassMovement, EffectSizes, LargestDistance, PropertyShift
 
 _BLOCK_ROWS = 2000
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LargestDistance(_Record):
-    """The dimension with the largest KS distance (0–1), and its uncorrected p-value."""
-
-    dimension: str
-    ks_distance: float
-    p_value: float
-
-
-class PropertyShift(_Record):
-    """How one pixel statistic moved.
-
-    Attributes:
-        name: one of `PROPERTY_NAMES`.
-        reference_mean, current_mean: in the property's own unit.
-        shift_sds: (current mean − reference mean) / reference standard deviation; None where the reference is constant
-            and the current mean differs, which no number of standard deviations describes.
-        spread_ratio: current / reference standard deviation; None where only the reference is constant.
-        ks_distance: 0–1.
-    """
-
-    name: str
-    reference_mean: float
-    current_mean: float
-    shift_sds: float | None
-    spread_ratio: float | None
-    ks_distance: float
-
-
-class EffectSizes(_Record):
-    """How large the difference is.
-
-    Attributes:
-        bbsd: the class whose probability has the largest KS distance.
-        properties: the pixel statistic with the largest KS distance.
-        mmd: per MMD detector, √max(0, MMD²): 0 for equal distributions, at most √2.
-        mmd_standardised: per MMD detector, standard deviations of the permutation null; grows with the rows.
-        property_shifts: one per property, in the order of `PROPERTY_NAMES`.
-    """
-
-    bbsd: LargestDistance
-    properties: LargestDistance
-    mmd: dict[str, float]
-    mmd_standardised: dict[str, float]
-    property_shifts: tuple[PropertyShift, ...]
-
-
-class ClassMovement(_Record):
-    """How one class moved.
-
-    Attributes:
-        class_name: the class.
-        ks_distance, ks_p_value: of the class's probability, reference against current.
-        reference_share, current_share: share of the images for which the class is predicted, 0–1.
-        share_p_value: Fisher's exact test of the two shares.
-        adjusted_p_value: the smaller of the two, after Holm's correction over both tests of all classes.
-        has_moved: `adjusted_p_value` is at most alpha.
-    """
-
-    class_name: str
-    ks_distance: float
-    ks_p_value: float
-    reference_share: float
-    current_share: float
-    share_p_value: float
-    adjusted_p_value: float
-    has_moved: bool
 
 
 def effect_sizes(

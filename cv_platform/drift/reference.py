@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from cv_platform.config import ModelConfig
-from cv_platform.drift.detectors import DriftDetectors, HeldOutImages, extract_sample, seeded_rows
+from cv_platform.drift.detectors import HeldOutImages, extract_sample, seeded_rows
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
 from cv_platform.files import whole_file
@@ -41,21 +41,10 @@ from cv_platform.predictions import (
     predicted_flags,
     reference_schema,
 )
+from cv_platform.records import DriftDetectors, ReferenceData, TrainedModel
 from cv_platform.storage import CentralStorage
 
 _VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
-
-
-class ReferenceData(BaseModel):
-    """The reference data of one model version: a local parquet file, its copy in central storage, its rows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    model_name: str
-    version: str
-    path: Path
-    url: str
-    rows: int
 
 
 class ReferenceIdentity(BaseModel):
@@ -71,62 +60,55 @@ class ReferenceIdentity(BaseModel):
 
 
 def build_reference_data(
-    keras_path: Path,
+    trained: TrainedModel,
     detectors: DriftDetectors,
     held_out: HeldOutImages,
     model: ModelConfig,
     *,
-    preprocessing_hash: str,
-    directory: Path,
     storage: CentralStorage,
 ) -> ReferenceData:
     """Writes and publishes the reference data: one ordered pass, features and label of a row from one image.
 
     Args:
-        keras_path: the trained model.
+        trained: the model; the parquet is written beside it, complete or not at all.
         detectors: of the same version.
         held_out: the reference split.
         model: its configuration; `reference_data_n_sample` limits the rows (seeded), none takes all.
-        preprocessing_hash: of the pixels in `held_out`.
-        directory: the parquet is written to `<model_name>/<version>/` below it, complete or not at all.
         storage: where it is published.
 
     Raises:
         InvalidSampleError: the split has fewer than two images.
         InvalidModelError: see `extract`.
     """
-    drift = model.drift_detection
+    drift, class_names = model.drift_detection, trained.task.class_names
     rows = seeded_rows(len(held_out.paths), drift.reference_data_n_sample, drift.uae_seed)
     if len(rows) < 2:
         raise InvalidSampleError(
             f"Expected at least 2 readable images in the reference split. Received: {len(rows)}. "
             "Raise dataset.reference_fraction, or give the dataset a larger reference split."
         )
-    sample = extract_sample(keras_path, detectors.uae_path, held_out, rows)
+    sample = extract_sample(trained.keras_path, detectors.uae_path, held_out, rows)
     targets = np.asarray(held_out.targets)[rows]
     chosen: list[int] = rows.tolist()
-    predicted = predicted_flags(sample.bbsd, model.classifier_type, model.threshold)
-    identity = ReferenceIdentity(
-        model_name=detectors.model_name,
-        model_version=detectors.version,
-        preprocessing_hash=preprocessing_hash,
-        encoder_hash=detectors.encoder_hash,
-        class_names=model.classes,
-    )
-    path = directory / identity.model_name / identity.model_version / f"{identity.model_name}_ref_data.parquet"
+    predicted = predicted_flags(sample.bbsd, trained.task.classifier_type, model.threshold)
+    path = trained.directory / f"{trained.model.model_name}_ref_data.parquet"
     write_reference(
         path,
-        identity,
+        ReferenceIdentity(
+            model_name=trained.model.model_name,
+            model_version=trained.model.version,
+            preprocessing_hash=trained.task.preprocessing_hash,
+            encoder_hash=detectors.encoder_hash,
+            class_names=class_names,
+        ),
         sample,
         paths=[held_out.paths[row] for row in chosen],
         sha256=[held_out.sha256[row] for row in chosen],
-        labels=_names(one_hot(targets, len(model.classes)), model.classes),
-        predicted=_names(predicted, model.classes),
+        labels=_names(one_hot(targets, len(class_names)), class_names),
+        predicted=_names(predicted, class_names),
     )
-    url = storage.publish_reference_data(path, identity.model_name, identity.model_version)
-    return ReferenceData(
-        model_name=identity.model_name, version=identity.model_version, path=path, url=url, rows=len(rows)
-    )
+    url = storage.publish_reference_data(path, trained.model.model_name, trained.model.version)
+    return ReferenceData(model=trained.model, directory=trained.directory, url=url, rows=len(rows))
 
 
 def write_reference(

@@ -23,14 +23,13 @@ Sources:
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from cv_platform.drift.sample import DriftSample
 from cv_platform.errors import InvalidSampleError
+from cv_platform.records import StreamState, StreamVerdict
 
 Scores = NDArray[np.float64]
 _NEWTON_STEP = 2.0 / (2.0 - np.log(3.0))
@@ -39,26 +38,6 @@ _LARGEST_BET = 0.5
 ORDER_ALPHA = 0.01
 """Share of exchangeable streams that are taken for streams in blocks."""
 _ORDER_PERMUTATIONS = 999
-
-StreamState = Literal["alarm", "no alarm", "not judged: requests come in blocks"]
-
-
-class StreamVerdict(BaseModel):
-    """What the sequential test says about one stream.
-
-    Attributes:
-        state: "alarm" when the e-value has reached 1/`alpha`; not judged when `order_p_value` is at most `ORDER_ALPHA`.
-        e_value: the largest wealth over the stream; of a stream in blocks it says nothing about drift.
-        alpha: the chance of an alarm while nothing has changed, however often it is looked at.
-        order_p_value: of the repeats of the predicted class, see `order_p_value`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    state: StreamState
-    e_value: float
-    alpha: float
-    order_p_value: float
 
 
 def stream_scores(sample: DriftSample) -> Scores:

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cv_platform.config import EvaluateConfig
-from cv_platform.datasets.packing import PackedImages, PackedSplit, open_split
+from cv_platform.config import ExperimentConfig
+from cv_platform.datasets.packing import PackedSplit, open_split
 from cv_platform.errors import InvalidDatasetError, TrainingError
 from cv_platform.evaluation.gate import judge_promotion
 from cv_platform.evaluation.metrics import (
@@ -38,9 +38,11 @@ from cv_platform.evaluation.plots import (
     save_reliability,
     save_worst_errors,
 )
-from cv_platform.evaluation.report import Evaluation, render_report
+from cv_platform.evaluation.report import render_report
 from cv_platform.files import exclusive, whole_directory
-from cv_platform.predictions import LABEL_SEPARATOR, ClassifierType, predicted_flags
+from cv_platform.predictions import LABEL_SEPARATOR, predicted_flags
+from cv_platform.records import Evaluation, PackedImages, Task, TrainedModel
+from cv_platform.storage import BundleMetadata
 from cv_platform.tracking import MlflowRun
 
 logger = logging.getLogger(__name__)
@@ -63,19 +65,13 @@ class _Predictions:
 
 
 def evaluate_model(
-    *,
-    keras_path: Path,
-    model_name: str,
-    version: str,
-    class_names: Sequence[str],
-    classifier_type: ClassifierType,
-    threshold: float,
+    trained: TrainedModel,
     packed: PackedImages,
-    config: EvaluateConfig,
-    champion_accuracy: float | None,
+    config: ExperimentConfig,
+    *,
+    champion: BundleMetadata | None,
     directory: Path,
     run: MlflowRun | None,
-    temperature: float = 1.0,
 ) -> Evaluation:
     """Evaluates a model on the test split and judges whether it may be promoted.
 
@@ -83,122 +79,91 @@ def evaluate_model(
     at once. A second evaluation of the same version replaces it.
 
     Args:
-        keras_path: the `.keras` file; takes `(N, H, W, 3)` uint8, returns `(N, C)` probabilities.
-        model_name: name of the model.
-        version: its version.
-        class_names: in the order of the outputs.
-        classifier_type: multi-class or multi-label.
-        threshold: multi-label: probability from which a class is predicted; ignored for multi-class.
-        packed: the pixels; the split `test` is read.
-        config: gate limits and the number of worst errors to show.
-        champion_accuracy: accuracy of the model in production; None when there is none.
+        trained: the model; takes `(N, H, W, 3)` uint8, returns `(N, C)` probabilities. The metric `ece_uncalibrated`
+            shows what its temperature brings.
+        packed: the pixels that it was trained beside; the split `test` is read.
+        config: `evaluate` has the gate's limits, `model` the threshold of multi-label decisions.
+        champion: the version in production; None where there is none.
         directory: `home/evaluation`.
         run: MLflow run that metrics, plots and report are logged to; None logs nothing.
-        temperature: that the model's logits are divided by already; the metric `ece_uncalibrated` shows what it brings.
 
     Returns:
         The evaluation. A model that misses a limit gives `passed=False`, never an exception.
 
     Raises:
+        VerdictError: the model was trained beside other images.
         InvalidDatasetError: the test split has no images.
-        TrainingError: the model does not fit the data or class names, or gives probabilities that are not finite.
+        TrainingError: the model does not fit the class names, or gives probabilities that are not finite.
     """
     started = time.monotonic()
-    if tuple(class_names) != packed.class_names or classifier_type != packed.classifier_type:
-        raise TrainingError(
-            f"Expected packed images of the model's classes, {classifier_type}: {', '.join(class_names)}. "
-            f"Received: {packed.classifier_type}: {', '.join(packed.class_names)}. Materialise both again."
-        )
-    test = open_split(packed, TEST_SPLIT)
+    test = open_split(packed, TEST_SPLIT, beside=trained)
     if not len(test.paths):
         raise InvalidDatasetError(
-            f"Expected images in the test split of {packed.ds_name} {packed.dvc_tag}. Received: none. "
+            f"Expected images in the test split of {packed.provenance}. Received: none. "
             "Add some, or look at its validation report for quarantined ones."
         )
-    targets = np.asarray(test.targets)
-    probabilities = predict_split(keras_path, test, classes=len(class_names))
-    metrics = compute_metrics(targets, probabilities, classifier_type, threshold)
-    gate = judge_promotion(metrics, config, champion_accuracy)
-    metrics["ece_uncalibrated"] = uncalibrated_error(targets, probabilities, classifier_type, temperature)
-    metrics["temperature"] = temperature
-    metrics["images"] = float(len(targets))
-    per_class = [
-        {"class": name, **row}
-        for name, row in zip(
-            class_names, per_class_metrics(targets, probabilities, classifier_type, threshold), strict=True
-        )
-    ]
-    confusion = confusion_matrix(targets, probabilities, classifier_type, threshold)
-    predictions = _predictions(test, targets, probabilities, class_names, classifier_type, threshold)
-
-    target = directory / model_name / version
-    with exclusive(target.with_name(f".{version}.lock")), whole_directory(target) as folder:
-        write_predictions(folder / "predictions.parquet", predictions)
-        plots: dict[str, Path] = {}
-        if classifier_type == "multi-class":
-            plots["confusion_matrix"] = folder / "confusion_matrix.png"
-            save_confusion_matrix(plots["confusion_matrix"], confusion, class_names)
-        else:
-            plots["per_class"] = folder / "per_class.png"
-            save_per_class(plots["per_class"], per_class, class_names)
-        table = reliability(targets, probabilities, classifier_type)
-        plots["reliability"] = folder / "reliability.png"
-        save_reliability(plots["reliability"], table, expected_calibration_error(table))
-        if config.worst_errors:
-            plots["worst_errors"] = folder / "worst_errors.png"
-            worst = worst_errors(predictions.correct, predictions.confidence, config.worst_errors)
-            save_worst_errors(
-                plots["worst_errors"],
-                [np.asarray(test.images[i]) for i in worst],
-                [
-                    caption(predictions.label[i], predictions.predicted_class[i], float(predictions.confidence[i]))
-                    for i in worst
-                ],
-            )
-        page = render_report(
-            title=f"Evaluation of {model_name}",
-            facts=[
-                ("version", version),
-                ("dataset", f"{packed.ds_name} {packed.dvc_tag} ({packed.dvc_md5})"),
-                ("test images", str(len(targets))),
-                (
-                    "labels",
-                    classifier_type if classifier_type == "multi-class" else f"multi-label, threshold {threshold}",
-                ),
-            ],
-            passed=gate.passed,
-            reasons=gate.reasons,
-            metrics=metrics,
-            per_class=per_class,
-            plots=plots,
-        )
-        (folder / "report.html").write_text(page, encoding="utf-8")
-        evaluation = Evaluation(
-            model_name=model_name,
-            version=version,
-            passed=gate.passed,
-            reasons=gate.reasons,
-            metrics=metrics,
-            per_class=per_class,
-            confusion=confusion.tolist(),
-            predictions_path=target / "predictions.parquet",
-            plots={name: target / path.name for name, path in plots.items()},
-            report_path=target / "report.html",
-            mlflow_run_id=None if run is None else run.run_id,
-        )
-        (folder / "evaluation.json").write_text(evaluation.model_dump_json(indent=2), encoding="utf-8")
+    task, threshold = trained.task, config.model.threshold
+    probabilities = predict_split(trained.keras_path, test, classes=len(task.class_names))
+    decided = (np.asarray(test.targets), probabilities, task.classifier_type)
+    metrics = compute_metrics(*decided, threshold)
+    gate = judge_promotion(metrics, config.evaluate, comparable_accuracy(champion, packed))
+    metrics["ece_uncalibrated"] = uncalibrated_error(*decided, trained.temperature)
+    metrics["temperature"] = trained.temperature
+    metrics["images"] = float(len(test.paths))
+    classes = zip(task.class_names, per_class_metrics(*decided, threshold), strict=True)
+    target = directory / trained.model.model_name / trained.model.version
+    evaluation = Evaluation(
+        model=trained.model,
+        passed=gate.passed,
+        reasons=gate.reasons,
+        threshold=threshold,
+        metrics=metrics,
+        per_class=[{"class": name, **row} for name, row in classes],
+        confusion=confusion_matrix(*decided, threshold).tolist(),
+        directory=target,
+        plot_names=(
+            "confusion_matrix" if task.classifier_type == "multi-class" else "per_class",
+            "reliability",
+            *(["worst_errors"] if config.evaluate.worst_errors else []),
+        ),
+        mlflow_run_id=None if run is None else run.run_id,
+    )
+    with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as folder:
+        # What the record says of its folder holds of this one too, until it gets its name.
+        unfinished = evaluation.model_copy(update={"directory": folder})
+        predictions = _predictions(test, probabilities, task, threshold)
+        write_predictions(unfinished.predictions_path, predictions)
+        _draw(unfinished, test, predictions, task, config.evaluate.worst_errors)
+        unfinished.report_path.write_text(render_report(unfinished, packed.provenance, task), encoding="utf-8")
+        (folder / "evaluation.json").write_text(evaluation.local_json(), encoding="utf-8")
     if run is not None:
         _log(run, evaluation)
     logger.info(
-        "evaluated %s %s on %d images in %.1f s: accuracy %.4f, %s",
-        model_name,
-        version,
-        len(targets),
+        "evaluated %s on %d images in %.1f s: accuracy %.4f, %s",
+        trained.model,
+        len(test.paths),
         time.monotonic() - started,
         metrics["accuracy"],
         "passed" if gate.passed else "; ".join(gate.reasons),
     )
     return evaluation
+
+
+def comparable_accuracy(champion: BundleMetadata | None, packed: PackedImages) -> float | None:
+    """Returns the accuracy of the version in production, if it was measured on this very dataset version."""
+    if champion is None:
+        return None
+    if champion.dvc_md5 != packed.provenance.dvc_md5:
+        logger.warning(
+            "%s in production was evaluated on dataset %s (%s); this is %s. "
+            "Accuracies of different test splits are not compared.",
+            champion.version,
+            champion.dvc_tag,
+            champion.dvc_md5,
+            packed.provenance.dvc_md5,
+        )
+        return None
+    return champion.metrics.get("accuracy")
 
 
 def predict_split(keras_path: Path, split: PackedSplit, *, classes: int, batch_size: int = BATCH_SIZE) -> np.ndarray:
@@ -260,25 +225,36 @@ def write_predictions(path: Path, predictions: _Predictions) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def _predictions(
-    test: PackedSplit,
-    targets: np.ndarray,
-    probabilities: np.ndarray,
-    class_names: Sequence[str],
-    classifier_type: ClassifierType,
-    threshold: float,
-) -> _Predictions:
-    truth = one_hot(targets, len(class_names))
-    decisions = predicted_flags(probabilities, classifier_type, threshold)
+def _predictions(test: PackedSplit, probabilities: np.ndarray, task: Task, threshold: float) -> _Predictions:
+    truth = one_hot(np.asarray(test.targets), len(task.class_names))
+    decisions = predicted_flags(probabilities, task.classifier_type, threshold)
     return _Predictions(
         paths=test.paths,
         sha256=test.sha256,
-        label=_joined(truth, class_names),
-        predicted_class=_joined(decisions, class_names),
+        label=_joined(truth, task.class_names),
+        predicted_class=_joined(decisions, task.class_names),
         correct=(truth == decisions).all(axis=1),
-        confidence=confidence_of(probabilities, classifier_type, threshold),
+        confidence=confidence_of(probabilities, task.classifier_type, threshold),
         probabilities=probabilities,
     )
+
+
+def _draw(evaluation: Evaluation, test: PackedSplit, predictions: _Predictions, task: Task, worst_count: int) -> None:
+    """Writes the plots that the evaluation names."""
+    plots = evaluation.plots
+    if task.classifier_type == "multi-class":
+        save_confusion_matrix(plots["confusion_matrix"], np.array(evaluation.confusion), task.class_names)
+    else:
+        save_per_class(plots["per_class"], evaluation.per_class, task.class_names)
+    table = reliability(np.asarray(test.targets), predictions.probabilities, task.classifier_type)
+    save_reliability(plots["reliability"], table, expected_calibration_error(table))
+    if "worst_errors" in plots:
+        worst = worst_errors(predictions.correct, predictions.confidence, worst_count)
+        captions = [
+            caption(predictions.label[i], predictions.predicted_class[i], float(predictions.confidence[i]))
+            for i in worst
+        ]
+        save_worst_errors(plots["worst_errors"], [np.asarray(test.images[i]) for i in worst], captions)
 
 
 def _joined(flags: np.ndarray, class_names: Sequence[str]) -> list[str]:

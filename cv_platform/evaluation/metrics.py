@@ -13,7 +13,8 @@ import numpy as np
 from scipy.special import expit, logit, softmax
 from scipy.stats import rankdata
 
-from cv_platform.predictions import ClassifierType, predicted_flags
+from cv_platform.config import ClassifierType
+from cv_platform.predictions import predicted_flags
 
 CALIBRATION_BINS = 15
 _SMALLEST = 1e-7

@@ -26,8 +26,9 @@ from cv_platform.errors import LockHeldError
 from cv_platform.files import exclusive
 from cv_platform.maintenance.backup import maintenance_lock
 from cv_platform.maintenance.contents import embedded_mlflow
-from cv_platform.maintenance.in_use import InUse, find_in_use
+from cv_platform.maintenance.in_use import InUse, current_records, find_in_use
 from cv_platform.maintenance.mlflow_runs import run_artifacts
+from cv_platform.record_store import RUNS
 from cv_platform.serving.model.promotion import PROMOTION_LOCK
 from cv_platform.settings import Settings
 from cv_platform.storage import VERSION_PATTERN, CentralStorage
@@ -100,7 +101,7 @@ def find_garbage(settings: Settings, *, unfinished_runs: Sequence[str], now: flo
             f"{', '.join(unfinished_runs[:3])}. Wait for them, or terminate what is dead on Dagster's page."
         )
     else:
-        items += [*search.data(), *search.trainings(), *search.bundles(), *search.bentos()]
+        items += [*search.data(), *search.records(), *search.trainings(), *search.bundles(), *search.bentos()]
         if search.artifacts is not None:
             items += search.mlflow_artifacts(search.artifacts)
         else:
@@ -183,6 +184,17 @@ class _Search:
             for folder in self._folders(pattern):
                 if not self._in_use.names(folder.name):
                     yield self._folder(folder, reason, lock=folder.with_name(f".{folder.name}.lock"))
+
+    def records(self) -> Iterator[Item]:
+        """Versions of records, and notes of what runs saw, that nobody reads any more."""
+        current = set(current_records(self._home))
+        for folder in sorted(path for path in self._home.glob("records/*/*") if path.is_dir()):
+            kept = 0 if folder.name == RUNS else self._settings.gc_keep_versions
+            paths = sorted(folder.glob("[!.]*.json"))
+            for path in paths[: len(paths) - kept]:
+                if path not in current and self._is_old(path):
+                    reason = "an old version of a record" if kept else "a note of an old run"
+                    yield Item(self._name(path), path.stat().st_size, reason, functools.partial(_unlink, path))
 
     def trainings(self) -> Iterator[Item]:
         """Outputs of trainings and evaluations, and what killed trainings have left."""

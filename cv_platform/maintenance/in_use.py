@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ class InUse:
 
     Attributes:
         versions: of models: production and its predecessor of every service, what a worker runs or keeps as its last
-            good one, and what the latest records name.
+            good one, and what the current records name.
         runs: MLflow runs of these versions, and of the records.
-        texts: the latest records: whatever is named in one is in use.
+        texts: the current records: whatever is named in one is in use.
     """
 
     versions: frozenset[str]
@@ -45,7 +46,7 @@ def find_in_use(settings: Settings, storage: CentralStorage) -> InUse:
     if last_good.is_dir():
         kept = CentralStorage(last_good)
         served += [reference for service in kept.service_names() for reference in _references(kept, service)]
-    texts = tuple(_read(path) for path in sorted((settings.home / "records").rglob("*.json")))
+    texts = tuple(_read(path) for path in current_records(settings.home))
     versions = {version for _, version in served}
     # Bentos carry the version in lower case.
     versions |= {found.upper()[:16] + found[16:] for text in texts for found in _VERSION.findall(text)}
@@ -57,6 +58,23 @@ def find_in_use(settings: Settings, storage: CentralStorage) -> InUse:
             continue  # Deleted by hand: its last good copy serves.
         runs |= {run} if run else set()
     return InUse(frozenset(versions), frozenset(runs), texts)
+
+
+def current_records(home: Path) -> list[Path]:
+    """Lists the latest record of each asset, and those that an experiment's latest deployment was made from.
+
+    Raises:
+        StorageError: the record of a deployment is unreadable.
+    """
+    found = sorted(home.glob("records/*/[!.]*.json"))
+    for deployment in [path for path in found if path.stem == "deployment"]:
+        try:
+            made_from = json.loads(_read(deployment)).get("made_from", {})
+            used = [deployment.parent / asset / f"{version}.json" for asset, version in made_from.items()]
+        except (ValueError, AttributeError) as err:
+            raise StorageError(f"{deployment}: expected a record. Received: {err}. Materialise it again.") from err
+        found += [path for path in used if path.is_file()]
+    return found
 
 
 def _references(storage: CentralStorage, service: str) -> list[tuple[str, str]]:

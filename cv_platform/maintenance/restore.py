@@ -28,7 +28,7 @@ from cv_platform.maintenance.backup import DUMP, FORMAT_FILE, HOME, KIND, Conten
 from cv_platform.maintenance.contents import SPOOL
 from cv_platform.maintenance.database_dump import load_database
 from cv_platform.maintenance.folder_swap import replace_folder
-from cv_platform.maintenance.relocation import Relocation
+from cv_platform.maintenance.moved_home import Relocation
 from cv_platform.maintenance.users import users
 
 logger = logging.getLogger(__name__)

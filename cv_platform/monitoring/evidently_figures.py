@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cv_platform.drift.sample import DriftSample
 from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure
-from cv_platform.monitoring.report_record import DriftReport
+from cv_platform.monitoring.sentences import stream_note
+from cv_platform.records import DriftReport
 
 _SMALLEST_P = 1e-6
 _LARGEST_E_VALUE = 1e12
@@ -46,10 +47,10 @@ def evidently_run(report: DriftReport, reference: DriftSample, current: DriftSam
         window_end_utc=report.window_end_utc,
         figures=figures,
         metadata={
-            "model_name": report.model_name,
-            "model_version": report.model_version,
+            "model_name": report.model.model_name,
+            "model_version": report.model.version,
             "verdict": report.verdict,
-            "sequential_test": report.stream_note(),
+            "sequential_test": stream_note(report),
             "report_id": report.report_id,
             "window_start_utc": report.window_start_utc.isoformat(),
             "window_end_utc": report.window_end_utc.isoformat(),

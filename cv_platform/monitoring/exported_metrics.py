@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from cv_platform.files import write_file
-from cv_platform.monitoring.production_record import ProductionMetrics
-from cv_platform.monitoring.report_record import DriftReport, Verdict
+from cv_platform.records import DriftReport, ProductionMetrics, ReportVerdict
 
 FOLDER = "metrics"
 """Below `CV_HOME`."""
@@ -32,14 +31,14 @@ def export_drift(home: Path, report: DriftReport) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    model = {"experiment": report.experiment, "model": report.model_name, "version": report.model_version}
+    model = {"experiment": report.experiment, "model": report.model.model_name, "version": report.model.version}
     _write(
         home / FOLDER / f"drift-{report.experiment}.prom",
         {
             "cv_drift_report_timestamp_seconds": [(model, time.time())],
             "cv_drift_window_end_timestamp_seconds": [(model, report.window_end_utc.timestamp())],
             "cv_drift_window_rows": [(model, report.rows)],
-            "cv_drift_verdict": [({**model, "verdict": v}, v == report.verdict) for v in get_args(Verdict)],
+            "cv_drift_verdict": [({**model, "verdict": v}, v == report.verdict) for v in get_args(ReportVerdict)],
             "cv_drift_adjusted_p_value": [({**model, "detector": d}, p) for d, p in report.adjusted_p_values.items()],
             "cv_drift_statistic": [({**model, "detector": d}, value) for d, value in report.statistics.items()],
         },

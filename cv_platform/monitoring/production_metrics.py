@@ -27,9 +27,10 @@ from cv_platform.drift.reference import label_targets
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
 from cv_platform.files import write_file
-from cv_platform.monitoring.production_record import ProductionMetrics, Verdict, VersionMetrics
+from cv_platform.monitoring.sentences import production_figures, production_summary
 from cv_platform.monitoring.window import window_bounds
 from cv_platform.predictions import NONE_OF_THESE
+from cv_platform.records import FeedbackVerdict, ProductionMetrics, VersionMetrics
 from cv_platform.storage import BundleMetadata, CentralStorage
 from cv_platform.tracking import MlflowRun
 
@@ -80,14 +81,14 @@ def measure_production(
         with_feedback=sum(version.with_feedback for version in versions),
         alpha=config.monitor.alpha,
         min_feedback=config.monitor.min_feedback,
-        record_path=directory / "production_metrics.json",
+        directory=directory,
         versions=_judged(versions, config.monitor.alpha, config.monitor.min_feedback),
         problems=tuple(problems),
     )
     directory.mkdir(parents=True, exist_ok=True)
-    metrics = metrics.model_copy(update={"plots": _draw(metrics, directory)})
-    write_file(metrics.record_path, metrics.model_dump_json(indent=1))
-    logger.info("%s", metrics.summary())
+    metrics = metrics.model_copy(update={"plot_names": _draw(metrics)})
+    write_file(metrics.record_path, metrics.local_json())
+    logger.info("%s", production_summary(metrics))
     return metrics
 
 
@@ -97,7 +98,7 @@ def log_production(run: MlflowRun, metrics: ProductionMetrics) -> None:
     Raises:
         TrackingError: MLflow cannot be reached.
     """
-    run.log_metrics(metrics.figures())
+    run.log_metrics(production_figures(metrics))
     for path in metrics.plots.values():
         run.log_artifact(path, "plots")
     run.log_artifact(metrics.record_path, "production_metrics")
@@ -199,7 +200,7 @@ def _judged(versions: list[VersionMetrics], alpha: float, min_feedback: int) -> 
     for version in versions:
         if version in comparable:
             p_value = _p_value(version)
-            verdict: Verdict = (
+            verdict: FeedbackVerdict = (
                 "worse than on the test split" if p_value * len(comparable) <= alpha else "as on the test split"
             )
             judged.append(version.model_copy(update={"p_value": p_value, "verdict": verdict}))
@@ -248,23 +249,25 @@ def _metadata(storage: CentralStorage, model_name: str, version: str) -> BundleM
         return None
 
 
-def _draw(metrics: ProductionMetrics, directory: Path) -> dict[str, Path]:
-    plots: dict[str, Path] = {}
+def _draw(metrics: ProductionMetrics) -> tuple[str, ...]:
+    """Writes the plots for which there is feedback, and returns their names."""
+    names: list[str] = []
     intervals = [
         Interval(f"{v.model_version}\n{v.with_feedback} with feedback", v.right_share, *v.interval, v.test_right_share)
         for v in metrics.versions
         if v.right_share is not None and v.interval is not None
     ]
     if intervals:
-        plots["accuracy"] = directory / "accuracy.png"
-        save_intervals(plots["accuracy"], intervals, "Share of right predictions (mark: on the test split)")
+        names.append("accuracy")
+        title = "Share of right predictions (mark: on the test split)"
+        save_intervals(metrics.directory / "accuracy.png", intervals, title)
     newest = next((version for version in metrics.versions if version.with_feedback), None)
     if newest is not None and newest.classifier_type == "multi-class":
-        plots["confusion_matrix"] = directory / "confusion_matrix.png"
+        names.append("confusion_matrix")
         save_confusion_matrix(
-            plots["confusion_matrix"],
+            metrics.directory / "confusion_matrix.png",
             np.array(newest.confusion),
             newest.class_names,
             what=f"feedback on {newest.model_version}",
         )
-    return plots
+    return tuple(names)

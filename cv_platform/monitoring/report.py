@@ -16,7 +16,7 @@ import numpy as np
 from sqlalchemy import Engine, select
 from sqlalchemy.dialects.postgresql import insert
 
-from cv_platform.config import ExperimentConfig
+from cv_platform.config import ClassifierType, ExperimentConfig
 from cv_platform.database.schema import drift_reports
 from cv_platform.drift.accuracy import estimate_accuracy
 from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
@@ -29,19 +29,18 @@ from cv_platform.images import preprocessing_hash
 from cv_platform.monitoring.evidently_figures import evidently_run
 from cv_platform.monitoring.evidently_report import delete_run, publish_run
 from cv_platform.monitoring.report_page import render_page, thumbnails
-from cv_platform.monitoring.report_record import DriftReport
+from cv_platform.monitoring.sentences import drift_summary
 from cv_platform.monitoring.window import Window, read_feedback, read_images, read_window, window_bounds
-from cv_platform.predictions import LABEL, ClassifierType, predicted_flags
+from cv_platform.predictions import LABEL, predicted_flags
+from cv_platform.records import DriftReport, ModelIdentity
 from cv_platform.storage import CentralStorage
-
-__all__ = ["DriftReport", "make_drift_report"]
 
 logger = logging.getLogger(__name__)
 
 TOP_IMAGES = 12
 _MOST_REPEATED = 0.1
 _NAMESPACE = uuid.UUID("0d7a7bb2-6c6e-4b7b-9d83-1b8f2f3f0c55")
-_COLUMNS = ("report_id", "experiment", "model_name", "model_version", "window_start_utc", "window_end_utc", "rows")
+_COLUMNS = ("report_id", "experiment", "window_start_utc", "window_end_utc", "rows", "verdict")
 
 
 @dataclass(frozen=True)
@@ -54,32 +53,41 @@ class _ModelFacts:
     encoder_hash: str | None
 
 
+@dataclass(frozen=True)
+class ReportPlace:
+    """Where drift reports are kept, beside the database.
+
+    Attributes:
+        storage: where the HTML and JSON go.
+        evidently: workspace folder, or URL of a server.
+        work_directory: for the files until they are in storage.
+    """
+
+    storage: CentralStorage
+    evidently: Path | str
+    work_directory: Path
+
+
 def make_drift_report(
     config: ExperimentConfig,
-    *,
-    model_name: str,
-    model_version: str,
+    model: ModelIdentity,
     reference_path: Path,
+    *,
     engine: Engine,
-    storage: CentralStorage,
-    evidently: Path | str,
+    place: ReportPlace,
     now: datetime,
-    work_directory: Path,
 ) -> DriftReport:
     """Judges one window of requests and keeps the report in central storage, the database and Evidently.
 
-    A second report of the same window replaces the first. Where Evidently cannot be reached, the report says so and is
-    kept without it.
+    A second report of the same window replaces the first. Where Evidently cannot be reached, the report says so.
 
     Args:
         config: the experiment; `monitor` has the window and the test's settings.
-        model_name, model_version: whose requests are judged; others of the window are never mixed in.
+        model: whose requests are judged; others of the window are never mixed in.
         reference_path: local parquet of that version.
         engine: of the request log.
-        storage: where the HTML and JSON go.
-        evidently: workspace folder, or URL of a server.
+        place: where the report goes.
         now: end of the default window, with its zone.
-        work_directory: for the files until they are in storage.
 
     Raises:
         ConfigError: the window's bounds are wrong.
@@ -87,52 +95,38 @@ def make_drift_report(
         InvalidSampleError: the logged rows have other widths than the reference.
         DatabaseUnavailableError, SchemaMismatchError, StorageError: see there.
     """
-    started = time.monotonic()
-    monitor = config.monitor
+    started, monitor = time.monotonic(), config.monitor
     start_utc, end_utc = window_bounds(monitor, now)
-    facts = _model_facts(storage, config, model_name, model_version)
+    facts = _model_facts(place.storage, config, model)
+    identity = {"model_name": model.model_name, "model_version": model.version}
     reference = read_reference(
-        reference_path,
-        model_name=model_name,
-        model_version=model_version,
-        preprocessing_hash=facts.preprocessing_hash,
-        encoder_hash=facts.encoder_hash,
+        reference_path, **identity, preprocessing_hash=facts.preprocessing_hash, encoder_hash=facts.encoder_hash
     )
-    window = read_window(
-        engine,
-        model_name=model_name,
-        model_version=model_version,
-        start_utc=start_utc,
-        end_utc=end_utc,
-        max_rows=monitor.max_samples,
-    )
-    rows = len(window.rows)
+    window = read_window(engine, **identity, start_utc=start_utc, end_utc=end_utc, max_rows=monitor.max_samples)
     report = DriftReport(
-        report_id=_report_id(config.name, model_name, model_version, start_utc, end_utc),
+        report_id=_report_id(config.name, model, start_utc, end_utc),
         experiment=config.name,
-        model_name=model_name,
-        model_version=model_version,
+        model=model,
         window_start_utc=start_utc,
         window_end_utc=end_utc,
         requests=window.requests,
-        rows=rows,
+        rows=len(window.rows),
         unusable_rows=window.unusable,
         is_truncated=window.is_truncated,
         reference_rows=len(reference),
-        verdict="insufficient data",
         alpha=monitor.alpha,
         min_samples=monitor.min_samples,
         problems=_window_problems(window),
     )
     if window.sample is not None:
+        class_names = read_identity(reference_path).class_names
         require_comparable(reference, window.sample, min_rows=1)
-        stream = judge_stream(reference, window.sample, alpha=monitor.alpha, seed=monitor.seed)
-        report = report.model_copy(update={"stream": stream})
-        report = _with_feedback(report, engine, window, read_identity(reference_path).class_names, facts)
-        if rows >= monitor.min_samples:
+        stream = {"stream": judge_stream(reference, window.sample, alpha=monitor.alpha, seed=monitor.seed)}
+        report = _with_feedback(report.model_copy(update=stream), engine, window, class_names, facts)
+        if report.rows >= monitor.min_samples:
             report = _with_verdict(report, config, reference, reference_path, window, facts)
-    report = _publish(report, engine, storage, evidently, work_directory, reference, window)
-    logger.info("%s (%.1f s)", report.summary(), time.monotonic() - started)
+    report = _publish(report, engine, place, reference, window)
+    logger.info("%s (%.1f s)", drift_summary(report), time.monotonic() - started)
     return report
 
 
@@ -182,17 +176,6 @@ def _with_verdict(
             "drifted_detectors": verdict.drifted_detectors,
             "effects": effect_sizes(reference, current, verdict, class_names=class_names),
             "classes": classes,
-            "moved_classes": [
-                {
-                    "class": movement.class_name,
-                    "ks_distance": movement.ks_distance,
-                    "reference_share": movement.reference_share,
-                    "current_share": movement.current_share,
-                    "adjusted_p_value": movement.adjusted_p_value,
-                }
-                for movement in classes
-                if movement.has_moved
-            ],
             "top_images": _top_images(window, scores),
             "accuracy_estimate": estimate,
         }
@@ -234,9 +217,7 @@ def _top_images(window: Window, scores: np.ndarray) -> list[dict[str, Any]]:
 def _publish(
     report: DriftReport,
     engine: Engine,
-    storage: CentralStorage,
-    evidently: Path | str,
-    work_directory: Path,
+    place: ReportPlace,
     reference: DriftSample,
     window: Window,
 ) -> DriftReport:
@@ -250,50 +231,52 @@ def _publish(
     earlier_run_id = _earlier_run(engine, report.report_id)
     try:
         run = evidently_run(report, reference, window.sample)
-        report = report.model_copy(update={"evidently_run_id": publish_run(evidently, run)})
+        report = report.model_copy(update={"evidently_run_id": publish_run(place.evidently, run)})
     except ServiceError as err:
         logger.warning("The drift report is kept without Evidently: %s", err)
         problems.append(f"Not in Evidently: {err}")
     report = report.model_copy(update={"problems": tuple(problems)})
     try:
-        report = _keep(report, engine, storage, work_directory, pictures)
+        report = _keep(report, engine, place, pictures)
     except BaseException:
         # Nothing names that run: it would stand in the dashboard beside the one of the next attempt.
         if report.evidently_run_id is not None:
-            delete_run(evidently, report.experiment, report.evidently_run_id)
+            delete_run(place.evidently, report.experiment, report.evidently_run_id)
         raise
     # Last: until the new row stands, the old one names the earlier run.
     if earlier_run_id is not None and report.evidently_run_id is not None:
-        delete_run(evidently, report.experiment, earlier_run_id)
+        delete_run(place.evidently, report.experiment, earlier_run_id)
     return report
 
 
 def _keep(
     report: DriftReport,
     engine: Engine,
-    storage: CentralStorage,
-    work_directory: Path,
+    place: ReportPlace,
     pictures: Mapping[str, str],
 ) -> DriftReport:
     """Writes the page to storage, then the row."""
-    work_directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=work_directory) as folder:
+    place.work_directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.work_directory) as folder:
         directory = Path(folder)
         (directory / "report.html").write_text(render_page(report, pictures), encoding="utf-8")
-        (directory / "report.json").write_text(
-            report.model_dump_json(indent=2, exclude={"report_url"}), encoding="utf-8"
-        )
-        url = storage.publish_report(report.experiment, report.report_id, directory)
+        (directory / "report.json").write_text(report.local_json(), encoding="utf-8")
+        url = place.storage.publish_report(report.experiment, report.report_id, directory)
     report = report.model_copy(update={"report_url": f"{url}/report.html"})
     _write_row(engine, report)
     return report
 
 
 def _write_row(engine: Engine, report: DriftReport) -> None:
-    fields = report.model_dump(mode="json")
-    row = {name: fields.pop(name) for name in (*_COLUMNS, "verdict", "report_url")}
-    row |= {"window_start_utc": report.window_start_utc, "window_end_utc": report.window_end_utc, "details": fields}
-    row["report_id"] = uuid.UUID(report.report_id)
+    details = report.model_dump(mode="json", exclude={*_COLUMNS, "model", "report_url", "made_from"})
+    row: dict[str, Any] = {
+        **{name: getattr(report, name) for name in _COLUMNS},
+        "report_id": uuid.UUID(report.report_id),
+        "model_name": report.model.model_name,
+        "model_version": report.model.version,
+        "report_url": report.report_url,
+        "details": details,
+    }
     statement = insert(drift_reports).values(row)
     changed = {name: statement.excluded[name] for name in row if name != "report_id"}
     with engine.begin() as connection:
@@ -309,13 +292,13 @@ def _earlier_run(engine: Engine, report_id: str) -> str | None:
         return connection.execute(wanted).scalar_one_or_none()
 
 
-def _model_facts(storage: CentralStorage, config: ExperimentConfig, model_name: str, model_version: str) -> _ModelFacts:
+def _model_facts(storage: CentralStorage, config: ExperimentConfig, model: ModelIdentity) -> _ModelFacts:
     try:
-        metadata = storage.read_metadata(model_name, model_version)
+        metadata = storage.read_metadata(model.model_name, model.version)
     except BundleNotFoundError:
         # A version that was never published as a bundle, such as one evaluated offline: today's config is all there is.
-        model = config.model
-        return _ModelFacts(model.classifier_type, model.threshold, preprocessing_hash(model.image_size), None)
+        today = config.model
+        return _ModelFacts(today.classifier_type, today.threshold, preprocessing_hash(today.image_size), None)
     return _ModelFacts(metadata.classifier_type, metadata.threshold, metadata.preprocessing_hash, metadata.encoder_hash)
 
 
@@ -341,6 +324,6 @@ def _window_problems(window: Window) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _report_id(experiment: str, model_name: str, model_version: str, start_utc: datetime, end_utc: datetime) -> str:
-    parts = (experiment, model_name, model_version, start_utc.isoformat(), end_utc.isoformat())
+def _report_id(experiment: str, model: ModelIdentity, start_utc: datetime, end_utc: datetime) -> str:
+    parts = (experiment, model.model_name, model.version, start_utc.isoformat(), end_utc.isoformat())
     return str(uuid.uuid5(_NAMESPACE, "\n".join(parts)))

@@ -12,7 +12,8 @@ import numpy as np
 
 from cv_platform.errors import ImageError
 from cv_platform.images import decode
-from cv_platform.monitoring.report_record import DriftReport
+from cv_platform.monitoring.sentences import stream_note
+from cv_platform.records import DriftReport
 
 _THUMBNAIL_PX = 160
 _DETECTOR_TITLES = {
@@ -91,7 +92,7 @@ def render_page(report: DriftReport, pictures: Mapping[str, str]) -> str:
 
 def _head(report: DriftReport) -> str:
     facts = [
-        f"Model {escape(report.model_name)}, version {escape(report.model_version)}.",
+        f"Model {escape(report.model.model_name)}, version {escape(report.model.version)}.",
         f"Requests from {report.window_start_utc:%Y-%m-%d %H:%M:%S} (inclusive) "
         f"until {report.window_end_utc:%Y-%m-%d %H:%M:%S} (exclusive), UTC: "
         f"{report.requests}, of which {report.rows} were judged against {report.reference_rows} held-out images.",
@@ -99,7 +100,7 @@ def _head(report: DriftReport) -> str:
     if report.verdict == "insufficient data":
         facts.append(f"A verdict needs at least {report.min_samples} usable requests.")
     if report.stream is not None:
-        facts.append(escape(report.stream_note()))
+        facts.append(escape(stream_note(report)))
     return (
         f"<h1>{escape(report.experiment)}: drift report</h1>"
         f'<p><span class="verdict {report.verdict.replace(" ", "-")}">{escape(report.verdict)}</span></p>'

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.predictions import ClassifierType
+from cv_platform.config import ClassifierType
 from cv_platform.training.network import LOGITS_NAME
 
 if TYPE_CHECKING:

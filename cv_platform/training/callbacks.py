@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cv_platform.config import TrainConfig
 from cv_platform.errors import TrackingError, TrainingError
 from cv_platform.files import file_sha256, whole_file, write_file
 
@@ -83,13 +84,11 @@ class TrainingMonitor:
     Args:
         model: the compiled model.
         folder: the training's own folder, existing.
-        epochs: planned.
+        train: the recipe: epochs, patience, and the learning rate for the advice when the loss diverges.
         images_per_epoch: for images per second.
-        patience: epochs without a better `SELECTION_METRIC` after which training stops; None: never.
         state: what an earlier, killed training has reached.
         on_epoch: called with the epoch (from 0) before it begins.
         run: MLflow run that gets each epoch's metrics.
-        init_lr: for the advice when the loss diverges.
     """
 
     def __init__(
@@ -97,23 +96,19 @@ class TrainingMonitor:
         model: keras.Model,
         folder: Path,
         *,
-        epochs: int,
+        train: TrainConfig,
         images_per_epoch: int,
-        patience: int | None,
         state: TrainingState | None,
         on_epoch: Callable[[int], None],
         run: MlflowRun | None,
-        init_lr: float,
     ) -> None:
         self.model = model
         self.folder = folder
-        self.epochs = epochs
+        self.train = train
         self.images_per_epoch = images_per_epoch
-        self.patience = patience
         self.state = state
         self.on_epoch = on_epoch
         self.run = run
-        self.init_lr = init_lr
         self._epoch_started = time.perf_counter()
         self._run_is_broken = False
 
@@ -143,7 +138,7 @@ class TrainingMonitor:
     def _divergence(self, received: str) -> str:
         return (
             f"Expected a finite loss. Received: {received}. "
-            f"Lower train.init_lr (now {self.init_lr:g}, try {self.init_lr / 10:g}), "
+            f"Lower train.init_lr (now {self.train.init_lr:g}, try {self.train.init_lr / 10:g}), "
             "let it warm up (train.schedule: one_cycle), or compute in full precision (train.precision: float32)."
         )
 
@@ -160,8 +155,9 @@ class TrainingMonitor:
         self._save(epoch, history, seconds=seconds + (before.seconds if before else 0.0))
         self._log(epoch, metrics)
         assert self.state is not None
-        if self.patience is not None and epoch - self.state.best_epoch >= self.patience:
-            logger.info("early stopping: no better %s for %d epochs", SELECTION_METRIC, self.patience)
+        patience = self.train.early_stopping_patience
+        if patience is not None and epoch - self.state.best_epoch >= patience:
+            logger.info("early stopping: no better %s for %d epochs", SELECTION_METRIC, patience)
             self.model.stop_training = True
 
     def _save(self, epoch: int, history: dict[str, list[float]], *, seconds: float) -> None:
@@ -191,11 +187,11 @@ class TrainingMonitor:
 
     def _log(self, epoch: int, metrics: dict[str, float]) -> None:
         assert self.state is not None
-        remaining = (self.epochs - epoch - 1) * self.state.seconds / (epoch + 1)
+        remaining = (self.train.epochs - epoch - 1) * self.state.seconds / (epoch + 1)
         logger.info(
             "epoch %d/%d: loss %.4f, accuracy %.4f, val_loss %.4f, val_accuracy %.4f, %.0f images/s, %s left",
             epoch + 1,
-            self.epochs,
+            self.train.epochs,
             metrics["loss"],
             metrics["accuracy"],
             metrics["val_loss"],

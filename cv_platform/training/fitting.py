@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cv_platform.config import ModelConfig, TrainConfig
+from cv_platform.config import ExperimentConfig, ModelConfig, TrainConfig
+from cv_platform.datasets.packing import PackedSplit
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import TrainingError
 from cv_platform.training.augmentation import Augmenter
@@ -56,13 +57,10 @@ class FittedModel:
 
 
 def fit_model(
-    model: ModelConfig,
-    train: TrainConfig,
+    config: ExperimentConfig,
+    train_split: PackedSplit,
+    valid_split: PackedSplit,
     *,
-    train_images: np.ndarray,
-    train_targets: np.ndarray,
-    valid_images: np.ndarray,
-    valid_targets: np.ndarray,
     folder: Path,
     run: MlflowRun | None = None,
     spare_bytes: int | None = None,
@@ -72,12 +70,9 @@ def fit_model(
     Sets Keras's global seeds to `train.seed`.
 
     Args:
-        model: network.
-        train: recipe.
-        train_images: `(N, H, W, 3)` uint8, RGB; may be memory-mapped.
-        train_targets: `(N,)` class indices, or `(N, C)` 0/1.
-        valid_images: as `train_images`; chooses the best epoch.
-        valid_targets: as `train_targets`.
+        config: `model` is the network, `train` the recipe.
+        train_split: images and targets; may be memory-mapped.
+        valid_split: chooses the best epoch.
         folder: existing; keeps the state of the training. One that finds there what a killed training has left goes on
             to the weights that it would have had: it must be the same in all that decides the result.
         run: MLflow run that gets each epoch's metrics.
@@ -87,14 +82,15 @@ def fit_model(
         TrainingError: the network cannot be built, the data cannot be read, or the loss is not finite.
         DiskSpaceError: the state of the training would fill the disk.
     """
+    model, train = config.model, config.train
     precision = resolve_precision(train.precision)
     network = build_model(model, weight_decay=train.weight_decay, seed=train.seed, precision=precision)
     # Weights and two moments of the optimizer, of this epoch, the last two and the best; and the finished model.
     state_bytes = 13 * 4 * network.count_params()
     require_free_space(folder, state_bytes, purpose=f"training {model.architecture}", spare_bytes=spare_bytes)
     batches = ShuffledBatches(
-        train_images,
-        train_targets,
+        train_split.images,
+        train_split.targets,
         classes=len(model.classes),
         batch_size=train.batch_size,
         augmenter=Augmenter(train.augment, seed=train.seed),
@@ -105,21 +101,19 @@ def fit_model(
     monitor = TrainingMonitor(
         network,
         folder,
-        epochs=train.epochs,
+        train=train,
         images_per_epoch=batches.images_per_epoch,
-        patience=train.early_stopping_patience,
         state=state,
         on_epoch=lambda epoch: setattr(batches, "epoch", epoch),
         run=run,
-        init_lr=train.init_lr,
     )
     logger.info(
         "training %s (%d parameters) on %d images of %d×%d, %d valid; %d epochs of %d steps of %d, %s",
         model.architecture,
         network.count_params(),
-        len(train_images),
+        len(train_split.images),
         *model.image_size,
-        len(valid_images),
+        len(valid_split.images),
         train.epochs,
         batches.steps,
         batches.batch_size,
@@ -127,15 +121,7 @@ def fit_model(
     )
     started = time.perf_counter()
     if not (state and _is_finished(state, train)):
-        _run_epochs(
-            network,
-            batches,
-            monitor,
-            valid_images,
-            valid_targets,
-            epochs=train.epochs,
-            first=state.epochs_done if state else 0,
-        )
+        _run_epochs(network, batches, monitor, valid_split)
     reached = monitor.state
     assert reached is not None
     network.load_weights(folder / reached.best_weights)
@@ -212,21 +198,17 @@ def _run_epochs(
     network: keras.Model,
     batches: ShuffledBatches,
     monitor: TrainingMonitor,
-    valid_images: np.ndarray,
-    valid_targets: np.ndarray,
-    *,
-    epochs: int,
-    first: int,
+    valid: PackedSplit,
 ) -> None:
     validation = ordered_dataset(
-        valid_images, valid_targets, classes=batches.classes, batch_size=max(256, batches.batch_size)
+        valid.images, valid.targets, classes=batches.classes, batch_size=max(256, batches.batch_size)
     )
     try:
         network.fit(
             batches.dataset(),
             validation_data=validation,
-            epochs=epochs,
-            initial_epoch=first,
+            epochs=monitor.train.epochs,
+            initial_epoch=monitor.state.epochs_done if monitor.state else 0,
             callbacks=[monitor.callback()],
             shuffle=False,  # The batches come in an order of their own.
             verbose=0,  # pyright: ignore[reportArgumentType] -- as above.

@@ -6,7 +6,7 @@ A training's folder, `<directory>/<model_name>/<version>/`, appears at once, com
     history.json            metric by name, a value per epoch
     config.json             the effective config
     learning_curves.png
-    trained_model.json      this module's `TrainedModel`
+    trained_model.json      the record, see `records.TrainedModel`
 
 The work under way is beside it in `.training-<recipe>`, and is what a killed training goes on from: the folder is named
 after everything that decides the weights, and `recipe.json` in it says what that was. The fit itself is
@@ -23,15 +23,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING
 
 from cv_platform.config import ExperimentConfig
-from cv_platform.datasets.packing import PackedImages, open_split
+from cv_platform.datasets.packing import open_split
 from cv_platform.errors import LockHeldError, TrainingError
 from cv_platform.files import exclusive, file_sha256, whole_directory, write_file
 from cv_platform.images import preprocessing_hash
+from cv_platform.records import ModelIdentity, PackedImages, TrainedModel
 from cv_platform.storage import new_version
 from cv_platform.tracking import flatten
 from cv_platform.training.calibration import calibrate
@@ -48,37 +47,6 @@ logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.json"
 """In the folder of the work under way: what decides the weights, by name."""
-
-
-class TrainedModel(BaseModel):
-    """A trained model: where it is and where it came from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    model_name: str
-    version: str
-    directory: Path
-    keras_path: Path
-    dvc_md5: str
-    dvc_tag: str
-    ds_name: str
-    preprocessing_hash: str
-    pack: str
-    """Name of the packed images' folder: data version, preprocessing, splits and quarantine in one."""
-    class_names: tuple[str, ...]
-    classifier_type: Literal["multi-class", "multi-label"]
-    image_size: tuple[int, int] = Field(description="(height, width) in pixels")
-    epochs_run: int
-    best_epoch: int = Field(description="from 1: the epoch whose weights are kept")
-    temperature: float = Field(
-        default=1.0, description="by which the logits were divided, in the weights: see calibration"
-    )
-    history: dict[str, list[float]] = Field(description="metric by name, a value per epoch")
-    seconds: float
-    images_per_second: float
-    mlflow_run_id: str | None = None
-    git_commit: str | None = None
-    effective_config: dict[str, Any]
 
 
 def train_model(
@@ -118,22 +86,12 @@ def train_model(
     model_name = config.model.model_name
     train, valid = open_split(packed, "train"), open_split(packed, "valid")
     if run is not None:
-        run.set_tags(_provenance(packed, git_commit))
+        run.set_tags({**_tags(packed), **({"git_commit": git_commit} if git_commit else {})})
         run.log_params(config.model_dump(mode="json", include={"model", "dataset", "train"}))
     parent = directory / model_name
     parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(parent, _recipe(packed, config)) as work:
-        fitted = fit_model(
-            config.model,
-            config.train,
-            train_images=train.images,
-            train_targets=train.targets,
-            valid_images=valid.images,
-            valid_targets=valid.targets,
-            folder=work,
-            run=run,
-            spare_bytes=spare_bytes,
-        )
+        fitted = fit_model(config, train, valid, folder=work, run=run, spare_bytes=spare_bytes)
         # On a network that was only just read from the work folder, which a retry finds as it was: never twice.
         temperature = (
             calibrate(fitted.network, valid.images, valid.targets, config.model.classifier_type)
@@ -149,13 +107,13 @@ def train_model(
 
 
 def _check(packed: PackedImages, config: ExperimentConfig) -> None:
-    model = config.model
+    model, task = config.model, packed.task
     pairs = [
-        ("model.classes", tuple(model.classes), tuple(packed.class_names)),
-        ("model.classifier_type", model.classifier_type, packed.classifier_type),
-        ("model.input_size (height, width)", model.image_size, tuple(packed.image_size)),
-        ("preprocessing", preprocessing_hash(model.image_size), packed.preprocessing_hash),
-        ("dataset.ds_name", config.dataset.ds_name, packed.ds_name),
+        ("model.classes", model.classes, task.class_names),
+        ("model.classifier_type", model.classifier_type, task.classifier_type),
+        ("model.input_size (height, width)", model.image_size, task.image_size),
+        ("preprocessing", preprocessing_hash(model.image_size), task.preprocessing_hash),
+        ("dataset.ds_name", config.dataset.ds_name, packed.provenance.ds_name),
     ]
     wrong = [
         f"  {name}: config has {mine}, packed images have {theirs}" for name, mine, theirs in pairs if mine != theirs
@@ -198,14 +156,9 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
     }
 
 
-def _provenance(packed: PackedImages, git_commit: str | None) -> dict[str, str]:
-    return {
-        "ds_name": packed.ds_name,
-        "dvc_tag": packed.dvc_tag,
-        "dvc_md5": packed.dvc_md5,
-        "preprocessing_hash": packed.preprocessing_hash,
-        **({"git_commit": git_commit} if git_commit else {}),
-    }
+def _tags(made_from: PackedImages | TrainedModel) -> dict[str, str]:
+    """Returns what MLflow shows of the data, of a run and of a registered version."""
+    return {**made_from.provenance.model_dump(), "preprocessing_hash": made_from.task.preprocessing_hash}
 
 
 @contextmanager
@@ -269,23 +222,13 @@ def _publish(
     git_commit: str | None,
 ) -> TrainedModel:
     """Writes the folder of the finished training."""
-    version = new_version()
-    model_name = config.model.model_name
-    directory = parent / version
+    model = ModelIdentity(model_name=config.model.model_name, version=new_version())
     trained = TrainedModel(
-        model_name=model_name,
-        version=version,
-        directory=directory,
-        keras_path=directory / f"{model_name}.keras",
-        dvc_md5=packed.dvc_md5,
-        dvc_tag=packed.dvc_tag,
-        ds_name=packed.ds_name,
-        preprocessing_hash=packed.preprocessing_hash,
+        model=model,
+        provenance=packed.provenance,
+        task=packed.task,
         pack=packed.directory.name,
-        class_names=tuple(packed.class_names),
-        classifier_type=config.model.classifier_type,
-        image_size=config.model.image_size,
-        epochs_run=len(fitted.history["loss"]),
+        directory=parent / model.version,
         best_epoch=fitted.best_epoch,
         temperature=temperature,
         history=fitted.history,
@@ -295,14 +238,14 @@ def _publish(
         git_commit=git_commit,
         effective_config=config.model_dump(mode="json"),
     )
-    with whole_directory(directory) as beside:
+    with whole_directory(trained.directory) as beside:
         fitted.network.save(beside / trained.keras_path.name)
         write_history(beside / "history.json", fitted.history)
         (beside / "config.json").write_text(
             json.dumps(trained.effective_config, indent=1, ensure_ascii=False), encoding="utf-8"
         )
         learning_curves(fitted.history, best_epoch=fitted.best_epoch).savefig(beside / "learning_curves.png")
-        (beside / "trained_model.json").write_text(trained.model_dump_json(indent=1), encoding="utf-8")
+        (beside / "trained_model.json").write_text(trained.local_json(), encoding="utf-8")
     return trained
 
 
@@ -343,15 +286,6 @@ def _log(run: MlflowRun, trained: TrainedModel) -> None:
     for name in ("config.json", "history.json", "learning_curves.png", "trained_model.json"):
         run.log_artifact(trained.directory / name, "training")
     artifact_path = run.log_artifact(trained.keras_path, "model")
-    run.set_tags({"version": trained.version, "model_name": trained.model_name})
-    run.register_model_version(
-        trained.model_name,
-        trained.version,
-        artifact_path=artifact_path,
-        tags={
-            "ds_name": trained.ds_name,
-            "dvc_tag": trained.dvc_tag,
-            "dvc_md5": trained.dvc_md5,
-            "preprocessing_hash": trained.preprocessing_hash,
-        },
-    )
+    run.set_tags(trained.model.model_dump())
+    model_name, version = trained.model.model_name, trained.model.version
+    run.register_model_version(model_name, version, artifact_path=artifact_path, tags=_tags(trained))

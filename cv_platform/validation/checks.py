@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from cv_platform.config import ValidateConfig
+from cv_platform.config import ClassifierType, ValidateConfig
 from cv_platform.datasets.splits import SPLITS
-from cv_platform.predictions import ClassifierType
 from cv_platform.properties import PROPERTY_NAMES
+from cv_platform.records import CheckOutcome
 from cv_platform.validation.sample import ImageSample
-from cv_platform.validation.verdict import MAX_OFFENDERS, CheckOutcome
+from cv_platform.validation.verdict import MAX_OFFENDERS
 
 
 def outcome(

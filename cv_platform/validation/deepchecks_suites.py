@@ -39,13 +39,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cv_platform.config import ValidateConfig
-from cv_platform.predictions import ClassifierType
+from cv_platform.config import ClassifierType, ValidateConfig
 from cv_platform.properties import PROPERTY_NAMES
+from cv_platform.records import CheckOutcome
 from cv_platform.settings import prepare_process
 from cv_platform.validation.checks import outcome
 from cv_platform.validation.sample import ImageSample
-from cv_platform.validation.verdict import CheckOutcome
 
 LEFT_OUT: tuple[str, ...] = (
     "SpecialCharacters",

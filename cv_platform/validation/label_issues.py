@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from cv_platform.config import ValidateConfig
-from cv_platform.predictions import ClassifierType
+from cv_platform.config import ClassifierType, ValidateConfig
+from cv_platform.records import CheckOutcome
 from cv_platform.validation.checks import outcome
 from cv_platform.validation.sample import ImageSample
-from cv_platform.validation.verdict import CheckOutcome
 
 NEIGHBOURS = 10
 MIN_PER_CLASS = 5

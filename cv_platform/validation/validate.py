@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from cv_platform.config import ValidateConfig
+from cv_platform.config import ClassifierType, ValidateConfig
 from cv_platform.datasets.manifest import read_manifest
-from cv_platform.datasets.versions import DatasetVersion
 from cv_platform.files import exclusive, whole_directory
-from cv_platform.predictions import ClassifierType
+from cv_platform.records import CheckOutcome, DatasetVersion, ValidationVerdict
 from cv_platform.validation.checks import (
     check_class_coverage,
     check_conflicting_labels,
@@ -31,7 +30,7 @@ from cv_platform.validation.deepchecks_suites import REPORT_NAMES, check_deepche
 from cv_platform.validation.label_issues import check_label_issues
 from cv_platform.validation.report import render_report
 from cv_platform.validation.sample import ImageSample, read_sample
-from cv_platform.validation.verdict import CHECK_NAMES, CheckOutcome, ValidationVerdict
+from cv_platform.validation.verdict import CHECK_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +57,15 @@ def validate_dataset(
     Returns:
         The verdict. A failed check is in it, never an exception.
     """
-    started = time.monotonic()
+    started, provenance = time.monotonic(), version.provenance
     manifest = read_manifest(version.manifest_path).reset_index(drop=True)
     sample = read_sample(manifest, version.directory)
     problems = _problems(manifest, sample)
     readable = manifest.loc[~manifest["path"].isin(list(problems))]
     # The manifest's name stands for the splits, which follow from the config too.
-    settings = (version.manifest_path.name, config.model_dump_json(), *class_names, classifier_type)
+    settings = (version.manifest, config.model_dump_json(), *class_names, classifier_type)
     fingerprint = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
-    target = home / "validation" / version.ds_name / f"{version.dvc_md5}-{fingerprint}"
+    target = home / "validation" / provenance.ds_name / f"{provenance.dvc_md5}-{fingerprint}"
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as directory:
         checks: dict[str, Callable[[], CheckOutcome]] = {
             "unreadable_images": lambda: check_unreadable_images(len(manifest), problems, config),
@@ -86,17 +85,17 @@ def validate_dataset(
         }
         outcomes = tuple(checks[name]() for name in CHECK_NAMES if getattr(config, name) != "off")
         verdict = ValidationVerdict(
-            dvc_md5=version.dvc_md5,
-            manifest=version.manifest_path.name,
+            dvc_md5=provenance.dvc_md5,
+            manifest=version.manifest,
             passed=all(o.passed or o.severity != "error" for o in outcomes),
             outcomes=outcomes,
             quarantined=tuple(sorted(problems)),
-            report_path=target / "report.html",
+            directory=target,
         )
         page = render_report(
-            title=f"Validation of {version.ds_name} {version.tag}",
+            title=f"Validation of {provenance}",
             facts=[
-                ("DVC md5", version.dvc_md5),
+                ("DVC md5", provenance.dvc_md5),
                 ("git commit", version.git_commit),
                 ("images", f"{len(manifest)}, of which {len(readable)} readable"),
                 ("pixels looked at", sample.description),
@@ -109,12 +108,10 @@ def validate_dataset(
             deepchecks_pages={suite: page for suite, page in REPORT_NAMES.items() if (directory / page).exists()},
         )
         (directory / "report.html").write_text(page, encoding="utf-8")
-        (directory / "verdict.json").write_text(verdict.model_dump_json(indent=2), encoding="utf-8")
+        (directory / "verdict.json").write_text(verdict.local_json(), encoding="utf-8")
     for failed in verdict.failed:
         logger.warning("%s (%s): %s", failed.name, failed.severity, failed.summary)
-    logger.info(
-        "validated %s %s in %.1f s: %s", version.ds_name, version.tag, time.monotonic() - started, _word(verdict)
-    )
+    logger.info("validated %s in %.1f s: %s", provenance, time.monotonic() - started, _word(verdict))
     return verdict
 
 

@@ -1,13 +1,9 @@
-"""What validation hands on: an outcome per check, and the verdict. Light to import: the code location does."""
+"""The checks by name, and the guard of those who need a verdict. Light to import: the code location does."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
-
 from cv_platform.errors import VerdictError
+from cv_platform.records import ValidationVerdict
 
 CHECK_NAMES: tuple[str, ...] = (
     "unreadable_images",
@@ -27,50 +23,6 @@ CHECK_NAMES: tuple[str, ...] = (
 
 MAX_OFFENDERS = 100
 """Offenders that an outcome names; its summary always has the full count."""
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class CheckOutcome(_Record):
-    """What one check found."""
-
-    name: str = Field(description="one of CHECK_NAMES")
-    passed: bool
-    severity: Literal["error", "warn"] = Field(description="a failed error blocks training, a failed warn only shows")
-    summary: str = Field(
-        description="the finding with its numbers; starts with 'Not judged' where there was nothing to judge"
-    )
-    value: float | None = Field(None, description="what was measured; none where nothing was")
-    limit: float | None = Field(None, description="the limit from the config that `value` was held against")
-    offenders: tuple[str, ...] = Field(
-        (), description="images, classes or conditions at fault, worst first, at most 100"
-    )
-
-    def finding(self) -> str:
-        """Returns the summary, and of a check that did not pass the limit that it was held against."""
-        if self.passed or self.limit is None:
-            return self.summary
-        return f"{self.summary} The limit in `validate` is {self.limit:g}."
-
-
-class ValidationVerdict(_Record):
-    """What validation found in one dataset version."""
-
-    dvc_md5: str
-    manifest: str = Field(
-        description="name of the manifest: it stands for the splits, which follow from the config too"
-    )
-    passed: bool = Field(description="no check of severity error failed")
-    outcomes: tuple[CheckOutcome, ...] = Field(description="in the order of CHECK_NAMES; without those that are off")
-    quarantined: tuple[str, ...] = Field(description="paths of unreadable images, which nothing downstream may use")
-    report_path: Path
-
-    @property
-    def failed(self) -> tuple[CheckOutcome, ...]:
-        """The outcomes that did not pass, of either severity."""
-        return tuple(outcome for outcome in self.outcomes if not outcome.passed)
 
 
 def require_verdict(

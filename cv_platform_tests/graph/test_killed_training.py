@@ -14,9 +14,9 @@ import yaml
 
 from cv_platform.local.environment import platform_environment, prepare_home
 from cv_platform.local.graph import materialize
+from cv_platform.record_store import RecordStore
+from cv_platform.records import TrainedModel, ValidationVerdict
 from cv_platform.settings import Settings
-from cv_platform.training.trainer import TrainedModel
-from cv_platform.validation.verdict import ValidationVerdict
 from cv_platform_tests.integration.demo_run import REPOSITORY
 from cv_platform_tests.unit.training.conftest import experiment, pack_tiny
 
@@ -33,15 +33,19 @@ def settings(tmp_path: Path) -> Settings:
     settings = Settings.from_environment({"CV_HOME": str(tmp_path / "home"), "CV_CONFIGS": str(config)})
     prepare_home(settings)
     packed = pack_tiny(tmp_path)
-    report = tmp_path / "report.html"
-    report.write_text("<p>good</p>")
     verdict = ValidationVerdict(
-        dvc_md5=packed.dvc_md5, manifest="any", passed=True, outcomes=(), quarantined=(), report_path=report
+        dvc_md5=packed.provenance.dvc_md5,
+        manifest="any",
+        passed=True,
+        outcomes=(),
+        quarantined=(),
+        directory=settings.home / "validation",
     )
-    records = settings.home / "records" / "tiny"
-    records.mkdir(parents=True)
-    (records / "packed_images.json").write_text(packed.model_dump_json())
-    (records / "validation_report.json").write_text(verdict.model_dump_json())
+    verdict.directory.mkdir()
+    verdict.report_path.write_text("<p>good</p>")
+    records = RecordStore(settings.home, "tiny")
+    records.write("packed_images", packed, run_id="a-run")
+    records.write("validation_report", verdict, run_id="a-run")
     return settings
 
 
@@ -75,6 +79,7 @@ def test_the_same_command_goes_on_after_the_last_whole_epoch(settings: Settings,
     assert 1 <= first < EPOCHS
     epochs = [int(number) for number in re.findall(rf"epoch (\d+)/{EPOCHS}: loss", log.read_text())]
     assert epochs == list(range(first + 1, EPOCHS + 1))
-    trained = TrainedModel.model_validate_json((settings.home / "records" / "tiny" / "model.json").read_text())
+    trained = RecordStore(settings.home, "tiny").latest(TrainedModel)
+    assert trained is not None
     assert trained.epochs_run == EPOCHS
     assert list(settings.home.glob("models/tiny_model/.training-*/*")) == []

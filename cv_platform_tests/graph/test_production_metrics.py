@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -13,6 +12,8 @@ from sqlalchemy import Engine, insert
 
 from cv_platform.database.schema import feedback, predictions
 from cv_platform.definitions import build_defs
+from cv_platform.record_store import RecordStore
+from cv_platform.records import ProductionMetrics
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 KEY = dg.AssetKey(["digits", "production_metrics"])
@@ -45,5 +46,6 @@ def test_says_that_there_is_no_feedback_and_then_measures_it(
     (materialization,) = measured.asset_materializations_for_node("digits__production_metrics")
     assert materialization.metadata["with_feedback"].value == 1
     assert "data:image/png;base64," in materialization.metadata["accuracy"].value
-    record = json.loads((tmp_path / "home" / "records" / "digits" / "production_metrics.json").read_text())
-    assert (record["versions"][0]["right_share"], record["versions"][0]["verdict"]) == (0.0, "insufficient feedback")
+    record = RecordStore(tmp_path / "home", "digits").latest(ProductionMetrics)
+    assert record is not None
+    assert (record.versions[0].right_share, record.versions[0].verdict) == (0.0, "insufficient feedback")

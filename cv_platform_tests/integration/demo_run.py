@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,12 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from cv_platform.local.http import free_port
+from cv_platform.record_store import RecordStore
+from cv_platform.records import Record
 from cv_platform.settings import Settings
 from cv_platform_tests.proxies import Counted, counting_server, proxy_variables
 
+R = TypeVar("R", bound=Record)
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -31,8 +33,10 @@ class Demo:
     config: Path
     settings: Settings
 
-    def record(self, asset: str) -> dict[str, Any]:
-        return json.loads((self.home / "records" / "digits" / f"{asset}.json").read_text())
+    def record(self, kind: type[R]) -> R:
+        found = RecordStore(self.home, "digits").latest(kind)
+        assert found is not None
+        return found
 
 
 @dataclass(frozen=True)

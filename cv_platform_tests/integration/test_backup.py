@@ -29,6 +29,8 @@ from cv_platform.local.environment import HOME_FORMAT, platform_environment, pre
 from cv_platform.maintenance.archive import verify_archive, write_archive
 from cv_platform.maintenance.backup import Backup, back_up
 from cv_platform.maintenance.restore import restore
+from cv_platform.record_store import RecordStore
+from cv_platform.records import TrainedModel
 from cv_platform.serving.log.entry import LogEntry
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.tables import find_prediction
@@ -36,6 +38,7 @@ from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform.tracking import start_run
+from cv_platform_tests.record_samples import trained_model
 from cv_platform_tests.tiny_models import TinyExport, export_tiny, publish_tiny
 from cv_platform_tests.unit.serving.log.test_entry import answered
 
@@ -130,8 +133,7 @@ def used(place: Path, tiny_export: TinyExport) -> Used:
     trained = home / "models" / "tiny" / metadata.version
     trained.mkdir(parents=True)
     shutil.copyfile(tiny_export.keras_path, trained / "tiny.keras")
-    (home / "records" / "tiny").mkdir(parents=True)
-    (home / "records" / "tiny" / "model.json").write_text(json.dumps({"keras_path": str(trained / "tiny.keras")}))
+    RecordStore(home, "tiny").write("model", trained_model(trained), run_id="a-run")
     (home / "worktrees" / "tiny").mkdir(parents=True)
     (home / "worktrees" / "tiny" / "a.png").write_bytes(b"made again")
     repository = home / "datasets" / "tiny"
@@ -251,8 +253,9 @@ def test_mlflow_shows_the_run_and_reads_its_artifact(used: Used, restored: Setti
 def test_dagster_and_the_records_name_the_new_folder(used: Used, restored: Settings) -> None:
     keras = restored.home / "models" / "tiny" / used.version / "tiny.keras"
     assert json.loads(run_python(ASSET, restored)) == {"path": str(keras), "runs": ["SUCCESS"]}
-    record = json.loads((restored.home / "records" / "tiny" / "model.json").read_text())
-    assert record == {"keras_path": str(keras)}
+    record = RecordStore(restored.home, "tiny").latest(TrainedModel)
+    assert record is not None
+    assert record.keras_path == keras
     tags = subprocess.run(
         ["git", "-C", str(restored.home / "datasets" / "tiny"), "tag", "--contains", "HEAD"],
         capture_output=True, text=True, check=True, timeout=30,

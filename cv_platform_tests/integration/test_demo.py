@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -13,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -32,6 +32,8 @@ from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.local.programs import service_command
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.properties import image_properties
+from cv_platform.record_store import RecordStore
+from cv_platform.records import RECORDS, DatasetVersion, Deployment, Evaluation, ReferenceData, TrainedModel
 from cv_platform.storage import CentralStorage, new_version
 from cv_platform_tests.integration.demo_run import REPOSITORY, Demo
 
@@ -54,7 +56,7 @@ def test_the_demo_ends_with_zero_and_says_why(demo: Demo) -> None:
     assert finished[:2] == ["dataset", "validation_report"]
     assert len(finished) == 11 + 2, "eleven assets, and a drift report for each window"
     assert "unshifted window (359 requests): no drift" in demo.output
-    assert demo.record("evaluation")["metrics"]["accuracy"] >= 0.985
+    assert demo.record(Evaluation).metrics["accuracy"] >= 0.985
     assert re.search(r"shifted window \(359 requests\): drift, .*classes that moved: ", demo.output)
 
 
@@ -79,7 +81,7 @@ def test_every_200_has_a_prediction_joined_to_its_log_entry(engine: Engine) -> N
 
 
 def test_served_probabilities_equal_the_offline_evaluation(demo: Demo, engine: Engine) -> None:
-    offline = pd.read_parquet(demo.record("evaluation")["predictions_path"]).set_index("sha256")
+    offline = pd.read_parquet(demo.record(Evaluation).predictions_path).set_index("sha256")
     class_names = load_experiment(demo.config).model.classes
     with engine.connect() as connection:
         logged = connection.execute(
@@ -94,23 +96,20 @@ def test_served_probabilities_equal_the_offline_evaluation(demo: Demo, engine: E
 
 
 def test_the_reference_has_exactly_the_readable_rows_of_its_split(demo: Demo) -> None:
-    manifest = pd.read_parquet(demo.record("dataset")["manifest_path"])
+    manifest = pd.read_parquet(demo.record(DatasetVersion).manifest_path)
     split = manifest[(manifest["split"] == "reference") & manifest["is_readable"]]
-    reference = pq.read_table(demo.record("reference_data")["path"]).to_pandas()
+    reference = pq.read_table(demo.record(ReferenceData).path).to_pandas()
     assert list(reference["path"]) == sorted(split["path"])
     labels = {row.path: "|".join(row.labels) for row in split.itertuples()}
     assert list(reference["label"]) == [labels[path] for path in reference["path"]]
 
 
 def test_each_reference_row_is_recomputed_from_its_own_image(demo: Demo, tmp_path: Path) -> None:
-    dataset, reference = demo.record("dataset"), pq.read_table(demo.record("reference_data")["path"]).to_pandas()
-    version = demo.record("model")["version"]
+    dataset, reference = demo.record(DatasetVersion), pq.read_table(demo.record(ReferenceData).path).to_pandas()
+    version = demo.record(TrainedModel).model.version
     config = load_experiment(demo.config)
     images = np.stack(
-        [
-            preprocess((Path(dataset["directory"]) / path).read_bytes(), config.model.image_size)
-            for path in reference["path"]
-        ]
+        [preprocess((dataset.directory / path).read_bytes(), config.model.image_size) for path in reference["path"]]
     )
     np.save(tmp_path / "images.npy", images)
     # A process of its own: TensorFlow stays out of the test runner, and one image at a time leaves no room for a shift.
@@ -158,8 +157,8 @@ def test_the_production_pointer_names_the_model_of_the_graph(demo: Demo) -> None
     storage = CentralStorage(demo.settings.storage_url)
     production = storage.production("image_classifier", "digits_classifier")
     assert production is not None
-    assert production.version == demo.record("model")["version"]
-    assert production.dvc_md5 == demo.record("dataset")["dvc_md5"]
+    assert production.version == demo.record(TrainedModel).model.version
+    assert production.dvc_md5 == demo.record(DatasetVersion).provenance.dvc_md5
     assert production.effective_config["train"] == load_experiment(demo.config).train.model_dump(mode="json")
 
 
@@ -194,33 +193,40 @@ def materialize(demo: Demo, selection: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def change_record(demo: Demo, asset: str, **changes: object) -> str:
-    path = demo.home / "records" / "digits" / f"{asset}.json"
-    before = path.read_text()
-    path.write_text(json.dumps({**json.loads(before), **changes}))
-    return before
+@contextmanager
+def changed_record(demo: Demo, asset: str, **changes: object) -> Iterator[None]:
+    """Makes a changed record the latest of its asset."""
+    store, before = RecordStore(demo.home, "digits"), demo.record(RECORDS[asset])
+    store.write(asset, before.model_copy(update=changes), run_id="changed")
+    try:
+        yield
+    finally:
+        store.write(asset, before, run_id="as-before")
 
 
 def test_training_refuses_a_dataset_version_whose_latest_verdict_failed(demo: Demo) -> None:
-    before = change_record(demo, "validation_report", passed=False)
-    try:
+    with changed_record(demo, "validation_report", passed=False):
         result = materialize(demo, "key:digits/model")
-    finally:
-        (demo.home / "records" / "digits" / "validation_report.json").write_text(before)
     assert result.returncode != 0
     assert "Expected a dataset version that passes its blocking checks" in result.stdout + result.stderr
 
 
 def test_deployment_refuses_a_model_whose_latest_evaluation_failed(demo: Demo) -> None:
-    before = change_record(demo, "evaluation", passed=False, reasons=["accuracy 0.5 is below min_accuracy 0.9"])
     pointer = CentralStorage(demo.settings.storage_url).read_pointer("image_classifier")
-    try:
+    with changed_record(demo, "evaluation", passed=False, reasons=("accuracy 0.5 is below min_accuracy 0.9",)):
         result = materialize(demo, "key:digits/deployment")
-    finally:
-        (demo.home / "records" / "digits" / "evaluation.json").write_text(before)
     assert result.returncode != 0
     assert "accuracy 0.5 is below min_accuracy 0.9" in result.stdout + result.stderr
     assert CentralStorage(demo.settings.storage_url).read_pointer("image_classifier") == pointer
+
+
+def test_the_deployment_names_the_records_that_it_was_made_from(demo: Demo) -> None:
+    made_from = demo.record(Deployment).made_from
+    assert set(made_from) == RECORDS.keys() - {"deployment", "drift_report", "production_metrics"}
+    used = RecordStore(demo.home, "digits").read("model", TrainedModel, made_from["model"])
+    assert used.model == demo.record(Deployment).model
+    kept = [path for path in (demo.home / "records").rglob("*.json") if str(demo.home) in path.read_text()]
+    assert kept == [], "no record names the folder that it lies in"
 
 
 def test_the_shift_of_the_demo_is_seeded() -> None:
@@ -267,7 +273,7 @@ def admin() -> dict[str, str]:
 def publish_copy(demo: Demo, tmp_path: Path) -> str:
     """Publishes the production bundle again under a version of its own."""
     storage = CentralStorage(demo.settings.storage_url)
-    folder, metadata = storage.fetch_bundle("digits_classifier", demo.record("model")["version"], tmp_path)
+    folder, metadata = storage.fetch_bundle("digits_classifier", demo.record(TrainedModel).model.version, tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     version = new_version()
@@ -278,7 +284,7 @@ def publish_copy(demo: Demo, tmp_path: Path) -> str:
 def test_a_swap_under_load_fails_no_request_and_a_rollback_returns(
     demo: Demo, service: httpx.Client, tmp_path: Path
 ) -> None:
-    first, second = demo.record("model")["version"], publish_copy(demo, tmp_path)
+    first, second = demo.record(TrainedModel).model.version, publish_copy(demo, tmp_path)
     image = cv2.imencode(".png", np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
     seen: list[tuple[int, str]] = []
     stop = threading.Event()
@@ -316,7 +322,7 @@ def test_a_corrupt_bundle_is_refused_and_the_service_goes_on(demo: Demo, service
     answer = service.put(f"/update_model/digits_classifier.yaml?version={version}", headers=admin())
     assert answer.status_code == 409, answer.text
     assert "digits_classifier.keras" in answer.text
-    assert service.get("/health_check").json()["model_version"] == demo.record("model")["version"]
+    assert service.get("/health_check").json()["model_version"] == demo.record(TrainedModel).model.version
 
 
 def test_with_the_database_away_answers_wait_in_the_spool_and_arrive_later(demo: Demo, service: httpx.Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,8 +21,8 @@ from cv_platform.drift.reference import ReferenceIdentity, write_reference
 from cv_platform.drift.sample import DriftSample
 from cv_platform.errors import InvalidSampleError, ReferenceMismatchError, StorageError
 from cv_platform.images import preprocessing_hash
-from cv_platform.monitoring.report import make_drift_report
-from cv_platform.monitoring.report_record import DriftReport
+from cv_platform.monitoring.report import ReportPlace, make_drift_report
+from cv_platform.records import DriftReport, ModelIdentity
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.drift_samples import CLASSES, draw_sample
 
@@ -45,19 +46,16 @@ class Installation:
     storage: CentralStorage
     reference_path: Path
 
-    def report(self, **changes: Any) -> DriftReport:
-        settings = {
-            "model_name": "insects",
-            "model_version": VERSION,
-            "reference_path": self.reference_path,
-            "engine": self.engine,
-            "storage": self.storage,
-            "evidently": self.home / "evidently",
-            "now": NOW,
-            "work_directory": self.home / "work",
-            **changes,
-        }
-        return make_drift_report(self.config, **settings)
+    def report(self, *, version: str = VERSION, **changes: Any) -> DriftReport:
+        place = ReportPlace(self.storage, self.home / "evidently", self.home / "work")
+        return make_drift_report(
+            self.config,
+            ModelIdentity(model_name="insects", version=version),
+            self.reference_path,
+            engine=self.engine,
+            place=dataclasses.replace(place, **changes),
+            now=NOW,
+        )
 
     def log(self, sample: DriftSample, *, upload: bool = False) -> list[UUID]:
         """Logs a sample as requests, a minute apart; with uploads of its own for each if asked for."""
@@ -123,7 +121,7 @@ def test_unshifted_requests_are_no_drift(installation: Installation) -> None:
     installation.log(draw_sample(np.random.default_rng(4), 150))
     report = installation.report()
     assert (report.verdict, report.rows, report.requests, report.problems) == ("no drift", 150, 150, ())
-    assert (report.moved_classes, report.drifted_detectors) == ([], ())
+    assert (report.moved_classes, report.drifted_detectors) == ((), ())
     assert report.stream is not None
     assert report.stream.state == "no alarm"
     assert report.accuracy_estimate is not None
@@ -230,7 +228,7 @@ def test_requests_of_another_version_do_not_count(installation: Installation) ->
     installation.log(draw_sample(np.random.default_rng(1), 120))
     other = "20260202T060000Z-00000000"
     with pytest.raises(ReferenceMismatchError, match=f"model_version {VERSION} instead of {other}"):
-        installation.report(model_version=other)
+        installation.report(version=other)
     assert installation.stored() == []
 
 

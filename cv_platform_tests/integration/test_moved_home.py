@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -22,9 +21,12 @@ from cv_platform.errors import ConfigError
 from cv_platform.files import exclusive
 from cv_platform.local.environment import prepare_home
 from cv_platform.maintenance.moved_home import LOCATION, previous_location, require_settled, settle_home
+from cv_platform.record_store import RecordStore
+from cv_platform.records import ReferenceData
 from cv_platform.settings import Settings
 from cv_platform.tracking import start_run
 from cv_platform_tests.integration.demo_run import cli
+from cv_platform_tests.record_samples import identity
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -80,14 +82,13 @@ def report_urls(settings: Settings) -> list[str]:
 
 
 def make_installation(home: Path) -> None:
-    """Makes an installation with a run, a record and a report, each of which names its folder."""
+    """Makes an installation with a run and a report, which name its folder, and a record."""
     settings = settings_of(home)
     prepare_home(settings)
     log_run(settings, "before")
     report = home / "storage" / "reports" / "r" / "report.html"
-    record = home / "records" / EXPERIMENT / "dataset.json"
-    record.parent.mkdir(parents=True)
-    record.write_text(json.dumps({"directory": str(home / "worktrees"), "report_url": report.as_uri()}))
+    reference = ReferenceData(model=identity(), directory=home / "models", url=report.as_uri(), rows=1)
+    RecordStore(home, EXPERIMENT).write("reference_data", reference, run_id="a-run")
     now = datetime.now(UTC)
     with embedded_database(home) as url:
         migrate(url)
@@ -127,9 +128,10 @@ def test_a_moved_installation_goes_on_at_its_new_place(folder: Path) -> None:
     settings = settings_of(new)
     log_run(settings, "after")
     assert logged_texts(settings, folder / "downloads") == {"before", "after"}
-    record = json.loads((new / "records" / EXPERIMENT / "dataset.json").read_text())
+    record = RecordStore(new, EXPERIMENT).latest(ReferenceData)
     report = (new / "storage" / "reports" / "r" / "report.html").as_uri()
-    assert record == {"directory": str(new / "worktrees"), "report_url": report}
+    assert record is not None
+    assert (record.directory, record.url) == (new / "models", report)
     assert report_urls(settings) == [report]
     assert not old.exists(), "nothing may write to the old place"
     assert previous_location(new) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import httpx
@@ -23,6 +22,8 @@ import pytest
 
 from cv_platform.local.environment import platform_environment, prepare_home
 from cv_platform.local.http import free_port, wait_for_http
+from cv_platform.record_store import RecordStore
+from cv_platform.records import DatasetVersion, DriftReport, Evaluation, ModelBundle, Record, ReferenceData
 from cv_platform.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,6 +61,7 @@ train: {{epochs: 12, batch_size: 16, init_lr: 0.003, seed: 3}}
 evaluate: {{min_accuracy: 0.0, min_macro_f1: 0.0}}
 monitor: {{min_samples: 20}}
 """
+R = TypeVar("R", bound=Record)
 pytestmark = [pytest.mark.xdist_group("multi_label"), pytest.mark.timeout(600)]
 
 
@@ -71,8 +73,10 @@ class Shapes:
     settings: Settings
     imported: str
 
-    def record(self, asset: str) -> dict[str, Any]:
-        return json.loads((self.settings.home / "records" / "shapes" / f"{asset}.json").read_text())
+    def record(self, kind: type[R]) -> R:
+        found = RecordStore(self.settings.home, "shapes").latest(kind)
+        assert found is not None
+        return found
 
 
 def draw(labels: tuple[bool, ...], generator: np.random.Generator) -> np.ndarray:
@@ -143,16 +147,16 @@ def test_the_import_names_the_classes_in_the_order_of_the_columns(shapes: Shapes
 def test_all_ten_assets_leave_their_record(shapes: Shapes) -> None:
     names = {path.stem for path in (shapes.settings.home / "records" / "shapes").glob("*.json")}
     assert names == set(ASSETS)
-    assert shapes.record("drift_report")["verdict"] == "insufficient data"
+    assert shapes.record(DriftReport).verdict == "insufficient data"
 
 
 def test_the_evaluation_is_that_of_several_labels(shapes: Shapes) -> None:
-    evaluation = shapes.record("evaluation")
-    metrics, predictions = evaluation["metrics"], pd.read_parquet(evaluation["predictions_path"])
+    evaluation = shapes.record(Evaluation)
+    metrics, predictions = evaluation.metrics, pd.read_parquet(evaluation.predictions_path)
     for name in ("accuracy", "exact_match", "macro_f1", "auc_macro", "ece", "brier", "mean_confidence"):
         assert 0 <= metrics[name] <= 1, name
     assert metrics["accuracy"] > 0.7  # Guessing gives 0.5.
-    assert [row["support"] for row in evaluation["per_class"]] == [20, 20, 20]
+    assert [row["support"] for row in evaluation.per_class] == [20, 20, 20]
     decisions = np.stack(list(predictions["probabilities"])) >= np.float32(THRESHOLD)
     named = ["|".join(itertools.compress(CLASSES, row)) for row in decisions]
     assert list(predictions["predicted_class"]) == named
@@ -163,8 +167,8 @@ def test_the_evaluation_is_that_of_several_labels(shapes: Shapes) -> None:
 
 
 def test_the_reference_is_the_reference_split_with_its_labels(shapes: Shapes) -> None:
-    manifest = pd.read_parquet(shapes.record("dataset")["manifest_path"])
-    reference = pd.read_parquet(shapes.record("reference_data")["path"])
+    manifest = pd.read_parquet(shapes.record(DatasetVersion).manifest_path)
+    reference = pd.read_parquet(shapes.record(ReferenceData).path)
     split = manifest[manifest["split"] == "reference"].set_index("path")["labels"]
     assert len(reference) == SPLITS["reference"]
     assert list(reference["path"]) == sorted(split.index)
@@ -174,7 +178,7 @@ def test_the_reference_is_the_reference_split_with_its_labels(shapes: Shapes) ->
 
 
 def test_the_bento_answers_alone_as_the_evaluation_did(shapes: Shapes) -> None:
-    bento, elsewhere = shapes.record("bento"), shapes.folder / "elsewhere"
+    bento, elsewhere = shapes.record(ModelBundle), shapes.folder / "elsewhere"
     (elsewhere / "home").mkdir(parents=True)
     environment = {
         name: value
@@ -188,7 +192,7 @@ def test_the_bento_answers_alone_as_the_evaluation_did(shapes: Shapes) -> None:
         "CV_SERVICE_WORKERS": "1",
     }
     port, log = free_port(), elsewhere / "service.log"
-    command = [sys.executable, "-m", "bentoml", "serve", bento["bento_tag"], "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "bentoml", "serve", bento.bento_tag, "--host", "127.0.0.1"]
     with log.open("w") as file:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
@@ -209,9 +213,9 @@ def test_the_bento_answers_alone_as_the_evaluation_did(shapes: Shapes) -> None:
             health = client.get("/health_check").json()
             assert health["status"] == "ready"
             assert health["model"]["model_source"] == "bundled"
-            assert health["model_version"] == bento["version"]
-            offline = pd.read_parquet(shapes.record("evaluation")["predictions_path"])
-            directory = Path(shapes.record("dataset")["directory"])
+            assert health["model_version"] == bento.model.version
+            offline = pd.read_parquet(shapes.record(Evaluation).predictions_path)
+            directory = shapes.record(DatasetVersion).directory
             for row in offline.itertuples():
                 data = (directory / row.path).read_bytes()
                 answer = client.post("/predict", params={"explain": "none"}, files={"file": ("x.png", data)})

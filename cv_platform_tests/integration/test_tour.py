@@ -17,6 +17,7 @@ from sqlalchemy import Row, text
 
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import make_engine
+from cv_platform.records import TrainedModel
 from cv_platform_tests.integration.demo_run import REPOSITORY, Demo, Stack
 
 TEST_IMAGES = 359
@@ -58,7 +59,7 @@ def tour(demo: Demo, stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> 
         "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    began, version = datetime.now(UTC), demo.record("model")["version"]
+    began, version = datetime.now(UTC), demo.record(TrainedModel).model.version
     path = REPOSITORY / "notebooks" / "tour.ipynb"
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -84,7 +85,7 @@ def test_it_reports_both_mistakes_of_a_config(tour: Tour) -> None:
 
 def test_it_shows_what_is_there_and_trains_nothing(tour: Tour) -> None:
     assert tour.model_version_before in tour.output("production")
-    assert tour.demo.record("model")["version"] == tour.model_version_before
+    assert tour.demo.record(TrainedModel).model.version == tour.model_version_before
     assert "1797" in tour.output("dataset")
     assert tour.model_version_before in tour.output("evaluation")
 

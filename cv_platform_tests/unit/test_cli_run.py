@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from cv_platform.cli import main
+from cv_platform.record_store import RecordStore
+from cv_platform.records import Deployment
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.record_samples import evaluation, identity
+from cv_platform_tests.unit.monitoring.test_report_page import make_report
 
-REPORT = {"verdict": "drift", "rows": 359, "report_url": "file:///storage/reports/digits/1/report.html"}
+URL = "file:///storage/reports/digits/1/report.html"
 
 
-def write_records(environment: dict[str, str], **records: object) -> None:
-    folder = Path(environment["CV_HOME"]) / "records" / "digits"
-    folder.mkdir(parents=True, exist_ok=True)
-    for asset, record in records.items():
-        (folder / f"{asset}.json").write_text(json.dumps(record))
+def write_records(environment: dict[str, str], *, report_url: str | None = None) -> None:
+    """Writes what a run leaves; without a URL, no drift report."""
+    home = Path(environment["CV_HOME"])
+    store = RecordStore(home, "digits")
+    store.write("evaluation", evaluation(home / "evaluation"), run_id="a-run")
+    deployment = Deployment(
+        service="image_classifier",
+        model=identity(),
+        previous_version=None,
+        confirmed_workers=(),
+        seconds=1.0,
+        message="deployed",
+    )
+    store.write("deployment", deployment, run_id="a-run")
+    if report_url is not None:
+        report = make_report(verdict="drift", rows=359, report_url=report_url)
+        store.write("drift_report", report, run_id="a-run")
 
 
 @pytest.mark.parametrize(
-    ("drift_report", "line"),
-    [
-        (REPORT, "  drift report: drift (359 requests); file:///storage/reports/digits/1/report.html"),
-        ({**REPORT, "report_url": ""}, None),
-        (None, None),
-    ],
+    ("report_url", "line"),
+    [(URL, f"  drift report: drift (359 requests); {URL}"), ("", None), (None, None)],
 )
 def test_the_summary_names_the_drift_report_where_one_was_made(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    drift_report: dict[str, object] | None,
+    report_url: str | None,
     line: str | None,
 ) -> None:
     def materialize(_: str, environment: dict[str, str], **__: object) -> None:
-        write_records(environment, evaluation={"reasons": ["good"]}, deployment={"message": "deployed"})
-        if drift_report is not None:
-            write_records(environment, drift_report=drift_report)
+        write_records(environment, report_url=report_url)
 
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
@@ -57,7 +66,7 @@ def test_each_run_has_a_log_of_its_own_and_names_it(
     def materialize(_: str, environment: dict[str, str], *, log: Path, **__: object) -> None:
         log.write_text("said")
         written.append(log)
-        write_records(environment, evaluation={"reasons": []}, deployment={"message": ""})
+        write_records(environment)
 
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
@@ -73,7 +82,7 @@ def test_a_service_of_another_experiment_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def materialize(_: str, environment: dict[str, str], **__: object) -> None:
-        write_records(environment, evaluation={"reasons": []}, deployment={"message": ""})
+        write_records(environment)
 
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)

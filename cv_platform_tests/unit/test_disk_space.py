@@ -4,10 +4,12 @@ import fsspec
 import pytest
 
 from cv_platform import disk_space
-from cv_platform.deployment.bundle import publish_model
+from cv_platform.config import DeployConfig
+from cv_platform.deployment.bundle import Place, publish_model
 from cv_platform.disk_space import free_bytes, require_free_space
 from cv_platform.errors import DiskSpaceError
-from cv_platform.storage import CentralStorage, new_version
+from cv_platform.storage import CentralStorage
+from cv_platform_tests.record_samples import drift_detectors, evaluation, trained_model
 from cv_platform_tests.tiny_models import tiny_images, tiny_metadata
 
 
@@ -25,28 +27,14 @@ def test_what_leaves_less_than_the_reserve_is_refused_with_both_numbers(tmp_path
 
 
 def test_a_bundle_that_would_fill_the_disk_is_not_exported(tmp_path: Path) -> None:
-    for name in ("m.keras", "m_uae.keras"):
+    for name in ("tiny.keras", "tiny_uae.keras"):
         (tmp_path / name).write_bytes(b"never read")
-    with pytest.raises(DiskSpaceError, match="the bundle of m"):
-        publish_model(
-            model_name="m",
-            version=new_version(),
-            keras_path=tmp_path / "m.keras",
-            uae_path=tmp_path / "m_uae.keras",
-            golden_images=tiny_images(1),
-            class_names=("a", "b"),
-            classifier_type="multi-class",
-            preprocessing_hash="0",
-            encoder_hash="0",
-            dataset_name="d",
-            dvc_tag="v1",
-            dvc_md5="0",
-            storage=CentralStorage(tmp_path / "storage"),
-            bentoml_home=tmp_path / "bentoml",
-            cache=tmp_path / "cache",
-            spare_bytes=10**15,
-        )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.keras", "m_uae.keras"]
+    storage = CentralStorage(tmp_path / "storage")
+    place = Place(storage, tmp_path / "bentoml", tmp_path / "cache", spare_bytes=10**15)
+    records = trained_model(tmp_path), drift_detectors(tmp_path), evaluation(tmp_path)
+    with pytest.raises(DiskSpaceError, match="the bundle of tiny"):
+        publish_model(*records, tiny_images(1), deploy=DeployConfig(), place=place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.keras", "tiny_uae.keras"]
 
 
 def test_a_download_that_would_fill_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ METADATA = BundleMetadata(
     feature_dims=3,
     preprocessing_hash="p",
     encoder_hash="e",
-    dataset_name="cats",
+    ds_name="cats",
     dvc_tag="v1",
     dvc_md5="m",
 )

@@ -56,7 +56,7 @@ def metadata(version: str) -> BundleMetadata:
         feature_dims=3,
         preprocessing_hash="p",
         encoder_hash="e",
-        dataset_name="cats",
+        ds_name="cats",
         dvc_tag="v1",
         dvc_md5="m",
     )
@@ -190,8 +190,17 @@ def test_metadata_of_a_newer_format_ask_for_an_update(tmp_path: Path, export: Pa
     storage = CentralStorage(tmp_path / "storage")
     version = new_version(NOW)
     storage.publish_bundle(export, metadata(version).model_copy(update={"format_version": 99}))
-    with pytest.raises(CorruptBundleError, match="format 1 or older"):
+    with pytest.raises(CorruptBundleError, match="format 2 or older"):
         storage.read_metadata("cats", version)
+
+
+def test_a_bundle_of_release_0_1_is_read(tmp_path: Path, export: Path) -> None:
+    storage = CentralStorage(tmp_path / "storage")
+    published = storage.publish_bundle(export, metadata(new_version(NOW)))
+    path = tmp_path / "storage" / "models" / "cats" / published.version / "cats.yaml"
+    text = path.read_text().replace("format_version: 2", "format_version: 1").replace("ds_name: ", "dataset_name: ")
+    path.write_text(text)
+    assert storage.read_metadata("cats", published.version) == published.model_copy(update={"format_version": 1})
 
 
 def test_the_pointer_moves_and_is_read_back(storage: CentralStorage) -> None:

@@ -83,7 +83,7 @@ async function fillPassport() {
     $('passport').replaceChildren(...terms([
       ...origin(item.result),
       ['Asked', new Date(prediction.created_on).toLocaleString()],
-      ['Data', model && `${model.dataset_name} ${model.dvc_tag} (${model.dvc_md5.slice(0, 8)})`],
+      ['Data', model && `${model.ds_name} ${model.dvc_tag} (${model.dvc_md5.slice(0, 8)})`],
       ['Code', model?.git_commit?.slice(0, 10)],
       ['Training', model?.mlflow_run_id && `MLflow run ${model.mlflow_run_id.slice(0, 10)}`],
     ]));

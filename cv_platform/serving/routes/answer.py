@@ -17,6 +17,7 @@ from uuid import UUID, uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.config import ClassifierType
 from cv_platform.images import read_image, resize
 from cv_platform.predictions import LABEL_SEPARATOR, decide
 from cv_platform.properties import image_properties
@@ -63,7 +64,7 @@ class Result:
     prediction_id: UUID
     model_name: str
     model_version: str
-    classifier_type: Literal["multi-class", "multi-label"] | None
+    classifier_type: ClassifierType | None
     classes: Sequence[str]
     probabilities: Mapping[str, float | None]
     pictures: Pictures | None

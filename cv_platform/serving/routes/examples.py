@@ -99,7 +99,7 @@ FEEDBACK_EXAMPLE = {
 }
 PASSPORT_EXAMPLE: dict[str, Any] = {
     "prediction": {"prediction_id": PREDICTION_ID, "created_on": "2026-01-31T06:05:01+00:00", "model_version": VERSION},
-    "model": {"dataset_name": "digits", "dvc_tag": "v2.0.0", "dvc_md5": "…", "mlflow_run_id": "…", "git_commit": "…"},
+    "model": {"ds_name": "digits", "dvc_tag": "v2.0.0", "dvc_md5": "…", "mlflow_run_id": "…", "git_commit": "…"},
     "training_run": "http://localhost:5050/#/runs/…",
     "config": {"model": {"model_name": "digits_classifier"}},
     "message": "ok",

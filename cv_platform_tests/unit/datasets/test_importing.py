@@ -38,7 +38,7 @@ def test_imports_class_folders_and_leaves_the_source_alone(tmp_path: Path) -> No
     assert imported.class_counts == {"cat": 3, "dog": 3}
     config = dataset(ds_root=str(tmp_path / "ds"))
     version = checkout_version(config, model(), home=tmp_path / "home")
-    assert version.dvc_md5 == imported.dvc_md5
+    assert version.provenance.dvc_md5 == imported.dvc_md5
     expected = sorted(p.relative_to(source).as_posix() for p in source.rglob("*.png"))
     assert sorted(read_manifest(version.manifest_path)["path"]) == [f"images/{name}" for name in expected]
     assert (version.directory / "images/cat/0.png").read_bytes() == (source / "cat/0.png").read_bytes()

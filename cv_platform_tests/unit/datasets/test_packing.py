@@ -10,9 +10,9 @@ import pytest
 from cv_platform import images
 from cv_platform.datasets.contact_sheet import contact_sheet
 from cv_platform.datasets.manifest import build_manifest, read_manifest
-from cv_platform.datasets.packing import PackedImages, open_split, pack_images
-from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.datasets.packing import open_split, pack_images
 from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError
+from cv_platform.records import DatasetVersion, PackedImages, Provenance
 
 from .conftest import class_folders, dataset, model, picture, write_pictures
 
@@ -21,12 +21,10 @@ def version_of(directory: Path, annotations: bytes | None = None, **fields: str)
     config = model(**fields)  # type: ignore[arg-type]
     manifest = build_manifest(directory, data_path="images", annotations=annotations, model=config, dataset=dataset())
     return DatasetVersion(
-        ds_name="pets",
-        tag="v1.0.0",
-        dvc_md5="0" * 32,
+        provenance=Provenance(ds_name="pets", dvc_tag="v1.0.0", dvc_md5="0" * 32),
         git_commit="1" * 40,
         directory=directory,
-        manifest_path=manifest,
+        manifest=manifest.name,
         class_names=config.classes,
     )
 
@@ -71,10 +69,9 @@ def test_every_readable_image_is_preprocessed_into_its_row(version: DatasetVersi
 def test_record_says_what_the_pack_is(packed: PackedImages, module_home: Path) -> None:
     assert packed.directory.parent == module_home / "packed"
     assert packed.directory.name.startswith("0" * 32 + "-")
-    assert packed.preprocessing_hash == images.preprocessing_hash((12, 12))
+    assert packed.task.preprocessing_hash == images.preprocessing_hash((12, 12))
     assert packed.bytes == sum(p.stat().st_size for p in packed.directory.iterdir() if p.name != "packed.json")
     assert packed.images_per_second > 0
-    assert PackedImages.model_validate_json(packed.model_dump_json()) == packed
 
 
 def test_arrays_are_mapped_and_cannot_be_written(packed: PackedImages) -> None:

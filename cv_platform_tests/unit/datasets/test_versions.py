@@ -39,7 +39,7 @@ def inode(version: DatasetVersion) -> int:
 def test_lists_tags_with_their_data_versions(home: Path) -> None:
     tags = list_tags(dataset(), home=home)
     assert list(tags) == ["v1.0.0", "v1.1.0"]
-    assert checkout_version(dataset(), model(), home=home).dvc_md5 == tags["v1.0.0"]
+    assert checkout_version(dataset(), model(), home=home).provenance.dvc_md5 == tags["v1.0.0"]
     text = (home / "datasets/pets/images.dvc").read_text()
     assert f"md5: {tags['v1.0.0']}.dir" in text
 
@@ -84,7 +84,7 @@ def test_tag_without_a_dvc_file_is_named(home: Path) -> None:
 
 def test_checkout_is_read_only_and_used_again(home: Path) -> None:
     first = checkout_version(dataset(), model(), home=home)
-    assert first.directory == home / "worktrees" / "pets" / first.dvc_md5
+    assert first.directory == home / "worktrees" / "pets" / first.provenance.dvc_md5
     assert len(read_manifest(first.manifest_path)) == 20
     assert (first.directory / "images/cat/0.png").stat().st_mode & 0o222 == 0
     assert not (first.directory / ".dvc").exists()

@@ -1,46 +1,40 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cv_platform.config import DeployConfig
 from cv_platform.deployment import bundle as bundle_module
-from cv_platform.deployment.bundle import ModelBundle, publish_model
+from cv_platform.deployment.bundle import Place, publish_model
 from cv_platform.errors import BundleExistsError, CorruptBundleError, ExportError
 from cv_platform.files import file_sha256
-from cv_platform.images import preprocessing_hash
+from cv_platform.records import ModelBundle
 from cv_platform.serving.model.fallback import load_fallback
 from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.storage import CentralStorage
-from cv_platform_tests.tiny_models import CLASS_NAMES, IMAGE_SIZE, TinyExport, build_classifier, tiny_images
+from cv_platform_tests.record_samples import VERSION, drift_detectors, evaluation, task, trained_model
+from cv_platform_tests.tiny_models import TinyExport, build_classifier, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 
-VERSION = "20260101T000000Z-00000001"
 
-
-def arguments(export: TinyExport, directory: Path, **changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "model_name": "tiny",
-        "version": VERSION,
-        "keras_path": export.keras_path,
-        "uae_path": export.uae_path,
-        "golden_images": export.images,
-        "class_names": CLASS_NAMES,
-        "classifier_type": "multi-class",
-        "preprocessing_hash": preprocessing_hash(IMAGE_SIZE),
-        "encoder_hash": "0123456789abcdef",
-        "dataset_name": "animals",
-        "dvc_tag": "v1.0.0",
-        "dvc_md5": "d41d8cd98f00b204e9800998ecf8427e.dir",
-        "storage": CentralStorage(directory / "storage"),
-        "bentoml_home": directory / "bentoml",
-        "cache": directory / "cache",
-        "git_commit": "0" * 40,
-        "mlflow_run_id": "f" * 32,
-        "metrics": {"accuracy": 0.5},
-        "effective_config": {"name": "animals"},
-    }
-    return {**values, **changes}
+def publish(export: TinyExport, directory: Path, *, keras_path: Path | None = None, **changes: Any) -> ModelBundle:
+    """Publishes an export as assets do; `changes` are fields of the trained model, the evaluation or the config."""
+    folder = directory / "trained"
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(keras_path or export.keras_path, folder / "tiny.keras")
+    shutil.copyfile(export.uae_path, folder / "tiny_uae.keras")
+    trained = trained_model(folder, git_commit="0" * 40, mlflow_run_id="f" * 32)
+    judged = evaluation(folder)
+    return publish_model(
+        trained.model_copy(update={k: v for k, v in changes.items() if k in type(trained).model_fields}),
+        drift_detectors(changes.get("encoder", folder)),
+        judged.model_copy(update={k: v for k, v in changes.items() if k in type(judged).model_fields}),
+        export.images,
+        deploy=DeployConfig(runtime=changes.get("runtime", "auto")),
+        place=Place(CentralStorage(directory / "storage"), directory / "bentoml", directory / "cache"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def published(home: Path, tiny_export: TinyExport) -> ModelBundle:
     """The one real Bento build of these tests: it takes seconds."""
-    return publish_model(**arguments(tiny_export, home))
+    return publish(tiny_export, home)
 
 
 @pytest.fixture
@@ -65,7 +59,7 @@ def test_publishes_all_files_with_their_provenance(home: Path, published: ModelB
     metadata = storage.read_metadata("tiny", VERSION)
     assert {"tiny.keras", "tiny_uae.keras", "golden.npz", "model.onnx"} <= set(metadata.checksums)
     assert metadata.checksums["tiny.keras"] == file_sha256(tiny_export.keras_path)
-    assert (metadata.dataset_name, metadata.dvc_tag) == ("animals", "v1.0.0")
+    assert (metadata.ds_name, metadata.dvc_tag) == ("animals", "v1.0.0")
     assert (metadata.git_commit, metadata.mlflow_run_id) == ("0" * 40, "f" * 32)
     assert (metadata.uae_dims, metadata.feature_dims, metadata.image_size) == (4, 5, (16, 16))
     assert (metadata.runtime, published.runtime) == ("onnx", "onnx")
@@ -75,7 +69,7 @@ def test_publishes_all_files_with_their_provenance(home: Path, published: ModelB
     assert (metadata.metrics, metadata.effective_config) == ({"accuracy": 0.5}, {"name": "animals"})
     folder = home / "storage" / "models" / "tiny" / VERSION
     assert published.bytes == sum((folder / relative).stat().st_size for relative in metadata.checksums)
-    assert published.url == str(folder)
+    assert published.url == folder.as_uri()
     load_bundle(storage, "tiny", VERSION, cache=home / "cache")
 
 
@@ -87,7 +81,7 @@ def test_bento_holds_a_model_that_loads_and_no_training_code(home: Path, publish
     assert loaded.metadata.version == VERSION
     assert loaded.predict(tiny_images(1)[0]).cam.shape == (8, 8)
     packages = {path.name for path in (source / "cv_platform").iterdir() if path.is_dir()}
-    assert packages == {"serving", "database"}
+    assert packages == {"client", "serving", "database"}
     assert not list(source.rglob("__pycache__"))
     assert not list(source.rglob("*.keras"))
 
@@ -96,47 +90,44 @@ def test_publishing_the_same_model_again_keeps_the_bundle(
     home: Path, published: ModelBundle, tiny_export: TinyExport, no_bento: None
 ):
     before = CentralStorage(home / "storage").read_metadata("tiny", VERSION)
-    again = publish_model(**arguments(tiny_export, home, metrics={"accuracy": 0.9}))
-    assert (again.version, again.bytes) == (published.version, published.bytes)
+    again = publish(tiny_export, home, metrics={"accuracy": 0.9})
+    assert (again.model, again.bytes) == (published.model, published.bytes)
     assert CentralStorage(home / "storage").read_metadata("tiny", VERSION) == before
 
 
 def test_refuses_another_model_under_a_published_version(
     home: Path, published: ModelBundle, other_export: TinyExport, no_bento: None
 ):
-    with pytest.raises(BundleExistsError, match=rf"{published.version}.*Train again"):
-        publish_model(**arguments(other_export, home))
+    with pytest.raises(BundleExistsError, match=rf"{published.model}.*Train again"):
+        publish(other_export, home)
 
 
 def test_refuses_classes_that_are_not_the_outputs(tmp_path: Path, tiny_export: TinyExport):
     with pytest.raises(ExportError, match=r"each of 2 classes.*3 outputs"):
-        publish_model(**arguments(tiny_export, tmp_path, class_names=("cat", "dog")))
+        publish(tiny_export, tmp_path, task=task(class_names=("cat", "dog")))
 
 
 def test_publishes_nothing_that_does_not_pass_its_load_test(tmp_path: Path, tiny_export: TinyExport):
     with pytest.raises(CorruptBundleError, match="preprocessing"):
-        publish_model(**arguments(tiny_export, tmp_path, preprocessing_hash="0" * 16))
+        publish(tiny_export, tmp_path, task=task(preprocessing_hash="0" * 16))
     assert CentralStorage(tmp_path / "storage").bundle_versions("tiny") == []
 
 
 def test_a_missing_model_file_is_named(tmp_path: Path, tiny_export: TinyExport):
-    with pytest.raises(ExportError, match=r"gone\.keras"):
-        publish_model(**arguments(tiny_export, tmp_path, uae_path=tmp_path / "gone.keras"))
+    with pytest.raises(ExportError, match=r"gone.tiny_uae\.keras"):
+        publish(tiny_export, tmp_path, encoder=tmp_path / "gone")
 
 
 def test_multi_label_threshold_is_kept(tmp_path: Path, tiny_export: TinyExport, no_bento: None):
     build_classifier(seed=7, activation="sigmoid").save(tmp_path / "m.keras")
-    publish_model(
-        **arguments(
-            tiny_export, tmp_path, keras_path=tmp_path / "m.keras", classifier_type="multi-label", threshold=0.3
-        )
-    )
+    kind = task(classifier_type="multi-label")
+    publish(tiny_export, tmp_path, keras_path=tmp_path / "m.keras", task=kind, threshold=0.3)
     metadata = CentralStorage(tmp_path / "storage").read_metadata("tiny", VERSION)
     assert (metadata.classifier_type, metadata.threshold) == ("multi-label", 0.3)
 
 
 def test_a_bundle_for_tensorflow_says_why(tmp_path: Path, tiny_export: TinyExport, no_bento: None):
-    published = publish_model(**arguments(tiny_export, tmp_path, runtime="tensorflow"))
+    published = publish(tiny_export, tmp_path, runtime="tensorflow")
     metadata = CentralStorage(tmp_path / "storage").read_metadata("tiny", VERSION)
     assert "saved_model/saved_model.pb" in metadata.checksums
     assert "model.onnx" not in metadata.checksums

@@ -10,25 +10,19 @@ import psutil
 import pytest
 
 from cv_platform.config import DeployConfig
-from cv_platform.deployment.bundle import ModelBundle
 from cv_platform.deployment.rollout import deploy, rollback
 from cv_platform.errors import CorruptBundleError, DeploymentError
 from cv_platform.files import exclusive
 from cv_platform.serving.model import worker_watch
 from cv_platform.serving.model.holder import ModelHolder, Pace
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
-from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer, WorkerHeartbeat
+from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
+from cv_platform_tests.record_samples import model_bundle
 from cv_platform_tests.tiny_models import TinyExport, publish_tiny
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 
 SERVICE = "image_classifier"
-
-
-def as_bundle(metadata: BundleMetadata) -> ModelBundle:
-    return ModelBundle(
-        model_name=metadata.model_name, version=metadata.version, bento_tag="tiny:1", bytes=1, url="memory://"
-    )
 
 
 def config(timeout_seconds: float = 30.0) -> DeployConfig:
@@ -105,11 +99,11 @@ def pointer_version(storage: CentralStorage) -> str | None:
 
 def test_every_running_worker_confirms(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
     first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
     workers = [start("a"), start("b")]
-    done = deploy(as_bundle(second), config(), experiment="tiny", storage=storage, cache=cache)
+    done = deploy(model_bundle(second), config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ("a", "b")
-    assert (done.version, done.previous_version) == (second.version, first.version)
+    assert (done.model.version, done.previous_version) == (second.version, first.version)
     assert "2 worker(s)" in done.message
     assert [worker.status()["model_version"] for worker in workers] == [second.version] * 2
 
@@ -121,7 +115,7 @@ def test_without_a_running_service_the_next_start_serves_it(
     metadata = publish_tiny(storage, tiny_export)
     # A worker that died without a goodbye does not count, however fresh its last beat looks.
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC)))
-    done = deploy(as_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
+    done = deploy(model_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ()
     assert done.previous_version is None
     assert "no service is running; the next start serves it" in done.message
@@ -138,7 +132,7 @@ def test_what_a_dead_worker_has_said_confirms_nothing(
     served = {"model_name": metadata.model_name, "version": metadata.version}
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC), **served))
     beating("b", **served)
-    done = deploy(as_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
+    done = deploy(model_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ("b",)
     assert done.message.endswith(": dead")
 
@@ -147,10 +141,10 @@ def test_a_worker_that_lives_by_another_clock_is_waited_for(
     storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
     beating("an-hour-behind", model_name="tiny", version=good.version)
     with pytest.raises(DeploymentError, match=f"an-hour-behind \\(runs {good.version}\\)"):
-        deploy(as_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
@@ -159,7 +153,7 @@ def test_a_version_that_kills_every_worker_is_not_taken_for_a_service_that_does_
     storage: CentralStorage, cache: Path, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
 
     def beat_until_it_is_there() -> None:
         while pointer_version(storage) != new.version:
@@ -170,7 +164,7 @@ def test_a_version_that_kills_every_worker_is_not_taken_for_a_service_that_does_
     victim.start()
     wait_until(lambda: bool(storage.read_heartbeats(SERVICE)))
     with pytest.raises(DeploymentError, match="those that ran have stopped"):
-        deploy(as_bundle(new), config(4.0), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(new), config(4.0), experiment="tiny", storage=storage, cache=cache)
     victim.join(timeout=30)
     assert pointer_version(storage) == good.version
 
@@ -179,10 +173,10 @@ def test_a_bundle_that_fails_its_load_test_moves_nothing(
     storage: CentralStorage, cache: Path, tmp_path: Path, tiny_export: TinyExport
 ):
     good, bad = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
     (tmp_path / "storage" / "models" / "tiny" / bad.version / "golden.npz").write_bytes(b"")
     with pytest.raises(CorruptBundleError):
-        deploy(as_bundle(bad), config(), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(bad), config(), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
@@ -190,7 +184,7 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
     storage: CentralStorage, cache: Path, tmp_path: Path, start, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
     start("a")
     # This worker reaches the same pointer and heartbeats, but another, broken copy of the bundles.
     broken = tmp_path / "broken"
@@ -202,7 +196,7 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
     (broken / "models" / "tiny" / new.version / "golden.npz").unlink()
     worker = start("b", broken)
     with pytest.raises(DeploymentError, match=r"b: .*golden\.npz"):
-        deploy(as_bundle(new), config(), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(new), config(), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
     assert worker.status()["model_version"] == good.version
 
@@ -219,7 +213,7 @@ def test_an_error_about_an_earlier_pointer_is_not_held_against_this_deployment(
         failed_version=metadata.version,
         failed_pointer_utc=datetime.now(UTC) - timedelta(minutes=1),
     )
-    done = deploy(as_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
+    done = deploy(model_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ("a",)
 
 
@@ -227,10 +221,10 @@ def test_a_worker_that_does_not_answer_in_time_puts_the_pointer_back(
     storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck", model_name="tiny", version=good.version)
     with pytest.raises(DeploymentError, match=f"stuck \\(runs {good.version}\\)"):
-        deploy(as_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
@@ -240,7 +234,7 @@ def test_a_first_deployment_that_fails_leaves_no_pointer(
     metadata = publish_tiny(storage, tiny_export)
     beating("stuck")
     with pytest.raises(DeploymentError, match="runs nothing"):
-        deploy(as_bundle(metadata), config(0.3), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(metadata), config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert storage.read_pointer(SERVICE) is None
 
 
@@ -248,14 +242,14 @@ def test_an_update_while_a_deployment_waits_for_its_turn_is_what_a_failure_retur
     storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
-    deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck")
     lock = cache / PROMOTION_LOCK
     with ThreadPoolExecutor(1) as pool:
         with exclusive(lock, timeout_seconds=1):  # As another update holds it, which then moves the pointer.
             held = _open_files(lock)
             failing = pool.submit(
-                deploy, as_bundle(third), config(0.3), experiment="tiny", storage=storage, cache=cache
+                deploy, model_bundle(third), config(0.3), experiment="tiny", storage=storage, cache=cache
             )
             wait_until(lambda: _open_files(lock) > held)
             before = storage.read_pointer(SERVICE)
@@ -284,20 +278,20 @@ def test_an_update_at_the_moment_of_putting_back_stays(
             super().swap_pointer(service, expected, new)
 
     first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
-    deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck")
     with pytest.raises(DeploymentError):
-        deploy(as_bundle(second), config(0.3), experiment="tiny", storage=Hurried(storage.url), cache=cache)
+        deploy(model_bundle(second), config(0.3), experiment="tiny", storage=Hurried(storage.url), cache=cache)
     assert pointer_version(storage) == third.version
 
 
 def test_rollback_returns_to_the_version_before(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
     first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(as_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
     worker = start("a")
-    deploy(as_bundle(second), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(second), config(), experiment="tiny", storage=storage, cache=cache)
     done = rollback(SERVICE, storage, cache)
-    assert (done.version, done.previous_version) == (first.version, second.version)
+    assert (done.model.version, done.previous_version) == (first.version, second.version)
     assert done.confirmed_workers == ("a",)
     assert worker.status()["model_version"] == first.version
 

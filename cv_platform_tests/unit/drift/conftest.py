@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cv_platform.config import ModelConfig
+from cv_platform.config import ExperimentConfig, parse_experiment
+from cv_platform.records import TrainedModel
+from cv_platform_tests.record_samples import identity, trained_model
 from cv_platform_tests.tiny_models import CLASS_NAMES, MODEL_NAME, build_classifier, tiny_images
 
 VERSION = "20260131T060000Z-1f3c9a2e"
@@ -44,13 +47,30 @@ def classifier_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def trained(classifier_path: Path, tmp_path: Path) -> TrainedModel:
+    """The classifier, in a folder of the test's own."""
+    return trained_in(tmp_path / "trained", classifier_path)
+
+
+def trained_in(folder: Path, classifier_path: Path) -> TrainedModel:
+    folder.mkdir()
+    shutil.copyfile(classifier_path, folder / classifier_path.name)
+    return trained_model(folder, model=identity(version=VERSION))
+
+
 @pytest.fixture(scope="session")
-def model_config() -> ModelConfig:
-    return ModelConfig.model_validate(
+def config() -> ExperimentConfig:
+    return parse_experiment(
         {
-            "model_name": MODEL_NAME,
-            "classes": CLASS_NAMES,
-            "input_size": {"h": 16, "w": 16},
-            "drift_detection": {"uae_encoding_dims": 6},
-        }
+            "name": MODEL_NAME,
+            "model": {
+                "model_name": MODEL_NAME,
+                "classes": CLASS_NAMES,
+                "input_size": {"h": 16, "w": 16},
+                "drift_detection": {"uae_encoding_dims": 6},
+            },
+            "dataset": {"ds_name": "animals", "dvc_tag": "v1.0.0"},
+        },
+        origin="test",
     )

@@ -2,23 +2,24 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cv_platform.config import DatasetConfig, ModelConfig, MonitorConfig
+from cv_platform.config import DatasetConfig, ExperimentConfig, MonitorConfig
 from cv_platform.drift.detectors import (
     FEWEST_FALSE_ALARM_IMAGES,
-    DriftDetectors,
     build_detectors,
     false_alarm_bound,
+    false_alarm_summary,
+    is_calibrated,
     measure_false_alarms,
     seeded_rows,
 )
 from cv_platform.drift.extraction import extract
 from cv_platform.drift.reference import (
-    ReferenceData,
     build_reference_data,
     label_targets,
     one_hot,
@@ -30,60 +31,42 @@ from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
 from cv_platform.images import preprocessing_hash
 from cv_platform.predictions import reference_schema
 from cv_platform.properties import image_properties
+from cv_platform.records import DriftDetectors, FalseAlarms, ReferenceData, TrainedModel
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.drift_samples import draw_sample
+from cv_platform_tests.record_samples import task
 from cv_platform_tests.tiny_models import CLASS_NAMES, MODEL_NAME
-from cv_platform_tests.unit.drift.conftest import VERSION, make_split
+from cv_platform_tests.unit.drift.conftest import VERSION, Split, make_split, trained_in
 
 
 @pytest.fixture(scope="module")
-def detectors(
-    classifier_path: Path, model_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
-) -> DriftDetectors:
-    return build_detectors(
-        classifier_path,
-        make_split(60),
-        model_config,
-        model_name=MODEL_NAME,
-        version=VERSION,
-        directory=tmp_path_factory.mktemp("models"),
-        seed=0,
-    )
+def shared_model(classifier_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    return trained_in(tmp_path_factory.mktemp("models") / VERSION, classifier_path)
 
 
 @pytest.fixture(scope="module")
-def reference(
-    classifier_path: Path,
-    detectors: DriftDetectors,
-    model_config: ModelConfig,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> ReferenceData:
-    folder = tmp_path_factory.mktemp("reference")
-    return build_reference_data(
-        classifier_path,
-        detectors,
-        make_split(60),
-        model_config,
-        preprocessing_hash=preprocessing_hash((16, 16)),
-        directory=folder / "models",
-        storage=CentralStorage(folder / "storage"),
-    )
+def detectors(shared_model: TrainedModel, config: ExperimentConfig) -> DriftDetectors:
+    return build_detectors(shared_model, make_split(60), config)
 
 
-def test_detectors_are_saved_complete_and_nothing_else(detectors: DriftDetectors) -> None:
-    assert detectors.uae_path.name == f"{MODEL_NAME}_uae.keras"
-    assert detectors.uae_path.parent.parts[-2:] == (MODEL_NAME, VERSION)
-    assert [path.name for path in detectors.uae_path.parent.iterdir()] == [detectors.uae_path.name]
-    assert (detectors.uae_dims, detectors.feature_dims) == (6, 5)
+@pytest.fixture(scope="module")
+def reference(shared_model: TrainedModel, detectors: DriftDetectors, config: ExperimentConfig) -> ReferenceData:
+    storage = CentralStorage(shared_model.directory.parent / "storage")
+    return build_reference_data(shared_model, detectors, make_split(60), config.model, storage=storage)
+
+
+def test_the_encoder_is_saved_complete_beside_the_model(trained: TrainedModel, config: ExperimentConfig) -> None:
+    made = build_detectors(trained, make_split(20), config)
+    assert made.uae_path.name == f"{MODEL_NAME}_uae.keras"
+    assert {path.name for path in trained.directory.iterdir()} == {made.uae_path.name, trained.keras_path.name}
+    assert (made.model, made.uae_dims, made.feature_dims) == (trained.model, 6, 5)
 
 
 def test_false_alarm_rate_is_fully_stated(detectors: DriftDetectors) -> None:
-    stated = (detectors.false_alarm_trials, detectors.false_alarm_alpha, detectors.false_alarm_rows)
-    assert stated == (60, 0.05, 30)
-    assert detectors.false_alarm_permutations == 99
-    assert detectors.false_alarm_rate is not None
-    assert detectors.false_alarm_rate <= false_alarm_bound(0.05, 60)
-    assert DriftDetectors.model_validate_json(detectors.model_dump_json()) == detectors
+    alarms = detectors.false_alarms
+    assert (alarms.trials, alarms.alpha, alarms.rows, alarms.permutations) == (60, 0.05, 30, 99)
+    assert alarms.rate is not None
+    assert alarms.rate <= false_alarm_bound(0.05, 60)
 
 
 def test_too_few_images_have_no_false_alarm_rate() -> None:
@@ -92,20 +75,18 @@ def test_too_few_images_have_no_false_alarm_rate() -> None:
     assert false_alarm_bound(0.05, alarms.trials) == 1.0
 
 
-def test_the_false_alarm_rate_is_told_in_words(detectors: DriftDetectors) -> None:
-    measured = detectors.model_copy(update={"false_alarm_rate": 0.05})
-    assert measured.is_calibrated
+def test_the_false_alarm_rate_is_told_in_words() -> None:
+    measured = FalseAlarms(rate=0.05, trials=60, alpha=0.05, rows=30, permutations=99)
+    assert is_calibrated(measured)
     # The 0.999 quantile of Binomial(60, 0.05) is 9: P(X <= 8) = 0.9977, P(X <= 9) = 0.9994.
-    assert measured.false_alarm_summary(60) == (
+    assert false_alarm_summary(measured, 60) == (
         "Expected at most 0.150 (monitor.alpha 0.05). Measured: 0.050 in 60 trials, 30 images a side."
     )
-    assert not detectors.model_copy(update={"false_alarm_rate": 0.16}).is_calibrated
+    assert not is_calibrated(measured.model_copy(update={"rate": 0.16}))
 
-    unmeasured = detectors.model_copy(
-        update={"false_alarm_rate": None, "false_alarm_trials": 0, "false_alarm_rows": 0, "false_alarm_permutations": 0}
-    )
-    assert not unmeasured.is_calibrated
-    assert unmeasured.false_alarm_summary(39).startswith(
+    unmeasured = FalseAlarms(rate=None, trials=0, alpha=0.05, rows=0, permutations=0)
+    assert not is_calibrated(unmeasured)
+    assert false_alarm_summary(unmeasured, 39).startswith(
         "Not measured: the reference split has 39 images, and at least 40 are needed."
     )
 
@@ -186,70 +167,47 @@ def test_refuses_files_that_are_no_reference_data(tmp_path: Path, reference: Ref
             read_identity(tmp_path / name)
 
 
-def test_limits_the_rows_to_a_seeded_sample(
-    classifier_path: Path, detectors: DriftDetectors, model_config: ModelConfig, tmp_path: Path
-) -> None:
-    drift = model_config.drift_detection.model_copy(update={"reference_data_n_sample": 50})
-    made = build_reference_data(
-        classifier_path,
-        detectors,
-        make_split(60),
-        model_config.model_copy(update={"drift_detection": drift}),
-        preprocessing_hash=preprocessing_hash((16, 16)),
-        directory=tmp_path / "models",
-        storage=CentralStorage(tmp_path / "storage"),
+def made_by(
+    trained: TrainedModel, detectors: DriftDetectors, split: Split, config: ExperimentConfig, **drift: Any
+) -> ReferenceData:
+    changed = config.model.drift_detection.model_copy(update=drift)
+    model = config.model.model_copy(update={"drift_detection": changed})
+    return build_reference_data(
+        trained, detectors, split, model, storage=CentralStorage(trained.directory.parent / "storage")
     )
+
+
+def test_limits_the_rows_to_a_seeded_sample(
+    trained: TrainedModel, detectors: DriftDetectors, config: ExperimentConfig
+) -> None:
+    made = made_by(trained, detectors, make_split(60), config, reference_data_n_sample=50)
     paths = read_reference_labels(made.path)["path"].tolist()
     assert made.rows == len(set(paths)) == 50
     assert paths == sorted(paths)
 
 
 def test_multi_label_names_all_classes_of_an_image(
-    classifier_path: Path, detectors: DriftDetectors, model_config: ModelConfig, tmp_path: Path
+    trained: TrainedModel, detectors: DriftDetectors, config: ExperimentConfig
 ) -> None:
     split = make_split(20, multi_label=True)
-    made = build_reference_data(
-        classifier_path,
-        detectors,
-        split,
-        model_config.model_copy(update={"classifier_type": "multi-label"}),
-        preprocessing_hash=preprocessing_hash((16, 16)),
-        directory=tmp_path / "models",
-        storage=CentralStorage(tmp_path / "storage"),
-    )
-    labels = read_reference_labels(made.path)["label"]
+    several = trained.model_copy(update={"task": task(classifier_type="multi-label")})
+    labels = read_reference_labels(made_by(several, detectors, split, config).path)["label"]
     assert label_targets(labels.tolist(), CLASS_NAMES).tolist() == split.targets.astype(bool).tolist()
 
 
 def test_refuses_a_split_without_images(
-    classifier_path: Path, detectors: DriftDetectors, model_config: ModelConfig, tmp_path: Path
+    trained: TrainedModel, detectors: DriftDetectors, config: ExperimentConfig
 ) -> None:
     with pytest.raises(InvalidSampleError, match="Received: 1"):
-        build_reference_data(
-            classifier_path,
-            detectors,
-            make_split(1),
-            model_config,
-            preprocessing_hash=preprocessing_hash((16, 16)),
-            directory=tmp_path,
-            storage=CentralStorage(tmp_path / "storage"),
-        )
+        made_by(trained, detectors, make_split(1), config)
 
 
 def test_refuses_a_split_whose_parts_have_different_lengths(
-    classifier_path: Path, detectors: DriftDetectors, model_config: ModelConfig, tmp_path: Path
+    trained: TrainedModel, detectors: DriftDetectors, config: ExperimentConfig
 ) -> None:
     split = dataclasses.replace(make_split(5), targets=np.zeros(4, dtype=np.int64))
     with pytest.raises(InvalidSampleError, match=r"\[4, 5\]"):
-        build_reference_data(
-            classifier_path,
-            detectors,
-            split,
-            model_config,
-            preprocessing_hash=preprocessing_hash((16, 16)),
-            directory=tmp_path,
-            storage=CentralStorage(tmp_path / "storage"),
-        )
+        made_by(trained, detectors, split, config)
 
 
 def test_label_texts_and_targets_are_each_others_inverse() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cv_platform.config import EvaluateConfig, ModelConfig
+from cv_platform.config import ExperimentConfig, ModelConfig, parse_experiment
 from cv_platform.datasets.manifest import MANIFEST_SCHEMA
-from cv_platform.datasets.packing import PackedImages, pack_images
-from cv_platform.datasets.versions import DatasetVersion
-from cv_platform.errors import InvalidDatasetError, TrainingError
-from cv_platform.evaluation.evaluate import evaluate_model, worst_errors
-from cv_platform.evaluation.report import Evaluation
+from cv_platform.datasets.packing import pack_images
+from cv_platform.errors import InvalidDatasetError, TrainingError, VerdictError
+from cv_platform.evaluation.evaluate import comparable_accuracy, evaluate_model, worst_errors
+from cv_platform.records import DatasetVersion, Evaluation, PackedImages, Provenance
+from cv_platform_tests.record_samples import identity, trained_model
+from cv_platform_tests.tiny_models import tiny_metadata
 
 CLASSES = ("blue", "green", "red")
 CHANNELS = {"red": 0, "green": 1, "blue": 2}
@@ -27,7 +29,7 @@ VERSION = "20260131T060000Z-1f3c9a2e"
 
 
 def _model(path: Path, activation: str, outputs: int = 3, scale: float = SCALE) -> Path:
-    """Saves a model whose logit of a class is `scale` × (mean of its channel, 0–1), minus half of it for sigmoid."""
+    """Saves `path/colours.keras`: the logit of a class is `scale` × (mean of its channel, 0–1), halved for sigmoid."""
     import keras
 
     inputs = keras.Input((8, 8, 3), dtype="uint8", name="image")
@@ -38,18 +40,19 @@ def _model(path: Path, activation: str, outputs: int = 3, scale: float = SCALE) 
     for index, name in enumerate(CLASSES[:outputs]):
         weights[CHANNELS[name], index] = scale
     dense.set_weights([weights, np.full(outputs, -scale / 2 if activation == "sigmoid" else 0.0, np.float32)])
-    model.save(path)
+    path.mkdir(parents=True, exist_ok=True)
+    model.save(path / "colours.keras")
     return path
 
 
 @pytest.fixture(scope="module")
 def softmax_model(tmp_path_factory) -> Path:
-    return _model(tmp_path_factory.mktemp("models") / "softmax.keras", "softmax")
+    return _model(tmp_path_factory.mktemp("softmax"), "softmax")
 
 
 @pytest.fixture(scope="module")
 def sigmoid_model(tmp_path_factory) -> Path:
-    return _model(tmp_path_factory.mktemp("models") / "sigmoid.keras", "sigmoid")
+    return _model(tmp_path_factory.mktemp("sigmoid"), "sigmoid")
 
 
 def _image(colours: tuple[str, ...], seed: int) -> np.ndarray:
@@ -87,35 +90,37 @@ def _pack(folder: Path, test: list[tuple[str, tuple[str, ...], np.ndarray]], kin
     manifest.parent.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(sorted(rows, key=lambda row: row["path"]), schema=MANIFEST_SCHEMA), manifest)
     version = DatasetVersion(
-        ds_name="colours",
-        tag="v1.0.0",
-        dvc_md5="0123456789abcdef0123456789abcdef.dir",
+        provenance=Provenance(ds_name="colours", dvc_tag="v1.0.0", dvc_md5="0123456789abcdef0123456789abcdef.dir"),
         git_commit="c" * 40,
         directory=folder / "checkout",
-        manifest_path=manifest,
+        manifest=manifest.name,
         class_names=CLASSES,
     )
     model = ModelConfig(model_name="colours", classes=CLASSES, classifier_type=kind, input_size={"h": 8, "w": 8})
     return pack_images(version, model, quarantined=(), home=folder)
 
 
-def _evaluate(keras_path: Path, packed: PackedImages, folder: Path, config=None, **options) -> Evaluation:
-    settings = {
-        "model_name": "colours",
-        "version": VERSION,
-        "class_names": packed.class_names,
-        "classifier_type": packed.classifier_type,
-        "threshold": 0.5,
-        "champion_accuracy": None,
-        "run": None,
+def _config(**changes: Any) -> ExperimentConfig:
+    content = {
+        "name": "colours",
+        "model": {"model_name": "colours", "classes": list(CLASSES), "input_size": {"h": 8, "w": 8}},
+        "dataset": {"ds_name": "colours", "dvc_tag": "v1.0.0"},
+        "evaluate": {"worst_errors": 2},
     }
-    return evaluate_model(
-        keras_path=keras_path,
-        packed=packed,
-        config=config or EvaluateConfig(worst_errors=2),
-        directory=folder / "evaluation",
-        **{**settings, **options},
+    return parse_experiment({**content, **changes}, origin="test")
+
+
+def _evaluate(model: Path, packed: PackedImages, folder: Path, config=None, *, champion=None, run=None) -> Evaluation:
+    """Evaluates the model in the folder `model`."""
+    record = trained_model(
+        model,
+        model=identity("colours", VERSION),
+        provenance=packed.provenance,
+        task=packed.task,
+        pack=packed.directory.name,
     )
+    directory = folder / "evaluation"
+    return evaluate_model(record, packed, config or _config(), champion=champion, directory=directory, run=run)
 
 
 def _test_images(count: int = 30) -> list[tuple[str, tuple[str, ...], np.ndarray]]:
@@ -171,7 +176,8 @@ def test_each_row_has_the_label_and_the_probabilities_of_its_own_image(colours, 
 def test_writes_one_folder_with_plots_and_a_page_of_its_own(colours, softmax_model, tmp_path):
     evaluation = _evaluate(softmax_model, colours[0], tmp_path)
     folder = tmp_path / "evaluation" / "colours" / VERSION
-    assert Evaluation.model_validate_json((folder / "evaluation.json").read_text()) == evaluation
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert Evaluation(**written, directory=folder) == evaluation
     assert set(evaluation.plots) == {"confusion_matrix", "reliability", "worst_errors"}
     for path in evaluation.plots.values():
         assert path.parent == folder
@@ -185,14 +191,16 @@ def test_writes_one_folder_with_plots_and_a_page_of_its_own(colours, softmax_mod
 
 
 def test_a_model_that_misses_a_limit_is_evaluated_and_does_not_pass(colours, softmax_model, tmp_path):
-    evaluation = _evaluate(softmax_model, colours[0], tmp_path, EvaluateConfig(min_accuracy=1.0, worst_errors=0))
+    evaluation = _evaluate(
+        softmax_model, colours[0], tmp_path, _config(evaluate={"min_accuracy": 1.0, "worst_errors": 0})
+    )
     assert not evaluation.passed
     assert "is below min_accuracy 1.0000" in evaluation.reasons[0]
     assert "worst_errors" not in evaluation.plots
     assert evaluation.reasons[0] in evaluation.report_path.read_text()
-    again = _evaluate(softmax_model, colours[0], tmp_path, champion_accuracy=0.5)
+    again = _evaluate(softmax_model, colours[0], tmp_path)
     assert again.passed
-    assert "worst_errors" in json.loads((again.report_path.parent / "evaluation.json").read_text())["plots"]
+    assert "worst_errors" in json.loads((again.directory / "evaluation.json").read_text())["plot_names"]
 
 
 def test_multi_label_sets_are_joined_and_right_only_as_a_whole(sigmoid_model, tmp_path):
@@ -214,7 +222,9 @@ def test_multi_label_sets_are_joined_and_right_only_as_a_whole(sigmoid_model, tm
     assert len(evaluation.confusion[0]) == 4
     assert set(evaluation.plots) == {"per_class", "reliability", "worst_errors"}
     # The highest probability that the colours give is sigmoid(8 × 230/255 − 4) = .961.
-    strict = _evaluate(sigmoid_model, packed, tmp_path, threshold=0.97)
+    model = {**_config().model_dump(mode="json")["model"], "threshold": 0.97}
+    strict = _evaluate(sigmoid_model, packed, tmp_path, _config(model=model))
+    assert strict.threshold == 0.97
     assert set(pq.read_table(strict.predictions_path)["predicted_class"].to_pylist()) == {""}
 
 
@@ -231,28 +241,49 @@ def test_refuses_a_test_split_without_images(softmax_model, tmp_path):
         _evaluate(softmax_model, _pack(tmp_path, []), tmp_path)
 
 
-def test_refuses_classes_in_another_order(colours, softmax_model, tmp_path):
-    with pytest.raises(TrainingError, match="red, green, blue"):
-        _evaluate(softmax_model, colours[0], tmp_path, class_names=("red", "green", "blue"))
+def test_only_a_champion_that_was_measured_on_the_same_images_is_compared_with(colours, caplog):
+    dvc_md5 = colours[0].provenance.dvc_md5
+    champion = tiny_metadata(dvc_md5=dvc_md5, metrics={"accuracy": 0.9})
+    assert comparable_accuracy(champion, colours[0]) == 0.9
+    assert comparable_accuracy(None, colours[0]) is None
+    assert caplog.text == ""
+    assert comparable_accuracy(champion.model_copy(update={"dvc_md5": "another"}), colours[0]) is None
+    assert f"this is {dvc_md5}" in caplog.text
+
+
+def test_a_champion_that_is_better_keeps_its_place(colours, softmax_model, tmp_path):
+    champion = tiny_metadata(dvc_md5=colours[0].provenance.dvc_md5, metrics={"accuracy": 1.0})
+    evaluation = _evaluate(
+        softmax_model, colours[0], tmp_path, _config(evaluate={"max_regression": 0.0}), champion=champion
+    )
+    assert not evaluation.passed
+    assert "more than max_regression 0.0000" in evaluation.reasons[0]
+
+
+def test_refuses_images_that_the_model_was_not_trained_beside(colours, softmax_model, tmp_path):
+    other = colours[0].model_copy(update={"directory": colours[0].directory.with_name("other")})
+    record = trained_model(softmax_model, pack=colours[0].directory.name)
+    with pytest.raises(VerdictError, match=r"Received: other\. Materialise model"):
+        evaluate_model(record, other, _config(), champion=None, directory=tmp_path, run=None)
 
 
 def test_refuses_a_model_with_another_number_of_outputs(colours, tmp_path):
-    model = _model(tmp_path / "two.keras", "softmax", outputs=2)
+    model = _model(tmp_path / "two", "softmax", outputs=2)
     with pytest.raises(TrainingError, match="3 outputs"):
         _evaluate(model, colours[0], tmp_path)
 
 
 def test_refuses_a_model_that_has_diverged(colours, tmp_path):
-    model = _model(tmp_path / "nan.keras", "softmax", scale=float("nan"))
+    model = _model(tmp_path / "nan", "softmax", scale=float("nan"))
     with pytest.raises(TrainingError, match="30 of them not finite"):
         _evaluate(model, colours[0], tmp_path)
     assert not (tmp_path / "evaluation" / "colours" / VERSION).exists()
 
 
 def test_refuses_a_file_that_is_no_model(colours, tmp_path):
-    (tmp_path / "broken.keras").write_bytes(b"nothing")
+    (tmp_path / "colours.keras").write_bytes(b"nothing")
     with pytest.raises(TrainingError, match="expected a Keras model"):
-        _evaluate(tmp_path / "broken.keras", colours[0], tmp_path)
+        _evaluate(tmp_path, colours[0], tmp_path)
 
 
 def test_worst_errors_are_the_most_confident_mistakes_in_order():

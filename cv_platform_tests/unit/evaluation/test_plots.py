@@ -15,6 +15,7 @@ from cv_platform.evaluation.plots import (
     save_worst_errors,
 )
 from cv_platform.evaluation.report import render_report
+from cv_platform_tests.record_samples import evaluation, provenance, task
 
 
 def _is_picture(path) -> bool:
@@ -57,8 +58,7 @@ def test_drawing_does_not_touch_the_state_that_threads_share(tmp_path):
 
 def test_the_report_escapes_class_names(tmp_path):
     row = {"class": "<b>x</b>", "precision": 0.5, "recall": None, "f1": 0.1, "auc": None, "support": 3.0}
-    page = render_report(
-        title="<i>t</i>", facts=[("<u>", "&")], passed=False, reasons=["<s>"], metrics={}, per_class=[row], plots={}
-    )
+    judged = evaluation(tmp_path, passed=False, reasons=("<s>",), metrics={"images": 3.0}, per_class=[row])
+    page = render_report(judged, provenance(ds_name="<u>", dvc_tag="<i>"), task())
     assert "&lt;b&gt;x&lt;/b&gt;" in page
     assert not any(tag in page for tag in ("<b>", "<i>", "<u>", "<s>"))

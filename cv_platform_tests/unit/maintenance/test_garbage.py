@@ -293,6 +293,28 @@ def test_nothing_is_deleted_when_mlflow_knows_none_of_the_runs_whose_files_are_t
     assert {name for name in names(find(other)) if name.startswith("mlflow")} == {f"mlflow/1/{p.name}" for p in lost}
 
 
+def test_old_versions_of_records_go_but_not_those_that_the_deployment_was_made_from(
+    settings: Settings, home: Path
+) -> None:
+    records = home / "records" / "tiny"
+    versions = [f"2026010{day}T000000000000Z-0000000{day}" for day in range(1, 6)]
+    (records / "deployment.json").write_text(json.dumps({"made_from": {"model": versions[1], "gone": "x"}}))
+    (records / "model").mkdir()
+    (records / "runs").mkdir()
+    for path in (*(records / "model" / f"{v}.json" for v in versions), records / "runs" / "a-run.json"):
+        path.write_text("{}")
+        os.utime(path, (LONG_AGO, LONG_AGO))
+    (records / "runs" / "new-run.json").write_text("{}")
+    (records / "model" / f"{versions[1]}.json").write_text('{"directory": "packed/unused-pack"}')
+    garbage = find(settings.model_copy(update={"gc_keep_versions": 2}))
+    found = {name for name in names(garbage) if name.startswith("records")}
+    gone = [f"records/tiny/model/{versions[0]}.json", f"records/tiny/model/{versions[2]}.json"]
+    assert found == {*gone, "records/tiny/runs/a-run.json"}
+    (records / "deployment.json").write_text("[]")
+    with pytest.raises(StorageError, match=r"deployment\.json: expected a record"):
+        find(settings)
+
+
 def test_downloads_go_but_not_of_what_is_served(settings: Settings, home: Path, tmp_path: Path) -> None:
     for version in (SERVED, LAST_GOOD, OTHERS[4]):
         folder(home / "cache" / "tiny" / version)

@@ -6,7 +6,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from cv_platform.monitoring.exported_metrics import HELP, export_drift, export_production, export_retention
-from cv_platform.monitoring.production_record import ProductionMetrics
+from cv_platform.records import ProductionMetrics
 from cv_platform_tests.unit.monitoring.test_report_page import drift_report, make_report
 
 MODEL = {"experiment": "digits", "model": "digits_classifier", "version": "20260131T060000Z-1f3c9a2e"}
@@ -52,7 +52,7 @@ def test_the_next_report_takes_the_place_of_the_one_before(tmp_path: Path) -> No
 
 
 def test_names_with_quotes_stay_readable(tmp_path: Path) -> None:
-    export_drift(tmp_path, make_report(model_name='a "b"\\'))
+    export_drift(tmp_path, make_report(model={"model_name": 'a "b"\\', "version": "v"}))
 
     text = (tmp_path / "metrics" / "drift-digits.prom").read_text()
 
@@ -81,7 +81,7 @@ def test_versions_are_shown_with_what_people_said_of_them(tmp_path: Path) -> Non
             "with_feedback": 10,
             "alpha": 0.05,
             "min_feedback": 5,
-            "record_path": tmp_path / "record.json",
+            "directory": tmp_path,
             "versions": [judged],
         }
     )

@@ -10,20 +10,25 @@ import cv2
 import numpy as np
 import pytest
 
-from cv_platform.drift.accuracy import AccuracyEstimate
-from cv_platform.drift.localisation import ClassMovement, EffectSizes, LargestDistance, PropertyShift
-from cv_platform.drift.sequential import StreamVerdict
 from cv_platform.monitoring.report_page import render_page, thumbnails
-from cv_platform.monitoring.report_record import DriftReport
+from cv_platform.monitoring.sentences import drift_summary
 from cv_platform.properties import PROPERTY_NAMES
+from cv_platform.records import (
+    AccuracyEstimate,
+    ClassMovement,
+    DriftReport,
+    EffectSizes,
+    LargestDistance,
+    PropertyShift,
+    StreamVerdict,
+)
 
 
 def make_report(**changes: object) -> DriftReport:
     values: dict[str, object] = {
         "report_id": "0b8a1c9e-0000-5000-8000-000000000000",
         "experiment": "digits",
-        "model_name": "digits_classifier",
-        "model_version": "20260131T060000Z-1f3c9a2e",
+        "model": {"model_name": "digits_classifier", "version": "20260131T060000Z-1f3c9a2e"},
         "window_start_utc": datetime(2026, 2, 1, tzinfo=UTC),
         "window_end_utc": datetime(2026, 2, 8, tzinfo=UTC),
         "requests": 30,
@@ -76,7 +81,6 @@ def drift_report(**changes: object) -> DriftReport:
                 has_moved=True,
             ),
         ),
-        "moved_classes": [{"class": "<script>", "ks_distance": 0.3}],
         "top_images": [
             {
                 "prediction_id": "id-1",
@@ -156,7 +160,7 @@ def test_page_says_what_moved() -> None:
 
 
 def test_summary_names_verdict_detectors_effect_and_classes() -> None:
-    summary = drift_report().summary()
+    summary = drift_summary(drift_report())
     assert summary.startswith("Drift in 300 requests of digits_classifier")
     assert "Fired: bbsd_ks (p 0.002)" in summary
     assert "moved by +1.25" in summary
@@ -165,7 +169,7 @@ def test_summary_names_verdict_detectors_effect_and_classes() -> None:
 
 
 def test_summary_of_a_short_window_says_what_is_missing() -> None:
-    summary = make_report(stream=stream("alarm")).summary()
+    summary = drift_summary(make_report(stream=stream("alarm")))
     assert "At least 100 usable requests are needed; the window has 30." in summary
     assert "The sequential test alarms: look at the latest requests (e-value 123, alarm from 20)." in summary
 
@@ -183,17 +187,17 @@ def test_summary_of_a_short_window_says_what_is_missing() -> None:
 )
 def test_two_verdicts_that_differ_say_which_decides_and_why(verdict: str, state: str, words: str) -> None:
     report = make_report(verdict=verdict, stream=stream(state))
-    assert words in report.summary()  # Of alerts, of the check's description, and of the log.
+    assert words in drift_summary(report)  # Of alerts, of the check's description, and of the log.
     assert words in html.unescape(render_page(report, {}))
     if state == BLOCKS:
         # A number that says nothing would be believed.
-        assert "e-value" not in report.summary() + render_page(report, {})
+        assert "e-value" not in drift_summary(report) + render_page(report, {})
 
 
 @pytest.mark.parametrize(("verdict", "state"), [("no drift", "no alarm"), ("drift", "alarm")])
 def test_two_verdicts_that_agree_need_no_words_in_an_alert(verdict: str, state: str) -> None:
     report = make_report(verdict=verdict, stream=stream(state))
-    assert "sequential" not in report.summary()
+    assert "sequential" not in drift_summary(report)
     assert "The sequential test agrees (e-value 123, alarm from 20)." in render_page(report, {})
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from cv_platform.config import ExperimentConfig, parse_experiment
 from cv_platform.datasets.manifest import build_manifest
-from cv_platform.datasets.packing import PackedImages, pack_images
-from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.datasets.packing import pack_images
+from cv_platform.records import DatasetVersion, PackedImages, Provenance
 
 CLASSES = ("blue", "green", "red")
 COUNTS = {"train": 16, "valid": 6, "test": 2, "reference": 2}
@@ -72,12 +72,10 @@ def pack_tiny(root: Path) -> PackedImages:
         directory, data_path="images", annotations=None, model=config.model, dataset=config.dataset
     )
     version = DatasetVersion(
-        ds_name="tiny",
-        tag="v1",
-        dvc_md5="0" * 32 + ".dir",
+        provenance=Provenance(ds_name="tiny", dvc_tag="v1", dvc_md5="0" * 32 + ".dir"),
         git_commit="0" * 40,
         directory=directory,
-        manifest_path=manifest,
+        manifest=manifest.name,
         class_names=CLASSES,
     )
     return pack_images(version, config.model, quarantined=(), home=root / "home")

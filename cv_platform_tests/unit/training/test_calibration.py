@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 
-from cv_platform.predictions import ClassifierType
+from cv_platform.config import ClassifierType
 from cv_platform.training.calibration import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,

@@ -17,14 +17,15 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from cv_platform.datasets.packing import PackedImages, open_split
+from cv_platform.datasets.packing import open_split
 from cv_platform.errors import DiskSpaceError, TrackingError, TrainingError
+from cv_platform.records import PackedImages, Provenance, TrainedModel
 from cv_platform.storage import VERSION_PATTERN
 from cv_platform.tracking import start_run
 from cv_platform.training.calibration import scale_logits
 from cv_platform.training.callbacks import TrainingMonitor, read_state
 from cv_platform.training.network import build_model
-from cv_platform.training.trainer import TrainedModel, _recipe, _work_folder, train_model
+from cv_platform.training.trainer import _recipe, _work_folder, train_model
 from cv_platform_tests.unit.training.conftest import experiment
 
 # One worker: each would train the module's model anew.
@@ -124,19 +125,21 @@ def test_writes_a_complete_folder(trained: TrainedModel) -> None:
     names = {path.name for path in trained.directory.iterdir()}
 
     assert names == {"tiny_model.keras", "history.json", "config.json", "learning_curves.png", "trained_model.json"}
-    assert trained.directory.name == trained.version
+    assert trained.directory.name == trained.model.version
     assert trained.directory.parent.name == "tiny_model"
-    assert [path.name for path in trained.directory.parent.iterdir() if path.is_dir()] == [trained.version]
+    assert [path.name for path in trained.directory.parent.iterdir() if path.is_dir()] == [trained.model.version]
     assert json.loads((trained.directory / "config.json").read_text()) == experiment().model_dump(mode="json")
     assert json.loads((trained.directory / "history.json").read_text()) == trained.history
     assert (trained.directory / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_record_says_what_was_trained_and_on_what(trained: TrainedModel, tiny_packed: PackedImages) -> None:
-    assert TrainedModel.model_validate_json((trained.directory / "trained_model.json").read_text()) == trained
-    assert re.match(VERSION_PATTERN, trained.version)
-    assert (trained.dvc_md5, trained.dvc_tag, trained.ds_name) == (tiny_packed.dvc_md5, "v1", "tiny")
-    assert (trained.class_names, trained.classifier_type) == (("blue", "green", "red"), "multi-class")
+    written = json.loads((trained.directory / "trained_model.json").read_text())
+    assert TrainedModel(**written, directory=trained.directory) == trained
+    assert re.match(VERSION_PATTERN, trained.model.version)
+    assert trained.provenance == Provenance(ds_name="tiny", dvc_tag="v1", dvc_md5="0" * 32 + ".dir")
+    assert trained.task == tiny_packed.task
+    assert (trained.task.class_names, trained.task.classifier_type) == (("blue", "green", "red"), "multi-class")
     assert (trained.git_commit, trained.epochs_run) == ("c0ffee", 3)
     expected = {"loss", "accuracy", "cross_entropy", "val_loss", "val_accuracy", "val_cross_entropy"}
     assert set(trained.history) == expected | {"learning_rate", "images_per_second"}
@@ -154,8 +157,8 @@ def test_mlflow_has_settings_curves_files_and_a_registered_version(trained: Trai
     version = client.get_model_version("tiny_model", "1")
 
     assert (run.data.params["train.augment.flip_horizontal"], run.data.params["model.input_size.h"]) == ("0.5", "16")
-    assert run.data.tags["dvc_md5"] == trained.dvc_md5
-    assert run.data.tags["version"] == trained.version
+    assert run.data.tags["dvc_md5"] == trained.provenance.dvc_md5
+    assert run.data.tags["version"] == trained.model.version
     assert [point.step for point in curve] == [1, 2, 3]
     assert [point.value for point in curve] == pytest.approx(trained.history["val_accuracy"])
     assert folders == {
@@ -166,7 +169,7 @@ def test_mlflow_has_settings_curves_files_and_a_registered_version(trained: Trai
         "model/tiny_model.keras",
     }
     assert version.source == f"runs:/{run.info.run_id}/model/tiny_model.keras"
-    assert version.tags["cv_platform.version"] == trained.version
+    assert version.tags["cv_platform.version"] == trained.model.version
 
 
 def test_it_learns_and_keeps_the_weights_of_the_best_epoch(trained: TrainedModel, tiny_packed: PackedImages) -> None:
@@ -199,7 +202,7 @@ def test_the_saved_network_is_plain_float32_without_penalties(trained: TrainedMo
 def test_the_same_seed_gives_the_same_weights(trained: TrainedModel, tiny_packed: PackedImages, tmp_path: Path) -> None:
     again = train_model(tiny_packed, experiment(), directory=tmp_path)
 
-    assert again.version != trained.version
+    assert again.model.version != trained.model.version
     assert_same_weights(trained, again)
 
 
@@ -338,13 +341,10 @@ def test_bfloat16_trains_a_float32_model(tiny_packed: PackedImages, tmp_path: Pa
 
 
 def test_all_mismatches_between_data_and_config_are_named(tiny_packed: PackedImages, tmp_path: Path) -> None:
-    packed = tiny_packed.model_copy(
-        update={
-            "class_names": ("red", "green", "blue"),
-            "counts": {"train": 3, "valid": 0},
-            "classifier_type": "multi-label",
-        }
+    task = tiny_packed.task.model_copy(
+        update={"class_names": ("red", "green", "blue"), "classifier_type": "multi-label"}
     )
+    packed = tiny_packed.model_copy(update={"task": task, "counts": {"train": 3, "valid": 0}})
 
     with pytest.raises(TrainingError) as caught:
         train_model(packed, experiment(model__input_size={"h": 8, "w": 16}), directory=tmp_path)
@@ -392,13 +392,11 @@ def monitor_with(run: Any, folder: Path) -> TrainingMonitor:
     return TrainingMonitor(
         network,
         folder,
-        epochs=3,
+        train=experiment(train__epochs=3, train__init_lr=0.1).train,
         images_per_epoch=10,
-        patience=None,
         state=None,
         on_epoch=lambda epoch: None,
         run=run,
-        init_lr=0.1,
     )
 
 
@@ -519,12 +517,11 @@ KILLED = """
 import sys
 from pathlib import Path
 from cv_platform.config import parse_experiment
-from cv_platform.datasets.packing import PackedImages
 from cv_platform.training.trainer import train_model
 
 packed, config, directory = sys.argv[1:]
 train_model(
-    PackedImages.model_validate_json(packed),
+    PackedImages.model_validate_json(packed, context={"home": "/"}),
     parse_experiment(__import__("json").loads(config), origin="test"),
     directory=Path(directory),
 )
@@ -535,9 +532,9 @@ train_model(
 def test_a_training_goes_on_after_its_process_was_killed(
     tiny_packed: PackedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    long = experiment(train__epochs=1000)
+    long, packed = experiment(train__epochs=1000), tiny_packed.model_dump_json(context={"home": "/"})
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, tiny_packed.model_dump_json(), long.model_dump_json(), str(tmp_path)],
+        [sys.executable, "-c", KILLED, packed, long.model_dump_json(), str(tmp_path)],
         stderr=subprocess.PIPE,
     )
     try:

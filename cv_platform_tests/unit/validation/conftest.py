@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cv_platform.datasets.manifest import MANIFEST_SCHEMA
-from cv_platform.datasets.versions import DatasetVersion
+from cv_platform.records import DatasetVersion, Provenance
 
 MakeManifest = Callable[..., pd.DataFrame]
 
@@ -73,12 +73,10 @@ class Checkout:
         rows = sorted(self.rows, key=lambda row: str(row["path"]))
         pq.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), manifest)
         return DatasetVersion(
-            ds_name="shapes",
-            tag="v1.0.0",
-            dvc_md5="0123456789abcdef0123456789abcdef.dir",
+            provenance=Provenance(ds_name="shapes", dvc_tag="v1.0.0", dvc_md5="0123456789abcdef0123456789abcdef.dir"),
             git_commit="c" * 40,
             directory=self.directory,
-            manifest_path=manifest,
+            manifest=manifest.name,
             class_names=tuple(class_names),
         )
 

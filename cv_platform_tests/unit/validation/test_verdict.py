@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cv_platform.errors import VerdictError
-from cv_platform.validation.verdict import CheckOutcome, ValidationVerdict, require_verdict
+from cv_platform.records import CheckOutcome, ValidationVerdict
+from cv_platform.validation.verdict import require_verdict
 
 LEAKED = CheckOutcome(name="train_test_leakage", passed=False, severity="error", summary="3 test images are in train")
 
@@ -19,7 +20,7 @@ def verdict(**changes: object) -> ValidationVerdict:
         "passed": True,
         "outcomes": (),
         "quarantined": (),
-        "report_path": Path(),
+        "directory": Path("/validation"),
     }
     return ValidationVerdict.model_validate({**fields, **changes})
 

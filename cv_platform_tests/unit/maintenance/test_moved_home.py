@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.maintenance.relocation import Relocation
+from cv_platform.maintenance.moved_home import Relocation
 
 
 @pytest.mark.parametrize(
@@ -34,19 +34,15 @@ def test_a_folder_is_replaced_where_it_is_named(old: str, new: str, before: str,
     assert Relocation(Path(old), Path(new)).text(before) == after
 
 
-@pytest.mark.parametrize("folder", ["records", "models", "evaluation", "validation", "production_metrics"])
-def test_records_and_databases_are_rewritten_and_bundles_are_not(tmp_path: Path, folder: str) -> None:
-    for name in (f"{folder}/x", "storage/models/x", "mlflow"):
+def test_databases_are_rewritten_and_bundles_are_not(tmp_path: Path) -> None:
+    for name in ("storage/models/x", "mlflow"):
         (tmp_path / name).mkdir(parents=True)
-    record, bundle = tmp_path / folder / "x" / "a.json", tmp_path / "storage" / "models" / "x" / "a.json"
-    record.write_text('{"path": "/old/a"}')
-    record.chmod(0o444)
+    bundle = tmp_path / "storage" / "models" / "x" / "a.json"
     bundle.write_text('{"path": "/old/a"}')
     with closing(sqlite3.connect(tmp_path / "mlflow" / "mlflow.db")) as database, database:
         database.execute('CREATE TABLE "ru""ns" ("u ri" TEXT PRIMARY KEY, n INTEGER, b BLOB) WITHOUT ROWID')
         database.execute('INSERT INTO "ru""ns" VALUES (?, 7, ?), (?, NULL, NULL)', ("/old/a", b"/old/a", "/older/a"))
     Relocation(Path("/old"), Path("/new")).home(tmp_path)
-    assert record.read_text() == '{"path": "/new/a"}'
     assert bundle.read_text() == '{"path": "/old/a"}'
     with closing(sqlite3.connect(tmp_path / "mlflow" / "mlflow.db")) as database:
         rows = database.execute('SELECT * FROM "ru""ns" ORDER BY 1').fetchall()

@@ -1,0 +1,151 @@
+"""What monitoring found, in sentences and lines: for alerts, logs, pages, tables and MLflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cv_platform.records import DriftReport, EffectSizes, ProductionMetrics, VersionMetrics
+
+
+def drift_summary(report: DriftReport) -> str:
+    """Returns the report in a few sentences, for alerts, logs and check descriptions."""
+    window = f"{report.window_start_utc:%Y-%m-%d %H:%M} to {report.window_end_utc:%Y-%m-%d %H:%M} UTC"
+    head = f"{report.verdict} in {report.rows} requests of {report.model}, {window}."
+    parts = [head[0].upper() + head[1:]]
+    if report.verdict == "insufficient data":
+        parts.append(f"At least {report.min_samples} usable requests are needed; the window has {report.rows}.")
+    if report.drifted_detectors:
+        fired = ", ".join(f"{name} (p {report.adjusted_p_values[name]:.2g})" for name in report.drifted_detectors)
+        parts.append(f"Fired: {fired}.")
+    if report.verdict == "drift" and report.effects is not None:
+        parts.extend(_effects(report.effects))
+        if report.moved_classes:
+            moved = ", ".join(movement.class_name for movement in report.moved_classes[:5])
+            parts.append(f"Classes that moved: {moved}.")
+    if report.stream is not None and not is_agreed(report):
+        parts.append(stream_note(report))
+    if report.feedback_accuracy is not None:
+        parts.append(f"Accuracy on {report.feedback_rows} requests with feedback: {report.feedback_accuracy:.3f}.")
+    if report.report_url:
+        parts.append(f"Report: {report.report_url}")
+    return " ".join(parts)
+
+
+def is_agreed(report: DriftReport) -> bool:
+    """Whether the sequential test says the same as the verdict; without a verdict, whether it raises no alarm."""
+    return report.stream is not None and report.stream.state == ("alarm" if report.verdict == "drift" else "no alarm")
+
+
+def stream_note(report: DriftReport) -> str:
+    """Returns what the sequential test says, which verdict decides, and why the two differ where they do."""
+    stream = report.stream
+    if stream is None:
+        return "The sequential test had no request to look at."
+    numbers = f"e-value {stream.e_value:.3g}, alarm from {1 / stream.alpha:.3g}"
+    if stream.state == "not judged: requests come in blocks":
+        note = (
+            "The sequential test is not judged: requests come in blocks of one predicted class "
+            f"(runs test, p {stream.order_p_value:.2g}), an order that it would take for drift."
+        )
+        decides = f" The verdict, {report.verdict}, does not depend on the order."
+        return note if report.verdict == "insufficient data" else note + decides
+    if report.verdict == "insufficient data":
+        says = "alarms: look at the latest requests" if stream.state == "alarm" else "does not alarm"
+        return f"The sequential test {says} ({numbers})."
+    if is_agreed(report):
+        return f"The sequential test agrees ({numbers})."
+    if stream.state == "alarm":
+        return (
+            f"The sequential test alarms ({numbers}). The verdict, no drift, decides: it compares the window as a "
+            "whole. The sequential test also sees what has changed within the window, such as in its last hours, "
+            f"and alarms by chance in up to {stream.alpha:.0%} of the windows without a change. "
+            "To see which it is, judge a shorter window that ends now (monitor.window_days)."
+        )
+    return (
+        f"The sequential test does not alarm ({numbers}). The verdict, drift, decides: it also compares the "
+        "probabilities of all classes and the features, where the sequential test sees pixel statistics and "
+        "confidences alone, and needs more requests."
+    )
+
+
+def _effects(effects: EffectSizes) -> list[str]:
+    probability, property_ = effects.bbsd, effects.properties
+    sentences = [
+        f"Largest KS distances: {probability.ks_distance:.2f} for the probability of {probability.dimension}, "
+        f"{property_.ks_distance:.2f} for {property_.dimension}."
+    ]
+    known = [shift for shift in effects.property_shifts if shift.shift_sds is not None]
+    if known:
+        largest = max(known, key=lambda shift: abs(shift.shift_sds or 0.0))
+        sentences.append(f"{largest.name} moved by {largest.shift_sds:+.2f} reference standard deviations.")
+    constant = [shift.name for shift in effects.property_shifts if shift.shift_sds is None]
+    if constant:
+        sentences.append(f"No longer constant as in the reference: {', '.join(constant)}.")
+    return sentences
+
+
+def version_row(version: VersionMetrics) -> dict[str, Any]:
+    """Returns the version's line in a table."""
+    low, high = version.interval or (None, None)
+    return {
+        "version": version.model_version,
+        "verdict": version.verdict,
+        "predictions": version.predictions,
+        "with_feedback": version.with_feedback,
+        "coverage": version.coverage,
+        "none_of_these": version.none_of_these,
+        "accuracy": version.accuracy,
+        "right_share": version.right_share,
+        "low": low,
+        "high": high,
+        "test_right_share": version.test_right_share,
+        "p_value": version.p_value,
+        "sources": ", ".join(f"{name} {count}" for name, count in sorted(version.sources.items())),
+    }
+
+
+def production_figures(metrics: ProductionMetrics) -> dict[str, float]:
+    """Returns the numbers of the newest version with feedback, for MLflow."""
+    version = next((version for version in metrics.versions if version.with_feedback), None)
+    if version is None:
+        return {}
+    figures = {
+        "production_predictions": float(version.predictions),
+        "production_feedback": float(version.with_feedback),
+        "production_coverage": version.coverage,
+        "production_none_of_these": float(version.none_of_these),
+        "production_accuracy": version.accuracy,
+        "production_right_share": version.right_share,
+        "test_right_share": version.test_right_share,
+    }
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def production_summary(metrics: ProductionMetrics) -> str:
+    """Returns the figures in a few sentences."""
+    window = f"{metrics.window_start_utc:%Y-%m-%d %H:%M} to {metrics.window_end_utc:%Y-%m-%d %H:%M} UTC"
+    head = f"{metrics.with_feedback} of {metrics.predictions} predictions of {metrics.model_name} have feedback"
+    if not metrics.with_feedback:
+        return f"Insufficient feedback: {head}, {window}. People give it on the web page, or with POST /feedback/…."
+    told = (_sentence(version, metrics.min_feedback) for version in metrics.versions if version.with_feedback)
+    return " ".join([f"{head}, {window}.", *told])
+
+
+def _sentence(version: VersionMetrics, min_feedback: int) -> str:
+    assert version.right_share is not None
+    assert version.interval is not None
+    low, high = version.interval
+    measured = (
+        f"{version.right_share:.3f} right ({low:.3f} to {high:.3f}, {version.with_feedback} with feedback, "
+        f"coverage {version.coverage:.1%})"
+    )
+    if version.none_of_these:
+        measured += f", {version.none_of_these} of them show none of its classes"
+    if version.test_right_share is not None:
+        measured += f", {version.test_right_share:.3f} on the test split"
+    verdict = version.verdict
+    if verdict == "insufficient feedback":
+        verdict += f" (at least {min_feedback} are needed)"
+    elif version.p_value is not None:
+        verdict += f" (p {version.p_value:.2g})"
+    return f"{version.model_version}: {measured}: {verdict}."

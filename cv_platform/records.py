@@ -1,0 +1,692 @@
+"""What the assets of an experiment hand to each other, in the order of the graph; and what they are made of.
+
+A record says what exists now and where, and holds no data itself. In memory its paths are absolute; written down they
+are relative to `CV_HOME` (see `HomePath`), so that a home can be moved and a step can run elsewhere. `record_store`
+writes and reads them. No record repeats what an earlier one says: `ModelIdentity`, `Provenance` and `Task` are handed
+down as they are. What belongs to central storage (bundle metadata, pointers) is in `storage`.
+
+Pydantic: https://docs.pydantic.dev/latest/concepts/models/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, SerializationInfo, ValidationInfo
+
+from cv_platform.config import ClassifierType
+
+# Paths
+
+
+def _read_path(path: Path, info: ValidationInfo) -> Path:
+    if info.mode == "python":
+        if not path.is_absolute():
+            raise ValueError(f"Expected an absolute path. Received: {path}.")
+        return path
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"Expected a path relative to CV_HOME. Received: {path}.")
+    return _home(info) / path
+
+
+def _write_path(path: Path, info: SerializationInfo) -> str:
+    return path.relative_to(_home(info)).as_posix()
+
+
+def _read_url(url: str, info: ValidationInfo) -> str:
+    if not url or info.mode == "python" or "://" in url:
+        return url
+    return _read_path(Path(url), info).as_uri()
+
+
+def _write_url(url: str, info: SerializationInfo) -> str:
+    parts = urlsplit(url)
+    path = Path(unquote(parts.path))
+    return _write_path(path, info) if parts.scheme == "file" and path.is_relative_to(_home(info)) else url
+
+
+def _home(info: ValidationInfo | SerializationInfo) -> Path:
+    try:
+        return Path((info.context or {})["home"])
+    except KeyError as err:
+        raise ValueError("Expected the context {'home': CV_HOME}, which the record's paths are relative to.") from err
+
+
+HomePath = Annotated[Path, AfterValidator(_read_path), PlainSerializer(_write_path, return_type=str, when_used="json")]
+"""A path below `CV_HOME`: absolute in memory, relative in JSON, which nobody reads or writes without the home."""
+HomeUrl = Annotated[str, AfterValidator(_read_url), PlainSerializer(_write_url, return_type=str, when_used="json")]
+"""An address in central storage; of a file below `CV_HOME` it is kept as a `HomePath` is, any other as it is."""
+
+
+# What records are made of
+
+
+class Value(BaseModel):
+    """Base of records and of their parts: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Record(Value):
+    """Base of what an asset hands on.
+
+    Attributes:
+        made_from: versions of the records that it was made from, by asset, all the way up; filled in when it is kept.
+    """
+
+    made_from: dict[str, str] = {}
+
+    def local_json(self) -> str:
+        """Returns the record as JSON for a file in its own folder, which need not say where that is."""
+        return self.model_dump_json(indent=1, exclude={"directory", "made_from", "report_url"})
+
+
+class ModelIdentity(Value):
+    """Which trained model: registry, central storage and the request log know it by these two."""
+
+    model_name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.model_name} {self.version}"
+
+
+class Provenance(Value):
+    """Which data a model was made from.
+
+    Attributes:
+        ds_name: name of the dataset, which is a DVC repository.
+        dvc_tag: its tag.
+        dvc_md5: the data version: DVC's md5 of the images, or of images and annotations.csv where git tracks one.
+    """
+
+    ds_name: str
+    dvc_tag: str
+    dvc_md5: str
+
+    def __str__(self) -> str:
+        return f"{self.ds_name} {self.dvc_tag}"
+
+
+class Task(Value):
+    """What a model sees and what it answers.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        preprocessing_hash: `images.preprocessing_hash` of the pixels.
+        class_names: in the order of targets and outputs.
+        classifier_type: decides the targets' form.
+    """
+
+    image_size: tuple[int, int]
+    preprocessing_hash: str
+    class_names: tuple[str, ...]
+    classifier_type: ClassifierType
+
+
+# dataset
+
+
+class DatasetVersion(Record):
+    """A checked-out dataset version.
+
+    Attributes:
+        provenance: which one.
+        git_commit: the commit of the tag.
+        directory: root of the read-only checkout; the manifest's paths are relative to it.
+        manifest: file name of the manifest for one config; it stands for the splits, which follow from the config too.
+        class_names: the configured classes, in the order of the model's outputs.
+    """
+
+    provenance: Provenance
+    git_commit: str
+    directory: HomePath
+    manifest: str
+    class_names: tuple[str, ...]
+
+    @property
+    def manifest_path(self) -> Path:
+        """Where the manifest is."""
+        return self.directory / self.manifest
+
+
+# validation_report
+
+
+class CheckOutcome(Value):
+    """What one check found."""
+
+    name: str = Field(description="one of validation.verdict.CHECK_NAMES")
+    passed: bool
+    severity: Literal["error", "warn"] = Field(description="a failed error blocks training, a failed warn only shows")
+    summary: str = Field(
+        description="the finding with its numbers; starts with 'Not judged' where there was nothing to judge"
+    )
+    value: float | None = Field(None, description="what was measured; none where nothing was")
+    limit: float | None = Field(None, description="the limit from the config that `value` was held against")
+    offenders: tuple[str, ...] = Field(
+        (), description="images, classes or conditions at fault, worst first, at most 100"
+    )
+
+    def finding(self) -> str:
+        """Returns the summary, and of a check that did not pass the limit that it was held against."""
+        if self.passed or self.limit is None:
+            return self.summary
+        return f"{self.summary} The limit in `validate` is {self.limit:g}."
+
+
+class ValidationVerdict(Record):
+    """What validation found in one dataset version."""
+
+    dvc_md5: str
+    manifest: str = Field(description="see DatasetVersion")
+    passed: bool = Field(description="no check of severity error failed")
+    outcomes: tuple[CheckOutcome, ...] = Field(description="in the order of CHECK_NAMES; without those that are off")
+    quarantined: tuple[str, ...] = Field(description="paths of unreadable images, which nothing downstream may use")
+    directory: HomePath = Field(description="of report.html and Deepchecks' pages")
+
+    @property
+    def report_path(self) -> Path:
+        """The page."""
+        return self.directory / "report.html"
+
+    @property
+    def failed(self) -> tuple[CheckOutcome, ...]:
+        """The outcomes that did not pass, of either severity."""
+        return tuple(outcome for outcome in self.outcomes if not outcome.passed)
+
+
+# packed_images
+
+
+class PackedImages(Record):
+    """The decoded images of a dataset version.
+
+    Attributes:
+        provenance: of which version.
+        task: the form of pixels and targets.
+        directory: folder of the pack; its name stands for data version, preprocessing, splits and quarantine in one.
+        counts: images per split: train, valid, test, reference.
+        bytes: size of the pack.
+        images_per_second: speed at which it was made.
+    """
+
+    provenance: Provenance
+    task: Task
+    directory: HomePath
+    counts: dict[str, int]
+    bytes: int
+    images_per_second: float
+
+
+# model
+
+
+class TrainedModel(Record):
+    """A trained model: where it is and where it came from."""
+
+    model: ModelIdentity
+    provenance: Provenance
+    task: Task
+    pack: str = Field(description="name of the packed images' folder, see PackedImages")
+    directory: HomePath
+    best_epoch: int = Field(description="from 1: the epoch whose weights are kept")
+    temperature: float = Field(
+        default=1.0, description="by which the logits were divided, in the weights: see calibration"
+    )
+    history: dict[str, list[float]] = Field(description="metric by name, a value per epoch")
+    seconds: float
+    images_per_second: float
+    mlflow_run_id: str | None = None
+    git_commit: str | None = Field(default=None, description="of the code and configs")
+    effective_config: dict[str, Any]
+
+    @property
+    def keras_path(self) -> Path:
+        """The network."""
+        return self.directory / f"{self.model.model_name}.keras"
+
+    @property
+    def epochs_run(self) -> int:
+        """How many epochs there were."""
+        return len(self.history["loss"])
+
+
+# evaluation
+
+
+class Evaluation(Record):
+    """How a model does on the test split, and whether it may be promoted."""
+
+    model: ModelIdentity
+    passed: bool = Field(description="the promotion gate's verdict")
+    reasons: tuple[str, ...] = Field(description="what failed; when nothing did, what was satisfied")
+    threshold: float = Field(description="multi-label: probability from which a class is predicted, in serving too")
+    metrics: dict[str, float] = Field(
+        description="see compute_metrics; and `images`, `temperature`, `ece_uncalibrated`"
+    )
+    per_class: list[dict[str, Any]] = Field(description="per class: class, precision, recall, f1, auc, support")
+    confusion: list[list[int]] = Field(description="see metrics.confusion_matrix")
+    directory: HomePath
+    plot_names: tuple[str, ...]
+    mlflow_run_id: str | None
+
+    @property
+    def predictions_path(self) -> Path:
+        """Parquet: path, sha256, label, predicted_class, correct, confidence, probabilities."""
+        return self.directory / "predictions.parquet"
+
+    @property
+    def report_path(self) -> Path:
+        """The page."""
+        return self.directory / "report.html"
+
+    @property
+    def plots(self) -> dict[str, Path]:
+        """PNG files by name."""
+        return {name: self.directory / f"{name}.png" for name in self.plot_names}
+
+
+# drift_detectors
+
+
+class FalseAlarms(Value):
+    """How often the drift verdict fired on halves of one sample, in which there is no drift.
+
+    The splits draw from the same images again and again, so they are not independent: a check, not a proof.
+
+    Attributes:
+        rate: share of trials in which it fired; None with too few images.
+        trials: seeded random splits that were judged.
+        alpha: the nominal rate, at most which is expected.
+        rows: images on each side of a split.
+        permutations: of the MMD tests in the trials; a report uses more.
+    """
+
+    rate: float | None
+    trials: int
+    alpha: float
+    rows: int
+    permutations: int
+
+
+class DriftDetectors(Record):
+    """The detectors of one model version.
+
+    Attributes:
+        model: whose.
+        directory: of the encoder.
+        encoder_hash: of the encoder's weights.
+        uae_dims, feature_dims: widths of the two embeddings.
+        false_alarms: as measured on the reference split.
+    """
+
+    model: ModelIdentity
+    directory: HomePath
+    encoder_hash: str
+    uae_dims: int
+    feature_dims: int
+    false_alarms: FalseAlarms
+
+    @property
+    def uae_path(self) -> Path:
+        """The encoder."""
+        return self.directory / f"{self.model.model_name}_uae.keras"
+
+
+# reference_data
+
+
+class ReferenceData(Record):
+    """The reference data of one model version: a local parquet file, its copy in central storage, its rows."""
+
+    model: ModelIdentity
+    directory: HomePath
+    url: HomeUrl
+    rows: int
+
+    @property
+    def path(self) -> Path:
+        """The parquet file."""
+        return self.directory / f"{self.model.model_name}_ref_data.parquet"
+
+
+# bento
+
+
+class ModelBundle(Record):
+    """A published bundle and the Bento built around it.
+
+    Attributes:
+        model: which; central storage has its metadata.
+        bento_tag: serve it with `bentoml serve`.
+        bytes: size of the bundle's files.
+        url: the bundle's folder in central storage.
+        runtime: what runs the exported model.
+        runtime_reason: why that one.
+        parity: see `export.ExportedModel`.
+    """
+
+    model: ModelIdentity
+    bento_tag: str
+    bytes: int
+    url: HomeUrl
+    runtime: Literal["tensorflow", "onnx"] = "tensorflow"
+    runtime_reason: str = ""
+    parity: dict[str, float] = {}
+
+
+# deployment
+
+
+class Deployment(Record):
+    """A move of the production pointer that held.
+
+    Attributes:
+        service: which service.
+        model: what it serves now.
+        previous_version: what it served before.
+        confirmed_workers: ids of the workers that run the version and live; empty when no service was running.
+        seconds: from the load test to the last confirmation.
+        message: what happened, for people.
+    """
+
+    service: str
+    model: ModelIdentity
+    previous_version: str | None
+    confirmed_workers: tuple[str, ...]
+    seconds: float
+    message: str
+
+
+# drift_report
+
+
+class LargestDistance(Value):
+    """The dimension with the largest KS distance (0–1), and its uncorrected p-value."""
+
+    dimension: str
+    ks_distance: float
+    p_value: float
+
+
+class PropertyShift(Value):
+    """How one pixel statistic moved.
+
+    Attributes:
+        name: one of `properties.PROPERTY_NAMES`.
+        reference_mean, current_mean: in the property's own unit.
+        shift_sds: (current mean − reference mean) / reference standard deviation; None where the reference is constant
+            and the current mean differs, which no number of standard deviations describes.
+        spread_ratio: current / reference standard deviation; None where only the reference is constant.
+        ks_distance: 0–1.
+    """
+
+    name: str
+    reference_mean: float
+    current_mean: float
+    shift_sds: float | None
+    spread_ratio: float | None
+    ks_distance: float
+
+
+class EffectSizes(Value):
+    """How large the difference is.
+
+    Attributes:
+        bbsd: the class whose probability has the largest KS distance.
+        properties: the pixel statistic with the largest KS distance.
+        mmd: per MMD detector, √max(0, MMD²): 0 for equal distributions, at most √2.
+        mmd_standardised: per MMD detector, standard deviations of the permutation null; grows with the rows.
+        property_shifts: one per property, in the order of `properties.PROPERTY_NAMES`.
+    """
+
+    bbsd: LargestDistance
+    properties: LargestDistance
+    mmd: dict[str, float]
+    mmd_standardised: dict[str, float]
+    property_shifts: tuple[PropertyShift, ...]
+
+
+class ClassMovement(Value):
+    """How one class moved.
+
+    Attributes:
+        class_name: the class.
+        ks_distance, ks_p_value: of the class's probability, reference against current.
+        reference_share, current_share: share of the images for which the class is predicted, 0–1.
+        share_p_value: Fisher's exact test of the two shares.
+        adjusted_p_value: the smaller of the two, after Holm's correction over both tests of all classes.
+        has_moved: `adjusted_p_value` is at most alpha.
+    """
+
+    class_name: str
+    ks_distance: float
+    ks_p_value: float
+    reference_share: float
+    current_share: float
+    share_p_value: float
+    adjusted_p_value: float
+    has_moved: bool
+
+
+class AccuracyEstimate(Value):
+    """Accuracy of the current images, estimated without labels; multi-label: mean accuracy of the single decisions.
+
+    Attributes:
+        average_confidence: mean confidence of the current decisions.
+        difference_of_confidences: reference accuracy moved by the difference of mean confidences (DoC).
+        thresholded_confidence: share of current decisions above the confidence that as many reference decisions exceed
+            as are right (ATC).
+        reference_accuracy: measured, on the labelled reference.
+        is_reliable: false while drift fires; then show the numbers greyed, or not at all.
+    """
+
+    average_confidence: float
+    difference_of_confidences: float
+    thresholded_confidence: float
+    reference_accuracy: float
+    is_reliable: bool
+
+
+StreamState = Literal["alarm", "no alarm", "not judged: requests come in blocks"]
+
+
+class StreamVerdict(Value):
+    """What the sequential test says about one stream.
+
+    Attributes:
+        state: "alarm" when the e-value has reached 1/`alpha`; not judged when `order_p_value` is at most
+            `sequential.ORDER_ALPHA`.
+        e_value: the largest wealth over the stream; of a stream in blocks it says nothing about drift.
+        alpha: the chance of an alarm while nothing has changed, however often it is looked at.
+        order_p_value: of the repeats of the predicted class, see `sequential.order_p_value`.
+    """
+
+    state: StreamState
+    e_value: float
+    alpha: float
+    order_p_value: float
+
+
+ReportVerdict = Literal["drift", "no drift", "insufficient data"]
+
+
+class DriftReport(Record):
+    """The verdict on one window of requests of one model version, and what explains it.
+
+    Attributes:
+        report_id: UUID of experiment, model, version and window: a report of the same window has the same id.
+        experiment, model: whose requests.
+        window_start_utc, window_end_utc: half-open bounds.
+        requests: answered requests in the window.
+        rows: of them, those that were judged.
+        unusable_rows: read but left out, because an embedding is not finite or of another width.
+        is_truncated: only the latest `monitor.max_samples` were read.
+        reference_rows: rows of the reference.
+        verdict: "drift" when an adjusted p-value is at most `alpha`; "insufficient data" below `monitor.min_samples`.
+        alpha: family-wise false-alarm rate.
+        p_values, adjusted_p_values, statistics: per detector, see `drift.verdict`; empty without a verdict.
+        drifted_detectors: those that fired, clearest first.
+        effects: how large the difference is.
+        classes: every class, the most significant movement first.
+        top_images: images that drive the difference, strongest first: prediction_id, created_on, predicted_class,
+            score, image_sha256.
+        accuracy_estimate: without labels; not reliable while drift fires.
+        feedback_rows: judged requests whose true class somebody stated.
+        feedback_accuracy: of those; multi-label: mean accuracy of the single decisions.
+        stream: of the sequential test over the window's requests in order of time; a hint, which never makes the
+            verdict. None without any request.
+        report_url: of the HTML page in central storage.
+        evidently_run_id: run in the experiment's Evidently project.
+        problems: what could not be done or shown, in sentences.
+    """
+
+    report_id: str
+    experiment: str
+    model: ModelIdentity
+    window_start_utc: datetime
+    window_end_utc: datetime
+    requests: int
+    rows: int
+    unusable_rows: int
+    is_truncated: bool
+    reference_rows: int
+    verdict: ReportVerdict = "insufficient data"
+    alpha: float
+    min_samples: int
+    p_values: dict[str, float] = {}
+    adjusted_p_values: dict[str, float] = {}
+    statistics: dict[str, float] = {}
+    drifted_detectors: tuple[str, ...] = ()
+    effects: EffectSizes | None = None
+    classes: tuple[ClassMovement, ...] = ()
+    top_images: list[dict[str, Any]] = []
+    accuracy_estimate: AccuracyEstimate | None = None
+    feedback_rows: int = 0
+    feedback_accuracy: float | None = None
+    stream: StreamVerdict | None = None
+    report_url: HomeUrl = ""
+    evidently_run_id: str | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def moved_classes(self) -> tuple[ClassMovement, ...]:
+        """The classes that moved, the most significant first."""
+        return tuple(movement for movement in self.classes if movement.has_moved)
+
+
+# production_metrics
+
+FeedbackVerdict = Literal[
+    "worse than on the test split", "as on the test split", "insufficient feedback", "not comparable"
+]
+
+
+class VersionMetrics(Value):
+    """One model version's predictions of the window, and what was said about them.
+
+    Attributes:
+        model_version, classifier_type: which version, and what it answers.
+        predictions: of the version in the window.
+        with_feedback: of them, those whose true class somebody stated.
+        coverage: the share of them.
+        none_of_these: of those with feedback, the ones whose image shows none of the model's classes. A multi-class
+            prediction of such an image is wrong, and has no place in `confusion`.
+        accuracy: as in an evaluation: the share of right predictions; multi-label: the mean over the labels of their
+            accuracies. None without feedback.
+        right_share: the share of predictions that are right as a whole: accuracy, or for multi-label exact match.
+        interval: Wilson's interval of `right_share`, at level 1 − alpha.
+        test_right_share: of the test split; None where the version's bundle does not say it.
+        test_images: how many images that was measured on.
+        p_value: one-sided Fisher's exact test of both shares, that of production being the lower one.
+        verdict: see `ProductionMetrics.alpha` and `min_feedback`.
+        class_names: in the order of `confusion`.
+        per_class: class, feedback (predictions whose true class it is), predicted (predictions of it, with feedback),
+            precision, recall, f1; multi-label: accuracy too.
+        confusion: as in an evaluation: multi-class row the true class, column the predicted one; multi-label a row per
+            class: true negatives, false positives, false negatives, true positives.
+        sources: how many of the statements that count came from where.
+    """
+
+    model_version: str
+    classifier_type: ClassifierType
+    predictions: int
+    with_feedback: int
+    coverage: float
+    none_of_these: int = 0
+    accuracy: float | None = None
+    right_share: float | None = None
+    interval: tuple[float, float] | None = None
+    test_right_share: float | None = None
+    test_images: int | None = None
+    p_value: float | None = None
+    verdict: FeedbackVerdict = "insufficient feedback"
+    class_names: tuple[str, ...] = ()
+    per_class: list[dict[str, Any]] = []
+    confusion: list[list[int]] = []
+    sources: dict[str, int] = {}
+
+
+class ProductionMetrics(Record):
+    """How a model does in production, as far as feedback tells.
+
+    Attributes:
+        experiment, model_name: whose predictions.
+        window_start_utc, window_end_utc: half-open bounds on the predictions' time.
+        predictions, with_feedback: over all versions.
+        alpha: a version is called worse when its p-value times the number of judged versions is at most this.
+        min_feedback: a version with less feedback is not judged.
+        directory: of the plots, and of this record as JSON.
+        versions: the newest first.
+        plot_names: none without feedback.
+        problems: what could not be counted or compared, in sentences.
+    """
+
+    experiment: str
+    model_name: str
+    window_start_utc: datetime
+    window_end_utc: datetime
+    predictions: int
+    with_feedback: int
+    alpha: float
+    min_feedback: int
+    directory: HomePath
+    versions: tuple[VersionMetrics, ...] = ()
+    plot_names: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def record_path(self) -> Path:
+        """This record as JSON."""
+        return self.directory / "production_metrics.json"
+
+    @property
+    def plots(self) -> dict[str, Path]:
+        """PNG files by name."""
+        return {name: self.directory / f"{name}.png" for name in self.plot_names}
+
+    @property
+    def worse_versions(self) -> tuple[VersionMetrics, ...]:
+        """The versions that are significantly worse than on their test split."""
+        return tuple(version for version in self.versions if version.verdict == "worse than on the test split")
+
+
+RECORDS: Mapping[str, type[Record]] = {
+    "dataset": DatasetVersion,
+    "validation_report": ValidationVerdict,
+    "packed_images": PackedImages,
+    "model": TrainedModel,
+    "evaluation": Evaluation,
+    "drift_detectors": DriftDetectors,
+    "reference_data": ReferenceData,
+    "bento": ModelBundle,
+    "deployment": Deployment,
+    "drift_report": DriftReport,
+    "production_metrics": ProductionMetrics,
+}
+"""By the name of the asset that hands it on, in the order of the graph."""
