@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+from cv_platform.serving.capacity.bounded_calls import run_admitted
 from cv_platform.serving.capacity.limits import Gate, ServingLimits, overloaded
 from cv_platform.serving.capacity.memory import RequestMemory
 from cv_platform.serving.capacity.rate_limit import RateLimiter
@@ -107,22 +107,13 @@ class Admission:
             note_stage("wait", submitted)
             return work()
 
-        try:
-            job = self.threads.submit(in_thread)
-        except RuntimeError as err:
-            self.in_flight.leave()
-            raise try_later(503, "The service is stopping. Send it again.", expected="a running service") from err
-        # Also called when the job is cancelled before it began: each place is given back exactly once.
-        job.add_done_callback(lambda _: self.in_flight.leave())
         seconds = self.limits.predict_seconds
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(job), seconds)
-        except TimeoutError as err:
-            raise try_later(
-                504,
-                f"The answer was not ready after {seconds:g} s. Try again later.",
-                expected=f"an answer within {seconds:g} s",
-            ) from err
+        late = try_later(
+            504,
+            f"The answer was not ready after {seconds:g} s. Try again later.",
+            expected=f"an answer within {seconds:g} s",
+        )
+        return await run_admitted(self.threads, self.in_flight, in_thread, seconds, late)
 
     def decoding(self, data: bytes) -> AbstractContextManager[None]:
         """Takes the memory that decoding an image needs, see `RequestMemory.decoding`."""

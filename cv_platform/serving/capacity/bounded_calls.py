@@ -62,29 +62,39 @@ class BoundedCalls:
         """
         if not self.gate.enter():
             raise overloaded(self._what, self.gate.limit)
-        try:
-            job = self._threads.submit(work)
-        except RuntimeError as err:
-            self.gate.leave()
-            raise try_later(503, "The service is stopping. Send it again.", expected="a running service") from err
-        job.add_done_callback(lambda _: self.gate.leave())
         seconds = seconds or self.seconds
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(job), seconds)
-        except TimeoutError as err:
-            if self._may_succeed:
-                raise Problem(
-                    504,
-                    f"No answer after {seconds:g} s: {self._waits_for} takes longer, and may still succeed. "
-                    "Look before you send it again.",
-                    expected=f"an answer of {self._waits_for} within {seconds:g} s",
-                ) from err
-            raise try_later(
-                503,
-                f"No answer after {seconds:g} s: {self._waits_for} hangs. Try again later.",
-                expected=f"an answer of {self._waits_for} within {seconds:g} s",
-            ) from err
+        expected = f"an answer of {self._waits_for} within {seconds:g} s"
+        if self._may_succeed:
+            late = Problem(
+                504,
+                f"No answer after {seconds:g} s: {self._waits_for} takes longer, and may still succeed. "
+                "Look before you send it again.",
+                expected=expected,
+            )
+        else:
+            text = f"No answer after {seconds:g} s: {self._waits_for} hangs. Try again later."
+            late = try_later(503, text, expected=expected)
+        return await run_admitted(self._threads, self.gate, work, seconds, late)
 
     def close(self, seconds: float = _STOP_SECONDS) -> None:
         """Finishes what is under way, for at most `seconds`; what hangs for longer is left behind."""
         self._threads.close(seconds)
+
+
+async def run_admitted(threads: WorkerThreads, gate: Gate, work: Callable[[], _T], seconds: float, late: Problem) -> _T:
+    """Runs work whose place in the gate is taken, and returns what it returns; the place is given back with the thread.
+
+    Raises:
+        Problem: `late` after `seconds`, 503 while the service stops.
+    """
+    try:
+        job = threads.submit(work)
+    except RuntimeError as err:
+        gate.leave()
+        raise try_later(503, "The service is stopping. Send it again.", expected="a running service") from err
+    # Also called when the job is cancelled before it began: each place is given back exactly once.
+    job.add_done_callback(lambda _: gate.leave())
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(job), seconds)
+    except TimeoutError as err:
+        raise late from err

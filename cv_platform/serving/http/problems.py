@@ -39,11 +39,23 @@ from cv_platform.errors import (
 )
 from cv_platform.images import SUPPORTED_FORMATS
 from cv_platform.serving.http.request_facts import facts_of
-from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
+from cv_platform.serving.problem import RETRY_SECONDS, Problem
 
 logger = logging.getLogger(__name__)
 
 _MAX_MISTAKES = 20
+_ANSWERS: tuple[tuple[type[CvPlatformError], int, str], ...] = (
+    (ServiceError, 503, "a service that has started"),
+    (SpoolFullError, 503, "room in the request log: free disk space or start the database"),
+    (BundleNotFoundError, 404, "the name, and optionally the version, of a published model"),
+    (PromotionBusyError, 409, "one update at a time"),
+    (CorruptBundleError, 409, "a model that passes its load test"),
+    (DeploymentError, 409, "an earlier version to go back to"),
+    (DatabaseUnavailableError, 503, "the request log's database, up and migrated"),
+    (SchemaMismatchError, 503, "the request log's database, up and migrated"),
+    (StorageError, 503, "a reachable central storage"),
+)
+"""Status, and what was expected, of the platform's errors; the first that fits counts."""
 
 
 def method_not_allowed(path: str, method: str, methods: Collection[str]) -> Problem:
@@ -63,22 +75,15 @@ def problem_of(error: CvPlatformError) -> Problem:
             expected=f"a complete image ({', '.join(SUPPORTED_FORMATS)}) within the limits",
             extra={"code": error.code},
         )
-    if isinstance(error, ServiceError):
-        return try_later(503, text, expected="a service that has started")
-    if isinstance(error, SpoolFullError):
-        return try_later(503, text, expected="room in the request log: free disk space or start the database")
-    if isinstance(error, BundleNotFoundError):
-        return Problem(404, text, expected="the name, and optionally the version, of a published model")
-    if isinstance(error, PromotionBusyError):
-        return Problem(409, text, expected="one update at a time", headers={"Retry-After": str(RETRY_SECONDS)})
-    if isinstance(error, CorruptBundleError):
-        return Problem(409, f"Production stays as it is. {text}", expected="a model that passes its load test")
-    if isinstance(error, DeploymentError):
-        return Problem(409, f"Production stays as it is. {text}", expected="an earlier version to go back to")
-    if isinstance(error, DatabaseUnavailableError | SchemaMismatchError):
-        return try_later(503, text, expected="the request log's database, up and migrated")
-    if isinstance(error, StorageError):
-        return try_later(503, text, expected="a reachable central storage")
+    for kind, status, expected in _ANSWERS:
+        if isinstance(error, kind):
+            text = (
+                f"Production stays as it is. {text}"
+                if isinstance(error, DeploymentError | CorruptBundleError)
+                else text
+            )
+            headers = {"Retry-After": str(RETRY_SECONDS)} if status == 503 or kind is PromotionBusyError else None
+            return Problem(status, text, expected=expected, headers=headers)
     return Problem(500, text, expected="this service to be set up completely; its log says more")
 
 

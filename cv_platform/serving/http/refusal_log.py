@@ -63,7 +63,7 @@ class Refusals:
             else:
                 self.entries.append_soon(entry)
         except CvPlatformError as err:
-            self.metrics.refusal_unlogged()
+            self.metrics.unlogged_refusals.inc()
             logger.warning("Request %s was refused (%d) without a log entry: %s", facts.request_id, status, err)
 
 

@@ -77,7 +77,7 @@ class WorkerLog:
 
         def note(done: Future[None]) -> None:
             if done.exception() is not None:
-                self._metrics.refusal_unlogged()
+                self._metrics.unlogged_refusals.inc()
 
         self.opened.spool.submit(entry).add_done_callback(note)
 
@@ -189,7 +189,7 @@ class WorkerLog:
         try:
             yield
         except SpoolFullError as err:
-            self._metrics.append_failed()
+            self._metrics.append_failures.inc()
             self.append_error = str(err)
             raise
 

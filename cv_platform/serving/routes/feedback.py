@@ -130,7 +130,7 @@ async def feedback(
         statement = replace(statement, entry_id=_id_by_key(statement, idempotency_key))
     if idempotency_key is None or not await parts.look_ups.run(lambda: _is_repeated(parts, statement, idempotency_key)):
         await parts.log.append(statement)
-        parts.metrics.feedback_received()
+        parts.metrics.feedback.inc()
     body = {
         "prediction_id": str(prediction_id),
         "true_class": said.true_class,

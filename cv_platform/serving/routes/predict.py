@@ -119,7 +119,7 @@ async def answer_and_log(
             begun = parts.log.begin_entry(entry, more_follow=parts.admission.has_waiting)
             message = OK
             try:
-                body = answer_body(predicted, explain, on_explain_failure=parts.metrics.explain_failed)
+                body = answer_body(predicted, explain, on_explain_failure=parts.metrics.explain_failures.inc)
                 message = body["message"]
                 with staged("encode"):
                     return render(body), begun

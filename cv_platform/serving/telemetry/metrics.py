@@ -81,12 +81,12 @@ class ServingMetrics:
             *("model", "version"),
             buckets=_CONFIDENCE_BUCKETS,
         )
-        self._explain_failures = counter(
-            "cv_explain_failures", "Predictions that were answered without their pictures."
+        self.explain_failures = counter("cv_explain_failures", "Predictions that were answered without their pictures.")
+        self.feedback = counter("cv_feedback", "True classes received.")
+        self.append_failures = counter("cv_log_append_failures", "Log entries that the spool did not take.")
+        self.unlogged_refusals = counter(
+            "cv_log_dropped_entries", "Refusals that were answered without their log entry."
         )
-        self._feedback = counter("cv_feedback", "True classes received.")
-        self._append_failures = counter("cv_log_append_failures", "Log entries that the spool did not take.")
-        self._dropped = counter("cv_log_dropped_entries", "Refusals that were answered without their log entry.")
         self._drained = counter("cv_log_drained_entries", "Log entries that the database has taken.")
         evicted = counter(
             "cv_log_evicted_entries", "Oldest log entries that left a full spool, as there is no database.", "outcome"
@@ -177,22 +177,6 @@ class ServingMetrics:
                 if label != _OTHER:
                     of_class[name] = series
             series.inc()
-
-    def explain_failed(self) -> None:
-        """Counts a prediction that was answered without its pictures."""
-        self._explain_failures.inc()
-
-    def feedback_received(self) -> None:
-        """Counts a true class that was received."""
-        self._feedback.inc()
-
-    def append_failed(self) -> None:
-        """Counts a log entry that the spool did not take."""
-        self._append_failures.inc()
-
-    def refusal_unlogged(self) -> None:
-        """Counts a refusal that was answered although its log entry could not be kept."""
-        self._dropped.inc()
 
     def log_is(self, status: LogStatus) -> None:
         """Says what waits in the spool, and how the database is."""
