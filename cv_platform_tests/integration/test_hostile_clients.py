@@ -160,6 +160,11 @@ LONG_ANSWER = b"GET /openapi.json HTTP/1.1\r\nHost: service\r\n\r\n"
 LAST_LONG_ANSWER = LONG_ANSWER.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
 
+needs_user_timeout = pytest.mark.skipif(
+    not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no TCP_USER_TIMEOUT, by which they are cut off"
+)
+
+
 def connect_without_room(served: ServedApp) -> socket.socket:
     """Connects so that little fits between: the server has the rest of an answer on its hands."""
     connection = socket.socket()
@@ -170,6 +175,7 @@ def connect_without_room(served: ServedApp) -> socket.socket:
     return connection
 
 
+@needs_user_timeout
 def test_a_client_that_never_reads_is_cut_off_without_a_word_in_the_log() -> None:
     with serve_app({"untaken_seconds": 1.0}) as served:
         with connect_without_room(served) as connection:
@@ -178,6 +184,7 @@ def test_a_client_that_never_reads_is_cut_off_without_a_word_in_the_log() -> Non
         assert "Traceback" not in served.log.read_text()
 
 
+@needs_user_timeout
 def test_a_client_that_never_reads_does_not_hold_up_the_stop() -> None:
     with serve_app({"untaken_seconds": 2.0}) as served:
         connection = connect_without_room(served)
