@@ -1,29 +1,3 @@
-from pathlib import Path
-
-import pytest
-
-from cv_platform_tests.tiny_models import TinyExport, export_tiny
 from cv_platform_tests.unit.serving.app_fixtures import admin, client, make_worker, worker
 
 __all__ = ["admin", "client", "make_worker", "worker"]
-
-
-@pytest.fixture(scope="session")
-def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
-    return export_tiny(tmp_path_factory.mktemp("tiny") / "one", seed=1)
-
-
-@pytest.fixture(scope="session")
-def tensorflow_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
-    """The model of `tiny_export`, exported for TensorFlow."""
-    return export_tiny(tmp_path_factory.mktemp("tiny") / "tf", seed=1, runtime="tensorflow")
-
-
-@pytest.fixture(scope="session")
-def other_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
-    return export_tiny(tmp_path_factory.mktemp("tiny") / "two", seed=2)
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"

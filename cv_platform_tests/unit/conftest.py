@@ -1,3 +1,5 @@
+"""Fixtures of several suites: tiny models, exported once for all of them."""
+
 from pathlib import Path
 
 import pytest
