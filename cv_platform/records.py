@@ -85,6 +85,18 @@ class Record(Value):
         return self.model_dump_json(indent=1, exclude={"directory", "made_from", "report_url"})
 
 
+class Illustrated(Record):
+    """A record whose folder has plots, PNG files by name."""
+
+    directory: HomePath
+    plot_names: tuple[str, ...] = ()
+
+    @property
+    def plots(self) -> dict[str, Path]:
+        """PNG files by name."""
+        return {name: self.directory / f"{name}.png" for name in self.plot_names}
+
+
 class ModelIdentity(Value):
     """Which trained model: registry, central storage and the request log know it by these two."""
 
@@ -135,7 +147,6 @@ class DatasetVersion(Record):
     """A checked-out dataset version.
 
     Attributes:
-        provenance: which one.
         git_commit: the commit of the tag.
         directory: root of the read-only checkout; the manifest's paths are relative to it.
         manifest: file name of the manifest for one config; it stands for the splits, which follow from the config too.
@@ -207,11 +218,9 @@ class PackedImages(Record):
     """The decoded images of a dataset version.
 
     Attributes:
-        provenance: of which version.
         task: the form of pixels and targets.
         directory: folder of the pack; its name stands for data version, preprocessing, splits and quarantine in one.
         counts: images per split: train, valid, test, reference.
-        bytes: size of the pack.
         images_per_second: speed at which it was made.
     """
 
@@ -259,7 +268,7 @@ class TrainedModel(Record):
 # evaluation
 
 
-class Evaluation(Record):
+class Evaluation(Illustrated):
     """How a model does on the test split, and whether it may be promoted."""
 
     model: ModelIdentity
@@ -271,8 +280,6 @@ class Evaluation(Record):
     )
     per_class: list[dict[str, Any]] = Field(description="per class: class, precision, recall, f1, auc, support")
     confusion: list[list[int]] = Field(description="see metrics.confusion_matrix")
-    directory: HomePath
-    plot_names: tuple[str, ...]
     mlflow_run_id: str | None
 
     @property
@@ -284,11 +291,6 @@ class Evaluation(Record):
     def report_path(self) -> Path:
         """The page."""
         return self.directory / "report.html"
-
-    @property
-    def plots(self) -> dict[str, Path]:
-        """PNG files by name."""
-        return {name: self.directory / f"{name}.png" for name in self.plot_names}
 
 
 # drift_detectors
@@ -318,11 +320,7 @@ class DriftDetectors(Record):
     """The detectors of one model version.
 
     Attributes:
-        model: whose.
-        directory: of the encoder.
-        encoder_hash: of the encoder's weights.
         uae_dims, feature_dims: widths of the two embeddings.
-        false_alarms: as measured on the reference split.
     """
 
     model: ModelIdentity
@@ -362,12 +360,8 @@ class ModelBundle(Record):
     """A published bundle and the Bento built around it.
 
     Attributes:
-        model: which; central storage has its metadata.
         bento_tag: serve it with `bentoml serve`.
-        bytes: size of the bundle's files.
         url: the bundle's folder in central storage.
-        runtime: what runs the exported model.
-        runtime_reason: why that one.
         parity: see `export.ExportedModel`.
     """
 
@@ -387,12 +381,9 @@ class Deployment(Record):
     """A move of the production pointer that held.
 
     Attributes:
-        service: which service.
-        model: what it serves now.
         previous_version: what it served before.
         confirmed_workers: ids of the workers that run the version and live; empty when no service was running.
         seconds: from the load test to the last confirmation.
-        message: what happened, for people.
     """
 
     service: str
@@ -456,7 +447,6 @@ class ClassMovement(Value):
     """How one class moved.
 
     Attributes:
-        class_name: the class.
         ks_distance, ks_p_value: of the class's probability, reference against current.
         reference_share, current_share: share of the images for which the class is predicted, 0–1.
         share_p_value: Fisher's exact test of the two shares.
@@ -521,7 +511,6 @@ class DriftReport(Record):
 
     Attributes:
         report_id: UUID of experiment, model, version and window: a report of the same window has the same id.
-        experiment, model: whose requests.
         window_start_utc, window_end_utc: half-open bounds.
         requests: answered requests in the window.
         rows: of them, those that were judged.
@@ -529,10 +518,8 @@ class DriftReport(Record):
         is_truncated: only the latest `monitor.max_samples` were read.
         reference_rows: rows of the reference.
         verdict: "drift" when an adjusted p-value is at most `alpha`; "insufficient data" below `monitor.min_samples`.
-        alpha: family-wise false-alarm rate.
         p_values, adjusted_p_values, statistics: per detector, see `drift.verdict`; empty without a verdict.
         drifted_detectors: those that fired, clearest first.
-        effects: how large the difference is.
         classes: every class, the most significant movement first.
         top_images: images that drive the difference, strongest first: prediction_id, created_on, predicted_class,
             score, image_sha256.
@@ -632,7 +619,7 @@ class VersionMetrics(Value):
     sources: dict[str, int] = {}
 
 
-class ProductionMetrics(Record):
+class ProductionMetrics(Illustrated):
     """How a model does in production, as far as feedback tells.
 
     Attributes:
@@ -641,9 +628,7 @@ class ProductionMetrics(Record):
         predictions, with_feedback: over all versions.
         alpha: a version is called worse when its p-value times the number of judged versions is at most this.
         min_feedback: a version with less feedback is not judged.
-        directory: of the plots, and of this record as JSON.
         versions: the newest first.
-        plot_names: none without feedback.
         problems: what could not be counted or compared, in sentences.
     """
 
@@ -655,20 +640,13 @@ class ProductionMetrics(Record):
     with_feedback: int
     alpha: float
     min_feedback: int
-    directory: HomePath
     versions: tuple[VersionMetrics, ...] = ()
-    plot_names: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
     @property
     def record_path(self) -> Path:
         """This record as JSON."""
         return self.directory / "production_metrics.json"
-
-    @property
-    def plots(self) -> dict[str, Path]:
-        """PNG files by name."""
-        return {name: self.directory / f"{name}.png" for name in self.plot_names}
 
     @property
     def worse_versions(self) -> tuple[VersionMetrics, ...]:

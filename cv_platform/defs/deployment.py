@@ -64,11 +64,8 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
             value=bundle,
             metadata={
                 "version": bundle.model.version,
-                "bento_tag": bundle.bento_tag,
-                "bytes": bundle.bytes,
                 "published": bundle.url,
-                "runtime": bundle.runtime,
-                "runtime_reason": bundle.runtime_reason,
+                **bundle.model_dump(include={"bento_tag", "bytes", "runtime", "runtime_reason"}),
                 **{f"parity_{name}": value for name, value in bundle.parity.items()},
             },
         )
@@ -110,12 +107,10 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             value=result,
             metadata={
-                "service": result.service,
                 "version": result.model.version,
                 "previous_version": result.previous_version or "",
                 "confirmed_workers": list(result.confirmed_workers),
-                "seconds": result.seconds,
-                "message": result.message,
+                **result.model_dump(include={"service", "seconds", "message"}),
             },
         )
 

@@ -87,19 +87,12 @@ def _effects(effects: EffectSizes) -> list[str]:
 def version_row(version: VersionMetrics) -> dict[str, Any]:
     """Returns the version's line in a table."""
     low, high = version.interval or (None, None)
+    elsewhere = {"class_names", "classifier_type", "confusion", "interval", "model_version", "per_class", "test_images"}
     return {
         "version": version.model_version,
-        "verdict": version.verdict,
-        "predictions": version.predictions,
-        "with_feedback": version.with_feedback,
-        "coverage": version.coverage,
-        "none_of_these": version.none_of_these,
-        "accuracy": version.accuracy,
-        "right_share": version.right_share,
+        **version.model_dump(exclude=elsewhere | {"sources"}),
         "low": low,
         "high": high,
-        "test_right_share": version.test_right_share,
-        "p_value": version.p_value,
         "sources": ", ".join(f"{name} {count}" for name, count in sorted(version.sources.items())),
     }
 
