@@ -11,15 +11,14 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.capacity.admission import Admission
-from cv_platform.serving.capacity.bounded_calls import BoundedCalls
-from cv_platform.serving.capacity.limits import PROMOTION_SECONDS, ServingLimits
+from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.capacity.memory import RequestMemory
 from cv_platform.serving.capacity.rate_limit import RateLimiter
 from cv_platform.serving.capacity.refusal_bounds import RefusalBounds
+from cv_platform.serving.capacity.worker_calls import WorkerCalls
 from cv_platform.serving.http.refusal_log import Refusals
 from cv_platform.serving.http.security import Guard
 from cv_platform.serving.log.worker_log import WorkerLog
@@ -35,17 +34,6 @@ from cv_platform.storage import CentralStorage
 
 logger = logging.getLogger(__name__)
 
-LOOK_UP_THREADS = 8
-"""Predictions looked up or deleted at the same time. A database that hangs takes no more of them than its engine has
-connections (four); the others go on finding what is in the spool."""
-LOOK_UP_SECONDS = 8.0
-"""Longest wait for one: a little longer than the database allows itself for a statement."""
-STORAGE_THREADS = 4
-STORAGE_SECONDS = 20.0
-STATUS_SECONDS = 1.0
-"""A health check waits no longer for the spool's disk, and shows the figures that it had last."""
-PROMOTION_THREADS = 2
-"""One moves the pointer, the other says that somebody does."""
 _HOUSEKEEPING_SECONDS = 2.0
 _STOP_SECONDS = 10.0
 
@@ -98,10 +86,6 @@ def open_worker(
             limits.memory_bytes, max_upload_bytes=settings.max_upload_bytes, max_pixels=settings.max_upload_pixels
         )
         guard = Guard(settings)
-
-        def calls(what: str, waits_for: str, **options: Any) -> BoundedCalls:
-            return opened.enter_context(closing(BoundedCalls(what, waits_for, **options)))
-
         parts = WorkerParts(
             settings=settings,
             limits=limits,
@@ -117,25 +101,14 @@ def open_worker(
             promoter=Promoter(
                 storage, service, cache=cache / "bundles", lock=cache / PROMOTION_LOCK, threads=limits.model_threads
             ),
-            look_ups=calls("look-ups", "the request log", threads=LOOK_UP_THREADS, seconds=LOOK_UP_SECONDS),
-            storage_reads=calls(
-                "reads of storage", "central storage", threads=STORAGE_THREADS, seconds=STORAGE_SECONDS
-            ),
-            status_reads=calls("looks at the spool", "its disk", threads=1, places=1, seconds=STATUS_SECONDS),
-            promotions=calls(
-                "updates",
-                "fetching or testing the model (see /models/current)",
-                threads=PROMOTION_THREADS,
-                seconds=PROMOTION_SECONDS,
-                may_succeed=True,
-            ),
+            calls=opened.enter_context(closing(WorkerCalls())),
             stopping=threading.Event(),
         )
         note_load(parts)
         housekeeper = threading.Thread(target=_keep_house, args=(parts,), name="housekeeper", daemon=True)
+        housekeeper.start()
         opened.callback(housekeeper.join, _STOP_SECONDS)  # It may wait for a disk that hangs.
         opened.callback(parts.stopping.set)
-        housekeeper.start()
         yield parts
 
 

@@ -1,1 +1,1 @@
-"""The routes, one module for each group of them, and the shapes of their JSON."""
+"""The routes, one module for each group of them; what they are made of is in `parts`."""

@@ -128,7 +128,9 @@ async def feedback(
     )
     if idempotency_key is not None:
         statement = replace(statement, entry_id=_id_by_key(statement, idempotency_key))
-    if idempotency_key is None or not await parts.look_ups.run(lambda: _is_repeated(parts, statement, idempotency_key)):
+    if idempotency_key is None or not await parts.calls.look_ups.run(
+        lambda: _is_repeated(parts, statement, idempotency_key)
+    ):
         await parts.log.append(statement)
         parts.metrics.feedback.inc()
     body = {
@@ -150,7 +152,7 @@ async def _find_or_reason(parts: WorkerParts, prediction_id: UUID) -> tuple[Stor
         Problem: 404, there is none.
     """
     try:
-        return await parts.look_ups.run(lambda: find(parts, prediction_id)), ""
+        return await parts.calls.look_ups.run(lambda: find(parts, prediction_id)), ""
     except DatabaseError as err:
         logger.warning("Prediction %s cannot be looked up: %s", prediction_id, err)
         return None, public_reason(err) or "database unreachable"

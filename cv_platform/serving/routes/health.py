@@ -43,7 +43,7 @@ async def health_check(parts: Parts, request: Request) -> Response:
     """Says so on the event loop, not in one of Starlette's threads: it has to answer when all of them hang."""
     # Too late, too many at a time, or a broken disk: the former figures have to do.
     with suppress(Problem, CvPlatformError, sqlite3.Error, OSError):
-        await parts.status_reads.run(parts.log.read_status)
+        await parts.calls.status_reads.run(parts.log.read_status)
     report = health_report(parts, is_admin=parts.guard.is_admin(request))
     is_ready = report["status"] == "ready"
     response = json_response(report, status=200 if is_ready else 503)

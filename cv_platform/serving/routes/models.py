@@ -33,7 +33,7 @@ async def current(parts: Parts, request: Request) -> Response:
     """The production pointer, and the heartbeat of each worker."""
     service = parts.settings.service_name
     is_admin = parts.guard.is_admin(request)
-    pointer, watched = await parts.storage_reads.run(
+    pointer, watched = await parts.calls.storage_reads.run(
         lambda: (parts.storage.read_pointer(service), parts.workers.look())
     )
     here = parts.models.status().get("worker_id")
@@ -97,7 +97,7 @@ async def update_model(
             f"version: expected one such as {VERSION}. Received: {ascii(version)[:80]}.",
             expected="a published version",
         )
-    move = await parts.promotions.run(lambda: parts.promoter.promote(name[1], version))
+    move = await parts.calls.promotions.run(lambda: parts.promoter.promote(name[1], version))
     return _moved(parts, move.pointer)
 
 
@@ -113,7 +113,7 @@ async def update_model(
 async def rollback(parts: Parts) -> Response:
     """Goes back."""
     try:
-        move = await parts.promotions.run(parts.promoter.roll_back)
+        move = await parts.calls.promotions.run(parts.promoter.roll_back)
     except BundleNotFoundError as err:
         raise Problem(
             404,

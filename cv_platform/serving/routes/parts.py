@@ -9,8 +9,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from cv_platform.serving.capacity.admission import Admission
-from cv_platform.serving.capacity.bounded_calls import BoundedCalls
 from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform.serving.capacity.worker_calls import WorkerCalls
 from cv_platform.serving.http.refusal_log import Refusals
 from cv_platform.serving.http.security import Guard
 from cv_platform.serving.log.worker_log import WorkerLog
@@ -40,10 +40,7 @@ class WorkerParts:
         storage: central storage.
         workers: watches those of this service.
         promoter: moves the production pointer.
-        look_ups: where predictions are looked up and deleted.
-        storage_reads: where central storage is read for a page.
-        status_reads: where the spool's file is asked how much waits.
-        promotions: where another model is put into production.
+        calls: which may hang.
         stopping: set once the worker is about to let go of its parts.
     """
 
@@ -59,10 +56,7 @@ class WorkerParts:
     storage: CentralStorage
     workers: WorkerWatch
     promoter: Promoter
-    look_ups: BoundedCalls
-    storage_reads: BoundedCalls
-    status_reads: BoundedCalls
-    promotions: BoundedCalls
+    calls: WorkerCalls
     stopping: threading.Event
 
 

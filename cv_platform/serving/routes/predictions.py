@@ -45,7 +45,7 @@ router = APIRouter(tags=["predictions"])
 )
 async def prediction(parts: Parts, prediction_id: PredictionId) -> Response:
     """Returns a result again."""
-    stored = await parts.look_ups.run(lambda: find(parts, prediction_id))
+    stored = await parts.calls.look_ups.run(lambda: find(parts, prediction_id))
     metadata = await metadata_of(parts, stored)
     return json_response(await parts.admission.compute(lambda: _result_again(parts, stored, metadata)))
 
@@ -59,8 +59,8 @@ async def prediction(parts: Parts, prediction_id: PredictionId) -> Response:
 )
 async def passport(parts: Parts, prediction_id: PredictionId) -> Response:
     """Returns where a result comes from."""
-    stored = await parts.look_ups.run(lambda: find(parts, prediction_id))
-    metadata, reason = await parts.storage_reads.run(lambda: _metadata(parts, stored))
+    stored = await parts.calls.look_ups.run(lambda: find(parts, prediction_id))
+    metadata, reason = await parts.calls.storage_reads.run(lambda: _metadata(parts, stored))
     return json_response(make_passport(stored, metadata, mlflow_url=parts.settings.mlflow_public_url, reason=reason))
 
 
@@ -76,7 +76,7 @@ async def passport(parts: Parts, prediction_id: PredictionId) -> Response:
 async def delete_prediction(parts: Parts, prediction_id: PredictionId) -> Response:
     """Deletes a result."""
     delete = parts.log.opened.delete_prediction
-    if not await parts.look_ups.run(lambda: delete(prediction_id), seconds=DELETION_SECONDS):
+    if not await parts.calls.look_ups.run(lambda: delete(prediction_id), seconds=DELETION_SECONDS):
         raise _unknown(prediction_id, "If it waits on another host, it will not arrive.")
     return json_response({"prediction_id": str(prediction_id), "message": "deleted"})
 
@@ -109,7 +109,7 @@ async def metadata_of(parts: WorkerParts, stored: StoredPrediction) -> BundleMet
     model = parts.models.current()
     metadata = model.metadata if model is not None else None
     if metadata is None or (metadata.model_name, metadata.version) != (stored.model_name, stored.model_version):
-        metadata, _ = await parts.storage_reads.run(lambda: _metadata(parts, stored))
+        metadata, _ = await parts.calls.storage_reads.run(lambda: _metadata(parts, stored))
     return metadata
 
 

@@ -183,7 +183,7 @@ def test_lists_no_more_than_twenty_mistakes(client: Client, prediction_id: str):
 
 
 def test_no_more_look_ups_than_the_gate_admits(client: Client, worker: WorkerParts):
-    while worker.look_ups.gate.enter():
+    while worker.calls.look_ups.gate.enter():
         pass
     assert client.get(f"/predictions/{uuid4()}").status_code == 429
     assert client.get("/health_check").status_code == 200

@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,15 +15,15 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from cv_platform.errors import ServiceError
-from cv_platform.serving import worker as serving_worker
 from cv_platform.serving.app import create_app
+from cv_platform.serving.capacity import worker_calls
 from cv_platform.serving.capacity.bounded_calls import BoundedCalls
 from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.routes import predictions
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.metrics import ServingMetrics
-from cv_platform.serving.worker import LOOK_UP_THREADS, open_worker
+from cv_platform.serving.worker import open_worker
 from cv_platform.settings import Settings
 from cv_platform_tests.tiny_models import tiny_metadata
 from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled, wait_until
@@ -143,7 +142,8 @@ def test_health_answers_while_the_spools_disk_hangs_with_the_figures_it_had(
     worker: WorkerParts, hung_disk: threading.Event
 ):
     reads = BoundedCalls("looks at the spool", "its disk", threads=1, places=1, seconds=0.05)
-    client = Client(create_app(replace(worker, status_reads=reads)))
+    worker.calls.status_reads = reads
+    client = Client(create_app(worker))
     known = worker.log._last_status
     if known is None:
         hung_disk.set()
@@ -166,7 +166,8 @@ def test_storage_that_hangs_is_a_503_and_takes_no_thread_of_the_others(
     go = threading.Event()
     monkeypatch.setattr(worker.storage, "read_pointer", lambda service: go.wait(60))
     reads = BoundedCalls("reads of storage", "central storage", threads=2, places=2, seconds=0.05)
-    client = Client(create_app(replace(worker, storage_reads=reads)))
+    worker.calls.storage_reads = reads
+    client = Client(create_app(worker))
     statuses = [client.get("/models/current").status_code for _ in range(3)]
     assert statuses == [503, 503, 429]
     assert client.get("/").status_code == 200
@@ -178,7 +179,8 @@ def test_an_update_whose_storage_hangs_is_a_503_and_takes_no_thread_of_the_other
     worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
 ):
     updates = BoundedCalls("updates", "fetching the model", threads=2, places=2, seconds=1.0, may_succeed=True)
-    admin = Client(create_app(replace(worker, promotions=updates)), ADMIN)
+    worker.calls.promotions = updates
+    admin = Client(create_app(worker), ADMIN)
     go = threading.Event()
     ended = threading.Event()
 
@@ -223,7 +225,7 @@ def freeze(database_url: str) -> Iterator[Callable[[], None]]:
 def test_a_frozen_database_answers_503_in_time_and_the_rest_goes_on(
     make_worker: MakeWorker, database_url: str, freeze: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(serving_worker, "LOOK_UP_SECONDS", 1.0)
+    monkeypatch.setattr(worker_calls, "LOOK_UP_SECONDS", 1.0)
     monkeypatch.setattr(predictions, "DELETION_SECONDS", 1.0)
     worker = make_worker(DATABASE_URL=database_url)
     app = create_app(worker)
@@ -240,7 +242,7 @@ def test_a_frozen_database_answers_503_in_time_and_the_rest_goes_on(
             assert await look_up(client, 2) == [200, 200]  # Their two connections stay in the pool.
             freeze()
             # Many more than there are threads: none of them is left without an answer.
-            statuses = await look_up(client, 3 * LOOK_UP_THREADS)
+            statuses = await look_up(client, 3 * worker_calls.LOOK_UP_THREADS)
             assert set(statuses) <= {429, 503}
             assert 503 in statuses
             assert (await client.get("/health_check")).status_code == 200
