@@ -1,7 +1,6 @@
 """The HTTP service of one worker: assembly only.
 
-    ObserveRequests → RequestEnvelope → RefusalLog → CleanRequest → AllowedHosts → CORSMiddleware → SameSite
-    → Unexpected → BodyLimit → routes
+    ObserveRequests → RequestEnvelope → RefusalLog → Checks → CORSMiddleware → Unexpected → BodyLimit → routes
 
 From the outside in: every request gets its access line, count and span, every answer its id and headers, every refused
 prediction its log entry, paths with control characters, other hosts' names and what other sites' pages send their
@@ -31,11 +30,11 @@ from cv_platform.serving.capacity.limits import (
 )
 from cv_platform.serving.http.access import ObserveRequests
 from cv_platform.serving.http.body_limit import BodyAllowance, BodyLimit
-from cv_platform.serving.http.clean_requests import CleanRequest
-from cv_platform.serving.http.hosts import AllowedHosts
-from cv_platform.serving.http.problems import Unexpected, install_problem_handlers, method_not_allowed
+from cv_platform.serving.http.clean_requests import clean_request
+from cv_platform.serving.http.hosts import allowed_hosts
+from cv_platform.serving.http.problems import Checks, Unexpected, install_problem_handlers, method_not_allowed
 from cv_platform.serving.http.refusal_log import RefusalLog
-from cv_platform.serving.http.security import RequestEnvelope, SameSite, allowed_origins
+from cv_platform.serving.http.security import RequestEnvelope, allowed_origins, same_site
 from cv_platform.serving.problem import Problem
 from cv_platform.serving.routes import batch, feedback, health, metrics, models, page, predict, predictions
 from cv_platform.serving.routes.batch import BATCH_PATH
@@ -63,6 +62,7 @@ def create_app(parts: WorkerParts) -> FastAPI:
         return BodyAllowance(SMALL_BODY_BYTES, limits.small_body_seconds)
 
     routes: list[Route | Mount] = []
+    origins = settings.cors_origins
     app = FastAPI(
         title=API_TITLE,
         version=API_VERSION,
@@ -74,10 +74,8 @@ def create_app(parts: WorkerParts) -> FastAPI:
             Middleware(ObserveRequests, metrics=parts.metrics, tracing=parts.tracing, routes=routes),
             Middleware(RequestEnvelope),
             Middleware(RefusalLog, refusals=parts.refusals, paths=(PREDICT_PATH, BATCH_PATH)),
-            Middleware(CleanRequest),
-            Middleware(AllowedHosts, hosts=settings.allowed_hosts),
-            *allowed_origins(settings.cors_origins),
-            Middleware(SameSite, origins=settings.cors_origins),
+            Middleware(Checks, checks=(clean_request, allowed_hosts(settings.allowed_hosts), same_site(origins))),
+            *allowed_origins(origins),
             Middleware(Unexpected),
             Middleware(BodyLimit, allowance_for=allowance_for, small_bodies=parts.admission.small_bodies),
         ],

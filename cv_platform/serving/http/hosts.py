@@ -9,12 +9,11 @@ as plain text, the probes that ask by address as well (`test_what_machines_ask_b
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
-from cv_platform.serving.http.problems import problem_response
 from cv_platform.serving.problem import Problem
 
 _HOST = re.compile(r"(?P<name>[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?:(?<!])\.)?(?P<port>:[0-9]{1,5})?")
@@ -24,43 +23,37 @@ ALWAYS_ANSWERED = frozenset({"/health_check", "/livez", "/readyz", "/healthz", "
 _ASKING = frozenset({"GET", "HEAD"})
 
 
-class AllowedHosts:
-    """ASGI middleware: 421 for a Host that is not allowed.
+def allowed_hosts(names: Sequence[str]) -> Callable[[Scope], None]:
+    """Returns the check of a request's Host, a `Problem` of 421 for one that is not allowed.
 
     Args:
-        app: what it stands before.
-        hosts: names without a port (any port passes) or with one; `*.example.org` is each name below example.org.
-            Without any, every host is answered.
+        names: without a port (any port passes) or with one; `*.example.org` is each name below example.org. Without
+            any, every host is answered.
     """
+    known = frozenset(name.strip().lower().rstrip(".") for name in names)
 
-    def __init__(self, app: ASGIApp, *, hosts: Sequence[str]) -> None:
-        self.app = app
-        self.hosts = frozenset(host.strip().lower().rstrip(".") for host in hosts)
+    def check(scope: Scope) -> None:
+        if not known or (scope["path"] in ALWAYS_ANSWERED and scope["method"] in _ASKING):
+            return
+        # Uvicorn lets no two pass, and none from HTTP/1.1 on; joined or empty they are no name.
+        host = ",".join(Headers(scope=scope).getlist("host"))
+        if not _is_among(host, known):
+            raise Problem(
+                421,
+                f"This service does not answer to that Host. Received: {ascii(host)[:120]}. Use one of its own names.",
+                expected="a Host that CV_ALLOWED_HOSTS names",
+                headers={"Connection": "close"},
+            )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-        is_probe = scope["type"] == "http" and scope["path"] in ALWAYS_ANSWERED and scope["method"] in _ASKING
-        if scope["type"] == "http" and self.hosts and not is_probe:
-            # Uvicorn lets no two pass, and none from HTTP/1.1 on; joined or empty they are no name.
-            host = ",".join(Headers(scope=scope).getlist("host"))
-            if not self._is_allowed(host):
-                received = ascii(host)[:120]
-                problem = Problem(
-                    421,
-                    f"This service does not answer to that Host. Received: {received}. Use one of its own names.",
-                    expected="a Host that CV_ALLOWED_HOSTS names",
-                    headers={"Connection": "close"},
-                )
-                await problem_response(scope, problem)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+    return check
 
-    def _is_allowed(self, host: str) -> bool:
-        parts = _HOST.fullmatch(host.strip(" \t").lower())
-        if parts is None:
-            return False
-        name = parts["name"]
-        if name in self.hosts or name + (parts["port"] or "") in self.hosts:
-            return True
-        labels = name.split(".")
-        return any("*." + ".".join(labels[start:]) in self.hosts for start in range(1, len(labels)))
+
+def _is_among(host: str, known: Collection[str]) -> bool:
+    parts = _HOST.fullmatch(host.strip(" \t").lower())
+    if parts is None:
+        return False
+    name = parts["name"]
+    if name in known or name + (parts["port"] or "") in known:
+        return True
+    labels = name.split(".")
+    return any("*." + ".".join(labels[start:]) in known for start in range(1, len(labels)))

@@ -188,6 +188,29 @@ def install_problem_handlers(app: FastAPI, *, is_admin: Callable[[Request], bool
     app.add_exception_handler(RequestValidationError, on_validation)
 
 
+class Checks:
+    """ASGI middleware: asks each check of a request before anything is done for it; the problem of one is the answer.
+
+    Args:
+        app: what it stands before.
+        checks: each takes the scope of a request, and raises a `Problem` or returns.
+    """
+
+    def __init__(self, app: ASGIApp, *, checks: Sequence[Callable[[Scope], None]]) -> None:
+        self.app = app
+        self.checks = checks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        answer = self.app
+        try:
+            for check in self.checks if scope["type"] == "http" else ():
+                check(scope)
+        except Problem as problem:
+            answer = problem_response(scope, problem)
+        await answer(scope, receive, send)
+
+
 class Unexpected:
     """ASGI middleware: what nobody foresaw becomes a 500 that names the request, and a traceback in the log."""
 

@@ -3,7 +3,7 @@
 Admin routes need `Authorization: Bearer $CV_ADMIN_TOKEN`; with no token set they are closed. With `CV_API_KEYS` set,
 predictions need `X-API-Key`. There are no cookies, so another site's page has no credentials to abuse; it reads nothing
 unless its origin is one of CV_CORS_ORIGINS (`allowed_origins`). It could still send a plain form from a visitor's
-browser into the request log, and with it into the drift window: `SameSite` refuses what a browser says comes from
+browser into the request log, and with it into the drift window: `same_site` refuses what a browser says comes from
 another site.
 https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
 """
@@ -11,7 +11,7 @@ https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Si
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import Request
 from fastapi.params import Security
@@ -23,7 +23,6 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.serving.capacity.rate_limit import client_of_address
-from cv_platform.serving.http.problems import problem_response
 from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.problem import Problem
 from cv_platform.settings import Settings
@@ -87,37 +86,28 @@ def allowed_origins(origins: Sequence[str]) -> list[Middleware]:
     ]
 
 
-class SameSite:
-    """ASGI middleware: 403 for a request that changes something and that a page of another site has sent.
+def same_site(origins: Sequence[str] = ()) -> Callable[[Scope], None]:
+    """Returns the check that refuses (403) what changes something and was sent by a page of another site.
 
     Browsers set Sec-Fetch-Site and Origin, and no page can change them; programs send none, and pass.
 
     Args:
-        app: what it stands before.
         origins: whose pages may.
     """
 
-    def __init__(self, app: ASGIApp, *, origins: Sequence[str] = ()) -> None:
-        self.app = app
-        self.origins = frozenset(origins)
+    def check(scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        # A proxy may join several headers into one.
+        sites = {site.strip().lower() for site in ",".join(headers.getlist("sec-fetch-site")).split(",")}
+        if scope["method"] not in _SAFE_METHODS and "cross-site" in sites and headers.get("origin") not in origins:
+            raise Problem(
+                403,
+                "A page of another site sent this. Use this service's own page, or a program.",
+                expected="a request that no other site's page has sent (Sec-Fetch-Site)",
+                headers={"Connection": "close"},
+            )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-        if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
-            # A proxy may join several headers into one.
-            sites = {
-                site.strip().lower() for site in ",".join(Headers(scope=scope).getlist("sec-fetch-site")).split(",")
-            }
-            if "cross-site" in sites and Headers(scope=scope).get("origin") not in self.origins:
-                problem = Problem(
-                    403,
-                    "A page of another site sent this. Use this service's own page, or a program.",
-                    expected="a request that no other site's page has sent (Sec-Fetch-Site)",
-                    headers={"Connection": "close"},
-                )
-                await problem_response(scope, problem)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+    return check
 
 
 class Guard:
