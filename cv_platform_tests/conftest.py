@@ -6,18 +6,14 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
-import psycopg2
 import pytest
-from psycopg2 import sql
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine
 
 from cv_platform.loopback import past_proxies
+from cv_platform_tests.support.postgres import make_database, named, own_database
 
 _TEMPLATE = "cv_template"
 _TRACKING = "MLFLOW_TRACKING_URI"
@@ -64,32 +60,23 @@ def postgres_url() -> Iterator[str]:
 def _template_url(postgres_url: str) -> str:
     from cv_platform.database.migrate import migrate
 
-    _administrate(postgres_url, sql.SQL("CREATE DATABASE {}").format(sql.Identifier(_TEMPLATE)))
-    migrate(_renamed(postgres_url, _TEMPLATE))
+    make_database(postgres_url, _TEMPLATE)
+    migrate(named(postgres_url, _TEMPLATE))
     return postgres_url
 
 
 @pytest.fixture
 def database_url(_template_url: str) -> Iterator[str]:
     """URL of a migrated, empty database of this test's own."""
-    with _database(_template_url, template=_TEMPLATE) as url:
+    with own_database(_template_url, template=_TEMPLATE) as url:
         yield url
 
 
 @pytest.fixture
 def unmigrated_url(postgres_url: str) -> Iterator[str]:
     """URL of a database of this test's own without any table."""
-    with _database(postgres_url, template="template1") as url:
+    with own_database(postgres_url) as url:
         yield url
-
-
-@contextmanager
-def _database(server_url: str, *, template: str) -> Iterator[str]:
-    name = f"test_{uuid4().hex}"
-    identifiers = {"name": sql.Identifier(name), "template": sql.Identifier(template)}
-    _administrate(server_url, sql.SQL("CREATE DATABASE {name} TEMPLATE {template}").format(**identifiers))
-    yield _renamed(server_url, name)
-    _drop_database(server_url, name)
 
 
 @pytest.fixture
@@ -100,30 +87,3 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine = make_engine(database_url)
     yield engine
     engine.dispose()
-
-
-def _renamed(url: str, database: str) -> str:
-    return make_url(url).set(database=database).render_as_string(hide_password=False)
-
-
-def _drop_database(url: str, name: str) -> None:
-    """Drops a database and whatever connections a test left to it."""
-    statement = sql.SQL("DROP DATABASE {name} WITH (FORCE)").format(name=sql.Identifier(name))
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            return _administrate(url, statement)
-        except psycopg2.errors.InsufficientPrivilege:  # Autovacuum is in it: a process that is not this role's to end.
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-
-
-def _administrate(url: str, statement: sql.Composable) -> None:
-    connection = psycopg2.connect(make_url(url).set(drivername="postgresql").render_as_string(hide_password=False))
-    try:
-        connection.autocommit = True  # CREATE DATABASE runs in no transaction.
-        with connection.cursor() as cursor:
-            cursor.execute(statement)
-    finally:
-        connection.close()

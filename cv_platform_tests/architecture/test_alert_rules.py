@@ -12,7 +12,7 @@ import yaml
 
 from cv_platform.monitoring.exported_metrics import HELP
 from cv_platform.serving.telemetry.metrics import ServingMetrics
-from cv_platform_tests.architecture.test_containers import DOCKER, REPOSITORY, SERVICES
+from cv_platform_tests.support.stack_files import DOCKER, REPOSITORY, SERVICES
 from trials.stack.promql import RULES, Query, dashboard_queries, rule_queries
 
 METRICS = (REPOSITORY / "docs" / "reference" / "metrics.md").read_text()

@@ -22,13 +22,9 @@ from cv_platform.containers.preflight import PORTS, PROFILE_OF_PORT
 from cv_platform.deployment.bento import SHIPPED
 from cv_platform.maintenance.volumes import MOUNTS
 from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform_tests.support.stack_files import COMPOSE, COMPOSE_TEXT, DOCKER, REPOSITORY, SERVICES
 
-REPOSITORY = Path(__file__).parents[2]
-DOCKER = REPOSITORY / "docker"
-COMPOSE_TEXT = (DOCKER / "compose.yaml").read_text()
-COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_TEXT)
 PLATFORM = (DOCKER / "platform.Dockerfile").read_text()
-SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 HTTPS_TEXT = (DOCKER / "nginx" / "https.yaml").read_text()
 HTTP, HTTPS = (
     yaml.safe_load((DOCKER / "nginx" / f"{name}.yaml").read_text())["services"] for name in ("http", "https")

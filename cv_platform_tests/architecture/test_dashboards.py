@@ -12,7 +12,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from cv_platform_tests.architecture.test_containers import DOCKER, SERVICES
+from cv_platform_tests.support.stack_files import DOCKER, SERVICES
 from trials.stack.promql import DASHBOARDS, dashboard_queries
 
 SCHEMA = json.loads(Path(__file__).with_name("grafana_dashboard.schema.json").read_text())

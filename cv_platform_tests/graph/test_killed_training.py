@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,9 @@ from cv_platform.local.graph import materialize
 from cv_platform.record_store import RecordStore
 from cv_platform.records import TrainedModel, ValidationVerdict
 from cv_platform.settings import Settings
-from cv_platform_tests.integration.demo_run import REPOSITORY
-from cv_platform_tests.unit.training.conftest import experiment, pack_tiny
+from cv_platform_tests.support.demo_run import REPOSITORY
+from cv_platform_tests.support.tiny_training import experiment, pack_tiny
+from cv_platform_tests.support.waiting import wait_until
 
 EPOCHS = 20
 # Two processes load TensorFlow, one after the other: minutes on a busy machine.
@@ -62,11 +62,8 @@ def test_the_same_command_goes_on_after_the_last_whole_epoch(settings: Settings,
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 300
-        while not list(settings.home.glob("models/tiny_model/.training-*/epoch-*.json")):
-            assert process.poll() is None, killed.read_text()
-            assert time.monotonic() < deadline, "No epoch came to its end."
-            time.sleep(0.02)
+        epochs = "models/tiny_model/.training-*/epoch-*.json"
+        wait_until(lambda: list(settings.home.glob(epochs)), seconds=300, process=process)
     finally:
         os.killpg(process.pid, 9)
         process.wait()

@@ -11,7 +11,7 @@ import pytest
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.record_store import RecordStore
 from cv_platform.records import Evaluation, ModelIdentity, TrainedModel
-from cv_platform_tests.record_samples import evaluation, identity, trained_model
+from cv_platform_tests.support.record_samples import evaluation, identity, trained_model
 
 
 @pytest.fixture

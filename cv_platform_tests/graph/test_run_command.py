@@ -11,7 +11,7 @@ import yaml
 from cv_platform.definitions import build_defs
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
-from cv_platform_tests.integration.demo_run import REPOSITORY, cli
+from cv_platform_tests.support.demo_run import REPOSITORY, cli
 
 
 def config_without_dataset(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cv_platform.serving.log.request_log import RequestLog
-from cv_platform_tests.integration.demo_run import Demo, Stack, finished_demo, running_stack
+from cv_platform_tests.support.demo_run import Demo, Stack, finished_demo, running_stack
 
 
 @pytest.fixture(scope="session")

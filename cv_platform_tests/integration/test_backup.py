@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,9 +37,10 @@ from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform.tracking import start_run
-from cv_platform_tests.record_samples import trained_model
-from cv_platform_tests.tiny_models import TinyExport, export_tiny, publish_tiny
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.record_samples import trained_model
+from cv_platform_tests.support.tiny_models import TinyExport, export_tiny, publish_tiny
+from cv_platform_tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.xdist_group("tensorflow"), pytest.mark.timeout(600)]
 
@@ -211,10 +211,7 @@ def test_every_answer_is_there_those_too_that_had_not_reached_the_database(used:
                 assert connection.execute(text("SELECT count(*) FROM api_log")).scalar() == IN_DATABASE
             # A service that starts adopts what the copied spools hold.
             with RequestLog(restored.home / "spool", url) as log:
-                deadline = time.monotonic() + 60
-                while find_prediction(engine, _id(used.waiting[-1])) is None:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.05)
+                wait_until(lambda: find_prediction(engine, _id(used.waiting[-1])) is not None)
                 assert log.wait_until_drained(60)
             with engine.connect() as connection:
                 rows = connection.execute(text("SELECT entry_id FROM api_log")).scalars().all()
@@ -311,11 +308,7 @@ def test_a_killed_restoration_leaves_the_old_installation_and_the_next_one_succe
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        deadline = time.monotonic() + 60
-        while not list(parent.glob(f".new home.restoring-{ready}")):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda ready=ready: list(parent.glob(f".new home.restoring-{ready}")), process=process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert kept.exists()

@@ -19,7 +19,7 @@ import pytest
 from cv_platform.deployment.bento import build_bento
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.serving.model.runtime import load_folder
-from cv_platform_tests.tiny_models import CLASS_NAMES, TinyExport, export_tiny, tiny_images, tiny_metadata
+from cv_platform_tests.support.tiny_models import CLASS_NAMES, TinyExport, export_tiny, tiny_images, tiny_metadata
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.xdist_group("bento_alone"), pytest.mark.timeout(300)]

@@ -13,8 +13,9 @@ from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.entry import FeedbackEntry
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool, SpoolRow
-from cv_platform_tests.integration.request_log_steps import WAIT_SECONDS, count, scalar, wait_for
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.postgres import count, scalar
+from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
 
 
 def said_of(prediction_id: UUID) -> FeedbackEntry:
@@ -41,7 +42,7 @@ def test_a_deletion_takes_feedback_that_is_being_committed_along(
         def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
             is_unchanged = super().still_holds(rows)
             deletion.start()  # The rows are written, and are to be committed next.
-            wait_for(
+            wait_until(
                 lambda: scalar(engine, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
             )
             assert is_unchanged
@@ -108,7 +109,7 @@ def test_steady_feedback_does_not_hold_a_deletion_up(log: RequestLog, engine: En
     said = threading.Thread(target=say_on)
     said.start()
     try:
-        wait_for(lambda: count(engine, "feedback"))
+        wait_until(lambda: count(engine, "feedback"))
         assert log.delete_prediction(entry.prediction_id)
         assert said.is_alive()  # A deletion that waits until nobody says anything never comes back.
     finally:

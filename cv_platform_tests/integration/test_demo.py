@@ -9,8 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,8 @@ from cv_platform.properties import image_properties
 from cv_platform.record_store import RecordStore
 from cv_platform.records import RECORDS, DatasetVersion, Deployment, Evaluation, ReferenceData, TrainedModel
 from cv_platform.storage import CentralStorage, new_version
-from cv_platform_tests.integration.demo_run import REPOSITORY, Demo
+from cv_platform_tests.support.demo_run import REPOSITORY, Demo
+from cv_platform_tests.support.waiting import wait_until
 
 ADMIN_TOKEN = "a-token-of-this-test-only"
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(900)]
@@ -343,10 +343,3 @@ def test_with_the_database_away_answers_wait_in_the_spool_and_arrive_later(demo:
             query = text("SELECT response_status_code FROM api_log WHERE prediction_id = CAST(:id AS uuid)")
             assert connection.execute(query, {"id": identifier}).scalars().all() == [200]
         engine.dispose()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)

@@ -24,7 +24,7 @@ from cv_platform.images import preprocessing_hash
 from cv_platform.monitoring.report import ReportPlace, make_drift_report
 from cv_platform.records import DriftReport, ModelIdentity
 from cv_platform.storage import CentralStorage
-from cv_platform_tests.drift_samples import CLASSES, draw_sample
+from cv_platform_tests.support.drift_samples import CLASSES, draw_sample
 
 START = datetime(2026, 2, 1, tzinfo=UTC)
 NOW = datetime(2026, 2, 8, tzinfo=UTC)

@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,8 +24,7 @@ from cv_platform.database.embedded import embedded_database, existing_url
 from cv_platform.database.pg_binaries import server_user
 from cv_platform.errors import LockHeldError, ServiceError
 from cv_platform.files import exclusive
-
-WAIT_SECONDS = 60.0
+from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
 
 
 @pytest.fixture
@@ -103,14 +101,6 @@ from pathlib import Path
 from cv_platform.database.embedded import run_in_foreground
 run_in_foreground(Path(sys.argv[1]))
 """
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert process is None or process.poll() is None, process and process.communicate()[1]
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def port_of(url: str | None) -> int | None:
@@ -271,7 +261,7 @@ def test_a_killed_server_recovers_with_what_was_committed(home: Path) -> None:
         running = cluster.postmaster()
         assert running is not None
         os.kill(running.pid, signal.SIGKILL)
-        wait_for(lambda: cluster.postmaster() is None)
+        wait_until(lambda: cluster.postmaster() is None)
         assert (cluster.data / "postmaster.pid").exists()
         with embedded_database(home) as again:
             assert query(again, "SELECT answer FROM kept") == "42"
@@ -373,7 +363,7 @@ def test_somebody_who_starts_for_ever_is_named(home: Path, monkeypatch: pytest.M
 def test_in_the_foreground_it_is_one_process_that_sigint_stops(empty_home: Path) -> None:
     server = start_python(RUN_IT, empty_home)
     try:
-        wait_for(lambda: existing_url(empty_home), server)
+        wait_until(lambda: existing_url(empty_home), process=server)
         running = Cluster(empty_home).postmaster()
         assert running is not None
         assert running.pid == server.pid, "the manager's signals must reach the server itself"
@@ -392,13 +382,13 @@ def test_in_the_foreground_it_is_one_process_that_sigint_stops(empty_home: Path)
 
 def test_in_the_foreground_it_comes_back_after_a_crash_at_the_same_port(home: Path) -> None:
     former = start_python(RUN_IT, home)
-    wait_for(lambda: existing_url(home), former)
+    wait_until(lambda: existing_url(home), process=former)
     url = existing_url(home)
     former.kill()
     former.communicate()
     server = start_python(RUN_IT, home)
     try:
-        wait_for(lambda: existing_url(home), server)
+        wait_until(lambda: existing_url(home), process=server)
         assert existing_url(home) == url
     finally:
         server.send_signal(signal.SIGINT)
@@ -409,8 +399,8 @@ def test_the_foreground_takes_over_a_server_that_others_started(home: Path) -> N
     with embedded_database(home) as url:
         server = start_python(RUN_IT, home)
         try:
-            wait_for(lambda: (running := Cluster(home).postmaster()) and running.pid == server.pid, server)
-            wait_for(lambda: existing_url(home), server)
+            wait_until(lambda: (running := Cluster(home).postmaster()) and running.pid == server.pid, process=server)
+            wait_until(lambda: existing_url(home), process=server)
             assert query(url, "SELECT 1") == "1", "the URL that others were told stays right"
         finally:
             server.send_signal(signal.SIGINT)

@@ -9,7 +9,7 @@ from http.client import HTTPResponse
 
 import pytest
 
-from cv_platform_tests.integration.served import serving
+from cv_platform_tests.support.served import serving
 
 pytestmark = [pytest.mark.xdist_group("every_answer"), pytest.mark.timeout(300)]
 

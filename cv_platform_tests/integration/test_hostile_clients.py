@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from cv_platform_tests.served_app import ServedApp, serve_app
-from cv_platform_tests.unit.serving.http_client import flat_image, png
+from cv_platform_tests.support.http_client import flat_image, png
+from cv_platform_tests.support.served_app import ServedApp, serve_app
+from cv_platform_tests.support.waiting import wait_until
 
 MAX_UPLOAD_BYTES = 200_000
 PICTURE = png(flat_image(200, 30, 30))
@@ -99,10 +100,7 @@ def held() -> Iterator[ServedApp]:
 def nobody_else_notices(served: ServedApp) -> Iterator[None]:
     """After each of them all places are free again, and an ordinary client is served."""
     yield
-    deadline = time.monotonic() + 60
-    while served.health()["in_flight"]:
-        assert time.monotonic() < deadline, "a place is still taken"
-        time.sleep(0.05)
+    wait_until(lambda: not served.health()["in_flight"])
     # More than `max_uploads`, one after the other: a place that is not given back would soon be missed.
     for _ in range(5):
         answer = httpx.post(f"{served.url}/predict", files={"file": ("a.png", PICTURE)}, timeout=60)

@@ -25,7 +25,7 @@ from cv_platform.errors import DatabaseUnavailableError, SchemaMismatchError
 from cv_platform.serving.log.entry import FeedbackEntry
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.tables import find_prediction
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
 
 
 def free_port() -> int:

@@ -25,8 +25,8 @@ from cv_platform.record_store import RecordStore
 from cv_platform.records import ReferenceData
 from cv_platform.settings import Settings
 from cv_platform.tracking import start_run
-from cv_platform_tests.integration.demo_run import cli
-from cv_platform_tests.record_samples import identity
+from cv_platform_tests.support.demo_run import cli
+from cv_platform_tests.support.record_samples import identity
 
 pytestmark = pytest.mark.timeout(300)
 

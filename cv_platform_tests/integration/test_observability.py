@@ -6,8 +6,7 @@ import json
 import os
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -16,8 +15,9 @@ import httpx
 import pytest
 
 from cv_platform.local.http import free_port
-from cv_platform_tests.integration.served import serving
-from cv_platform_tests.span_collector import Collector, attributes
+from cv_platform_tests.support.served import serving
+from cv_platform_tests.support.span_collector import Collector, attributes
+from cv_platform_tests.support.waiting import wait_until
 
 ADMIN_TOKEN = "correct-horse-battery"
 API_KEY = "staple-of-correct-horses"
@@ -65,13 +65,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             yield running
     finally:
         collector.close()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in 60 s"
-        time.sleep(0.2)
 
 
 def test_fifty_random_predictions_add_no_series(served: Served):

@@ -18,8 +18,8 @@ from cv_platform.local.http import free_port
 from cv_platform.local.programs import service_command
 from cv_platform.settings import quiet_variables
 from cv_platform.storage import CentralStorage, ProductionPointer
-from cv_platform_tests.tiny_models import MODEL_NAME, export_tiny, publish_tiny
-from cv_platform_tests.unit.serving.http_client import flat_image, png
+from cv_platform_tests.support.http_client import flat_image, png
+from cv_platform_tests.support.tiny_models import MODEL_NAME, export_tiny, publish_tiny
 
 REPOSITORY = Path(__file__).parents[2]
 SERVICE = "image_classifier"

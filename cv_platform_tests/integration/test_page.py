@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, Route, expect
 
-from cv_platform_tests.integration.page_fixtures import (
+from cv_platform_tests.support.app_fixtures import spooled
+from cv_platform_tests.support.page_fixtures import (
     COLOURS,
     INSECURE_HOST,
     MakeVisit,
@@ -26,7 +27,7 @@ from cv_platform_tests.integration.page_fixtures import (
     serve,
     service,
 )
-from cv_platform_tests.integration.page_steps import (
+from cv_platform_tests.support.page_steps import (
     choose,
     deliver,
     expect_verdict,
@@ -36,7 +37,6 @@ from cv_platform_tests.integration.page_steps import (
     shown_bars,
     upload,
 )
-from cv_platform_tests.unit.serving.app_fixtures import spooled
 
 __all__ = ["browser", "make_visit", "serve", "service"]
 

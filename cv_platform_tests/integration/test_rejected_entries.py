@@ -12,8 +12,9 @@ from cv_platform.errors import ServiceError
 from cv_platform.serving.log.entry import LogEntry
 from cv_platform.serving.log.rejected_entries import find_rejected, requeue
 from cv_platform.serving.log.request_log import RequestLog
-from cv_platform_tests.integration.request_log_steps import WAIT_SECONDS, count, scalar, wait_for
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.postgres import count, scalar
+from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
 
 MENDED = "ALTER TABLE api_log DROP CONSTRAINT lacks"
 
@@ -33,7 +34,7 @@ def rejected_one(log: RequestLog, engine: Engine) -> LogEntry:
     lack_something(engine, "request_url <> '/new'")
     entry = answered(request_url="/new", image=b"an upload of its own", media_type="image/webp")
     log.append(entry)
-    wait_for(lambda: log.status().rejected == 1)
+    wait_until(lambda: log.status().rejected == 1)
     return entry
 
 
@@ -61,7 +62,7 @@ def test_a_refused_row_is_shown_and_goes_in_once_the_schema_is_mended(
         assert log.status().rejected == 1
         assert cli.main(["log", "rejected", "--requeue"]) == 0
         assert "1 log entries wait for the database again" in capsys.readouterr().out
-        wait_for(lambda: count(engine, "predictions") == 1)
+        wait_until(lambda: count(engine, "predictions") == 1)
         assert log.wait_until_drained(WAIT_SECONDS)
         assert (log.status().rejected, log.status().depth) == (0, 0)
         found = log.find_prediction(entry.prediction_id)
@@ -75,10 +76,10 @@ def test_what_is_refused_again_is_put_aside_again(log: RequestLog, tmp_path: Pat
     spools = tmp_path / "spool"
     (first,) = find_rejected(spools)
     assert requeue(spools) == 1
-    wait_for(lambda: log.status().rejected == 1 and find_rejected(spools)[0].rejected_on > first.rejected_on)
+    wait_until(lambda: log.status().rejected == 1 and find_rejected(spools)[0].rejected_on > first.rejected_on)
     mend(engine)
     assert requeue(spools) == 1
-    wait_for(lambda: count(engine, "predictions") == 1)
+    wait_until(lambda: count(engine, "predictions") == 1)
 
 
 def test_a_spool_that_cannot_be_read_is_named_and_one_that_is_just_made_is_passed_by(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_backlog_that_is_refused_as_a_whole_stays_in_the_queue(log: RequestLog
     entries = [answered() for _ in range(30)]
     for entry in entries:
         log.spool.submit(entry)
-    wait_for(lambda: "take at least one of 10 log entries" in (log.status().last_error or ""))
+    wait_until(lambda: "take at least one of 10 log entries" in (log.status().last_error or ""))
     status = log.status()
     assert (status.database, status.rejected, count(engine, "api_log")) == ("schema mismatch", 0, 0)
     mend(engine)
@@ -107,7 +108,7 @@ def test_our_own_mistake_rejects_no_backlog(log: RequestLog, engine: Engine, mon
         mistaken.setattr("cv_platform.serving.log.tables.decode", lambda *_: {}["entry_id"])
         for _ in range(30):
             log.spool.submit(answered())
-        wait_for(lambda: "KeyError" in (log.status().last_error or ""))
+        wait_until(lambda: "KeyError" in (log.status().last_error or ""))
         assert log.status().rejected == 0
     assert log.wait_until_drained(WAIT_SECONDS)
     assert (log.status().rejected, count(engine, "predictions")) == (0, 30)

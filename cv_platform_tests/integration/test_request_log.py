@@ -31,8 +31,9 @@ from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPredict
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool
 from cv_platform.serving.log.tables import find_prediction
-from cv_platform_tests.integration.request_log_steps import WAIT_SECONDS, count, scalar, wait_for
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.postgres import count, scalar
+from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
 
 
 def entry_ids(engine: Engine) -> list[str]:
@@ -193,7 +194,7 @@ def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine
 def test_another_schema_keeps_everything_in_the_spool_until_it_is_migrated(tmp_path: Path, unmigrated_url: str) -> None:
     with RequestLog(tmp_path, unmigrated_url) as log:
         log.append(answered())
-        wait_for(lambda: log.status().database == "schema mismatch")
+        wait_until(lambda: log.status().database == "schema mismatch")
         assert "cv-platform migrate" in (log.status().last_error or "")
         assert log.status().depth == 1
         migrate(unmigrated_url)
@@ -204,7 +205,7 @@ def test_another_schema_keeps_everything_in_the_spool_until_it_is_migrated(tmp_p
         with engine.begin() as migrator:
             migrator.execute(text("UPDATE alembic_version SET version_num = '9999'"))
         log.append(answered())
-        wait_for(lambda: log.status().database == "schema mismatch")
+        wait_until(lambda: log.status().database == "schema mismatch")
         assert "newer" in (log.status().last_error or "")
         assert count(engine, "predictions") == 1
         engine.dispose()
@@ -223,7 +224,7 @@ def test_the_state_of_the_database_and_its_reason_change_together(
 
         monkeypatch.setattr(logging.getLogger("cv_platform.serving.log.drainer"), "handlers", [Looking()])
         log.append(answered())
-        wait_for(lambda: seen)
+        wait_until(lambda: seen)
     assert (seen[0][0], "cv-platform migrate" in (seen[0][1] or "")) == ("schema mismatch", True)
 
 
@@ -231,7 +232,7 @@ APPEND_FOR_EVER = """
 import os, sys
 from pathlib import Path
 from cv_platform.serving.log.request_log import RequestLog
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
 import threading
 log = RequestLog(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
 def work():
@@ -257,7 +258,7 @@ def test_what_a_killed_process_acknowledged_arrives_exactly_once(
     # The last line may be cut: a UUID has 36 characters.
     acknowledged += [line for line in rest.splitlines() if len(line) == 36]
     with RequestLog(tmp_path, database_url) as successor:
-        wait_for(lambda: len(list(tmp_path.glob("*.sqlite"))) == 1 and successor.status().depth == 0)
+        wait_until(lambda: len(list(tmp_path.glob("*.sqlite"))) == 1 and successor.status().depth == 0)
     found = entry_ids(engine)
     assert len(found) == len(set(found))
     assert set(acknowledged) <= set(found)
@@ -270,7 +271,7 @@ import os, signal, sys
 from pathlib import Path
 from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.spool import Spool
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
 from cv_platform.serving.log.entry import FeedbackEntry
 class DiesBeforeDeleting(Spool):
     def delete(self, rows):
@@ -294,7 +295,7 @@ def test_a_crash_between_commit_and_deletion_makes_no_duplicate(
     assert process.returncode == -signal.SIGKILL
     assert (count(engine, "api_log"), count(engine, "feedback")) == (5, 5)
     with RequestLog(tmp_path, database_url) as successor:
-        wait_for(lambda: len(list(tmp_path.glob("*.sqlite"))) == 1)
+        wait_until(lambda: len(list(tmp_path.glob("*.sqlite"))) == 1)
         assert successor.status().drained_rows == 10
     tables = ("api_log", "feedback", "predictions", "images")
     assert [count(engine, table) for table in tables] == [5, 5, 5, 1]
@@ -322,7 +323,7 @@ def test_a_damaged_spool_is_put_aside_and_the_next_one_is_adopted(
     damaged = tmp_path / "0000.sqlite"
     damaged.write_bytes(b"no database at all" * 1000)
     with RequestLog(tmp_path, database_url):
-        wait_for(lambda: count(engine, "predictions") == 1 and not damaged.exists())
+        wait_until(lambda: count(engine, "predictions") == 1 and not damaged.exists())
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["0000.damaged"]
 
 
@@ -390,11 +391,11 @@ def test_nothing_is_lost_while_the_server_stops_and_starts(
         for thread in threads:
             thread.start()
         for stop in (cluster.stop, lambda: kill(cluster)):
-            wait_for(lambda: log.status().drained_rows > 0 and log.status().database == "ok")
+            wait_until(lambda: log.status().drained_rows > 0 and log.status().database == "ok")
             stop()
-            wait_for(lambda: log.status().database == "unreachable")
+            wait_until(lambda: log.status().database == "unreachable")
             before = len(ids)
-            wait_for(lambda before=before: len(ids) > before + 20)
+            wait_until(lambda before=before: len(ids) > before + 20)
             assert log.status().depth > 0
             assert "Received" in (log.status().last_error or "")
             with pytest.raises(DatabaseUnavailableError):
@@ -405,7 +406,7 @@ def test_nothing_is_lost_while_the_server_stops_and_starts(
             assert last.prediction_id is not None
             assert_same_prediction(log.find_prediction(last.prediction_id), last)
             start_again(cluster, url)
-        wait_for(lambda: log.status().database == "ok")
+        wait_until(lambda: log.status().database == "ok")
         is_over.set()
         for thread in threads:
             thread.join(WAIT_SECONDS)
@@ -419,7 +420,7 @@ def kill(cluster: Cluster) -> None:
     running = cluster.postmaster()
     assert running is not None
     os.kill(running.pid, signal.SIGKILL)
-    wait_for(lambda: cluster.postmaster() is None)
+    wait_until(lambda: cluster.postmaster() is None)
 
 
 def test_a_service_that_starts_before_its_database_drains_once_it_is_there(
@@ -429,7 +430,7 @@ def test_a_service_that_starts_before_its_database_drains_once_it_is_there(
     cluster.stop()
     with RequestLog(tmp_path, url) as log:
         log.append(answered())
-        wait_for(lambda: log.status().database == "unreachable" and log.status().last_error != "not connected yet")
+        wait_until(lambda: log.status().database == "unreachable" and log.status().last_error != "not connected yet")
         start_again(cluster, url)
         assert log.wait_until_drained(WAIT_SECONDS)
     assert list(tmp_path.iterdir()) == []

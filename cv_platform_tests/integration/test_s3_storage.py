@@ -12,7 +12,7 @@ from s3fs import S3FileSystem
 from cv_platform.errors import PointerMovedError, StorageError
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer
-from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, export_tiny, publish_tiny
+from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, export_tiny, publish_tiny
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

@@ -18,7 +18,7 @@ from sqlalchemy import Row, text
 from cv_platform.database.address import running_database_url
 from cv_platform.database.connection import make_engine
 from cv_platform.records import TrainedModel
-from cv_platform_tests.integration.demo_run import REPOSITORY, Demo, Stack
+from cv_platform_tests.support.demo_run import REPOSITORY, Demo, Stack
 
 TEST_IMAGES = 359
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 
 import httpx
 import psutil
@@ -24,7 +22,8 @@ from cv_platform.local.leftovers import leftover_pids, program_mark
 from cv_platform.local.programs import programs
 from cv_platform.local.supervisor import control
 from cv_platform.settings import Settings
-from cv_platform_tests.integration.demo_run import Stack, cli
+from cv_platform_tests.support.demo_run import Stack, cli
+from cv_platform_tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
 
@@ -49,13 +48,6 @@ def listens(pid: int, port: int) -> bool:
     family = [process, *process.children(recursive=True)]
     found = (connection for member in family for connection in member.net_connections("tcp"))
     return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in found)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.3)
 
 
 def answers(url: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform_tests.served_app import serve_app
+from cv_platform_tests.support.served_app import serve_app
 from trials.hostile_files import FAMILIES
 from trials.hostile_load import send_hostile
 from trials.mutations import HostileUpload, hostile_upload

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform_tests.tiny_models import TinyExport, export_tiny
+from cv_platform_tests.support.tiny_models import TinyExport, export_tiny
 
 
 @pytest.fixture(scope="session")

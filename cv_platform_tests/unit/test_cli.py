@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cv_platform.cli import main
-from cv_platform_tests.unit.datasets.conftest import class_folders, write_pictures
+from cv_platform_tests.support.pictures import class_folders, write_pictures
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = REPOSITORY / "configs" / "digits.yaml"

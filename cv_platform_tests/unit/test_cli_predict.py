@@ -11,8 +11,8 @@ import uvicorn
 from cv_platform.cli import main
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.serving.app import create_app
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, make_worker
-from cv_platform_tests.unit.serving.http_client import flat_image, png
+from cv_platform_tests.support.app_fixtures import MakeWorker, make_worker
+from cv_platform_tests.support.http_client import flat_image, png
 
 __all__ = ["make_worker"]
 

@@ -11,8 +11,8 @@ from cv_platform.record_store import RecordStore
 from cv_platform.records import Deployment
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
-from cv_platform_tests.record_samples import evaluation, identity
-from cv_platform_tests.unit.monitoring.test_report_page import make_report
+from cv_platform_tests.support.drift_reports import make_report
+from cv_platform_tests.support.record_samples import evaluation, identity
 
 URL = "file:///storage/reports/digits/1/report.html"
 

@@ -9,8 +9,8 @@ from cv_platform.deployment.bundle import Place, publish_model
 from cv_platform.disk_space import free_bytes, require_free_space
 from cv_platform.errors import DiskSpaceError
 from cv_platform.storage import CentralStorage
-from cv_platform_tests.record_samples import drift_detectors, evaluation, trained_model
-from cv_platform_tests.tiny_models import tiny_images, tiny_metadata
+from cv_platform_tests.support.record_samples import drift_detectors, evaluation, trained_model
+from cv_platform_tests.support.tiny_models import tiny_images, tiny_metadata
 
 
 def test_what_fits_may_begin_even_where_the_folder_is_still_to_be_made(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from cv_platform.local.http import wait_for_http
 from cv_platform.loopback import past_proxies
 from cv_platform.monitoring.evidently_report import delete_run
 from cv_platform.settings import prepare_process
-from cv_platform_tests.proxies import Counted, counting_server, proxy_variables
+from cv_platform_tests.support.proxies import Counted, counting_server, proxy_variables
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -5,9 +5,9 @@ import pytest
 from cv_platform.client import RequestRefusedError
 from cv_platform.predict_files import FileAnswer, expand, predict_files, show_predictions
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.client.test_client import client_of
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, make_worker, worker
-from cv_platform_tests.unit.serving.http_client import FixedModels, brightness_model, flat_image, png
+from cv_platform_tests.support.app_fixtures import MakeWorker, make_worker, worker
+from cv_platform_tests.support.client_of import client_of
+from cv_platform_tests.support.http_client import FixedModels, brightness_model, flat_image, png
 
 __all__ = ["make_worker", "worker"]
 

@@ -15,8 +15,8 @@ from cv_platform import record_store
 from cv_platform.errors import StorageError
 from cv_platform.record_store import RecordStore
 from cv_platform.records import DatasetVersion, DriftReport, Evaluation, ReferenceData, TrainedModel
-from cv_platform_tests.record_samples import evaluation, identity, trained_model
-from cv_platform_tests.unit.monitoring.test_report_page import make_report
+from cv_platform_tests.support.drift_reports import make_report
+from cv_platform_tests.support.record_samples import evaluation, identity, trained_model
 
 ONE, TWO, THREE = "11111111-run", "22222222-run", "33333333-run"
 

@@ -1,3 +1,3 @@
-from cv_platform_tests.unit.serving.app_fixtures import make_worker, worker
+from cv_platform_tests.support.app_fixtures import make_worker, worker
 
 __all__ = ["make_worker", "worker"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 from collections.abc import Iterator
@@ -13,33 +12,12 @@ import httpx
 import pytest
 
 from cv_platform.client import Client, ClientError, RequestRefusedError, ServiceUnavailableError, UnusableImageError
-from cv_platform.serving.app import create_app
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
-from cv_platform_tests.unit.serving.http_client import FixedModels, flat_image, png
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
+from cv_platform_tests.support.client_of import client_of
+from cv_platform_tests.support.http_client import FixedModels, flat_image, png
 
 REDDISH = png(flat_image(199, 99, 99))
-
-
-class AppTransport(httpx.BaseTransport):
-    """Hands each request to an ASGI app in an event loop of its own."""
-
-    def __init__(self, app: object) -> None:
-        self._app = app
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)  # type: ignore[arg-type]
-            response = await transport.handle_async_request(
-                httpx.Request(request.method, request.url, headers=request.headers, content=request.read())
-            )
-            return httpx.Response(response.status_code, headers=response.headers, content=await response.aread())
-
-        return asyncio.run(send())
-
-
-def client_of(worker: WorkerParts, **options: object) -> Client:
-    return Client("http://service", transport=AppTransport(create_app(worker)), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture

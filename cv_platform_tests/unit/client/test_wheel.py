@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform_tests.served_app import serve_app
-from cv_platform_tests.unit.serving.http_client import flat_image, png
+from cv_platform_tests.support.http_client import flat_image, png
+from cv_platform_tests.support.served_app import serve_app
 
 CLIENT = Path(__file__).parents[3] / "cv_platform" / "client"
 SCRIPT = """

@@ -17,7 +17,7 @@ from cv_platform.containers.backup_contents import Contents, product_version, re
 from cv_platform.containers.env_file import make_secrets, read_env, set_values
 from cv_platform.errors import BackupError, ConfigError, DiskSpaceError, LockHeldError, ServiceError
 from cv_platform.maintenance.archive import verify_archive, write_archive
-from cv_platform_tests.unit.containers.test_preflight import fake_docker
+from cv_platform_tests.support.fake_docker import fake_docker
 
 CONTENTS = Contents("cv-platform", "1", 17, rows={"request_log": {}, "dagster": {}, "mlflow": {}})
 DUMPS = ("databases/request_log.dump", "databases/dagster.dump", "databases/mlflow.dump")
@@ -82,7 +82,7 @@ def test_what_this_release_has_written_is_restorable(docker: Path, tmp_path: Pat
     ("changes", "message"),
     [
         ({"kind": "embedded installation"}, r"of an embedded installation\. Restore it with: make restore FILE="),
-        ({"version": "99.0"}, r"release 0\.1\.0 or older\. Received: of 99\.0"),
+        ({"version": "99.0"}, r"release 0\.2\.0 or older\. Received: of 99\.0"),
         ({"details": {"volume_format": "2"}}, "volumes of format 1. Received: 2"),
         ({"details": {"postgres_major": 18}}, "PostgreSQL 17 or older. Received: of 18"),
         ({"details": {"surprise": 1}}, "expected details"),

@@ -11,7 +11,7 @@ from cv_platform.containers.__main__ import main
 from cv_platform.containers.env_file import make_secrets, read_env, set_values
 from cv_platform.errors import BackupError, ServiceError
 from cv_platform.maintenance.archive_stream import packing
-from cv_platform_tests.unit.containers.test_preflight import fake_docker
+from cv_platform_tests.support.fake_docker import fake_docker
 
 RECORD = 'echo "$*" >> "$SEEN/asked"; env >> "$SEEN/environment"'
 EXPORTED = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 
@@ -10,18 +9,11 @@ import pytest
 
 from cv_platform.containers import engine, preflight, roll
 from cv_platform.errors import ServiceError
+from cv_platform_tests.support.fake_docker import fake_docker
 
 
 def everything_free(address: str, port: int) -> bool:
     return True
-
-
-def fake_docker(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Puts a `docker` of our own first on PATH: a shell script that answers as the real one does."""
-    command = folder / "docker"
-    command.write_text(f"#!/bin/sh\n{script}\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 def test_default_ports_that_are_free_are_no_problem() -> None:

@@ -13,8 +13,9 @@ from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.repository import list_versions
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import DatasetError, InvalidDatasetError
+from cv_platform_tests.support.pictures import class_folders, write_pictures
 
-from .conftest import class_folders, dataset, model, write_pictures
+from .conftest import dataset, model
 
 
 def git(repository: Path, *arguments: str) -> str:

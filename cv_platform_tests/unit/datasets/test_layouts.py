@@ -9,8 +9,7 @@ from cv_platform.datasets.label_files import LabelRules
 from cv_platform.datasets.layouts import read_layout, write_annotations
 from cv_platform.datasets.source_tree import walk
 from cv_platform.errors import InvalidDatasetError
-
-from .conftest import write_pictures
+from cv_platform_tests.support.pictures import write_pictures
 
 
 def read(folder: Path, annotations: bytes | None = None, *, is_stored: bool = False, classes: str = "") -> Layout:

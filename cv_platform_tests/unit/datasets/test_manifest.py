@@ -10,8 +10,9 @@ from PIL import Image
 
 from cv_platform.datasets.manifest import build_manifest, manifest_name, read_manifest, split_counts
 from cv_platform.errors import DatasetError, InvalidDatasetError
+from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
 
-from .conftest import class_folders, dataset, model, picture, write_pictures
+from .conftest import dataset, model
 
 
 def build(directory: Path, annotations: bytes | None = None, **model_fields: object):

@@ -13,8 +13,9 @@ from cv_platform.datasets.manifest import build_manifest, read_manifest
 from cv_platform.datasets.packing import open_split, pack_images
 from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError
 from cv_platform.records import DatasetVersion, PackedImages, Provenance
+from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
 
-from .conftest import class_folders, dataset, model, picture, write_pictures
+from .conftest import dataset, model
 
 
 def version_of(directory: Path, annotations: bytes | None = None, **fields: str) -> DatasetVersion:

@@ -9,8 +9,7 @@ from PIL import Image
 
 from cv_platform.datasets.source_tree import is_image, walk
 from cv_platform.errors import InvalidDatasetError
-
-from .conftest import picture, write_pictures
+from cv_platform_tests.support.pictures import picture, write_pictures
 
 
 def test_leaves_out_what_nas_desktops_and_archivers_leave_behind(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from cv_platform.datasets.importing import import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.versions import DatasetVersion, checkout_version, list_tags
 from cv_platform.errors import DatasetError, DatasetNotFoundError, InvalidDatasetError, UnknownDatasetVersionError
+from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
 
-from .conftest import class_folders, dataset, model, picture, write_pictures
+from .conftest import dataset, model
 
 
 @pytest.fixture(scope="module")

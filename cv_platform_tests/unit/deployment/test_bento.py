@@ -10,7 +10,7 @@ import yaml
 import cv_platform
 from cv_platform.deployment.bento import SHIPPED, build_bento, write_build_context
 from cv_platform.errors import ExportError
-from cv_platform_tests.tiny_models import TinyExport, tiny_metadata
+from cv_platform_tests.support.tiny_models import TinyExport, tiny_metadata
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

@@ -13,8 +13,8 @@ from cv_platform.records import ModelBundle
 from cv_platform.serving.model.fallback import load_fallback
 from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.storage import CentralStorage
-from cv_platform_tests.record_samples import VERSION, drift_detectors, evaluation, task, trained_model
-from cv_platform_tests.tiny_models import TinyExport, build_classifier, tiny_images
+from cv_platform_tests.support.record_samples import VERSION, drift_detectors, evaluation, task, trained_model
+from cv_platform_tests.support.tiny_models import TinyExport, build_classifier, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

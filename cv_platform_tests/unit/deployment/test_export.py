@@ -9,7 +9,7 @@ from cv_platform.errors import ExportError
 from cv_platform.serving.model.runtime import Prediction
 from cv_platform.serving.model.runtime_onnx import OnnxRuntime
 from cv_platform.serving.model.runtime_tensorflow import TensorFlowRuntime
-from cv_platform_tests.tiny_models import TinyExport, build_classifier, build_encoder, tiny_images
+from cv_platform_tests.support.tiny_models import TinyExport, build_classifier, build_encoder, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

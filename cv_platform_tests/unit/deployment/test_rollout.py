@@ -17,8 +17,9 @@ from cv_platform.serving.model import worker_watch
 from cv_platform.serving.model.holder import ModelHolder, Pace
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
-from cv_platform_tests.record_samples import model_bundle
-from cv_platform_tests.tiny_models import TinyExport, publish_tiny
+from cv_platform_tests.support.record_samples import model_bundle
+from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
+from cv_platform_tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 
@@ -83,13 +84,6 @@ def beating(storage: CentralStorage) -> Iterator[Callable[..., None]]:
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has not beaten for two seconds counts as dead: forty beats of `beating`."""
     monkeypatch.setattr(worker_watch, "HEARTBEAT_STALE_SECONDS", 2.0)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def pointer_version(storage: CentralStorage) -> str | None:

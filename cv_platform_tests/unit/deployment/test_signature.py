@@ -14,7 +14,7 @@ from cv_platform.deployment.signature import plain_signature, tape_signature
 from cv_platform.errors import ExportError
 from cv_platform.serving.model.runtime import Prediction
 from cv_platform.serving.model.runtime_onnx import OnnxRuntime
-from cv_platform_tests.tiny_models import build_classifier, build_encoder, tiny_images
+from cv_platform_tests.support.tiny_models import build_classifier, build_encoder, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cv_platform.config import ExperimentConfig, parse_experiment
 from cv_platform.records import TrainedModel
-from cv_platform_tests.record_samples import identity, trained_model
-from cv_platform_tests.tiny_models import CLASS_NAMES, MODEL_NAME, build_classifier, tiny_images
-
-VERSION = "20260131T060000Z-1f3c9a2e"
-
-
-@dataclass(frozen=True)
-class Split:
-    """What a packed split offers, in memory."""
-
-    images: np.ndarray
-    targets: np.ndarray
-    paths: list[str]
-    sha256: list[str]
-
-
-def make_split(count: int, *, multi_label: bool = False) -> Split:
-    rng = np.random.default_rng(5)
-    targets = rng.integers(0, len(CLASS_NAMES), count)
-    if multi_label:
-        targets = rng.integers(0, 2, (count, len(CLASS_NAMES))).astype(np.float32)
-    return Split(
-        images=tiny_images(count, seed=3),
-        targets=targets,
-        paths=[f"reference/{i:03}.png" for i in range(count)],
-        sha256=[f"{i:064x}" for i in range(count)],
-    )
+from cv_platform_tests.support.record_samples import identity, trained_model
+from cv_platform_tests.support.tiny_models import CLASS_NAMES, MODEL_NAME, build_classifier
+from cv_platform_tests.support.tiny_split import VERSION
 
 
 @pytest.fixture(scope="session")

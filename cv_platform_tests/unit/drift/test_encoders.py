@@ -8,7 +8,7 @@ import pytest
 from cv_platform.drift.encoders import build_uae, encoder_hash
 from cv_platform.drift.extraction import extract, load_model
 from cv_platform.errors import InvalidModelError
-from cv_platform_tests.tiny_models import tiny_images
+from cv_platform_tests.support.tiny_models import tiny_images
 
 
 def test_the_same_seed_gives_the_same_encoder_in_any_state_of_the_global_generator() -> None:
@@ -74,7 +74,7 @@ def test_refuses_a_model_without_its_layers_and_another_image_size(classifier_pa
 
 
 def test_refuses_a_model_that_has_diverged(tmp_path: Path) -> None:
-    from cv_platform_tests.tiny_models import build_classifier
+    from cv_platform_tests.support.tiny_models import build_classifier
 
     build_classifier(seed=1, sharpness=float("nan")).save(tmp_path / "model.keras")
     build_uae((16, 16), 6, seed=7).save(tmp_path / "uae.keras")

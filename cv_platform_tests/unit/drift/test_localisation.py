@@ -7,7 +7,7 @@ from cv_platform.drift.localisation import class_movements, effect_sizes, image_
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.verdict import DriftVerdict, judge
 from cv_platform.predictions import predicted_flags
-from cv_platform_tests.drift_samples import CLASSES, draw_sample
+from cv_platform_tests.support.drift_samples import CLASSES, draw_sample
 
 
 def verdict(reference: DriftSample, current: DriftSample) -> DriftVerdict:

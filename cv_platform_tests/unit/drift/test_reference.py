@@ -33,10 +33,11 @@ from cv_platform.predictions import reference_schema
 from cv_platform.properties import image_properties
 from cv_platform.records import DriftDetectors, FalseAlarms, ReferenceData, TrainedModel
 from cv_platform.storage import CentralStorage
-from cv_platform_tests.drift_samples import draw_sample
-from cv_platform_tests.record_samples import task
-from cv_platform_tests.tiny_models import CLASS_NAMES, MODEL_NAME
-from cv_platform_tests.unit.drift.conftest import VERSION, Split, make_split, trained_in
+from cv_platform_tests.support.drift_samples import draw_sample
+from cv_platform_tests.support.record_samples import task
+from cv_platform_tests.support.tiny_models import CLASS_NAMES, MODEL_NAME
+from cv_platform_tests.support.tiny_split import VERSION, Split, make_split
+from cv_platform_tests.unit.drift.conftest import trained_in
 
 
 @pytest.fixture(scope="module")

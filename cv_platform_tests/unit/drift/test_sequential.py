@@ -6,7 +6,7 @@ from scipy import stats
 
 from cv_platform.drift.sequential import ORDER_ALPHA, EProcess, judge_stream, order_p_value, stream_scores
 from cv_platform.errors import InvalidSampleError
-from cv_platform_tests.drift_samples import draw_sample
+from cv_platform_tests.support.drift_samples import draw_sample
 
 ALPHA = 0.05
 STREAMS = 60

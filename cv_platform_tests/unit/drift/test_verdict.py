@@ -8,7 +8,7 @@ from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.two_sample import holm
 from cv_platform.drift.verdict import DETECTORS, DriftVerdict, judge, settle_saturated
 from cv_platform.errors import InvalidSampleError
-from cv_platform_tests.drift_samples import draw_sample
+from cv_platform_tests.support.drift_samples import draw_sample
 
 TRIALS = 120
 ALPHA = 0.05

@@ -19,8 +19,8 @@ from cv_platform.datasets.packing import pack_images
 from cv_platform.errors import InvalidDatasetError, TrainingError, VerdictError
 from cv_platform.evaluation.evaluate import comparable_accuracy, evaluate_model, worst_errors
 from cv_platform.records import DatasetVersion, Evaluation, PackedImages, Provenance
-from cv_platform_tests.record_samples import identity, trained_model
-from cv_platform_tests.tiny_models import tiny_metadata
+from cv_platform_tests.support.record_samples import identity, trained_model
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 CLASSES = ("blue", "green", "red")
 CHANNELS = {"red": 0, "green": 1, "blue": 2}

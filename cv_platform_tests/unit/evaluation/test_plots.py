@@ -15,7 +15,7 @@ from cv_platform.evaluation.plots import (
     save_worst_errors,
 )
 from cv_platform.evaluation.report import render_report
-from cv_platform_tests.record_samples import evaluation, provenance, task
+from cv_platform_tests.support.record_samples import evaluation, provenance, task
 
 
 def _is_picture(path) -> bool:

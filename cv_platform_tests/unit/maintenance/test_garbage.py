@@ -15,7 +15,7 @@ from cv_platform.files import exclusive
 from cv_platform.maintenance.garbage import Garbage, collect, find_garbage
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
-from cv_platform_tests.tiny_models import tiny_metadata
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 LONG_AGO = (NOW - timedelta(days=100)).timestamp()

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cv_platform.monitoring.exported_metrics import HELP, export_drift, export_production, export_retention
 from cv_platform.records import ProductionMetrics
-from cv_platform_tests.unit.monitoring.test_report_page import drift_report, make_report
+from cv_platform_tests.support.drift_reports import drift_report, make_report
 
 MODEL = {"experiment": "digits", "model": "digits_classifier", "version": "20260131T060000Z-1f3c9a2e"}
 

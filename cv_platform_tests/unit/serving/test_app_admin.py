@@ -12,9 +12,9 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.model.worker_watch import WorkerWatch
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
-from cv_platform_tests.tiny_models import TinyExport, publish_tiny
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png, send_raw
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
+from cv_platform_tests.support.http_client import Client, flat_image, png, send_raw
+from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
 
 SERVICE = "image_classifier"
 VERSIONS = ("20260101T000000Z-0000000a", "20260102T000000Z-0000000b")

@@ -11,9 +11,9 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled, spooled_images
-from cv_platform_tests.unit.serving.http_client import BrightnessRuntime, Client, FixedModels, flat_image, png
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled, spooled_images
+from cv_platform_tests.support.http_client import BrightnessRuntime, Client, FixedModels, flat_image, png
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 RED, GREEN, BLUE = (png(flat_image(*colour)) for colour in ((199, 99, 99), (99, 199, 99), (99, 99, 199)))
 

@@ -5,8 +5,8 @@ from sqlalchemy import Engine, text
 
 from cv_platform.serving.app import create_app
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
+from cv_platform_tests.support.http_client import Client, flat_image, png
 
 REDDISH = png(flat_image(199, 99, 99))
 

@@ -9,8 +9,8 @@ import pytest
 
 from cv_platform.serving.app import create_app
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled, spooled_images
-from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
+from cv_platform_tests.support.app_fixtures import MakeWorker, spooled, spooled_images
+from cv_platform_tests.support.http_client import Client, FixedModels, brightness_model, flat_image, png
 
 REDDISH = png(flat_image(199, 99, 99))
 

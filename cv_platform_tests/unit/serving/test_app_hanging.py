@@ -25,9 +25,10 @@ from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.worker import open_worker
 from cv_platform.settings import Settings
-from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled, wait_until
-from cv_platform_tests.unit.serving.http_client import Client, FixedModels, GatedRuntime, flat_image, png
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
+from cv_platform_tests.support.http_client import Client, FixedModels, GatedRuntime, flat_image, png
+from cv_platform_tests.support.tiny_models import tiny_metadata
+from cv_platform_tests.support.waiting import wait_until
 
 IMAGE = png(flat_image(1, 2, 3))
 ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}

@@ -22,9 +22,10 @@ from cv_platform.serving.machine import available_memory_bytes
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import Problem
 from cv_platform.settings import Settings
-from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, wait_until
-from cv_platform_tests.unit.serving.http_client import Client, FixedModels, GatedRuntime, flat_image, png
+from cv_platform_tests.support.app_fixtures import MakeWorker
+from cv_platform_tests.support.http_client import Client, FixedModels, GatedRuntime, flat_image, png
+from cv_platform_tests.support.tiny_models import tiny_metadata
+from cv_platform_tests.support.waiting import wait_until
 
 MEBIBYTE = 2**20
 

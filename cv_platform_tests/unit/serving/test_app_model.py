@@ -12,9 +12,9 @@ from cv_platform.serving.model.holder import ModelHolder
 from cv_platform.serving.model.runtime import load_folder
 from cv_platform.serving.model.worker_watch import WorkerWatch
 from cv_platform.storage import CentralStorage, ProductionPointer
-from cv_platform_tests.tiny_models import TinyExport, publish_tiny, tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker
-from cv_platform_tests.unit.serving.http_client import Client, png
+from cv_platform_tests.support.app_fixtures import MakeWorker
+from cv_platform_tests.support.http_client import Client, png
+from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny, tiny_metadata
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

@@ -14,9 +14,9 @@ from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.model.runtime import LoadedModel
-from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled
-from cv_platform_tests.unit.serving.http_client import FixedModels, GatedRuntime, flat_image, png
+from cv_platform_tests.support.app_fixtures import MakeWorker, spooled
+from cv_platform_tests.support.http_client import FixedModels, GatedRuntime, flat_image, png
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 IMAGE = png(flat_image(199, 99, 99))
 CLIENTS = 60

@@ -9,8 +9,8 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.routes.page import PAGE
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
-from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
+from cv_platform_tests.support.http_client import Client, FixedModels, brightness_model, flat_image, png
 
 FILES = sorted(path.name for path in PAGE.iterdir())
 

@@ -15,9 +15,8 @@ from cv_platform.serving.model import explain
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.routes import answer
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled, spooled_images
-from cv_platform_tests.unit.serving.http_client import (
+from cv_platform_tests.support.app_fixtures import MakeWorker, spooled, spooled_images
+from cv_platform_tests.support.http_client import (
     BrightnessRuntime,
     Client,
     FixedModels,
@@ -25,6 +24,7 @@ from cv_platform_tests.unit.serving.http_client import (
     flat_image,
     png,
 )
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 # Means + 1 are (200, 100, 100), so the probabilities are (0.5, 0.25, 0.25).
 REDDISH = png(flat_image(199, 99, 99))

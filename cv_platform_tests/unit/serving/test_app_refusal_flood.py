@@ -9,8 +9,8 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity import refusal_bounds
 from cv_platform.serving.capacity.refusal_bounds import Allowance, Rate
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
+from cv_platform_tests.support.http_client import Client, flat_image, png
 
 IMAGE = png(flat_image(10, 20, 30))
 UPLOAD = {"files": {"file": ("a.png", IMAGE)}}

@@ -15,9 +15,8 @@ from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.http.access import ObserveRequests
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
-from cv_platform_tests.unit.serving.http_client import (
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
+from cv_platform_tests.support.http_client import (
     BrightnessRuntime,
     Client,
     FixedModels,
@@ -25,6 +24,7 @@ from cv_platform_tests.unit.serving.http_client import (
     png,
     send_raw,
 )
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 IMAGE = png(flat_image(10, 20, 30))
 LARGE = {

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +25,8 @@ from cv_platform.training.calibration import scale_logits
 from cv_platform.training.callbacks import TrainingMonitor, read_state
 from cv_platform.training.network import build_model
 from cv_platform.training.trainer import _recipe, _work_folder, train_model
-from cv_platform_tests.unit.training.conftest import experiment
+from cv_platform_tests.support.tiny_training import experiment
+from cv_platform_tests.support.waiting import wait_until
 
 # One worker: each would train the module's model anew.
 pytestmark = pytest.mark.xdist_group("training")
@@ -538,11 +538,8 @@ def test_a_training_goes_on_after_its_process_was_killed(
         stderr=subprocess.PIPE,
     )
     try:
-        deadline = time.monotonic() + 300
-        while not list(tmp_path.glob("tiny_model/.training-*/epoch-*[2-9].json")):
-            assert process.poll() is None, process.communicate()[1].decode()
-            assert time.monotonic() < deadline, "No epoch came to its end."
-            time.sleep(0.05)
+        epochs = "tiny_model/.training-*/epoch-*[2-9].json"
+        wait_until(lambda: list(tmp_path.glob(epochs)), seconds=300, process=process)
     finally:
         process.kill()
         process.communicate()

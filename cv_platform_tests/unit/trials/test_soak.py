@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import psutil
 import pytest
 
 from benchmarks.services import worker_pids
+from cv_platform_tests.support.waiting import wait_until
 from trials.findings import Findings
 from trials.hostile_load import send_hostile
 from trials.mutations import HostileUpload
@@ -129,16 +129,11 @@ def test_workers_are_the_processes_below_that_have_a_worker_id() -> None:
     )
     children = [["--worker-id", "1"], ["--other", "1"], ["--worker-id", "2"]]
     with subprocess.Popen([sys.executable, "-c", start.format(children)], stdin=subprocess.PIPE) as server:
-        deadline = time.monotonic() + 30
-        while len(found := worker_pids(server.pid)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        workers = [psutil.Process(pid) for pid in found]
+        wait_until(lambda: len(worker_pids(server.pid)) == 2)
+        workers = [psutil.Process(pid) for pid in worker_pids(server.pid)]
         assert [worker.cmdline()[-2:] for worker in workers] == [["--worker-id", "1"], ["--worker-id", "2"]]
         kill_service(server.pid)
-    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers))
 
 
 def test_the_clients_of_a_worker_are_those_that_are_connected() -> None:

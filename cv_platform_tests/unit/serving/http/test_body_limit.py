@@ -12,7 +12,7 @@ from cv_platform.serving.capacity.limits import Gate
 from cv_platform.serving.http.body_limit import BodyAllowance, BodyLimit
 from cv_platform.serving.http.problems import problem_response
 from cv_platform.serving.problem import Problem
-from cv_platform_tests.unit.serving.http_client import RawAnswer, send_raw
+from cv_platform_tests.support.http_client import RawAnswer, send_raw
 
 LIMIT = 1000
 

@@ -4,8 +4,8 @@ import pytest
 
 from cv_platform.serving.http.clean_requests import clean_request
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.unit.serving.app_fixtures import spooled
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png, send_raw
+from cv_platform_tests.support.app_fixtures import spooled
+from cv_platform_tests.support.http_client import Client, flat_image, png, send_raw
 
 IMAGE = png(flat_image(10, 20, 30))
 

@@ -1,8 +1,8 @@
 import pytest
 
 from cv_platform.serving.app import create_app
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png, send_raw
+from cv_platform_tests.support.app_fixtures import MakeWorker, spooled
+from cv_platform_tests.support.http_client import Client, flat_image, png, send_raw
 
 IMAGE = png(flat_image(1, 2, 3))
 HOSTS = "cv.example.org, *.shop.example, 127.0.0.1, [::1], only-here:8080, my_service"

@@ -17,7 +17,7 @@ from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
 
 DAY = 86_400
 

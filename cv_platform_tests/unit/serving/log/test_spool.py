@@ -23,7 +23,7 @@ from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import BegunEntry, Spool
 from cv_platform.serving.log.spool_file import find_spooled
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.log_entries import answered
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from cv_platform.errors import SpoolFullError
 from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
 from cv_platform.serving.log.spool import Spool
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
+from cv_platform_tests.support.http_client import Client, flat_image, png
+from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -77,10 +77,7 @@ def test_a_service_that_starts_on_a_full_disk_waits_for_room_and_then_answers(
         assert response.json()["expected"].startswith("room in the request log")
         assert client.get("/readyz").status_code == 503
         assert "takes no entries" in client.get("/health_check").json()["message"]
-    deadline = time.monotonic() + 30
-    while client.get("/health_check").status_code != 200:
-        assert time.monotonic() < deadline, "it stays not ready"
-        time.sleep(0.1)
+    wait_until(lambda: client.get("/health_check").status_code == 200)
     assert client.predict(png(flat_image(10, 20, 30))).status_code == 200
 
 
@@ -105,8 +102,5 @@ def test_health_recovers_without_a_request_that_would_show_it(
         fill_the_disk(full, worker.log.opened.spool)
         assert client.predict(picture).status_code == 503
         assert client.get("/health_check").status_code == 503
-    deadline = time.monotonic() + 30
-    while client.get("/health_check").status_code != 200:
-        assert time.monotonic() < deadline, "it stays not ready"
-        time.sleep(0.1)
+    wait_until(lambda: client.get("/health_check").status_code == 200)
     assert client.predict(picture).status_code == 200

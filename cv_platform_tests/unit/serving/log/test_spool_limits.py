@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,9 +18,10 @@ from cv_platform.serving.log.limits import LEAST_RESERVE_BYTES, LogLimits
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker, spooled
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
-from cv_platform_tests.unit.serving.log.test_entry import answered
+from cv_platform_tests.support.app_fixtures import MakeWorker, spooled
+from cv_platform_tests.support.http_client import Client, flat_image, png
+from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.waiting import wait_until
 
 BOUND = 1_000_000
 
@@ -35,13 +34,6 @@ def quick_drainer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def nowhere() -> str:
     return f"postgresql://nobody@127.0.0.1:{free_port()}/none"
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def limits(**changes: object) -> LogLimits:
@@ -64,7 +56,7 @@ def append(log: RequestLog, count: int) -> list[str]:
     for entry in entries:
         log.append(entry)
         # As a client that comes again after a 503 would; the bound is smaller here than what one moment can bring.
-        wait_for(lambda: not log.spool.is_crowded())
+        wait_until(lambda: not log.spool.is_crowded())
     return [str(entry.entry_id) for entry in entries]
 
 
@@ -106,9 +98,9 @@ def test_what_a_former_process_left_is_the_oldest_and_goes_first(tmp_path: Path)
         former.append(entry)
     former.close()
     with RequestLog(tmp_path, None, limits()) as log:
-        wait_for(lambda: log.status().depth == 8)  # It counts, although nothing is drained.
+        wait_until(lambda: log.status().depth == 8)  # It counts, although nothing is drained.
         ids = append(log, 30)
-        wait_for(lambda: not former.path.exists())
+        wait_until(lambda: not former.path.exists())
         status = log.status()
     kept = record_ids(tmp_path)
     assert kept == ids[-len(kept) :]
@@ -131,7 +123,7 @@ def test_spools_of_others_that_are_gone_count_while_the_database_is_away(tmp_pat
         former.append(answered())
         former.close()
     with RequestLog(tmp_path, nowhere()) as log:
-        wait_for(lambda: log.status().database == "unreachable" and log.status().depth == 3)
+        wait_until(lambda: log.status().database == "unreachable" and log.status().depth == 3)
         assert (log.status().oldest_age_seconds or -1) >= 0
     assert len(record_ids(tmp_path)) == 3, "they are left to the next one"
 
@@ -176,10 +168,10 @@ def test_a_service_without_a_database_answers_for_ever(make_worker: MakeWorker) 
         # Noise, so that each upload is of its own and does not compress.
         image = png(flat_image(number, 0, 0)) + bytes([number]) * 40_000
         while (status := client.predict(image).status_code) == 503:
-            wait_for(lambda: not worker.log.opened.spool.is_crowded())
+            wait_until(lambda: not worker.log.opened.spool.is_crowded())
         assert status == 200
-    wait_for(lambda: worker.log.opened.status().dropped_rows > 0)
-    wait_for(lambda: not worker.log.opened.spool.is_crowded())
+    wait_until(lambda: worker.log.opened.status().dropped_rows > 0)
+    wait_until(lambda: not worker.log.opened.spool.is_crowded())
     assert len(spooled(worker)) < 30
     worker.log.tend()
     (family,) = [family for family in worker.metrics.registry.collect() if family.name == "cv_log_evicted_entries"]

@@ -1,7 +1,6 @@
 import json
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,35 +11,12 @@ import pytest
 from cv_platform.serving.model.fallback import write_fallback
 from cv_platform.serving.model.holder import ModelHolder, Pace, make_worker_id
 from cv_platform.serving.model.worker_watch import WorkerWatch
-from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer, WorkerHeartbeat
-from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, publish_tiny, tiny_images
+from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
+from cv_platform_tests.support.production import SERVICE, damage, point_to, version_of
+from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny, tiny_images
+from cv_platform_tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
-
-SERVICE = "image_classifier"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in 30 s"
-        time.sleep(0.01)
-
-
-def point_to(storage: CentralStorage, metadata: BundleMetadata) -> ProductionPointer:
-    pointer = ProductionPointer(model_name=metadata.model_name, version=metadata.version, since_utc=datetime.now(UTC))
-    storage.write_pointer(SERVICE, pointer)
-    return pointer
-
-
-def damage(root: Path, metadata: BundleMetadata) -> None:
-    path = root / "models" / metadata.model_name / metadata.version / "golden.npz"
-    path.write_bytes(path.read_bytes()[:100])
-
-
-def version_of(holder: ModelHolder) -> str | None:
-    model = holder.current()
-    return model.metadata.version if model else None
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from cv_platform.errors import BundleNotFoundError, CorruptBundleError, Deployme
 from cv_platform.files import exclusive
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Claim, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer
-from cv_platform_tests.tiny_models import MODEL_NAME, TinyExport, publish_tiny
+from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

@@ -14,7 +14,14 @@ from cv_platform.images import preprocessing_hash
 from cv_platform.serving.model.runtime import LoadedModel, load_bundle, load_folder
 from cv_platform.serving.routes.answer import predict_upload
 from cv_platform.storage import CentralStorage, new_version
-from cv_platform_tests.tiny_models import IMAGE_SIZE, MODEL_NAME, TinyExport, publish_tiny, tiny_images, tiny_metadata
+from cv_platform_tests.support.tiny_models import (
+    IMAGE_SIZE,
+    MODEL_NAME,
+    TinyExport,
+    publish_tiny,
+    tiny_images,
+    tiny_metadata,
+)
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 
@@ -219,7 +226,7 @@ def test_an_onnx_model_is_loaded_and_asked_without_tensorflow(tiny_export: TinyE
     code = (
         "import sys, pathlib, numpy as np\n"
         "from cv_platform.serving.model.runtime import load_folder\n"
-        "from cv_platform_tests.tiny_models import tiny_images, tiny_metadata\n"
+        "from cv_platform_tests.support.tiny_models import tiny_images, tiny_metadata\n"
         "load_folder(pathlib.Path(sys.argv[1]), tiny_metadata(), threads=1).predict(tiny_images(1)[0])\n"
         "assert not {'tensorflow', 'keras', 'onnx', 'tf2onnx', 'pandas'} & set(sys.modules)"
     )

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 
 from cv_platform.errors import CorruptBundleError
 from cv_platform.serving.model.runtime_onnx import OnnxRuntime
-from cv_platform_tests.proxies import counting_server, proxy_variables
-from cv_platform_tests.tiny_models import TinyExport, tiny_images
+from cv_platform_tests.support.proxies import counting_server, proxy_variables
+from cv_platform_tests.support.tiny_models import TinyExport, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

@@ -7,7 +7,7 @@ import pytest
 
 from cv_platform.errors import CorruptBundleError
 from cv_platform.serving.model.runtime_tensorflow import TensorFlowRuntime
-from cv_platform_tests.tiny_models import TinyExport, tiny_images
+from cv_platform_tests.support.tiny_models import TinyExport, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

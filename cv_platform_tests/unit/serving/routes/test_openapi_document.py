@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from cv_platform_tests.unit.serving.http_client import Client
+from cv_platform_tests.support.http_client import Client
 
 
 @pytest.fixture

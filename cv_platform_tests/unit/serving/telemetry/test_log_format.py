@@ -18,9 +18,9 @@ from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.log_format import configure_logging
 from cv_platform.settings import Settings
-from cv_platform_tests.tiny_models import tiny_metadata
-from cv_platform_tests.unit.serving.app_fixtures import ADMIN_TOKEN, MakeWorker
-from cv_platform_tests.unit.serving.http_client import BrightnessRuntime, Client, FixedModels, flat_image, png
+from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
+from cv_platform_tests.support.http_client import BrightnessRuntime, Client, FixedModels, flat_image, png
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 IMAGE = png(flat_image(10, 20, 30))
 API_KEY = 'key "with" quotes'

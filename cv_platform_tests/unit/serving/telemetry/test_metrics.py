@@ -1,5 +1,7 @@
 """What Prometheus is told, read from the text that it would scrape."""
 
+from __future__ import annotations
+
 import os
 import re
 import signal
@@ -20,21 +22,12 @@ from cv_platform.serving.telemetry.exposition import KEPT_VERSIONS, render
 from cv_platform.serving.telemetry.log_status import LogStatus
 from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.worker import note_load
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker
-from cv_platform_tests.unit.serving.http_client import Client, FixedModels, brightness_model, flat_image, png
+from cv_platform_tests.support.app_fixtures import MakeWorker
+from cv_platform_tests.support.http_client import Client, FixedModels, brightness_model, flat_image, png
+from cv_platform_tests.support.metrics_text import Samples, parsed, shown, value
 
 # Means + 1 are (200, 100, 100), so the probabilities are (0.5, 0.25, 0.25).
 REDDISH = png(flat_image(199, 99, 99))
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def parsed(text: str) -> Samples:
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if not sample.name.endswith("_created")
-    }
 
 
 def scraped(client: Client) -> Samples:
@@ -42,14 +35,6 @@ def scraped(client: Client) -> Samples:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain")
     return parsed(response.text)
-
-
-def shown(metrics: ServingMetrics) -> Samples:
-    return parsed(render(metrics)[0].decode())
-
-
-def value(samples: Samples, name: str, **labels: str) -> float | None:
-    return samples.get((name, frozenset(labels.items())))
 
 
 @pytest.fixture

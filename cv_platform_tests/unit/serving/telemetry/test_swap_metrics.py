@@ -9,9 +9,10 @@ from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.worker import note_load, open_worker
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
-from cv_platform_tests.tiny_models import TinyExport, publish_tiny
-from cv_platform_tests.unit.serving.model.test_holder import damage, point_to, wait_until
-from cv_platform_tests.unit.serving.telemetry.test_metrics import Samples, shown, value
+from cv_platform_tests.support.metrics_text import Samples, shown, value
+from cv_platform_tests.support.production import damage, point_to
+from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
+from cv_platform_tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 

@@ -10,9 +10,9 @@ import pytest
 from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform_tests.span_collector import Collector, attributes
-from cv_platform_tests.unit.serving.app_fixtures import MakeWorker
-from cv_platform_tests.unit.serving.http_client import Client, flat_image, png
+from cv_platform_tests.support.app_fixtures import MakeWorker
+from cv_platform_tests.support.http_client import Client, flat_image, png
+from cv_platform_tests.support.span_collector import Collector, attributes
 
 IMAGE = png(flat_image(10, 20, 30))
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"

@@ -17,7 +17,7 @@ from cv_platform.records import (
     TrainedModel,
 )
 from cv_platform.storage import BundleMetadata
-from cv_platform_tests.tiny_models import CLASS_NAMES, IMAGE_SIZE, MODEL_NAME
+from cv_platform_tests.support.tiny_models import CLASS_NAMES, IMAGE_SIZE, MODEL_NAME
 
 VERSION = "20260101T000000Z-00000001"
 

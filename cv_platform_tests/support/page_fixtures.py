@@ -29,7 +29,7 @@ from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.worker import open_worker
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
-from cv_platform_tests.tiny_models import tiny_metadata
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 if TYPE_CHECKING:
     from cv_platform.deployment.export import ExportedModel

@@ -17,7 +17,7 @@ from cv_platform.local.http import free_port
 from cv_platform.record_store import RecordStore
 from cv_platform.records import Record
 from cv_platform.settings import Settings
-from cv_platform_tests.proxies import Counted, counting_server, proxy_variables
+from cv_platform_tests.support.proxies import Counted, counting_server, proxy_variables
 
 R = TypeVar("R", bound=Record)
 REPOSITORY = Path(__file__).parents[2]

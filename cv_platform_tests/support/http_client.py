@@ -15,7 +15,7 @@ import numpy as np
 from starlette.types import ASGIApp
 
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
-from cv_platform_tests.tiny_models import tiny_metadata
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 
 class BrightnessRuntime:

@@ -38,7 +38,7 @@ def counting_server(status: int = 200) -> Iterator[Counted]:
 
         do_GET = do_POST = do_PUT = do_DELETE = do_CONNECT = answer
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             """Says nothing."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

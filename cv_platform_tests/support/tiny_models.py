@@ -50,7 +50,7 @@ def build_classifier(*, seed: int, activation: str = "softmax", sharpness: float
     # tanh: an untrained relu may leave one feature alive, whose map is the same for every class.
     x = keras.layers.Dense(5, activation="tanh", name="features")(x)
     x = keras.layers.Dropout(0.3)(x)
-    head = keras.layers.Dense(len(CLASS_NAMES), activation=activation, name="probabilities", dtype="float32")
+    head: Any = keras.layers.Dense(len(CLASS_NAMES), activation=activation, name="probabilities", dtype="float32")
     model = keras.Model(inputs, head(x))
     head.kernel.assign(head.kernel * sharpness)
     return model

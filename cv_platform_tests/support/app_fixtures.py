@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.worker import open_worker
 from cv_platform.settings import Settings
-from cv_platform_tests.unit.serving.http_client import Client, FixedModels
+from cv_platform_tests.support.http_client import Client, FixedModels
 
 ADMIN_TOKEN = "correct-horse"
 
@@ -86,14 +85,6 @@ def client(worker: WorkerParts) -> Client:
 @pytest.fixture
 def admin(worker: WorkerParts) -> Client:
     return Client(create_app(worker), {"Authorization": f"Bearer {ADMIN_TOKEN}"})
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Returns once the condition holds."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def spooled(worker: WorkerParts) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The service's app over real HTTP, in a process of its own: `python -m cv_platform_tests.served_app PORT LIMITS`.
+"""The service's app over real HTTP, in a process of its own (`python -m` this module, PORT, LIMITS).
 
 Settings come from the environment; LIMITS is JSON that replaces fields of `ServingLimits`, and of
 `BoundedProtocol`. Uvicorn is set up as BentoML sets it up in its workers. The model is the one that computes by hand,
@@ -65,9 +65,9 @@ def serve_app(limits: dict[str, float], **environment: str) -> Iterator[ServedAp
         variables = {"CV_HOME": f"{folder}/home", "CV_STORAGE": f"{folder}/storage", **environment}
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cv_platform_tests.served_app", str(port), json.dumps(limits)],
+                [sys.executable, "-m", "cv_platform_tests.support.served_app", str(port), json.dumps(limits)],
                 env={**os.environ, **variables},
-                cwd=Path(__file__).parents[1],
+                cwd=Path(__file__).parents[2],
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -95,7 +95,7 @@ def main(port: int, changed_limits: dict[str, Any]) -> None:
     from cv_platform.serving.http.connections import BoundedProtocol, bound_connections
     from cv_platform.serving.worker import open_worker
     from cv_platform.settings import Settings
-    from cv_platform_tests.unit.serving.http_client import FixedModels
+    from cv_platform_tests.support.http_client import FixedModels
 
     settings = Settings.from_environment()
     for name in ("head_seconds", "kept_seconds", "untaken_seconds"):
