@@ -517,6 +517,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from cv_platform.config import parse_experiment
+from cv_platform.records import PackedImages
 from cv_platform.training.trainer import train_model
 
 packed, config, directory = sys.argv[1:]
