@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -24,10 +24,9 @@ from cv_platform.serving.http.security import Guard
 from cv_platform.serving.log.worker_log import WorkerLog
 from cv_platform.serving.model.holder import ModelHolder, ModelSource, make_worker_id
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
-from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.model.worker_watch import WorkerWatch
 from cv_platform.serving.routes.parts import WorkerParts
-from cv_platform.serving.telemetry.metrics import ServingMetrics, SwapOutcome, process_metrics
+from cv_platform.serving.telemetry.metrics import ServingMetrics, process_metrics
 from cv_platform.serving.telemetry.tracing import Tracing
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
@@ -78,7 +77,7 @@ def open_worker(
             cache=cache,
             bundled=bundled,
             threads=limits.model_threads,
-            on_swap=_swap_counter(metrics),
+            metrics=metrics,
         )
         opened.callback(models.stop)
         models.start()
@@ -129,13 +128,3 @@ def note_load(parts: WorkerParts) -> None:
     for name, gate in gates.items():
         metrics.places_are(name, gate.inside, gate.limit)
     metrics.memory_is(admission.memory.taken_bytes, admission.memory.limit_bytes)
-
-
-def _swap_counter(metrics: ServingMetrics) -> Callable[[SwapOutcome, float, LoadedModel | None], None]:
-    def count(outcome: SwapOutcome, seconds: float, model: LoadedModel | None) -> None:
-        metrics.swap_ended(outcome, seconds)
-        if model is not None:
-            metadata = model.metadata
-            metrics.serves(metadata.model_name, metadata.version, metadata.runtime)
-
-    return count

@@ -26,7 +26,7 @@ from cv_platform.serving.machine import release_memory
 from cv_platform.serving.model.fallback import BUNDLED, load_fallback, write_fallback
 from cv_platform.serving.model.runtime import LoadedModel, fetch, load_bundle
 from cv_platform.serving.model.worker_watch import HEARTBEAT_SECONDS, WorkerWatch
-from cv_platform.serving.telemetry.metrics import SwapOutcome
+from cv_platform.serving.telemetry.metrics import ServingMetrics, SwapOutcome
 from cv_platform.storage import ProductionPointer, WorkerHeartbeat
 
 logger = logging.getLogger(__name__)
@@ -90,8 +90,7 @@ class ModelHolder:
         cache: folder for downloads and the last good bundle; workers of one host share it.
         bundled: folder written by `fallback.write_fallback` (the one inside a Bento), or None.
         threads: see `runtime.load_bundle`.
-        on_swap: is told how an attempt to take up a model ended, after how many seconds, and of the model that serves
-            from then on, unless it was refused.
+        metrics: count the attempts to take up a model; None: nobody does.
         pace: how often it does what.
     """
 
@@ -103,7 +102,7 @@ class ModelHolder:
         cache: Path,
         bundled: Path | None = None,
         threads: int | None = None,
-        on_swap: Callable[[SwapOutcome, float, LoadedModel | None], None] | None = None,
+        metrics: ServingMetrics | None = None,
         pace: Pace | None = None,
     ) -> None:
         self.service = watch.service
@@ -114,7 +113,7 @@ class ModelHolder:
         self._cache = cache
         self._bundled = bundled
         self._threads = threads
-        self._on_swap = on_swap or _tell_nobody
+        self._metrics = metrics
         self._pace = pace or Pace()
         self._current: LoadedModel | None = None
         self._source: str | None = None
@@ -224,19 +223,19 @@ class ModelHolder:
         except CvPlatformError as err:
             logger.error("Worker %s keeps its model: %s", self.worker_id, err)
             self._note_failure(pointer, str(err))
-            self._on_swap("refused", time.monotonic() - started, None)
+            self._count("refused", time.monotonic() - started)
             return
         # Anything at all: a worker with a good model must not die of a bad one.
         except Exception as err:
             logger.exception("Worker %s keeps its model", self.worker_id)
             self._note_failure(pointer, f"{pointer.model_name} {pointer.version}: {str(err) or type(err).__name__}")
-            self._on_swap("refused", time.monotonic() - started, None)
+            self._count("refused", time.monotonic() - started)
             return
         self._swap(model, "pointer")
         name = f"{pointer.model_name} {pointer.version}"
         seconds = time.monotonic() - started
         logger.info("Worker %s serves %s after %.2f s", self.worker_id, name, seconds)
-        self._on_swap("swapped", seconds, model)
+        self._count("swapped", seconds, model)
         self._changed.set()
         self._unkept = model
 
@@ -245,6 +244,12 @@ class ModelHolder:
             self._failed, self._last_swap_error = pointer, message
             self._retry_at = time.monotonic() + self._pace.retry_seconds
         self._changed.set()
+
+    def _count(self, outcome: SwapOutcome, seconds: float, model: LoadedModel | None = None) -> None:
+        if self._metrics is not None:
+            self._metrics.swap_ended(outcome, seconds)
+            if model is not None:
+                self._metrics.serves(model.metadata.model_name, model.metadata.version, model.metadata.runtime)
 
     def _swap(self, model: LoadedModel, source: str) -> None:
         with self._lock:
@@ -271,7 +276,7 @@ class ModelHolder:
                 name = f"{model.metadata.model_name} {model.metadata.version}"
                 logger.warning("Worker %s starts with the %s model %s", self.worker_id, source, name)
                 self._swap(model, source)
-                self._on_swap("fallback", time.monotonic() - started, model)
+                self._count("fallback", time.monotonic() - started, model)
                 return
         logger.warning("Worker %s starts without a model and waits for one: deploy it.", self.worker_id)
 
@@ -342,7 +347,3 @@ class ModelHolder:
         thread = threading.Thread(target=target, name=f"model-{name}", daemon=True)
         self._threads_running.append(thread)
         thread.start()
-
-
-def _tell_nobody(outcome: SwapOutcome, seconds: float, model: LoadedModel | None) -> None:
-    del outcome, seconds, model

@@ -28,18 +28,7 @@ class WorkerParts:
     """The parts of one worker, all of them open; `worker.open_worker` makes them and closes them.
 
     Attributes:
-        settings: of the installation.
-        limits: what this worker allows itself.
-        metrics: of this worker.
-        tracing: where spans go; None without an endpoint.
-        guard: knows the secrets.
-        refusals: takes what is refused of predictions.
-        admission: bounds what is under way.
-        log: the request log.
-        models: where the model comes from.
-        storage: central storage.
-        workers: watches those of this service.
-        promoter: moves the production pointer.
+        tracing: None without an endpoint.
         calls: which may hang.
         stopping: set once the worker is about to let go of its parts.
     """

@@ -125,15 +125,7 @@ class ServingMetrics:
         self._lock = threading.Lock()
 
     def answered(self, *, route: str, method: str, status: int, version: str | None, seconds: float) -> None:
-        """Counts one answer.
-
-        Args:
-            route: template of the route, never a path.
-            method: of the request; unknown ones count as `other`.
-            status: HTTP status code.
-            version: of the model that answered; None for other answers.
-            seconds: until the end of the answer.
-        """
+        """Counts one answer; `route` is a template, never a path, and unknown methods count as `other`."""
         key = (route, method if method in _METHODS else _OTHER, status, version or "")
         series = self._answers.get(key)
         if series is None:  # `labels` costs more than counting does.
@@ -155,14 +147,7 @@ class ServingMetrics:
         self._stages[stage].observe(seconds)
 
     def predicted(self, model_name: str, version: str, classes: Sequence[str], confidence: float) -> None:
-        """Counts one prediction.
-
-        Args:
-            model_name: of the model that answered.
-            version: its version.
-            classes: the predicted classes; for multi-label any number.
-            confidence: the highest probability, 0–1.
-        """
+        """Counts one prediction: for multi-label any number of classes; the confidence is the highest probability."""
         model = self._models.get((model_name, version))
         if model is None:
             model = self._confidence.labels(model_name, version), dict[str, Any]()
