@@ -60,6 +60,10 @@ def test_the_demo_ends_with_zero_and_says_why(demo: Demo) -> None:
     assert re.search(r"shifted window \(359 requests\): drift, .*classes that moved: ", demo.output)
 
 
+def test_the_demo_asks_nobody_elsewhere(demo: Demo) -> None:
+    assert demo.proxied == []
+
+
 def test_the_runs_log_has_a_progress_line_per_epoch(demo: Demo) -> None:
     log = (demo.home / "logs" / "demo-graph.log").read_text()
     epochs = load_experiment(demo.config).train.epochs

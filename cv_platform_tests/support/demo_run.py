@@ -32,6 +32,8 @@ class Demo:
     home: Path
     config: Path
     settings: Settings
+    proxied: list[str]
+    """What its processes asked of a proxy that leads nowhere."""
 
     def record(self, kind: type[R]) -> R:
         found = RecordStore(self.home, "digits").latest(kind)
@@ -66,6 +68,11 @@ def cli(variables: Mapping[str, str], *arguments: str) -> subprocess.CompletedPr
     )
 
 
+def proxied_by(proxy: Counted) -> dict[str, str]:
+    """Returns variables that send everything to a proxy, as of somebody who has never heard of `NO_PROXY`, or of CI."""
+    return {**proxy_variables(proxy.url), "NO_PROXY": "", "no_proxy": "", "CI": ""}
+
+
 @contextmanager
 def finished_demo() -> Iterator[Demo]:
     # Not below pytest's own folder, which is closed to the unprivileged user that runs PostgreSQL for root.
@@ -74,13 +81,15 @@ def finished_demo() -> Iterator[Demo]:
     config = REPOSITORY / "configs" / "digits.yaml"
     variables = {"CV_HOME": str(folder / "home"), "CV_CONFIGS": str(config)}
     try:
-        result = cli(variables, "demo")
+        with counting_server(status=502) as proxy:
+            result = cli({**variables, **proxied_by(proxy)}, "demo")
         yield Demo(
             result.returncode,
             result.stdout + result.stderr,
             folder / "home",
             config,
             Settings.from_environment(variables),
+            proxy.asked,
         )
     finally:
         shutil.rmtree(folder)
@@ -96,9 +105,7 @@ def running_stack(demo: Demo) -> Iterator[Stack]:
             "CV_CONFIGS": str(demo.config),
             "CV_SERVICE_WORKERS": "1",
             **{name: str(free_port()) for name in ports},
-            **proxy_variables(proxy.url),
-            "NO_PROXY": "",
-            "no_proxy": "",
+            **proxied_by(proxy),
         }
         started = cli(variables, "up")
         try:
