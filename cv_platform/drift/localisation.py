@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType
+from cv_platform.drift.family import settle_saturated
 from cv_platform.drift.sample import DriftSample, Float32Matrix, require_comparable
 from cv_platform.drift.scipy_tests import fisher_exact
 from cv_platform.drift.two_sample import gaussian_kernel, holm, ks_bonferroni, median_bandwidth, subsample
-from cv_platform.drift.verdict import DriftVerdict, settle_saturated
+from cv_platform.drift.verdict import DriftVerdict
 from cv_platform.predictions import predicted_flags
 from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.records import ClassMovement, EffectSizes, LargestDistance, PropertyShift

@@ -1,28 +1,19 @@
-"""The verdict: one family-wise test at `alpha` over four detectors.
+"""The verdict: one family-wise test at `alpha` over the detectors of `family.py`.
 
-    bbsd_ks         KS per class probability, Bonferroni inside (black-box shift detection)
-    properties_ks   KS per pixel statistic, Bonferroni inside
-    features_mmd    MMD permutation test on the penultimate layer
-    uae_mmd         MMD permutation test on the untrained encoder's embedding
-
-Holm's correction over the four keeps the chance of any false alarm in a report at `alpha`. Effect sizes, classes and
-images are in `localisation.py`; they explain a verdict and never make one.
-
-Sources: Rabanser et al. 2019, "Failing Loudly", arXiv 1810.11953; Lipton et al. 2018, "Detecting and Correcting for
-Label Shift with Black Box Predictors", arXiv 1802.03916; see also `two_sample.py`.
+Holm's correction over them keeps the chance of any false alarm in a report at `alpha`. Effect sizes, classes and images
+are in `localisation.py`; they explain a verdict and never make one.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from cv_platform.drift.sample import DriftSample, Float32Matrix, require_comparable
-from cv_platform.drift.two_sample import MAX_CURRENT_ROWS, holm, ks_bonferroni, mmd_permutation_test
+from cv_platform.drift.family import DETECTORS, Effort
+from cv_platform.drift.sample import DriftSample, require_comparable
+from cv_platform.drift.two_sample import MAX_CURRENT_ROWS, holm
 
-DETECTORS: tuple[str, ...] = ("bbsd_ks", "properties_ks", "features_mmd", "uae_mmd")
 _MOST_PERMUTATIONS = 19_999
 MIN_ROWS = 2
 """Fewer rows on either side cannot be judged at all; what is too few to be useful is the caller's decision."""
@@ -94,49 +85,18 @@ def judge(
     require_comparable(reference, current, min_rows=MIN_ROWS)
     needed = min(math.ceil(len(DETECTORS) / alpha) - 1, _MOST_PERMUTATIONS)
     permutations = max(permutations, needed)
-    bbsd = ks_bonferroni(settle_saturated(reference.bbsd), settle_saturated(current.bbsd))
-    properties = ks_bonferroni(reference.properties, current.properties)
-    mmd = {
-        name: mmd_permutation_test(
-            left,
-            right,
-            permutations=permutations,
-            # Each detector has a stream of its own: one unlucky set of permutations must not move both.
-            seed=(seed, stream),
-            max_reference_rows=max_reference_rows,
-            max_current_rows=max_current_rows,
-        )
-        for stream, (name, left, right) in enumerate(
-            (("features_mmd", reference.features, current.features), ("uae_mmd", reference.uae, current.uae))
-        )
-    }
-    p_values = {
-        "bbsd_ks": bbsd.p_value,
-        "properties_ks": properties.p_value,
-        **{name: result.p_value for name, result in mmd.items()},
-    }
+    effort = Effort(permutations, max_reference_rows, max_current_rows, seed)
+    tested = {detector.name: detector.test(reference, current, effort) for detector in DETECTORS}
+    p_values = {name: result.p_value for name, result in tested.items()}
     adjusted = holm(p_values)
     return DriftVerdict(
         drifted=min(adjusted.values()) <= alpha,
         alpha=alpha,
         p_values=p_values,
         adjusted_p_values=adjusted,
-        statistics={
-            "bbsd_ks": float(bbsd.distances.max()),
-            "properties_ks": float(properties.distances.max()),
-            **{name: result.mmd_squared for name, result in mmd.items()},
-        },
-        standardised={name: result.standardised for name, result in mmd.items()},
+        statistics={name: result.statistic for name, result in tested.items()},
+        standardised={name: r.standardised for name, r in tested.items() if r.standardised is not None},
         reference_rows=len(reference),
         current_rows=len(current),
         permutations=permutations,
     )
-
-
-def settle_saturated(probabilities: Float32Matrix) -> Float32Matrix:
-    """Merges probabilities that saturate, so that a last bit cannot look like drift.
-
-    A confident model answers exactly 1.0 for many images; the same model in another batch size or runtime answers
-    0.9999999 for some of them. KS compares ranks, so that would be a large distance.
-    """
-    return np.clip(probabilities, np.float32(1e-30), np.float32(1.0 - 1e-6))

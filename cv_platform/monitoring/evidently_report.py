@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from cv_platform.client.loopback import direct_transport
-from cv_platform.drift.verdict import DETECTORS
+from cv_platform.drift.family import DETECTOR_NAMES
 from cv_platform.errors import ServiceError
 from cv_platform.properties import PROPERTY_NAMES
 
@@ -205,7 +205,7 @@ def _snapshot(run: EvidentlyRun) -> Any:
         )
         # Of all detectors and properties, so that none is marked in a window whose verdict is "no drift"; by default
         # one window in three without drift would have a marked property.
-        threshold = run.alpha / (len(DETECTORS) * len(PROPERTY_NAMES))
+        threshold = run.alpha / (len(DETECTOR_NAMES) * len(PROPERTY_NAMES))
         metrics += [ValueDrift(column=name, method="ks", threshold=threshold) for name in PROPERTY_NAMES]
     return Report(metrics).run(
         current,
@@ -306,13 +306,13 @@ def _dashboard() -> Any:
         line_plot_panel(
             title="Adjusted p-values",
             description="Holm over the detectors; drift from alpha (by default 0.05) down.",
-            values=series("CalibratedDrift", DETECTORS),
+            values=series("CalibratedDrift", DETECTOR_NAMES),
             size="half",
         ),
         line_plot_panel(
             title="Effect sizes",
             description="Largest KS distance, and MMD: they do not grow with the number of requests.",
-            values=series("DriftEffect", DETECTORS),
+            values=series("DriftEffect", DETECTOR_NAMES),
             size="half",
         ),
         line_plot_panel(

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from cv_platform.drift.verdict import DETECTORS
+from cv_platform.drift.family import DETECTOR_NAMES
 from cv_platform.errors import ServiceError
 from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure, _quiet, delete_run, publish_run
 
@@ -38,7 +38,7 @@ def make_run(
         window_end_utc=datetime(2026, 2, day, 6, tzinfo=UTC),
         figures=[
             Figure("WindowFigure", "rows", 60.0),
-            *(Figure("CalibratedDrift", name, p) for name in DETECTORS),
+            *(Figure("CalibratedDrift", name, p) for name in DETECTOR_NAMES),
             *(Figure("PredictedShare", name, 1 / len(classes)) for name in classes),
         ],
         metadata={"model_name": "m", "model_version": "v", "verdict": verdict},

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cv_platform.drift.family import DETECTOR_NAMES, settle_saturated
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.two_sample import holm
-from cv_platform.drift.verdict import DETECTORS, DriftVerdict, judge, settle_saturated
+from cv_platform.drift.verdict import DriftVerdict, judge
 from cv_platform.errors import InvalidSampleError
 from cv_platform_tests.support.drift_samples import draw_sample
 
@@ -34,7 +35,7 @@ def test_false_alarms_stay_within_alpha() -> None:
 
 
 def test_each_detector_alone_stays_within_alpha() -> None:
-    rejections = dict.fromkeys(DETECTORS, 0)
+    rejections = dict.fromkeys(DETECTOR_NAMES, 0)
     for trial in range(TRIALS):
         rng = np.random.default_rng((7, trial))
         result = verdict(draw_sample(rng, 80), draw_sample(rng, 50), seed=trial)
@@ -65,9 +66,9 @@ def test_the_same_rows_in_any_order_give_the_same_verdict() -> None:
 def test_reports_every_detector_with_holm_over_them() -> None:
     rng = np.random.default_rng(1)
     result = verdict(draw_sample(rng, 200), draw_sample(rng, 150, shift=1.0))
-    assert set(result.p_values) == set(result.adjusted_p_values) == set(result.statistics) == set(DETECTORS)
+    assert set(result.p_values) == set(result.adjusted_p_values) == set(result.statistics) == set(DETECTOR_NAMES)
     assert result.drifted
-    assert set(result.drifted_detectors) <= set(DETECTORS)
+    assert set(result.drifted_detectors) <= set(DETECTOR_NAMES)
     assert result.drifted_detectors[0] == min(result.adjusted_p_values, key=lambda d: result.adjusted_p_values[d])
     assert result.adjusted_p_values == holm(result.p_values)
     assert (result.reference_rows, result.current_rows, result.permutations) == (200, 150, 99)
