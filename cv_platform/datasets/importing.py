@@ -12,12 +12,7 @@ from unicodedata import normalize
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cv_platform.config import DatasetConfig
-from cv_platform.datasets.archives import is_archive, unpack
 from cv_platform.datasets.dvc_store import store_images
-from cv_platform.datasets.entries import NOT_AN_IMAGE, ImageEntry, Layout
-from cv_platform.datasets.label_files import LabelRules
-from cv_platform.datasets.layouts import descend, read_layout, write_annotations
-from cv_platform.datasets.phone_photos import GROWTH, SUFFIX, is_phone_photo, to_jpeg
 from cv_platform.datasets.repository import (
     DATA_FOLDER,
     StoredVersion,
@@ -29,7 +24,12 @@ from cv_platform.datasets.repository import (
     show_version,
     version_md5,
 )
-from cv_platform.datasets.source_tree import Folder, is_image, walk
+from cv_platform.datasets.sources.archives import is_archive, unpack
+from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, ImageEntry, Layout
+from cv_platform.datasets.sources.label_files import LabelRules
+from cv_platform.datasets.sources.layouts import descend, read_layout, write_annotations
+from cv_platform.datasets.sources.phone_photos import GROWTH, SUFFIX, is_phone_photo, to_jpeg
+from cv_platform.datasets.sources.tree import Folder, is_image, walk
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.disk_space import require_free_space
 from cv_platform.errors import DatasetError, InvalidDatasetError

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from cv_platform import images
 from cv_platform.config import DatasetConfig, ModelConfig
-from cv_platform.datasets.entries import ImageEntry
-from cv_platform.datasets.label_files import LabelRules
-from cv_platform.datasets.layouts import read_layout
-from cv_platform.datasets.source_tree import walk
+from cv_platform.datasets.sources.entries import ImageEntry
+from cv_platform.datasets.sources.label_files import LabelRules
+from cv_platform.datasets.sources.layouts import read_layout
+from cv_platform.datasets.sources.tree import walk
 from cv_platform.datasets.splits import SPLITS, TAKEN, complete_splits
 from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
 from cv_platform.files import whole_file

@@ -1,9 +1,6 @@
 """What a folder of images says about them: class folders, split and class folders, or label files.
 
 Importing and the manifest read folders through here, so that what was imported is what is found again.
-
-How to add one: a function that takes the source and the rules and returns a `Layout`, or None where the source is
-another one; its name in `LAYOUTS`, of which the first that answers counts; and a row in docs/reference/import.md.
 """
 
 from __future__ import annotations
@@ -11,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 from unicodedata import normalize
 
 from cv_platform.config import is_class_name
-from cv_platform.datasets.entries import (
+from cv_platform.datasets.sources.entries import (
     ACCOMPANYING,
     NO_CLASS_FOLDER,
     NOT_AN_IMAGE,
@@ -28,8 +26,8 @@ from cv_platform.datasets.entries import (
     LeftOut,
     split_of,
 )
-from cv_platform.datasets.label_files import LABEL_FILES, LabelRules, read_labels
-from cv_platform.datasets.source_tree import Folder
+from cv_platform.datasets.sources.label_files import LABEL_FILES, LabelRules, read_labels
+from cv_platform.datasets.sources.tree import Folder
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.image_files import TEXT_SUFFIXES
 from cv_platform.predictions import LABEL_SEPARATOR
@@ -192,7 +190,23 @@ def _class_folders(root: Folder, rules: LabelRules) -> Layout:
     return _from_class_folders(root, folders, "class folders", rules, left_out)
 
 
-LAYOUTS: tuple[Callable[[Folder, LabelRules], Layout | None], ...] = (
+class LayoutReader(Protocol):
+    """Reads sources of one layout.
+
+    How to add one: such a function in this module, its name in `LAYOUTS`, of which the first that answers counts, and a
+    row in docs/reference/import.md.
+    """
+
+    def __call__(self, root: Folder, rules: LabelRules) -> Layout | None:
+        """Returns what the source holds, or None where it is of another layout.
+
+        Raises:
+            InvalidDatasetError: it is of this one, and broken.
+        """
+        ...
+
+
+LAYOUTS: tuple[LayoutReader, ...] = (
     _one_label_file,
     _label_file_per_split,
     _split_and_class_folders,

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.datasets.entries import Layout
-from cv_platform.datasets.label_files import LabelRules, read_labels
-from cv_platform.datasets.layouts import read_layout
-from cv_platform.datasets.source_tree import walk
+from cv_platform.datasets.sources.entries import Layout
+from cv_platform.datasets.sources.label_files import LabelRules, read_labels
+from cv_platform.datasets.sources.layouts import read_layout
+from cv_platform.datasets.sources.tree import walk
 from cv_platform.errors import InvalidDatasetError
 from cv_platform_tests.support.pictures import write_pictures
 

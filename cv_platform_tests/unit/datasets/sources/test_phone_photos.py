@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from cv_platform.datasets.importing import import_dataset
-from cv_platform.datasets.phone_photos import decodes, is_phone_photo, to_jpeg
 from cv_platform.datasets.repository import read_version
+from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo, to_jpeg
 from cv_platform_tests.support.pictures import write_pictures
 
 # 48×32, red on the left and blue on the right; libde265 decodes, and nothing here encodes HEVC.

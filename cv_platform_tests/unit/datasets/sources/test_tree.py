@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cv_platform.datasets.source_tree import is_image, walk
+from cv_platform.datasets.sources.tree import is_image, walk
 from cv_platform.errors import InvalidDatasetError
 from cv_platform_tests.support.pictures import picture, write_pictures
 

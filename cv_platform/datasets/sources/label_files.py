@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any, cast
 from unicodedata import normalize
 
-from cv_platform.datasets.entries import (
+from cv_platform.datasets.sources.entries import (
     ACCOMPANYING,
     NOT_IN_LABEL_FILE,
     UNLABELLED,
@@ -28,7 +28,7 @@ from cv_platform.datasets.entries import (
     LeftOut,
     split_of,
 )
-from cv_platform.datasets.source_tree import Folder
+from cv_platform.datasets.sources.tree import Folder
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.predictions import LABEL_SEPARATOR

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_platform.datasets.archives import is_archive, unpack
+from cv_platform.datasets.sources.archives import is_archive, unpack
 from cv_platform.errors import InvalidDatasetError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from cv_platform import disk_space
-from cv_platform.datasets.source_tree import MAX_DEPTH
+from cv_platform.datasets.sources.tree import MAX_DEPTH
 from cv_platform.errors import InvalidDatasetError
 
 MAX_UNPACKED_BYTES = 500 * 10**9

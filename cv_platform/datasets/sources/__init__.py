@@ -1,0 +1,1 @@
+"""Sources of an import: archives, folders and label files of others, read into images with splits and labels."""
