@@ -11,6 +11,7 @@ original's. How probabilities become predicted classes is here too: every reader
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,3 +106,15 @@ def predicted_flags(
     flags = np.zeros(probabilities.shape, dtype=np.bool_)
     flags[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = True
     return flags
+
+
+def one_hot(targets: NDArray[Any], classes: int) -> NDArray[np.bool_]:
+    """Returns `(N, C)` bool from `(N,)` class indices; `(N, C)` 0/1 targets are only converted."""
+    if targets.ndim == 2:
+        return targets > 0.5
+    return np.asarray(targets)[:, None] == np.arange(classes)[None, :]
+
+
+def label_texts(flags: NDArray[np.bool_], class_names: Sequence[str]) -> list[str]:
+    """Names the positive classes of each row of `(N, C)` flags, joined by the separator; none is the empty string."""
+    return [LABEL_SEPARATOR.join(class_names[int(i)] for i in np.flatnonzero(row)) for row in flags]

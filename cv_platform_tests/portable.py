@@ -34,7 +34,7 @@ NUMERICAL = (
     "unit/training/test_calibration.py",
     "unit/training/test_schedules.py",
     "unit/validation/test_checks.py",
-    "unit/validation/test_label_issues.py",
+    "unit/validation/checks/test_label_issues.py",
 )
 """Folders and modules whose results are computed floats. A new one is added here."""
 HELD_BACK_BY_HALF = "unit/deployment/test_signature.py::test_a_layer_that_does_not_convert_falls_back_to_tensorflow"

@@ -5,7 +5,7 @@ from collections import Counter
 import dagster as dg
 
 from cv_platform.defs.branch import Branch
-from cv_platform.defs.metadata import file_link, picture, table
+from cv_platform.defs.metadata import file_link, table
 from cv_platform.records import DatasetVersion, PackedImages, ValidationVerdict
 
 
@@ -22,10 +22,13 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.datasets.contact_sheet import contact_sheet
         from cv_platform.datasets.manifest import read_manifest, split_counts
         from cv_platform.datasets.versions import checkout_version
+        from cv_platform.files import write_file
 
         run = branch.run(context)
         version = checkout_version(run.config.dataset, run.config.model, home=run.settings.home)
         manifest = read_manifest(version.manifest_path)
+        sheet = version.manifest_path.with_suffix(".png")
+        write_file(sheet, contact_sheet(version))
         counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
         return dg.MaterializeResult(
             value=version,
@@ -49,7 +52,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
                         for s, o in manifest.groupby("split", observed=True)["split_origin"].first().items()
                     ]
                 ),
-                "contact_sheet": picture(contact_sheet(version), "contact sheet"),
+                "contact_sheet": file_link(sheet),
             },
         )
 

@@ -3,7 +3,7 @@
 import dagster as dg
 
 from cv_platform.defs.branch import AssetRun, Branch
-from cv_platform.defs.metadata import file_link, picture, table
+from cv_platform.defs.metadata import file_link, table
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.records import Evaluation, PackedImages, TrainedModel
 from cv_platform.storage import BundleMetadata
@@ -49,7 +49,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
                 "predictions": file_link(result.predictions_path),
                 "mlflow_run_id": result.mlflow_run_id or "",
                 "mlflow_url": dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages)),
-                **{name: picture(path, name) for name, path in result.plots.items()},
+                **{name: file_link(path) for name, path in result.plots.items()},
             },
             check_results=[
                 dg.AssetCheckResult(

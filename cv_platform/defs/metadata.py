@@ -1,19 +1,12 @@
-"""How records look in the Dagster page: pictures, tables and links."""
+"""How records look in the Dagster page: tables, and links to files (pictures are no part of its event log)."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-
-
-def picture(png: bytes | Path, title: str) -> dg.MarkdownMetadataValue:
-    """Shows a PNG inline; the page needs no file server for it."""
-    content = png.read_bytes() if isinstance(png, Path) else png
-    return dg.MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(content).decode()})")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.MarkdownMetadataValue:

@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 
 from cv_platform.defs.branch import Branch
-from cv_platform.defs.metadata import picture, table
+from cv_platform.defs.metadata import file_link, table
 from cv_platform.records import Deployment, DriftReport, ModelIdentity, ProductionMetrics
 
 
@@ -156,6 +156,6 @@ def _production_metadata(metrics: ProductionMetrics) -> dict[str, Any]:
         "with_feedback": metrics.with_feedback,
         "versions": table([version_row(version) for version in metrics.versions]),
         **{f"per_class_{v.model_version}": table(v.per_class) for v in metrics.versions if v.per_class},
-        **{name: picture(path, name) for name, path in metrics.plots.items()},
+        **{name: file_link(path) for name, path in metrics.plots.items()},
         "problems": list(metrics.problems),
     }

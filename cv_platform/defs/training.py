@@ -5,7 +5,7 @@ from pathlib import Path
 import dagster as dg
 
 from cv_platform.defs.branch import Branch
-from cv_platform.defs.metadata import file_link, picture, table
+from cv_platform.defs.metadata import file_link, table
 from cv_platform.records import PackedImages, TrainedModel, ValidationVerdict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 "seconds": trained.seconds,
                 "images_per_second": trained.images_per_second,
                 "last_epoch": table([{"metric": name, "value": value} for name, value in last.items()]),
-                "learning_curves": picture(trained.directory / "learning_curves.png", "learning curves"),
+                "learning_curves": file_link(trained.directory / "learning_curves.png"),
             },
         )
 

@@ -38,6 +38,8 @@ from cv_platform.predictions import (
     PROPERTIES,
     UAE_FEATS,
     VECTOR_COLUMNS,
+    label_texts,
+    one_hot,
     predicted_flags,
     reference_schema,
 )
@@ -104,8 +106,8 @@ def build_reference_data(
         sample,
         paths=[held_out.paths[row] for row in chosen],
         sha256=[held_out.sha256[row] for row in chosen],
-        labels=_names(one_hot(targets, len(class_names)), class_names),
-        predicted=_names(predicted, class_names),
+        labels=label_texts(one_hot(targets, len(class_names)), class_names),
+        predicted=label_texts(predicted, class_names),
     )
     url = storage.publish_reference_data(path, trained.model.model_name, trained.model.version)
     return ReferenceData(model=trained.model, directory=trained.directory, url=url, rows=len(rows))
@@ -229,17 +231,6 @@ def label_targets(labels: Iterable[str], class_names: tuple[str, ...]) -> NDArra
             if name in index:
                 targets[row, index[name]] = True
     return targets
-
-
-def one_hot(targets: NDArray[np.generic], classes: int) -> NDArray[np.bool_]:
-    """Returns `(N, C)` bool from `(N,)` class indices; `(N, C)` 0/1 targets are only converted."""
-    if targets.ndim == 2:
-        return targets.astype(np.bool_)
-    return np.asarray(targets)[:, None] == np.arange(classes)[None, :]
-
-
-def _names(chosen: NDArray[np.bool_], class_names: tuple[str, ...]) -> list[str]:
-    return [LABEL_SEPARATOR.join(class_names[i] for i in np.flatnonzero(row)) for row in chosen]
 
 
 def _matrix(table: pa.Table, column: str) -> Float32Matrix:

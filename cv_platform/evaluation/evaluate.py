@@ -26,7 +26,6 @@ from cv_platform.evaluation.metrics import (
     confidence_of,
     confusion_matrix,
     expected_calibration_error,
-    one_hot,
     per_class_metrics,
     reliability,
     uncalibrated_error,
@@ -40,7 +39,7 @@ from cv_platform.evaluation.plots import (
 )
 from cv_platform.evaluation.report import render_report
 from cv_platform.files import exclusive, whole_directory
-from cv_platform.predictions import LABEL_SEPARATOR, predicted_flags
+from cv_platform.predictions import label_texts, one_hot, predicted_flags
 from cv_platform.records import Evaluation, PackedImages, Task, TrainedModel
 from cv_platform.storage import BundleMetadata
 from cv_platform.tracking import MlflowRun
@@ -231,8 +230,8 @@ def _predictions(test: PackedSplit, probabilities: np.ndarray, task: Task, thres
     return _Predictions(
         paths=test.paths,
         sha256=test.sha256,
-        label=_joined(truth, task.class_names),
-        predicted_class=_joined(decisions, task.class_names),
+        label=label_texts(truth, task.class_names),
+        predicted_class=label_texts(decisions, task.class_names),
         correct=(truth == decisions).all(axis=1),
         confidence=confidence_of(probabilities, task.classifier_type, threshold),
         probabilities=probabilities,
@@ -255,11 +254,6 @@ def _draw(evaluation: Evaluation, test: PackedSplit, predictions: _Predictions, 
             for i in worst
         ]
         save_worst_errors(plots["worst_errors"], [np.asarray(test.images[i]) for i in worst], captions)
-
-
-def _joined(flags: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """Names the positive classes of each row, joined by the separator; none is the empty string."""
-    return [LABEL_SEPARATOR.join(class_names[int(i)] for i in np.flatnonzero(row)) for row in flags]
 
 
 def _log(run: MlflowRun, evaluation: Evaluation) -> None:

@@ -1,20 +1,22 @@
 """Metrics of predictions against targets, as plain functions of arrays.
 
-`targets` is `(N,)` int64 class indices for multi-class and `(N, C)` 0/1 for multi-label; `probabilities` is `(N, C)`.
-Rows belong together by position and nothing here reorders them. What cannot be computed (the AUC of a class that the
-split does not have, say) is None, or left out of a mean; it is never NaN.
+`targets` is `(N,)` int64 class indices for multi-class and `(N, C)` 0/1 for multi-label; `probabilities` is `(N, C)`,
+of two classes or more. Rows belong together by position and nothing here reorders them. What cannot be computed (the
+AUC of a class that the split does not have, say) is None, or left out of a mean; it is never NaN. What scikit-learn has
+is scikit-learn's; its log loss clips by the dtype, and it has no calibration error.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit, softmax
-from scipy.stats import rankdata
+from sklearn import metrics as sklearn_metrics
 
 from cv_platform.config import ClassifierType
-from cv_platform.predictions import predicted_flags
+from cv_platform.predictions import one_hot, predicted_flags
 
 CALIBRATION_BINS = 15
 _SMALLEST = 1e-7
@@ -38,15 +40,6 @@ class ReliabilityBin:
     count: int
     confidence: float | None
     accuracy: float | None
-
-
-def one_hot(targets: np.ndarray, classes: int) -> np.ndarray:
-    """Returns targets as `(N, C)` bool, whichever form they have."""
-    if targets.ndim == 2:
-        return targets > 0.5
-    result = np.zeros((len(targets), classes), dtype=bool)
-    result[np.arange(len(targets)), targets] = True
-    return result
 
 
 def compute_metrics(
@@ -103,35 +96,17 @@ def per_class_metrics(
     """
     truth = one_hot(targets, probabilities.shape[1])
     decisions = predicted_flags(probabilities, classifier_type, threshold)
-    rows: list[dict[str, float | None]] = []
-    for index in range(probabilities.shape[1]):
-        positive, predicted = truth[:, index], decisions[:, index]
-        hits, support, guesses = int((positive & predicted).sum()), int(positive.sum()), int(predicted.sum())
-        rows.append(
-            {
-                "precision": hits / guesses if guesses else None,
-                "recall": hits / support if support else None,
-                "f1": 2 * hits / (support + guesses) if support + guesses else None,
-                "auc": area_under_roc(positive, probabilities[:, index]),
-                "support": float(support),
-            }
-        )
-    return rows
-
-
-def area_under_roc(positive: np.ndarray, scores: np.ndarray) -> float | None:
-    """Returns the probability that a positive outranks a negative, ties counting half; None without one of either.
-
-    Args:
-        positive: `(N,)` bool.
-        scores: `(N,)`, larger for what is more likely positive.
-    """
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
-        return None
-    ranks = rankdata(scores)
-    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    not_any: Any = np.nan  # The stubs of scikit-learn 1.7 know texts only.
+    scores: Any = sklearn_metrics.precision_recall_fscore_support(truth, decisions, average=None, zero_division=not_any)
+    aucs = [
+        sklearn_metrics.roc_auc_score(positive, column) if 0 < positive.sum() < len(positive) else np.nan
+        for positive, column in zip(truth.T, probabilities.T, strict=True)
+    ]
+    names = ("precision", "recall", "f1", "support", "auc")
+    return [
+        {name: None if np.isnan(value) else float(value) for name, value in zip(names, row, strict=True)}
+        for row in zip(*scores, aucs, strict=True)
+    ]
 
 
 def confusion_matrix(
@@ -146,11 +121,8 @@ def confusion_matrix(
     classes = probabilities.shape[1]
     decisions = predicted_flags(probabilities, classifier_type, threshold)
     if classifier_type == "multi-class":
-        cells = targets.astype(np.int64) * classes + decisions.argmax(axis=1)
-        return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
-    truth = one_hot(targets, classes)
-    counts = [~truth & ~decisions, ~truth & decisions, truth & ~decisions, truth & decisions]
-    return np.stack([cell.sum(axis=0) for cell in counts], axis=1).astype(np.int64)
+        return sklearn_metrics.confusion_matrix(targets, decisions.argmax(axis=1), labels=np.arange(classes))
+    return sklearn_metrics.multilabel_confusion_matrix(one_hot(targets, classes), decisions).reshape(classes, 4)
 
 
 def confidence_of(probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,22 +13,10 @@ import pandas as pd
 from cv_platform.config import ClassifierType, ValidateConfig
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.files import exclusive, whole_directory
-from cv_platform.records import CheckOutcome, DatasetVersion, ValidationVerdict
-from cv_platform.validation.checks import (
-    check_class_coverage,
-    check_conflicting_labels,
-    check_constant_images,
-    check_damaged_images,
-    check_duplicates,
-    check_label_drift,
-    check_narrow_range,
-    check_property_drift,
-    check_train_test_leakage,
-    check_unreadable_images,
-)
-from cv_platform.validation.deepchecks_suites import REPORT_NAMES, check_deepchecks_suites
-from cv_platform.validation.label_issues import check_label_issues
-from cv_platform.validation.report import render_report
+from cv_platform.pages import render
+from cv_platform.records import DatasetVersion, ValidationVerdict
+from cv_platform.validation.checks import Subject, all_checks
+from cv_platform.validation.checks.deepchecks_suites import REPORT_NAMES
 from cv_platform.validation.sample import ImageSample, read_sample
 from cv_platform.validation.verdict import CHECK_NAMES
 
@@ -67,23 +55,9 @@ def validate_dataset(
     fingerprint = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
     target = home / "validation" / provenance.ds_name / f"{provenance.dvc_md5}-{fingerprint}"
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as directory:
-        checks: dict[str, Callable[[], CheckOutcome]] = {
-            "unreadable_images": lambda: check_unreadable_images(len(manifest), problems, config),
-            "damaged_images": lambda: check_damaged_images(readable, config),
-            "constant_images": lambda: check_constant_images(readable, config),
-            "narrow_range": lambda: check_narrow_range(readable, config),
-            "class_coverage": lambda: check_class_coverage(readable, class_names, classifier_type, config),
-            "train_test_leakage": lambda: check_train_test_leakage(readable, config),
-            "conflicting_labels": lambda: check_conflicting_labels(readable, config),
-            "duplicates": lambda: check_duplicates(readable, config),
-            "label_drift": lambda: check_label_drift(readable, class_names, classifier_type, config),
-            "property_drift": lambda: check_property_drift(sample, config),
-            "label_issues": lambda: check_label_issues(sample, class_names, classifier_type, config),
-            "deepchecks_suites": lambda: check_deepchecks_suites(
-                sample, class_names, classifier_type, config, directory
-            ),
-        }
-        outcomes = tuple(checks[name]() for name in CHECK_NAMES if getattr(config, name) != "off")
+        subject = Subject(readable, problems, sample, class_names, classifier_type, config, directory)
+        checks = all_checks()
+        outcomes = tuple(checks[name].run(subject) for name in CHECK_NAMES if getattr(config, name) != "off")
         verdict = ValidationVerdict(
             dvc_md5=provenance.dvc_md5,
             manifest=version.manifest,
@@ -92,7 +66,8 @@ def validate_dataset(
             quarantined=tuple(sorted(problems)),
             directory=target,
         )
-        page = render_report(
+        page = render(
+            "validation/report.html",
             title=f"Validation of {provenance}",
             facts=[
                 ("DVC md5", provenance.dvc_md5),
@@ -102,9 +77,7 @@ def validate_dataset(
                 ("classes", ", ".join(class_names)),
                 ("labels", classifier_type),
             ],
-            passed=verdict.passed,
-            outcomes=outcomes,
-            quarantined=verdict.quarantined,
+            verdict=verdict,
             deepchecks_pages={suite: page for suite, page in REPORT_NAMES.items() if (directory / page).exists()},
         )
         (directory / "report.html").write_text(page, encoding="utf-8")

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+from cv_platform.config import Severity, ValidateConfig
 from cv_platform.errors import VerdictError
 from cv_platform.records import ValidationVerdict
 
-CHECK_NAMES: tuple[str, ...] = (
-    "unreadable_images",
-    "damaged_images",
-    "constant_images",
-    "narrow_range",
-    "class_coverage",
-    "train_test_leakage",
-    "conflicting_labels",
-    "duplicates",
-    "label_drift",
-    "property_drift",
-    "label_issues",
-    "deepchecks_suites",
+CHECK_NAMES: tuple[str, ...] = tuple(
+    name for name, field in ValidateConfig.model_fields.items() if field.annotation == get_args(Severity)[0]
 )
-"""In the order of the report; each is a severity field of `ValidateConfig`."""
+"""The severity fields of `ValidateConfig`, in the order of the report."""
 
 MAX_OFFENDERS = 100
 """Offenders that an outcome names; its summary always has the full count."""

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,8 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cv_platform.config import ValidateConfig
 from cv_platform.datasets.manifest import MANIFEST_SCHEMA
 from cv_platform.records import DatasetVersion, Provenance
+from cv_platform.validation.checks import Subject
+from cv_platform.validation.sample import ImageSample
 
 MakeManifest = Callable[..., pd.DataFrame]
 
@@ -110,3 +114,15 @@ def clean_checkout(checkout: Checkout) -> Checkout:
                 seed += 1
                 checkout.add(f"images/{split}/{kind}/{number:03d}.png", split, [kind], picture(kind, seed))
     return checkout
+
+
+NO_PIXELS = ImageSample(
+    pd.DataFrame({"split": []}), np.zeros((0, 32, 32, 3), np.uint8), np.zeros((0, 7)), np.zeros((0, 1)), {}, 0
+)
+
+
+def subject(manifest: pd.DataFrame | None = None, config: ValidateConfig | None = None, **given: Any) -> Subject:
+    """Returns what a check looks at: without more, no images, of one class."""
+    values = {"problems": {}, "sample": NO_PIXELS, "class_names": ("cat",), "classifier_type": "multi-class", **given}
+    manifest = pd.DataFrame({"split": []}) if manifest is None else manifest
+    return Subject(manifest=manifest, config=config or ValidateConfig(), directory=Path("unused"), **values)

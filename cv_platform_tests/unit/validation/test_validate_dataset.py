@@ -14,7 +14,7 @@ import pytest
 
 from cv_platform.config import ValidateConfig
 from cv_platform.records import ValidationVerdict
-from cv_platform.validation.deepchecks_suites import LEFT_OUT, REPORT_NAMES
+from cv_platform.validation.checks.deepchecks_suites import LEFT_OUT, REPORT_NAMES
 from cv_platform.validation.validate import validate_dataset
 from cv_platform.validation.verdict import CHECK_NAMES
 
@@ -55,8 +55,8 @@ def test_a_clean_dataset_passes_every_check_and_gets_pages_that_need_no_network(
     integrity = (folder / REPORT_NAMES["data_integrity"]).read_text()
     assert "Outlier Sample Detection" in integrity
     assert "Mixed Nulls" not in integrity
-    assert "Train Test Samples Mix" in (folder / REPORT_NAMES["train_test_validation"]).read_text()
-    assert "drift checks did not run: they need 200 images" in _outcome(verdict, "deepchecks_suites").summary
+    assert "Datasets Size Comparison" in (folder / REPORT_NAMES["train_test_validation"]).read_text()
+    assert "MultivariateDrift did not run: it needs 200 images" in _outcome(verdict, "deepchecks_suites").summary
 
     assert _validate(clean_checkout, tmp_path, ValidateConfig()) == verdict, "the same dataset gets the same verdict"
     clean_checkout.add("images/test/left/leak.png", "test", ["left"], draw("left", 1))
@@ -78,13 +78,11 @@ def test_deepchecks_names_what_fails_and_leaves_process_and_filters_as_they_were
     assert not found.passed
     assert found.value == sum(not text.endswith("(warning)") for text in found.offenders)
     text = "\n".join(found.offenders)
-    assert "train_test_validation: Feature Drift" in text
-    assert "train_test_validation: Index Train-Test Leakage" in text
-    assert "data_integrity: Data Duplicates" in text
+    assert "train_test_validation: Multivariate Drift" in text
 
 
 def test_the_checks_left_out_are_checks_of_the_suites():
-    from cv_platform.validation.deepchecks_suites import _quiet_deepchecks
+    from cv_platform.validation.checks.deepchecks_suites import _quiet_deepchecks
 
     with _quiet_deepchecks():
         from deepchecks.tabular.suites import data_integrity, train_test_validation
@@ -93,7 +91,7 @@ def test_the_checks_left_out_are_checks_of_the_suites():
             type(c).__name__ for suite in (data_integrity(), train_test_validation()) for c in suite.checks.values()
         }
     assert set(LEFT_OUT) <= names
-    assert len(names) - len(LEFT_OUT) == 13
+    assert len(names) - len(LEFT_OUT) == 6
     assert os.environ["DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY"] == "True"
 
 
@@ -143,8 +141,8 @@ def test_multi_label_data_are_judged_class_by_class_with_deepchecks(checkout, dr
     assert verdict.passed, verdict.failed
     assert _outcome(verdict, "label_drift").passed
     found = _outcome(verdict, "deepchecks_suites")
-    assert "Label Drift" in found.summary.split("Not applicable:")[1]
-    assert "has left" in (verdict.report_path.parent / REPORT_NAMES["train_test_validation"]).read_text()
+    assert "Feature Label Correlation" in found.summary.split("Not applicable:")[1]
+    assert "Multivariate Drift" in (verdict.report_path.parent / REPORT_NAMES["train_test_validation"]).read_text()
 
 
 def test_a_missing_test_split_is_a_finding_and_not_an_error(clean_checkout, tmp_path):

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from typing_extensions import override
 
-from cv_platform.config import ClassifierType, ValidateConfig
-from cv_platform.records import CheckOutcome
-from cv_platform.validation.checks import outcome
+from cv_platform.config import ClassifierType
+from cv_platform.validation.checks import Check, Finding, Subject
 from cv_platform.validation.sample import ImageSample
 
 NEIGHBOURS = 10
@@ -63,41 +63,34 @@ class LabelProbe:
     suspicions: tuple[Suspicion, ...]
 
 
-def check_label_issues(
-    sample: ImageSample, class_names: Sequence[str], classifier_type: ClassifierType, config: ValidateConfig
-) -> CheckOutcome:
-    """Holds the share of likely wrong labels against `max_label_issue_fraction`."""
-    probe = probe_labels(sample, class_names, classifier_type)
-    if probe.judged == 0:
-        reason = (
-            "too few images"
-            if probe.accuracy is None
-            else f"look-alikes predict the labels too poorly (balanced accuracy {probe.accuracy:.2f}, "
-            f"needs {MIN_PROBE_ACCURACY})"
+class LabelIssues(Check):
+    """The share of likely wrong labels."""
+
+    name, limit = "label_issues", "max_label_issue_fraction"
+
+    @override
+    def look(self, subject: Subject) -> Finding:
+        sample = subject.sample
+        probe = probe_labels(sample, subject.class_names, subject.classifier_type)
+        if probe.accuracy is None:
+            return Finding("Not judged: too few images.")
+        if probe.judged == 0:
+            return Finding(
+                "Not judged: look-alikes predict the labels too poorly (balanced accuracy "
+                f"{probe.accuracy:.2f}, needs {MIN_PROBE_ACCURACY})."
+            )
+        suspected = {suspicion.position for suspicion in probe.suspicions}
+        fraction = len(suspected) / probe.judged
+        paths = sample.rows["path"].to_numpy()
+        return Finding(
+            f"{len(suspected)} of {probe.judged} labels are likely wrong ({fraction:.2%}); look-alikes predict the "
+            f"labels with a balanced accuracy of {probe.accuracy:.3f}, over {sample.description}.",
+            fraction,
+            [
+                f"{paths[s.position]}: labelled {s.given}, looks like {s.suggested} ({s.confidence:.2f})"
+                for s in probe.suspicions
+            ],
         )
-        return outcome(
-            "label_issues",
-            config.label_issues,
-            passed=True,
-            summary=f"Not judged: {reason}.",
-            limit=config.max_label_issue_fraction,
-        )
-    suspected = {suspicion.position for suspicion in probe.suspicions}
-    fraction = len(suspected) / probe.judged
-    paths = sample.rows["path"].to_numpy()
-    return outcome(
-        "label_issues",
-        config.label_issues,
-        passed=fraction <= config.max_label_issue_fraction,
-        summary=f"{len(suspected)} of {probe.judged} labels are likely wrong ({fraction:.2%}); look-alikes predict the "
-        f"labels with a balanced accuracy of {probe.accuracy:.3f}, over {sample.description}.",
-        value=fraction,
-        limit=config.max_label_issue_fraction,
-        offenders=[
-            f"{paths[s.position]}: labelled {s.given}, looks like {s.suggested} ({s.confidence:.2f})"
-            for s in probe.suspicions
-        ],
-    )
 
 
 def probe_labels(sample: ImageSample, class_names: Sequence[str], classifier_type: ClassifierType) -> LabelProbe:

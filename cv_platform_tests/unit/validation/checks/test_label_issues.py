@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from cv_platform.config import ValidateConfig
-from cv_platform.validation.label_issues import (
+from cv_platform.config import ClassifierType, ValidateConfig
+from cv_platform.records import CheckOutcome
+from cv_platform.validation.checks.label_issues import (
+    LabelIssues,
     balanced_accuracy,
-    check_label_issues,
     confident_disagreements,
     probe_labels,
 )
 from cv_platform.validation.sample import ImageSample, principal_components
+from cv_platform_tests.unit.validation.conftest import subject
 
 CONFIG = ValidateConfig()
 
@@ -45,10 +49,16 @@ def _labels(per_cluster: int, names: str = "abc") -> list[list[str]]:
     return [[name] for name in names for _ in range(per_cluster)]
 
 
+def judge(
+    sample: ImageSample, names: Sequence[str], kind: ClassifierType, config: ValidateConfig = CONFIG
+) -> CheckOutcome:
+    return LabelIssues().run(subject(config=config, sample=sample, class_names=names, classifier_type=kind))
+
+
 def test_finds_a_planted_wrong_label_and_names_what_it_looks_like():
     labels = _labels(40)
     labels[5], labels[90] = ["b"], ["a"]
-    found = check_label_issues(_sample(_clusters(40), labels), "abc", "multi-class", CONFIG)
+    found = judge(_sample(_clusters(40), labels), "abc", "multi-class")
     assert found.value == pytest.approx(2 / 120)
     assert found.passed
     assert found.offenders == (
@@ -62,8 +72,8 @@ def test_fails_above_the_limit():
     for i in range(3):
         labels[i] = ["b"]
     sample = _sample(_clusters(40), labels)
-    assert not check_label_issues(sample, "abc", "multi-class", ValidateConfig(max_label_issue_fraction=0.02)).passed
-    assert check_label_issues(sample, "abc", "multi-class", ValidateConfig(max_label_issue_fraction=0.025)).passed
+    assert not judge(sample, "abc", "multi-class", ValidateConfig(max_label_issue_fraction=0.02)).passed
+    assert judge(sample, "abc", "multi-class", ValidateConfig(max_label_issue_fraction=0.025)).passed
 
 
 def test_suspects_nobody_in_clean_clusters():
@@ -86,7 +96,7 @@ def test_copies_of_an_image_do_not_vouch_for_its_wrong_label():
 def test_does_not_judge_where_look_alikes_do_not_predict_the_labels():
     generator = np.random.default_rng(3)
     labels = [[str(name)] for name in generator.choice(list("abc"), 120)]
-    found = check_label_issues(_sample(_clusters(40), labels), "abc", "multi-class", CONFIG)
+    found = judge(_sample(_clusters(40), labels), "abc", "multi-class")
     assert found.passed
     assert found.value is None
     assert found.summary.startswith("Not judged: look-alikes predict the labels too poorly")
@@ -94,7 +104,7 @@ def test_does_not_judge_where_look_alikes_do_not_predict_the_labels():
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_does_not_judge_a_handful_of_images(count):
-    found = check_label_issues(_sample(np.zeros((count, 2)), [["a"]] * count), "ab", "multi-class", CONFIG)
+    found = judge(_sample(np.zeros((count, 2)), [["a"]] * count), "ab", "multi-class")
     assert found.summary == "Not judged: too few images."
 
 
@@ -103,7 +113,7 @@ def test_judges_each_class_of_multi_label_data():
     labels = [["a"]] * 40 + [["a", "b"]] * 40 + [[] for _ in range(40)]
     labels[7] = ["a", "b"]
     labels[50] = ["a"]
-    found = check_label_issues(_sample(points, labels), ("a", "b", "never"), "multi-label", CONFIG)
+    found = judge(_sample(points, labels), ("a", "b", "never"), "multi-label")
     assert set(found.offenders) == {
         "007.png: labelled b, looks like no b (1.00)",
         "050.png: labelled no b, looks like b (1.00)",

@@ -3,27 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import ks_2samp
 from scipy.stats.contingency import association
 
 from cv_platform.config import ValidateConfig
 from cv_platform.properties import PROPERTY_NAMES
-from cv_platform.validation.checks import (
-    check_class_coverage,
-    check_conflicting_labels,
-    check_constant_images,
-    check_damaged_images,
-    check_duplicates,
-    check_label_drift,
-    check_narrow_range,
-    check_property_drift,
-    check_train_test_leakage,
-    check_unreadable_images,
-    cramers_v,
-    ks_distance,
-)
+from cv_platform.validation.checks.copies import Duplicates, TrainTestLeakage
+from cv_platform.validation.checks.images import ConstantImages, DamagedImages, NarrowRange, UnreadableImages
+from cv_platform.validation.checks.labels import ClassCoverage, ConflictingLabels
+from cv_platform.validation.checks.shift import LabelDrift, PropertyDrift, cramers_v
 from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.verdict import MAX_OFFENDERS
+from cv_platform_tests.unit.validation.conftest import subject
 
 CONFIG = ValidateConfig()
 SPLITS = ("train", "valid", "test", "reference")
@@ -37,7 +27,7 @@ def test_finds_the_test_image_that_is_in_train_and_names_both(make_manifest):
         ("test/d.png", "test", ["cat"], "three"),
         ("valid/e.png", "valid", ["cat"], "three"),
     )
-    found = check_train_test_leakage(manifest, CONFIG)
+    found = TrainTestLeakage().run(subject(manifest))
     assert not found.passed
     assert found.value == 0.5
     assert found.offenders == ("test/c.png = train/a.png",)
@@ -46,12 +36,12 @@ def test_finds_the_test_image_that_is_in_train_and_names_both(make_manifest):
 def test_leakage_up_to_the_limit_passes(make_manifest):
     rows = [("train/a.png", "train", ["cat"], "one"), ("test/c.png", "test", ["cat"], "one")]
     rows += [(f"test/{i}.png", "test", ["cat"], str(i)) for i in range(9)]
-    assert check_train_test_leakage(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.1)).passed
-    assert not check_train_test_leakage(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.09)).passed
+    assert TrainTestLeakage().run(subject(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.1))).passed
+    assert not TrainTestLeakage().run(subject(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.09))).passed
 
 
 def test_leakage_without_test_images_is_not_judged(make_manifest):
-    found = check_train_test_leakage(make_manifest(("a.png", "train", ["cat"], "one")), CONFIG)
+    found = TrainTestLeakage().run(subject(make_manifest(("a.png", "train", ["cat"], "one"))))
     assert found.passed
     assert found.value is None
     assert found.summary.startswith("Not judged")
@@ -64,7 +54,7 @@ def test_identical_images_with_other_labels_conflict(make_manifest):
         ("c.png", "train", ["cat"], "two"),
         ("d.png", "train", ["cat"], "two"),
     )
-    found = check_conflicting_labels(manifest, CONFIG)
+    found = ConflictingLabels().run(subject(manifest))
     assert not found.passed
     assert found.value == 0.5
     assert found.offenders == ("a.png (cat), b.png (dog)",)
@@ -72,7 +62,7 @@ def test_identical_images_with_other_labels_conflict(make_manifest):
 
 def test_the_order_of_several_labels_is_no_conflict(make_manifest):
     manifest = make_manifest(("a.png", "train", ["cat", "dog"], "one"), ("b.png", "train", ["dog", "cat"], "one"))
-    assert check_conflicting_labels(manifest, CONFIG).passed
+    assert ConflictingLabels().run(subject(manifest)).passed
 
 
 def test_counts_each_repetition_of_an_image_once(make_manifest):
@@ -82,7 +72,7 @@ def test_counts_each_repetition_of_an_image_once(make_manifest):
         ("c.png", "valid", ["cat"], "one"),
         ("d.png", "test", ["cat"], "two"),
     )
-    found = check_duplicates(manifest, CONFIG)
+    found = Duplicates().run(subject(manifest))
     assert not found.passed
     assert found.severity == "warn"
     assert found.value == 0.5
@@ -91,24 +81,24 @@ def test_counts_each_repetition_of_an_image_once(make_manifest):
 
 def test_names_the_class_and_split_without_images(make_manifest):
     rows = [(f"{split}/{name}.png", split, [name], f"{split}{name}") for split in SPLITS for name in ("cat", "dog")]
-    complete = check_class_coverage(make_manifest(*rows), ("cat", "dog"), "multi-class", CONFIG)
+    complete = ClassCoverage().run(subject(make_manifest(*rows), class_names=("cat", "dog")))
     assert complete.passed
     assert complete.value == 1.0
-    short = check_class_coverage(make_manifest(*rows[:-1]), ("cat", "dog"), "multi-class", CONFIG)
+    short = ClassCoverage().run(subject(make_manifest(*rows[:-1]), class_names=("cat", "dog")))
     assert not short.passed
     assert short.offenders == ("reference/dog: 0 images",)
 
 
 def test_names_the_split_without_images(make_manifest):
     rows = [(f"{split}.png", split, ["cat"], split) for split in ("train", "valid", "reference")]
-    found = check_class_coverage(make_manifest(*rows), ("cat",), "multi-class", CONFIG)
+    found = ClassCoverage().run(subject(make_manifest(*rows), class_names=("cat",)))
     assert found.offenders == ("test: no images",)
 
 
 def test_names_unknown_classes_and_images_with_two_labels(make_manifest):
     rows = [(f"{split}.png", split, ["cat"], split) for split in SPLITS]
     rows += [("x.png", "train", ["cow"], "x"), ("y.png", "train", ["cat", "cow"], "y"), ("z.png", "train", [], "z")]
-    found = check_class_coverage(make_manifest(*rows), ("cat",), "multi-class", CONFIG)
+    found = ClassCoverage().run(subject(make_manifest(*rows), class_names=("cat",)))
     assert not found.passed
     assert found.offenders == (
         "unknown class 'cow': 2 images",
@@ -119,22 +109,28 @@ def test_names_unknown_classes_and_images_with_two_labels(make_manifest):
 
 def test_several_or_no_labels_are_right_in_multi_label_data(make_manifest):
     rows = [(f"{split}.png", split, ["cat", "dog"], split) for split in SPLITS] + [("z.png", "train", [], "z")]
-    assert check_class_coverage(make_manifest(*rows), ("cat", "dog"), "multi-label", CONFIG).passed
+    assert (
+        ClassCoverage()
+        .run(subject(make_manifest(*rows), class_names=("cat", "dog"), classifier_type="multi-label"))
+        .passed
+    )
 
 
 @pytest.mark.parametrize(("bad", "passed"), [(0, True), (1, True), (2, False)])
-def test_unreadable_images_fail_above_the_limit(bad, passed):
+def test_unreadable_images_fail_above_the_limit(make_manifest, bad, passed):
     problems = {f"{i}.png": "truncated" for i in range(bad)}
-    found = check_unreadable_images(100, problems, CONFIG)
+    readable = make_manifest(*[(f"r{i}.png", "train", ["cat"], str(i)) for i in range(100 - bad)])
+    found = UnreadableImages().run(subject(readable, problems=problems))
     assert found.passed is passed
     assert found.value == bad / 100
     assert len(found.offenders) == bad
 
 
-def test_offenders_are_cut_and_the_summary_has_the_full_count():
-    found = check_unreadable_images(1000, {f"{i:04d}.png": "truncated" for i in range(500)}, CONFIG)
+def test_offenders_are_cut_and_the_summary_has_the_full_count(make_manifest):
+    problems = {f"{i:04d}.png": "truncated" for i in range(500)}
+    found = UnreadableImages().run(subject(make_manifest(), problems=problems))
     assert len(found.offenders) == MAX_OFFENDERS
-    assert found.summary.startswith("500 of 1000 ")
+    assert found.summary.startswith("500 of 500 ")
 
 
 def test_cramers_v_agrees_with_scipy_for_large_groups_of_equal_size():
@@ -168,7 +164,7 @@ def test_small_splits_of_one_population_do_not_drift():
 def test_label_drift_names_the_class_that_moved_most(make_manifest):
     rows = [(f"a{i}", "train", ["cat" if i < 80 else "dog"], f"a{i}") for i in range(100)]
     rows += [(f"b{i}", "test", ["cat" if i < 20 else "dog"], f"b{i}") for i in range(100)]
-    found = check_label_drift(make_manifest(*rows), ("cat", "dog"), "multi-class", CONFIG)
+    found = LabelDrift().run(subject(make_manifest(*rows), class_names=("cat", "dog")))
     # p = (.8, .2), q = (.2, .8): phi² = ½(.36/1 + .36/1) = .36; by chance 1 × (1/100 + 1/100)/4 = .005.
     assert found.value == pytest.approx(np.sqrt(0.355))
     assert not found.passed
@@ -178,15 +174,9 @@ def test_label_drift_names_the_class_that_moved_most(make_manifest):
 def test_label_drift_of_multi_label_data_looks_at_each_class(make_manifest):
     rows = [(f"a{i}", "train", ["sky"] if i % 2 else ["sky", "tree"], f"a{i}") for i in range(200)]
     rows += [(f"b{i}", "test", ["sky"], f"b{i}") for i in range(200)]
-    found = check_label_drift(make_manifest(*rows), ("sky", "tree"), "multi-label", CONFIG)
+    found = LabelDrift().run(subject(make_manifest(*rows), class_names=("sky", "tree"), classifier_type="multi-label"))
     assert not found.passed
     assert found.offenders == ("tree: 50.0% of train, 0.0% of test",)
-
-
-def test_ks_distance_agrees_with_scipy():
-    generator = np.random.default_rng(1)
-    first, second = generator.integers(0, 20, 137).astype(float), generator.integers(3, 25, 61).astype(float)
-    assert ks_distance(first, second) == pytest.approx(ks_2samp(first, second, method="asymp").statistic)
 
 
 def _sample(train: np.ndarray, test: np.ndarray) -> ImageSample:
@@ -205,16 +195,16 @@ def _sample(train: np.ndarray, test: np.ndarray) -> ImageSample:
 def test_property_drift_names_the_property_that_moved():
     generator = np.random.default_rng(2)
     train, test = generator.normal(size=(300, 7)), generator.normal(size=(300, 7))
-    assert check_property_drift(_sample(train, test), CONFIG).passed
+    assert PropertyDrift().run(subject(sample=_sample(train, test))).passed
     test[:, 1] += 2.0
-    found = check_property_drift(_sample(train, test), CONFIG)
+    found = PropertyDrift().run(subject(sample=_sample(train, test)))
     assert not found.passed
     assert len(found.offenders) == 1
     assert found.offenders[0].startswith(PROPERTY_NAMES[1])
 
 
 def test_property_drift_without_test_images_is_not_judged():
-    found = check_property_drift(_sample(np.zeros((5, 7)), np.zeros((0, 7))), CONFIG)
+    found = PropertyDrift().run(subject(sample=_sample(np.zeros((5, 7)), np.zeros((0, 7)))))
     assert found.passed
     assert found.summary == "Not judged: test has no images (see class_coverage)."
 
@@ -222,18 +212,18 @@ def test_property_drift_without_test_images_is_not_judged():
 @pytest.mark.parametrize(
     ("check", "column", "limit"),
     [
-        (check_damaged_images, "damage", "max_damaged_fraction"),
-        (check_constant_images, "constant", "max_constant_fraction"),
-        (check_narrow_range, "narrow_range", "max_narrow_range_fraction"),
+        (DamagedImages, "damage", "max_damaged_fraction"),
+        (ConstantImages, "constant", "max_constant_fraction"),
+        (NarrowRange, "narrow_range", "max_narrow_range_fraction"),
     ],
 )
 def test_images_with_a_remark_in_the_manifest_are_named(make_manifest, check, column: str, limit: str):
     manifest = make_manifest(*[(f"{i}.png", "train", ["cat"], str(i)) for i in range(4)])
-    assert check(manifest, CONFIG).passed
+    assert check().run(subject(manifest)).passed
     manifest[column] = [None, "what it is", None, None]
-    found = check(manifest, CONFIG)
+    found = check().run(subject(manifest))
     assert (found.severity, found.passed, found.value) == ("warn", False, 0.25)
     assert found.offenders == ("1.png: what it is",)
     assert found.summary.startswith("1 of 4 images ")
-    assert check(manifest, CONFIG.model_copy(update={limit: 0.25})).passed
-    assert check(manifest.iloc[:0], CONFIG).passed
+    assert check().run(subject(manifest, CONFIG.model_copy(update={limit: 0.25}))).passed
+    assert check().run(subject(manifest.iloc[:0])).passed

@@ -10,15 +10,17 @@ Checks of the suites that are left out, since on these rows they cannot find any
 * DateTrainTestLeakageDuplicates, DateTrainTestLeakageOverlap: images have no date.
 * FeatureFeatureCorrelation: statistics and components of the same pixels correlate by construction.
 * IdentifierLabelCorrelation: the identifier is the content's hash; it "predicts" the label of a repeated image.
+* DataDuplicates, ConflictingLabels, IndexTrainTestLeakage, TrainTestSamplesMix, NewLabelTrainTest, LabelDrift and
+  FeatureDrift: our own `duplicates`, `conflicting_labels`, `train_test_leakage`, `class_coverage`, `label_drift` and
+  `property_drift` look at every row, where these see the sample; they name the files, and take account of the size.
 
-That leaves, of data_integrity: IsSingleValue, DataDuplicates, ConflictingLabels, OutlierSampleDetection,
-FeatureLabelCorrelation; of train_test_validation: DatasetsSizeComparison, NewLabelTrainTest, IndexTrainTestLeakage,
-TrainTestSamplesMix, FeatureLabelCorrelationChange, FeatureDrift, LabelDrift, MultivariateDrift.
+That leaves, of data_integrity: IsSingleValue, OutlierSampleDetection, FeatureLabelCorrelation; of
+train_test_validation: DatasetsSizeComparison, FeatureLabelCorrelationChange, MultivariateDrift.
 
 Two more rules keep the verdict honest:
 
-* FeatureDrift, LabelDrift and MultivariateDrift run from 200 images in train and in test on. Their thresholds take no
-  account of the sample size; below it, two halves of one population fail them.
+* MultivariateDrift runs from 200 images in train and in test on. Its threshold takes no account of the sample size;
+  below it, two halves of one population fail it.
 * What FeatureLabelCorrelation and FeatureLabelCorrelationChange find is told as a warning and fails nothing: that a
   component of the pixels predicts the label is a shortcut to look at, not a leak. Pixels are there to predict it.
 
@@ -38,12 +40,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from typing_extensions import override
 
-from cv_platform.config import ClassifierType, ValidateConfig
+from cv_platform.config import ClassifierType
 from cv_platform.properties import PROPERTY_NAMES
-from cv_platform.records import CheckOutcome
 from cv_platform.settings import prepare_process
-from cv_platform.validation.checks import outcome
+from cv_platform.validation.checks import Check, Finding, Subject
 from cv_platform.validation.sample import ImageSample
 
 LEFT_OUT: tuple[str, ...] = (
@@ -58,8 +60,14 @@ LEFT_OUT: tuple[str, ...] = (
     "StringMismatchComparison",
     "DateTrainTestLeakageDuplicates",
     "DateTrainTestLeakageOverlap",
+    "DataDuplicates",
+    "ConflictingLabels",
+    "IndexTrainTestLeakage",
+    "TrainTestSamplesMix",
+    "NewLabelTrainTest",
+    "LabelDrift",
+    "FeatureDrift",
 )
-DRIFT_CHECKS: tuple[str, ...] = ("FeatureDrift", "LabelDrift", "MultivariateDrift")
 MIN_IMAGES_FOR_DRIFT = 200
 TOLD_ONLY: tuple[str, ...] = ("FeatureLabelCorrelation", "FeatureLabelCorrelationChange")
 REPORT_NAMES: dict[str, str] = {
@@ -73,50 +81,40 @@ _COLOUR = ("red_green", "blue_yellow", "saturation")
 _LABEL, _HASH = "label", "sha256"
 
 
-def check_deepchecks_suites(
-    sample: ImageSample,
-    class_names: Sequence[str],
-    classifier_type: ClassifierType,
-    config: ValidateConfig,
-    directory: Path,
-) -> CheckOutcome:
-    """Runs both suites and writes their pages, which need no network, into `directory` (`REPORT_NAMES`).
+class DeepchecksSuites(Check):
+    """Runs both suites and writes their pages, which need no network, into the report's folder (`REPORT_NAMES`).
 
-    Returns:
-        One outcome: it fails when a condition of Deepchecks fails or a check breaks; its warnings are only told.
-        `value` is the number of failed conditions.
+    It fails when a condition of Deepchecks fails or a check breaks; warnings are only told. `value` is the number of
+    failed conditions.
     """
-    name, severity = "deepchecks_suites", config.deepchecks_suites
-    if not len(sample.rows):
-        return outcome(name, severity, passed=True, summary="Not judged: there are no readable images.", limit=0.0)
-    frame, categorical = image_table(sample, class_names, classifier_type)
-    failed: list[str] = []
-    warned: list[str] = []
-    not_run: list[str] = []
-    conditions = 0
-    for suite, result in _run_suites(frame, categorical, sample, directory):
-        seen, fails, warns, misses = _read_result(suite, result)
-        conditions += seen
-        failed += fails
-        warned += warns
-        not_run += misses
-    smallest = min(len(sample.positions(split)) for split in ("train", "test"))
-    summary = f"{len(failed)} of {conditions} conditions failed, {len(warned)} warn, over {sample.description}."
-    if not smallest:
-        summary += " train_test_validation did not run: train or test has no images."
-    elif smallest < MIN_IMAGES_FOR_DRIFT:
-        summary += f" Its drift checks did not run: they need {MIN_IMAGES_FOR_DRIFT} images in train and in test."
-    if not_run:
-        summary += f" Not applicable: {', '.join(not_run)}."
-    return outcome(
-        name,
-        severity,
-        passed=not failed,
-        summary=summary,
-        value=float(len(failed)),
-        limit=0.0,
-        offenders=[*failed, *(f"{text} (warning)" for text in warned)],
-    )
+
+    name = "deepchecks_suites"
+
+    @override
+    def look(self, subject: Subject) -> Finding:
+        sample = subject.sample
+        if not len(sample.rows):
+            return Finding("Not judged: there are no readable images.")
+        frame, categorical = image_table(sample, subject.class_names, subject.classifier_type)
+        failed: list[str] = []
+        warned: list[str] = []
+        not_run: list[str] = []
+        conditions = 0
+        for suite, result in _run_suites(frame, categorical, sample, subject.directory):
+            seen, fails, warns, misses = _read_result(suite, result)
+            conditions += seen
+            failed += fails
+            warned += warns
+            not_run += misses
+        smallest = min(len(sample.positions(split)) for split in ("train", "test"))
+        summary = f"{len(failed)} of {conditions} conditions failed, {len(warned)} warn, over {sample.description}."
+        if not smallest:
+            summary += " train_test_validation did not run: train or test has no images."
+        elif smallest < MIN_IMAGES_FOR_DRIFT:
+            summary += f" MultivariateDrift did not run: it needs {MIN_IMAGES_FOR_DRIFT} images in train and in test."
+        if not_run:
+            summary += f" Not applicable: {', '.join(not_run)}."
+        return Finding(summary, float(len(failed)), [*failed, *(f"{text} (warning)" for text in warned)])
 
 
 def image_table(
@@ -178,7 +176,7 @@ def _run_suites(
             distinct = [dataset(rows.loc[~rows.index.duplicated()], indexed=True) for rows in splits]
             runs.append((train_test_validation(), "train_test_validation", distinct))
         smallest = min(len(sample.positions(split)) for split in ("train", "test"))
-        left_out = LEFT_OUT if smallest >= MIN_IMAGES_FOR_DRIFT else (*LEFT_OUT, *DRIFT_CHECKS)
+        left_out = LEFT_OUT if smallest >= MIN_IMAGES_FOR_DRIFT else (*LEFT_OUT, "MultivariateDrift")
         for suite, key, datasets in runs:
             for position, check in list(suite.checks.items()):
                 if type(check).__name__ in left_out:

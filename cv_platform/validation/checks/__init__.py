@@ -1,0 +1,117 @@
+"""The checks of a dataset version, by what they look at; a check is found by its class, wherever in here it lies.
+
+Ours are exact where Deepchecks' judge a sample: they look at every row, name files by their content, and take account
+of how large a split is. What Deepchecks does besides is `deepchecks_suites`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pandas as pd
+
+from cv_platform.config import ClassifierType, ValidateConfig
+from cv_platform.records import CheckOutcome
+from cv_platform.validation.sample import ImageSample
+from cv_platform.validation.verdict import MAX_OFFENDERS
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a check may look at.
+
+    Attributes:
+        manifest: the readable part of `datasets.manifest.read_manifest`.
+        problems: path → why it does not decode, of the others.
+        sample: decoded pixels.
+        class_names: the model's classes.
+        classifier_type: how labels are to be read.
+        config: limits and severities.
+        directory: where a check may leave pages for the report.
+    """
+
+    manifest: pd.DataFrame
+    problems: Mapping[str, str]
+    sample: ImageSample
+    class_names: Sequence[str]
+    classifier_type: ClassifierType
+    config: ValidateConfig
+    directory: Path
+
+    def split(self, name: str) -> pd.DataFrame:
+        """Returns the manifest's rows of a split."""
+        return self.manifest.loc[self.manifest["split"] == name]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        summary: with its numbers; starts with 'Not judged' where there was nothing to judge.
+        value: what was measured; none where nothing was.
+        offenders: at fault, worst first; `Check.run` cuts them to `MAX_OFFENDERS`.
+        passed: None: whether `value` is at most the limit, or is missing.
+    """
+
+    summary: str
+    value: float | None = None
+    offenders: Sequence[str] = ()
+    passed: bool | None = None
+
+
+class Check(ABC):
+    """A check of a dataset version; it raises nothing about the data.
+
+    How to add one: a subclass in a module of this folder, and in `ValidateConfig` the fields that users set: its
+    severity, by whose name and place the check runs, and its limit, if it has one. Report, verdict and the Dagster
+    check follow from them.
+
+    Attributes:
+        name: of the severity's field.
+        limit: name of the limit's field; None: the limit is 0, as for counts of failures.
+    """
+
+    name: ClassVar[str]
+    limit: ClassVar[str | None] = None
+
+    @abstractmethod
+    def look(self, subject: Subject) -> Finding:
+        """Returns what the check finds in `subject`."""
+
+    def run(self, subject: Subject) -> CheckOutcome:
+        """Returns the check's outcome: what it found, held against its limit."""
+        found = self.look(subject)
+        limit = float(getattr(subject.config, self.limit)) if self.limit else 0.0
+        passed = found.value is None or found.value <= limit
+        return CheckOutcome(
+            name=self.name,
+            passed=passed if found.passed is None else found.passed,
+            severity="error" if getattr(subject.config, self.name) == "error" else "warn",
+            summary=found.summary,
+            value=found.value,
+            limit=limit,
+            offenders=tuple(found.offenders)[:MAX_OFFENDERS],
+        )
+
+
+def all_checks() -> dict[str, Check]:
+    """Returns every check by its name."""
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        importlib.import_module(module.name)
+    return {kind.name: kind() for kind in _below(Check) if hasattr(kind, "name")}
+
+
+def share(part: int, whole: int) -> float:
+    """Returns a fraction, 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def _below(kind: type[Check]) -> list[type[Check]]:
+    return [found for child in kind.__subclasses__() for found in (child, *_below(child))]
