@@ -277,6 +277,27 @@ def test_shipped_configs_load_and_satisfy_the_schema(path: Path) -> None:
     assert load_experiment(path).name == content["name"]
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in shipped_configs() if path.parent.name == "examples"], ids=lambda path: path.stem
+)
+def test_an_example_opens_with_its_commands(path: Path) -> None:
+    experiment = load_experiment(path)
+    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert experiment.name == path.stem
+    assert any(f"make run CONFIG=configs/examples/{path.name}" in line for line in header)
+    assert any(f"--name {experiment.dataset.ds_name} --tag {experiment.dataset.dvc_tag}" in line for line in header)
+
+
+def test_animals10_keeps_the_originals_experiment() -> None:
+    experiment = load_experiment(REPOSITORY / "configs" / "examples" / "animals10.yaml")
+    assert experiment.model.model_name == "animals10_classifier"
+    assert len(experiment.model.classes) == 10
+    assert experiment.model.image_size == (50, 50)
+    assert experiment.model.drift_detection.uae_encoding_dims == 128
+    assert experiment.model.drift_detection.reference_data_n_sample == 5000
+    assert (experiment.dataset.ds_name, experiment.dataset.dvc_tag) == ("animals10", "v2.0.0")
+
+
 def test_schema_file_is_the_generated_schema() -> None:
     written = json.loads((REPOSITORY / "configs" / "schema.json").read_text())
     assert written == json_schema(), "Run `make schema`."
