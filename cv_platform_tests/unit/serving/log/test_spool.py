@@ -452,7 +452,7 @@ def test_a_request_log_without_a_database_finds_what_it_keeps(tmp_path: Path) ->
     assert entry.prediction_id is not None
     with RequestLog(tmp_path, None) as log:
         log.append(entry)
-        assert log.submit(answered()).result(10) is None
+        assert log.spool.submit(answered()).result(10) is None
         found = log.find_prediction(entry.prediction_id)
         assert found is not None
         assert found.predicted_class == "three"
