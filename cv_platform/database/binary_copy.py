@@ -1,6 +1,8 @@
 """Rows in the format of `COPY … WITH (FORMAT binary)`, for the few types that the request log has.
 
-Binary, because real arrays then go over as they are (no decimal text, no rounding) and no text needs escaping.
+Binary, because real arrays then go over as they are (no decimal text, no rounding) and no text needs escaping. Ours,
+because psycopg 2 has no such rows; psycopg 3 has, and would be a second driver in the Bento as long as Dagster's
+storage needs psycopg 2.
 https://www.postgresql.org/docs/17/sql-copy.html, "Binary Format"; each type's format is that of its `*send` function.
 """
 
