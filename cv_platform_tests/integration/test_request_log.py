@@ -215,15 +215,21 @@ def test_the_state_of_the_database_and_its_reason_change_together(
     tmp_path: Path, unmigrated_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, str | None]] = []
+    opened: list[RequestLog] = []
+    is_open = threading.Event()
+
+    class Looking(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            """Looks at the status in the very moment in which the drainer takes note of a failure."""
+            assert is_open.wait(60)
+            status = opened[0].status()
+            seen.append((status.database, status.last_error))
+
+    # Before the log: the drainer may note the failure at once, and notes each one once.
+    monkeypatch.setattr(logging.getLogger("cv_platform.serving.log.drainer"), "handlers", [Looking()])
     with RequestLog(tmp_path, unmigrated_url) as log:
-
-        class Looking(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                """Looks at the status in the very moment in which the drainer takes note of a failure."""
-                seen.append((log.status().database, log.status().last_error))
-
-        monkeypatch.setattr(logging.getLogger("cv_platform.serving.log.drainer"), "handlers", [Looking()])
-        log.append(answered())
+        opened.append(log)
+        is_open.set()
         wait_until(lambda: seen)
     assert (seen[0][0], "cv-platform migrate" in (seen[0][1] or "")) == ("schema mismatch", True)
 
