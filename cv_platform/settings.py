@@ -342,6 +342,7 @@ class Settings(BaseModel):
             lines = [
                 f"  {e['loc'][0]}: {e['msg'].removeprefix('Value error, ')}. Received: {e['input']!r}"
                 for e in err.errors()
+                if e["type"] != "default_factory_not_called"  # What is derived from a wrong value is no mistake itself.
             ]
             raise ConfigError("The environment is wrong:\n" + "\n".join(lines)) from err
 
