@@ -34,7 +34,7 @@ MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
     "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 
-.PHONY: help setup browser demo test test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-serving soak prove-cifar
+.PHONY: help setup browser demo test test-whole test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-serving soak prove-cifar
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
@@ -65,8 +65,11 @@ browser: ## Install Chromium for the tests of the service's page, where there is
 demo: setup ## Digits from data to served predictions and a drift report on shifted images; ends.
 	@$(RUN) demo
 
-test: setup browser ## Run all the tests, and name the slowest twenty.
-	$(BIN)/python -m pytest --durations=20
+test: setup browser ## Run the tests, and name the slowest twenty (≤ 15 min on two quiet cores).
+	$(BIN)/python -m pytest -m "not whole" --durations=20
+
+test-whole: setup ## Run the tests of whole installations: make up, the tour, a second kind of labels, a kill.
+	$(BIN)/python -m pytest -m whole --durations=5
 
 test-portable: setup ## Run the numerical tests as CPUs with older instruction sets compute (≤ 4 min).
 	$(BIN)/python -m cv_platform_tests.portable

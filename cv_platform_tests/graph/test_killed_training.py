@@ -22,7 +22,7 @@ from cv_platform_tests.support.waiting import wait_until
 
 EPOCHS = 20
 # Two processes load TensorFlow, one after the other: minutes on a busy machine.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.whole, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

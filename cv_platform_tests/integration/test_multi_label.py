@@ -62,7 +62,7 @@ evaluate: {{min_accuracy: 0.0, min_macro_f1: 0.0}}
 monitor: {{min_samples: 20}}
 """
 R = TypeVar("R", bound=Record)
-pytestmark = [pytest.mark.xdist_group("multi_label"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("multi_label"), pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True)

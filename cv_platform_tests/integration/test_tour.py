@@ -21,7 +21,7 @@ from cv_platform.records import TrainedModel
 from cv_platform_tests.support.demo_run import REPOSITORY, Demo, Stack
 
 TEST_IMAGES = 359
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from cv_platform.settings import Settings
 from cv_platform_tests.support.demo_run import Stack, cli
 from cv_platform_tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
