@@ -33,7 +33,7 @@ NUMERICAL = (
     "unit/training/test_network.py",
     "unit/training/test_calibration.py",
     "unit/training/test_schedules.py",
-    "unit/validation/test_checks.py",
+    "unit/validation/checks/test_checks.py",
     "unit/validation/checks/test_label_issues.py",
 )
 """Folders and modules whose results are computed floats. A new one is added here."""

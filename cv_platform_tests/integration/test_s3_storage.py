@@ -10,6 +10,7 @@ from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from cv_platform.errors import PointerMovedError, StorageError
+from cv_platform.object_store import ObjectStore
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, export_tiny, publish_tiny
@@ -71,19 +72,23 @@ def test_the_pointer_moves_from_where_it_was_seen_and_from_nowhere_else(url: str
     assert storage.read_pointer(SERVICE) is None
 
 
-class HurriedStorage(CentralStorage):
+class HurriedStore(ObjectStore):
     """Lets another host move the pointer after this one has read it and before it writes it."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.between: Callable[[], object] | None = None
+    between: Callable[[], object] | None = None
 
-    def read_pointer(self, service: str) -> ProductionPointer | None:
-        seen = super().read_pointer(service)
+    def read(self, path: str) -> str | None:
+        seen = super().read(path)
         if self.between is not None:
             act, self.between = self.between, None
             act()
         return seen
+
+
+class HurriedStorage(CentralStorage):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.store = self._store = HurriedStore(url)
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def elsewhere(url: str, here: HurriedStorage) -> CentralStorage:
     """Another host's view: connections and caches of its own."""
     S3FileSystem.clear_instance_cache()
     other = CentralStorage(url)
-    assert other._fs is not here._fs
+    assert other._store._fs is not here._store._fs
     return other
 
 
@@ -104,7 +109,7 @@ def elsewhere(url: str, here: HurriedStorage) -> CentralStorage:
 def test_a_move_between_reading_and_writing_is_not_lost(here: HurriedStorage, elsewhere: CentralStorage, new):
     first, second = pointer(FIRST), pointer(SECOND)
     elsewhere.swap_pointer(SERVICE, None, first)
-    here.between = lambda: elsewhere.swap_pointer(SERVICE, first, second)
+    here.store.between = lambda: elsewhere.swap_pointer(SERVICE, first, second)
     with pytest.raises(PointerMovedError, match=SECOND):
         here.swap_pointer(SERVICE, first, new)
     assert elsewhere.read_pointer(SERVICE) == second
@@ -112,7 +117,7 @@ def test_a_move_between_reading_and_writing_is_not_lost(here: HurriedStorage, el
 
 def test_of_two_first_deployments_one_is_refused(here: HurriedStorage, elsewhere: CentralStorage):
     first = pointer(FIRST)
-    here.between = lambda: elsewhere.swap_pointer(SERVICE, None, first)
+    here.store.between = lambda: elsewhere.swap_pointer(SERVICE, None, first)
     with pytest.raises(PointerMovedError, match=FIRST):
         here.swap_pointer(SERVICE, None, pointer(SECOND))
     assert elsewhere.read_pointer(SERVICE) == first
@@ -121,7 +126,7 @@ def test_of_two_first_deployments_one_is_refused(here: HurriedStorage, elsewhere
 def test_a_pointer_that_vanishes_meanwhile_is_not_brought_back(here: HurriedStorage, elsewhere: CentralStorage):
     first = pointer(FIRST)
     elsewhere.swap_pointer(SERVICE, None, first)
-    here.between = lambda: elsewhere.swap_pointer(SERVICE, first, None)
+    here.store.between = lambda: elsewhere.swap_pointer(SERVICE, first, None)
     with pytest.raises(PointerMovedError, match="nothing"):
         here.swap_pointer(SERVICE, first, pointer(SECOND))
     assert elsewhere.read_pointer(SERVICE) is None
@@ -154,7 +159,7 @@ def test_promotions_on_two_hosts_forget_no_version(
         return Promoter(host, SERVICE, tmp_path / folder, tmp_path / folder / PROMOTION_LOCK)
 
     on(elsewhere, "elsewhere").promote(MODEL_NAME, FIRST)
-    here.between = lambda: on(elsewhere, "elsewhere").promote(MODEL_NAME, SECOND)
+    here.store.between = lambda: on(elsewhere, "elsewhere").promote(MODEL_NAME, SECOND)
     on(here, "here").promote(MODEL_NAME, THIRD)
     production = elsewhere.read_pointer(SERVICE)
     assert production is not None
