@@ -43,8 +43,9 @@ HELD_BACK_BY_HALF = "unit/deployment/test_signature.py::test_a_layer_that_does_n
 
 def settings() -> dict[str, dict[str, str]]:
     """Returns the environment of each older CPU that this one can stand for, by its name."""
-    # Only what NumPy dispatches to and this CPU has: it warns of others.
-    found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    # Only what NumPy dispatches to and this CPU has: it warns of others. What is held back already stays so.
+    found = os.environ.get("NPY_DISABLE_CPU_FEATURES", "").split()
+    found += np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
     oldest = {"NPY_DISABLE_CPU_FEATURES": " ".join(found), "TF_ENABLE_ONEDNN_OPTS": "0", "JSIMD_FORCENONE": "1"}
     if platform.machine() != "x86_64":
         return {f"the plainest {platform.machine()}": {**oldest, "OPENBLAS_CORETYPE": "ARMV8"}}
