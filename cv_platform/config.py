@@ -411,7 +411,9 @@ class ExperimentConfig(Section):
 
 
 def config_files(configs: Path) -> list[Path]:
-    """Lists the YAML files of `configs` (a folder, not its subfolders; or one file), sorted.
+    """Lists the YAML files of `configs` (a folder, not its subfolders; or one file), sorted; hidden ones are left out.
+
+    A name that begins with a dot is an editor's or macOS's (`._digits.yaml` on a USB stick), and no experiment.
 
     Raises:
         ConfigError: there is no such file or folder, or it cannot be read.
@@ -420,7 +422,8 @@ def config_files(configs: Path) -> list[Path]:
         return [configs]
     if configs.is_dir():
         try:
-            return sorted(path for path in configs.iterdir() if path.suffix in {".yaml", ".yml"} and path.is_file())
+            files = sorted(path for path in configs.iterdir() if path.suffix in {".yaml", ".yml"} and path.is_file())
+            return [path for path in files if not path.name.startswith(".")]
         except OSError as err:
             raise ConfigError(f"Expected a folder that can be read. Received: {err}. Correct its rights.") from err
     raise ConfigError(

@@ -5,7 +5,8 @@ are `flock`'s, which the kernel drops with the process that holds them
 (https://man7.org/linux/man-pages/man2/flock.2.html). The `filelock` package has no shared lock, and none that survives
 `exec`, which `database.embedded` needs.
 
-Standard library only, and Python 3.9: the stack in containers is backed up by the machine's own Python.
+Standard library only, and for Python 3.9 but for `file_sha256`: the machine's own Python backs up the stack in
+containers.
 """
 
 from __future__ import annotations

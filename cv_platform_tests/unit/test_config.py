@@ -160,7 +160,7 @@ def test_a_yaml_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_config_files_are_the_folders_own_yamls_only(tmp_path: Path) -> None:
-    for name in ("b.yaml", "a.yml", "notes.md", "schema.json"):
+    for name in ("b.yaml", "a.yml", "notes.md", "schema.json", "._b.yaml", ".pre-commit-config.yaml"):
         (tmp_path / name).touch()
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples" / "c.yaml").touch()
