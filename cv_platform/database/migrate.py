@@ -33,14 +33,17 @@ def migrate(url: str) -> str:
         DatabaseUnavailableError: the server cannot be reached.
         SchemaMismatchError: the database has a revision that this version does not know.
     """
-    from alembic import command
-    from alembic.util import CommandError
-
     engine = make_engine(url, pool_size=1)
     try:
         with engine.begin() as connection:
             connection.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+            if read_revision(connection) == SCHEMA_REVISION:
+                return SCHEMA_REVISION
+            # Late: importing Alembic takes longer than to see that there is nothing to do.
+            from alembic import command
+            from alembic.util import CommandError
+
             config = alembic_config()
             config.attributes["connection"] = connection
             try:

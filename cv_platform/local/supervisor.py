@@ -195,7 +195,7 @@ def _wait_until_up(settings: Settings, program: Program) -> None:
         elif program.name == "postgres":
             _wait(lambda: running_database_url(settings) is not None, START_SECONDS, "PostgreSQL to take connections")
         else:
-            _wait(lambda: "RUNNING" in control(settings, "status", program.name), START_SECONDS, "it to stay up")
+            _wait(lambda: _process(settings, program.name)["statename"] == "RUNNING", START_SECONDS, "it to stay up")
     except ServiceError as err:
         log = settings.home / "logs" / f"{program.name}.log"
         end = log.read_text(errors="replace")[-2000:] if log.exists() else "(no log)"
@@ -211,13 +211,18 @@ def _may_come_up(settings: Settings, name: str) -> Callable[[], bool]:
     def may() -> bool:
         if not is_running(settings):
             return False
-        transport = SupervisorTransport(None, None, f"unix://{_socket_path(settings.home)}")
-        with ServerProxy("http://127.0.0.1", transport=transport) as server:
-            information = cast("dict[str, Any]", server.supervisor.getProcessInfo(name))
-        pids.update({information["pid"]} - {0})
-        return len(pids) <= MOST_STARTS and information["statename"] != "FATAL"
+        process = _process(settings, name)
+        pids.update({process["pid"]} - {0})
+        return len(pids) <= MOST_STARTS and process["statename"] != "FATAL"
 
     return may
+
+
+def _process(settings: Settings, name: str) -> dict[str, Any]:
+    """Returns what supervisord says of a program; without a `supervisorctl`, which takes long to start."""
+    transport = SupervisorTransport(None, None, f"unix://{_socket_path(settings.home)}")
+    with ServerProxy("http://127.0.0.1", transport=transport) as server:
+        return cast("dict[str, Any]", server.supervisor.getProcessInfo(name))
 
 
 def _require_loaded_graph(settings: Settings) -> None:

@@ -17,15 +17,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import yaml
-from sqlalchemy import func, update
 
-from cv_platform.database.connection import database_url, make_engine
-from cv_platform.database.migrate import migrate
-from cv_platform.database.schema import drift_reports
 from cv_platform.errors import ConfigError
 from cv_platform.files import exclusive, write_file
-from cv_platform.maintenance.backup import maintenance_lock
-from cv_platform.maintenance.users import users
 from cv_platform.settings import Settings
 
 LOCATION = "LOCATION"
@@ -77,6 +71,12 @@ def settle_home(settings: Settings) -> None:
     """
     home = settings.home
     if (old := previous_location(home)) is not None:
+        # Late, as in `report_urls`: every command and run looks whether its home was moved, and few were.
+        from cv_platform.database.connection import database_url
+        from cv_platform.database.migrate import migrate
+        from cv_platform.maintenance.backup import maintenance_lock
+        from cv_platform.maintenance.users import users
+
         with exclusive(maintenance_lock(home), timeout_seconds=0.0):
             if found := users(home):
                 raise ConfigError(
@@ -130,6 +130,11 @@ class Relocation:
         """Rewrites the addresses of drift reports in the request log."""
         if self.old == self.new:
             return
+        from sqlalchemy import func, update
+
+        from cv_platform.database.connection import make_engine
+        from cv_platform.database.schema import drift_reports
+
         engine = make_engine(url, pool_size=1)
         column = drift_reports.c.report_url
         try:

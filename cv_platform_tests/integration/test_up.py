@@ -63,7 +63,9 @@ def test_every_program_runs_and_every_page_answers(variables: dict[str, str], se
     for program in programs(settings):
         if program.port is not None:
             assert answers(f"http://127.0.0.1:{program.port}{program.health_path}")
-    assert len(process_tree(pid_of(settings, "mlflow"))) == 1, "its server takes its place, and runs no helpers"
+    assert len(process_tree(pid_of(settings, "mlflow"))) == 1, "it is its server itself, and runs no helpers"
+    rebound = httpx.get(f"http://127.0.0.1:{settings.mlflow_port}/", headers={"Host": "elsewhere.example"})
+    assert rebound.status_code == 403, "MLflow's own check of the host stands before the server"
     again = cli(variables, "up")
     assert again.returncode == 1
     assert "it is running" in again.stderr
