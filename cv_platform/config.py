@@ -398,16 +398,25 @@ class ExperimentConfig(Section):
     monitor: MonitorConfig = Field(default=MonitorConfig(), description="the drift report")
     alerts: AlertsConfig = Field(default=AlertsConfig(), description="what is worth a message")
 
-    def fingerprint(self, *sections: str) -> str:
-        """Returns 12 hex digits over `sections`, named as in YAML (all, when none is): code versions carry it.
+    def fingerprint(self, *fields: str, without: Iterable[str] = ()) -> str:
+        """Returns 12 hex digits over `fields`, named as in YAML: code versions carry it.
+
+        Args:
+            *fields: sections, or single fields: `monitor.alpha`; all sections, when none is given.
+            without: fields below them that are left out.
 
         Raises:
-            KeyError: there is no such section.
+            KeyError: there is no such field.
         """
         dump = self.model_dump(mode="json")
-        if sections:
-            dump = {section: dump[section] for section in sections}
-        return hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()[:12]
+        for field in without:
+            *sections, last = field.split(".")
+            del functools.reduce(lambda section, name: section[name], sections, dump)[last]
+        chosen = {
+            field: functools.reduce(lambda section, name: section[name], field.split("."), dump)
+            for field in fields or dump
+        }
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def config_files(configs: Path) -> list[Path]:

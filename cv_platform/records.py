@@ -10,15 +10,18 @@ Pydantic: https://docs.pydantic.dev/latest/concepts/models/
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, SerializationInfo, ValidationInfo
+from typing_extensions import override
 
 from cv_platform.config import ClassifierType
+from cv_platform.files import file_sha256
 
 # Paths
 
@@ -76,9 +79,17 @@ class Record(Value):
 
     Attributes:
         made_from: versions of the records that it was made from, by asset, all the way up; filled in when it is kept.
+        CIRCUMSTANCES: fields that say where, when or by which run; the same content may have others.
     """
 
+    CIRCUMSTANCES: ClassVar[frozenset[str]] = frozenset()
+
     made_from: dict[str, str] = {}
+
+    def content_version(self) -> str:
+        """Returns what the record's content is known by: the same where the same was made again."""
+        content = self.model_dump_json(exclude={"directory", "made_from", *self.CIRCUMSTANCES})
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def local_json(self) -> str:
         """Returns the record as JSON for a file in its own folder, which need not say where that is."""
@@ -159,6 +170,11 @@ class DatasetVersion(Record):
     manifest: str
     class_names: tuple[str, ...]
 
+    @override
+    def content_version(self) -> str:
+        """Names the images and, by the manifest, their splits."""
+        return f"{self.provenance.dvc_md5}-{Path(self.manifest).stem}"
+
     @property
     def manifest_path(self) -> Path:
         """Where the manifest is."""
@@ -231,6 +247,11 @@ class PackedImages(Record):
     bytes: int
     images_per_second: float
 
+    @override
+    def content_version(self) -> str:
+        """Names the pack."""
+        return self.directory.name
+
 
 # model
 
@@ -253,6 +274,12 @@ class TrainedModel(Record):
     mlflow_run_id: str | None = None
     git_commit: str | None = Field(default=None, description="of the code and configs")
     effective_config: dict[str, Any]
+    weights_sha256: str = Field(default="", description="of the trained weights; empty in records of earlier releases")
+
+    @override
+    def content_version(self) -> str:
+        """Names the weights."""
+        return self.weights_sha256[:16]
 
     @property
     def keras_path(self) -> Path:
@@ -270,6 +297,8 @@ class TrainedModel(Record):
 
 class Evaluation(Illustrated):
     """How a model does on the test split, and whether it may be promoted."""
+
+    CIRCUMSTANCES = frozenset({"model", "mlflow_run_id"})
 
     model: ModelIdentity
     passed: bool = Field(description="the promotion gate's verdict")
@@ -323,6 +352,8 @@ class DriftDetectors(Record):
         uae_dims, feature_dims: widths of the two embeddings.
     """
 
+    CIRCUMSTANCES = frozenset({"model"})
+
     model: ModelIdentity
     directory: HomePath
     encoder_hash: str
@@ -347,6 +378,11 @@ class ReferenceData(Record):
     url: HomeUrl
     rows: int
 
+    @override
+    def content_version(self) -> str:
+        """Names the file's content, to which the model's version belongs."""
+        return file_sha256(self.path)[:16]
+
     @property
     def path(self) -> Path:
         """The parquet file."""
@@ -364,6 +400,8 @@ class ModelBundle(Record):
         url: the bundle's folder in central storage.
         parity: see `export.ExportedModel`.
     """
+
+    CIRCUMSTANCES = frozenset({"url"})
 
     model: ModelIdentity
     bento_tag: str
@@ -385,6 +423,8 @@ class Deployment(Record):
         confirmed_workers: ids of the workers that run the version and live; empty when no service was running.
         seconds: from the load test to the last confirmation.
     """
+
+    CIRCUMSTANCES = frozenset({"previous_version", "confirmed_workers", "seconds", "message"})
 
     service: str
     model: ModelIdentity
@@ -532,6 +572,8 @@ class DriftReport(Record):
         evidently_run_id: run in the experiment's Evidently project.
         problems: what could not be done or shown, in sentences.
     """
+
+    CIRCUMSTANCES = frozenset({"report_url", "evidently_run_id"})
 
     report_id: str
     experiment: str

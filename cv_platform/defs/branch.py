@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import dagster as dg
-from pydantic import BaseModel
 
 from cv_platform.config import ExperimentConfig
 from cv_platform.defs.resources import ExperimentResource, Installation, MlflowTracking
+from cv_platform.defs.versions import Recipe, code_fingerprint
+from cv_platform.records import Record
 from cv_platform.settings import Settings
 
 
@@ -25,6 +27,23 @@ class AssetRun:
     installation: Installation
     settings: Settings
     mlflow: MlflowTracking
+    code_version: str
+    """Of the asset, under the effective config."""
+
+    def result(
+        self, record: Record, metadata: Mapping[str, Any], checks: Sequence[dg.AssetCheckResult] = ()
+    ) -> dg.MaterializeResult:
+        """Hands a record on, with the versions of what it contains and of what has made it.
+
+        Dagster would note the code version of the YAML, whatever the run has overridden.
+        """
+        return dg.MaterializeResult(
+            value=record,
+            data_version=dg.DataVersion(record.content_version()),
+            tags={"dagster/code_version": self.code_version},
+            metadata=metadata,
+            check_results=checks,
+        )
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,8 @@ class Branch:
     """One experiment's branch of the graph."""
 
     config: ExperimentConfig
+    recipes: dict[str, Recipe] = field(default_factory=dict[str, Recipe], compare=False)
+    """Of the assets declared so far, by name."""
 
     @property
     def config_resource(self) -> str:
@@ -45,39 +66,56 @@ class Branch:
     def asset(
         self,
         *,
-        value: type[BaseModel],
+        value: type[Record],
         kinds: set[str],
-        sections: Sequence[str],
+        reads: Sequence[str] = (),
+        ignores: Sequence[str] = (),
+        source: Sequence[str] = (),
+        code: Sequence[str] = (),
         ins: Mapping[str, str] | None = None,
         deps: Sequence[str] = (),
         checks: Sequence[dg.AssetCheckSpec] = (),
         **arguments: Any,
-    ) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    ) -> Callable[[Any], dg.AssetsDefinition]:
         """Declares an asset of this branch from a body `(context, …inputs)`.
 
         Args:
             value: the record that the asset hands on.
             kinds: what the page shows as icons.
-            sections: the config's sections that the asset's code depends on; they make its code version.
+            reads, ignores, source: fields of the config, see `versions.Recipe`.
+            code: what the body does not import by name, see `versions.code_fingerprint`.
             ins: body argument → upstream asset of this branch, loaded as the type that the body annotates.
             deps: upstream assets that are not loaded.
             checks: specs of the checks that the body returns results for.
             **arguments: anything else that `dagster.asset` takes.
         """
-        return dg.asset(
-            key_prefix=self.config.name,
-            group_name=self.config.name,
-            owners=list(self.config.owners),
-            # Said here, as Dagster 1.13 takes MaterializeResult[X] on a body with checks for several outputs.
-            dagster_type=_dagster_type(value),
-            kinds=kinds,
-            code_version=self.config.fingerprint("name", *sections),
-            ins={argument: dg.AssetIn(key=self.key(upstream)) for argument, upstream in (ins or {}).items()},
-            deps=[self.key(upstream) for upstream in deps],
-            check_specs=list(checks),
-            required_resource_keys={"installation", "mlflow", self.config_resource},
-            **arguments,
-        )
+
+        def declare(body: FunctionType) -> dg.AssetsDefinition:
+            upstream = [*(ins or {}).values(), *deps]
+            recipe = Recipe(
+                tuple(reads),
+                tuple(ignores),
+                tuple(source),
+                code_fingerprint(body, code),
+                tuple(self.recipes[name] for name in upstream),
+            )
+            self.recipes[body.__name__] = recipe
+            return dg.asset(
+                key_prefix=self.config.name,
+                group_name=self.config.name,
+                owners=list(self.config.owners),
+                # Said here, as Dagster 1.13 takes MaterializeResult[X] on a body with checks for several outputs.
+                dagster_type=_dagster_type(value),
+                kinds=kinds,
+                code_version=recipe.version(self.config),
+                ins={argument: dg.AssetIn(key=self.key(name)) for argument, name in (ins or {}).items()},
+                deps=[self.key(name) for name in deps],
+                check_specs=list(checks),
+                required_resource_keys={"installation", "mlflow", self.config_resource},
+                **arguments,
+            )(body)
+
+        return declare
 
     def check(self, name: str, asset: str, *, blocking: bool, description: str) -> dg.AssetCheckSpec:
         """Declares a check of one of the branch's assets."""
@@ -96,10 +134,11 @@ class Branch:
         config = experiment.resolve()
         if self.key("deployment") in context.job_def.asset_layer.selected_asset_keys:
             require_service(config.deploy, experiment=config.name, storage=installation.storage())
-        return AssetRun(context, config, installation, installation.settings(), context.resources.mlflow)
+        code_version = self.recipes[context.asset_key.path[-1]].version(config)
+        return AssetRun(context, config, installation, installation.settings(), context.resources.mlflow, code_version)
 
 
 @functools.cache
-def _dagster_type(record: type[BaseModel]) -> dg.PythonObjectDagsterType:
+def _dagster_type(record: type[Record]) -> dg.PythonObjectDagsterType:
     """Returns the one Dagster type of a record: two of one name, in two experiments, would not load."""
     return dg.PythonObjectDagsterType(record)

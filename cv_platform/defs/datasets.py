@@ -12,7 +12,16 @@ from cv_platform.records import DatasetVersion, PackedImages, ValidationVerdict
 def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
     """Returns the asset `<name>/dataset`."""
 
-    @branch.asset(value=DatasetVersion, kinds={"dvc", "git", "parquet"}, sections=["dataset", "model"])
+    @branch.asset(
+        value=DatasetVersion,
+        kinds={"dvc", "git", "parquet"},
+        reads=[
+            *(f"dataset.{split}_fraction" for split in ("valid", "reference", "test")),
+            *("dataset.split_seed", "dataset.max_image_pixels"),
+            *("model.classes", "model.classifier_type"),
+        ],
+        source=["dataset.ds_name", "dataset.dvc_tag", "dataset.ds_root", "dataset.source"],
+    )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """A read-only checkout of the DVC version, with a manifest.
 
@@ -30,10 +39,8 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         sheet = version.manifest_path.with_suffix(".png")
         write_file(sheet, contact_sheet(version))
         counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
-        return dg.MaterializeResult(
-            value=version,
-            # The manifest's name stands for the splits, which follow from the config too.
-            data_version=dg.DataVersion(f"{version.provenance.dvc_md5}-{version.manifest_path.stem}"),
+        return run.result(
+            version,
             metadata={
                 "dagster/row_count": len(manifest),
                 "tag": version.provenance.dvc_tag,
@@ -72,7 +79,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=PackedImages,
         kinds={"numpy", "opencv"},
-        sections=["dataset", "model"],
+        reads=["model.input_size"],
         ins={"dataset": "dataset", "verdict": "validation_report"},
         checks=[complete],
     )
@@ -97,9 +104,8 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             spare_bytes=run.settings.spare_disk_bytes,
         )
         expected = _usable(dataset, verdict)
-        return dg.MaterializeResult(
-            value=packed,
-            data_version=dg.DataVersion(packed.directory.name),
+        return run.result(
+            packed,
             metadata={
                 "dagster/row_count": sum(packed.counts.values()),
                 "directory": file_link(packed.directory),
@@ -108,7 +114,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
                 "preprocessing_hash": packed.task.preprocessing_hash,
                 "splits": table([{"split": split, "images": count} for split, count in packed.counts.items()]),
             },
-            check_results=[
+            checks=[
                 dg.AssetCheckResult(
                     check_name=complete.name,
                     passed=expected == {split: n for split, n in packed.counts.items() if n},

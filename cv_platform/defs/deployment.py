@@ -22,7 +22,8 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=ModelBundle,
         kinds={"bentoml"},
-        sections=["deploy", "model"],
+        reads=["deploy.runtime", "deploy.golden_images"],
+        code=["cv_platform.serving", "bentos"],
         ins={
             "trained": "model",
             "evaluation": "evaluation",
@@ -60,8 +61,8 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
             run.installation.storage(), home / "bentoml", home / "cache", spare_bytes=run.settings.spare_disk_bytes
         )
         bundle = publish_model(trained, detectors, evaluation, golden, deploy=deploy, place=place)
-        return dg.MaterializeResult(
-            value=bundle,
+        return run.result(
+            bundle,
             metadata={
                 "version": bundle.model.version,
                 "published": bundle.url,
@@ -77,7 +78,10 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
     """Returns the asset `<name>/deployment`."""
 
     @branch.asset(
-        value=Deployment, kinds={"bentoml"}, sections=["deploy"], ins={"bundle": "bento", "evaluation": "evaluation"}
+        value=Deployment,
+        kinds={"bentoml"},
+        reads=["deploy.service"],
+        ins={"bundle": "bento", "evaluation": "evaluation"},
     )
     def deployment(
         context: dg.AssetExecutionContext, bundle: ModelBundle, evaluation: Evaluation
@@ -104,8 +108,8 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
             set_alias(run.settings.mlflow_tracking_uri, bundle.model.model_name, CHAMPION, bundle.model.version)
         except TrackingError as err:  # The service serves the version already; MLflow only shows it.
             context.log.warning(f"MLflow's alias {CHAMPION} was not moved: {err}")
-        return dg.MaterializeResult(
-            value=result,
+        return run.result(
+            result,
             metadata={
                 "version": result.model.version,
                 "previous_version": result.previous_version or "",

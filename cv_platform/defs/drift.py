@@ -19,7 +19,12 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=DriftDetectors,
         kinds={"keras"},
-        sections=["model", "monitor"],
+        reads=[
+            "model.drift_detection.uae_encoding_dims",
+            "model.drift_detection.uae_seed",
+            "monitor.alpha",
+            "monitor.seed",
+        ],
         ins={"trained": "model", "packed": "packed_images"},
         checks=[calibrated],
     )
@@ -38,8 +43,8 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
         detectors = build_detectors(trained, reference, run.config)
         alarms = detectors.false_alarms
         summary = false_alarm_summary(alarms, len(reference.paths))
-        return dg.MaterializeResult(
-            value=detectors,
+        return run.result(
+            detectors,
             metadata={
                 "version": detectors.model.version,
                 "encoder": file_link(detectors.uae_path),
@@ -49,7 +54,7 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
                 "false_alarm_rate": dg.MetadataValue.float(alarms.rate) if alarms.rate is not None else summary,
                 "false_alarm_trials": alarms.trials,
             },
-            check_results=[
+            checks=[
                 dg.AssetCheckResult(
                     check_name=calibrated.name,
                     passed=is_calibrated(alarms),
@@ -68,7 +73,7 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=ReferenceData,
         kinds={"parquet"},
-        sections=["model"],
+        reads=["model.threshold", "model.drift_detection.uae_seed", "model.drift_detection.reference_data_n_sample"],
         ins={"trained": "model", "detectors": "drift_detectors", "packed": "packed_images"},
     )
     def reference_data(
@@ -86,8 +91,8 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
         held_out = open_split(packed, "reference", beside=trained)
         storage = run.installation.storage()
         reference = build_reference_data(trained, detectors, held_out, run.config.model, storage=storage)
-        return dg.MaterializeResult(
-            value=reference,
+        return run.result(
+            reference,
             metadata={
                 "dagster/row_count": reference.rows,
                 "version": reference.model.version,

@@ -21,7 +21,8 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=Evaluation,
         kinds={"scikitlearn", "mlflow"},
-        sections=["evaluate", "model"],
+        reads=["evaluate", "model.threshold"],
+        ignores=["evaluate.mlflow"],
         ins={"trained": "model", "packed": "packed_images"},
         checks=[gate],
     )
@@ -39,8 +40,8 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
             directory = run.settings.home / "evaluation"
             result = evaluate_model(trained, packed, run.config, champion=champion, directory=directory, run=mlflow_run)
-        return dg.MaterializeResult(
-            value=result,
+        return run.result(
+            result,
             metadata={
                 "version": result.model.version,
                 "passed": result.passed,
@@ -51,7 +52,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
                 "mlflow_url": dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages)),
                 **{name: file_link(path) for name, path in result.plots.items()},
             },
-            check_results=[
+            checks=[
                 dg.AssetCheckResult(
                     check_name=gate.name,
                     passed=result.passed,

@@ -24,22 +24,10 @@ from cv_platform.defs.validation import validation_report_asset
 
 
 def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
-    """Returns everything of one experiment, in the order in which data walk through it."""
+    """Returns everything of one experiment."""
     branch = Branch(config)
     return dg.Definitions(
-        assets=[
-            dataset_asset(branch),
-            validation_report_asset(branch),
-            packed_images_asset(branch),
-            model_asset(branch),
-            evaluation_asset(branch),
-            drift_detectors_asset(branch),
-            reference_data_asset(branch),
-            bento_asset(branch),
-            deployment_asset(branch),
-            drift_report_asset(branch),
-            production_metrics_asset(branch),
-        ],
+        assets=experiment_assets(branch),
         jobs=experiment_jobs(branch),
         schedules=[drift_schedule(config)],
         sensors=[
@@ -49,6 +37,23 @@ def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
         ],
         resources={branch.config_resource: experiment_resource(config)},
     )
+
+
+def experiment_assets(branch: Branch) -> list[dg.AssetsDefinition]:
+    """Declares the assets of a branch, in the order in which data walk through it."""
+    return [
+        dataset_asset(branch),
+        validation_report_asset(branch),
+        packed_images_asset(branch),
+        model_asset(branch),
+        evaluation_asset(branch),
+        drift_detectors_asset(branch),
+        reference_data_asset(branch),
+        bento_asset(branch),
+        deployment_asset(branch),
+        drift_report_asset(branch),
+        production_metrics_asset(branch),
+    ]
 
 
 def broken_config_definitions(file_name: str, error: str) -> dg.Definitions:

@@ -9,6 +9,9 @@ from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.records import Deployment, DriftReport, ModelIdentity, ProductionMetrics
 
+JUDGING = ("alpha", "min_samples", "max_samples", "permutations", "max_reference_rows", "seed")
+"""Fields of `monitor` that decide the verdict on given requests; the others say when, and on which."""
+
 
 def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
     """Returns the asset `<name>/drift_report`."""
@@ -19,7 +22,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=DriftReport,
         kinds={"evidently", "postgres"},
-        sections=["monitor", "alerts"],
+        reads=[f"monitor.{field}" for field in JUDGING],
         ins={"deployment": "deployment"},
         deps=["reference_data"],
         checks=[no_drift],
@@ -56,10 +59,10 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
             for failure in send_alert(urls, f"{run.config.name}: drift", summary):
                 context.log.warning(failure)
         export_drift(run.settings.home, report)
-        return dg.MaterializeResult(
-            value=report,
+        return run.result(
+            report,
             metadata=_drift_metadata(report),
-            check_results=[
+            checks=[
                 dg.AssetCheckResult(
                     check_name=no_drift.name,
                     passed=report.verdict != "drift",
@@ -84,7 +87,7 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=ProductionMetrics,
         kinds={"postgres", "mlflow"},
-        sections=["monitor"],
+        reads=["monitor.alpha", "monitor.min_feedback"],
         deps=["deployment"],
         checks=[as_on_the_test_split],
     )
@@ -112,10 +115,10 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
             with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
                 log_production(mlflow_run, metrics)
         export_production(run.settings.home, metrics)
-        return dg.MaterializeResult(
-            value=metrics,
+        return run.result(
+            metrics,
             metadata=_production_metadata(metrics),
-            check_results=[
+            checks=[
                 dg.AssetCheckResult(
                     check_name=as_on_the_test_split.name,
                     passed=not metrics.worse_versions,

@@ -17,7 +17,9 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=TrainedModel,
         kinds={"keras", "tensorflow", "mlflow"},
-        sections=["train", "model"],
+        reads=["train", "model"],
+        ignores=["train.mlflow", "model.threshold", "model.drift_detection"],
+        code=["cv_platform.training.architectures"],
         ins={"packed": "packed_images", "verdict": "validation_report"},
     )
     def model(
@@ -46,8 +48,8 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 spare_bytes=run.settings.spare_disk_bytes,
             )
         last = {name: values[-1] for name, values in trained.history.items()}
-        return dg.MaterializeResult(
-            value=trained,
+        return run.result(
+            trained,
             metadata={
                 "version": trained.model.version,
                 "keras": file_link(trained.keras_path),

@@ -25,7 +25,8 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=ValidationVerdict,
         kinds={"deepchecks"},
-        sections=["validate", "dataset", "model"],
+        reads=["validate"],
+        code=["cv_platform.validation.checks"],
         ins={"dataset": "dataset"},
         checks=specs,
     )
@@ -47,8 +48,8 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
             home=run.settings.home,
         )
         outcomes = {outcome.name: outcome for outcome in verdict.outcomes}
-        return dg.MaterializeResult(
-            value=verdict,
+        return run.result(
+            verdict,
             metadata={
                 "passed": verdict.passed,
                 "report": file_link(verdict.report_path),
@@ -57,7 +58,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
                     [o.model_dump(include={"name", "passed", "severity", "summary"}) for o in verdict.outcomes]
                 ),
             },
-            check_results=[_check_result(spec.name, outcomes.get(spec.name)) for spec in specs],
+            checks=[_check_result(spec.name, outcomes.get(spec.name)) for spec in specs],
         )
 
     return validation_report

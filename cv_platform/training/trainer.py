@@ -39,6 +39,7 @@ from cv_platform.training.fitting import FittedModel, fit_model
 from cv_platform.training.network import resolve_precision
 
 if TYPE_CHECKING:
+    import keras
     from matplotlib.figure import Figure
 
     from cv_platform.tracking import MlflowRun
@@ -237,6 +238,7 @@ def _publish(
         mlflow_run_id=None if run is None else run.run_id,
         git_commit=git_commit,
         effective_config=config.model_dump(mode="json"),
+        weights_sha256=weights_sha256(fitted.network),
     )
     with whole_directory(trained.directory) as beside:
         fitted.network.save(beside / trained.keras_path.name)
@@ -247,6 +249,14 @@ def _publish(
         learning_curves(fitted.history, best_epoch=fitted.best_epoch).savefig(beside / "learning_curves.png")
         (beside / "trained_model.json").write_text(trained.local_json(), encoding="utf-8")
     return trained
+
+
+def weights_sha256(network: keras.Model) -> str:
+    """Returns a digest of a network's weights in their order, which no name or time of a file enters."""
+    digest = hashlib.sha256()
+    for weight in network.get_weights():
+        digest.update(f"{weight.dtype} {weight.shape}".encode() + weight.tobytes())
+    return digest.hexdigest()
 
 
 def learning_curves(history: dict[str, list[float]], *, best_epoch: int) -> Figure:

@@ -20,7 +20,7 @@ KEY = dg.AssetKey(["digits", "production_metrics"])
 
 
 @pytest.mark.xdist_group("tracking")
-def test_says_that_there_is_no_feedback_and_then_measures_it(
+def test_says_that_there_is_no_feedback_then_measures_it_and_notes_what_was_overridden(
     engine: Engine, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", database_url)
@@ -29,6 +29,7 @@ def test_says_that_there_is_no_feedback_and_then_measures_it(
     job = build_defs(DIGITS).resolve_job_def("digits_drift_report")
 
     empty = job.execute_in_process(asset_selection=[KEY])
+    empty_tags = empty.asset_materializations_for_node("digits__production_metrics")[0].tags
     (check,) = empty.get_asset_check_evaluations()
     assert check.passed
     assert check.description.startswith("Insufficient feedback: 0 of 0 predictions")
@@ -41,11 +42,16 @@ def test_says_that_there_is_no_feedback_and_then_measures_it(
     with engine.begin() as connection:
         connection.execute(insert(predictions), {**row, **vectors, "prediction_json": {}, "created_on": yesterday})
         connection.execute(insert(feedback), {**said, "created_on": yesterday})
-    measured = job.execute_in_process(asset_selection=[KEY])
+    override = {"resources": {"digits_config": {"config": {"monitor": {"min_feedback": 11}}}}}
+    measured = job.execute_in_process(override, asset_selection=[KEY])
 
     (materialization,) = measured.asset_materializations_for_node("digits__production_metrics")
     assert materialization.metadata["with_feedback"].value == 1
     assert Path(materialization.metadata["accuracy"].value).read_bytes().startswith(b"\x89PNG")
+    as_the_yaml = build_defs(DIGITS).resolve_asset_graph().get(KEY).code_version
+    assert empty_tags["dagster/code_version"] == as_the_yaml
+    assert materialization.tags["dagster/code_version"] not in {None, as_the_yaml}
+    assert materialization.tags["dagster/data_version"] != empty_tags["dagster/data_version"]
     record = RecordStore(tmp_path / "home", "digits").latest(ProductionMetrics)
     assert record is not None
     assert (record.versions[0].right_share, record.versions[0].verdict) == (0.0, "insufficient feedback")

@@ -204,6 +204,9 @@ def test_the_same_seed_gives_the_same_weights(trained: TrainedModel, tiny_packed
 
     assert again.model.version != trained.model.version
     assert_same_weights(trained, again)
+    assert again.content_version() == trained.content_version()
+    other = train_model(tiny_packed, experiment(train__seed=4), directory=tmp_path)
+    assert other.content_version() != trained.content_version()
 
 
 def test_a_killed_training_resumes_to_the_weights_it_would_have_had(

@@ -1,0 +1,190 @@
+"""Which assets Dagster calls stale after an edit, of configs, of code and of data."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.loader import LoadingContextForTest
+
+from cv_platform.config import load_experiment
+from cv_platform.definitions import build_defs
+from cv_platform.defs import versions
+from cv_platform.defs.branch import Branch
+from cv_platform.defs.experiment import experiment_assets
+from cv_platform_tests.support.demo_run import REPOSITORY
+
+DIGITS = REPOSITORY / "configs" / "digits.yaml"
+MONITORING = {"drift_report", "production_metrics"}
+DEPLOYED = {"deployment", *MONITORING}
+MADE_OF_DETECTORS = {"drift_detectors", "reference_data", "bento", *DEPLOYED}
+MADE_OF_MODEL = {"model", "evaluation", *MADE_OF_DETECTORS}
+ALL = {"dataset", "validation_report", "packed_images", *MADE_OF_MODEL}
+
+
+class Installation:
+    """An instance on which every asset was made once from the config as it is."""
+
+    def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
+        self.instance, self.folder = instance, folder
+        self.content = yaml.safe_load(DIGITS.read_text())
+        self.make({})
+
+    def definitions(self, edit: dict[str, Any]) -> dg.Definitions:
+        content = yaml.safe_load(yaml.safe_dump(self.content))
+        for place, value in edit.items():
+            *sections, field = place.split(".")
+            section = content
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[field] = value
+        path = self.folder / "digits.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return build_defs(path)
+
+    def make(self, edit: dict[str, Any], *names: str, data: str = "the first") -> None:
+        """Materialises assets with the versions and edges of ours, and other bodies; all of them by default."""
+        graph = self.definitions(edit).resolve_asset_graph()
+
+        def stand_in(key: dg.AssetKey) -> dg.AssetsDefinition:
+            node = graph.get(key)
+
+            @dg.asset(key=key, deps=list(node.parent_keys), code_version=node.code_version)
+            def body() -> dg.MaterializeResult:
+                return dg.MaterializeResult(data_version=dg.DataVersion(data))
+
+            return body
+
+        assets = [stand_in(key) for key in graph.get_all_asset_keys() if not graph.get(key).is_external]
+        selection = [dg.AssetKey(["digits", name]) for name in names or ALL]
+        assert dg.materialize(assets, instance=self.instance, selection=selection).success
+
+    def stale(self, edit: dict[str, Any]) -> set[str]:
+        graph = self.definitions(edit).resolve_asset_graph()
+        resolver = CachingStaleStatusResolver(self.instance, graph, LoadingContextForTest(self.instance))
+        keys = graph.get_all_asset_keys()
+        return {key.path[-1] for key in keys if resolver.get_status(key) is StaleStatus.STALE}
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Installation(instance, tmp_path_factory.mktemp("installation"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "stale"),
+    [
+        ({}, set()),
+        ({"monitor.schedule_cron": "0 7 * * *", "monitor.new_rows_trigger": 7, "description": "another"}, set()),
+        ({"train.mlflow.exp_name": "elsewhere", "alerts.on_drift": False}, set()),
+        ({"train.epochs": 3}, MADE_OF_MODEL),
+        ({"train.augment.rotate_degrees": 44.0}, MADE_OF_MODEL),
+        ({"model.classes": [*map(str, range(9)), "nine"]}, ALL),
+        ({"dataset.dvc_tag": "v9.0.0"}, {"dataset"}),
+        ({"dataset.split_seed": 5}, ALL),
+        ({"validate.duplicates": "error"}, ALL - {"dataset"}),
+        ({"evaluate.min_accuracy": 0.5}, {"evaluation", "bento", *DEPLOYED}),
+        ({"model.drift_detection.uae_seed": 8}, MADE_OF_DETECTORS),
+        ({"monitor.alpha": 0.01}, MADE_OF_DETECTORS),
+        ({"monitor.permutations": 99}, {"drift_report"}),
+        ({"monitor.min_feedback": 99}, {"production_metrics"}),
+        ({"deploy.runtime": "tensorflow"}, {"bento", *DEPLOYED}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_an_edit_of_the_config_makes_stale_what_it_decides(
+    installation: Installation, edit: dict[str, Any], stale: set[str]
+) -> None:
+    assert installation.stale(edit) == stale
+
+
+def test_another_dataset_makes_stale_what_reads_it_and_the_same_one_under_another_tag_does_not(
+    tmp_path: Path,
+) -> None:
+    edit = {"dataset.dvc_tag": "v9.0.0"}
+    with dg.DagsterInstance.ephemeral() as instance:
+        installation = Installation(instance, tmp_path)
+        installation.make(edit, "dataset")
+        assert installation.stale(edit) == set()
+        installation.make(edit, "dataset", data="others")
+        assert installation.stale(edit) == {"validation_report", "packed_images"}
+
+
+@pytest.mark.parametrize(
+    ("module", "edit", "stale"),
+    [
+        ("training/schedules.py", "\nPEAK = 2\n", MADE_OF_MODEL),
+        ("training/schedules.py", '\n# A comment.\n"""And a remark."""\n', set()),
+        ("training/architectures/small_cnn.py", "\nPEAK = 2\n", MADE_OF_MODEL),
+        ("validation/checks/copies.py", "\nPEAK = 2\n", ALL - {"dataset"}),
+        ("evaluation/gate.py", "\nPEAK = 2\n", {"evaluation", "bento", *DEPLOYED}),
+        ("drift/encoders.py", "\nPEAK = 2\n", MADE_OF_DETECTORS),
+        ("serving/app.py", "\nPEAK = 2\n", {"bento", *DEPLOYED}),
+        ("monitoring/report_page.py", "\nPEAK = 2\n", {"drift_report"}),
+        ("images.py", "\nPEAK = 2\n", ALL),
+        ("tracking.py", "\nPEAK = 2\n", set()),
+    ],
+)
+def test_a_line_of_code_makes_stale_what_runs_it(
+    installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, edit: str, stale: set[str]
+) -> None:
+    for package in ("cv_platform", "bentos"):
+        shutil.copytree(REPOSITORY / package, tmp_path / package)
+    monkeypatch.setattr(versions, "_ROOT", tmp_path)
+    clear_caches()
+    try:
+        with (tmp_path / "cv_platform" / module).open("a") as source:
+            source.write(edit)
+        assert installation.stale({}) == stale
+    finally:
+        monkeypatch.undo()
+        clear_caches()
+
+
+def clear_caches() -> None:
+    versions._module.cache_clear()
+    versions._source.cache_clear()
+
+
+ELSEWHERE = {
+    "name": "whose",
+    "description": "shown",
+    "owners": "shown",
+    "alerts": "who is told",
+    "train.mlflow": "where runs go",
+    "evaluate.mlflow": "where runs go",
+    "monitor.window_days": "which requests",
+    "monitor.window_start_utc": "",
+    "monitor.window_end_utc": "",
+    "monitor.schedule_cron": "when",
+    "monitor.new_rows_trigger": "when",
+    "deploy.takes_over": "whose service it may be",
+    "deploy.confirm_timeout_seconds": "how long it may take",
+}
+"""Fields that decide no asset's content, with what they do."""
+
+
+def test_every_field_of_the_config_is_in_a_version_or_decides_nothing() -> None:
+    branch = Branch(load_experiment(DIGITS))
+    assert {asset.key.path[-1] for asset in experiment_assets(branch)} == ALL
+    read = {field for recipe in branch.recipes.values() for field in (*recipe.reads, *recipe.source)}
+
+    def unknown(section: Any, place: str) -> list[str]:
+        if place in read or place in ELSEWHERE:
+            return []
+        fields = getattr(type(section), "model_fields", None)
+        if fields is None:
+            return [place]
+        names = {name: info.alias or name for name, info in fields.items()}
+        return [
+            u for name, alias in names.items() for u in unknown(getattr(section, name), f"{place}.{alias}".lstrip("."))
+        ]
+
+    assert unknown(branch.config, "") == []
