@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 
@@ -34,7 +35,10 @@ _TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
     8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
 """EXIF's orientation to what undoes it."""
-_DAMAGES = (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, Image.DecompressionBombError)
+_DAMAGES = (
+    *(OSError, ValueError, SyntaxError, struct.error, zlib.error, EOFError, TypeError),
+    Image.DecompressionBombError,
+)
 _OTHER_BREAKS = (MemoryError, OverflowError, RuntimeError, LookupError, AttributeError, ZeroDivisionError)
 """A hostile file can break any of Pillow's parsers in its own way."""
 cv2.setLogLevel(1)
