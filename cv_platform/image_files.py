@@ -161,7 +161,7 @@ def has_all_png_rows(data: bytes) -> bool:
     for kind, at, end in png_chunks(data):
         pending: bytes | memoryview = memoryview(data)[at + 8 : end - 4] if kind == b"IDAT" else b""
         while pending and missing > 0:
-            missing -= len(inflater.decompress(pending, _INFLATED_BYTES))
+            missing -= len(inflater.decompress(pending, min(missing, _INFLATED_BYTES)))
             pending = inflater.unconsumed_tail
     return missing <= 0
 
