@@ -349,11 +349,22 @@ class MonitorConfig(Section):
     min_feedback: int = Field(
         default=30, ge=10, description="production_metrics: fewer predictions with feedback are not judged"
     )
-    window_days: float = Field(default=7.0, gt=0.0, le=366.0, description="the default window: the last days until now")
+    window_days: float = Field(
+        default=7.0,
+        gt=0.0,
+        le=366.0,
+        description="the window where nothing else says it: the last days until the run was asked for. The schedule's "
+        "windows begin where the one before ended, the first so many days before",
+    )
     window_start_utc: str | None = Field(
         default=None, description="ISO 8601 with zone: start (inclusive) instead of the default"
     )
     window_end_utc: str | None = Field(default=None, description="ISO 8601 with zone: end (exclusive) instead of now")
+    window_by: Literal["answered", "logged"] = Field(
+        default="answered",
+        description="the time that puts a request into the window; logged, which the schedule sets: when it reached "
+        "the database, so that one that came late is in the next window",
+    )
     permutations: int = Field(default=499, ge=99, le=9999, description="of each kernel test")
     max_reference_rows: int = Field(
         default=2000, ge=100, description="seeded subsample of the reference in kernel tests"

@@ -552,7 +552,9 @@ class DriftReport(Record):
     Attributes:
         report_id: UUID of experiment, model, version and window: a report of the same window has the same id.
         window_start_utc, window_end_utc: half-open bounds.
+        window_by: by which of its times a request belongs to the window, see `config.MonitorConfig`.
         requests: answered requests in the window.
+        late_rows: of them, those that were answered before it, and reached the log in it.
         rows: of them, those that were judged.
         unusable_rows: read but left out, because an embedding is not finite or of another width.
         is_truncated: only the latest `monitor.max_samples` were read.
@@ -580,7 +582,9 @@ class DriftReport(Record):
     model: ModelIdentity
     window_start_utc: datetime
     window_end_utc: datetime
+    window_by: Literal["answered", "logged"] = "answered"
     requests: int
+    late_rows: int = 0
     rows: int
     unusable_rows: int
     is_truncated: bool
@@ -667,6 +671,7 @@ class ProductionMetrics(Illustrated):
     Attributes:
         experiment, model_name: whose predictions.
         window_start_utc, window_end_utc: half-open bounds on the predictions' time.
+        late_rows: predictions that were made before the window, and reached the log in it.
         predictions, with_feedback: over all versions.
         alpha: a version is called worse when its p-value times the number of judged versions is at most this.
         min_feedback: a version with less feedback is not judged.
@@ -678,6 +683,7 @@ class ProductionMetrics(Illustrated):
     model_name: str
     window_start_utc: datetime
     window_end_utc: datetime
+    late_rows: int = 0
     predictions: int
     with_feedback: int
     alpha: float

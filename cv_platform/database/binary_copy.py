@@ -70,6 +70,11 @@ _ENCODERS: dict[str, Encoder] = {
 }
 
 
+def written_columns(table: Table) -> tuple[str, ...]:
+    """Returns the columns that a writer gives; the others are the database's to fill: `id`, and when a row came."""
+    return tuple(column.name for column in table.columns if column.name not in {"id", "logged_on"})
+
+
 def row_encoder(table: Table, columns: Sequence[str]) -> Callable[[Mapping[str, Any]], bytes]:
     """Returns a function from a row (by column name; missing is null) to its bytes, to be joined by `copy_stream`.
 

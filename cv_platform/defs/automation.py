@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -13,6 +14,9 @@ from cv_platform.settings import Settings
 
 _TOLD_AGAIN = "cv-platform/retold"
 """Tag of a killed run about which Dagster's daemon was told a second time: its own id, as a retry inherits tags."""
+_WINDOW_END = "cv-platform/window_end"
+"""Tag of a scheduled run: the end of its window, where the next one begins."""
+_RUNS_LOOKED_AT = 50
 TRAINING_ASSETS = (
     "dataset",
     "validation_report",
@@ -44,16 +48,45 @@ def experiment_jobs(branch: Branch) -> list[Any]:
     ]
 
 
-def drift_schedule(config: ExperimentConfig) -> dg.ScheduleDefinition:
-    """Returns the schedule that makes the drift report; weekly unless the config says otherwise."""
-    return dg.ScheduleDefinition(
-        name=f"{config.name}_weekly_drift_report",
-        job_name=f"{config.name}_drift_report",
-        cron_schedule=config.monitor.schedule_cron,
+def drift_schedule(branch: Branch) -> dg.ScheduleDefinition:
+    """Returns the schedule that makes the drift report; weekly unless the config says otherwise.
+
+    Its runs carry their window, so that a retry has the same. Partitions would say it too, but then `--select '*'`, and
+    a run by hand, would have to name one.
+    """
+    name, monitor = branch.config.name, branch.config.monitor
+    schedule_name = f"{name}_weekly_drift_report"
+
+    @dg.schedule(
+        name=schedule_name,
+        job_name=f"{name}_drift_report",
+        cron_schedule=monitor.schedule_cron,
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description="Judges the last days of requests, and counts what people said about them.",
+        description="Judges the requests since the window of its last run, and counts what people said about them.",
     )
+    def scheduled_window(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+        end = context.scheduled_execution_time.astimezone(UTC)
+        start = _end_of_the_window_before(context.instance, schedule_name, end)
+        start = start or end - timedelta(days=monitor.window_days)
+        window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat(), "window_by": "logged"}
+        return dg.RunRequest(
+            run_key=end.isoformat(),
+            run_config=branch.overrides({"monitor": window}),
+            tags={_WINDOW_END: end.isoformat()},
+        )
+
+    return scheduled_window
+
+
+def _end_of_the_window_before(instance: dg.DagsterInstance, schedule: str, end: datetime) -> datetime | None:
+    """Returns where the latest window before `end` ends that the schedule has asked for; None before the first.
+
+    By what was asked, not by the cron: an edited cron, and ticks missed while nothing ran, leave no gap.
+    """
+    asked = instance.get_runs(dg.RunsFilter(tags={"dagster/schedule_name": schedule}), limit=_RUNS_LOOKED_AT)
+    ends = [datetime.fromisoformat(run.tags[_WINDOW_END]) for run in asked if _WINDOW_END in run.tags]
+    return max((before for before in ends if before < end), default=None)
 
 
 def new_predictions_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
@@ -118,8 +151,9 @@ def retrain_on_drift_sensor(branch: Branch) -> dg.SensorDefinition:
     return retrain_on_drift
 
 
-def new_dataset_version_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
+def new_dataset_version_sensor(branch: Branch) -> dg.SensorDefinition:
     """Returns the sensor that retrains on a new tag of the dataset repository; shipped stopped."""
+    config = branch.config
 
     @dg.sensor(
         name=f"{config.name}_new_dataset_version",
@@ -144,7 +178,7 @@ def new_dataset_version_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
         requests = [
             dg.RunRequest(
                 run_key=f"{config.name}-{tag}-{md5}",
-                run_config={"resources": {f"{config.name}_config": {"config": {"dataset": {"dvc_tag": tag}}}}},
+                run_config=branch.overrides({"dataset": {"dvc_tag": tag}}),
                 tags={"reason": f"dataset {tag}"},
             )
             for tag, md5 in fresh.items()

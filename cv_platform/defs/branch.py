@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import FunctionType
 from typing import Any
 
 import dagster as dg
 
 from cv_platform.config import ExperimentConfig
+from cv_platform.defs.io_managers import first_attempt
 from cv_platform.defs.resources import ExperimentResource, Installation, MlflowTracking
 from cv_platform.defs.versions import Recipe, code_fingerprint
 from cv_platform.records import Record
@@ -29,6 +31,8 @@ class AssetRun:
     mlflow: MlflowTracking
     code_version: str
     """Of the asset, under the effective config."""
+    asked: datetime
+    """When the run, or the first attempt that it goes on with, was asked for: a retry sees the same moment."""
 
     def result(
         self, record: Record, metadata: Mapping[str, Any], checks: Sequence[dg.AssetCheckResult] = ()
@@ -58,6 +62,10 @@ class Branch:
     def config_resource(self) -> str:
         """Returns the resource key under which a run overrides this experiment's fields."""
         return f"{self.config.name}_config"
+
+    def overrides(self, sections: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the run config that overrides fields of this experiment, by section."""
+        return {"resources": {self.config_resource: {"config": sections}}}
 
     def key(self, asset: str) -> dg.AssetKey:
         """Returns the key of one of the branch's assets."""
@@ -134,8 +142,16 @@ class Branch:
         config = experiment.resolve()
         if self.key("deployment") in context.job_def.asset_layer.selected_asset_keys:
             require_service(config.deploy, experiment=config.name, storage=installation.storage())
-        code_version = self.recipes[context.asset_key.path[-1]].version(config)
-        return AssetRun(context, config, installation, installation.settings(), context.resources.mlflow, code_version)
+        attempt = context.instance.get_run_record_by_id(first_attempt(context.run, context.instance))
+        return AssetRun(
+            context,
+            config,
+            installation,
+            installation.settings(),
+            context.resources.mlflow,
+            code_version=self.recipes[context.asset_key.path[-1]].version(config),
+            asked=attempt.create_timestamp if attempt else datetime.now(UTC),
+        )
 
 
 @functools.cache

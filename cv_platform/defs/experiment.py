@@ -29,11 +29,11 @@ def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
     return dg.Definitions(
         assets=experiment_assets(branch),
         jobs=experiment_jobs(branch),
-        schedules=[drift_schedule(config)],
+        schedules=[drift_schedule(branch)],
         sensors=[
             new_predictions_sensor(config),
             retrain_on_drift_sensor(branch),
-            new_dataset_version_sensor(config),
+            new_dataset_version_sensor(branch),
         ],
         resources={branch.config_resource: experiment_resource(config)},
     )

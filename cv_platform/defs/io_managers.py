@@ -20,7 +20,7 @@ class RecordIOManager(dg.ConfigurableIOManager):
         """Takes note of what is the latest when the run begins."""
         if context.run is not None and context.instance is not None:
             for store in record_stores(Settings.from_environment().home):
-                store.seen(_first_attempt(context.run, context.instance))
+                store.seen(first_attempt(context.run, context.instance))
 
     def handle_output(self, context: dg.OutputContext, obj: Record | None) -> None:
         """Keeps the asset's record, with the versions of what it was made from."""
@@ -49,11 +49,11 @@ class RecordIOManager(dg.ConfigurableIOManager):
 
 def _place(context: dg.InputContext | dg.OutputContext) -> tuple[RecordStore, str, str]:
     experiment, asset = context.asset_key.path
-    run_id = _first_attempt(context.step_context.dagster_run, context.step_context.instance)
+    run_id = first_attempt(context.step_context.dagster_run, context.step_context.instance)
     return RecordStore(Settings.from_environment().home, experiment), asset, run_id
 
 
-def _first_attempt(run: dg.DagsterRun, instance: dg.DagsterInstance) -> str:
+def first_attempt(run: dg.DagsterRun, instance: dg.DagsterInstance) -> str:
     """Returns the id of a run; of an automatic retry, that of the first attempt, whose work it goes on with."""
     while _RETRY in run.tags and (parent := instance.get_run_by_id(run.tags.get(_PARENT, ""))):
         run = parent

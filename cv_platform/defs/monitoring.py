@@ -1,6 +1,5 @@
 """The assets `drift_report` (the verdict on a window of requests) and `production_metrics` (what people said of it)."""
 
-from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -30,7 +29,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
     def drift_report(context: dg.AssetExecutionContext, deployment: Deployment) -> dg.MaterializeResult:
         """The verdict on a window of requests of one model version, with what moved.
 
-        The window is half-open, in UTC, on `created_on`: the config's bounds, or the last days until now. One
+        The window is half-open, in UTC: the schedule's, the config's, or the last days until the run was asked for. One
         family-wise test decides (Holm over BBSD-KS, properties-KS and two MMD permutation tests). Kept in Postgres,
         in central storage and in the Evidently workspace.
         """
@@ -50,9 +49,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         evidently = run.settings.evidently_url or run.settings.home / "evidently"
         place = ReportPlace(storage, evidently, work_directory=cache / "drift_reports")
         with run.installation.engine() as engine:
-            report = make_drift_report(
-                run.config, model, reference_path, engine=engine, place=place, now=datetime.now(UTC)
-            )
+            report = make_drift_report(run.config, model, reference_path, engine=engine, place=place, now=run.asked)
         summary = drift_summary(report)
         if report.verdict == "drift" and run.config.alerts.on_drift:
             urls = [url.get_secret_value() for url in run.settings.alert_urls]
@@ -108,7 +105,7 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
                 model_name=run.config.model.model_name,
                 engine=engine,
                 storage=run.installation.storage(),
-                now=datetime.now(UTC),
+                now=run.asked,
                 directory=run.settings.home / "production_metrics" / run.config.name,
             )
         if metrics.with_feedback:
@@ -139,6 +136,7 @@ def _drift_metadata(report: DriftReport) -> dict[str, Any]:
         "verdict": report.verdict,
         "sequential_test": stream_note(report),
         "dagster/row_count": report.rows,
+        "late_rows": report.late_rows,
         "model_version": report.model.version,
         "window_start_utc": dg.MetadataValue.text(report.window_start_utc.isoformat()),
         "window_end_utc": dg.MetadataValue.text(report.window_end_utc.isoformat()),
@@ -156,6 +154,7 @@ def _production_metadata(metrics: ProductionMetrics) -> dict[str, Any]:
     return {
         "summary": production_summary(metrics),
         "predictions": metrics.predictions,
+        "late_rows": metrics.late_rows,
         "with_feedback": metrics.with_feedback,
         "versions": table([version_row(version) for version in metrics.versions]),
         **{f"per_class_{v.model_version}": table(v.per_class) for v in metrics.versions if v.per_class},

@@ -28,7 +28,7 @@ from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
 from cv_platform.files import write_file
 from cv_platform.monitoring.sentences import production_figures, production_summary
-from cv_platform.monitoring.window import window_bounds
+from cv_platform.monitoring.window import WindowBounds, window_bounds
 from cv_platform.predictions import NONE_OF_THESE
 from cv_platform.records import FeedbackVerdict, ProductionMetrics, VersionMetrics
 from cv_platform.storage import BundleMetadata, CentralStorage
@@ -63,8 +63,8 @@ def measure_production(
         ConfigError: the window's bounds are wrong.
         DatabaseUnavailableError, SchemaMismatchError, StorageError: see there.
     """
-    start_utc, end_utc = window_bounds(config.monitor, now)
-    totals, statements = _read(engine, model_name, start_utc, end_utc)
+    bounds = window_bounds(config.monitor, now)
+    totals, late_rows, statements = _read(engine, model_name, bounds)
     problems: list[str] = []
     versions = [
         _measure(
@@ -75,8 +75,9 @@ def measure_production(
     metrics = ProductionMetrics(
         experiment=config.name,
         model_name=model_name,
-        window_start_utc=start_utc,
-        window_end_utc=end_utc,
+        window_start_utc=bounds.start,
+        window_end_utc=bounds.end,
+        late_rows=late_rows,
         predictions=sum(version.predictions for version in versions),
         with_feedback=sum(version.with_feedback for version in versions),
         alpha=config.monitor.alpha,
@@ -104,17 +105,11 @@ def log_production(run: MlflowRun, metrics: ProductionMetrics) -> None:
     run.log_artifact(metrics.record_path, "production_metrics")
 
 
-def _read(
-    engine: Engine, model_name: str, start_utc: datetime, end_utc: datetime
-) -> tuple[dict[str, int], pd.DataFrame]:
-    """Returns the predictions per version, the newest first, and how often each pair of predicted and true was said."""
-    inside = (
-        (predictions.c.model_name == model_name)
-        & (predictions.c.created_on >= start_utc)
-        & (predictions.c.created_on < end_utc)
-    )
+def _read(engine: Engine, model_name: str, bounds: WindowBounds) -> tuple[dict[str, int], int, pd.DataFrame]:
+    """Returns the predictions per version, the newest first; how many are late; and how often each pair was said."""
+    inside = (predictions.c.model_name == model_name) & bounds.holds()
     totals = (
-        select(predictions.c.model_version, func.count())
+        select(predictions.c.model_version, func.count(), func.count().filter(bounds.is_late()))
         .where(inside)
         .group_by(predictions.c.model_version)
         .order_by(predictions.c.model_version.desc())  # Versions sort by time.
@@ -128,11 +123,11 @@ def _read(
         .subquery()
     )
     counted = select(*latest.c, func.count()).group_by(*latest.c)
-    # One snapshot, so that no prediction has feedback without being counted.
-    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
-        known = {version: int(count) for version, count in connection.execute(totals)}
+    with bounds.snapshot(engine) as connection:
+        known = [tuple(row) for row in connection.execute(totals)]
         rows = [tuple(row) for row in connection.execute(counted)]
-    return known, pd.DataFrame(rows, columns=pd.Index(["version", "predicted", "true", "source", "count"]))
+    statements = pd.DataFrame(rows, columns=pd.Index(["version", "predicted", "true", "source", "count"]))
+    return {version: count for version, count, _ in known}, sum(late for *_, late in known), statements
 
 
 def _measure(

@@ -30,7 +30,7 @@ from cv_platform.monitoring.evidently_figures import evidently_run
 from cv_platform.monitoring.evidently_report import delete_run, publish_run
 from cv_platform.monitoring.report_page import render_page, thumbnails
 from cv_platform.monitoring.sentences import drift_summary
-from cv_platform.monitoring.window import Window, read_feedback, read_images, read_window, window_bounds
+from cv_platform.monitoring.window import Window, WindowBounds, read_feedback, read_images, read_window, window_bounds
 from cv_platform.predictions import LABEL, predicted_flags
 from cv_platform.records import DriftReport, ModelIdentity
 from cv_platform.storage import CentralStorage
@@ -96,20 +96,22 @@ def make_drift_report(
         DatabaseUnavailableError, SchemaMismatchError, StorageError: see there.
     """
     started, monitor = time.monotonic(), config.monitor
-    start_utc, end_utc = window_bounds(monitor, now)
+    bounds = window_bounds(monitor, now)
     facts = _model_facts(place.storage, config, model)
     identity = {"model_name": model.model_name, "model_version": model.version}
     reference = read_reference(
         reference_path, **identity, preprocessing_hash=facts.preprocessing_hash, encoder_hash=facts.encoder_hash
     )
-    window = read_window(engine, **identity, start_utc=start_utc, end_utc=end_utc, max_rows=monitor.max_samples)
+    window = read_window(engine, model, bounds, max_rows=monitor.max_samples)
     report = DriftReport(
-        report_id=_report_id(config.name, model, start_utc, end_utc),
+        report_id=_report_id(config.name, model, bounds),
         experiment=config.name,
         model=model,
-        window_start_utc=start_utc,
-        window_end_utc=end_utc,
+        window_start_utc=bounds.start,
+        window_end_utc=bounds.end,
+        window_by=bounds.by,
         requests=window.requests,
+        late_rows=window.late,
         rows=len(window.rows),
         unusable_rows=window.unusable,
         is_truncated=window.is_truncated,
@@ -324,6 +326,8 @@ def _window_problems(window: Window) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _report_id(experiment: str, model: ModelIdentity, start_utc: datetime, end_utc: datetime) -> str:
-    parts = (experiment, model.model_name, model.version, start_utc.isoformat(), end_utc.isoformat())
+def _report_id(experiment: str, model: ModelIdentity, bounds: WindowBounds) -> str:
+    parts = [experiment, model.model_name, model.version, bounds.start.isoformat(), bounds.end.isoformat()]
+    if bounds.by == "logged":  # Other requests than those that were answered between the same moments.
+        parts.append(bounds.by)
     return str(uuid.uuid5(_NAMESPACE, "\n".join(parts)))

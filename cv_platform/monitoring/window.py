@@ -1,31 +1,69 @@
 """The current window: the requests of one model version between two moments in UTC, the newest if they are too many.
 
-Bounds are half-open, [start, end), on `created_on`, so that two adjacent windows share no row and lose none. Only the
-columns that the report needs are read; images are fetched later, by sha256, for the few that are shown.
+Bounds are half-open, [start, end), so that two adjacent windows share no row and lose none: on `created_on`, when a
+request was answered, or on `logged_on`, when it reached the database. By the latter, a row that an outage has kept in a
+spool is in the window in which it came, and counted there as late; a window that is over never changes.
+
+Only the columns that the report needs are read; images are fetched later, by sha256, for the few that are shown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import numpy as np
 import pandas as pd
-from sqlalchemy import Engine, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, func, select, text
 
 from cv_platform.config import ExperimentConfig, MonitorConfig
 from cv_platform.database.schema import api_log, feedback, images, predictions
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import ConfigError
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
+from cv_platform.records import ModelIdentity
 
 _VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
 _ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256")
 _IDS_PER_QUERY = 1000
+
+
+@dataclass(frozen=True)
+class WindowBounds:
+    """Which requests: those with start ≤ time < end, in UTC, by the time that they were answered or logged at."""
+
+    start: datetime
+    end: datetime
+    by: Literal["answered", "logged"] = "answered"
+
+    def holds(self) -> ColumnElement[bool]:
+        """Returns the SQL condition on `predictions`."""
+        time = predictions.c.logged_on if self.by == "logged" else predictions.c.created_on
+        return (time >= self.start) & (time < self.end)
+
+    def is_late(self) -> ColumnElement[bool]:
+        """Returns the SQL condition for rows of the window that were answered before it."""
+        return predictions.c.created_on < self.start
+
+    @contextmanager
+    def snapshot(self, engine: Engine) -> Iterator[Connection]:
+        """Opens a view of the log that does not change, with all rows of the window, if that is over.
+
+        Raises:
+            DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
+        """
+        with engine.connect() as connection:
+            if self.by == "logged":
+                with connection.begin():  # Waits for what is being written, whose time is given already.
+                    connection.execute(text("LOCK TABLE predictions IN SHARE MODE"))
+        # One snapshot: rows that arrive meanwhile must not be counted and then not read.
+        with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+            yield connection
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +74,7 @@ class Window:
         sample: the usable rows; None where there is none.
         rows: a row per row of `sample`, in order of time: prediction_id, created_on, predicted_class, image_sha256.
         requests: answered requests in the window, read or not.
+        late: of them, those that were answered before it.
         is_truncated: older requests of the window were left out, because there are more than the limit.
         unusable: rows read but left out: an embedding is not finite, or has another width than the others.
     """
@@ -43,6 +82,7 @@ class Window:
     sample: DriftSample | None
     rows: pd.DataFrame
     requests: int
+    late: int
     is_truncated: bool
     unusable: int
 
@@ -81,7 +121,7 @@ def default_window(now: datetime, days: float) -> tuple[datetime, datetime]:
     return end - timedelta(days=days), end
 
 
-def window_bounds(monitor: MonitorConfig, now: datetime) -> tuple[datetime, datetime]:
+def window_bounds(monitor: MonitorConfig, now: datetime) -> WindowBounds:
     """Returns the configured bounds; a missing end is `now`, a missing start lies `window_days` before the end.
 
     Raises:
@@ -96,7 +136,7 @@ def window_bounds(monitor: MonitorConfig, now: datetime) -> tuple[datetime, date
             f"Expected monitor.window_start_utc before monitor.window_end_utc. Received: {start.isoformat()} and "
             f"{end.isoformat()}."
         )
-    return start, end
+    return WindowBounds(start, end, monitor.window_by)
 
 
 def monitored_since(experiments: Iterable[ExperimentConfig], now: datetime) -> dict[str, datetime]:
@@ -105,24 +145,17 @@ def monitored_since(experiments: Iterable[ExperimentConfig], now: datetime) -> d
     Raises:
         ConfigError: see `window_bounds`.
     """
-    return {config.name: window_bounds(config.monitor, now)[0] for config in experiments}
+    return {config.name: window_bounds(config.monitor, now).start for config in experiments}
 
 
-def read_window(
-    engine: Engine, *, model_name: str, model_version: str, start_utc: datetime, end_utc: datetime, max_rows: int
-) -> Window:
-    """Reads the latest `max_rows` answered requests of one model version with start ≤ created_on < end.
+def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, *, max_rows: int) -> Window:
+    """Reads the latest `max_rows` answered requests of one model version in the window.
 
     Raises:
-        ConfigError: a bound has no zone.
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
     """
-    start, end = require_utc(start_utc), require_utc(end_utc)
     inside = (
-        (predictions.c.model_name == model_name)
-        & (predictions.c.model_version == model_version)
-        & (predictions.c.created_on >= start)
-        & (predictions.c.created_on < end)
+        (predictions.c.model_name == model.model_name) & (predictions.c.model_version == model.version) & bounds.holds()
     )
     columns = [predictions.c[name] for name in (*_ROW_COLUMNS, *_VECTORS)]
     latest = (
@@ -132,9 +165,9 @@ def read_window(
         .order_by(predictions.c.created_on.desc(), predictions.c.prediction_id.desc())
         .limit(max_rows)
     )
-    # One snapshot: rows that arrive meanwhile must not be counted and then not read.
-    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
-        requests = connection.execute(select(func.count()).select_from(predictions).where(inside)).scalar_one()
+    counts = select(func.count(), func.count().filter(bounds.is_late())).select_from(predictions).where(inside)
+    with bounds.snapshot(engine) as connection:
+        requests, late = connection.execute(counts).one()
         records = [tuple(record) for record in reversed(connection.execute(latest).all())]
     table = pd.DataFrame(records, columns=pd.Index([column.name for column in columns]))
     sample, kept = _sample(table)
@@ -142,6 +175,7 @@ def read_window(
         sample=sample,
         rows=table.loc[kept, list(_ROW_COLUMNS)].reset_index(drop=True),
         requests=int(requests),
+        late=int(late),
         is_truncated=int(requests) > max_rows,
         unusable=len(table) - int(kept.sum()),
     )

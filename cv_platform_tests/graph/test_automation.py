@@ -14,12 +14,14 @@ import cv2
 import dagster as dg
 import numpy as np
 import pytest
+import yaml
 from sqlalchemy import Engine, text
 
 from cv_platform.config import AlertsConfig, ExperimentConfig, parse_experiment
 from cv_platform.datasets.importing import import_dataset
 from cv_platform.definitions import build_defs
 from cv_platform.defs.automation import (
+    drift_schedule,
     new_dataset_version_sensor,
     new_predictions_sensor,
     retrain_on_drift_sensor,
@@ -138,7 +140,7 @@ def write_images(folder: Path, seed: int) -> Path:
 
 
 def test_a_new_tag_asks_for_a_retraining_on_it_once(experiment: ExperimentConfig, home: Path, tmp_path: Path) -> None:
-    sensor = new_dataset_version_sensor(experiment)
+    sensor = new_dataset_version_sensor(Branch(experiment))
     assert "cats" in tick(sensor).skip_message
     import_dataset(write_images(tmp_path / "one", 1), ds_name="cats", tag="v1.0.0", ds_root=home / "datasets")
     first = tick(sensor)
@@ -151,12 +153,53 @@ def test_a_new_tag_asks_for_a_retraining_on_it_once(experiment: ExperimentConfig
     assert tick(sensor, cursor=second.cursor).run_requests == []
 
 
-def test_the_schedule_asks_for_the_drift_report(home: Path) -> None:
-    schedule = build_defs(DIGITS).get_repository_def().get_schedule_def("digits_weekly_drift_report")
-    assert schedule.job_name == "digits_drift_report"
-    assert schedule.execution_timezone == "UTC"
-    context = dg.build_schedule_context(scheduled_execution_time=datetime(2026, 2, 2, 6, tzinfo=UTC))
-    assert len(schedule.evaluate_tick(context).run_requests or []) == 1
+class Ticks:
+    """The schedule of the experiment, ticking on an instance that keeps the runs that it has asked for."""
+
+    def __init__(self, instance: dg.DagsterInstance, cron: str = "0 6 * * 1") -> None:
+        self.instance = instance
+        self.set_cron(cron)
+
+    def set_cron(self, cron: str) -> None:
+        content = yaml.safe_load(DIGITS.read_text())
+        content["monitor"] = {**content.get("monitor", {}), "schedule_cron": cron}
+        self.branch = Branch(parse_experiment(content, origin="test"))
+
+    def tick(self, moment: datetime) -> tuple[str, str]:
+        """Returns the window that the schedule asks for, and keeps the run as Dagster's daemon does: once a run key."""
+        schedule = drift_schedule(self.branch)
+        context = dg.build_schedule_context(instance=self.instance, scheduled_execution_time=moment)
+        (request,) = schedule.evaluate_tick(context).run_requests or []
+        window = request.run_config["resources"]["digits_config"]["config"]["monitor"]
+        assert window.pop("window_by") == "logged"
+        tags = {**request.tags, "dagster/schedule_name": schedule.name, "dagster/run_key": request.run_key or ""}
+        if not self.instance.get_runs(dg.RunsFilter(tags={"dagster/run_key": tags["dagster/run_key"]})):
+            self.instance.create_run_for_job(_nothing, tags=tags)
+        return window["window_start_utc"][:16], window["window_end_utc"][:16]
+
+
+@dg.job
+def _nothing() -> None:
+    pass
+
+
+def at(day: int, hour: int = 6) -> datetime:
+    return datetime(2026, 2, day, hour, tzinfo=UTC)
+
+
+def test_scheduled_windows_touch_and_are_the_same_when_a_tick_comes_again(tmp_path: Path) -> None:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        ticks = Ticks(instance)
+        first = ticks.tick(at(2))
+        assert first == ("2026-01-26T06:00", "2026-02-02T06:00")
+        second = ticks.tick(at(9))
+        assert second == ("2026-02-02T06:00", "2026-02-09T06:00")
+        assert ticks.tick(at(2)) == first
+        assert ticks.tick(at(9)) == second
+        assert ticks.tick(at(23)) == ("2026-02-09T06:00", "2026-02-23T06:00")  # A tick was missed.
+        ticks.set_cron("0 0 * * *")
+        assert ticks.tick(at(25, 0)) == ("2026-02-23T06:00", "2026-02-25T00:00")
+        assert ticks.tick(at(26, 0)) == ("2026-02-25T00:00", "2026-02-26T00:00")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import dagster as dg
@@ -55,3 +56,56 @@ def test_says_that_there_is_no_feedback_then_measures_it_and_notes_what_was_over
     record = RecordStore(tmp_path / "home", "digits").latest(ProductionMetrics)
     assert record is not None
     assert (record.versions[0].right_share, record.versions[0].verdict) == (0.0, "insufficient feedback")
+
+
+@pytest.fixture
+def log(engine: Engine, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    return engine
+
+
+def add_prediction(engine: Engine, created_on: datetime, logged_on: datetime) -> None:
+    row = {"prediction_id": uuid4(), "model_name": "digits_classifier", "model_version": "v1", "predicted_class": "3"}
+    vectors = {name: [] for name in ("uae_feats", "bbsd_feats", "features", "properties")}
+    times = {"created_on": created_on, "logged_on": logged_on}
+    with engine.begin() as connection:
+        connection.execute(insert(predictions), {**row, **vectors, **times, "prediction_json": {}})
+
+
+def measure(instance: dg.DagsterInstance, tmp_path: Path, config: Any, tags: dict[str, str]) -> ProductionMetrics:
+    job = build_defs(DIGITS).resolve_job_def("digits_drift_report")
+    assert job.execute_in_process(config, asset_selection=[KEY], instance=instance, tags=tags).success
+    record = RecordStore(tmp_path / "home", "digits").latest(ProductionMetrics)
+    assert record is not None
+    return record
+
+
+def test_a_scheduled_window_is_the_same_after_a_retry_and_a_late_row_is_in_the_next_one(
+    log: Engine, tmp_path: Path
+) -> None:
+    def scheduled(start: datetime) -> dict[str, int]:
+        end = start + timedelta(days=7)
+        window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat(), "window_by": "logged"}
+        config = {"resources": {"digits_config": {"config": {"monitor": window}}}}
+        with dg.DagsterInstance.ephemeral() as instance:
+            metrics = measure(instance, tmp_path, config, {})
+        assert (metrics.window_start_utc, metrics.window_end_utc) == (start, end)
+        return metrics.model_dump(include={"predictions", "late_rows"})
+
+    first, hour = datetime(2026, 2, 2, 6, tzinfo=UTC), timedelta(hours=1)
+    second = first + timedelta(days=7)
+    add_prediction(log, first + hour, first + hour)
+    assert scheduled(first) == {"predictions": 1, "late_rows": 0}
+    add_prediction(log, second - hour, second + hour)
+    assert scheduled(first) == {"predictions": 1, "late_rows": 0}
+    assert scheduled(second) == {"predictions": 1, "late_rows": 1}
+
+
+def test_a_retry_of_a_run_by_hand_has_the_window_of_the_first_attempt(log: Engine, tmp_path: Path) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = measure(instance, tmp_path, None, {})
+        (run,) = instance.get_runs()
+        lineage = {"dagster/parent_run_id": run.run_id, "dagster/root_run_id": run.run_id, "dagster/retry_number": "1"}
+        assert measure(instance, tmp_path, None, lineage).window_end_utc == first.window_end_utc
+        assert measure(instance, tmp_path, None, {}).window_end_utc > first.window_end_utc

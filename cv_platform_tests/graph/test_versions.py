@@ -161,6 +161,7 @@ ELSEWHERE = {
     "train.mlflow": "where runs go",
     "evaluate.mlflow": "where runs go",
     "monitor.window_days": "which requests",
+    "monitor.window_by": "which requests",
     "monitor.window_start_utc": "",
     "monitor.window_end_utc": "",
     "monitor.schedule_cron": "when",

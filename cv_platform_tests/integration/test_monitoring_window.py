@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import numpy as np
-import pytest
-from sqlalchemy import Engine, event, insert
+from sqlalchemy import Engine, event, insert, text
 
 from cv_platform.database.schema import feedback, images, predictions
-from cv_platform.errors import ConfigError
-from cv_platform.monitoring.window import read_feedback, read_images, read_window
+from cv_platform.monitoring.window import WindowBounds, read_feedback, read_images, read_window
+from cv_platform.records import ModelIdentity
+from cv_platform_tests.support.waiting import wait_until
 
 START = datetime(2026, 2, 1, tzinfo=UTC)
 END = datetime(2026, 2, 8, tzinfo=UTC)
@@ -40,8 +41,9 @@ def log(engine: Engine, *rows: dict[str, Any]) -> None:
 
 
 def window(engine: Engine, **changes: Any):
-    settings = {**MODEL, "start_utc": START, "end_utc": END, "max_rows": 100, **changes}
-    return read_window(engine, **settings)
+    settings = {"start": START, "end": END, "max_rows": 100, **changes}
+    max_rows = settings.pop("max_rows")
+    return read_window(engine, ModelIdentity(model_name="m", version="v1"), WindowBounds(**settings), max_rows=max_rows)
 
 
 def test_takes_the_start_and_leaves_the_end_of_the_window(engine: Engine) -> None:
@@ -56,19 +58,56 @@ def test_takes_the_start_and_leaves_the_end_of_the_window(engine: Engine) -> Non
 def test_adjacent_windows_share_no_row_and_lose_none(engine: Engine) -> None:
     log(engine, *(row(START + timedelta(hours=12 * i), i) for i in range(14)))
     middle = datetime(2026, 2, 4, tzinfo=UTC)
-    halves = [window(engine, end_utc=middle), window(engine, start_utc=middle)]
+    halves = [window(engine, end=middle), window(engine, start=middle)]
     assert sorted(x for half in halves for x in half.sample.uae[:, 0].tolist()) == list(range(14))
 
 
 def test_bounds_of_another_zone_mean_the_same_moments(engine: Engine) -> None:
     log(engine, row(START), row(START + timedelta(hours=1)))
     start = datetime.fromisoformat("2026-02-01T03:00:00+02:00")
-    assert len(window(engine, start_utc=start).rows) == 1
+    assert len(window(engine, start=start).rows) == 1
 
 
-def test_refuses_bounds_without_zone(engine: Engine) -> None:
-    with pytest.raises(ConfigError, match="with its zone"):
-        window(engine, start_utc=datetime(2026, 2, 1))  # noqa: DTZ001 - that it is naive is the point.
+def test_a_late_row_is_in_the_window_in_which_it_came_and_counted_there(engine: Engine) -> None:
+    hour = timedelta(hours=1)
+    log(
+        engine,
+        row(START + hour, 1, logged_on=START + hour),
+        row(END - hour, 2, logged_on=END + hour),  # Answered in the first window; its spool waited.
+        row(END + hour, 3, logged_on=END + 2 * hour),
+        row(START - hour, 4, logged_on=END),
+    )
+    week = END - START
+    first = window(engine, by="logged")
+    second = window(engine, start=END, end=END + week, by="logged")
+    found = [part.sample.uae[:, 0].tolist() for part in (first, second)]
+    assert found == [[1.0], [4.0, 2.0, 3.0]]
+    assert [(part.requests, part.late) for part in (first, second)] == [(1, 0), (3, 2)]
+
+
+def test_a_window_that_is_over_waits_for_the_rows_that_are_being_written(engine: Engine) -> None:
+    """A row has its time before it can be seen: without waiting, it would be in no window."""
+    writing = engine.connect()
+    writing.execute(insert(predictions), [row(START, 1)])
+    end = datetime.now(UTC) + timedelta(seconds=1)  # The database's clock may be another.
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(window, engine, end=end, by="logged")
+        wait_until(lambda: waits_for_a_lock(engine), seconds=30)
+        writing.commit()
+        assert found.result(timeout=30).requests == 1
+    writing.close()
+
+
+def waits_for_a_lock(engine: Engine) -> bool:
+    with engine.connect() as connection:
+        waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'predictions'::regclass")
+        return connection.execute(waiting).scalar_one() > 0
+
+
+def test_without_its_own_time_a_row_gets_the_one_at_which_it_came(engine: Engine) -> None:
+    before = datetime.now(UTC) - timedelta(minutes=1)
+    log(engine, row(START))
+    assert window(engine, start=before, end=before + timedelta(hours=1), by="logged").late == 1
 
 
 def test_never_mixes_versions_or_models(engine: Engine) -> None:

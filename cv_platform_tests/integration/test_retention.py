@@ -16,7 +16,7 @@ from sqlalchemy import Engine, Table, event, func, insert, select
 
 from cv_platform.cli import main
 from cv_platform.config import parse_experiment
-from cv_platform.database.binary_copy import copy_stream, row_encoder
+from cv_platform.database.binary_copy import copy_stream, row_encoder, written_columns
 from cv_platform.database.retention import Retention, delete_expired
 from cv_platform.database.schema import api_log, deletions, drift_reports, feedback, images, predictions
 from cv_platform.defs.io_managers import RecordIOManager
@@ -255,7 +255,7 @@ def test_a_second_run_beside_the_first_is_refused(engine: Engine) -> None:
 
 
 def copy_in(engine: Engine, table: Table, rows: Iterable[dict[str, Any]]) -> None:
-    columns = tuple(column.name for column in table.columns if column.name != "id")
+    columns = written_columns(table)
     encode = row_encoder(table, columns)
     connection = engine.raw_connection()
     try:

@@ -18,7 +18,7 @@ from uuid import UUID
 import psycopg2.extensions
 from sqlalchemy import Engine, Table, select
 
-from cv_platform.database.binary_copy import copy_stream, row_encoder
+from cv_platform.database.binary_copy import copy_stream, row_encoder, written_columns
 from cv_platform.database.migrate import require_revision
 from cv_platform.database.schema import api_log, deletions, feedback, images, predictions
 from cv_platform.serving.log.deletion import DELETION_LOCK
@@ -41,7 +41,7 @@ class _Load(NamedTuple):
 
 
 def _load(table: Table, key: str) -> _Load:
-    columns = tuple(column.name for column in table.columns if column.name != "id")
+    columns = written_columns(table)
     return _Load(table, columns, key, row_encoder(table, columns))
 
 

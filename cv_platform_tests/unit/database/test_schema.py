@@ -17,7 +17,7 @@ def test_the_written_revision_is_alembics_only_head() -> None:
 
 def test_every_time_has_a_time_zone() -> None:
     times = [c for table in metadata.tables.values() for c in table.columns if isinstance(c.type, DateTime)]
-    assert len(times) == 8
+    assert len(times) == 9
     assert all(column.type.timezone for column in times)
 
 

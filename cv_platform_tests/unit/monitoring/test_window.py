@@ -49,5 +49,5 @@ def test_bounds_from_the_config(start: str | None, end: str | None, expected: tu
             window_bounds(monitor, NOW)
         return
     found = window_bounds(monitor, NOW)
-    assert found[0].date().isoformat() == expected[0]
-    assert found[1].isoformat() == expected[1]
+    assert found.start.date().isoformat() == expected[0]
+    assert found.end.isoformat() == expected[1]
