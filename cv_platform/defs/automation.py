@@ -42,7 +42,7 @@ def experiment_jobs(branch: Branch) -> list[Any]:
         f"{name}_drift_report": dg.AssetSelection.assets(branch.key("drift_report"), branch.key("production_metrics")),
     }
     return [
-        # Concurrency limits in dagster.yaml match the tags of runs: one run of these jobs per experiment at a time.
+        # Alerts about a run name its experiment by the tag.
         dg.define_asset_job(job, selection=selection, tags={"experiment": name})
         for job, selection in selections.items()
     ]

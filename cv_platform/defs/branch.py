@@ -15,8 +15,22 @@ from cv_platform.config import ExperimentConfig
 from cv_platform.defs.io_managers import first_attempt
 from cv_platform.defs.resources import ExperimentResource, Installation, MlflowTracking
 from cv_platform.defs.versions import Recipe, code_fingerprint
+from cv_platform.errors import (
+    CvPlatformError,
+    DatabaseUnavailableError,
+    LockHeldError,
+    PromotionBusyError,
+    ServiceError,
+    StorageError,
+    TrackingError,
+)
 from cv_platform.records import Record
 from cv_platform.settings import Settings
+
+GPU = "gpu"
+"""Pool of the assets that compute by TensorFlow: one run of them at a time."""
+_RETRIES = dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
+_MAY_PASS = (DatabaseUnavailableError, LockHeldError, PromotionBusyError, ServiceError, StorageError, TrackingError)
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,7 @@ class Branch:
         ins: Mapping[str, str] | None = None,
         deps: Sequence[str] = (),
         checks: Sequence[dg.AssetCheckSpec] = (),
+        is_retried: bool = False,
         **arguments: Any,
     ) -> Callable[[Any], dg.AssetsDefinition]:
         """Declares an asset of this branch from a body `(context, …inputs)`.
@@ -95,6 +110,7 @@ class Branch:
             ins: body argument → upstream asset of this branch, loaded as the type that the body annotates.
             deps: upstream assets that are not loaded.
             checks: specs of the checks that the body returns results for.
+            is_retried: after an error that may pass by itself, as servers that are away do.
             **arguments: anything else that `dagster.asset` takes.
         """
 
@@ -119,9 +135,10 @@ class Branch:
                 ins={argument: dg.AssetIn(key=self.key(name)) for argument, name in (ins or {}).items()},
                 deps=[self.key(name) for name in deps],
                 check_specs=list(checks),
+                retry_policy=_RETRIES if is_retried else None,
                 required_resource_keys={"installation", "mlflow", self.config_resource},
                 **arguments,
-            )(body)
+            )(_without_vain_retries(body) if is_retried else body)
 
         return declare
 
@@ -152,6 +169,21 @@ class Branch:
             code_version=self.recipes[context.asset_key.path[-1]].version(config),
             asked=attempt.create_timestamp if attempt else datetime.now(UTC),
         )
+
+
+def _without_vain_retries(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets an error fail the step at once that would be the same again."""
+
+    @functools.wraps(body)
+    def once(*arguments: Any, **inputs: Any) -> Any:
+        try:
+            return body(*arguments, **inputs)
+        except CvPlatformError as err:
+            if isinstance(err, _MAY_PASS):
+                raise
+            raise dg.Failure(str(err), allow_retries=False) from err
+
+    return once
 
 
 @functools.cache

@@ -21,6 +21,7 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=ModelBundle,
+        is_retried=True,
         kinds={"bentoml"},
         reads=["deploy.runtime", "deploy.golden_images"],
         code=["cv_platform.serving", "bentos"],
@@ -79,6 +80,8 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=Deployment,
+        is_retried=True,
+        pool=f"pointer_{branch.config.deploy.service}",
         kinds={"bentoml"},
         reads=["deploy.service"],
         ins={"bundle": "bento", "evaluation": "evaluation"},

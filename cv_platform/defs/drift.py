@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from cv_platform.defs.branch import Branch
+from cv_platform.defs.branch import GPU, Branch
 from cv_platform.defs.metadata import file_link
 from cv_platform.records import DriftDetectors, PackedImages, ReferenceData, TrainedModel
 
@@ -18,6 +18,7 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=DriftDetectors,
+        pool=GPU,
         kinds={"keras"},
         reads=[
             "model.drift_detection.uae_encoding_dims",
@@ -72,6 +73,7 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=ReferenceData,
+        pool=GPU,
         kinds={"parquet"},
         reads=["model.threshold", "model.drift_detection.uae_seed", "model.drift_detection.reference_data_n_sample"],
         ins={"trained": "model", "detectors": "drift_detectors", "packed": "packed_images"},

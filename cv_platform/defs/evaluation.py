@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from cv_platform.defs.branch import AssetRun, Branch
+from cv_platform.defs.branch import GPU, AssetRun, Branch
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.records import Evaluation, PackedImages, TrainedModel
@@ -22,6 +22,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         value=Evaluation,
         kinds={"scikitlearn", "mlflow"},
         reads=["evaluate", "model.threshold"],
+        pool=GPU,
         ignores=["evaluate.mlflow"],
         ins={"trained": "model", "packed": "packed_images"},
         checks=[gate],

@@ -1,7 +1,9 @@
-"""Runs that died with the container of their code location: marked as failed, so that Dagster goes on with them.
+"""Runs whose process is gone: marked as failed, so that Dagster goes on with them, and others get their place.
 
-Where runs are processes of that container, nobody else notices their death: Dagster's default launcher has no health
-check for its workers, so they would count as running for ever, and hold the places of others. Once they have failed,
+A run at work holds a lock, which the system takes from it when it dies: every run, and a sensor, looks for such runs.
+
+Where runs are processes of a code location in a container that ended, its start says so. Nobody else notices: Dagster's
+default launcher has no health check for its workers, so they would count as running for ever. Once they have failed,
 `run_retries` in dagster.yaml goes on with the step that was interrupted. A sensor does it, not the start of the
 container: a retry needs a code location that the daemon has loaded again.
 """
@@ -11,29 +13,36 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
 
+from cv_platform.files import is_locked, open_lock, try_lock
+from cv_platform.settings import Settings
+
+_AT_WORK = "at_work"
+"""Folder of the locks, in Dagster's home."""
 GRPC_TAG = ".dagster/grpc_info"
 """Of a run that the default launcher has started: where the server is whose process it is, as JSON."""
 
 
 def interrupted_runs_sensor() -> dg.SensorDefinition:
-    """Returns the sensor that ends interrupted runs; it has work in the stack in containers alone."""
+    """Returns the sensor that ends interrupted runs."""
 
     @dg.sensor(
         name="interrupted_runs",
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Marks runs as failed that ended with the container of the code location; Dagster retries them.",
+        description="Marks runs as failed whose process is gone; Dagster retries them.",
     )
     def interrupted_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         origin = context.code_location_origin
         host = getattr(origin, "host", None)  # Of a server that somebody else starts; others are the daemon's children.
-        if host is None:
-            return dg.SkipReason("Runs are no processes of a code location in a container.")
-        ended = end_interrupted_runs(context.instance, host, started=container_start())
+        ended = end_dead_runs(context.instance, Settings.from_environment().dagster_home)
+        if host is not None:
+            ended += end_interrupted_runs(context.instance, host, started=container_start())
         return dg.SkipReason(f"Ended: {', '.join(ended)}." if ended else "Every run is at work.")
 
     return interrupted_runs
@@ -54,12 +63,47 @@ def end_interrupted_runs(instance: dg.DagsterInstance, host: str, *, started: fl
         is_of_host = json.loads(run.tags.get(GRPC_TAG, "{}")).get("host") == host
         if not is_of_host or record.start_time is None or record.start_time >= started:
             continue
-        if run.status == dg.DagsterRunStatus.CANCELING:
-            instance.report_run_canceled(run, "The code location ended, and the run with it.")
-        else:
-            instance.report_run_failed(run, "The code location ended while the run was at work, and the run with it.")
+        _end(instance, run, "The code location ended, and the run with it.")
         ended.append(run.run_id)
     return ended
+
+
+@contextmanager
+def at_work(run_id: str, dagster_home: Path) -> Iterator[None]:
+    """Holds the lock by which others see that the run's process lives."""
+    folder = dagster_home / _AT_WORK
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{run_id}.lock"
+    beside = path.with_name(f".{path.name}")
+    handle = open_lock(beside)
+    try_lock(handle)
+    beside.rename(path)  # Locked before anybody finds it.
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def end_dead_runs(instance: dg.DagsterInstance, dagster_home: Path) -> list[str]:
+    """Marks runs of this machine as failed, or as canceled, whose process was killed; returns their ids."""
+    ended: list[str] = []
+    for path in sorted((dagster_home / _AT_WORK).glob("[!.]*.lock")):
+        run = None if is_locked(path) else instance.get_run_by_id(path.stem)
+        if run is None:
+            continue
+        if not run.is_finished:
+            _end(instance, run, "The run's process was killed.")
+            ended.append(run.run_id)
+        path.unlink(missing_ok=True)
+    return ended
+
+
+def _end(instance: dg.DagsterInstance, run: dg.DagsterRun, reason: str) -> None:
+    if run.status == dg.DagsterRunStatus.CANCELING:
+        instance.report_run_canceled(run, reason)
+    else:
+        instance.report_run_failed(run, reason)
 
 
 def container_start(proc: Path = Path("/proc")) -> float:

@@ -27,6 +27,8 @@ from cv_platform.errors import CvPlatformError
 _POLL_SECONDS = 0.5
 _PROGRESS = ("going on after epoch ", "starting at epoch ")
 """How lines of the training's log begin that people wait for."""
+_WRAPPERS = ("Dagster", "Failure", "RetryRequested")
+"""How classes begin that stand around an error of an asset's body, and say nothing of their own."""
 _NEXT_STEPS = {
     "validation_report": "mend the dataset under a new tag, or change the limits in `validate` of the config.",
     "evaluation": "train longer or otherwise (`train` of the config), or change the limits in `evaluate`. "
@@ -111,7 +113,7 @@ class RunStory:
 
 def _told(error: Any) -> list[str]:
     """Returns an error (Dagster's `SerializableErrorInfo`) in lines, without the exceptions that wrap it."""
-    while error is not None and error.cause is not None and (error.cls_name or "").startswith("Dagster"):
+    while error is not None and error.cause is not None and (error.cls_name or "").startswith(_WRAPPERS):
         error = error.cause
     if error is None:
         return ["failed; the log says why."]

@@ -1,5 +1,6 @@
 """The assets `drift_report` (the verdict on a window of requests) and `production_metrics` (what people said of it)."""
 
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
@@ -20,6 +21,8 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=DriftReport,
+        is_retried=True,
+        freshness_policy=_freshness(branch),
         kinds={"evidently", "postgres"},
         reads=[f"monitor.{field}" for field in JUDGING],
         ins={"deployment": "deployment"},
@@ -83,6 +86,8 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=ProductionMetrics,
+        is_retried=True,
+        freshness_policy=_freshness(branch),
         kinds={"postgres", "mlflow"},
         reads=["monitor.alpha", "monitor.min_feedback"],
         deps=["deployment"],
@@ -126,6 +131,14 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
         )
 
     return production_metrics
+
+
+def _freshness(branch: Branch) -> dg.FreshnessPolicy:
+    """Returns when the page warns: two hours after the window that nobody has judged, and a day after it, fails."""
+    window = timedelta(days=branch.config.monitor.window_days)
+    return dg.FreshnessPolicy.time_window(
+        fail_window=window + timedelta(days=1), warn_window=window + timedelta(hours=2)
+    )
 
 
 def _drift_metadata(report: DriftReport) -> dict[str, Any]:

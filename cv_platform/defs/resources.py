@@ -15,6 +15,7 @@ import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
 from cv_platform.config import ExperimentConfig, MlflowConfig, parse_experiment
+from cv_platform.defs.interrupted_runs import at_work, end_dead_runs
 from cv_platform.settings import Settings, prepare_process
 from cv_platform.storage import CentralStorage
 
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 class Installation(dg.ConfigurableResource):
     """This installation's settings, central storage and request log; all from the environment of the run's process."""
 
-    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[Installation]:
         """Switches telemetry, import chatter and proxies before loopback off, before the heavy libraries load.
+
+        While the run is at work, others can see it; runs that were killed are ended, so that they hold no place.
 
         Raises:
             ConfigError: the installation was moved, and still names its old folder.
@@ -36,7 +40,14 @@ class Installation(dg.ConfigurableResource):
         from cv_platform.maintenance.moved_home import require_settled
 
         prepare_process()
-        require_settled(self.settings().home)
+        settings = self.settings()
+        require_settled(settings.home)
+        if context.run is None or context.instance is None:
+            yield self
+            return
+        with at_work(context.run.run_id, settings.dagster_home):
+            end_dead_runs(context.instance, settings.dagster_home)
+            yield self
 
     def settings(self) -> Settings:
         """Reads the settings from the environment."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from cv_platform.defs.branch import Branch
+from cv_platform.defs.branch import GPU, Branch
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.records import PackedImages, TrainedModel, ValidationVerdict
 
@@ -18,6 +18,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
         value=TrainedModel,
         kinds={"keras", "tensorflow", "mlflow"},
         reads=["train", "model"],
+        pool=GPU,
         ignores=["train.mlflow", "model.threshold", "model.drift_detection"],
         code=["cv_platform.training.architectures"],
         ins={"packed": "packed_images", "verdict": "validation_report"},

