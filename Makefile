@@ -97,7 +97,7 @@ restore: setup ## Make the installation what a backup holds: make restore FILE=b
 gc: setup ## List what is not needed any more; make gc APPLY=1 deletes it.
 	@$(RUN) gc $(if $(APPLY),--apply)
 
-check: setup ## ruff, pyright, import-linter, deptry, generated files, documentation.
+check: setup ## ruff, pyright, import-linter, deptry, generated files, documentation, configs, definitions.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -108,8 +108,8 @@ check: setup ## ruff, pyright, import-linter, deptry, generated files, documenta
 	$(RUN) reference commands | diff docs/reference/commands.md -
 	$(RUN) reference environment | diff .env.example -
 	$(BIN)/mkdocs build
-	$(BIN)/python -W 'ignore:Function `definitions_validate_command` is superseded:FutureWarning' \
-	  -m dagster definitions validate -w workspace.yaml
+	$(RUN) validate-config configs configs/examples
+	CV_STRICT_CONFIGS=1 VIRTUAL_ENV="$$(cd .venv && pwd)" $(BIN)/dg check defs
 
 format: setup ## Format the code.
 	$(BIN)/ruff check --fix .

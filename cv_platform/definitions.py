@@ -16,6 +16,7 @@ from cv_platform.defs.interrupted_runs import interrupted_runs_sensor
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation, MlflowTracking
 from cv_platform.defs.retention import retention_definitions
+from cv_platform.errors import ConfigError
 from cv_platform.settings import Settings
 
 
@@ -25,9 +26,12 @@ def build_defs(configs: Path | None = None) -> dg.Definitions:
     A file that cannot be loaded becomes one asset that shows the error; the other experiments are not touched.
 
     Raises:
-        ConfigError: there is no such file or folder.
+        ConfigError: there is no such file or folder; or a file cannot be loaded, and `CV_STRICT_CONFIGS` is set.
     """
-    found, errors = load_experiments(config_files(configs or Settings.from_environment().configs))
+    settings = Settings.from_environment()
+    found, errors = load_experiments(config_files(configs or settings.configs))
+    if errors and settings.strict_configs:
+        raise ConfigError("\n".join(sorted(set(errors.values()))))
     experiments, broken = list(found.values()), {path.name: error for path, error in errors.items()}
     return dg.Definitions.merge(
         dg.Definitions(

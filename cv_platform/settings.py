@@ -82,6 +82,12 @@ class Settings(BaseModel):
         examples=["/srv/configs"],
         description="One YAML, or a folder of them. By default `configs` in the checkout.",
     )
+    strict_configs: bool = Field(
+        default=False,
+        validation_alias="CV_STRICT_CONFIGS",
+        description="Refuse to load the definitions where a config is broken, as a check does; otherwise it becomes an "
+        "asset that shows its error, and the other experiments go on.",
+    )
     storage_url: str = Field(
         validation_alias="CV_STORAGE",
         default_factory=lambda data: str(data["home"] / "storage"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from cv_platform.config import load_experiment
 from cv_platform.definitions import build_defs
 from cv_platform.defs.automation import TRAINING_ASSETS
 from cv_platform.defs.resources import experiment_resource
+from cv_platform.record_store import RecordStore
+from cv_platform.records import DatasetVersion
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
@@ -191,13 +195,43 @@ def test_the_resource_resolves_to_the_yamls_experiment() -> None:
     assert experiment_resource(experiment).resolve() == experiment
 
 
-def test_the_code_location_validates_as_the_readme_says() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"],
+def cli(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:]],
         cwd=REPOSITORY,
+        env={**os.environ, "VIRTUAL_ENV": sys.prefix, "COLUMNS": "240", **environment},
         capture_output=True,
         text=True,
         check=False,
         timeout=240,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+
+
+VALIDATE = ("dagster", "definitions", "validate", "-w", "workspace.yaml")
+CHECK = ("dg", "check", "defs")
+
+
+@pytest.mark.parametrize("command", [VALIDATE, CHECK], ids=["dagster", "dg"])
+def test_a_check_of_the_definitions_passes_and_fails_on_a_broken_config(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    whole = cli(*command, CV_STRICT_CONFIGS="1")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    write(tmp_path, "digits.yaml", DIGITS.read_text())
+    write(tmp_path, "broken.yaml", "name: x\nmodel: {}\n")
+    broken = cli(*command, CV_STRICT_CONFIGS="1", CV_CONFIGS=str(tmp_path))
+    assert broken.returncode != 0
+    assert "model.model_name: missing" in broken.stdout + broken.stderr
+
+
+def test_dg_lists_and_launches_what_there_is(tmp_path: Path) -> None:
+    listed = cli("dg", "list", "defs", "--json")
+    assert listed.returncode == 0, listed.stderr
+    keys = {asset["asset_key"] for asset in json.loads(listed.stdout)["assets"]}
+    assert keys == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report", "production_metrics")}
+    home, instance = tmp_path / "home", tmp_path / "dagster"
+    instance.mkdir()
+    environment = {"CV_HOME": str(home), "DAGSTER_HOME": str(instance)}
+    launched = cli("dg", "launch", "--assets", "key:digits/dataset", **environment)
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert RecordStore(home, "digits").latest(DatasetVersion) is not None
