@@ -153,6 +153,8 @@ def _drift_metadata(report: DriftReport) -> dict[str, Any]:
         "model_version": report.model.version,
         "window_start_utc": dg.MetadataValue.text(report.window_start_utc.isoformat()),
         "window_end_utc": dg.MetadataValue.text(report.window_end_utc.isoformat()),
+        # Numbers of their own are what the page plots over time.
+        **{f"adjusted_p_{name}": p for name, p in report.adjusted_p_values.items()},
         "p_values": table([{"test": name, "p": p} for name, p in report.p_values.items()]),
         "moved_classes": table([movement.model_dump(include=columns) for movement in report.moved_classes]),
         "images": table(report.top_images[:20]),
@@ -162,12 +164,13 @@ def _drift_metadata(report: DriftReport) -> dict[str, Any]:
 
 
 def _production_metadata(metrics: ProductionMetrics) -> dict[str, Any]:
-    from cv_platform.monitoring.sentences import production_summary, version_row
+    from cv_platform.monitoring.sentences import production_figures, production_summary, version_row
 
     return {
         "summary": production_summary(metrics),
         "predictions": metrics.predictions,
         "late_rows": metrics.late_rows,
+        **production_figures(metrics),
         "with_feedback": metrics.with_feedback,
         "versions": table([version_row(version) for version in metrics.versions]),
         **{f"per_class_{v.model_version}": table(v.per_class) for v in metrics.versions if v.per_class},
