@@ -22,8 +22,8 @@ import dagster as dg
 from cv_platform.files import is_locked, open_lock, try_lock
 from cv_platform.settings import Settings
 
-_AT_WORK = "at_work"
-"""Folder of the locks, in Dagster's home."""
+_AT_WORK = Path("dagster", "at_work")
+"""Folder of the locks in CV_HOME; DAGSTER_HOME may be another, and read-only, as it is in the containers."""
 GRPC_TAG = ".dagster/grpc_info"
 """Of a run that the default launcher has started: where the server is whose process it is, as JSON."""
 
@@ -40,7 +40,7 @@ def interrupted_runs_sensor() -> dg.SensorDefinition:
     def interrupted_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         origin = context.code_location_origin
         host = getattr(origin, "host", None)  # Of a server that somebody else starts; others are the daemon's children.
-        ended = end_dead_runs(context.instance, Settings.from_environment().dagster_home)
+        ended = end_dead_runs(context.instance, Settings.from_environment().home)
         if host is not None:
             ended += end_interrupted_runs(context.instance, host, started=container_start())
         return dg.SkipReason(f"Ended: {', '.join(ended)}." if ended else "Every run is at work.")
@@ -69,9 +69,9 @@ def end_interrupted_runs(instance: dg.DagsterInstance, host: str, *, started: fl
 
 
 @contextmanager
-def at_work(run_id: str, dagster_home: Path) -> Iterator[None]:
+def at_work(run_id: str, home: Path) -> Iterator[None]:
     """Holds the lock by which others see that the run's process lives."""
-    folder = dagster_home / _AT_WORK
+    folder = home / _AT_WORK
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run_id}.lock"
     beside = path.with_name(f".{path.name}")
@@ -85,10 +85,10 @@ def at_work(run_id: str, dagster_home: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def end_dead_runs(instance: dg.DagsterInstance, dagster_home: Path) -> list[str]:
+def end_dead_runs(instance: dg.DagsterInstance, home: Path) -> list[str]:
     """Marks runs of this machine as failed, or as canceled, whose process was killed; returns their ids."""
     ended: list[str] = []
-    for path in sorted((dagster_home / _AT_WORK).glob("[!.]*.lock")):
+    for path in sorted((home / _AT_WORK).glob("[!.]*.lock")):
         run = None if is_locked(path) else instance.get_run_by_id(path.stem)
         if run is None:
             continue

@@ -45,8 +45,8 @@ class Installation(dg.ConfigurableResource):
         if context.run is None or context.instance is None:
             yield self
             return
-        with at_work(context.run.run_id, settings.dagster_home):
-            end_dead_runs(context.instance, settings.dagster_home)
+        with at_work(context.run.run_id, settings.home):
+            end_dead_runs(context.instance, settings.home)
             yield self
 
     def settings(self) -> Settings:

@@ -98,7 +98,7 @@ with at_work(sys.argv[1], Path(sys.argv[2])):
 def test_a_run_whose_process_was_killed_fails_and_one_at_work_goes_on(
     instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setenv("CV_HOME", str(tmp_path))
     killed, alive = (begin(instance, host=None) for _ in range(2))
     processes = [
         subprocess.Popen(
@@ -124,4 +124,4 @@ def test_a_run_whose_process_was_killed_fails_and_one_at_work_goes_on(
     assert found.skip_message == f"Ended: {killed}."
     assert status(instance, killed) == dg.DagsterRunStatus.FAILURE
     assert status(instance, alive) == dg.DagsterRunStatus.STARTED
-    assert list((tmp_path / "at_work").iterdir()) == []
+    assert list((tmp_path / "dagster" / "at_work").iterdir()) == []
