@@ -42,6 +42,8 @@ _DAMAGES = (
 _OTHER_BREAKS = (MemoryError, OverflowError, RuntimeError, LookupError, AttributeError, ZeroDivisionError)
 """A hostile file can break any of Pillow's parsers in its own way."""
 cv2.setLogLevel(1)
+# For the whole process: `catch_warnings` is not safe in threads, which decode, and left other filters behind.
+warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
 if hasattr(_pillow := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):
     # libtiff tells stderr of each damaged strip; what Pillow raises says that there is one.
     _pillow.TIFFSetErrorHandler(None)
@@ -213,9 +215,7 @@ def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _upright(pixels: NDArray[np.uint8], read_exif: Callable[[], Image.Exif]) -> NDArray[np.uint8]:
     """Turns an image as its EXIF says; broken EXIF says nothing."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            turn = _TURNS.get(read_exif().get(ExifTags.Base.Orientation, 1))
+        turn = _TURNS.get(read_exif().get(ExifTags.Base.Orientation, 1))
     except (*_DAMAGES, *_OTHER_BREAKS):
         return pixels
     return np.asarray(turn(pixels), dtype=np.uint8) if turn else pixels
@@ -243,9 +243,7 @@ def _banded(shape: tuple[int, ...], reduction: int, band: Callable[[int, int], N
 def refusals(data: bytes) -> Generator[None]:
     """Turns whatever Pillow raises for a hostile file into an `ImageError`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except _DAMAGES as err:
         raise TruncatedImageError(
             f"Expected a complete image. Received: {len(data)} bytes that decode only in part ({err}). Send it again."

@@ -28,7 +28,6 @@ import json
 import logging
 import struct
 import threading
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -238,9 +237,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     elif begins_as == "GIF":
         stream = GifStream
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(stream(readable), formats=SUPPORTED_FORMATS)
+        return Image.open(stream(readable), formats=SUPPORTED_FORMATS)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError) as err:
         if begins_as:
             raise TruncatedImageError(

@@ -5,7 +5,9 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
@@ -838,3 +840,11 @@ def test_the_version_of_a_hash_is_found_again() -> None:
     assert images.preprocessing_version("0" * 16, (16, 24)) is None
     with pytest.raises(ValueError, match="one of the versions"):
         images.decode(encode("PNG"), version=1)
+
+
+def test_decoding_in_threads_leaves_the_filters_of_warnings_alone() -> None:
+    data = encode("PNG", np.zeros((9, 9, 3), np.uint8))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(images.decode, [data] * 400))
+    assert warnings.filters == before
