@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 from unicodedata import normalize
 
 import yaml
@@ -26,9 +26,11 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PositiveFloat,
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from cv_platform.errors import ConfigError
@@ -198,6 +200,31 @@ class DatasetConfig(Section):
     )
 
 
+class EncoderConfig(Section):
+    """The pretrained network whose vectors say what images show: validation compares images by it."""
+
+    name: Literal["lite0"] = Field(default="lite0", description="EfficientNet-Lite0, trained on ImageNet-1k")
+    input_px: int = Field(
+        default=128, ge=32, le=512, description="sides of the square that images are resized to; costs its square"
+    )
+    file: Path | None = Field(
+        default=None, description="an ONNX file of your own instead: (N, 3, H, W) float32 to (N, features)"
+    )
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", description="of `file`, which needs one")
+    mean: tuple[float, float, float] = Field(
+        default=(0.485, 0.456, 0.406), description="subtracted from RGB of 0 to 1, for `file`"
+    )
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        default=(0.229, 0.224, 0.225), description="that is divided by afterwards, for `file`"
+    )
+
+    @model_validator(mode="after")
+    def _require_sha256(self) -> Self:
+        if (self.file is None) != (self.sha256 is None):
+            raise ValueError("expected `file` and `sha256` together, received one of them; run: sha256sum FILE")
+        return self
+
+
 class ValidateConfig(Section):
     """Limits of the dataset's checks, and what a violation does: error blocks training, warn shows, off: not run."""
 
@@ -231,7 +258,7 @@ class ValidateConfig(Section):
     )
     property_drift: Severity = "warn"
     max_label_issue_fraction: Fraction = Field(
-        default=0.02, description="labels that the look-alikes of their images contradict"
+        default=0.02, description="labels that the other images contradict, by what the encoder sees in them"
     )
     label_issues: Severity = "warn"
     deepchecks_suites: Severity = Field(
@@ -399,6 +426,7 @@ class ExperimentConfig(Section):
     owners: tuple[str, ...] = Field(default=("team:computer-vision",), description="e-mail addresses, or team:NAME")
     model: ModelConfig = Field(description="the network")
     dataset: DatasetConfig = Field(description="the images")
+    encoder: EncoderConfig = Field(default=EncoderConfig(), description="what images are compared by")
     # Called `validate` in YAML, dumps and schema; pydantic keeps that attribute for a deprecated method of its own.
     validation: ValidateConfig = Field(
         default=ValidateConfig(), alias="validate", description="limits of the dataset's checks"

@@ -11,6 +11,7 @@
     │   ├── TruncatedImageError         400
     │   ├── UnsupportedImageError       415
     │   └── ImageTooLargeError          413, decided before decoding
+    ├── EncoderError                    a pretrained network that is not there, or is another one
     ├── VerdictError                    a check upstream failed, so this step refuses to run
     ├── TrainingError                   training cannot start or has diverged
     ├── TrackingError                   MLflow cannot be reached, or refuses what it was given
@@ -92,6 +93,10 @@ class ImageTooLargeError(ImageError):
     """More bytes or pixels than allowed."""
 
     status_code = 413
+
+
+class EncoderError(CvPlatformError):
+    """A pretrained encoder cannot be used: it is not there, is another file, or computes no vectors."""
 
 
 class VerdictError(CvPlatformError):

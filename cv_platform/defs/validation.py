@@ -25,7 +25,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=ValidationVerdict,
         kinds={"deepchecks"},
-        reads=["validate"],
+        reads=["encoder", "validate"],
         code=["cv_platform.validation.checks"],
         ins={"dataset": "dataset"},
         checks=specs,
@@ -46,6 +46,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
             class_names=model.classes,
             classifier_type=model.classifier_type,
             home=run.settings.home,
+            encoder=run.config.encoder,
         )
         outcomes = {outcome.name: outcome for outcome in verdict.outcomes}
         return run.result(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from cv_platform.encoders.embeddings import embed_files
+from cv_platform.encoders.encoder import Encoder
 from cv_platform.errors import ImageError
 from cv_platform.images import MAX_LOCAL_PIXELS, preprocess, resize
 from cv_platform.properties import batch_properties
@@ -32,6 +35,7 @@ class ImageSample:
         components: `(N, K)` float32, K ≤ 32: principal components of the pixels, largest variance first.
         problems: path → why an image that the manifest calls readable does not decode.
         readable: how many images the sample was taken from.
+        embeddings: `(N, features)` float16, of the pretrained encoder; no features where no check asks for them.
     """
 
     rows: pd.DataFrame
@@ -40,6 +44,7 @@ class ImageSample:
     components: np.ndarray
     problems: Mapping[str, str]
     readable: int
+    embeddings: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float16))
 
     @property
     def description(self) -> str:
@@ -93,6 +98,17 @@ def read_sample(
         problems=problems,
         readable=len(readable) - len(problems),
     )
+
+
+def embedded(sample: ImageSample, directory: Path, encoder: Encoder, home: Path) -> ImageSample:
+    """Returns `sample` with the vectors of `encoder`; `home` keeps them, see `encoders.embeddings`."""
+    paths = sample.rows["path"].tolist()
+    size = (encoder.input_px, encoder.input_px)
+
+    def read(at: int) -> NDArray[np.uint8]:
+        return preprocess((directory / paths[at]).read_bytes(), size, max_pixels=MAX_LOCAL_PIXELS)
+
+    return replace(sample, embeddings=embed_files(sample.rows["sha256"].tolist(), read, encoder, home))
 
 
 def principal_components(images: np.ndarray, count: int = COMPONENTS) -> np.ndarray:

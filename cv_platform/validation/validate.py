@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from cv_platform.config import ClassifierType, ValidateConfig
+from cv_platform.config import ClassifierType, EncoderConfig, ValidateConfig
 from cv_platform.datasets.manifest import read_manifest
+from cv_platform.encoders.encoder import open_encoder
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.pages import render
 from cv_platform.records import DatasetVersion, ValidationVerdict
 from cv_platform.validation.checks import Subject, all_checks
 from cv_platform.validation.checks.deepchecks_suites import REPORT_NAMES
-from cv_platform.validation.sample import ImageSample, read_sample
+from cv_platform.validation.sample import ImageSample, embedded, read_sample
 from cv_platform.validation.verdict import CHECK_NAMES
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def validate_dataset(
     class_names: Sequence[str],
     classifier_type: ClassifierType,
     home: Path,
+    encoder: EncoderConfig,
 ) -> ValidationVerdict:
     """Runs the checks and writes report.html, verdict.json and Deepchecks' pages below `home/validation/<ds_name>/`.
 
@@ -41,17 +43,23 @@ def validate_dataset(
         class_names: the model's classes.
         classifier_type: how labels are to be read.
         home: `Settings.home`.
+        encoder: what images are compared by.
 
     Returns:
         The verdict. A failed check is in it, never an exception.
+
+    Raises:
+        EncoderError: the encoder cannot be used.
     """
     started, provenance = time.monotonic(), version.provenance
     manifest = read_manifest(version.manifest_path).reset_index(drop=True)
     sample = read_sample(manifest, version.directory)
+    if config.label_issues != "off":
+        sample = embedded(sample, version.directory, open_encoder(encoder, home), home)
     problems = _problems(manifest, sample)
     readable = manifest.loc[~manifest["path"].isin(list(problems))]
     # The manifest's name stands for the splits, which follow from the config too.
-    settings = (version.manifest, config.model_dump_json(), *class_names, classifier_type)
+    settings = (version.manifest, config.model_dump_json(), encoder.model_dump_json(), *class_names, classifier_type)
     fingerprint = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
     target = home / "validation" / provenance.ds_name / f"{provenance.dvc_md5}-{fingerprint}"
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as directory:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cv_platform.config import ValidateConfig
+from cv_platform.config import EncoderConfig, ValidateConfig
 from cv_platform.records import ValidationVerdict
 from cv_platform.validation.checks.deepchecks_suites import LEFT_OUT, REPORT_NAMES
 from cv_platform.validation.validate import validate_dataset
@@ -24,7 +24,8 @@ WITHOUT_DEEPCHECKS = ValidateConfig(deepchecks_suites="off")
 
 def _validate(checkout, home: Path, config: ValidateConfig = WITHOUT_DEEPCHECKS, **options) -> ValidationVerdict:
     settings = {"class_names": CLASSES, "classifier_type": "multi-class", **options}
-    return validate_dataset(checkout.version(settings["class_names"]), config, home=home, **settings)
+    encoder = EncoderConfig(input_px=32)
+    return validate_dataset(checkout.version(settings["class_names"]), config, home=home, encoder=encoder, **settings)
 
 
 def _outcome(verdict: ValidationVerdict, name: str):
@@ -72,6 +73,7 @@ def test_deepchecks_names_what_fails_and_leaves_process_and_filters_as_they_were
         clean_checkout.add(f"images/test/right/dark{number}.png", "test", ["right"], dark)
     for number in range(50):
         clean_checkout.add(f"images/test/left/copy{number}.png", "test", ["left"], draw("left", 1))
+
     before = list(warnings.filters)
     found = _outcome(_validate(clean_checkout, tmp_path, ValidateConfig()), "deepchecks_suites")
     assert warnings.filters == before

