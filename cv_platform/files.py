@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and locks between processes.
+"""Files and folders that appear whole or not at all, locks between processes, and room on the disk.
 
 A process may be killed at any line, and the power may fail: what has its final name is complete and on the disk. Locks
 are `flock`'s, which the kernel drops with the process that holds them
@@ -22,12 +22,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cv_platform.errors import LockHeldError
+from cv_platform.errors import DiskSpaceError, LockHeldError
 
 LONGEST_WORK_SECONDS = 3600.0
 """The longest honest work under a lock: checking out or packing a large dataset."""
 MANY_FILES = 100
 """From here on, a folder reaches the disk by one sync of everything."""
+SPARE_BYTES = 256 * 2**20
+"""Left free unless `CV_SPARE_DISK_BYTES` says otherwise."""
 _POLL_SECONDS = 0.05
 
 
@@ -202,3 +204,33 @@ def is_locked(path: Path) -> bool:
 def _give_to_owner(handle: int, folder: Path) -> None:
     if os.geteuid() == 0 and (owner := folder.stat()).st_uid != 0:
         os.fchown(handle, owner.st_uid, owner.st_gid)
+
+
+def free_bytes(directory: Path) -> int:
+    """Returns what a user of this process may still write where `directory` is, or will be made."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def require_free_space(directory: Path, needed_bytes: int, *, purpose: str, spare_bytes: int | None = None) -> None:
+    """Returns if `needed_bytes` fit where `directory` is, or will be made, and a reserve stays free.
+
+    Args:
+        directory: where the bytes go.
+        needed_bytes: how many.
+        purpose: of the bytes, for the message.
+        spare_bytes: the reserve; None: `SPARE_BYTES`.
+
+    Raises:
+        DiskSpaceError: they do not fit.
+    """
+    spare = SPARE_BYTES if spare_bytes is None else spare_bytes
+    free = free_bytes(directory)
+    if needed_bytes + spare > free:
+        raise DiskSpaceError(
+            f"Expected {(needed_bytes + spare) / 1e9:.2f} GB free at {directory} for {purpose} "
+            f"({spare / 1e9:.2f} GB of it as a reserve, CV_SPARE_DISK_BYTES). Received: {free / 1e9:.2f} GB. "
+            "Free some space (`cv-platform gc` lists what is not needed), or move CV_HOME to a larger disk."
+        )

@@ -12,7 +12,7 @@ from typing import Any
 
 from cv_platform.client import Client, ExplainChoice, UnusableImageError
 from cv_platform.client.answers import PredictionResult
-from cv_platform.image_files import SUPPORTED_FORMATS, TEXT_SUFFIXES, is_litter, seems_image
+from cv_platform.images.files import SUPPORTED_FORMATS, TEXT_SUFFIXES, is_litter, seems_image
 from cv_platform.settings import Settings
 
 LARGEST_LEFT_OUT_FRACTION = 0.1

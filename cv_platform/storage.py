@@ -26,7 +26,6 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from cv_platform.config import ClassifierType
-from cv_platform.disk_space import require_free_space
 from cv_platform.errors import (
     BundleExistsError,
     BundleNotFoundError,
@@ -34,7 +33,7 @@ from cv_platform.errors import (
     PointerMovedError,
     StorageError,
 )
-from cv_platform.files import file_sha256, whole_file
+from cv_platform.files import file_sha256, require_free_space, whole_file
 from cv_platform.object_store import ObjectStore
 
 FORMAT_VERSION = 2

@@ -31,9 +31,8 @@ from cv_platform.datasets.sources.layouts import descend, read_layout, write_ann
 from cv_platform.datasets.sources.phone_photos import GROWTH, SUFFIX, is_phone_photo, to_jpeg
 from cv_platform.datasets.sources.tree import Folder, is_image, walk
 from cv_platform.datasets.splits import SPLITS
-from cv_platform.disk_space import require_free_space
 from cv_platform.errors import DatasetError, InvalidDatasetError
-from cv_platform.files import exclusive, scratch_directory, whole_directory
+from cv_platform.files import exclusive, require_free_space, scratch_directory, whole_directory
 
 NO_SPLIT = "no split"
 MAX_LEFT_OUT_FRACTION = 0.1

@@ -32,9 +32,8 @@ from cv_platform import images
 from cv_platform.config import ModelConfig
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.splits import SPLITS
-from cv_platform.disk_space import require_free_space
 from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError, VerdictError
-from cv_platform.files import exclusive, file_sha256, whole_directory
+from cv_platform.files import exclusive, file_sha256, require_free_space, whole_directory
 from cv_platform.records import DatasetVersion, PackedImages, Task, TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def pack_images(
         model: image size, classes and classifier type.
         quarantined: paths of the manifest that validation keeps out.
         home: the pack is made in `home/packed`.
-        spare_bytes: see `disk_space.require_free_space`.
+        spare_bytes: see `files.require_free_space`.
 
     Raises:
         InvalidDatasetError: nothing is left to train on, quarantined paths are not in the manifest, or a file is not

@@ -17,9 +17,8 @@ import numpy as np
 from cv_platform.config import DeployConfig
 from cv_platform.deployment.bento import build_bento
 from cv_platform.deployment.export import ExportedModel, export_bundle
-from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BundleExistsError, ExportError
-from cv_platform.files import file_sha256
+from cv_platform.files import file_sha256, require_free_space
 from cv_platform.records import DriftDetectors, Evaluation, ModelBundle, TrainedModel
 from cv_platform.serving.model.runtime import load_folder
 from cv_platform.storage import BundleMetadata, CentralStorage
@@ -38,7 +37,7 @@ class Place:
         bentoml_home: receives the Bento.
         cache: folder for downloads.
         source: see `bento.build_bento`.
-        spare_bytes: see `disk_space.require_free_space`.
+        spare_bytes: see `files.require_free_space`.
     """
 
     storage: CentralStorage

@@ -12,9 +12,8 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict
 
 from cv_platform.database.connection import database_url
-from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BackupError
-from cv_platform.files import exclusive
+from cv_platform.files import exclusive, require_free_space
 from cv_platform.maintenance.archive import write_archive
 from cv_platform.maintenance.archive_stream import ArchiveWriter
 from cv_platform.maintenance.contents import Part, elsewhere, parts, spool_part

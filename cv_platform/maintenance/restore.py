@@ -19,9 +19,8 @@ from pydantic import ValidationError
 from cv_platform.database.cluster import Cluster
 from cv_platform.database.embedded import embedded_database
 from cv_platform.database.migrate import migrate
-from cv_platform.disk_space import require_free_space
 from cv_platform.errors import BackupError
-from cv_platform.files import exclusive, sync_folder
+from cv_platform.files import exclusive, require_free_space, sync_folder
 from cv_platform.maintenance.archive import extract_archive, verify_archive
 from cv_platform.maintenance.archive_stream import Manifest
 from cv_platform.maintenance.backup import DUMP, FORMAT_FILE, HOME, KIND, Contents, maintenance_lock
@@ -59,7 +58,7 @@ def restore(archive: Path, home: Path, *, home_format: str, spare_bytes: int) ->
         archive: see `backup.back_up`.
         home: CV_HOME; it need not exist, nor be the folder that was backed up.
         home_format: the layout of CV_HOME that this release knows.
-        spare_bytes: see `disk_space.require_free_space`.
+        spare_bytes: see `files.require_free_space`.
 
     Raises:
         BackupError: the archive is damaged, harmful, of another kind or of a newer release, or processes use `home`.

@@ -15,8 +15,8 @@ import numpy as np
 
 from cv_platform.config import ExperimentConfig, ModelConfig, TrainConfig
 from cv_platform.datasets.packing import PackedSplit
-from cv_platform.disk_space import require_free_space
 from cv_platform.errors import TrainingError
+from cv_platform.files import require_free_space
 from cv_platform.training.augmentation import Augmenter
 from cv_platform.training.batches import ShuffledBatches, ordered_dataset
 from cv_platform.training.callbacks import (
@@ -76,7 +76,7 @@ def fit_model(
         folder: existing; keeps the state of the training. One that finds there what a killed training has left goes on
             to the weights that it would have had: it must be the same in all that decides the result.
         run: MLflow run that gets each epoch's metrics.
-        spare_bytes: see `disk_space.require_free_space`.
+        spare_bytes: see `files.require_free_space`.
 
     Raises:
         TrainingError: the network cannot be built, the data cannot be read, or the loss is not finite.

@@ -72,7 +72,7 @@ def train_model(
         directory: parent of all models' folders.
         run: active MLflow run; gets parameters, metrics, files, and the registered model version.
         git_commit: of the code and configs, for the record.
-        spare_bytes: see `disk_space.require_free_space`.
+        spare_bytes: see `files.require_free_space`.
 
     Returns:
         The trained model, whose folder exists.

@@ -3,11 +3,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cv_platform import disk_space
+from cv_platform import files
 from cv_platform.config import DeployConfig
 from cv_platform.deployment.bundle import Place, publish_model
-from cv_platform.disk_space import free_bytes, require_free_space
 from cv_platform.errors import DiskSpaceError
+from cv_platform.files import free_bytes, require_free_space
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.record_samples import drift_detectors, evaluation, trained_model
 from cv_platform_tests.support.tiny_models import tiny_images, tiny_metadata
@@ -43,7 +43,7 @@ def test_a_download_that_would_fill_the_disk_is_not_begun(tmp_path: Path, monkey
     storage = CentralStorage("memory://test_disk_space")
     published = storage.publish_bundle(tmp_path / "bundle", tiny_metadata())
     try:
-        monkeypatch.setattr(disk_space, "SPARE_BYTES", 10**15)
+        monkeypatch.setattr(files, "SPARE_BYTES", 10**15)
         with pytest.raises(DiskSpaceError, match=f"a copy of tiny {published.version}"):
             storage.fetch_bundle("tiny", published.version, tmp_path / "cache")
         monkeypatch.undo()

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from cv_platform import image_files, images
+from cv_platform import images
 from cv_platform.errors import (
     EmptyImageError,
     ImageError,
@@ -26,6 +26,7 @@ from cv_platform.errors import (
     TruncatedImageError,
     UnsupportedImageError,
 )
+from cv_platform.images import files as image_files
 
 LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}}
 COMPRESSED_TIFF = {"compression": "tiff_lzw"}

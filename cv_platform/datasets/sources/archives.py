@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from cv_platform import disk_space
+from cv_platform import files
 from cv_platform.datasets.sources.tree import MAX_DEPTH
 from cv_platform.errors import InvalidDatasetError
 
@@ -52,7 +52,7 @@ def unpack(archive: Path, into: Path, *, encoding: str | None = None, max_bytes:
             damaged or encrypted; its names are in an unknown encoding; or its content is larger than `max_bytes` or the
             free disk space.
     """
-    free = disk_space.free_bytes(into) - disk_space.SPARE_BYTES
+    free = files.free_bytes(into) - files.SPARE_BYTES
     limit, why = (max_bytes, "allowed") if max_bytes < free else (free, "free on the disk")
     unpacked_bytes = 0
     is_zip = zipfile.is_zipfile(archive)

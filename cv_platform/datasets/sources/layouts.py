@@ -29,7 +29,7 @@ from cv_platform.datasets.sources.entries import (
 from cv_platform.datasets.sources.label_files import LABEL_FILES, LabelRules, read_labels
 from cv_platform.datasets.sources.tree import Folder
 from cv_platform.errors import InvalidDatasetError
-from cv_platform.image_files import TEXT_SUFFIXES
+from cv_platform.images.files import TEXT_SUFFIXES
 from cv_platform.predictions import LABEL_SEPARATOR
 
 _NO_CLASSES = frozenset({"images", "image", "imgs", "img", "labels", "masks", "annotations", "jpegimages"})

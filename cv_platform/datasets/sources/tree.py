@@ -14,7 +14,7 @@ from pathlib import Path
 from cv_platform import images
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo
 from cv_platform.errors import ImageError, InvalidDatasetError
-from cv_platform.image_files import format_by_signature, is_litter, seems_image
+from cv_platform.images.files import format_by_signature, is_litter, seems_image
 
 MAX_DEPTH = 64
 

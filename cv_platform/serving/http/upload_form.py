@@ -19,8 +19,8 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from cv_platform.image_files import format_by_signature
 from cv_platform.images import SUPPORTED_FORMATS
+from cv_platform.images.files import format_by_signature
 from cv_platform.serving.capacity.admission import Admission
 from cv_platform.serving.capacity.limits import overloaded, too_large
 from cv_platform.serving.model.explain import Explain

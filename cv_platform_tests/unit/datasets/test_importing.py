@@ -175,10 +175,10 @@ def test_refuses_what_is_neither_folder_nor_archive(tmp_path: Path) -> None:
 
 
 def test_says_when_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cv_platform import disk_space
+    from cv_platform import files
     from cv_platform.errors import DiskSpaceError
 
-    monkeypatch.setattr(disk_space, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
+    monkeypatch.setattr(files, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
     with pytest.raises(DiskSpaceError, match="Free some space"):
         import_dataset(class_folders(tmp_path / "s", 2), ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
     assert [path.name for path in (tmp_path / "ds").iterdir()] == [".pets.lock"]

@@ -202,9 +202,9 @@ def test_refuses_unknown_quarantine_and_nothing_to_train_on(tmp_path: Path, vers
 def test_says_when_the_disk_is_too_small(
     tmp_path: Path, version: DatasetVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cv_platform import disk_space
+    from cv_platform import files
 
-    monkeypatch.setattr(disk_space, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
+    monkeypatch.setattr(files, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
     with pytest.raises(DiskSpaceError, match="GB free"):
         pack_images(version, model(), quarantined=(), home=tmp_path)
 

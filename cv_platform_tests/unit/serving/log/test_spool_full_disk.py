@@ -11,8 +11,8 @@ from uuid import uuid4
 
 import pytest
 
-from cv_platform.disk_space import free_bytes
 from cv_platform.errors import SpoolFullError
+from cv_platform.files import free_bytes
 from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
 from cv_platform.serving.log.spool import Spool

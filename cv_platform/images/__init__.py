@@ -39,8 +39,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
-from cv_platform.image_decoders import decode_jpeg, decode_with_opencv, decode_with_pillow
-from cv_platform.image_files import (
+from cv_platform.images.decoders import decode_jpeg, decode_with_opencv, decode_with_pillow
+from cv_platform.images.files import (
     SUPPORTED_FORMATS,
     TILE_LENGTH,
     TILE_WIDTH,

@@ -1,6 +1,6 @@
 """Decodes images of one format or another to upright RGB, without a word on stderr: a decoder's complaint is returned.
 
-What may be decoded at all is judged before, in `images` and `image_files`; which decoder takes what is `images`' part.
+What may be decoded at all is judged before, in the package and in `files`; which decoder takes what, the package says.
 JPEG goes through libjpeg-turbo (https://gitlab.com/jfolz/simplejpeg), which tells its warnings and can decode to a
 half, a quarter or an eighth; WebP and BMP through OpenCV; the rest through Pillow.
 """
@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from cv_platform.errors import TruncatedImageError, UnsupportedImageError
-from cv_platform.image_files import has_all_png_rows, has_all_scans, has_jpeg_end, no_end
+from cv_platform.images.files import has_all_png_rows, has_all_scans, has_jpeg_end, no_end
 
 _BAND_PIXELS = 2**18
 _TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
