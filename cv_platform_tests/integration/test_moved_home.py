@@ -163,9 +163,11 @@ def test_a_bare_dagster_run_names_the_command_that_settles_it(folder: Path, monk
     old.rename(new)
     monkeypatch.setenv("CV_HOME", str(new))
     with pytest.raises(ConfigError, match=r"moved here from .*old\. Stop what uses it, and run: cv-platform migrate"):
-        Installation().setup_for_execution(dg.build_init_resource_context())
+        with Installation().yield_for_execution(dg.build_init_resource_context()):
+            pass
     assert cli({"CV_HOME": str(new)}, "migrate").returncode == 0
-    Installation().setup_for_execution(dg.build_init_resource_context())
+    with Installation().yield_for_execution(dg.build_init_resource_context()) as installation:
+        assert installation.settings().home == new
 
 
 def test_a_link_to_an_installation_is_no_other_place(folder: Path) -> None:
