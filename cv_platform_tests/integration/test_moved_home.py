@@ -162,7 +162,7 @@ def test_a_bare_dagster_run_names_the_command_that_settles_it(folder: Path, monk
     prepare_home(settings_of(old))
     old.rename(new)
     monkeypatch.setenv("CV_HOME", str(new))
-    refused = pytest.raises(ConfigError, match=r"moved here from .*old\. Stop what uses it, and run: cv-platform migrate")
+    refused = pytest.raises(ConfigError, match=r"moved here from .*old\. Stop what uses it, and run: cv-platform m")
     with refused, Installation().yield_for_execution(dg.build_init_resource_context()):
         pass
     assert cli({"CV_HOME": str(new)}, "migrate").returncode == 0
