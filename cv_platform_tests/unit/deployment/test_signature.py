@@ -14,6 +14,7 @@ from cv_platform.deployment.signature import plain_signature, tape_signature
 from cv_platform.errors import ExportError
 from cv_platform.serving.model.runtime import Prediction
 from cv_platform.serving.model.runtime_onnx import OnnxRuntime
+from cv_platform_tests.support.processor import needs_bfloat16
 from cv_platform_tests.support.tiny_models import build_classifier, build_encoder, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
@@ -247,6 +248,7 @@ def test_a_head_that_does_not_fit_falls_back_to_tensorflow_and_says_why(tmp_path
         export_bundle(*files, golden_images=tiny_images(2), runtime="onnx")
 
 
+@needs_bfloat16
 def test_a_layer_that_does_not_convert_falls_back_to_tensorflow(tmp_path: Path):
     import keras
 

@@ -25,6 +25,7 @@ from cv_platform.training.calibration import scale_logits
 from cv_platform.training.callbacks import TrainingMonitor, read_state
 from cv_platform.training.network import build_model
 from cv_platform.training.trainer import _recipe, _work_folder, train_model
+from cv_platform_tests.support.processor import needs_bfloat16
 from cv_platform_tests.support.tiny_training import experiment
 from cv_platform_tests.support.waiting import wait_until
 
@@ -333,6 +334,7 @@ def test_a_diverging_loss_says_what_to_try(tiny_packed: PackedImages, tmp_path: 
     assert not list((tmp_path / "tiny_model").glob("2*"))
 
 
+@needs_bfloat16
 def test_bfloat16_trains_a_float32_model(tiny_packed: PackedImages, tmp_path: Path) -> None:
     import keras
 
