@@ -22,7 +22,7 @@ def configuration_page() -> str:
     """Returns the page of every field of an experiment and every variable of an installation, as Markdown."""
     schema = json_schema()
     lines = [
-        _WRITTEN.format(source="`cv_platform/config.py` and `cv_platform/settings.py`"),
+        _WRITTEN.format(source="`cv_platform/config/` and `cv_platform/settings.py`"),
         "# Configuration",
         "",
         "An experiment is a YAML file in `configs/`; an installation is configured by variables of the environment.",

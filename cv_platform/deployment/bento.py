@@ -23,7 +23,7 @@ SHIPPED: tuple[str, ...] = (
     "__init__.py",
     "errors.py",
     "files.py",
-    "config.py",
+    "config",
     "loopback.py",
     "settings.py",
     "images",

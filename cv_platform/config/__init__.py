@@ -1,0 +1,49 @@
+"""What a user may configure of an experiment, in YAML; the installation itself is `settings`.
+
+The only place where a default of it is written down. Models are frozen and refuse unknown keys. The section names
+(`model`, `dataset`, `train`, `evaluate`, `deploy`) and the fields that the users of the original stack know are kept;
+`validate`, `monitor` and `alerts` are new.
+
+A module for each group of sections; a new field stands in its section's class, with its description.
+"""
+
+from cv_platform.config.experiment import ExperimentConfig, json_schema
+from cv_platform.config.fields import ClassifierType, Section, Severity, is_class_name
+from cv_platform.config.files import (
+    config_files,
+    load_beside_others,
+    load_experiment,
+    load_experiments,
+    parse_experiment,
+)
+from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
+from cv_platform.config.model import DriftDetectionConfig, InputSize, ModelConfig
+from cv_platform.config.production import AlertsConfig, DeployConfig, MonitorConfig
+from cv_platform.config.recipe import AugmentConfig, EvaluateConfig, MlflowConfig, TrainConfig
+
+__all__ = [
+    "AlertsConfig",
+    "AugmentConfig",
+    "ClassifierType",
+    "DatasetConfig",
+    "DeployConfig",
+    "DriftDetectionConfig",
+    "EncoderConfig",
+    "EvaluateConfig",
+    "ExperimentConfig",
+    "InputSize",
+    "MlflowConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "Section",
+    "Severity",
+    "TrainConfig",
+    "ValidateConfig",
+    "config_files",
+    "is_class_name",
+    "json_schema",
+    "load_beside_others",
+    "load_experiment",
+    "load_experiments",
+    "parse_experiment",
+]

@@ -1,0 +1,65 @@
+"""The sections together: one experiment."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import Field
+
+from cv_platform.config.fields import ExperimentName, Section
+from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
+from cv_platform.config.model import ModelConfig
+from cv_platform.config.production import AlertsConfig, DeployConfig, MonitorConfig
+from cv_platform.config.recipe import EvaluateConfig, TrainConfig
+
+
+class ExperimentConfig(Section):
+    """One experiment: one file in `configs/`, one branch of the asset graph."""
+
+    name: ExperimentName = Field(description="of the experiment: its group in Dagster, its folder of records")
+    description: str = Field(default="", description="shown in Dagster")
+    owners: tuple[str, ...] = Field(default=("team:computer-vision",), description="e-mail addresses, or team:NAME")
+    model: ModelConfig = Field(description="the network")
+    dataset: DatasetConfig = Field(description="the images")
+    encoder: EncoderConfig = Field(default=EncoderConfig(), description="what images are compared by")
+    # Called `validate` in YAML, dumps and schema; pydantic keeps that attribute for a deprecated method of its own.
+    validation: ValidateConfig = Field(
+        default=ValidateConfig(), alias="validate", description="limits of the dataset's checks"
+    )
+    train: TrainConfig = Field(default=TrainConfig(), description="the recipe")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="the gate")
+    deploy: DeployConfig = Field(default=DeployConfig(), description="the service")
+    monitor: MonitorConfig = Field(default=MonitorConfig(), description="the drift report")
+    alerts: AlertsConfig = Field(default=AlertsConfig(), description="what is worth a message")
+
+    def fingerprint(self, *fields: str, without: Iterable[str] = ()) -> str:
+        """Returns 12 hex digits over `fields`, named as in YAML: code versions carry it.
+
+        Args:
+            *fields: sections, or single fields: `monitor.alpha`; all sections, when none is given.
+            without: fields below them that are left out.
+
+        Raises:
+            KeyError: there is no such field.
+        """
+        dump = self.model_dump(mode="json")
+        for field in without:
+            *sections, last = field.split(".")
+            del functools.reduce(lambda section, name: section[name], sections, dump)[last]
+        chosen = {
+            field: functools.reduce(lambda section, name: section[name], field.split("."), dump)
+            for field in fields or dump
+        }
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema of an experiment; `configs/schema.json` is this, and a test holds it."""
+    schema = ExperimentConfig.model_json_schema()
+    schema["$schema"] = "http://json-schema.org/draft-07/schema#"
+    schema["title"] = "cv_platform experiment"
+    return schema

@@ -1,0 +1,114 @@
+"""The sections `dataset`, `encoder` and `validate`: the images, and what they must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from cv_platform.config.fields import AS_WRITTEN, Fraction, Section, Severity
+
+
+class DatasetConfig(Section):
+    """Which version of which DVC repository, and how missing splits are taken from `train`."""
+
+    ds_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"), AS_WRITTEN] = Field(
+        description="the repository's name, as given to `cv-platform import-dataset --name`"
+    )
+    dvc_tag: Annotated[
+        str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"), AS_WRITTEN
+    ] = Field(description="the version, as given to `cv-platform import-dataset --tag`")
+    ds_root: str | None = Field(
+        default=None, description="folder of dataset repositories; by default $CV_HOME/datasets"
+    )
+    source: Literal["digits"] | None = Field(
+        default=None, description="makes this repository on first use; none: import it first"
+    )
+    valid_fraction: float = Field(
+        default=0.15, gt=0.0, lt=0.5, description="share of train that becomes a missing valid split"
+    )
+    reference_fraction: float = Field(
+        default=0.2,
+        gt=0.0,
+        lt=0.5,
+        description="share of train that becomes a missing reference; with fewer than 40 images "
+        "the drift verdict's false-alarm rate is not measured",
+    )
+    test_fraction: float = Field(
+        default=0.15, gt=0.0, lt=0.5, description="share of train, or of all images, that becomes a missing test split"
+    )
+    split_seed: int = Field(default=0, ge=0, description="of the splits that are made")
+    max_image_pixels: int = Field(
+        default=250_000_000,
+        ge=64,
+        le=2**30,
+        description="height × width from which an image counts as unreadable; above 40 million, images are decoded to "
+        "fewer pixels, one at a time, which takes up to 2 GB",
+    )
+
+
+class EncoderConfig(Section):
+    """The pretrained network whose vectors say what images show: validation compares images by it."""
+
+    name: Literal["lite0"] = Field(default="lite0", description="EfficientNet-Lite0, trained on ImageNet-1k")
+    input_px: int = Field(
+        default=128, ge=32, le=512, description="sides of the square that images are resized to; costs its square"
+    )
+    file: Path | None = Field(
+        default=None, description="an ONNX file of your own instead: (N, 3, H, W) float32 to (N, features)"
+    )
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", description="of `file`, which needs one")
+    mean: tuple[float, float, float] = Field(
+        default=(0.485, 0.456, 0.406), description="subtracted from RGB of 0 to 1, for `file`"
+    )
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        default=(0.229, 0.224, 0.225), description="that is divided by afterwards, for `file`"
+    )
+
+    @model_validator(mode="after")
+    def _require_sha256(self) -> Self:
+        if (self.file is None) != (self.sha256 is None):
+            raise ValueError("expected `file` and `sha256` together, received one of them; run: sha256sum FILE")
+        return self
+
+
+class ValidateConfig(Section):
+    """Limits of the dataset's checks, and what a violation does: error blocks training, warn shows, off: not run."""
+
+    max_unreadable_fraction: Fraction = Field(
+        default=0.01, description="images that do not decode (they are quarantined)"
+    )
+    unreadable_images: Severity = "error"
+    max_damaged_fraction: Fraction = Field(
+        default=0.0, description="images whose decoder goes on after damage, or which lack the mark of their end"
+    )
+    damaged_images: Severity = "warn"
+    max_constant_fraction: Fraction = Field(default=0.0, description="images that are of one colour throughout")
+    constant_images: Severity = "warn"
+    max_narrow_range_fraction: Fraction = Field(
+        default=0.0,
+        description="images of 16-bit samples that use less than a quarter of their range: 12-bit data, say",
+    )
+    narrow_range: Severity = "warn"
+    min_images_per_class: int = Field(default=1, ge=1, description="per class and split")
+    class_coverage: Severity = "error"
+    max_leakage_fraction: Fraction = Field(default=0.0, description="test images (by sha256) that are in train too")
+    train_test_leakage: Severity = "error"
+    max_conflicting_fraction: Fraction = Field(default=0.0, description="identical images with different labels")
+    conflicting_labels: Severity = "error"
+    max_duplicate_fraction: Fraction = Field(default=0.05, description="images that are in the dataset more than once")
+    duplicates: Severity = "warn"
+    max_label_drift: Fraction = Field(default=0.2, description="Cramér's V between the labels of train and test")
+    label_drift: Severity = "warn"
+    max_property_drift: Fraction = Field(
+        default=0.3, description="Kolmogorov–Smirnov distance between train and test, per property"
+    )
+    property_drift: Severity = "warn"
+    max_label_issue_fraction: Fraction = Field(
+        default=0.02, description="labels that the other images contradict, by what the encoder sees in them"
+    )
+    label_issues: Severity = "warn"
+    deepchecks_suites: Severity = Field(
+        default="warn", description="Deepchecks' data_integrity and train_test_validation suites"
+    )

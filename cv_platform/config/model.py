@@ -1,0 +1,87 @@
+"""The section `model`: the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, JsonValue, field_validator
+
+from cv_platform.config.fields import ClassifierType, ClassName, ModelName, Section
+
+
+class InputSize(Section):
+    """Height and width of the images that the model sees, in pixels."""
+
+    h: int = Field(ge=8, le=1024, description="height in pixels")
+    w: int = Field(ge=8, le=1024, description="width in pixels")
+
+
+class DriftDetectionConfig(Section):
+    """What is fitted beside the model so that drift can be detected later."""
+
+    uae_encoding_dims: int = Field(
+        default=32, ge=2, le=512, description="width of the untrained autoencoder's (UAE) embedding"
+    )
+    uae_seed: int = Field(default=7, ge=0, description="seed of the encoder's weights")
+    reference_data_n_sample: int | None = Field(
+        default=None,
+        ge=50,
+        description="largest number of reference rows, seeded; none keeps the whole reference split",
+    )
+
+
+def _architectures() -> list[str]:
+    """Lists what `training/architectures/` has, a module each; a Bento, which trains nothing, has none."""
+    return sorted(path.stem for path in (Path(__file__).parents[1] / "training" / "architectures").glob("[!_]*.py"))
+
+
+def _known_architecture(name: str) -> str:
+    known = _architectures()
+    if known and name not in known:
+        raise ValueError(f"Expected one of {', '.join(known)}. Received: {name}")
+    return name
+
+
+class ModelConfig(Section):
+    """The network: its name, its input and output, its architecture."""
+
+    model_name: ModelName = Field(description="name in the registry, in storage and in every log row")
+    classes: tuple[ClassName, ...] = Field(min_length=2, description="class names in the order of the outputs")
+    classifier_type: ClassifierType = Field(
+        default="multi-class", description="one class for each image, or any number of them"
+    )
+    input_size: InputSize = Field(description="of the images that the model sees")
+    architecture: Annotated[str, AfterValidator(_known_architecture)] = Field(
+        default="small_cnn",
+        description="small_cnn is the original's network; resnet9s is better for its cost; resnet50 for photos",
+        json_schema_extra=lambda schema: schema.update(enum=list[JsonValue](_architectures())),
+    )
+    dropout: float = Field(default=0.0, ge=0.0, le=0.9, description="share of the features that a step leaves out")
+    weights: str | None = Field(
+        default=None, description="local .keras, .weights.h5 or .h5 file to start from; nothing is ever downloaded"
+    )
+    weights_channel_order: Literal["auto", "rgb", "bgr"] = Field(
+        default="auto",
+        description="what the first convolution of resnet50 weights reads; auto: by the file, where it tells (a .keras "
+        "of this platform: rgb; the file that keras.applications publishes: bgr), else training refuses and asks",
+    )
+    threshold: float = Field(
+        default=0.5, gt=0.0, lt=1.0, description="multi-label: probability from which a class is predicted"
+    )
+    drift_detection: DriftDetectionConfig = Field(
+        default=DriftDetectionConfig(), description="what is fitted to detect drift later"
+    )
+
+    @field_validator("classes")
+    @classmethod
+    def _unique(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = sorted({name for name in classes if classes.count(name) > 1})
+        if repeated:
+            raise ValueError(f"Expected each class once. Received twice: {', '.join(repeated)}")
+        return classes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """`(height, width)` in pixels."""
+        return self.input_size.h, self.input_size.w

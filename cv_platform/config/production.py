@@ -1,0 +1,88 @@
+"""The sections `deploy`, `monitor` and `alerts`: where a model serves, and how it is watched."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from cv_platform.config.fields import ExperimentName, Section
+
+
+class DeployConfig(Section):
+    """Which service the model goes to, and how long its workers have to take it up."""
+
+    service: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")] = Field(
+        default="image_classifier", description="serves one experiment's model; another's deployment is refused"
+    )
+    takes_over: ExperimentName | None = Field(
+        default=None, description="experiment whose place on the service this one may take"
+    )
+    runtime: Literal["auto", "onnx", "tensorflow"] = Field(
+        default="auto",
+        description="what runs the exported model; auto: ONNX Runtime where the model converts and answers alike",
+    )
+    golden_images: int = Field(
+        default=8, ge=1, le=64, description="test images of all classes, kept in the bundle for its self-test"
+    )
+    confirm_timeout_seconds: float = Field(
+        default=60.0,
+        gt=0.0,
+        le=3600.0,
+        description="until every running worker has taken the model up; else it goes back",
+    )
+
+
+class MonitorConfig(Section):
+    """The window of requests that the drift report judges, and how."""
+
+    alpha: float = Field(
+        default=0.05,
+        gt=0.0,
+        lt=0.5,
+        description="family-wise false-alarm rate of one report; what is measured on the reference split, if it has at "
+        "least 40 images, is held against it",
+    )
+    min_samples: int = Field(default=100, ge=20, description="fewer requests give the verdict 'insufficient data'")
+    max_samples: int = Field(default=5000, ge=100, description="the latest rows of the window that are read")
+    min_feedback: int = Field(
+        default=30, ge=10, description="production_metrics: fewer predictions with feedback are not judged"
+    )
+    window_days: float = Field(
+        default=7.0,
+        gt=0.0,
+        le=366.0,
+        description="the window where nothing else says it: the last days until the run was asked for. The schedule's "
+        "windows begin where the one before ended, the first so many days before",
+    )
+    window_start_utc: str | None = Field(
+        default=None, description="ISO 8601 with zone: start (inclusive) instead of the default"
+    )
+    window_end_utc: str | None = Field(default=None, description="ISO 8601 with zone: end (exclusive) instead of now")
+    window_by: Literal["answered", "logged"] = Field(
+        default="answered",
+        description="the time that puts a request into the window; logged, which the schedule sets: when it reached "
+        "the database, so that one that came late is in the next window",
+    )
+    permutations: int = Field(default=499, ge=99, le=9999, description="of each kernel test")
+    max_reference_rows: int = Field(
+        default=2000, ge=100, description="seeded subsample of the reference in kernel tests"
+    )
+    schedule_cron: str = Field(default="0 6 * * 1", description="when the report runs (UTC)")
+    new_rows_trigger: int = Field(default=1000, ge=1, description="new requests that make the sensor run a report")
+    seed: int = Field(default=0, ge=0, description="of subsamples and permutations")
+
+    @field_validator("window_start_utc", "window_end_utc")
+    @classmethod
+    def _aware(cls, value: str | None) -> str | None:
+        if value is not None and datetime.fromisoformat(value).tzinfo is None:
+            raise ValueError(f"Expected a time with its zone, such as 2026-01-31T06:00:00+00:00. Received: {value}")
+        return value
+
+
+class AlertsConfig(Section):
+    """What is worth a message. The addresses (apprise URLs) hold secrets and come from `CV_ALERT_URLS`."""
+
+    on_drift: bool = Field(default=True, description="a report whose verdict is drift")
+    on_run_failure: bool = Field(default=True, description="a Dagster run that failed")

@@ -1,0 +1,80 @@
+"""The sections `train` and `evaluate`: how a model is made, and what it must reach."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cv_platform.config.fields import Fraction, Section, Text
+
+
+class MlflowConfig(Section):
+    """Where the runs of a stage go in MLflow."""
+
+    exp_name: Text | None = Field(
+        default=None, min_length=1, description="MLflow experiment; by default the experiment's name"
+    )
+    exp_desc: str = Field(default="", description="description of the runs")
+    exp_tags: dict[Text, Text] = Field(default_factory=dict, description="tags of the runs")
+
+
+class AugmentConfig(Section):
+    """Random changes of training images (imgaug); zero switches one off. Applied to `sometimes` of the images."""
+
+    sometimes: Fraction = Field(default=0.8, description="share of images that are augmented at all")
+    flip_horizontal: Fraction = Field(default=0.0, description="probability")
+    flip_vertical: Fraction = Field(default=0.0, description="probability")
+    rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0, description="between −x and +x")
+    shear_degrees: float = Field(default=0.0, ge=0.0, le=45.0, description="between −x and +x")
+    scale_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="zoom between 1−x and 1+x")
+    translate_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="shift, as a share of the side")
+    brightness_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="multiply by 1−x to 1+x")
+    contrast_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="linear contrast by 1−x to 1+x")
+    noise_std: float = Field(
+        default=0.0, ge=0.0, le=128.0, description="largest standard deviation of Gaussian noise, grey levels"
+    )
+    blur_sigma_px: float = Field(default=0.0, ge=0.0, le=10.0, description="largest sigma of a Gaussian blur")
+
+
+class TrainConfig(Section):
+    """The recipe of one training."""
+
+    epochs: int = Field(default=10, ge=1, le=10_000, description="passes over the train split")
+    batch_size: int = Field(default=64, ge=1, le=8192, description="images of one step")
+    init_lr: float = Field(default=1e-3, gt=0.0, le=10.0, description="peak learning rate")
+    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="sgd uses Nesterov momentum 0.9")
+    schedule: Literal["constant", "cosine", "one_cycle"] = Field(
+        default="cosine", description="of the learning rate over the steps"
+    )
+    warmup_fraction: float = Field(
+        default=0.2, ge=0.0, lt=1.0, description="one_cycle: share of the steps that warm up"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5, description="share of a label given to the others")
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="L2 penalty on kernels")
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="epochs without a better validation loss"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32", description="auto takes bfloat16 where the CPU has it; weights stay float32"
+    )
+    seed: int = Field(default=42, ge=0, le=2**31 - 1, description="of weights, order and augmentation")
+    temperature_scaling: bool = Field(
+        default=True, description="divide the logits by a temperature fitted on the valid split, for honest confidences"
+    )
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes of the training images")
+    mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the training's runs go")
+
+
+class EvaluateConfig(Section):
+    """What a model must reach before it may be exported and deployed."""
+
+    min_accuracy: Fraction = Field(
+        default=0.0, description="multi-class: accuracy; multi-label: mean of per-class accuracies"
+    )
+    min_macro_f1: Fraction = Field(default=0.0, description="mean of the classes' F1")
+    max_regression: Fraction = Field(
+        default=1.0, description="accuracy that may be lost against the production model; 1: any"
+    )
+    worst_errors: int = Field(default=16, ge=0, le=100, description="images shown with the most confident mistakes")
+    mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the evaluation's runs go")
