@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from cv_platform.cores import available_cores
+
 BOOTSTRAP_RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -239,13 +241,6 @@ def machine_line(libraries: Sequence[str]) -> str:
             parts.append(f"{library} absent")
     parts.append("load " + " ".join(f"{load:.1f}" for load in os.getloadavg()))
     return ", ".join(parts)
-
-
-def available_cores() -> int:
-    """Returns the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def table(report: Report) -> str:

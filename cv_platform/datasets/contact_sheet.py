@@ -1,6 +1,10 @@
-"""A picture of a dataset version: a row of images per class, for the web page."""
+"""Pictures of dataset versions for the web page: a row of images for each class, or for each kind of change."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,40 +12,62 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cv_platform import images
 from cv_platform.datasets.manifest import read_manifest
+from cv_platform.errors import ImageError
 from cv_platform.fonts import by_font
 from cv_platform.records import DatasetVersion
 
 _CELL_PX = 64
 _GAP_PX = 4
-_LABEL_PX = 120
-_MAX_CLASSES = 50
-_BACKGROUND, _INK = 255, 0
+_LETTER_PX = 8
+_MAX_ROWS = 50
+_BACKGROUND, _INK, _NOTHING = 255, 0, 224
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """A row of a sheet: two lines of text, and the files of its images."""
+
+    title: str
+    note: str
+    files: Sequence[Path]
 
 
 def contact_sheet(version: DatasetVersion, *, per_class: int = 8) -> bytes:
-    """Draws up to `per_class` readable images of each class (the first 50), chosen by sha256, and returns a PNG.
-
-    Images keep their aspect ratio; small ones are enlarged without smoothing, so that their pixels stay visible.
-    """
+    """Draws up to `per_class` readable images of each class (the first 50), chosen by sha256, and returns a PNG."""
     manifest = read_manifest(version.manifest_path)
     usable = manifest.loc[manifest["is_readable"]].sort_values(by=["sha256", "path"])
-    class_names = version.class_names[:_MAX_CLASSES]
-    more = len(version.class_names) - len(class_names)
-    step = _CELL_PX + _GAP_PX
-    height = len(class_names) * step + _GAP_PX + (24 if more else 0)
-    sheet = Image.new("RGB", (_LABEL_PX + per_class * step, height), (_BACKGROUND,) * 3)
+    rows: list[SheetRow] = []
+    for name in version.class_names:
+        members = [version.directory / str(row.path) for row in usable.itertuples() if name in row.labels]
+        rows.append(SheetRow(name, f"{len(members):,}", members[:per_class]))
+    return draw_sheet(rows, columns=per_class, what="classes")
+
+
+def draw_sheet(rows: Sequence[SheetRow], *, columns: int = 8, letters: int = 14, what: str = "rows") -> bytes:
+    """Draws rows of images (the first 50) and returns a PNG.
+
+    Images keep their aspect ratio; small ones are enlarged without smoothing, so that their pixels stay visible. What
+    does not decode is a grey square.
+
+    Args:
+        rows: what is drawn, from above.
+        columns: the most images of a row.
+        letters: the most of a title; longer ones are cut.
+        what: the rows are, for those that are left out.
+    """
+    shown, more = rows[:_MAX_ROWS], max(0, len(rows) - _MAX_ROWS)
+    step, label_px = _CELL_PX + _GAP_PX, letters * _LETTER_PX + 8
+    height = len(shown) * step + _GAP_PX + (24 if more else 0)
+    sheet = Image.new("RGB", (label_px + columns * step, height), (_BACKGROUND,) * 3)
     draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(class_names):
-        top = _GAP_PX + row * step
-        members = [row.path for row in usable.itertuples() if name in row.labels]
-        for line, text in enumerate((_shortened(name), f"{len(members):,}")):
+    for at, row in enumerate(shown):
+        top = _GAP_PX + at * step
+        for line, text in enumerate((_shortened(row.title, letters), row.note)):
             _write(draw, top + 12 + 17 * line, text)
-        for column, path in enumerate(members[:per_class]):
-            data = (version.directory / path).read_bytes()
-            cell = _fit(images.decode(data, max_pixels=images.MAX_LOCAL_PIXELS))
-            sheet.paste(Image.fromarray(cell), (_LABEL_PX + column * step, top))
+        for column, path in enumerate(row.files[:columns]):
+            sheet.paste(Image.fromarray(_cell(path)), (label_px + column * step, top))
     if more:
-        _write(draw, height - 20, f"and {more} more classes")
+        _write(draw, height - 20, f"and {more} more {what}")
     encoded, png = cv2.imencode(".png", cv2.cvtColor(np.asarray(sheet), cv2.COLOR_RGB2BGR))
     assert encoded
     return png.tobytes()
@@ -55,8 +81,15 @@ def _write(draw: ImageDraw.ImageDraw, top: int, text: str) -> None:
         left += font.getlength(run)
 
 
-def _shortened(name: str, length: int = 14) -> str:
+def _shortened(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _cell(path: Path) -> np.ndarray:
+    try:
+        return _fit(images.decode(path.read_bytes(), max_pixels=images.MAX_LOCAL_PIXELS))
+    except (ImageError, OSError):
+        return np.full((_CELL_PX, _CELL_PX, 3), _NOTHING, dtype=np.uint8)
 
 
 def _fit(image: np.ndarray) -> np.ndarray:

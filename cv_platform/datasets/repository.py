@@ -102,6 +102,30 @@ def list_tag_names(directory: Path) -> list[str]:
     return refs.decode().splitlines()
 
 
+@dataclass(frozen=True)
+class VersionSummary:
+    """A tag for a table: its data version, the files and bytes that DVC counts, when and why it was made."""
+
+    tag: str
+    dvc_md5: str
+    files: int | None
+    bytes: int | None
+    made: str
+    message: str
+
+
+def summarise_versions(directory: Path) -> list[VersionSummary]:
+    """Describes all tags that carry a dataset, in git's version order."""
+    form = "--format=%(refname:strip=2)%00%(creatordate:iso-strict)%00%(contents:subject)"
+    lines = run_git(directory, "for-each-ref", form, "refs/tags").decode(errors="replace").splitlines()
+    told = {tag: (made, message) for tag, made, message in (line.split("\0") for line in lines)}
+    summaries: list[VersionSummary] = []
+    for tag, version in list_versions(directory).items():
+        (out,) = yaml.safe_load(version.dvc_file)["outs"]
+        summaries.append(VersionSummary(tag, version.dvc_md5, out.get("nfiles"), out.get("size"), *told[tag]))
+    return summaries
+
+
 def version_md5(dvc_file: str, annotations: bytes | None) -> str:
     """Returns the identity of images and labels, 32 hex digits: see `StoredVersion.dvc_md5`."""
     images_md5 = _tracked(dvc_file)[0].removesuffix(".dir")

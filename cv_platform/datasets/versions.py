@@ -63,13 +63,8 @@ def checkout_version(dataset: DatasetConfig, model: ModelConfig, *, home: Path) 
     repository = repository_directory(dataset, home=home)
     if dataset.source == "digits":
         make_digits_repository(repository)
-    version = read_version(_require(dataset, home), dataset.dvc_tag)
-    directory = home.absolute() / "worktrees" / dataset.ds_name / version.dvc_md5
-    with exclusive(directory.parent / f".{directory.name}.lock"):
-        if not _is_complete(directory, version):
-            with whole_directory(directory) as partial:
-                check_out(version, partial, repository=repository)
-                _seal(partial, version)
+    version, directory = check_out_images(_require(dataset, home), dataset.dvc_tag, home=home)
+    with exclusive(_lock_of(directory)):
         manifest = directory / manifest_name(model, dataset)
         if not is_manifest(manifest):
             manifest = build_manifest(
@@ -82,6 +77,38 @@ def checkout_version(dataset: DatasetConfig, model: ModelConfig, *, home: Path) 
         manifest=manifest.name,
         class_names=model.classes,
     )
+
+
+def check_out_images(repository: Path, tag: str, *, home: Path) -> tuple[StoredVersion, Path]:
+    """Returns a tag of `repository`, and the read-only folder of its images, which is made unless it is whole.
+
+    Raises:
+        UnknownDatasetVersionError, InvalidDatasetError, DatasetError: see `checkout_version`.
+    """
+    version = read_version(repository, tag)
+    directory = home.absolute() / "worktrees" / repository.name / version.dvc_md5
+    with exclusive(_lock_of(directory)):
+        if not _is_complete(directory, version):
+            with whole_directory(directory) as partial:
+                check_out(version, partial, repository=repository)
+                _seal(partial, version)
+    return version, directory
+
+
+def _lock_of(directory: Path) -> Path:
+    return directory.parent / f".{directory.name}.lock"
+
+
+def repository_of(ds_name: str, *, root: Path) -> Path:
+    """Returns the repository of a dataset below `root`.
+
+    Raises:
+        DatasetNotFoundError: there is none; the datasets that are there are listed.
+    """
+    repository = root.expanduser().absolute() / ds_name
+    known = sorted(path.parent.name for path in repository.parent.glob("*/.git"))
+    require_repository(repository, remedy=f"Datasets there: {', '.join(known) or 'none'}; --root names another folder.")
+    return repository
 
 
 def _require(dataset: DatasetConfig, home: Path) -> Path:

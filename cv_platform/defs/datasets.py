@@ -1,11 +1,13 @@
 """Assets of the images: `dataset` (a version, checked out) and `packed_images` (its pixels, decoded once)."""
 
 from collections import Counter
+from typing import Any
 
 import dagster as dg
 
-from cv_platform.defs.branch import Branch
+from cv_platform.defs.branch import AssetRun, Branch
 from cv_platform.defs.metadata import file_link, table
+from cv_platform.record_store import RecordStore
 from cv_platform.records import DatasetVersion, PackedImages, ValidationVerdict
 
 
@@ -34,6 +36,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.files import write_file
 
         run = branch.run(context)
+        previous = RecordStore(run.settings.home, run.config.name).latest(DatasetVersion)
         version = checkout_version(run.config.dataset, run.config.model, home=run.settings.home)
         manifest = read_manifest(version.manifest_path)
         sheet = version.manifest_path.with_suffix(".png")
@@ -60,6 +63,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
                     ]
                 ),
                 "contact_sheet": file_link(sheet),
+                **_changes(run, previous, version),
             },
         )
 
@@ -133,3 +137,18 @@ def _usable(dataset: DatasetVersion, verdict: ValidationVerdict) -> dict[str, in
     manifest = read_manifest(dataset.manifest_path)
     is_usable = manifest["is_readable"] & ~manifest["path"].isin(list(verdict.quarantined))
     return dict(Counter(manifest.loc[is_usable, "split"].astype(str)))
+
+
+def _changes(run: AssetRun, previous: DatasetVersion | None, version: DatasetVersion) -> dict[str, Any]:
+    """Shows what another version than the last one has that the last had not."""
+    from cv_platform.datasets.differences import changes_since
+    from cv_platform.datasets.versions import repository_directory
+    from cv_platform.files import write_file
+
+    home = run.settings.home
+    found = changes_since(previous, version, repository_directory(run.config.dataset, home=home), home)
+    if found is None:
+        return {}
+    sheet = version.directory / f"changes-since-{found.before.replace('/', '-')}.png"
+    write_file(sheet, found.draw())
+    return {"changes": found.summary(), "changed_classes": table(found.by_class()), "changes_sheet": file_link(sheet)}

@@ -24,6 +24,7 @@ SHIPPED: tuple[str, ...] = (
     "errors.py",
     "files.py",
     "config",
+    "cores.py",
     "loopback.py",
     "settings.py",
     "images",

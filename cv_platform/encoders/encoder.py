@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.config import EncoderConfig
+from cv_platform.cores import available_cores
 from cv_platform.encoders.efficientnet_lite import write_onnx
 from cv_platform.encoders.torch_file import read_state_dict
 from cv_platform.errors import EncoderError
@@ -95,7 +95,7 @@ class Encoder:
             items: what is to be embedded; taken as the work goes on.
             read: returns an item's `(input_px, input_px, 3)` uint8 RGB; what it raises ends the iteration.
         """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = available_cores()
 
         def work(batch: list[Any]) -> NDArray[np.float32]:
             return self.embed(np.stack([read(item) for item in batch]))

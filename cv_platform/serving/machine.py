@@ -1,4 +1,4 @@
-"""What this machine has: cores and memory, how workers share the cores, and giving memory back.
+"""How workers share the machine's cores, how much memory there is, and giving memory back.
 
 Three numbers multiply: workers, predictions that run at the same time in each, threads of one model call. More threads
 than cores make every prediction slower; fewer leave cores idle. What models and large uploads have used is not kept for
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 LARGE_BLOCK_BYTES = 4 * 2**20
 """A decoded image of 1.4 megapixels. Smaller blocks come from the heap, which is faster, and stay in it."""
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -31,17 +30,6 @@ class ThreadShare:
 
     predict_threads: int
     model_threads: int
-
-
-def available_cores(cgroup_limit: Path = _CPU_LIMIT) -> int:
-    """Returns how many cores this process may use: its affinity, and the quota of its container (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cgroup_limit.read_text(encoding="ascii").split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError, ZeroDivisionError):
-        return cores  # No such file outside of Linux, and "max" where there is no quota.
-    return cores
 
 
 def share_cores(cores: int, *, workers: int, predict_threads: int | None = None) -> ThreadShare:

@@ -9,7 +9,8 @@ import threading
 from dataclasses import dataclass
 from typing import Self
 
-from cv_platform.serving.machine import available_cores, available_memory_bytes, share_cores
+from cv_platform.cores import available_cores
+from cv_platform.serving.machine import available_memory_bytes, share_cores
 from cv_platform.serving.problem import Problem, try_later
 from cv_platform.settings import Settings
 
