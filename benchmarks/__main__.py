@@ -18,6 +18,7 @@ BENCHMARKS = {
     "serving": "benchmarks.bench_serving",
     "runtime": "benchmarks.bench_runtime",
     "startup": "benchmarks.bench_startup",
+    "gate": "benchmarks.bench_gate",
 }
 DEFAULT = ("predict", "training-input")
 """What runs when nothing is named: the others have make targets of their own."""

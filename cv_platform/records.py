@@ -295,6 +295,34 @@ class TrainedModel(Record):
 # evaluation
 
 
+class ClassLoss(Value):
+    """A class whose recall has fallen; p by McNemar's exact test, one-sided, of this class alone."""
+
+    name: str
+    recall: float
+    champion_recall: float
+    images: int
+    p_value: float
+
+
+class Comparison(Value):
+    """A model beside the version in production, on the same test images; see `evaluation.gate.compare`."""
+
+    version: str = Field(description="of the model in production")
+    images: int = Field(description="compared: the test split without what that version was trained on")
+    only_challenger_right: int
+    only_champion_right: int
+    accuracy: float = Field(description="share of right images, with labels as sets")
+    champion_accuracy: float
+    low: float = Field(description="of the interval of the difference, new minus old")
+    high: float
+    p_value: float = Field(description="McNemar's exact test, one-sided: that the champion is better by chance")
+    detectable_loss: float = Field(description="that so many images would show four times out of five")
+    outcome: Literal["not worse", "undecided", "worse"]
+    passed: bool
+    lost_classes: tuple[ClassLoss, ...] = ()
+
+
 class Evaluation(Illustrated):
     """How a model does on the test split, and whether it may be promoted."""
 
@@ -309,6 +337,7 @@ class Evaluation(Illustrated):
     )
     per_class: list[dict[str, Any]] = Field(description="per class: class, precision, recall, f1, auc, support")
     confusion: list[list[int]] = Field(description="see metrics.confusion_matrix")
+    comparison: Comparison | None = Field(default=None, description="with the version in production")
     mlflow_run_id: str | None
 
     @property

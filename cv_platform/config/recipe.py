@@ -74,7 +74,23 @@ class EvaluateConfig(Section):
     )
     min_macro_f1: Fraction = Field(default=0.0, description="mean of the classes' F1")
     max_regression: Fraction = Field(
-        default=1.0, description="accuracy that may be lost against the production model; 1: any"
+        default=0.01,
+        description="share of right test images that may be lost against the production model, which is asked about "
+        "the same images; 1: any",
+    )
+    max_recall_regression: Fraction = Field(
+        default=0.05, description="recall that each class may lose against the production model; 1: any"
+    )
+    alpha: float = Field(
+        default=0.05,
+        gt=0.0,
+        lt=0.5,
+        description="rate at most at which a model that is as good as the production model is refused",
+    )
+    undecided: Literal["promote", "refuse"] = Field(
+        default="promote",
+        description="what follows where the test images are too few to rule out a loss above max_regression, and show "
+        "none; refuse: a model that loses more is promoted at a rate of at most alpha, and of the equal ones many wait",
     )
     worst_errors: int = Field(default=16, ge=0, le=100, description="images shown with the most confident mistakes")
     mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the evaluation's runs go")

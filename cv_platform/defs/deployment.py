@@ -61,7 +61,8 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         place = Place(
             run.installation.storage(), home / "bentoml", home / "cache", spare_bytes=run.settings.spare_disk_bytes
         )
-        bundle = publish_model(trained, detectors, evaluation, golden, deploy=deploy, place=place)
+        seen = {sha256 for split in ("train", "valid") for sha256 in open_split(packed, split).sha256}
+        bundle = publish_model(trained, detectors, evaluation, golden, deploy=deploy, place=place, trained_on=seen)
         return run.result(
             bundle,
             metadata={

@@ -2,11 +2,9 @@
 
 import dagster as dg
 
-from cv_platform.defs.branch import GPU, AssetRun, Branch
+from cv_platform.defs.branch import GPU, Branch
 from cv_platform.defs.metadata import file_link, table
-from cv_platform.errors import BundleNotFoundError, CorruptBundleError
-from cv_platform.records import Evaluation, PackedImages, TrainedModel
-from cv_platform.storage import BundleMetadata
+from cv_platform.records import DatasetVersion, Evaluation, PackedImages, TrainedModel
 
 
 def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -15,29 +13,40 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         "promotion_gate",
         "evaluation",
         blocking=True,
-        description="The metrics reach the config's minimum, and do not fall behind the production model.",
+        description="The metrics reach the config's minimum, and on the same test images the model does not fall "
+        "behind the one in production.",
     )
 
     @branch.asset(
         value=Evaluation,
         kinds={"scikitlearn", "mlflow"},
-        reads=["evaluate", "model.threshold"],
+        reads=["evaluate", "model.threshold", "deploy.service"],
         pool=GPU,
         ignores=["evaluate.mlflow"],
-        ins={"trained": "model", "packed": "packed_images"},
+        ins={"trained": "model", "packed": "packed_images", "version": "dataset"},
         checks=[gate],
     )
     def evaluation(
-        context: dg.AssetExecutionContext, trained: TrainedModel, packed: PackedImages
+        context: dg.AssetExecutionContext, trained: TrainedModel, packed: PackedImages, version: DatasetVersion
     ) -> dg.MaterializeResult:
         """Metrics on the test split from one ordered pass: per class, confusion matrix, calibration, worst errors.
 
         Bento and deployment refuse a model version whose latest verdict failed.
         """
+        from cv_platform.datasets.packing import open_split
+        from cv_platform.deployment.champion import ask_champion
         from cv_platform.evaluation.evaluate import evaluate_model
 
         run = branch.run(context)
-        champion = _champion(run, trained.model.model_name)
+        champion = ask_champion(
+            trained.model,
+            packed.task,
+            open_split(packed, "test", beside=trained),
+            version,
+            service=run.config.deploy.service,
+            storage=run.installation.storage(),
+            cache=run.settings.home / "cache",
+        )
         with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
             directory = run.settings.home / "evaluation"
             result = evaluate_model(trained, packed, run.config, champion=champion, directory=directory, run=mlflow_run)
@@ -63,15 +72,3 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         )
 
     return evaluation
-
-
-def _champion(run: AssetRun, model_name: str) -> BundleMetadata | None:
-    """Returns the version in production.
-
-    A bundle that cannot be read must not stand in the way of the model that would replace it.
-    """
-    try:
-        return run.installation.storage().production(run.config.deploy.service, model_name)
-    except (BundleNotFoundError, CorruptBundleError) as err:
-        run.context.log.warning(f"The version in production cannot be compared with: {err}")
-        return None

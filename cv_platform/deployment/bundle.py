@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,8 @@ from cv_platform.storage import BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
 
+TRAINED_ON = "trained_on.npy"
+"""In a bundle: `(N, 32)` uint8, the sha256 of the images that the model has learned or was chosen by."""
 _COPIES = 6
 
 
@@ -55,6 +58,7 @@ def publish_model(
     *,
     deploy: DeployConfig,
     place: Place,
+    trained_on: Collection[str] | None = None,
 ) -> ModelBundle:
     """Exports, load-tests and publishes a model, then builds its Bento.
 
@@ -68,6 +72,8 @@ def publish_model(
         golden_images: `(G, H, W, 3)` uint8 RGB, preprocessed; G ≥ 1.
         deploy: `runtime`, see `export.export_bundle`.
         place: where it goes.
+        trained_on: sha256 of the images of the splits `train` and `valid`, which a later gate leaves out of its
+            comparison; None: not known.
 
     Raises:
         ExportError: the models do not fit each other or the metadata, or the Bento cannot be built.
@@ -87,6 +93,9 @@ def publish_model(
         shutil.copyfile(trained.keras_path, keras_path)
         shutil.copyfile(detectors.uae_path, uae_path)
         exported = export_bundle(keras_path, uae_path, folder, golden_images=golden_images, runtime=deploy.runtime)
+        if trained_on is not None:
+            digests = b"".join(bytes.fromhex(digest) for digest in sorted(set(trained_on)))
+            np.save(folder / TRAINED_ON, np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32))
         metadata = _metadata(trained, detectors, evaluation, exported)
         load_folder(folder, metadata)
         _publish(place.storage, folder, metadata, trained)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cv_platform.config import ExperimentConfig
 from cv_platform.datasets.packing import PackedSplit, open_split
 from cv_platform.errors import InvalidDatasetError, TrainingError
-from cv_platform.evaluation.gate import judge_promotion
+from cv_platform.evaluation.gate import Champion, judge_promotion
 from cv_platform.evaluation.metrics import (
     compute_metrics,
     confidence_of,
@@ -41,7 +41,6 @@ from cv_platform.evaluation.report import render_report
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.predictions import label_texts, one_hot, predicted_flags
 from cv_platform.records import Evaluation, PackedImages, Task, TrainedModel
-from cv_platform.storage import BundleMetadata
 from cv_platform.tracking import MlflowRun
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def evaluate_model(
     packed: PackedImages,
     config: ExperimentConfig,
     *,
-    champion: BundleMetadata | None,
+    champion: Champion | None,
     directory: Path,
     run: MlflowRun | None,
 ) -> Evaluation:
@@ -82,7 +81,7 @@ def evaluate_model(
             shows what its temperature brings.
         packed: the pixels that it was trained beside; the split `test` is read.
         config: `evaluate` has the gate's limits, `model` the threshold of multi-label decisions.
-        champion: the version in production; None where there is none.
+        champion: what the version in production decides about the same images; None where there is none.
         directory: `home/evaluation`.
         run: MLflow run that metrics, plots and report are logged to; None logs nothing.
 
@@ -105,7 +104,14 @@ def evaluate_model(
     probabilities = predict_split(trained.keras_path, test, classes=len(task.class_names))
     decided = (np.asarray(test.targets), probabilities, task.classifier_type)
     metrics = compute_metrics(*decided, threshold)
-    gate = judge_promotion(metrics, config.evaluate, comparable_accuracy(champion, packed))
+    gate = judge_promotion(
+        metrics,
+        config.evaluate,
+        champion,
+        truth=one_hot(decided[0], len(task.class_names)),
+        decisions=predicted_flags(probabilities, task.classifier_type, threshold),
+        class_names=task.class_names,
+    )
     metrics["ece_uncalibrated"] = uncalibrated_error(*decided, trained.temperature)
     metrics["temperature"] = trained.temperature
     metrics["images"] = float(len(test.paths))
@@ -125,6 +131,7 @@ def evaluate_model(
             "reliability",
             *(["worst_errors"] if config.evaluate.worst_errors else []),
         ),
+        comparison=gate.comparison,
         mlflow_run_id=None if run is None else run.run_id,
     )
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as folder:
@@ -146,23 +153,6 @@ def evaluate_model(
         "passed" if gate.passed else "; ".join(gate.reasons),
     )
     return evaluation
-
-
-def comparable_accuracy(champion: BundleMetadata | None, packed: PackedImages) -> float | None:
-    """Returns the accuracy of the version in production, if it was measured on this very dataset version."""
-    if champion is None:
-        return None
-    if champion.dvc_md5 != packed.provenance.dvc_md5:
-        logger.warning(
-            "%s in production was evaluated on dataset %s (%s); this is %s. "
-            "Accuracies of different test splits are not compared.",
-            champion.version,
-            champion.dvc_tag,
-            champion.dvc_md5,
-            packed.provenance.dvc_md5,
-        )
-        return None
-    return champion.metrics.get("accuracy")
 
 
 def predict_split(keras_path: Path, split: PackedSplit, *, classes: int, batch_size: int = BATCH_SIZE) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cv2
@@ -51,8 +53,13 @@ def experiment(**changes: Any) -> ExperimentConfig:
 
 def pack_tiny(root: Path) -> PackedImages:
     """Packs noise with one brighter channel: learned in a few steps."""
-    rng = np.random.default_rng(0)
-    for split, count in COUNTS.items():
+    return pack_images(tiny_version(root), experiment().model, quarantined=(), home=root / "home")
+
+
+def tiny_version(root: Path, counts: Mapping[str, int] = MappingProxyType(COUNTS), *, seed: int = 0) -> DatasetVersion:
+    """Makes `root/version`: noise with one brighter channel, so many images per split and class."""
+    rng = np.random.default_rng(seed)
+    for split, count in counts.items():
         for channel, name in enumerate(CLASSES):  # OpenCV writes BGR, so channel 0 is blue.
             folder = root / "version" / "images" / split / name
             folder.mkdir(parents=True)
@@ -65,11 +72,10 @@ def pack_tiny(root: Path) -> PackedImages:
     manifest = build_manifest(
         directory, data_path="images", annotations=None, model=config.model, dataset=config.dataset
     )
-    version = DatasetVersion(
-        provenance=Provenance(ds_name="tiny", dvc_tag="v1", dvc_md5="0" * 32 + ".dir"),
+    return DatasetVersion(
+        provenance=Provenance(ds_name="tiny", dvc_tag="v1", dvc_md5=f"{seed:032d}.dir"),
         git_commit="0" * 40,
         directory=directory,
         manifest=manifest.name,
         class_names=CLASSES,
     )
-    return pack_images(version, config.model, quarantined=(), home=root / "home")

@@ -17,10 +17,10 @@ from cv_platform.config import ExperimentConfig, ModelConfig, parse_experiment
 from cv_platform.datasets.manifest import MANIFEST_SCHEMA
 from cv_platform.datasets.packing import pack_images
 from cv_platform.errors import InvalidDatasetError, TrainingError, VerdictError
-from cv_platform.evaluation.evaluate import comparable_accuracy, evaluate_model, worst_errors
+from cv_platform.evaluation.evaluate import evaluate_model, worst_errors
+from cv_platform.evaluation.gate import Champion
 from cv_platform.records import DatasetVersion, Evaluation, PackedImages, Provenance
 from cv_platform_tests.support.record_samples import identity, trained_model
-from cv_platform_tests.support.tiny_models import tiny_metadata
 
 CLASSES = ("blue", "green", "red")
 CHANNELS = {"red": 0, "green": 1, "blue": 2}
@@ -241,23 +241,18 @@ def test_refuses_a_test_split_without_images(softmax_model, tmp_path):
         _evaluate(softmax_model, _pack(tmp_path, []), tmp_path)
 
 
-def test_only_a_champion_that_was_measured_on_the_same_images_is_compared_with(colours, caplog):
-    dvc_md5 = colours[0].provenance.dvc_md5
-    champion = tiny_metadata(dvc_md5=dvc_md5, metrics={"accuracy": 0.9})
-    assert comparable_accuracy(champion, colours[0]) == 0.9
-    assert comparable_accuracy(None, colours[0]) is None
-    assert caplog.text == ""
-    assert comparable_accuracy(champion.model_copy(update={"dvc_md5": "another"}), colours[0]) is None
-    assert f"this is {dvc_md5}" in caplog.text
-
-
 def test_a_champion_that_is_better_keeps_its_place(colours, softmax_model, tmp_path):
-    champion = tiny_metadata(dvc_md5=colours[0].provenance.dvc_md5, metrics={"accuracy": 1.0})
-    evaluation = _evaluate(
-        softmax_model, colours[0], tmp_path, _config(evaluate={"max_regression": 0.0}), champion=champion
-    )
-    assert not evaluation.passed
-    assert "more than max_regression 0.0000" in evaluation.reasons[0]
+    labels = [colours[1][path][0][0] for path in sorted(colours[1])]
+    truth = np.array([[name == label for name in CLASSES] for label in labels])
+    champion = Champion("20260101T000000Z-00000001", truth)
+    wrong = _model(tmp_path / "wrong", "softmax", scale=-SCALE)
+    refused = _evaluate(wrong, colours[0], tmp_path, champion=champion)
+    assert not refused.passed
+    assert refused.comparison is not None
+    assert (refused.comparison.images, refused.comparison.only_challenger_right) == (len(labels), 0)
+    assert "more than max_regression 0.0100" in refused.reasons[0]
+    assert refused.reasons[0] in refused.report_path.read_text()
+    assert _evaluate(softmax_model, colours[0], tmp_path, champion=champion).passed
 
 
 def test_refuses_images_that_the_model_was_not_trained_beside(colours, softmax_model, tmp_path):

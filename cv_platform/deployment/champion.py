@@ -1,0 +1,108 @@
+"""Asks the version in production about another model's test images, as it would answer them when it serves.
+
+It is the published bundle that answers, by its own runtime, threshold and preprocessing: what challengers have to beat
+is what people get.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from cv_platform import images
+from cv_platform.datasets.packing import PackedSplit
+from cv_platform.deployment.bundle import TRAINED_ON
+from cv_platform.errors import BundleNotFoundError, CorruptBundleError, ImageError
+from cv_platform.evaluation.gate import Champion
+from cv_platform.predictions import predicted_flags
+from cv_platform.records import DatasetVersion, ModelIdentity, Task
+from cv_platform.serving.model.runtime import LoadedModel, fetch, load_folder
+from cv_platform.storage import BundleMetadata, CentralStorage
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 64
+_DECODERS = 2
+
+
+def ask_champion(
+    challenger: ModelIdentity,
+    task: Task,
+    test: PackedSplit,
+    version: DatasetVersion,
+    *,
+    service: str,
+    storage: CentralStorage,
+    cache: Path,
+) -> Champion | None:
+    """Returns what `service` would answer to the test images; None where it serves no other version of this model.
+
+    A champion that cannot be asked is one with a problem, in words: it does not stand aside.
+
+    Args:
+        challenger: the model that wants its place.
+        task: the challenger's.
+        test: the test images, with the challenger's pixels.
+        version: the checkout that they come from, for a champion that sees other pixels.
+        service: whose pointer is read.
+        storage: central storage.
+        cache: folder for downloads.
+
+    Raises:
+        StorageError: central storage cannot be reached. That may pass, and says nothing about a model.
+    """
+    pointer = storage.read_pointer(service)
+    if pointer is None or pointer.model_name != challenger.model_name or pointer.version == challenger.version:
+        return None
+    try:
+        folder, metadata = fetch(storage, pointer.model_name, pointer.version, cache=cache)
+        if problem := _difference(metadata, task):
+            return Champion(pointer.version, problem=problem)
+        model = load_folder(folder, metadata)
+        probabilities = [model.predict_batch(batch).probabilities for batch in _batches(model, task, test, version)]
+    except (BundleNotFoundError, CorruptBundleError) as err:
+        return Champion(pointer.version, problem=f"its bundle does not answer. {err}")
+    except (OSError, ImageError, ValueError) as err:
+        return Champion(pointer.version, problem=f"it does not take the test images. {err}")
+    # Both have the same classes, maybe in another order.
+    columns = [metadata.class_names.index(name) for name in task.class_names]
+    decisions = predicted_flags(np.concatenate(probabilities), task.classifier_type, metadata.threshold)[:, columns]
+    return Champion(pointer.version, decisions, _seen(folder / TRAINED_ON, test.sha256))
+
+
+def _difference(metadata: BundleMetadata, task: Task) -> str:
+    """Says what makes the answers of two models incomparable; empty where nothing does."""
+    if metadata.classifier_type != task.classifier_type:
+        return f"it is {metadata.classifier_type}, and the new model {task.classifier_type}"
+    missing = [name for name in metadata.class_names if name not in task.class_names]
+    further = [name for name in task.class_names if name not in metadata.class_names]
+    parts = [f"{what} {', '.join(names)}" for what, names in (("no", missing), ("also", further)) if names]
+    return f"it has other classes; the new model has {' and '.join(parts)}" if parts else ""
+
+
+def _batches(model: LoadedModel, task: Task, test: PackedSplit, version: DatasetVersion) -> Iterator[np.ndarray]:
+    """Yields `(n, H, W, 3)` uint8 as the champion sees the test images, in order."""
+    size = model.metadata.image_size
+    if (size, model.metadata.preprocessing_hash) == (task.image_size, task.preprocessing_hash):
+        yield from (batch for batch, _ in test.batches(_BATCH))
+        return
+
+    def decode(path: str) -> np.ndarray:
+        data = (version.directory / path).read_bytes()
+        return images.preprocess(data, size, max_pixels=images.MAX_LOCAL_PIXELS, version=model.preprocessing_version)
+
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        for start in range(0, len(test.paths), _BATCH):
+            yield np.stack(list(pool.map(decode, test.paths[start : start + _BATCH])))
+
+
+def _seen(path: Path, sha256: list[str]) -> np.ndarray | None:
+    """Returns which images are among those that `path` names; None where there is no such file."""
+    if not path.is_file():
+        return None
+    known = {row.tobytes().hex() for row in np.load(path, allow_pickle=False)}
+    return np.array([digest in known for digest in sha256], dtype=bool)
