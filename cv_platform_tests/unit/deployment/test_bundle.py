@@ -81,7 +81,7 @@ def test_bento_holds_a_model_that_loads_and_no_training_code(home: Path, publish
     assert loaded.metadata.version == VERSION
     assert loaded.predict(tiny_images(1)[0]).cam.shape == (8, 8)
     packages = {path.name for path in (source / "cv_platform").iterdir() if path.is_dir()}
-    assert packages == {"client", "database", "images", "serving"}
+    assert packages == {"client", "config", "database", "images", "serving"}
     assert not list(source.rglob("__pycache__"))
     assert not list(source.rglob("*.keras"))
 
