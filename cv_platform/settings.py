@@ -140,7 +140,7 @@ class Settings(BaseModel):
         default=(),
         validation_alias="CV_API_KEYS",
         description="Comma-separated. Close predictions and feedback to requests without one of them in the header "
-        "`X-API-Key`.",
+        "`X-API-Key`, or as a Bearer token.",
     )
     alert_urls: Annotated[tuple[SecretStr, ...], Listed] = Field(
         default=(),

@@ -1,4 +1,10 @@
-"""The image classifier as a BentoML service: the FastAPI app of `cv_platform.serving`, once per worker.
+"""The image classifier as a BentoML service: its endpoints, and around them the app of `cv_platform.serving`.
+
+Over HTTP, `POST /predict`, `/predict/batch` and `/feedback` are answered by the app's routes of these paths, which take
+what BentoML's clients send and everything else that the API promises. BentoML's own handlers would read a stranger's
+body before anybody asks for a key, fetch an image from any address that a form names, and call a broken form their
+own error. Both ways end in the same functions. Whatever else BentoML has (`/schema.json`, `/docs.json`, endpoints that
+you add to the class) is served behind the app's checks.
 
 From a checkout: `bentoml serve bentos.image_classifier.service:ImageClassifier`; by tag: `bentoml serve <tag>`, with a
 model inside. Give each server a BENTOML_HOME of its own: servers that share one wipe each other's metrics.
@@ -10,21 +16,20 @@ what serves is imported in workers alone. https://docs.bentoml.com/en/latest/bui
 
 from __future__ import annotations
 
-import functools
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any
 
 import bentoml
+from bentoml.validators import ContentType
 
+from cv_platform.client import ExplainChoice
 from cv_platform.database.address import postgres_url
 from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform.serving.http.bentoml_app import AnswerFirst
 from cv_platform.serving.telemetry.log_format import configure_logging
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 _settings = Settings.from_environment()
 configure_logging(_settings)
@@ -35,18 +40,10 @@ if _settings.database_url is not None:
 _limits = ServingLimits.of(_settings)
 
 
-_opened = ExitStack()
-
-
-@functools.cache
-def _app() -> FastAPI:
-    """Opens this process's worker, and returns its app."""
-    from cv_platform.serving.app import create_app
-    from cv_platform.serving.worker import open_worker
-
-    bundled = Path(__file__).resolve().with_name("bundled_model")
-    parts = open_worker(_settings, bundled=bundled if bundled.is_dir() else None, limits=_limits)
-    return create_app(_opened.enter_context(parts))
+_Image = Annotated[Path, ContentType("image/*")]
+_Answer = dict[str, Any]
+"""The JSON of the routes, see `cv_platform.client.answers`. BentoML 1.4's clients could not read its types: they
+fail on a list that may be null, and drop the fields of all but the first of several shapes."""
 
 
 @bentoml.service(
@@ -64,25 +61,58 @@ class ImageClassifier:
     """Classifies images, explains the answers, and logs every request durably."""
 
     def __init__(self) -> None:
-        _app()
+        from cv_platform.serving.app import create_app
+        from cv_platform.serving.routes.endpoints import Endpoints
+        from cv_platform.serving.worker import open_worker
+
+        bundled = Path(__file__).resolve().with_name("bundled_model")
+        self._opened = ExitStack()
+        parts = self._opened.enter_context(
+            open_worker(_settings, bundled=bundled if bundled.is_dir() else None, limits=_limits)
+        )
+        self._endpoints = Endpoints(parts)
+        app = create_app(parts)
+        ImageClassifier.context.state["app"] = app
+        # For BentoML's documents, which describe what is mounted; the middleware below is the way to it.
+        ImageClassifier.mount_apps.clear()
+        ImageClassifier.mount_asgi_app(app)
+
+    @bentoml.api
+    async def predict(self, file: _Image, explain: ExplainChoice = "jpeg") -> _Answer:
+        """Classifies one image; with the answer it is in the request log for good."""
+        return await self._endpoints.predict(file, explain)
+
+    @bentoml.api(route="/predict/batch")
+    async def predict_batch(self, files: list[_Image], explain: ExplainChoice = "jpeg") -> _Answer:
+        """Classifies several images: `results` has an item for each, in their order, also for one that fails."""
+        return await self._endpoints.predict_batch(files, explain)
+
+    @bentoml.api
+    async def feedback(
+        self, prediction_id: str, true_class: str | None = None, none_of_these: bool = False, source: str = "client"
+    ) -> _Answer:
+        """Keeps what an image really shows: one of the model's classes, or none of these."""
+        statement = {"true_class": true_class, "none_of_these": none_of_these, "source": source}
+        return await self._endpoints.feedback({"prediction_id": prediction_id, **statement})
 
     @bentoml.on_shutdown
     def stop(self) -> None:
         """Takes the worker off the list and lets go of its files."""
-        _opened.close()
+        self._opened.close()
 
 
-def _answer_alone() -> None:
-    """Gives the service of this worker its app."""
-    from cv_platform.serving.app import AnswerAlone
+# BentoML 1.4.39 types a class as an instance of its protocol.
+ImageClassifier.add_asgi_middleware(AnswerFirst, ours=lambda: ImageClassifier.context.state["app"])  # pyright: ignore[reportArgumentType]
+
+
+def _prepare_worker() -> None:
+    """Sets up this process for serving."""
     from cv_platform.serving.http.connections import bound_connections
     from cv_platform.serving.machine import return_large_blocks
 
     return_large_blocks()
     bound_connections()
-    # BentoML 1.4.39 types a class as an instance of its protocol.
-    ImageClassifier.add_asgi_middleware(AnswerAlone, ours=_app)  # pyright: ignore[reportArgumentType]
 
 
 if bentoml.server_context.worker_index is not None:
-    _answer_alone()
+    _prepare_worker()

@@ -7,18 +7,19 @@ prediction its log entry, paths with control characters, other hosts' names and 
 refusal, everything unforeseen its 500, every body its limits.
 All of these are plain ASGI, so that nothing buffers a body or an answer.
 
-BentoML's own routes would pass by all of the above, so `AnswerAlone` hands each request to the app before BentoML looks
-for one.
+In BentoML's app it is a middleware (`http.bentoml_app`), and takes each request before BentoML looks for a route: what
+none of the app's own takes is BentoML's, which answers behind all of the above.
 https://fastapi.tiangolo.com, https://www.starlette.io/middleware/#pure-asgi-middleware
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection
 from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -29,12 +30,13 @@ from cv_platform.serving.capacity.limits import (
     SMALL_BODY_BYTES,
 )
 from cv_platform.serving.http.access import ObserveRequests
+from cv_platform.serving.http.bentoml_app import bentomls
 from cv_platform.serving.http.body_limit import BodyAllowance, BodyLimit
 from cv_platform.serving.http.clean_requests import clean_request
 from cv_platform.serving.http.hosts import allowed_hosts
 from cv_platform.serving.http.problems import Checks, Unexpected, install_problem_handlers, method_not_allowed
 from cv_platform.serving.http.refusal_log import RefusalLog
-from cv_platform.serving.http.security import RequestEnvelope, allowed_origins, same_site
+from cv_platform.serving.http.security import SAFE_METHODS, Guard, RequestEnvelope, allowed_origins, same_site
 from cv_platform.serving.problem import Problem
 from cv_platform.serving.routes import batch, feedback, health, metrics, models, page, predict, predictions
 from cv_platform.serving.routes.batch import BATCH_PATH
@@ -87,7 +89,7 @@ def create_app(parts: WorkerParts) -> FastAPI:
         app.include_router(router)
     app.router.routes.append(page.files)
     routes += [r for router in (app, *routers) for r in router.routes if isinstance(r, Route | Mount)]
-    app.router.routes.append(Mount("", app=_unknown_path(routes)))
+    app.router.routes.append(Mount("", app=_beyond(routes, parts.guard)))
 
     def openapi() -> dict[str, Any]:
         document = FastAPI.openapi(app)
@@ -98,31 +100,16 @@ def create_app(parts: WorkerParts) -> FastAPI:
     return app
 
 
-class AnswerAlone:
-    """ASGI middleware of BentoML's app: hands each request to ours.
+def _beyond(routes: Sequence[Route | Mount], guard: Guard) -> ASGIApp:
+    """Returns what takes every path and method that no route takes: BentoML's, or who says what there is instead."""
 
-    What is left to BentoML is the lifespan, in which the worker is opened and closed; and its bounds on time and
-    concurrency, which stand outside. https://docs.bentoml.com/en/latest/build-with-bentoml/asgi.html
-
-    Args:
-        app: BentoML's.
-        ours: returns what answers, which is there from the end of BentoML's start on.
-    """
-
-    def __init__(self, app: ASGIApp, *, ours: Callable[[], ASGIApp]) -> None:
-        self.app = app
-        self.ours = ours
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-        await (self.ours() if scope["type"] == "http" else self.app)(scope, receive, send)
-
-
-def _unknown_path(routes: Sequence[Route | Mount]) -> ASGIApp:
-    """Returns what takes every path and method that no route takes, and says what there is instead."""
-
-    async def unknown(scope: Scope, receive: Receive, send: Send) -> None:
-        del receive, send
+    async def beyond(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = bentomls(scope)
+        if answer is not None:
+            if scope["method"] not in SAFE_METHODS:  # An endpoint that somebody has added: BentoML knows no keys.
+                guard.require_api_key(HTTPConnection(scope))
+            await answer(scope, receive, send)
+            return
         path = ascii(scope["path"])[:200]
         methods = {
             method
@@ -134,4 +121,4 @@ def _unknown_path(routes: Sequence[Route | Mount]) -> ASGIApp:
             raise Problem(404, f"There is nothing at {path}.", expected="one of the routes in /docs")
         raise method_not_allowed(path, scope["method"], methods)
 
-    return unknown
+    return beyond

@@ -48,12 +48,6 @@ def test_the_first_process_imports_nothing_that_serves(tmp_path: Path) -> None:
     assert printed(program, tmp_path) == []
 
 
-def test_only_a_worker_answers_by_the_app(tmp_path: Path) -> None:
-    count = "print(len(service.ImageClassifier.middlewares))"
-    assert printed(f"{IMPORT_SERVICE}\n{count}", tmp_path) == 0
-    assert printed(f"{AS_WORKER}\n{IMPORT_SERVICE}\n{count}", tmp_path) == 1
-
-
 def test_a_worker_is_ready_without_the_databases_driver(tmp_path: Path) -> None:
     start, stop = "worker = service.ImageClassifier.inner()", "worker.stop()"
     program = "\n".join((AS_WORKER, IMPORT_SERVICE, start, loaded(DATABASE | FRAMEWORKS), stop))

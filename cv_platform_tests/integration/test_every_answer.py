@@ -1,4 +1,4 @@
-"""What a really served service answers to anything is ours: BentoML's own routes stay unasked."""
+"""What a really served service answers to anything goes through our app: BentoML's routes are behind it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def require_ours(answer: HTTPResponse) -> None:
 @pytest.mark.parametrize(
     ("method", "target", "status"),
     [
-        ("GET", "/schema.json", 404),
-        ("GET", "/docs.json", 404),
+        ("POST", "/schema.json", 404),
+        ("GET", "/schema.json/", 404),
+        ("GET", "/static_content/index.html", 404),
+        ("POST", "/predict/", 404),
         ("GET", "/assets/index.html", 404),
         ("OPTIONS", "*", 404),
         ("GET", "http://evil.example/openapi.json", 404),
@@ -75,10 +77,20 @@ def test_whatever_bentoml_would_answer_has_our_headers_and_shape(
     assert problem["request_id"] == answer.headers["X-Request-Id"]
 
 
+@pytest.mark.parametrize("target", ["/schema.json", "/docs.json"])
+def test_bentomls_documents_have_our_headers(port: int, target: str) -> None:
+    answer, body = ask(port, "GET", target)
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
+    require_ours(answer)
+    assert json.loads(body)
+    assert ask(port, "HEAD", target)[1] == b""
+
+
 @pytest.mark.parametrize(
     ("method", "target"),
     [
         ("GET", "/schema.json"),
+        ("GET", "/docs.json"),
         ("OPTIONS", "*"),
         ("OPTIONS", "/livez"),
         ("POST", "/readyz"),
@@ -107,7 +119,7 @@ def test_prometheus_scrapes_by_address(port: int) -> None:
     answer, body = ask(port, "GET", "/metrics", host="10.1.2.3:4242")
     assert answer.status == 200
     assert b'route="/livez"' in body  # Counted by its route.
-    assert b'route="/schema.json"' not in body
+    assert b'route="/static_content/index.html"' not in body
 
 
 @pytest.mark.parametrize(

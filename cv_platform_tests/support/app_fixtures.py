@@ -91,8 +91,13 @@ def spooled(worker: WorkerParts) -> list[dict[str, Any]]:
     """Returns the records that are durable in the spool's files, oldest first, with those that nobody waited for."""
     with suppress(SpoolFullError):  # A worker that has stopped has written them.
         worker.log.opened.spool.try_out()  # Behind them.
+    return spooled_at(worker.settings.home)
+
+
+def spooled_at(home: Path) -> list[dict[str, Any]]:
+    """Returns the records that are durable in the spool's files of an installation, oldest first."""
     records: list[dict[str, Any]] = []
-    for path in sorted((worker.settings.home / "spool").glob("*.sqlite")):
+    for path in sorted((home / "spool").glob("*.sqlite")):
         with closing(sqlite3.connect(path)) as connection:
             rows = connection.execute("SELECT record FROM entries ORDER BY id").fetchall()
         records += [json.loads(record) for (record,) in rows]

@@ -1,10 +1,10 @@
 """Who may call what, and the headers that every answer carries.
 
 Admin routes need `Authorization: Bearer $CV_ADMIN_TOKEN`; with no token set they are closed. With `CV_API_KEYS` set,
-predictions need `X-API-Key`. There are no cookies, so another site's page has no credentials to abuse; it reads nothing
-unless its origin is one of CV_CORS_ORIGINS (`allowed_origins`). It could still send a plain form from a visitor's
-browser into the request log, and with it into the drift window: `same_site` refuses what a browser says comes from
-another site.
+predictions need one of them: as `X-API-Key`, or as a Bearer token, which is what BentoML's clients send. There are no
+cookies, so another site's page has no credentials to abuse; it reads nothing unless its origin is one of
+CV_CORS_ORIGINS (`allowed_origins`). It could still send a plain form from a visitor's browser into the request log,
+and with it into the drift window: `same_site` refuses what a browser says comes from another site.
 https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
 """
 
@@ -27,7 +27,8 @@ from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.problem import Problem
 from cv_platform.settings import Settings
 
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing (RFC 9110, section 9.2.1)."""
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -99,7 +100,7 @@ def same_site(origins: Sequence[str] = ()) -> Callable[[Scope], None]:
         headers = Headers(scope=scope)
         # A proxy may join several headers into one.
         sites = {site.strip().lower() for site in ",".join(headers.getlist("sec-fetch-site")).split(",")}
-        if scope["method"] not in _SAFE_METHODS and "cross-site" in sites and headers.get("origin") not in origins:
+        if scope["method"] not in SAFE_METHODS and "cross-site" in sites and headers.get("origin") not in origins:
             raise Problem(
                 403,
                 "A page of another site sent this. Use this service's own page, or a program.",
@@ -130,9 +131,9 @@ class Guard:
         if not self.is_open and not self.has_key(request):
             raise Problem(
                 401,
-                "This service is closed by API keys. Send one of them in the header X-API-Key.",
-                expected="the header X-API-Key with a valid key",
-                headers={"WWW-Authenticate": 'ApiKey realm="predictions"'},
+                "This service is closed by API keys. Send one of them in the header X-API-Key, or as a Bearer token.",
+                expected="the header X-API-Key with a valid key, or Authorization: Bearer followed by one",
+                headers={"WWW-Authenticate": 'ApiKey realm="predictions", Bearer realm="predictions"'},
             )
 
     @property
@@ -176,22 +177,28 @@ class Guard:
                 "The admin routes are closed. To open them, start the service with CV_ADMIN_TOKEN set.",
                 expected="a service that is started with CV_ADMIN_TOKEN",
             )
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        token = _bearer_token(request)
         expected = "the header Authorization: Bearer, followed by the value of CV_ADMIN_TOKEN"
-        if scheme.lower() != "bearer" or not token.strip():
+        if not token:
             raise Problem(
                 401,
                 "This is an admin route: it needs the admin token.",
                 expected=expected,
                 headers={"WWW-Authenticate": 'Bearer realm="admin"'},
             )
-        if not hmac.compare_digest(token.strip().encode("latin-1"), self._admin_token):
+        if not hmac.compare_digest(token, self._admin_token):
             raise Problem(403, "That is not the admin token of this service.", expected=expected)
 
 
 def _given_key(request: HTTPConnection) -> bytes:
     # Not every HTTP parser takes away the white space around a value, which is none of it (RFC 9110, section 5.5).
-    return request.headers.get("x-api-key", "").strip(" \t").encode("latin-1")
+    key = request.headers.get("x-api-key", "").strip(" \t").encode("latin-1")
+    return key or _bearer_token(request)
+
+
+def _bearer_token(request: HTTPConnection) -> bytes:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 def _guard_of(request: HTTPConnection) -> Guard:
@@ -211,7 +218,10 @@ class _RequiredAdminToken(HTTPBearer):
 
 API_KEY = Security(
     _RequiredApiKey(
-        name="X-API-Key", scheme_name="apiKey", description="Needed while CV_API_KEYS is set.", auto_error=False
+        name="X-API-Key",
+        scheme_name="apiKey",
+        description="Needed while CV_API_KEYS is set; `Authorization: Bearer` with the key does as well.",
+        auto_error=False,
     )
 )
 """Dependency of the routes that need an API key while there are any; /docs shows it. The app's state has the guard."""

@@ -218,7 +218,9 @@ def _explain(fields: Sequence[Any], query: str | None) -> Explain:
     if value is None:
         return Explain.JPEG
     try:
-        return Explain(value)
+        # BentoML's clients send every field that is no file as JSON: a text comes in its quotes.
+        is_quoted = isinstance(value, str) and len(value) > 1 and value[0] == value[-1] == '"'
+        return Explain(value[1:-1] if is_quoted else value)
     except ValueError as err:
         known = ", ".join(e.value for e in Explain)
         received_value = ascii(value)[:60] if isinstance(value, str) else "a file"

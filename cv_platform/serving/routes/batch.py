@@ -75,9 +75,20 @@ async def predict_batch(
     model = begin(parts, request)  # Counts one image of the client's, whatever the form holds.
     form = form_of(parts.limits.max_batch_files)
     async with received(parts.admission, request, form, explain, places=BATCH_UPLOADS) as (uploads, wished):
-        if len(uploads) > 1:
-            parts.admission.charge(parts.guard.client_of(request), len(uploads) - 1)
-        items = await _answer_all(parts, request, model, uploads, wished)
+        return await answer_batch(parts, request, model, uploads, wished)
+
+
+async def answer_batch(
+    parts: WorkerParts, request: Request, model: LoadedModel, uploads: Sequence[UploadFile], explain: Explain
+) -> Response:
+    """Answers a batch whose first image `begin` has counted, once each image's log entry is durable.
+
+    Raises:
+        Problem: 429, there are more images than this client may send, or than are taken on now.
+    """
+    if len(uploads) > 1:
+        parts.admission.charge(parts.guard.client_of(request), len(uploads) - 1)
+    items = await _answer_all(parts, request, model, uploads, explain)
     facts = facts_of(request.scope)
     facts.is_logged = True  # Each of its images is.
     return _response(items, facts.request_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import Annotated, Any, Self, TypeVar
 from unicodedata import normalize
 from uuid import UUID, uuid5
 
@@ -22,11 +22,12 @@ from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.http.security import API_KEY
 from cv_platform.serving.log.entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.problem import Problem, client_gone
-from cv_platform.serving.routes.examples import FEEDBACK_DESCRIPTION, FEEDBACK_EXAMPLE, responses
+from cv_platform.serving.routes.examples import FEEDBACK_DESCRIPTION, FEEDBACK_EXAMPLE, PREDICTION_ID, responses
 from cv_platform.serving.routes.parts import Parts, WorkerParts
 from cv_platform.serving.routes.predictions import PredictionId, find, metadata_of
 
 logger = logging.getLogger(__name__)
+FEEDBACK_PATH = "/feedback"
 router = APIRouter(tags=["predictions"])
 
 
@@ -63,18 +64,40 @@ class Feedback(BaseModel):
         return self.true_class or NONE_OF_THESE
 
 
-_FEEDBACK_BODY = {
-    "required": True,
-    "content": {
-        "application/json": {
-            "schema": Feedback.model_json_schema(),
-            "example": {"true_class": "1", "source": "page"},
-        }
+class FeedbackOn(Feedback):
+    """The same, with the prediction that it is about."""
+
+    prediction_id: UUID = Field(description="as POST /predict returned it")
+
+
+def _body_of(model: type[Feedback], example: dict[str, str]) -> dict[str, Any]:
+    content = {"application/json": {"schema": model.model_json_schema(), "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_EXAMPLE = {"true_class": "1", "source": "page"}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **responses(FeedbackResult, FEEDBACK_EXAMPLE, 401, 403, 404, 408, 413, 422, 429, 503, description="kept for good"),
+    202: {
+        "model": FeedbackResult,
+        "description": "kept for good; the database is away, so nobody could look for the prediction",
     },
 }
+_IdempotencyKey = Annotated[
+    str | None, Header(pattern=r"^[!-~]{1,255}$", description="chosen by you, another for each statement")
+]
+_Said = TypeVar("_Said", bound=Feedback)
 
 
 async def _said(request: Request) -> Feedback:
+    return await _read(Feedback, request)
+
+
+async def _said_on(request: Request) -> FeedbackOn:
+    return await _read(FeedbackOn, request)
+
+
+async def _read(model: type[_Said], request: Request) -> _Said:
     """Reads the body. FastAPI itself would do so before it asks for a key: any stranger's, for as long as it takes."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
@@ -82,7 +105,7 @@ async def _said(request: Request) -> Feedback:
             422, f"Expected JSON. Received: content type {ascii(media_type)[:100]}.", expected="application/json"
         )
     try:
-        return Feedback.model_validate_json(await request.body())
+        return model.model_validate_json(await request.body())
     except ClientDisconnect as err:
         raise client_gone() from err
     except ValidationError as err:
@@ -91,31 +114,50 @@ async def _said(request: Request) -> Feedback:
 
 
 @router.post(
-    "/feedback/{prediction_id}",
+    FEEDBACK_PATH + "/{prediction_id}",
     summary="Say what an image really shows",
     description=FEEDBACK_DESCRIPTION,
     dependencies=[API_KEY],
-    openapi_extra={"requestBody": _FEEDBACK_BODY},
-    responses={
-        **responses(
-            FeedbackResult, FEEDBACK_EXAMPLE, 401, 403, 404, 408, 413, 422, 429, 503, description="kept for good"
-        ),
-        202: {
-            "model": FeedbackResult,
-            "description": "kept for good; the database is away, so nobody could look for the prediction",
-        },
-    },
+    openapi_extra=_body_of(Feedback, _EXAMPLE),
+    responses=_RESPONSES,
 )
 async def feedback(
     parts: Parts,
     request: Request,
     prediction_id: PredictionId,
     said: Annotated[Feedback, Depends(_said)],
-    idempotency_key: Annotated[
-        str | None, Header(pattern=r"^[!-~]{1,255}$", description="chosen by you, another for each statement")
-    ] = None,
+    idempotency_key: _IdempotencyKey = None,
 ) -> Response:
     """Keeps what somebody says of a prediction."""
+    return await keep(parts, request, prediction_id, said, idempotency_key)
+
+
+@router.post(
+    FEEDBACK_PATH,
+    summary="Say what an image really shows, with the prediction's id in the body",
+    description=FEEDBACK_DESCRIPTION,
+    dependencies=[API_KEY],
+    openapi_extra=_body_of(FeedbackOn, {"prediction_id": PREDICTION_ID, **_EXAMPLE}),
+    responses=_RESPONSES,
+)
+async def feedback_on(
+    parts: Parts,
+    request: Request,
+    said: Annotated[FeedbackOn, Depends(_said_on)],
+    idempotency_key: _IdempotencyKey = None,
+) -> Response:
+    """Keeps what somebody says of a prediction, as BentoML's clients send it."""
+    return await keep(parts, request, said.prediction_id, said, idempotency_key)
+
+
+async def keep(
+    parts: WorkerParts, request: Request, prediction_id: UUID, said: Feedback, idempotency_key: str | None = None
+) -> Response:
+    """Answers one statement once it is durable.
+
+    Raises:
+        Problem: 404, there is no such prediction; 422, its model has no such class, or the key came with another one.
+    """
     stored, reason = await _find_or_reason(parts, prediction_id)
     if said.true_class is not None:
         named = await _named_by(parts, stored, said.true_class)

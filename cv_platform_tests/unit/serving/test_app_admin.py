@@ -238,6 +238,7 @@ KEYED = [
     ("POST", "/feedback/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"),
     ("GET", "/predictions/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11"),
     ("GET", "/predictions/4f0c4a52-3f0b-4a5e-9d0e-6f2f1f0c9f11/passport"),
+    ("POST", "/feedback"),
 ]
 
 
@@ -247,11 +248,15 @@ def test_api_keys_close_the_predictions(closed: Client, method: str, path: str):
         response = closed.request(method, path, headers={} if key is None else {"X-API-Key": key})
         assert response.status_code == 401, key
         assert "X-API-Key" in response.json()["expected"]
+    for value in (b"first-key", b"Basic first-key", b"Bearer", b"Bearer wrong", b"Bearer first-key x", b"Bearer \xff"):
+        assert closed.request(method, path, headers={"Authorization": value}).status_code == 401, value
 
 
 @pytest.mark.parametrize("key", ["first-key", "second-key"])
-def test_each_api_key_opens_them(closed: Client, key: str):
-    headers = {"X-API-Key": key}
+@pytest.mark.parametrize("header", ["X-API-Key: {}", "Authorization: Bearer {}", "authorization: bearer  {}"])
+def test_each_api_key_opens_them(closed: Client, key: str, header: str):
+    name, value = header.format(key).split(": ")
+    headers = {name: value}
     assert closed.predict(png(flat_image(1, 2, 3)), headers=headers).status_code == 200
     assert closed.get(KEYED[3][1], headers=headers).status_code in {404, 503}
 
@@ -271,6 +276,7 @@ def test_a_stranger_is_refused_before_a_body_is_read(make_worker: MakeWorker) ->
     app = create_app(make_worker(CV_API_KEYS="first-key"))
     for path, content_type in (
         (f"/feedback/{uuid4()}", "application/json"),
+        ("/feedback", "application/json"),
         ("/predict", "multipart/form-data; boundary=y"),
         ("/predict/batch", "multipart/form-data; boundary=y"),
     ):

@@ -152,6 +152,8 @@ def test_says_which_field_it_expected(client: Client, worker: WorkerParts, optio
         ({"data": {"explain": "gif"}}, "'gif'"),
         ({"params": {"explain": "JPEG"}}, "'JPEG'"),
         ({"params": {"explain": ""}}, "''"),
+        ({"data": {"explain": '"'}}, "'\"'"),
+        ({"data": {"explain": '"none'}}, "'\"none'"),
         ({"files": {"file": ("a.png", IMAGE), "explain": ("jpeg", b"jpeg")}}, "a file"),
     ],
 )
