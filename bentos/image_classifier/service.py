@@ -46,11 +46,25 @@ _Answer = dict[str, Any]
 fail on a list that may be null, and drop the fields of all but the first of several shapes."""
 
 
+class _Untimed(bentoml.Service[Any]):
+    """A service without BentoML's time-out, which keeps a timer for each request for all of its time, answered or not.
+
+    The app has one that does not (`http.deadline`), and BentoML 1.4 has no setting for none.
+    """
+
+    def to_asgi(self, is_main: bool = True) -> Any:
+        """Returns BentoML's app."""
+        app: Any = super().to_asgi(is_main)
+        app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ != "TimeoutMiddleware"]
+        return app
+
+
 @bentoml.service(
     name="image_classifier",
+    service_class=_Untimed,
     workers=_settings.service_workers,
-    # The app's own limits answer first, with advice; this one holds when the app does not. None on concurrency: it
-    # would count clients that do not take their answers, and refuse health to everybody.
+    # Of another service that calls this one. No limit on concurrency: BentoML's would count clients that do not take
+    # their answers, and refuse health to everybody.
     traffic={"timeout": _limits.longest_seconds},
     # The app has its own of all three, without a client's paths and headers in labels and lines.
     logging={"access": {"enabled": False}},

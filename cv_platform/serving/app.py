@@ -1,10 +1,11 @@
 """The HTTP service of one worker: assembly only.
 
-    ObserveRequests → RequestEnvelope → RefusalLog → Checks → CORSMiddleware → Unexpected → BodyLimit → routes
+    ObserveRequests → RequestEnvelope → Deadline → RefusalLog → Checks → CORSMiddleware → Unexpected → BodyLimit
+    → routes
 
-From the outside in: every request gets its access line, count and span, every answer its id and headers, every refused
-prediction its log entry, paths with control characters, other hosts' names and what other sites' pages send their
-refusal, everything unforeseen its 500, every body its limits.
+From the outside in: every request gets its access line, count and span, every answer its id and headers, every request
+its end, every refused prediction its log entry, paths with control characters, other hosts' names and what other
+sites' pages send their refusal, everything unforeseen its 500, every body its limits.
 All of these are plain ASGI, so that nothing buffers a body or an answer.
 
 In BentoML's app it is a middleware (`http.bentoml_app`), and takes each request before BentoML looks for a route: what
@@ -33,6 +34,7 @@ from cv_platform.serving.http.access import ObserveRequests
 from cv_platform.serving.http.bentoml_app import bentomls
 from cv_platform.serving.http.body_limit import BodyAllowance, BodyLimit
 from cv_platform.serving.http.clean_requests import clean_request
+from cv_platform.serving.http.deadline import Deadline
 from cv_platform.serving.http.hosts import allowed_hosts
 from cv_platform.serving.http.problems import Checks, Unexpected, install_problem_handlers, method_not_allowed
 from cv_platform.serving.http.refusal_log import RefusalLog
@@ -75,6 +77,7 @@ def create_app(parts: WorkerParts) -> FastAPI:
         middleware=[
             Middleware(ObserveRequests, metrics=parts.metrics, tracing=parts.tracing, routes=routes),
             Middleware(RequestEnvelope),
+            Middleware(Deadline, seconds=limits.longest_seconds),
             Middleware(RefusalLog, refusals=parts.refusals, paths=(PREDICT_PATH, BATCH_PATH)),
             Middleware(Checks, checks=(clean_request, allowed_hosts(settings.allowed_hosts), same_site(origins))),
             *allowed_origins(origins),

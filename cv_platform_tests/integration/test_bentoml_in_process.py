@@ -79,6 +79,30 @@ with TestClient(ImageClassifier.to_asgi()) as client:  # Another one, once the f
         assert answer["prediction_id"] in logged(tmp_path)
 
 
+def test_a_request_leaves_no_timer_behind(tmp_path: Path) -> None:
+    said = said_by(
+        """
+import httpx
+app = ImageClassifier.to_asgi()
+async def count():
+    loop = asyncio.get_running_loop()
+    live = lambda: sum(not handle.cancelled() for handle in loop._scheduled)
+    before = live()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+        for path in ["/livez", "/models/current", "/schema.json", "/nothing"] * 50:
+            await client.get(path)
+        for _ in range(5):
+            await client.post("/predict", files={"file": image.read_bytes()})
+    return live() - before
+with TestClient(app) as client:
+    said["timers"] = client.portal.call(count)
+""",
+        tmp_path,
+    )
+    # BentoML's time-out alone would have left 205.
+    assert said["timers"] < 5
+
+
 def test_bentomls_documents_describe_our_routes_too(tmp_path: Path) -> None:
     said = said_by(
         """

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 UNMATCHED = "unmatched"
 """The route of what no route takes."""
-_TOO_LATE = 504
-"""What BentoML answers to a request that it cancels: after its time-out, which stands outside of the app."""
+_ENDED = 503
+"""What a request counts as that the server cancels while it stops."""
 _QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 """Routes that machines ask every few seconds: counted, but without a line while they answer 200."""
 _MAX_PATH = 300
@@ -75,7 +75,7 @@ class ObserveRequests:
         try:
             await self.app(scope, watched, noted)
         except asyncio.CancelledError:
-            status = status or (CLIENT_GONE if has_left else _TOO_LATE)
+            status = status or (CLIENT_GONE if has_left else _ENDED)
             raise
         finally:
             route = route_template(scope, asked, self.routes)

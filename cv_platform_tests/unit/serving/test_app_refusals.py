@@ -7,12 +7,12 @@ import cv2
 import httpx
 import numpy as np
 import pytest
-from bentoml._internal.server.http.traffic import TimeoutMiddleware
 
 from cv_platform.errors import SpoolFullError
 from cv_platform.serving.app import create_app
 from cv_platform.serving.capacity.limits import ServingLimits
 from cv_platform.serving.http.access import ObserveRequests
+from cv_platform.serving.http.deadline import Deadline
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
@@ -426,9 +426,9 @@ def test_a_client_that_goes_away_is_no_defect(client: Client, worker: WorkerPart
     assert "went away" in record["response_message"]
 
 
-@pytest.mark.parametrize(("has_left", "status"), [(False, "504"), (True, "499")])
-def test_what_bentoml_cancels_is_a_time_out_unless_the_client_has_left(
-    worker: WorkerParts, has_left: bool, status: str
+@pytest.mark.parametrize(("has_left", "status"), [(False, 504), (True, 499)])
+def test_what_nothing_else_ends_is_a_time_out_unless_the_client_has_left(
+    worker: WorkerParts, has_left: bool, status: int
 ):
     async def hang(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -443,13 +443,13 @@ def test_what_bentoml_cancels_is_a_time_out_unless_the_client_has_left(
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [], "query_string": b""}
-    observed = ObserveRequests(hang, metrics=worker.metrics, tracing=None, routes=())
-    asyncio.run(TimeoutMiddleware(observed, timeout=0.01)(scope, receive, send))
-    assert sent[0]["status"] == 504
+    observed = ObserveRequests(Deadline(hang, seconds=0.01), metrics=worker.metrics, tracing=None, routes=())
+    asyncio.run(observed(scope, receive, send))
+    assert sent[0]["status"] == status
     counted = [
         sample.labels["status"]
         for family in worker.metrics.registry.collect()
         for sample in family.samples
         if sample.name == "cv_http_requests_total"
     ]
-    assert counted == [status]
+    assert counted == [str(status)]

@@ -74,7 +74,7 @@ def test_a_batch_is_never_larger_than_what_could_be_admitted():
     assert ServingLimits.of(settings(CV_RATE_LIMIT_PER_MINUTE="10"), cores=2).max_batch_files == 10
 
 
-def test_bentomls_limit_holds_only_where_the_apps_own_do_not():
+def test_the_deadline_holds_only_where_the_routes_own_limits_do_not():
     limits = ServingLimits.of(settings(CV_PREDICT_TIMEOUT_SECONDS="100"), cores=2)
     assert limits.longest_seconds > limits.upload_seconds + 2 * 100
     short = ServingLimits.of(settings(CV_PREDICT_TIMEOUT_SECONDS="1"), cores=2)
