@@ -181,6 +181,40 @@ class DatasetVersion(Record):
         return self.directory / self.manifest
 
 
+# embeddings
+
+
+class Embeddings(Record):
+    """What the images of a dataset version show, as vectors of a pretrained encoder.
+
+    Attributes:
+        manifest: see DatasetVersion.
+        encoder: its key; another key, other vectors.
+        features: length of a vector.
+        images: rows of the file; images that do not decode have none.
+        FILE: Parquet in the folder, with path, sha256 and vector (float16), in the manifest's order.
+    """
+
+    FILE: ClassVar[str] = "vectors.parquet"
+
+    provenance: Provenance
+    manifest: str
+    encoder: str
+    features: int
+    images: int
+    directory: HomePath
+
+    @override
+    def content_version(self) -> str:
+        """Names the images, their splits and the encoder."""
+        return self.directory.name
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.directory / self.FILE
+
+
 # validation_report
 
 
@@ -733,6 +767,7 @@ class ProductionMetrics(Illustrated):
 
 RECORDS: Mapping[str, type[Record]] = {
     "dataset": DatasetVersion,
+    "embeddings": Embeddings,
     "validation_report": ValidationVerdict,
     "packed_images": PackedImages,
     "model": TrainedModel,

@@ -19,6 +19,7 @@ _WINDOW_END = "cv-platform/window_end"
 _RUNS_LOOKED_AT = 50
 TRAINING_ASSETS = (
     "dataset",
+    "embeddings",
     "validation_report",
     "packed_images",
     "model",

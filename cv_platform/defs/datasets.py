@@ -1,4 +1,4 @@
-"""Assets of the images: `dataset` (a version, checked out) and `packed_images` (its pixels, decoded once)."""
+"""Assets of the images: `dataset` (a version, checked out), `embeddings` (what they show), `packed_images` (pixels)."""
 
 from collections import Counter
 from typing import Any
@@ -8,7 +8,7 @@ import dagster as dg
 from cv_platform.defs.branch import AssetRun, Branch
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.record_store import RecordStore
-from cv_platform.records import DatasetVersion, PackedImages, ValidationVerdict
+from cv_platform.records import DatasetVersion, Embeddings, PackedImages, ValidationVerdict
 
 
 def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -68,6 +68,35 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         )
 
     return dataset
+
+
+def embeddings_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/embeddings`."""
+
+    @branch.asset(value=Embeddings, kinds={"onnx", "parquet"}, reads=["encoder"], ins={"dataset": "dataset"})
+    def embeddings(context: dg.AssetExecutionContext, dataset: DatasetVersion) -> dg.MaterializeResult:
+        """A vector of the pretrained encoder per readable image: what it shows, for all that compares images.
+
+        The file has path, sha256 and vector (float16), in the manifest's order. Images that an earlier version had are
+        not computed again.
+        """
+        from cv_platform.datasets.embeddings import embed_dataset
+
+        run = branch.run(context)
+        made = embed_dataset(
+            dataset, run.config.encoder, home=run.settings.home, spare_bytes=run.settings.spare_disk_bytes
+        )
+        return run.result(
+            made,
+            metadata={
+                "dagster/row_count": made.images,
+                "file": file_link(made.path),
+                "features": made.features,
+                "encoder": made.encoder,
+            },
+        )
+
+    return embeddings
 
 
 def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:

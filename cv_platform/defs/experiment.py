@@ -1,4 +1,4 @@
-"""One experiment config becomes its branch of the graph: eleven assets with checks, jobs, a schedule and sensors."""
+"""One experiment config becomes its branch of the graph: twelve assets with checks, jobs, a schedule and sensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cv_platform.defs.automation import (
     retrain_on_drift_sensor,
 )
 from cv_platform.defs.branch import Branch
-from cv_platform.defs.datasets import dataset_asset, packed_images_asset
+from cv_platform.defs.datasets import dataset_asset, embeddings_asset, packed_images_asset
 from cv_platform.defs.deployment import bento_asset, deployment_asset
 from cv_platform.defs.drift import drift_detectors_asset, reference_data_asset
 from cv_platform.defs.evaluation import evaluation_asset
@@ -43,6 +43,7 @@ def experiment_assets(branch: Branch) -> list[dg.AssetsDefinition]:
     """Declares the assets of a branch, in the order in which data walk through it."""
     return [
         dataset_asset(branch),
+        embeddings_asset(branch),
         validation_report_asset(branch),
         packed_images_asset(branch),
         model_asset(branch),

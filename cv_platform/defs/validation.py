@@ -4,7 +4,7 @@ import dagster as dg
 
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
-from cv_platform.records import CheckOutcome, DatasetVersion, ValidationVerdict
+from cv_platform.records import CheckOutcome, DatasetVersion, Embeddings, ValidationVerdict
 from cv_platform.validation.verdict import CHECK_NAMES
 
 
@@ -25,12 +25,14 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=ValidationVerdict,
         kinds={"deepchecks"},
-        reads=["encoder", "validate"],
+        reads=["validate"],
         code=["cv_platform.validation.checks"],
-        ins={"dataset": "dataset"},
+        ins={"dataset": "dataset", "embeddings": "embeddings"},
         checks=specs,
     )
-    def validation_report(context: dg.AssetExecutionContext, dataset: DatasetVersion) -> dg.MaterializeResult:
+    def validation_report(
+        context: dg.AssetExecutionContext, dataset: DatasetVersion, embeddings: Embeddings
+    ) -> dg.MaterializeResult:
         """The verdict about one dataset version, with Deepchecks' reports as HTML.
 
         Unreadable images are quarantined by name. Training refuses a version whose latest verdict failed,
@@ -46,7 +48,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
             class_names=model.classes,
             classifier_type=model.classifier_type,
             home=run.settings.home,
-            encoder=run.config.encoder,
+            embeddings=embeddings,
         )
         outcomes = {outcome.name: outcome for outcome in verdict.outcomes}
         return run.result(

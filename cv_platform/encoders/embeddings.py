@@ -28,18 +28,19 @@ _FILE_IMAGES = 4096
 
 
 def embed_files(
-    sha256: Sequence[str], read: Callable[[int], NDArray[np.uint8]], encoder: Encoder, home: Path
+    sha256: Sequence[str], read: Callable[[int], NDArray[np.uint8] | None], encoder: Encoder, home: Path
 ) -> NDArray[np.float16]:
     """Returns the vectors of image files, and computes those that no earlier call has.
 
     Args:
         sha256: of each file.
-        read: returns the pixels of the file at a position of `sha256`, as `Encoder.embed_all` takes them.
+        read: returns the pixels of the file at a position of `sha256`, as `Encoder.embed_all` takes them; None where it
+            has none.
         encoder: what computes the vectors.
         home: they are kept in `home/cache/embeddings`.
 
     Returns:
-        `(N, features)` float16, in the order of `sha256`.
+        `(N, features)` float16, in the order of `sha256`; NaN where a file has no pixels, which is asked again.
     """
     folder = home / "cache" / "embeddings" / encoder.key
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,10 +53,20 @@ def embed_files(
                 if (at := missing.pop(name, None)) is not None:
                     vectors[at] = values[row]
     started, todo = time.perf_counter(), sorted(missing.values())
+    without: set[int] = set()
+
+    def pixels(at: int) -> NDArray[np.uint8]:
+        if (image := read(at)) is None:
+            without.add(at)
+            return np.zeros((encoder.input_px, encoder.input_px, 3), np.uint8)
+        return image
+
     for start in range(0, len(todo), _FILE_IMAGES):
         part = todo[start : start + _FILE_IMAGES]
-        vectors[part] = np.concatenate(list(encoder.embed_all(part, read)))
-        _write(folder, [sha256[at] for at in part], vectors[part])
+        vectors[part] = np.concatenate(list(encoder.embed_all(part, pixels)))
+        vectors[list(without)] = np.nan
+        if known := [at for at in part if at not in without]:
+            _write(folder, [sha256[at] for at in known], vectors[known])
     if todo:
         seconds = time.perf_counter() - started
         logger.info("embedded %d images in %.1f s; %d were known", len(todo), seconds, len(positions) - len(todo))

@@ -5,8 +5,8 @@ git object before its tag) and never changed, so whatever a copied name refers t
 all of them the spool: an entry leaves it only once it is in the database, which is dumped next, so an entry that was
 answered before the copy began is in one of the two; in both it does no harm, as draining is idempotent.
 
-Left out, as it can be made again: checkouts (`worktrees`), decoded pixels (`packed`), Bentos, caches, logs, locks, the
-PostgreSQL data folder (its dump is there) and `dagster.yaml`, which every command writes anew.
+Left out, as it can be made again: checkouts (`worktrees`), `embeddings`, decoded pixels (`packed`), Bentos, caches,
+logs, locks, the PostgreSQL data folder (its dump is there) and `dagster.yaml`, which every command writes anew.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _DAY_SECONDS = 86_400
 _DELETING = ".deleting-"
 _SWEPT = (
-    *("worktrees/*", "packed", "models/*", "evaluation/*", "validation/*", "mlflow/artifacts/*"),
+    *("worktrees/*", "embeddings/*", "packed", "models/*", "evaluation/*", "validation/*", "mlflow/artifacts/*"),
     *("bentoml/bentos/*", "cache/*", "cache/ref_data/*", "dagster/logs"),
 )
 """Folders whose content is deleted piece by piece."""
@@ -166,7 +166,7 @@ class _Search:
 
     def downloads(self) -> Iterator[Item]:
         """Copies of what a storage server has."""
-        skipped = {"last_good", "ref_data", "drift_reports"}
+        skipped = {"last_good", "ref_data", "drift_reports", "embeddings"}
         for folder in self._folders("cache/*/*"):
             if folder.parent.name not in skipped and folder.name not in self._in_use.versions:
                 yield self._folder(folder, "a download of a version that is not served")
@@ -175,9 +175,11 @@ class _Search:
                 yield self._folder(folder, "a download of old reference data")
 
     def data(self) -> Iterator[Item]:
-        """Checkouts, decoded pixels and validation reports that no record names."""
+        """Checkouts, what is computed of their images, and validation reports, that no record names."""
         for pattern, reason in (
             ("worktrees/*/*", "a checkout that no record names"),
+            ("embeddings/*/*", "embeddings that no record names"),
+            ("cache/embeddings/*", "embeddings by an encoder that no record names"),
             ("packed/*", "decoded images that no record names"),
             ("validation/*/*", "a report that no record names"),
         ):

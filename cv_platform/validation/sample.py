@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from cv_platform.encoders.embeddings import embed_files
-from cv_platform.encoders.encoder import Encoder
 from cv_platform.errors import ImageError
 from cv_platform.images import MAX_LOCAL_PIXELS, preprocess, resize
 from cv_platform.properties import batch_properties
@@ -35,7 +32,7 @@ class ImageSample:
         components: `(N, K)` float32, K ≤ 32: principal components of the pixels, largest variance first.
         problems: path → why an image that the manifest calls readable does not decode.
         readable: how many images the sample was taken from.
-        embeddings: `(N, features)` float16, of the pretrained encoder; no features where no check asks for them.
+        embeddings: `(N, features)` float16, of the pretrained encoder.
     """
 
     rows: pd.DataFrame
@@ -59,7 +56,12 @@ class ImageSample:
 
 
 def read_sample(
-    manifest: pd.DataFrame, directory: Path, *, max_per_split: int = MAX_IMAGES_PER_SPLIT, seed: int = 0
+    manifest: pd.DataFrame,
+    directory: Path,
+    embeddings: np.ndarray,
+    *,
+    max_per_split: int = MAX_IMAGES_PER_SPLIT,
+    seed: int = 0,
 ) -> ImageSample:
     """Decodes up to `max_per_split` readable images of each split.
 
@@ -68,9 +70,11 @@ def read_sample(
     Args:
         manifest: columns path, sha256, split, labels, is_readable.
         directory: what the manifest's paths are relative to.
+        embeddings: `(N, features)`, of the manifest's rows.
         max_per_split: the largest number of images per split; more are subsampled with `seed`.
         seed: of the subsample.
     """
+    manifest = manifest.reset_index(drop=True)
     readable = manifest.loc[manifest["is_readable"].astype(bool)].sort_values("path", kind="stable")
     generator = np.random.default_rng(seed)
     chosen: list[int] = []
@@ -97,18 +101,8 @@ def read_sample(
         components=principal_components(stack),
         problems=problems,
         readable=len(readable) - len(problems),
+        embeddings=embeddings[kept],
     )
-
-
-def embedded(sample: ImageSample, directory: Path, encoder: Encoder, home: Path) -> ImageSample:
-    """Returns `sample` with the vectors of `encoder`; `home` keeps them, see `encoders.embeddings`."""
-    paths = sample.rows["path"].tolist()
-    size = (encoder.input_px, encoder.input_px)
-
-    def read(at: int) -> NDArray[np.uint8]:
-        return preprocess((directory / paths[at]).read_bytes(), size, max_pixels=MAX_LOCAL_PIXELS)
-
-    return replace(sample, embeddings=embed_files(sample.rows["sha256"].tolist(), read, encoder, home))
 
 
 def principal_components(images: np.ndarray, count: int = COMPONENTS) -> np.ndarray:

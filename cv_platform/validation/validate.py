@@ -8,17 +8,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from cv_platform.config import ClassifierType, EncoderConfig, ValidateConfig
+from cv_platform.config import ClassifierType, ValidateConfig
+from cv_platform.datasets.embeddings import read_embeddings
 from cv_platform.datasets.manifest import read_manifest
-from cv_platform.encoders.encoder import open_encoder
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.pages import render
-from cv_platform.records import DatasetVersion, ValidationVerdict
+from cv_platform.records import DatasetVersion, Embeddings, ValidationVerdict
 from cv_platform.validation.checks import Subject, all_checks
 from cv_platform.validation.checks.deepchecks_suites import REPORT_NAMES
-from cv_platform.validation.sample import ImageSample, embedded, read_sample
+from cv_platform.validation.sample import ImageSample, read_sample
 from cv_platform.validation.verdict import CHECK_NAMES
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ def validate_dataset(
     class_names: Sequence[str],
     classifier_type: ClassifierType,
     home: Path,
-    encoder: EncoderConfig,
+    embeddings: Embeddings,
 ) -> ValidationVerdict:
     """Runs the checks and writes report.html, verdict.json and Deepchecks' pages below `home/validation/<ds_name>/`.
 
@@ -43,23 +45,24 @@ def validate_dataset(
         class_names: the model's classes.
         classifier_type: how labels are to be read.
         home: `Settings.home`.
-        encoder: what images are compared by.
+        embeddings: of this version: what images are compared by.
 
     Returns:
         The verdict. A failed check is in it, never an exception.
 
     Raises:
-        EncoderError: the encoder cannot be used.
+        DatasetError: the embeddings are of another version, or gone.
     """
     started, provenance = time.monotonic(), version.provenance
     manifest = read_manifest(version.manifest_path).reset_index(drop=True)
-    sample = read_sample(manifest, version.directory)
-    if config.label_issues != "off":
-        sample = embedded(sample, version.directory, open_encoder(encoder, home), home)
-    problems = _problems(manifest, sample)
-    readable = manifest.loc[~manifest["path"].isin(list(problems))]
+    vectors = read_embeddings(embeddings, version.manifest, manifest["path"])
+    has_vector = ~np.isnan(vectors[:, 0])
+    sample = read_sample(manifest.loc[has_vector], version.directory, vectors[has_vector])
+    problems = _problems(manifest, has_vector, sample)
+    is_usable = ~manifest["path"].isin(list(problems))
+    readable = manifest.loc[is_usable].reset_index(drop=True)
     # The manifest's name stands for the splits, which follow from the config too.
-    settings = (version.manifest, config.model_dump_json(), encoder.model_dump_json(), *class_names, classifier_type)
+    settings = (version.manifest, config.model_dump_json(), embeddings.content_version(), *class_names, classifier_type)
     fingerprint = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
     target = home / "validation" / provenance.ds_name / f"{provenance.dvc_md5}-{fingerprint}"
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as directory:
@@ -96,11 +99,11 @@ def validate_dataset(
     return verdict
 
 
-def _problems(manifest: pd.DataFrame, sample: ImageSample) -> dict[str, str]:
-    """Joins the images that the manifest calls unreadable with those that did not decode here."""
-    unreadable = manifest.loc[~manifest["is_readable"].astype(bool)]
+def _problems(manifest: pd.DataFrame, has_vector: NDArray[np.bool_], sample: ImageSample) -> dict[str, str]:
+    """Joins the images that the manifest calls unreadable with those that did not decode since."""
+    unreadable = manifest.loc[~has_vector]
     listed = {
-        str(path): str(problem) if pd.notna(problem) else "unreadable"
+        str(path): str(problem) if pd.notna(problem) else "it did not decode when it was embedded"
         for path, problem in zip(unreadable["path"], unreadable["problem"], strict=True)
     }
     return {**listed, **sample.problems}

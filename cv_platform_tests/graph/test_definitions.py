@@ -44,16 +44,14 @@ def keys(definitions: dg.Definitions) -> set[str]:
     return {key.to_user_string() for key in definitions.resolve_asset_graph().get_all_asset_keys()}
 
 
-def test_a_config_becomes_eleven_assets_under_its_name(digits: dg.Definitions) -> None:
+def test_a_config_becomes_twelve_assets_under_its_name(digits: dg.Definitions) -> None:
     assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report", "production_metrics")}
 
 
 def test_data_walk_one_way(digits: dg.Definitions) -> None:
     graph = digits.resolve_asset_graph()
     order = [key.path[-1] for level in graph.toposorted_asset_keys_by_level for key in level]
-    places = [
-        order.index(name) for name in ("dataset", "validation_report", "packed_images", "model", "evaluation", "bento")
-    ]
+    places = [order.index(name) for name in ("dataset", "embeddings", "validation_report", "packed_images", "model")]
     assert places == sorted(places)
     assert graph.get(dg.AssetKey(["digits", "drift_report"])).parent_keys == {
         dg.AssetKey(["digits", "deployment"]),
@@ -165,7 +163,7 @@ def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
     dg.Definitions.validate_loadable(definitions)
     names = keys(definitions)
     assert {"digits/model", "other/model"} <= names
-    assert len(names) == 22
+    assert len(names) == 24
 
 
 def run_config(definitions: dg.Definitions, override: dict[str, object]) -> object:

@@ -25,7 +25,7 @@ MONITORING = {"drift_report", "production_metrics"}
 DEPLOYED = {"deployment", *MONITORING}
 MADE_OF_DETECTORS = {"drift_detectors", "reference_data", "bento", *DEPLOYED}
 MADE_OF_MODEL = {"model", "evaluation", *MADE_OF_DETECTORS}
-ALL = {"dataset", "validation_report", "packed_images", *MADE_OF_MODEL}
+ALL = {"dataset", "embeddings", "validation_report", "packed_images", *MADE_OF_MODEL}
 
 
 class Installation:
@@ -89,7 +89,8 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
         ({"model.classes": [*map(str, range(9)), "nine"]}, ALL),
         ({"dataset.dvc_tag": "v9.0.0"}, {"dataset"}),
         ({"dataset.split_seed": 5}, ALL),
-        ({"validate.duplicates": "error"}, ALL - {"dataset"}),
+        ({"encoder.input_px": 32}, ALL - {"dataset"}),
+        ({"validate.duplicates": "error"}, ALL - {"dataset", "embeddings"}),
         ({"evaluate.min_accuracy": 0.5}, {"evaluation", "bento", *DEPLOYED}),
         ({"model.drift_detection.uae_seed": 8}, MADE_OF_DETECTORS),
         ({"monitor.alpha": 0.01}, MADE_OF_DETECTORS),
@@ -114,7 +115,7 @@ def test_another_dataset_makes_stale_what_reads_it_and_the_same_one_under_anothe
         installation.make(edit, "dataset")
         assert installation.stale(edit) == set()
         installation.make(edit, "dataset", data="others")
-        assert installation.stale(edit) == {"validation_report", "packed_images"}
+        assert installation.stale(edit) == {"embeddings", "validation_report", "packed_images", "evaluation"}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,8 @@ def test_another_dataset_makes_stale_what_reads_it_and_the_same_one_under_anothe
         ("training/schedules.py", "\nPEAK = 2\n", MADE_OF_MODEL),
         ("training/schedules.py", '\n# A comment.\n"""And a remark."""\n', set()),
         ("training/architectures/small_cnn.py", "\nPEAK = 2\n", MADE_OF_MODEL),
-        ("validation/checks/copies.py", "\nPEAK = 2\n", ALL - {"dataset"}),
+        ("encoders/encoder.py", "\nPEAK = 2\n", ALL - {"dataset"}),
+        ("validation/checks/copies.py", "\nPEAK = 2\n", ALL - {"dataset", "embeddings"}),
         ("evaluation/gate.py", "\nPEAK = 2\n", {"evaluation", "bento", *DEPLOYED}),
         ("drift/encoders.py", "\nPEAK = 2\n", MADE_OF_DETECTORS),
         ("serving/app.py", "\nPEAK = 2\n", {"bento", *DEPLOYED}),

@@ -53,8 +53,8 @@ def test_the_demo_ends_with_zero_and_says_why(demo: Demo) -> None:
     assert demo.status == 0, demo.output
     assert "demo: everything held." in demo.output
     finished = re.findall(r"^    digits/(\w+): [0-9]", demo.output, re.MULTILINE)
-    assert finished[:2] == ["dataset", "validation_report"]
-    assert len(finished) == 11 + 2, "eleven assets, and a drift report for each window"
+    assert finished[:3] == ["dataset", "embeddings", "validation_report"]
+    assert len(finished) == 12 + 2, "twelve assets, and a drift report for each window"
     assert "unshifted window (359 requests): no drift" in demo.output
     assert demo.record(Evaluation).metrics["accuracy"] >= 0.985
     assert re.search(r"shifted window \(359 requests\): drift, .*classes that moved: ", demo.output)

@@ -32,6 +32,7 @@ CLASSES = ("square", "circle", "stripe")
 SPLITS = {"train": 120, "valid": 32, "test": 40, "reference": 48}
 ASSETS = (
     "dataset",
+    "embeddings",
     "validation_report",
     "packed_images",
     "model",

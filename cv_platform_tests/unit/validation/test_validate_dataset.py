@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cv_platform.config import EncoderConfig, ValidateConfig
+from cv_platform.datasets.embeddings import embed_dataset
 from cv_platform.records import ValidationVerdict
 from cv_platform.validation.checks.deepchecks_suites import LEFT_OUT, REPORT_NAMES
 from cv_platform.validation.validate import validate_dataset
@@ -24,8 +27,10 @@ WITHOUT_DEEPCHECKS = ValidateConfig(deepchecks_suites="off")
 
 def _validate(checkout, home: Path, config: ValidateConfig = WITHOUT_DEEPCHECKS, **options) -> ValidationVerdict:
     settings = {"class_names": CLASSES, "classifier_type": "multi-class", **options}
-    encoder = EncoderConfig(input_px=32)
-    return validate_dataset(checkout.version(settings["class_names"]), config, home=home, encoder=encoder, **settings)
+    version = checkout.version(settings["class_names"])
+    shutil.rmtree(home / "embeddings", ignore_errors=True)  # These checkouts change and keep their md5.
+    embeddings = embed_dataset(version, EncoderConfig(input_px=32), home=home)
+    return validate_dataset(version, config, home=home, embeddings=embeddings, **settings)
 
 
 def _outcome(verdict: ValidationVerdict, name: str):
@@ -181,11 +186,13 @@ def test_large_splits_are_sampled_with_a_seed_and_it_is_said(clean_checkout):
 
     version = clean_checkout.version(CLASSES)
     manifest = read_manifest(version.manifest_path)
-    sample = read_sample(manifest, version.directory, max_per_split=50)
+    vectors = np.arange(240, dtype=np.float16)[:, None]
+    sample = read_sample(manifest, version.directory, vectors, max_per_split=50)
+    np.testing.assert_array_equal(sample.embeddings[:, 0], pd.Index(manifest["path"]).get_indexer(sample.rows["path"]))
     assert len(sample.rows) == 50 + 3 * 40
     assert sample.description == "a seeded sample of 170 of 240 images"
-    assert read_sample(manifest, version.directory, max_per_split=50).rows.equals(sample.rows)
-    other = read_sample(manifest, version.directory, max_per_split=50, seed=1)
+    assert read_sample(manifest, version.directory, vectors, max_per_split=50).rows.equals(sample.rows)
+    other = read_sample(manifest, version.directory, vectors, max_per_split=50, seed=1)
     assert not other.rows["path"].equals(sample.rows["path"])
 
 
