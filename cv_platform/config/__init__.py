@@ -19,7 +19,7 @@ from cv_platform.config.files import (
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
 from cv_platform.config.model import DriftDetectionConfig, InputSize, ModelConfig
 from cv_platform.config.production import AlertsConfig, DeployConfig, MonitorConfig
-from cv_platform.config.recipe import AugmentConfig, EvaluateConfig, MlflowConfig, TrainConfig
+from cv_platform.config.recipe import AugmentConfig, EvaluateConfig, MlflowConfig, TrainConfig, TransferConfig
 
 __all__ = [
     "AlertsConfig",
@@ -38,6 +38,7 @@ __all__ = [
     "Section",
     "Severity",
     "TrainConfig",
+    "TransferConfig",
     "ValidateConfig",
     "config_files",
     "is_class_name",

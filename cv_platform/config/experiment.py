@@ -6,15 +6,15 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cv_platform.config.fields import ExperimentName, Section
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
-from cv_platform.config.model import ModelConfig
+from cv_platform.config.model import PRETRAINED_ARCHITECTURES, ModelConfig
 from cv_platform.config.production import AlertsConfig, DeployConfig, MonitorConfig
-from cv_platform.config.recipe import EvaluateConfig, TrainConfig
+from cv_platform.config.recipe import EvaluateConfig, TrainConfig, TransferConfig
 
 
 class ExperimentConfig(Section):
@@ -35,6 +35,21 @@ class ExperimentConfig(Section):
     deploy: DeployConfig = Field(default=DeployConfig(), description="the service")
     monitor: MonitorConfig = Field(default=MonitorConfig(), description="the drift report")
     alerts: AlertsConfig = Field(default=AlertsConfig(), description="what is worth a message")
+
+    @model_validator(mode="after")
+    def _require_epochs(self) -> Self:
+        if self.train.epochs == 0 and self.transfer is None:
+            raise ValueError(
+                f"train.epochs: expected at least 1 for {self.model.architecture}, whose weights are random; "
+                "0 is for networks that come with weights, or with train.transfer"
+            )
+        return self
+
+    @property
+    def transfer(self) -> TransferConfig | None:
+        """How the training begins with a head alone; None if it does not."""
+        is_pretrained = self.model.architecture in PRETRAINED_ARCHITECTURES
+        return self.train.transfer or (TransferConfig() if is_pretrained else None)
 
     def fingerprint(self, *fields: str, without: Iterable[str] = ()) -> str:
         """Returns 12 hex digits over `fields`, named as in YAML: code versions carry it.

@@ -77,7 +77,7 @@ def load_experiment(path: Path) -> ExperimentConfig:
         received = "an empty file" if content is None else f"a {type(content).__name__}"
         raise ConfigError(
             f"{path}: expected sections (model, dataset, …). Received: {received}. Start from a copy of "
-            "configs/examples/animals10.yaml; configs/schema.json describes every field."
+            "configs/examples/photos.yaml; configs/schema.json describes every field."
         )
     return parse_experiment(cast(dict[str, Any], content), origin=str(path))
 

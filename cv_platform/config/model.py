@@ -43,6 +43,10 @@ def _known_architecture(name: str) -> str:
     return name
 
 
+PRETRAINED_ARCHITECTURES = ("efficientnet_lite0",)
+"""Those that come with weights."""
+
+
 class ModelConfig(Section):
     """The network: its name, its input and output, its architecture."""
 
@@ -54,12 +58,15 @@ class ModelConfig(Section):
     input_size: InputSize = Field(description="of the images that the model sees")
     architecture: Annotated[str, AfterValidator(_known_architecture)] = Field(
         default="small_cnn",
-        description="small_cnn is the original's network; resnet9s is better for its cost; resnet50 for photos",
+        description="efficientnet_lite0 has learned from ImageNet's photographs, and is best for photographs; of those "
+        "that have learned nothing, small_cnn is the original's network, and resnet9s is better for its cost",
         json_schema_extra=lambda schema: schema.update(enum=list[JsonValue](_architectures())),
     )
     dropout: float = Field(default=0.0, ge=0.0, le=0.9, description="share of the features that a step leaves out")
     weights: str | None = Field(
-        default=None, description="local .keras, .weights.h5 or .h5 file to start from; nothing is ever downloaded"
+        default=None,
+        description="local .keras, .weights.h5 or .h5 file to start from; nothing is ever downloaded; by default "
+        "random, and for efficientnet_lite0 those that its package holds",
     )
     weights_channel_order: Literal["auto", "rgb", "bgr"] = Field(
         default="auto",

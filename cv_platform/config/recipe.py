@@ -37,13 +37,36 @@ class AugmentConfig(Section):
     blur_sigma_px: float = Field(default=0.0, ge=0.0, le=10.0, description="largest sigma of a Gaussian blur")
 
 
+class TransferConfig(Section):
+    """How a network that has learned from other images is trained on these: first a new head, then all of it gently."""
+
+    freeze_until: int = Field(
+        default=0,
+        ge=0,
+        le=8,
+        description="stages before this one keep their weights, which makes a step cheaper; efficientnet_lite0: 0 is "
+        "the stem, 1 to 7 are its stages, 8 is its last convolution",
+    )
+    rate_decay: float = Field(
+        default=0.85, gt=0.0, le=1.0, description="learning rate of a stage, as a share of that of the stage after it"
+    )
+
+
 class TrainConfig(Section):
     """The recipe of one training."""
 
-    epochs: int = Field(default=10, ge=1, le=10_000, description="passes over the train split")
+    epochs: int = Field(
+        default=10,
+        ge=0,
+        le=10_000,
+        description="passes over the train split; with `transfer`, those after the one that fits the head: 0 leaves "
+        "the pretrained network as it is",
+    )
     batch_size: int = Field(default=64, ge=1, le=8192, description="images of one step")
     init_lr: float = Field(default=1e-3, gt=0.0, le=10.0, description="peak learning rate")
-    optimizer: Literal["adam", "sgd"] = Field(default="adam", description="sgd uses Nesterov momentum 0.9")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(
+        default="adam", description="sgd uses Nesterov momentum 0.9; adamw keeps the weights' decay out of its moments"
+    )
     schedule: Literal["constant", "cosine", "one_cycle"] = Field(
         default="cosine", description="of the learning rate over the steps"
     )
@@ -51,7 +74,9 @@ class TrainConfig(Section):
         default=0.2, ge=0.0, lt=1.0, description="one_cycle: share of the steps that warm up"
     )
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5, description="share of a label given to the others")
-    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="L2 penalty on kernels")
+    weight_decay: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="L2 penalty on kernels; adamw: share of a kernel that a step takes off"
+    )
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="epochs without a better validation loss"
     )
@@ -61,6 +86,11 @@ class TrainConfig(Section):
     seed: int = Field(default=42, ge=0, le=2**31 - 1, description="of weights, order and augmentation")
     temperature_scaling: bool = Field(
         default=True, description="divide the logits by a temperature fitted on the valid split, for honest confidences"
+    )
+    transfer: TransferConfig | None = Field(
+        default=None,
+        description="a head is fitted to the network's features before anything else is trained; by default for "
+        "networks that come with weights (efficientnet_lite0)",
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes of the training images")
     mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the training's runs go")

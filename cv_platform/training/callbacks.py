@@ -16,7 +16,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,8 @@ class TrainingMonitor:
     Args:
         model: the compiled model.
         folder: the training's own folder, existing.
-        train: the recipe: epochs, patience, and the learning rate for the advice when the loss diverges.
+        train: the recipe: patience, and the learning rate for the advice when the loss diverges.
+        epochs: of the whole training; where a head is fitted first, that is one of them.
         images_per_epoch: for images per second.
         state: what an earlier, killed training has reached.
         on_epoch: called with the epoch (from 0) before it begins.
@@ -97,6 +99,7 @@ class TrainingMonitor:
         folder: Path,
         *,
         train: TrainConfig,
+        epochs: int,
         images_per_epoch: int,
         state: TrainingState | None,
         on_epoch: Callable[[int], None],
@@ -105,6 +108,7 @@ class TrainingMonitor:
         self.model = model
         self.folder = folder
         self.train = train
+        self.epochs = epochs
         self.images_per_epoch = images_per_epoch
         self.state = state
         self.on_epoch = on_epoch
@@ -124,6 +128,14 @@ class TrainingMonitor:
             # fails.
             on_test_batch_end=_nothing,
         )
+
+    @contextmanager
+    def epoch_beside_fit(self, epoch: int) -> Iterator[dict[str, float]]:
+        """Yields what takes the metrics of an epoch (from 0) that is no pass of Keras's `fit`."""
+        metrics: dict[str, float] = {}
+        self._begin_epoch(epoch)
+        yield metrics
+        self._end_epoch(epoch, metrics)
 
     def _begin_epoch(self, epoch: int, logs: Any = None) -> None:
         self._epoch_started = time.perf_counter()
@@ -187,11 +199,11 @@ class TrainingMonitor:
 
     def _log(self, epoch: int, metrics: dict[str, float]) -> None:
         assert self.state is not None
-        remaining = (self.train.epochs - epoch - 1) * self.state.seconds / (epoch + 1)
+        remaining = (self.epochs - epoch - 1) * self.state.seconds / (epoch + 1)
         logger.info(
             "epoch %d/%d: loss %.4f, accuracy %.4f, val_loss %.4f, val_accuracy %.4f, %.0f images/s, %s left",
             epoch + 1,
-            self.train.epochs,
+            self.epochs,
             metrics["loss"],
             metrics["accuracy"],
             metrics["val_loss"],

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,9 +29,11 @@ from cv_platform.training.callbacks import (
 )
 from cv_platform.training.network import build_model, resolve_precision
 from cv_platform.training.schedules import build_optimizer
+from cv_platform.training.transfer import layer_rates, start_head
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
     from cv_platform.tracking import MlflowRun
 
@@ -82,9 +85,11 @@ def fit_model(
         TrainingError: the network cannot be built, the data cannot be read, or the loss is not finite.
         DiskSpaceError: the state of the training would fill the disk.
     """
-    model, train = config.model, config.train
+    model, train, transfer = config.model, config.train, config.transfer
     precision = resolve_precision(train.precision)
-    network = build_model(model, weight_decay=train.weight_decay, seed=train.seed, precision=precision)
+    penalty = 0.0 if train.optimizer == "adamw" else train.weight_decay
+    network = build_model(model, weight_decay=penalty, seed=train.seed, precision=precision)
+    rates = None if transfer is None else layer_rates(network, model.architecture, transfer)
     # Weights and two moments of the optimizer, of this epoch, the last two and the best; and the finished model.
     state_bytes = 13 * 4 * network.count_params()
     require_free_space(folder, state_bytes, purpose=f"training {model.architecture}", spare_bytes=spare_bytes)
@@ -96,12 +101,13 @@ def fit_model(
         augmenter=Augmenter(train.augment, seed=train.seed),
         seed=train.seed,
     )
-    _compile(network, model, train, total_steps=train.epochs * batches.steps)
+    _compile(network, model, train, total_steps=train.epochs * batches.steps, rates=rates)
     state = _resume(network, folder, run)
     monitor = TrainingMonitor(
         network,
         folder,
         train=train,
+        epochs=train.epochs + (transfer is not None),
         images_per_epoch=batches.images_per_epoch,
         state=state,
         on_epoch=lambda epoch: setattr(batches, "epoch", epoch),
@@ -114,14 +120,19 @@ def fit_model(
         len(train_split.images),
         *model.image_size,
         len(valid_split.images),
-        train.epochs,
+        monitor.epochs,
         batches.steps,
         batches.batch_size,
         precision,
     )
     started = time.perf_counter()
-    if not (state and _is_finished(state, train)):
-        _run_epochs(network, batches, monitor, valid_split)
+    validation = ordered_dataset(
+        valid_split.images, valid_split.targets, classes=batches.classes, batch_size=max(256, batches.batch_size)
+    )
+    if transfer is not None and monitor.state is None:
+        _fit_head(network, config, train_split, valid_split, monitor, validation)
+    if not (monitor.state and _is_finished(monitor.state, monitor)):
+        _run_epochs(network, batches, monitor, validation)
     reached = monitor.state
     assert reached is not None
     network.load_weights(folder / reached.best_weights)
@@ -146,7 +157,14 @@ def fit_model(
     )
 
 
-def _compile(network: keras.Model, model: ModelConfig, train: TrainConfig, *, total_steps: int) -> None:
+def _compile(
+    network: keras.Model,
+    model: ModelConfig,
+    train: TrainConfig,
+    *,
+    total_steps: int,
+    rates: Mapping[str, float] | None,
+) -> None:
     import keras
 
     if model.classifier_type == "multi-class":
@@ -162,7 +180,7 @@ def _compile(network: keras.Model, model: ModelConfig, train: TrainConfig, *, to
             keras.metrics.BinaryCrossentropy(name="cross_entropy"),
         ]
     network.compile(
-        optimizer=build_optimizer(train, total_steps=total_steps),
+        optimizer=build_optimizer(train, total_steps=total_steps, rates=rates),
         loss=loss,
         metrics=metrics,
         # XLA on the CPU was measured 1.7 times slower.
@@ -187,9 +205,26 @@ def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> Traini
     return state
 
 
-def _is_finished(state: TrainingState, train: TrainConfig) -> bool:
-    patience = train.early_stopping_patience
-    return state.epochs_done >= train.epochs or (
+def _fit_head(
+    network: keras.Model,
+    config: ExperimentConfig,
+    train_split: PackedSplit,
+    valid_split: PackedSplit,
+    monitor: TrainingMonitor,
+    validation: tf.data.Dataset,
+) -> None:
+    """Gives the network its head, as the first epoch."""
+    with monitor.epoch_beside_fit(0) as metrics:
+        head = start_head(network, train_split, valid_split, config.model.classifier_type, seed=config.train.seed)
+        network.optimizer.build(network.trainable_variables)
+        metrics |= {"loss": head.loss, "accuracy": head.accuracy, "cross_entropy": head.loss}
+        valid: Any = network.evaluate(validation, verbose=0, return_dict=True)  # pyright: ignore[reportArgumentType]
+        metrics |= {f"val_{name}": value for name, value in valid.items()}
+
+
+def _is_finished(state: TrainingState, monitor: TrainingMonitor) -> bool:
+    patience = monitor.train.early_stopping_patience
+    return state.epochs_done >= monitor.epochs or (
         patience is not None and state.epochs_done - 1 - state.best_epoch >= patience
     )
 
@@ -198,16 +233,13 @@ def _run_epochs(
     network: keras.Model,
     batches: ShuffledBatches,
     monitor: TrainingMonitor,
-    valid: PackedSplit,
+    validation: tf.data.Dataset,
 ) -> None:
-    validation = ordered_dataset(
-        valid.images, valid.targets, classes=batches.classes, batch_size=max(256, batches.batch_size)
-    )
     try:
         network.fit(
             batches.dataset(),
             validation_data=validation,
-            epochs=monitor.train.epochs,
+            epochs=monitor.epochs,
             initial_epoch=monitor.state.epochs_done if monitor.state else 0,
             callbacks=[monitor.callback()],
             shuffle=False,  # The batches come in an order of their own.

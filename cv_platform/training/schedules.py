@@ -6,6 +6,7 @@ Upstream: https://keras.io/api/optimizers/learning_rate_schedules/cosine_decay/.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cv_platform.config import TrainConfig
@@ -38,11 +39,33 @@ def build_schedule(train: TrainConfig, *, total_steps: int) -> float | keras.opt
     )
 
 
-def build_optimizer(train: TrainConfig, *, total_steps: int) -> keras.optimizers.Optimizer:
-    """Returns Adam, or SGD with Nesterov momentum 0.9, following `build_schedule`."""
+def build_optimizer(
+    train: TrainConfig, *, total_steps: int, rates: Mapping[str, float] | None = None
+) -> keras.optimizers.Optimizer:
+    """Returns Adam, AdamW, or SGD with Nesterov momentum 0.9, following `build_schedule`.
+
+    Args:
+        train: the recipe.
+        total_steps: of the schedule.
+        rates: factor of the learning rate, by the path of a variable; 1 for those that it lacks.
+    """
     import keras
 
     schedule: Any = build_schedule(train, total_steps=total_steps)
-    if train.optimizer == "adam":
-        return keras.optimizers.Adam(schedule)
-    return keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True)
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "adam": (keras.optimizers.Adam, {}),
+        "adamw": (keras.optimizers.AdamW, {"weight_decay": train.weight_decay}),
+        "sgd": (keras.optimizers.SGD, {"momentum": 0.9, "nesterov": True}),
+    }
+    kind, options = kinds[train.optimizer]
+
+    # Keras has one rate for all variables.
+    class Layerwise(kind):
+        def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+            rate = (rates or {}).get(variable.name.split(":")[0], 1.0)  # TensorFlow's own variable.
+            super().update_step(gradient, variable, learning_rate * rate)
+
+    optimizer = (Layerwise if rates else kind)(schedule, **options)
+    if train.optimizer == "adamw":
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer

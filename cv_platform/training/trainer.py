@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cv_platform import encoders, training
 from cv_platform.config import ExperimentConfig
 from cv_platform.datasets.packing import open_split
 from cv_platform.errors import LockHeldError, TrainingError
@@ -141,8 +142,9 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
         "train": config.train.model_dump(mode="json", exclude={"mlflow"}),
     }
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
+    for folder in (training, encoders):
+        for path in sorted(Path(folder.__path__[0]).rglob("*.py")):
+            code.update(path.read_bytes())
     recipe = {name: json.dumps(value) for name, value in flatten(sections).items()}
     if config.model.weights and Path(config.model.weights).is_file():
         recipe["the content of model.weights"] = file_sha256(Path(config.model.weights))
@@ -151,7 +153,7 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
         "what train.precision auto means on this CPU": resolve_precision("auto"),
         # Named after the data version and everything else that decides a pixel or target, the quarantine included.
         "the packed images": packed.directory.name,
-        "the code in cv_platform/training": code.hexdigest()[:12],
+        "the code in cv_platform/training and cv_platform/encoders": code.hexdigest()[:12],
         **{f"the version of {name}": metadata.version(name) for name in ("keras", "imgaug", "numpy")},
         "the version of tensorflow": tf.__version__,  # Its package has other names on some machines.
     }

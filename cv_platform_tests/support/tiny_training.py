@@ -51,9 +51,10 @@ def experiment(**changes: Any) -> ExperimentConfig:
     return parse_experiment(content, origin="tiny")
 
 
-def pack_tiny(root: Path) -> PackedImages:
-    """Packs noise with one brighter channel: learned in a few steps."""
-    return pack_images(tiny_version(root), experiment().model, quarantined=(), home=root / "home")
+def pack_tiny(root: Path, config: ExperimentConfig | None = None) -> PackedImages:
+    """Packs noise with one brighter channel, as `config` says: learned in a few steps."""
+    model = (config or experiment()).model
+    return pack_images(tiny_version(root), model, quarantined=(), home=root / "home")
 
 
 def tiny_version(root: Path, counts: Mapping[str, int] = MappingProxyType(COUNTS), *, seed: int = 0) -> DatasetVersion:
@@ -67,8 +68,7 @@ def tiny_version(root: Path, counts: Mapping[str, int] = MappingProxyType(COUNTS
                 image = rng.integers(0, 120, (16, 16, 3), dtype=np.uint8)
                 image[:, :, channel] += 120
                 assert cv2.imwrite(str(folder / f"{index:02d}.png"), image)
-    config = experiment()
-    directory = root / "version"
+    config, directory = experiment(), root / "version"
     manifest = build_manifest(
         directory, data_path="images", annotations=None, model=config.model, dataset=config.dataset
     )

@@ -190,9 +190,9 @@ def test_a_folder_or_a_missing_file_is_answered_with_the_files_that_are_there(tm
 def test_an_empty_file_is_told_what_to_start_from(tmp_path: Path, content: str) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=r"Received: an empty file\. Start from a copy of configs/examples/animals10"):
+    with pytest.raises(ConfigError, match=r"Received: an empty file\. Start from a copy of configs/examples/photos"):
         load_experiment(path)
-    assert (REPOSITORY / "configs/examples/animals10.yaml").is_file()
+    assert (REPOSITORY / "configs/examples/photos.yaml").is_file()
 
 
 def write_experiment(

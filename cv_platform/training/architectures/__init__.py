@@ -46,6 +46,13 @@ class Architecture(ABC):
 
         return layers.Activation("linear", name=name, dtype="float32")(pooled)
 
+    def stage_of(self, layer: str) -> int | None:
+        """Returns the stage of a layer, from 0 at the image, by its name; None: it belongs to the head, or to none.
+
+        `train.transfer` freezes stages, and slows the learning of the early ones.
+        """
+        return None
+
     def bgr_md5s(self) -> Collection[str]:
         """Returns the md5 of published weights files that read BGR."""
         return ()

@@ -193,6 +193,7 @@ def test_heads_without_a_plain_form_are_refused_by_the_name_of_the_layer():
         ("small_cnn", 16, "multi-label"),
         ("resnet9s", 16, "multi-class"),
         ("resnet50", 33, "multi-label"),
+        ("efficientnet_lite0", 64, "multi-class"),
     ],
 )
 def test_each_architecture_runs_by_onnx_and_answers_as_the_tape(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from cv_platform.config import EncoderConfig
-from cv_platform.encoders.efficientnet_lite import keras_model, write_onnx
+from cv_platform.encoders.efficientnet_lite import keras_feature_map, write_onnx
 from cv_platform.encoders.encoder import BATCH_IMAGES, PRETRAINED, Encoder, open_encoder, pretrained_weights
 from cv_platform.encoders.torch_file import read_state_dict
 from cv_platform.errors import EncoderError
@@ -46,9 +46,13 @@ def test_it_knows_what_photographs_show(home: Path) -> None:
 
 
 def test_keras_and_onnx_compute_the_same(lite0: Encoder) -> None:
+    import keras
+
     tensors = read_state_dict(pretrained_weights("lite0"))
     images = noise(4, 64)
-    network = keras_model(tensors, PRETRAINED["lite0"].repeats, (64, 64))
+    image = keras.Input((64, 64, 3))
+    feature_map = keras_feature_map(image, tensors, PRETRAINED["lite0"].repeats)
+    network = keras.Model(image, keras.layers.GlobalAveragePooling2D()(feature_map))
     np.testing.assert_allclose(network.predict(images, verbose=0), lite0.embed(images), atol=1e-4)
 
 

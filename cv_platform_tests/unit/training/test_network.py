@@ -31,7 +31,14 @@ def config(architecture: str = "resnet9s", px: int = 16, classes: int = 3, **cha
 
 @pytest.mark.parametrize(
     ("architecture", "px", "map_px"),
-    [("small_cnn", 8, 4), ("small_cnn", 16, 4), ("small_cnn", 50, 6), ("resnet9s", 16, 4), ("resnet50", 64, 2)],
+    [
+        ("small_cnn", 8, 4),
+        ("small_cnn", 16, 4),
+        ("small_cnn", 50, 6),
+        ("resnet9s", 16, 4),
+        ("resnet50", 64, 2),
+        ("efficientnet_lite0", 64, 2),
+    ],
 )
 def test_every_network_keeps_the_contract(architecture: str, px: int, map_px: int) -> None:
     network = build_model(config(architecture, px, dropout=0.1), seed=1)

@@ -398,6 +398,7 @@ def monitor_with(run: Any, folder: Path) -> TrainingMonitor:
         network,
         folder,
         train=experiment(train__epochs=3, train__init_lr=0.1).train,
+        epochs=3,
         images_per_epoch=10,
         state=None,
         on_epoch=lambda epoch: None,

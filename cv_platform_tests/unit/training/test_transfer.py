@@ -1,0 +1,169 @@
+"""Training that begins with a network that has learned from other images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cv_platform.config import ExperimentConfig, ModelConfig, TransferConfig
+from cv_platform.datasets.packing import open_split
+from cv_platform.errors import ConfigError, TrainingError
+from cv_platform.records import PackedImages
+from cv_platform.training.callbacks import TrainingMonitor
+from cv_platform.training.fitting import fit_model
+from cv_platform.training.network import build_model, feature_map_layer
+from cv_platform.training.transfer import fit_head, layer_rates
+from cv_platform_tests.support.tiny_training import experiment, pack_tiny
+
+# One worker: each would train the network anew.
+pytestmark = pytest.mark.xdist_group("transfer")
+
+LITE0 = {
+    "model__architecture": "efficientnet_lite0",
+    "model__input_size": {"h": 32, "w": 32},
+    "train__optimizer": "adamw",
+    "train__init_lr": 0.001,
+    "train__epochs": 2,
+    "train__transfer": {"freeze_until": 6},
+}
+
+
+class Interrupted(Exception):
+    """Stands for the kill of a process."""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedImages:
+    return pack_tiny(tmp_path_factory.mktemp("packed"), experiment(**LITE0))
+
+
+def fit(packed: PackedImages, config: ExperimentConfig, folder: Path):
+    folder.mkdir(exist_ok=True)
+    return fit_model(config, open_split(packed, "train"), open_split(packed, "valid"), folder=folder)
+
+
+def clouds(count: int, *, classes: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Returns features whose classes overlap, and one-hot targets."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    centres = np.random.default_rng(1).normal(0, 1.2, (classes, 8))
+    # Of different scales and places, as features are.
+    features = (rng.normal(0, 1, (count, 8)) + centres[labels]) * np.logspace(-2, 2, 8) + 3
+    return features.astype(np.float32), np.eye(classes, dtype=np.float32)[labels]
+
+
+def test_the_head_is_what_scikit_learn_finds_with_the_same_penalty() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    (features, targets), (valid, valid_targets) = (clouds(n, classes=4, seed=n) for n in (400, 300))
+    head = fit_head(features, targets, valid, valid_targets, "multi-class")
+
+    scaled, valid_scaled = ((x - features.mean(0)) / (features.std(0) + 1e-3) for x in (features, valid))
+    theirs = LogisticRegression(C=1 / (head.penalty * len(features)), max_iter=1000)
+    expected = theirs.fit(scaled, targets.argmax(1)).predict_proba(valid_scaled)
+    logits = valid @ head.kernel + head.bias
+    received = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(received, expected, atol=0.02)
+    assert head.accuracy == pytest.approx(theirs.score(scaled, targets.argmax(1)), abs=0.01)
+
+
+def test_the_penalty_is_strong_where_features_say_nothing_and_weak_where_they_say_all() -> None:
+    rng = np.random.default_rng(0)
+    noise, guesses = rng.normal(size=(120, 60)).astype(np.float32), np.eye(2, dtype=np.float32)[rng.integers(0, 2, 120)]
+    says_nothing = fit_head(noise[:60], guesses[:60], noise[60:], guesses[60:], "multi-class")
+    clear = np.concatenate([guesses * 3, noise[:, :4] * 0.1], axis=1).astype(np.float32)
+    says_all = fit_head(clear[:60], guesses[:60], clear[60:], guesses[60:], "multi-class")
+
+    assert says_nothing.penalty > 100 * says_all.penalty
+    assert says_all.accuracy == 1.0
+
+
+def test_a_head_of_several_labels_judges_each_by_itself_and_bears_one_that_never_occurs() -> None:
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 2, (200, 3)).astype(np.float32)
+    targets[:, 2] = 0
+    features = (targets @ rng.normal(size=(3, 6)) + rng.normal(0, 0.1, (200, 6))).astype(np.float32)
+    head = fit_head(features[:120], targets[:120], features[120:], targets[120:], "multi-label")
+
+    logits = features[120:] @ head.kernel + head.bias
+    assert ((logits > 0) == (targets[120:] > 0.5)).mean() > 0.99
+    assert (logits[:, 2] < 0).all()
+
+
+def test_frozen_stages_do_not_learn_and_early_ones_learn_slowly() -> None:
+    config = experiment(**LITE0).model
+    network = build_model(config, seed=1)
+    rates = layer_rates(network, config.architecture, TransferConfig(freeze_until=6, rate_decay=0.5))
+
+    frozen = {layer.name for layer in network.layers if layer.weights and not layer.trainable}
+    assert {"conv_stem", "blocks.10._project_conv"} <= frozen
+    assert not {"blocks.11._expand_conv", "conv_head", "logits"} & frozen
+    assert rates["conv_head/kernel"] == 1.0
+    assert rates["blocks.15._project_conv/kernel"] == 0.5
+    assert rates["blocks.11._expand_conv/bias"] == 0.25
+    assert "logits/kernel" not in rates
+
+
+@pytest.fixture(scope="module")
+def head_alone(packed: PackedImages, tmp_path_factory: pytest.TempPathFactory):
+    return fit(packed, experiment(**{**LITE0, "train__epochs": 0}), tmp_path_factory.mktemp("head"))
+
+
+def test_the_head_alone_is_a_model_on_the_features_of_the_package(packed: PackedImages, head_alone) -> None:
+    import keras
+
+    fresh = build_model(experiment(**LITE0).model, seed=9)
+    images = open_split(packed, "valid").images[:4]
+    maps = [keras.Model(net.input, feature_map_layer(net).output)(images) for net in (fresh, head_alone.network)]
+    np.testing.assert_array_equal(*maps)
+    assert head_alone.best_epoch == 1
+    assert {len(values) for values in head_alone.history.values()} == {1}
+    # One channel of its images is brighter: a linear head sees it.
+    assert head_alone.history["val_accuracy"] == [1.0]
+
+
+def test_a_killed_fine_tuning_goes_on_to_the_same_weights(
+    packed: PackedImages, head_alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, log = experiment(**LITE0), TrainingMonitor._log
+    whole = fit(packed, config, tmp_path / "whole")
+
+    def dying(self: TrainingMonitor, epoch: int, metrics: dict[str, float]) -> None:
+        log(self, epoch, metrics)
+        if epoch == 1:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingMonitor, "_log", dying)
+        with pytest.raises(Interrupted):
+            fit(packed, config, tmp_path / "killed")
+    resumed = fit(packed, config, tmp_path / "killed")
+
+    assert {len(values) for values in whole.history.values()} == {3}
+    assert whole.history["loss"][0] == pytest.approx(head_alone.history["loss"][0], rel=1e-4)
+    np.testing.assert_allclose(resumed.history["loss"], whole.history["loss"], rtol=1e-3)
+    for mine, theirs in zip(resumed.network.get_weights(), whole.network.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+    stem, head = (whole.network.get_layer(name).get_weights()[0] for name in ("conv_stem", "conv_head"))
+    np.testing.assert_array_equal(stem, head_alone.network.get_layer("conv_stem").get_weights()[0])
+    if whole.best_epoch > 1:
+        assert not np.array_equal(head, head_alone.network.get_layer("conv_head").get_weights()[0])
+
+
+def test_a_network_that_knows_nothing_cannot_be_left_as_it_is() -> None:
+    with pytest.raises(ConfigError, match="expected at least 1 for small_cnn"):
+        experiment(train__epochs=0)
+    assert experiment(train__epochs=0, train__transfer={}).transfer == TransferConfig()
+    assert experiment(**LITE0).transfer == TransferConfig(freeze_until=6)
+    assert experiment().transfer is None
+
+
+def test_lite0_refuses_images_that_leave_no_map() -> None:
+    small = ModelConfig.model_validate(
+        {**experiment().model.model_dump(), "architecture": "efficientnet_lite0", "input_size": {"h": 31, "w": 64}}
+    )
+    with pytest.raises(TrainingError, match=r"at least 32×32 for efficientnet_lite0.*Received: 31×64"):
+        build_model(small)
