@@ -28,7 +28,7 @@ RUN apt-get update \
 COPY --from=packages /opt/venv /opt/venv
 COPY docker/cv-platform /usr/local/bin/cv-platform
 COPY docker/health /app/docker/health
-COPY dagster.yaml workspace.yaml /app/
+COPY bentofile.yaml dagster.yaml workspace.yaml /app/
 COPY bentos /app/bentos
 COPY cv_platform /app/cv_platform
 RUN /opt/venv/bin/python -m compileall -q /app/cv_platform /app/bentos

@@ -16,6 +16,7 @@ what serves is imported in workers alone. https://docs.bentoml.com/en/latest/bui
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,11 @@ from cv_platform.serving.telemetry.log_format import configure_logging
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 
+if __name__ == "service" and sys.argv[1:2] == ["build"]:  # Without a bentofile BentoML takes this folder alone.
+    raise ImportError(
+        "Expected a build of the whole service. Received: one of this folder, which lacks cv_platform. Run "
+        "`bentoml build` at the top of the checkout, or `bentoml build -f ../../bentofile.yaml ../..` here."
+    )
 _settings = Settings.from_environment()
 configure_logging(_settings)
 # Without these no worker could start, and each would be started again and again.

@@ -54,7 +54,8 @@ def build_bento(folder: Path, metadata: BundleMetadata, *, bentoml_home: Path, s
         folder: the bundle's files, see `CentralStorage.fetch_bundle`.
         metadata: the bundle's metadata.
         bentoml_home: Bento store, made when it is missing. One server per home: they share its metrics folder.
-        source: folder that holds `bentos/image_classifier`; by default the one that holds `cv_platform`.
+        source: folder that holds `bentofile.yaml` and `bentos/image_classifier`; by default the one that holds
+            `cv_platform`.
 
     Raises:
         ExportError: the sources are not there, or BentoML refuses the build; with the end of its output.
@@ -117,8 +118,7 @@ def write_build_context(context: Path, folder: Path, metadata: BundleMetadata, *
         leftover.unlink()
     # A regular package, or that of an installed checkout would be imported instead, wherever it stands in sys.path.
     (context / BENTO_FOLDER.parts[0] / "__init__.py").touch()
-    # BentoML looks for it at the top of the context; its paths are relative to there.
-    shutil.move(context / BENTO_FOLDER / "bentofile.yaml", context / "bentofile.yaml")
+    shutil.copyfile(source / "bentofile.yaml", context / "bentofile.yaml")
     bundled = context / BENTO_FOLDER / BUNDLED_FOLDER
     write_fallback(folder, metadata, bundled)
     (bundled / ".lock").unlink(missing_ok=True)

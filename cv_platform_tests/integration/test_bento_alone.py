@@ -8,9 +8,13 @@ import subprocess
 import sys
 import venv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import bentoml
 import cv2
 import httpx
 import numpy as np
@@ -19,7 +23,18 @@ import pytest
 from cv_platform.deployment.bento import build_bento
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.serving.model.runtime import load_folder
-from cv_platform_tests.support.tiny_models import CLASS_NAMES, TinyExport, export_tiny, tiny_images, tiny_metadata
+from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.support.app_fixtures import spooled_at
+from cv_platform_tests.support.http_client import png
+from cv_platform_tests.support.tiny_models import (
+    CLASS_NAMES,
+    MODEL_NAME,
+    TinyExport,
+    export_tiny,
+    publish_tiny,
+    tiny_images,
+    tiny_metadata,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.xdist_group("bento_alone"), pytest.mark.timeout(300)]
@@ -68,14 +83,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return Alone(export, python, bare_environment(folder), tag, folder)
 
 
-@pytest.fixture(scope="module")
-def url(alone: Alone) -> Iterator[str]:
+@contextmanager
+def serving(alone: Alone, tag: str, **variables: str) -> Iterator[str]:
+    """Serves a Bento by its tag, as its user would, and yields the address."""
     port, log = free_port(), alone.folder / "service.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [str(alone.python), "-m", "bentoml", "serve", alone.tag, "--host", "127.0.0.1", "--port", str(port)],
+            [str(alone.python), "-m", "bentoml", "serve", tag, "--host", "127.0.0.1", "--port", str(port)],
             cwd=alone.environment["HOME"],
-            env=alone.environment,
+            env={**alone.environment, **variables},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -91,6 +107,12 @@ def url(alone: Alone) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def url(alone: Alone) -> Iterator[str]:
+    with serving(alone, alone.tag) as url:
+        yield url
 
 
 def test_its_environment_holds_no_framework_of_training(alone: Alone) -> None:
@@ -121,3 +143,30 @@ def test_it_answers_as_the_model_that_was_exported(alone: Alone, url: str) -> No
             np.testing.assert_allclose([body["prediction"][name] for name in CLASS_NAMES], expected, atol=1e-6)
             assert body["predicted_class"] == CLASS_NAMES[int(expected.argmax())]
             assert body["overlaid_img"]
+
+
+def test_built_by_hand_it_serves_what_storage_names_and_logs_it(alone: Alone) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bentoml", "build", "-f", "../../bentofile.yaml", "../..", "--output", "tag"],
+        cwd=REPOSITORY / "bentos" / "image_classifier",
+        env={**os.environ, "BENTOML_HOME": alone.environment["BENTOML_HOME"], "CV_HOME": alone.environment["CV_HOME"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tag = done.stdout.strip().splitlines()[-1].removeprefix("__tag__:")
+    assert tag.startswith("image_classifier:")
+    storage, home = CentralStorage(alone.folder / "storage"), alone.folder / "by_hand"
+    metadata = publish_tiny(storage, alone.export)
+    storage.write_pointer(
+        "image_classifier",
+        ProductionPointer(model_name=MODEL_NAME, version=metadata.version, since_utc=datetime.now(UTC)),
+    )
+    image = alone.folder / "image.png"
+    image.write_bytes(png(tiny_images(1, seed=6)[0]))
+    with serving(alone, tag, CV_HOME=str(home), CV_STORAGE=str(alone.folder / "storage")) as url:
+        client: Any = bentoml.SyncHTTPClient(url)
+        with client:
+            answer = client.predict(file=image, explain="none")
+        assert answer["model_version"] == metadata.version
+        assert answer["prediction_id"] in {record.get("prediction_id") for record in spooled_at(home)}

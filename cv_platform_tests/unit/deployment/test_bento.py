@@ -1,4 +1,5 @@
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,9 @@ def test_build_context_holds_what_serving_ships_and_nothing_else(context: Path):
     }
     bentofile = yaml.safe_load((context / "bentofile.yaml").read_text())
     assert (context / bentofile["python"]["requirements_txt"]).is_file()
+    # By hand, in a checkout, the same files are taken.
+    included = {path.strip("/").removeprefix("cv_platform/") for path in bentofile["include"]}
+    assert included == {*SHIPPED, "bentos"}
 
 
 def test_shipped_files_import_only_shipped_files_of_the_package(context: Path):
@@ -95,6 +99,19 @@ def test_requirements_cover_what_the_service_imports(context: Path):
     assert needed <= pinned
 
 
+def test_a_build_of_the_services_folder_alone_says_what_to_do(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bentoml", "build"],
+        cwd=REPOSITORY / "bentos" / "image_classifier",
+        env={**os.environ, "BENTOML_HOME": str(tmp_path), "CV_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "bentoml build -f ../../bentofile.yaml ../.." in done.stdout + done.stderr
+
+
 def test_sources_that_are_not_there_are_named(tmp_path: Path, tiny_export: TinyExport):
     with pytest.raises(ExportError, match=r"bentos.image_classifier.*checkout"):
         build_bento(tiny_export.folder, tiny_metadata(), bentoml_home=tmp_path / "bentoml", source=tmp_path)
@@ -103,7 +120,7 @@ def test_sources_that_are_not_there_are_named(tmp_path: Path, tiny_export: TinyE
 def test_a_build_that_fails_shows_the_end_of_its_output(tmp_path: Path, tiny_export: TinyExport):
     folder = tmp_path / "bentos" / "image_classifier"
     folder.mkdir(parents=True)
-    (folder / "bentofile.yaml").write_text("service: bentos.image_classifier.service:ImageClassifier\n")
+    (tmp_path / "bentofile.yaml").write_text("service: bentos.image_classifier.service:ImageClassifier\n")
     (folder / "service.py").write_text("raise RuntimeError('this service is broken')\n")
     with pytest.raises(ExportError, match="this service is broken"):
         build_bento(tiny_export.folder, tiny_metadata(), bentoml_home=tmp_path / "bentoml", source=tmp_path)
