@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, SerializationInfo, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    ValidationInfo,
+)
 from typing_extensions import override
 
 from cv_platform.config import ClassifierType
@@ -620,7 +629,8 @@ class DriftReport(Record):
         late_rows: of them, those that were answered before it, and reached the log in it.
         rows: of them, those that were judged.
         unusable_rows: read but left out, because an embedding is not finite or of another width.
-        is_truncated: only the latest `monitor.max_samples` were read.
+        repeated_rows: of the requests, those whose upload had been sent in the window before.
+        is_sampled: `monitor.max_samples` were drawn from more, each with the same chance.
         reference_rows: rows of the reference.
         verdict: "drift" when an adjusted p-value is at most `alpha`; "insufficient data" below `monitor.min_samples`.
         p_values, adjusted_p_values, statistics: per detector, see `drift.verdict`; empty without a verdict.
@@ -650,7 +660,9 @@ class DriftReport(Record):
     late_rows: int = 0
     rows: int
     unusable_rows: int
-    is_truncated: bool
+    repeated_rows: int = 0
+    # Reports of earlier versions have the latest rows, and another name for it.
+    is_sampled: bool = Field(validation_alias=AliasChoices("is_sampled", "is_truncated"))
     reference_rows: int
     verdict: ReportVerdict = "insufficient data"
     alpha: float

@@ -45,7 +45,12 @@ class MonitorConfig(Section):
         "least 40 images, is held against it",
     )
     min_samples: int = Field(default=100, ge=20, description="fewer requests give the verdict 'insufficient data'")
-    max_samples: int = Field(default=5000, ge=100, description="the latest rows of the window that are read")
+    max_samples: int = Field(
+        default=5000, ge=100, description="largest number of rows that are judged; of more, a seeded uniform sample"
+    )
+    repeats: Literal["once", "all"] = Field(
+        default="once", description="an upload that is sent again and again in a window is judged once, or each time"
+    )
     min_feedback: int = Field(
         default=30, ge=10, description="production_metrics: fewer predictions with feedback are not judged"
     )

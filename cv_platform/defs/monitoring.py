@@ -9,7 +9,7 @@ from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.records import Deployment, DriftReport, ModelIdentity, ProductionMetrics
 
-JUDGING = ("alpha", "min_samples", "max_samples", "permutations", "max_reference_rows", "seed")
+JUDGING = ("alpha", "min_samples", "max_samples", "repeats", "permutations", "max_reference_rows", "seed")
 """Fields of `monitor` that decide the verdict on given requests; the others say when, and on which."""
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from sqlalchemy import Engine, select
 from sqlalchemy.dialects.postgresql import insert
 
-from cv_platform.config import ClassifierType, ExperimentConfig
+from cv_platform.config import ClassifierType, ExperimentConfig, MonitorConfig
 from cv_platform.database.schema import drift_reports
 from cv_platform.drift.accuracy import estimate_accuracy
 from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
@@ -102,7 +102,7 @@ def make_drift_report(
     reference = read_reference(
         reference_path, **identity, preprocessing_hash=facts.preprocessing_hash, encoder_hash=facts.encoder_hash
     )
-    window = read_window(engine, model, bounds, max_rows=monitor.max_samples)
+    window = read_window(engine, model, bounds, monitor)
     report = DriftReport(
         report_id=_report_id(config.name, model, bounds),
         experiment=config.name,
@@ -114,11 +114,12 @@ def make_drift_report(
         late_rows=window.late,
         rows=len(window.rows),
         unusable_rows=window.unusable,
-        is_truncated=window.is_truncated,
+        repeated_rows=window.repeats,
+        is_sampled=window.is_sampled,
         reference_rows=len(reference),
         alpha=monitor.alpha,
         min_samples=monitor.min_samples,
-        problems=_window_problems(window),
+        problems=_window_problems(window, monitor),
     )
     if window.sample is not None:
         class_names = read_identity(reference_path).class_names
@@ -304,24 +305,22 @@ def _model_facts(storage: CentralStorage, config: ExperimentConfig, model: Model
     return _ModelFacts(metadata.classifier_type, metadata.threshold, metadata.preprocessing_hash, metadata.encoder_hash)
 
 
-def _window_problems(window: Window) -> tuple[str, ...]:
+def _window_problems(window: Window, monitor: MonitorConfig) -> tuple[str, ...]:
     problems: list[str] = []
     if window.unusable:
         problems.append(
             f"{window.unusable} requests were left out: their embeddings are not finite or of another width. "
             "A model that answers so is broken, or another program writes to the request log."
         )
-    uploads = window.rows["image_sha256"].dropna()
-    repeated = int(uploads.duplicated().sum())
-    if repeated > _MOST_REPEATED * len(window.rows):
+    if window.repeats > _MOST_REPEATED * window.requests:
+        tests = "The tests take requests as independent: "
         problems.append(
-            f"{repeated} of {len(window.rows)} requests repeat an upload of the window. The tests take requests as "
-            "independent: a client that sends an image again and again can look like drift."
-        )
-    if window.is_truncated:
-        problems.append(
-            f"The window has {window.requests} requests; the latest {len(window.rows)} were judged "
-            "(monitor.max_samples)."
+            f"{window.repeats} of {window.requests} requests repeat an upload of the window. {tests}"
+            + (
+                "each upload was judged once (monitor.repeats)."
+                if monitor.repeats == "once"
+                else "a client that sends an image again and again can look like drift (monitor.repeats: once)."
+            )
         )
     return tuple(problems)
 

@@ -1,8 +1,12 @@
-"""The current window: the requests of one model version between two moments in UTC, the newest if they are too many.
+"""The current window: the requests of one model version between two moments in UTC, a seeded sample if they are many.
 
 Bounds are half-open, [start, end), so that two adjacent windows share no row and lose none: on `created_on`, when a
 request was answered, or on `logged_on`, when it reached the database. By the latter, a row that an outage has kept in a
 spool is in the window in which it came, and counted there as late; a window that is over never changes.
+
+The sample is drawn by a hash of the prediction's id, so that every request of the window has the same chance, the quiet
+night's as the busy hour's, and a retry reads the same rows. The tests take requests as independent of each other: of an
+upload that was sent again and again, the first request stands for all, unless `monitor.repeats` says otherwise.
 
 Only the columns that the report needs are read; images are fetched later, by sha256, for the few that are shown.
 """
@@ -19,7 +23,7 @@ from uuid import UUID
 
 import numpy as np
 import pandas as pd
-from sqlalchemy import ColumnElement, Connection, Engine, func, select, text
+from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, func, select, text
 
 from cv_platform.config import ExperimentConfig, MonitorConfig
 from cv_platform.database.schema import api_log, feedback, images, predictions
@@ -75,7 +79,8 @@ class Window:
         rows: a row per row of `sample`, in order of time: prediction_id, created_on, predicted_class, image_sha256.
         requests: answered requests in the window, read or not.
         late: of them, those that were answered before it.
-        is_truncated: older requests of the window were left out, because there are more than the limit.
+        repeats: of them, those whose upload had been sent in the window before.
+        is_sampled: not all were read that might have been, because there are more than the limit.
         unusable: rows read but left out: an embedding is not finite, or has another width than the others.
     """
 
@@ -83,7 +88,8 @@ class Window:
     rows: pd.DataFrame
     requests: int
     late: int
-    is_truncated: bool
+    repeats: int
+    is_sampled: bool
     unusable: int
 
 
@@ -148,8 +154,14 @@ def monitored_since(experiments: Iterable[ExperimentConfig], now: datetime) -> d
     return {config.name: window_bounds(config.monitor, now).start for config in experiments}
 
 
-def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, *, max_rows: int) -> Window:
-    """Reads the latest `max_rows` answered requests of one model version in the window.
+def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, monitor: MonitorConfig) -> Window:
+    """Reads the answered requests of one model version in the window, `monitor.max_samples` of them at most.
+
+    Args:
+        engine: of the request log.
+        model: whose requests.
+        bounds: of the window.
+        monitor: `repeats`, `max_samples`, and the `seed` of the sample.
 
     Raises:
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
@@ -157,18 +169,25 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, *, m
     inside = (
         (predictions.c.model_name == model.model_name) & (predictions.c.model_version == model.version) & bounds.holds()
     )
-    columns = [predictions.c[name] for name in (*_ROW_COLUMNS, *_VECTORS)]
-    latest = (
-        select(*columns)
-        .where(inside)
-        # The id breaks ties: a limit over an order with ties would take other rows at each run.
-        .order_by(predictions.c.created_on.desc(), predictions.c.prediction_id.desc())
-        .limit(max_rows)
+    name = cast(predictions.c.prediction_id, Text)
+    order = [predictions.c.created_on, predictions.c.prediction_id]
+    # Without a kept upload, each request stands for itself.
+    nth = func.row_number().over(partition_by=func.coalesce(predictions.c.image_sha256, name), order_by=order)
+    request = select(predictions.c.prediction_id, bounds.is_late().label("is_late"), nth.label("nth")).where(inside)
+    request = request.subquery()
+    counts = select(
+        func.count(), func.count().filter(request.c.is_late), func.count().filter(request.c.nth > 1)
+    ).select_from(request)
+    chosen = select(request.c.prediction_id).order_by(
+        func.hashtextextended(cast(request.c.prediction_id, Text), monitor.seed), request.c.prediction_id
     )
-    counts = select(func.count(), func.count().filter(bounds.is_late())).select_from(predictions).where(inside)
+    if monitor.repeats == "once":
+        chosen = chosen.where(request.c.nth == 1)
+    columns = [predictions.c[name] for name in (*_ROW_COLUMNS, *_VECTORS)]
+    rows = select(*columns).where(predictions.c.prediction_id.in_(chosen.limit(monitor.max_samples))).order_by(*order)
     with bounds.snapshot(engine) as connection:
-        requests, late = connection.execute(counts).one()
-        records = [tuple(record) for record in reversed(connection.execute(latest).all())]
+        requests, late, repeats = connection.execute(counts).one()
+        records = [tuple(record) for record in connection.execute(rows)]
     table = pd.DataFrame(records, columns=pd.Index([column.name for column in columns]))
     sample, kept = _sample(table)
     return Window(
@@ -176,7 +195,8 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, *, m
         rows=table.loc[kept, list(_ROW_COLUMNS)].reset_index(drop=True),
         requests=int(requests),
         late=int(late),
-        is_truncated=int(requests) > max_rows,
+        repeats=int(repeats),
+        is_sampled=int(requests) - (int(repeats) if monitor.repeats == "once" else 0) > monitor.max_samples,
         unusable=len(table) - int(kept.sum()),
     )
 

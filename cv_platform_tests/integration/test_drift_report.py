@@ -248,7 +248,7 @@ def test_the_report_is_kept_when_evidently_is_away(installation: Installation) -
     assert len(installation.stored()) == 1
 
 
-def test_one_upload_sent_again_and_again_is_shown_once_and_mentioned(installation: Installation) -> None:
+def test_one_upload_sent_again_and_again_is_judged_once_and_mentioned(installation: Installation) -> None:
     rng = np.random.default_rng(1)
     sample = draw_sample(rng, 120)
     ids = installation.log(sample, upload=True)
@@ -258,4 +258,5 @@ def test_one_upload_sent_again_and_again_is_shown_once_and_mentioned(installatio
     report = installation.report()
     shown = [row["image_sha256"] for row in report.top_images]
     assert len(shown) == len(set(shown))
-    assert any("repeat an upload" in problem for problem in report.problems)
+    assert (report.requests, report.repeated_rows, report.rows) == (120, 59, 61)
+    assert any("59 of 120 requests repeat an upload" in problem for problem in report.problems)

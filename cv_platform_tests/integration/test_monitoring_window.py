@@ -5,11 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import numpy as np
 from sqlalchemy import Engine, event, insert, text
 
+from cv_platform.config import MonitorConfig
 from cv_platform.database.schema import feedback, images, predictions
 from cv_platform.monitoring.window import WindowBounds, read_feedback, read_images, read_window
 from cv_platform.records import ModelIdentity
@@ -17,6 +18,7 @@ from cv_platform_tests.support.waiting import wait_until
 
 START = datetime(2026, 2, 1, tzinfo=UTC)
 END = datetime(2026, 2, 8, tzinfo=UTC)
+MONITOR = ("max_samples", "repeats", "seed")
 MODEL = {"model_name": "m", "model_version": "v1"}
 
 
@@ -41,9 +43,9 @@ def log(engine: Engine, *rows: dict[str, Any]) -> None:
 
 
 def window(engine: Engine, **changes: Any):
-    settings = {"start": START, "end": END, "max_rows": 100, **changes}
-    max_rows = settings.pop("max_rows")
-    return read_window(engine, ModelIdentity(model_name="m", version="v1"), WindowBounds(**settings), max_rows=max_rows)
+    settings = {"start": START, "end": END, **changes}
+    monitor = MonitorConfig.model_construct(**{key: settings.pop(key) for key in MONITOR if key in settings})
+    return read_window(engine, ModelIdentity(model_name="m", version="v1"), WindowBounds(**settings), monitor)
 
 
 def test_takes_the_start_and_leaves_the_end_of_the_window(engine: Engine) -> None:
@@ -52,7 +54,7 @@ def test_takes_the_start_and_leaves_the_end_of_the_window(engine: Engine) -> Non
     found = window(engine)
     assert found.sample is not None
     assert found.sample.uae[:, 0].tolist() == [1.0, 2.0]
-    assert (found.requests, found.is_truncated, found.unusable) == (2, False, 0)
+    assert (found.requests, found.is_sampled, found.unusable) == (2, False, 0)
 
 
 def test_adjacent_windows_share_no_row_and_lose_none(engine: Engine) -> None:
@@ -117,20 +119,39 @@ def test_never_mixes_versions_or_models(engine: Engine) -> None:
     assert found.sample.uae[:, 0].tolist() == [1.0]
 
 
-def test_a_limit_keeps_the_latest_rows_in_order_of_time(engine: Engine) -> None:
-    order = np.random.default_rng(0).permutation(10)
-    log(engine, *(row(START + timedelta(minutes=int(i)), int(i)) for i in order))
-    found = window(engine, max_rows=4)
+def test_a_limit_draws_from_the_whole_window_in_order_of_time_and_the_same_at_a_retry(engine: Engine) -> None:
+    """The busy end of a window must not be all that is judged of it."""
+    quiet = [row(START + timedelta(minutes=i), i) for i in range(200)]
+    log(engine, *quiet, *(row(END - timedelta(seconds=i + 1), 1000 + i) for i in range(200)))
+    found, again, other = (window(engine, max_samples=100, seed=seed) for seed in (0, 0, 1))
     assert found.sample is not None
-    assert found.sample.uae[:, 0].tolist() == [6.0, 7.0, 8.0, 9.0]
+    drawn = found.sample.uae[:, 0]
+    # Of 400 requests, 100 are drawn: 50 of each half are expected, with a standard deviation of 4.3.
+    assert len(drawn) == 100
+    assert 25 < (drawn < 1000).sum() < 75
     assert found.rows["created_on"].is_monotonic_increasing
-    assert (found.requests, found.is_truncated) == (10, True)
+    assert (found.requests, found.is_sampled) == (400, True)
+    assert again.rows["prediction_id"].tolist() == found.rows["prediction_id"].tolist()
+    assert other.rows["prediction_id"].tolist() != found.rows["prediction_id"].tolist()
 
 
-def test_a_limit_between_equal_times_takes_the_same_rows_each_time(engine: Engine) -> None:
-    log(engine, *(row(START, i, prediction_id=UUID(int=i)) for i in np.random.default_rng(1).permutation(20).tolist()))
-    found = window(engine, max_rows=3)
-    assert found.rows["prediction_id"].tolist() == [UUID(int=17), UUID(int=18), UUID(int=19)]
+def test_an_upload_that_is_sent_again_and_again_is_judged_once(engine: Engine) -> None:
+    upload, another = "a" * 64, "b" * 64
+    with engine.begin() as connection:
+        for sha256 in (upload, another):
+            connection.execute(insert(images).values(sha256=sha256, content=b"x", media_type="image/png", bytes=1))
+    log(
+        engine,
+        *(row(START + timedelta(hours=i), i, image_sha256=upload) for i in range(5)),
+        row(START + timedelta(hours=2), 10, image_sha256=another),
+        *(row(START + timedelta(hours=i), 20 + i) for i in range(2)),  # Whose uploads were not kept.
+    )
+    once, every = window(engine), window(engine, repeats="all")
+    assert once.sample is not None
+    assert every.sample is not None
+    assert sorted(once.sample.uae[:, 0].tolist()) == [0.0, 10.0, 20.0, 21.0]
+    assert len(every.sample) == 8
+    assert [(found.requests, found.repeats, found.is_sampled) for found in (once, every)] == [(8, 4, False)] * 2
 
 
 def test_vectors_come_back_to_the_last_bit(engine: Engine) -> None:

@@ -26,7 +26,7 @@ def make_report(**changes: object) -> DriftReport:
         "requests": 30,
         "rows": 30,
         "unusable_rows": 0,
-        "is_truncated": False,
+        "is_sampled": False,
         "reference_rows": 200,
         "verdict": "insufficient data",
         "alpha": 0.05,
