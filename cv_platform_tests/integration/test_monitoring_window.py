@@ -144,7 +144,7 @@ def test_an_upload_that_is_sent_again_and_again_is_judged_once(engine: Engine) -
         engine,
         *(row(START + timedelta(hours=i), i, image_sha256=upload) for i in range(5)),
         row(START + timedelta(hours=2), 10, image_sha256=another),
-        *(row(START + timedelta(hours=i), 20 + i) for i in range(2)),  # Whose uploads were not kept.
+        *(row(START + timedelta(hours=i), 20 + i, image_sha256=None) for i in range(2)),  # Whose uploads were not kept.
     )
     once, every = window(engine), window(engine, repeats="all")
     assert once.sample is not None
