@@ -17,6 +17,7 @@ BENCHMARKS = {
     "training-input": "benchmarks.bench_training_input",
     "serving": "benchmarks.bench_serving",
     "runtime": "benchmarks.bench_runtime",
+    "drain": "benchmarks.bench_drain",
     "startup": "benchmarks.bench_startup",
     "gate": "benchmarks.bench_gate",
 }

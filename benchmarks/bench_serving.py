@@ -2,23 +2,22 @@
 
 Four comparisons, each of alternatives that take turns: the original's replica against the service (`bench_predict`),
 the service against decoding and the combined call alone (`ceiling`), the service with its request log against one
-without (`unlogged_service`), and the drainer. Networks have random weights where nothing was trained: the speed does
-not depend on what was learnt. `bench_runtime` compares the runtimes.
+without (`unlogged_service`), and the drainer against a bare COPY (`bench_drain`). Networks have random weights where
+nothing was trained: the speed does not depend on what was learnt. `bench_runtime` compares the runtimes.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from sqlalchemy import create_engine, text
 
-from benchmarks import bench_predict
+from benchmarks import bench_drain, bench_predict
 from benchmarks.ceiling import CeilingPlan, in_process_ceiling
-from benchmarks.drain_rate import ROWS, draining
 from benchmarks.harness import (
     Alternative,
     Check,
@@ -54,7 +53,6 @@ LEAST_RATIO = {1: 45.0, 8: 60.0}
 MOST_TAIL = 3.0
 LEAST_SHARE = 0.9
 MOST_LOGGING = 1.1
-LEAST_ROWS = 5_000.0
 
 
 def run(options: Options) -> Report:
@@ -75,6 +73,11 @@ def run(options: Options) -> Report:
             observations |= found
             ratios += compared
             checks += judged
+    options.say("the drainer …")
+    drained = bench_drain.run(options)
+    observations |= drained.observations
+    ratios += drained.ratios
+    checks += drained.checks
     notes.append("resnet50 and the networks behind the ceiling and the log's cost have random weights")
     return Report(
         name="serving",
@@ -83,7 +86,7 @@ def run(options: Options) -> Report:
         started_utc=clock.started_utc,
         seconds=clock.seconds,
         machine=machine_line(bench_predict.LIBRARIES),
-        settings={**report.settings, "drained_rows": ROWS, "ceiling_concurrency": CEILING_CONCURRENCY},
+        settings={**report.settings, "drained_rows": bench_drain.ROWS, "ceiling_concurrency": CEILING_CONCURRENCY},
         observations=observations,
         ratios=ratios,
         checks=checks,
@@ -187,12 +190,12 @@ def _against_ceiling(options: Options, scratch: Path) -> Part:
 
 
 def _log_on_and_off(options: Options, scratch: Path) -> Part:
-    """Two services of the same model, one of which keeps no log; then the drainer alone, on the same database."""
-    from cv_platform.database.connection import database_url, make_engine
+    """Two services of the same model, one of which keeps no log."""
+    from cv_platform.database.connection import database_url
     from cv_platform.database.migrate import migrate
 
     images = write_uploads(options.uploads, scratch / "uploads", count=bench_predict.UPLOADS, seed=options.seed)
-    logged, place = _installation(scratch, "logged")
+    logged = _installation(scratch, "logged")[0]
     homes = {"log on": logged, "log off": _installation(scratch, "unlogged")[0]}
     observations: dict[str, list[Observation]] = {}
     with database_url(logged) as url:
@@ -232,11 +235,6 @@ def _log_on_and_off(options: Options, scratch: Path) -> Part:
                 _require_log_of(url, answered)
             for name, taken in found.items():
                 observations.setdefault(name, []).extend(taken)
-        engine = make_engine(url)
-        observations |= measure_interleaved(
-            [Alternative("drain, rows", draining(url, place))], rounds=options.rounds, say=options.say
-        )
-        engine.dispose()
     ratios: list[Ratio] = []
     checks: list[Check] = []
     for concurrency, _, _ in LOG_LOADS:
@@ -253,7 +251,7 @@ def _log_on_and_off(options: Options, scratch: Path) -> Part:
                 held=ratio.median <= MOST_LOGGING,
             )
         )
-    return observations, ratios, [*checks, _drain_check(observations["drain, rows"])]
+    return observations, ratios, checks
 
 
 def _installation(scratch: Path, name: str) -> tuple[Settings, Path]:
@@ -284,17 +282,6 @@ def _require_log_of(url: str, answered: Mapping[str, int]) -> None:
 
 def _model_of(name: str) -> str:
     return f"{name.replace(' ', '_')}_classifier"
-
-
-def _drain_check(observations: Sequence[Observation]) -> Check:
-    rates = [found.units / found.wall_seconds for found in observations]
-    rate = statistics.median(rates)
-    return Check(
-        what="rows per second from the spool to PostgreSQL, without images",
-        expected=f"≥ {LEAST_ROWS:,.0f}",
-        received=f"{rate:,.0f} ({min(rates):,.0f}–{max(rates):,.0f}, {len(rates)} rounds)",
-        held=rate >= LEAST_ROWS,
-    )
 
 
 def _interval(ratio: Ratio) -> str:

@@ -8,10 +8,12 @@ https://www.postgresql.org/docs/17/sql-copy.html, "Binary Format"; each type's f
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from io import BytesIO
+from io import BufferedIOBase
+from itertools import chain
 from typing import Any
 from uuid import UUID
 
@@ -76,7 +78,7 @@ def written_columns(table: Table) -> tuple[str, ...]:
 
 
 def row_encoder(table: Table, columns: Sequence[str]) -> Callable[[Mapping[str, Any]], bytes]:
-    """Returns a function from a row (by column name; missing is null) to its bytes, to be joined by `copy_stream`.
+    """Returns a function from a row (by column name; missing is null) to its bytes, for a `CopyStream`.
 
     Values: `str` for text and jsonb, `UUID`, aware `datetime`, `bytes`, `(n,)` arrays for real[], and plain numbers.
     """
@@ -100,6 +102,28 @@ def row_encoder(table: Table, columns: Sequence[str]) -> Callable[[Mapping[str, 
     return encode_row
 
 
-def copy_stream(rows: Iterable[bytes]) -> BytesIO:
-    """Returns encoded rows as the file that `COPY … FROM STDIN WITH (FORMAT binary)` reads."""
-    return BytesIO(b"".join([HEADER, *rows, _TRAILER]))
+class CopyStream(BufferedIOBase):
+    """Encoded rows as the file that `COPY … FROM STDIN WITH (FORMAT binary)` reads.
+
+    Rows are made as they are read, while the server works on those before.
+
+    Attributes:
+        error: what stopped the rows, of which psycopg 2 raises the text only, as `QueryCanceled`.
+    """
+
+    def __init__(self, rows: Iterable[bytes]) -> None:
+        self._parts = chain([HEADER], rows, [_TRAILER])
+        self.error: Exception | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Returns the next whole rows, of at least `size` bytes together (-1: all); nothing after the last one."""
+        taken, length = list[bytes](), 0
+        least = math.inf if size is None or size < 0 else size
+        try:
+            while length < least and (part := next(self._parts, None)) is not None:
+                taken.append(part)
+                length += len(part)
+        except Exception as err:
+            self.error = err
+            raise
+        return b"".join(taken)

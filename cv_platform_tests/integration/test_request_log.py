@@ -186,7 +186,7 @@ def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine
     drainer.start()
     assert drainer.wait_until_drained(WAIT_SECONDS)
     assert count(engine, "predictions") == 1
-    assert "JSONDecodeError" in spool.rejected()[0].reason
+    assert "Invalid JSON" in spool.rejected()[0].reason
     drainer.close()
     spool.close()
 
@@ -280,7 +280,7 @@ from cv_platform.serving.log.spool import Spool
 from cv_platform_tests.support.log_entries import answered
 from cv_platform.serving.log.entry import FeedbackEntry
 class DiesBeforeDeleting(Spool):
-    def delete(self, rows):
+    def begin_delete(self, rows):
         os.kill(os.getpid(), signal.SIGKILL)
 spool = DiesBeforeDeleting(Path(sys.argv[1]))
 for _ in range(5):

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, Table, event, func, insert, select
 
 from cv_platform.cli import main
 from cv_platform.config import parse_experiment
-from cv_platform.database.binary_copy import copy_stream, row_encoder, written_columns
+from cv_platform.database.binary_copy import CopyStream, row_encoder, written_columns
 from cv_platform.database.retention import Retention, delete_expired
 from cv_platform.database.schema import api_log, deletions, drift_reports, feedback, images, predictions
 from cv_platform.defs.io_managers import RecordIOManager
@@ -260,7 +260,7 @@ def copy_in(engine: Engine, table: Table, rows: Iterable[dict[str, Any]]) -> Non
     connection = engine.raw_connection()
     try:
         with connection.cursor() as cursor:
-            stream = copy_stream(map(encode, rows))
+            stream = CopyStream(map(encode, rows))
             cursor.copy_expert(f"COPY {table.name} ({', '.join(columns)}) FROM STDIN WITH (FORMAT binary)", stream)
         connection.commit()
     finally:

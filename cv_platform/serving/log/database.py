@@ -18,7 +18,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from cv_platform.database.connection import make_engine, normalise_url, typed_error
 from cv_platform.errors import DatabaseError
 from cv_platform.serving.log.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
-from cv_platform.serving.log.tables import Cursor, check_revision, prepare_session, write_entries
+from cv_platform.serving.log.tables import Cursor, check_revision, write_entries
 
 _STATEMENT_SECONDS = 120.0
 _POISON_CLASSES = frozenset({"21", "22", "23", "54", "P0"})
@@ -50,8 +50,8 @@ class LogDatabase:
         connection = self._engine.raw_connection()
         try:
             with _cursor(connection) as cursor:
-                prepare_session(cursor)
-            connection.commit()
+                check_revision(cursor)
+            connection.rollback()
         except BaseException:
             connection.invalidate()
             raise

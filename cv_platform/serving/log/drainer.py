@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BATCH_ROWS = 1000
+_BATCH_ROWS = 4000
 _LINGER_SECONDS = 0.5
 """After an append, and after each batch that was not full: gathers the next entries into one transaction. Under load a
 transaction for each few rows would take the processor from the predictions."""
@@ -199,6 +199,7 @@ class Drainer:
             logger.info("An entry was deleted on its way to the database; the batch is read again.")
             return True
         if are_all:
+            spool.finish_delete()
             spool.shrink()
         return not are_all
 
@@ -234,7 +235,7 @@ class Drainer:
         ) from refused
 
     def _forget(self, spool: Spool, rows: Sequence[SpoolRow]) -> None:
-        spool.delete(rows)
+        spool.begin_delete(rows)
         self._drained_rows += len(rows)
 
     def _write_or_halve(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:

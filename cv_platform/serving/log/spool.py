@@ -59,6 +59,7 @@ _DELETED_BYTES = 2 * 1024 * 1024
 which must have room in the reserve when the disk is full."""
 _ENTRY_BYTES = 4096
 """Of an entry, beside its upload and map."""
+_GONE = object()
 _SHARING_SECONDS = 0.01
 """How long a busy worker's entry waits for others to share its transaction: each one costs more than an entry, but with
 too many of them so many answers would leave at once that the threads which predict would have to wait for requests."""
@@ -83,6 +84,7 @@ class SpoolRow(NamedTuple):
     id: int
     entry_id: str
     kind: str
+    prediction_id: str | None
     record: str
     vectors: bytes
     image_sha256: str | None
@@ -157,6 +159,8 @@ class Spool:
         self._room = Room(path, limits)
         self._timeout = append_timeout_seconds
         self._listener: Callable[[], None] = lambda: None
+        self._leaving: tuple[Future[None], int] | None = None
+        """Entries that are being deleted, up to an id; for the thread that reads batches."""
         self._read_lock = threading.Lock()
         writing = None
         try:
@@ -248,14 +252,17 @@ class Spool:
     def read_batch(self, max_rows: int, max_image_bytes: int) -> SpoolBatch:
         """Returns the oldest settled entries, with uploads of at most `max_image_bytes` in all, but at least one entry.
 
-        Those that are not settled, or not as they were settled (`write_outcomes`), count as not there.
+        Those that are not settled, or not as they were settled (`write_outcomes`), count as not there. While some are
+        being deleted (`begin_delete`), so do all before them.
         """
+        after = self._leaving[1] if self._leaving else 0
         unsettled = self._outcomes.unsettled.copy()  # First: what is added later must not be in what is read.
         with self._reader() as connection:
             rows = connection.execute(
-                "SELECT e.id, e.entry_id, e.kind, e.record, e.vectors, e.image_sha256, coalesce(i.bytes, 0) "
-                "FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 ORDER BY e.id LIMIT ?",
-                (max_rows + 1,),
+                "SELECT e.id, e.entry_id, e.kind, e.prediction_id, e.record, e.vectors, e.image_sha256, "
+                "coalesce(i.bytes, 0) FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 "
+                "WHERE e.id > ? ORDER BY e.id LIMIT ?",
+                (after, max_rows + 1),
             ).fetchall()
         unsettled |= self._outcomes.unsettled
         settled = [row for row in map(SpoolRow._make, rows) if row.entry_id not in unsettled]
@@ -275,9 +282,9 @@ class Spool:
         """Returns whether the entries are as they were read: a deletion may have stripped one since."""
         span = (rows[0].id, rows[-1].id)
         with self._reader() as connection:
-            query = "SELECT id, record, image_sha256 FROM entries WHERE id BETWEEN ? AND ?"
-            found = {number: rest for number, *rest in connection.execute(query, span)}
-        return all(found.get(row.id) == [row.record, row.image_sha256] for row in rows)
+            query = "SELECT id, prediction_id FROM entries WHERE id BETWEEN ? AND ?"
+            found = dict(connection.execute(query, span).fetchall())
+        return all(found.get(row.id, _GONE) == row.prediction_id for row in rows)
 
     def read_image(self, sha256: str) -> tuple[bytes, str, str] | None:
         """Returns an upload's content, media type and time of first reception (ISO 8601)."""
@@ -287,9 +294,42 @@ class Spool:
             ).fetchone()
 
     def delete(self, rows: Sequence[SpoolRow]) -> None:
-        """Forgets entries that the database has, and uploads that no other entry needs."""
-        for ids in _parts(rows):
-            self._wait_for(self._writer.submit(functools.partial(_delete, ids)))
+        """Forgets entries, and uploads that no other entry needs."""
+        self.begin_delete(rows)
+        self.finish_delete()
+
+    def begin_delete(self, rows: Sequence[SpoolRow]) -> None:
+        """As `delete`, but returns before it is done; `finish_delete` waits, and so does the next one.
+
+        Raises:
+            SpoolFullError: as `finish_delete`, of those before.
+        """
+        self.finish_delete()
+        parts, done = _parts(rows), Future[None]()
+        self._leaving = done, rows[-1].id
+
+        def go_on(last: Future[None] | None = None) -> None:
+            try:
+                if last is not None:
+                    last.result()
+                if (ids := next(parts, None)) is None:
+                    done.set_result(None)
+                else:  # One after the other, as those that wait together share a transaction.
+                    self._writer.submit(functools.partial(_delete, ids)).add_done_callback(go_on)
+            except Exception as err:
+                done.set_exception(err)
+
+        go_on()
+
+    def finish_delete(self) -> None:
+        """Returns once the last deletion that was begun is on disk.
+
+        Raises:
+            SpoolFullError: the disk refuses it, or does not answer.
+        """
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            self._wait_for(leaving[0])
 
     def reject(self, row: SpoolRow, reason: str) -> None:
         """Puts an entry aside with the reason, until somebody has it tried again (`rejected_entries`)."""

@@ -1,7 +1,8 @@
 """Writes spooled entries to the tables of the request log, and reads a prediction back.
 
-A batch goes over by `COPY` into temporary tables and from there by `INSERT … ON CONFLICT DO NOTHING`, so that writing
-it twice is writing it once. The order is that of the foreign keys: images, predictions, api_log.
+A batch goes over by `COPY`, decoded while the server writes. Where the tables have some of its rows already, as after a
+crash, it goes by way of a temporary table and `INSERT … ON CONFLICT DO NOTHING`, so that writing it twice is writing it
+once. The order is that of the foreign keys: images, predictions, api_log.
 
 Feedback has none, as its prediction may come later, from another replica's spool. What comes too late for a deletion is
 dropped: of a prediction that was deleted, only the row of its request is written, and nothing that was said of it.
@@ -10,15 +11,17 @@ dropped: of a prediction that was deleted, only the row of its request is writte
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import tee
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import psycopg2.errors
 import psycopg2.extensions
 from sqlalchemy import Engine, Table, select
 
-from cv_platform.database.binary_copy import copy_stream, row_encoder, written_columns
+from cv_platform.database.binary_copy import CopyStream, row_encoder, written_columns
 from cv_platform.database.migrate import require_revision
 from cv_platform.database.schema import api_log, deletions, feedback, images, predictions
 from cv_platform.serving.log.deletion import DELETION_LOCK
@@ -29,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 Cursor = psycopg2.extensions.cursor
 ReadImage = Callable[[str], tuple[bytes, str, str] | None]
+
+
+_CHUNK_BYTES = 64 * 1024
+"""Of rows that are made while the server writes those before."""
 
 
 class _Load(NamedTuple):
@@ -51,22 +58,6 @@ _API_LOG = _load(api_log, "entry_id")
 _FEEDBACK = _load(feedback, "entry_id")
 
 
-def prepare_session(cursor: Cursor) -> None:
-    """Makes the session's temporary tables.
-
-    Raises:
-        SchemaMismatchError: the database has another revision than this version.
-        psycopg2.Error: the database refuses or is gone.
-    """
-    check_revision(cursor)
-    for load in (_IMAGES, _PREDICTIONS, _API_LOG, _FEEDBACK):
-        # A select makes a table without constraints: the target's own decide.
-        cursor.execute(
-            f"CREATE TEMPORARY TABLE incoming_{load.table.name} ON COMMIT DELETE ROWS AS "
-            f"SELECT {', '.join(load.columns)} FROM {load.table.name} WITH NO DATA"
-        )
-
-
 def check_revision(cursor: Cursor) -> None:
     """Returns if the database has the tables of this version; a migration may come at any time.
 
@@ -81,7 +72,7 @@ def check_revision(cursor: Cursor) -> None:
     require_revision(_first_value(cursor))
 
 
-def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImage) -> None:
+def write_entries(cursor: Cursor, rows: Sequence[SpoolRow], read_image: ReadImage) -> None:
     """Writes entries, in the caller's transaction, which has to be rolled back after any error.
 
     Args:
@@ -95,31 +86,22 @@ def write_entries(cursor: Cursor, rows: Iterable[SpoolRow], read_image: ReadImag
         psycopg2.Error: the database refuses or is gone.
     """
     check_revision(cursor)
-    requests: list[dict[str, Any]] = []
-    answered: list[dict[str, Any]] = []
-    statements: list[dict[str, Any]] = []
-    for row in rows:
-        values = decode(row.record, row.vectors)
-        if row.kind == "feedback":
-            statements.append(values)
-            continue
-        requests.append(values)
-        if values["prediction_id"] is not None:
-            answered.append(values)
     # Before any row is locked: a deletion that has this lock may wait for those.
     cursor.execute("SELECT pg_advisory_xact_lock_shared(%s)", (DELETION_LOCK,))
-    deleted = _present(cursor, deletions, {values["prediction_id"] for values in (*answered, *statements)})
+    deleted = _present(cursor, deletions, {row.prediction_id for row in rows if row.prediction_id is not None})
     if deleted:
         logger.info("What is left of %d deleted predictions is dropped.", len(deleted))
-        statements = [values for values in statements if values["prediction_id"] not in deleted]
-        for values in answered:
-            if values["prediction_id"] in deleted:
-                values["prediction_id"] = None
-        answered = [values for values in answered if values["prediction_id"] is not None]
-    _write_images(cursor, {values["image_sha256"] for values in answered} - {None}, read_image)
-    _copy(cursor, _PREDICTIONS, answered)
-    _copy(cursor, _API_LOG, requests)
-    _copy(cursor, _FEEDBACK, statements)
+    requests = [row for row in rows if row.kind != "feedback"]
+    answered = [row for row in requests if row.prediction_id is not None and row.prediction_id not in deleted]
+    statements = [row for row in rows if row.kind == "feedback" and row.prediction_id not in deleted]
+    _write_images(cursor, {row.image_sha256 for row in answered if row.image_sha256 is not None}, read_image)
+    of_predictions, of_requests = tee(_decoded(requests, deleted))
+    if answered:
+        _copy(cursor, _PREDICTIONS, (values for values in of_predictions if values["prediction_id"] is not None))
+    if requests:
+        _copy(cursor, _API_LOG, of_requests)
+    if statements:
+        _copy(cursor, _FEEDBACK, _decoded(statements, deleted))
 
 
 def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | None:
@@ -152,14 +134,21 @@ def find_statements(engine: Engine, prediction_id: UUID) -> list[FeedbackEntry]:
         return [FeedbackEntry(**row) for row in connection.execute(query).mappings()]
 
 
-def _present(cursor: Cursor, table: Table, ids: Collection[UUID]) -> set[UUID]:
+def _decoded(rows: Iterable[SpoolRow], deleted: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yields the entries' columns; of predictions that were deleted, their request's only."""
+    for row in rows:
+        values = decode(row.record, row.vectors)
+        if row.prediction_id in deleted:
+            values["prediction_id"] = None
+        yield values
+
+
+def _present(cursor: Cursor, table: Table, ids: Collection[str]) -> set[str]:
     """Returns those of the ids that a table has."""
     if not ids:
         return set()
-    cursor.execute(
-        f"SELECT prediction_id::text FROM {table.name} WHERE prediction_id = ANY(%s::uuid[])", (list(map(str, ids)),)
-    )
-    return {UUID(prediction_id) for (prediction_id,) in cursor.fetchall()}
+    cursor.execute(f"SELECT prediction_id::text FROM {table.name} WHERE prediction_id = ANY(%s::uuid[])", (list(ids),))
+    return {prediction_id for (prediction_id,) in cursor.fetchall()}
 
 
 def _write_images(cursor: Cursor, wanted: set[str], read_image: ReadImage) -> None:
@@ -185,21 +174,35 @@ def _write_images(cursor: Cursor, wanted: set[str], read_image: ReadImage) -> No
                 "created_on": datetime.fromisoformat(created_on),
             }
         )
-    _copy(cursor, _IMAGES, rows)
+    if rows:
+        _copy(cursor, _IMAGES, rows)
 
 
-def _copy(cursor: Cursor, load: _Load, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    columns = ", ".join(load.columns)
-    incoming = f"incoming_{load.table.name}"
-    cursor.copy_expert(
-        f"COPY {incoming} ({columns}) FROM STDIN WITH (FORMAT binary)", copy_stream(map(load.encode, rows))
-    )
-    cursor.execute(
-        f"INSERT INTO {load.table.name} ({columns}) SELECT {columns} FROM {incoming} "
-        f"ON CONFLICT ({load.key}) DO NOTHING"
-    )
+def _copy(cursor: Cursor, load: _Load, rows: Iterable[Mapping[str, Any]]) -> None:
+    columns, table = ", ".join(load.columns), load.table.name
+    rows, again = tee(rows)
+    cursor.execute("SAVEPOINT before_copy")
+    try:
+        _stream(cursor, f"{table} ({columns})", map(load.encode, rows))
+    except psycopg2.errors.UniqueViolation:  # Some are there. A select makes a table without constraints.
+        cursor.execute("ROLLBACK TO SAVEPOINT before_copy")
+        cursor.execute(
+            f"CREATE TEMPORARY TABLE incoming_{table} ON COMMIT DROP AS SELECT {columns} FROM {table} WITH NO DATA"
+        )
+        _stream(cursor, f"incoming_{table} ({columns})", map(load.encode, again))
+        cursor.execute(
+            f"INSERT INTO {table} ({columns}) SELECT {columns} FROM incoming_{table} "
+            f"ON CONFLICT ({load.key}) DO NOTHING"
+        )
+    cursor.execute("RELEASE SAVEPOINT before_copy")
+
+
+def _stream(cursor: Cursor, target: str, rows: Iterable[bytes]) -> None:
+    stream = CopyStream(rows)
+    try:
+        cursor.copy_expert(f"COPY {target} FROM STDIN WITH (FORMAT binary)", stream, _CHUNK_BYTES)
+    except psycopg2.errors.QueryCanceled as err:
+        raise stream.error or err from None
 
 
 def _first_value(cursor: Cursor) -> Any:

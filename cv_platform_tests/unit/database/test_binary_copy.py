@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from uuid import UUID
 
 import numpy as np
 import pytest
 
-from cv_platform.database.binary_copy import copy_stream, row_encoder
+from cv_platform.database.binary_copy import CopyStream, row_encoder
 from cv_platform.database.schema import api_log, images, predictions
 
 
@@ -17,7 +18,24 @@ def test_a_stream_is_signature_rows_and_trailer() -> None:
     row = row_encoder(images, ["sha256", "bytes"])({"sha256": "é", "bytes": 258})
     fields = b"\x00\x02" + b"\x00\x00\x00\x02\xc3\xa9" + b"\x00\x00\x00\x04\x00\x00\x01\x02"
     assert row == fields
-    assert copy_stream([row]).getvalue() == b"PGCOPY\n\xff\r\n\x00" + bytes(8) + fields + b"\xff\xff"
+    assert CopyStream([row]).read() == b"PGCOPY\n\xff\r\n\x00" + bytes(8) + fields + b"\xff\xff"
+
+
+def test_rows_are_made_as_they_are_read_and_an_error_is_kept() -> None:
+    made: list[int] = []
+
+    def rows() -> Iterator[bytes]:
+        for number in range(3):
+            made.append(number)
+            yield b"x" * 10
+        raise ValueError("damaged")
+
+    stream = CopyStream(rows())
+    assert stream.read(25)[19:] == b"x" * 10
+    assert made == [0]
+    with pytest.raises(ValueError, match="damaged"):
+        stream.read()
+    assert isinstance(stream.error, ValueError)
 
 
 def test_what_is_missing_or_none_is_null() -> None:

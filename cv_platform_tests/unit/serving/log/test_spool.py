@@ -105,6 +105,19 @@ def test_an_upload_is_kept_once_and_until_its_last_entry_goes(spool: Spool) -> N
     assert (images_in(spool), spool.depth(), spool.oldest_age_seconds()) == (0, 0, None)
 
 
+def test_what_is_being_deleted_is_not_read_again(spool: Spool) -> None:
+    for _ in range(3):
+        spool.append(answered())
+    first, second, third = spool.read_batch(10, 10**9).rows
+    goes_on = threading.Event()
+    spool._writer.submit(lambda connection: goes_on.wait(30))
+    spool.begin_delete([first, second])
+    assert spool.read_batch(10, 10**9).rows == [third]
+    goes_on.set()
+    spool.finish_delete()
+    assert (spool.read_batch(10, 10**9).rows, spool.depth()) == ([third], 1)
+
+
 def test_a_batch_ends_before_its_uploads_grow_too_large_but_is_never_empty(spool: Spool) -> None:
     for content in (b"a" * 60, b"b" * 60, b"a" * 60, b"c" * 500):
         spool.append(answered(image=content))
