@@ -74,7 +74,6 @@ predictions = Table(
     Column(
         "logged_on",
         DateTime(timezone=True),
-        nullable=False,
         server_default=func.clock_timestamp(),
         comment="when the row came from a spool, which an outage delays; scheduled windows go by it",
     ),

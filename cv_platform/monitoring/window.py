@@ -47,8 +47,12 @@ class WindowBounds:
 
     def holds(self) -> ColumnElement[bool]:
         """Returns the SQL condition on `predictions`."""
-        time = predictions.c.logged_on if self.by == "logged" else predictions.c.created_on
-        return (time >= self.start) & (time < self.end)
+        answered = (predictions.c.created_on >= self.start) & (predictions.c.created_on < self.end)
+        if self.by == "answered":
+            return answered
+        # Null of rows from before the column was there. Not `coalesce`, which no index serves.
+        logged = (predictions.c.logged_on >= self.start) & (predictions.c.logged_on < self.end)
+        return logged | (predictions.c.logged_on.is_(None) & answered)
 
     def is_late(self) -> ColumnElement[bool]:
         """Returns the SQL condition for rows of the window that were answered before it."""

@@ -66,6 +66,34 @@ def test_migrators_at_the_same_time_wait_for_each_other(unmigrated_url: str) -> 
     assert outcomes == [SCHEMA_REVISION] * 4
 
 
+def test_a_large_log_is_not_written_anew(unmigrated_url: str) -> None:
+    """0003 took two minutes for a million rows while it wrote each of them again, and nobody could use the table."""
+    engine = make_engine(unmigrated_url)
+
+    def upgrade(revision: str) -> None:
+        with engine.begin() as connection:
+            config = alembic_config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, revision)
+
+    def ask(statement: str) -> list[object]:
+        with engine.begin() as connection:
+            return list(connection.execute(text(statement)).scalars())
+
+    upgrade("0002")
+    add = (
+        "INSERT INTO predictions (prediction_id, model_name, model_version, predicted_class, prediction_json,"
+        " uae_feats, bbsd_feats, features, properties)"
+        " VALUES (gen_random_uuid(), 'm', 'v', 'a', '{}', '{}', '{}', '{}', '{}') RETURNING xmin::text || ctid::text"
+    )
+    place = ask(add)
+    upgrade("head")
+    assert ask("SELECT xmin::text || ctid::text FROM predictions") == place
+    ask(add)
+    assert sorted(ask("SELECT logged_on IS NULL FROM predictions")) == [False, True]
+    engine.dispose()
+
+
 def test_a_newer_database_is_left_alone(database_url: str, engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))

@@ -87,6 +87,13 @@ def test_a_late_row_is_in_the_window_in_which_it_came_and_counted_there(engine: 
     assert [(part.requests, part.late) for part in (first, second)] == [(1, 0), (3, 2)]
 
 
+def test_a_row_from_before_its_logging_was_noted_counts_by_its_own_time(engine: Engine) -> None:
+    log(engine, row(START, 1, logged_on=None), row(START, 2, logged_on=END), row(END, 3, logged_on=None))
+    found = window(engine, by="logged")
+    assert found.sample is not None
+    assert (found.sample.uae[:, 0].tolist(), found.late) == ([1.0], 0)
+
+
 def test_a_window_that_is_over_waits_for_the_rows_that_are_being_written(engine: Engine) -> None:
     """A row has its time before it can be seen: without waiting, it would be in no window."""
     writing = engine.connect()

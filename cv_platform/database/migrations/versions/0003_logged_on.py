@@ -12,6 +12,8 @@ depends_on = None
 
 
 def upgrade() -> None:
+    # Null for the rows that are there, of which nobody knows it any more: they count by their own time
+    # (`WindowBounds`), and the table, which may be large, is not written anew.
     op.add_column(
         "predictions",
         sa.Column(
@@ -20,9 +22,7 @@ def upgrade() -> None:
             comment="when the row came from a spool, which an outage delays; scheduled windows go by it",
         ),
     )
-    # Of those that are there, nobody knows it any more; none of them is late for a window to come.
-    op.execute("UPDATE predictions SET logged_on = created_on")
-    op.alter_column("predictions", "logged_on", nullable=False, server_default=sa.text("clock_timestamp()"))
+    op.alter_column("predictions", "logged_on", server_default=sa.text("clock_timestamp()"))
     op.create_index("ix_predictions_logged_on", "predictions", ["logged_on"], postgresql_using="brin")
 
 
