@@ -140,6 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(log)
     rollback = command("rollback", _rollback, "make the service serve again what it served before")
     rollback.add_argument("--service", help="which one (default: CV_SERVICE)")
+    rollback.add_argument(
+        "--because", default="", metavar="WHY", help="kept in the pointer's history and the audit log"
+    )
+    promote = command("promote", _promote, "put a version into production, also one that its gate has refused")
+    promote.add_argument("version", help="such as 20260131T060000Z-1f3c9a2e")
+    promote.add_argument("--because", required=True, metavar="WHY", help="kept in the pointer's history and audit log")
+    command("audit", _audit, "show who did what to production, when and why: promotions, rollbacks, deletions")
     database = command("database", _database, "run the embedded PostgreSQL in the foreground, or print its URL")
     database.add_argument("action", choices=["run", "url"])
     return parser
@@ -452,14 +459,46 @@ def _log(options: argparse.Namespace) -> int:
 
 
 def _rollback(options: argparse.Namespace) -> int:
+    from cv_platform.audit import Note, this_user
     from cv_platform.deployment.rollout import rollback
     from cv_platform.storage import CentralStorage
 
     settings = _installation()
     moved = rollback(
-        options.service or settings.service_name, CentralStorage(settings.storage_url), settings.home / "cache"
+        options.service or settings.service_name,
+        CentralStorage(settings.storage_url),
+        settings.home / "cache",
+        note=Note(this_user(), options.because),
     )
     print(moved.message)
+    return 0
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from cv_platform.audit import Note, this_user
+    from cv_platform.promote import promote_version
+
+    settings = _installation()
+    experiments, _ = load_experiments(config_files(settings.configs))
+    print(
+        promote_version(
+            settings,
+            options.version,
+            list(experiments.values()),
+            note=Note(this_user(), options.because),
+            say=lambda line: print(line, flush=True),
+        )
+    )
+    return 0
+
+
+def _audit(_: argparse.Namespace) -> int:
+    from cv_platform.audit import AuditLog
+
+    for entry in AuditLog(Settings.from_environment().storage_url).entries():
+        why = f": {entry.because}" if entry.because else ""
+        failed = f" (failed: {entry.failure})" if entry.failure else ""
+        print(f"{entry.at_utc:%Y-%m-%d %H:%M:%S} UTC  {entry.action}  {entry.subject}  by {entry.by}{why}{failed}")
     return 0
 
 

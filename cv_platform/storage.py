@@ -7,6 +7,7 @@ A folder or any fsspec URL (`s3://bucket/prefix` with the `s3` extra). Layout:
     services/<service>/workers/<worker_id>.json          what each worker runs, refreshed as it lives
     ref_data/<model_name>/<version>/<model_name>_ref_data.parquet
     reports/<name>/<report_id>/…
+    audit/<time>-<random>.json                           who did what, when and why (`audit`)
 
 Bundles are never overwritten; pointer, heartbeats, reference data and reports are replaced file by file, each in one
 step (`object_store`). A process that dies while it publishes leaves a folder without metadata, which no reader sees.
@@ -95,6 +96,17 @@ class BundleMetadata(_Record):
 _R = TypeVar("_R", bound=_Record)
 
 
+class PointerMove(_Record):
+    """One move of a pointer: to what, by whom, when and why."""
+
+    model_name: str
+    version: str
+    since_utc: datetime
+    action: str = ""
+    by: str = ""
+    because: str = ""
+
+
 class ProductionPointer(_Record):
     """Which version a service serves: `production.json`."""
 
@@ -105,6 +117,9 @@ class ProductionPointer(_Record):
     since_utc: datetime
     experiment: str | None = Field(
         default=None, description="whose model it is; none in old pointers: the metadata of the bundle name it there"
+    )
+    history: tuple[PointerMove, ...] = Field(
+        default=(), description="the latest moves, this one first; the audit log has all"
     )
 
 

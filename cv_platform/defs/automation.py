@@ -12,6 +12,8 @@ from cv_platform.defs.branch import Branch
 from cv_platform.errors import TrackingError
 from cv_platform.settings import Settings
 
+RUN = "Dagster run "
+"""How a move of the pointer begins its `by`, where the asset `deployment` made it and shows it itself."""
 _TOLD_AGAIN = "cv-platform/retold"
 """Tag of a killed run about which Dagster's daemon was told a second time: its own id, as a retry inherits tags."""
 _WINDOW_END = "cv-platform/window_end"
@@ -187,6 +189,42 @@ def new_dataset_version_sensor(branch: Branch) -> dg.SensorDefinition:
         return dg.SensorResult(run_requests=requests, cursor=json.dumps(tags, sort_keys=True))
 
     return new_dataset_version
+
+
+def pointer_sensor(branch: Branch) -> dg.SensorDefinition:
+    """Returns the sensor that shows at the asset `deployment` what people did to its service: who, when and why."""
+    config = branch.config
+
+    @dg.sensor(
+        name=f"{config.name}_pointer",
+        minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Notes promotions and rollbacks by people as observations of the deployment. The cursor is the "
+        "time of the latest.",
+    )
+    def pointer_moves(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        from cv_platform.errors import StorageError
+        from cv_platform.storage import CentralStorage
+
+        try:
+            pointer = CentralStorage(Settings.from_environment().storage_url).read_pointer(config.deploy.service)
+        except StorageError as err:
+            return dg.SkipReason(str(err))
+        moves = pointer.history if pointer else ()
+        seen = datetime.fromisoformat(context.cursor) if context.cursor else datetime.min.replace(tzinfo=UTC)
+        fresh = [move for move in reversed(moves) if move.since_utc > seen]
+        if not fresh:
+            return dg.SkipReason("Nobody has moved the pointer since.")
+        return dg.SensorResult(
+            asset_events=[
+                dg.AssetObservation(branch.key("deployment"), metadata=move.model_dump(mode="json"))
+                for move in fresh
+                if not move.by.startswith(RUN)
+            ],
+            cursor=fresh[-1].since_utc.isoformat(),
+        )
+
+    return pointer_moves
 
 
 def run_failure_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefinition:

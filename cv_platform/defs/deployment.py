@@ -2,7 +2,10 @@
 
 import dagster as dg
 
+from cv_platform.audit import Note
+from cv_platform.defs.automation import RUN
 from cv_platform.defs.branch import Branch
+from cv_platform.defs.metadata import table
 from cv_platform.errors import VerdictError
 from cv_platform.records import (
     Deployment,
@@ -14,6 +17,7 @@ from cv_platform.records import (
     ReferenceData,
     TrainedModel,
 )
+from cv_platform.storage import ProductionPointer
 
 
 def bento_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -53,7 +57,8 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
 
         run = branch.run(context)
         deploy, home = run.config.deploy, run.settings.home
-        require_promotion(evaluation, trained.model)
+        override = run.installation.audit().override(trained.model.model_name, trained.model.version)
+        require_promotion(evaluation, trained.model, override)
         for record in (detectors, reference):
             require_same_model(record, trained.model)
         test = open_split(packed, "test", beside=trained)
@@ -100,13 +105,17 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.tracking import CHAMPION, set_alias
 
         run = branch.run(context)
-        require_promotion(evaluation, bundle.model)
+        override = run.installation.audit().override(bundle.model.model_name, bundle.model.version)
+        require_promotion(evaluation, bundle.model, override)
+        by_run = Note(f"{RUN}{context.run_id}", "it has passed its promotion gate")
+        storage = run.installation.storage()
         result = deploy(
-            bundle,
+            bundle.model,
             run.config.deploy,
             experiment=run.config.name,
-            storage=run.installation.storage(),
+            storage=storage,
             cache=run.settings.home / "cache",
+            note=Note(override.by, override.because) if override else by_run,
         )
         try:
             set_alias(run.settings.mlflow_tracking_uri, bundle.model.model_name, CHAMPION, bundle.model.version)
@@ -118,11 +127,17 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
                 "version": result.model.version,
                 "previous_version": result.previous_version or "",
                 "confirmed_workers": list(result.confirmed_workers),
+                "pointer_history": pointer_history(storage.read_pointer(result.service)),
                 **result.model_dump(include={"service", "seconds", "message"}),
             },
         )
 
     return deployment
+
+
+def pointer_history(pointer: ProductionPointer | None) -> dg.TableMetadataValue:
+    """Shows who moved a service to which version, when and why, the latest first."""
+    return table([move.model_dump(mode="json") for move in pointer.history] if pointer else [])
 
 
 def require_same_model(record: DriftDetectors | ReferenceData, model: ModelIdentity) -> None:

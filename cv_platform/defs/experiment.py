@@ -10,6 +10,7 @@ from cv_platform.defs.automation import (
     experiment_jobs,
     new_dataset_version_sensor,
     new_predictions_sensor,
+    pointer_sensor,
     retrain_on_drift_sensor,
 )
 from cv_platform.defs.branch import Branch
@@ -34,6 +35,7 @@ def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
             new_predictions_sensor(config),
             retrain_on_drift_sensor(branch),
             new_dataset_version_sensor(branch),
+            pointer_sensor(branch),
         ],
         resources={branch.config_resource: experiment_resource(config)},
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_
 import dagster as dg
 from pydantic import BaseModel, Field, create_model
 
+from cv_platform.audit import AuditLog
 from cv_platform.config import ExperimentConfig, MlflowConfig, parse_experiment
 from cv_platform.defs.interrupted_runs import at_work, end_dead_runs
 from cv_platform.settings import Settings, prepare_process
@@ -56,6 +57,10 @@ class Installation(dg.ConfigurableResource):
     def storage(self) -> CentralStorage:
         """Opens central storage."""
         return CentralStorage(self.settings().storage_url)
+
+    def audit(self) -> AuditLog:
+        """Opens the audit log of central storage."""
+        return AuditLog(self.settings().storage_url)
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 SHIPPED: tuple[str, ...] = (
     "__init__.py",
+    "audit.py",
     "errors.py",
     "files.py",
     "config",

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cv_platform.audit import AuditLog, Note, this_user
 from cv_platform.config import DeployConfig
 from cv_platform.errors import DeploymentError, PointerMovedError, StorageError
-from cv_platform.records import Deployment, ModelBundle, ModelIdentity
+from cv_platform.records import Deployment, ModelIdentity
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Claim, Move, Promoter
 from cv_platform.serving.model.worker_watch import HEARTBEAT_STALE_SECONDS, WorkerWatch
 from cv_platform.storage import CentralStorage, ProductionPointer, WorkerHeartbeat
@@ -35,9 +36,23 @@ def require_service(config: DeployConfig, *, experiment: str, storage: CentralSt
 
 
 def deploy(
-    bundle: ModelBundle, config: DeployConfig, *, experiment: str, storage: CentralStorage, cache: Path
+    model: ModelIdentity,
+    config: DeployConfig,
+    *,
+    experiment: str,
+    storage: CentralStorage,
+    cache: Path,
+    note: Note | None = None,
 ) -> Deployment:
-    """Makes `config.service` serve a bundle of `experiment`: load test, pointer, confirmation by every running worker.
+    """Makes `config.service` serve a version of `experiment`: load test, pointer, confirmation by every running worker.
+
+    Args:
+        model: a published version.
+        config: the service, and how long its workers have.
+        experiment: whose model it is.
+        storage: central storage.
+        cache: folder for downloads.
+        note: who deploys it, and why; None: who runs this process, without a reason.
 
     Raises:
         BundleNotFoundError, CorruptBundleError: the bundle did not pass its load test; nothing has moved.
@@ -49,13 +64,18 @@ def deploy(
     promoter = _promoter(storage, config.service, cache)
     return _move(
         promoter,
-        lambda: promoter.promote(bundle.model.model_name, bundle.model.version, claim=claim),
+        lambda: promoter.promote(model.model_name, model.version, claim=claim, note=note),
         confirm_timeout_seconds=config.confirm_timeout_seconds,
     )
 
 
 def rollback(
-    service: str, storage: CentralStorage, cache: Path, *, confirm_timeout_seconds: float = 60.0
+    service: str,
+    storage: CentralStorage,
+    cache: Path,
+    *,
+    note: Note | None = None,
+    confirm_timeout_seconds: float = 60.0,
 ) -> Deployment:
     """Makes `service` serve what it served before, with the same care as a deployment.
 
@@ -64,7 +84,7 @@ def rollback(
         BundleNotFoundError, CorruptBundleError, StorageError: see `deploy`.
     """
     promoter = _promoter(storage, service, cache)
-    return _move(promoter, promoter.roll_back, confirm_timeout_seconds=confirm_timeout_seconds)
+    return _move(promoter, lambda: promoter.roll_back(note), confirm_timeout_seconds=confirm_timeout_seconds)
 
 
 def _promoter(storage: CentralStorage, service: str, cache: Path) -> Promoter:
@@ -160,8 +180,11 @@ def _confirms(beat: WorkerHeartbeat, pointer: ProductionPointer) -> bool:
 
 def _put_back(storage: CentralStorage, service: str, move: Move) -> None:
     """Undoes the move, unless somebody else has moved the pointer since."""
+    to = f"{move.before.model_name} {move.before.version}" if move.before else "nothing"
+    note = Note(this_user(), f"{move.pointer.model_name} {move.pointer.version} was not confirmed by the workers")
     try:
-        storage.swap_pointer(service, move.pointer, move.before)
+        with AuditLog(storage.url).noted("return", f"{service}: {to}", note):
+            storage.swap_pointer(service, move.pointer, move.before)
     except PointerMovedError as err:
         logger.warning("The pointer of %s stays where somebody else has put it: %s", service, err)
     except StorageError:

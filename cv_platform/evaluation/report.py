@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 
+from cv_platform.audit import AuditEntry
 from cv_platform.errors import VerdictError
 from cv_platform.pages import render
 from cv_platform.records import Evaluation, ModelIdentity, Provenance, Task
@@ -29,8 +30,8 @@ def render_report(evaluation: Evaluation, provenance: Provenance, task: Task) ->
     )
 
 
-def require_promotion(evaluation: Evaluation, model: ModelIdentity) -> None:
-    """Refuses to go on without a passed evaluation of this very model version; in later runs too.
+def require_promotion(evaluation: Evaluation, model: ModelIdentity, override: AuditEntry | None) -> None:
+    """Refuses to go on without a passed evaluation of this very model version, or an override; in later runs too.
 
     Raises:
         VerdictError: the latest evaluation is of another version, or it failed.
@@ -40,8 +41,9 @@ def require_promotion(evaluation: Evaluation, model: ModelIdentity) -> None:
             f"Expected an evaluation of {model}. Received: one of {evaluation.model}. "
             "Materialise evaluation, then this asset."
         )
-    if not evaluation.passed:
+    if not evaluation.passed and override is None:
         raise VerdictError(
             f"Expected a model that passes its promotion gate. Received: {model}: "
-            f"{'; '.join(evaluation.reasons)}. Train a better model, or change the limits in `evaluate`."
+            f"{'; '.join(evaluation.reasons)}. Train a better model, change the limits in `evaluate`, or "
+            f'overrule them: cv-platform promote {model.version} --because "…".'
         )

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cv_platform.audit import AuditLog, Note, this_user
 from cv_platform.errors import LockHeldError
 from cv_platform.files import exclusive
 from cv_platform.maintenance.backup import maintenance_lock
@@ -271,7 +272,9 @@ def _delete_bundle(storage: CentralStorage, model: str, version: str) -> bool:
         pointers = [storage.read_pointer(service) for service in storage.service_names()]
         return any(version in (pointer.version, pointer.previous_version) for pointer in pointers if pointer)
 
-    return storage.delete_bundle(model, version, is_wanted=is_served)
+    note = Note(this_user(), "garbage: nothing refers to it")
+    with AuditLog(storage.url).noted("delete", f"bundle {model} {version}", note):
+        return storage.delete_bundle(model, version, is_wanted=is_served)
 
 
 def _delete_folder(path: Path, lock_path: Path | None) -> bool:

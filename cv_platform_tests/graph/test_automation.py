@@ -21,13 +21,17 @@ from cv_platform.config import AlertsConfig, ExperimentConfig, parse_experiment
 from cv_platform.datasets.importing import import_dataset
 from cv_platform.definitions import build_defs
 from cv_platform.defs.automation import (
+    RUN,
     drift_schedule,
     new_dataset_version_sensor,
     new_predictions_sensor,
+    pointer_sensor,
     retrain_on_drift_sensor,
     run_failure_sensor,
 )
 from cv_platform.defs.branch import Branch
+from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage, PointerMove, ProductionPointer
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
@@ -126,6 +130,24 @@ def test_retraining_follows_a_report_with_drift_only(experiment: ExperimentConfi
         with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
             result = sensor.evaluate_tick(context)
     assert len(result.run_requests or []) == runs
+
+
+def test_what_people_do_to_the_pointer_is_shown_once_and_what_runs_do_is_not(
+    experiment: ExperimentConfig, home: Path
+) -> None:
+    sensor = pointer_sensor(Branch(experiment))
+    assert tick(sensor).skip_message == "Nobody has moved the pointer since."
+    moves = [
+        PointerMove(model_name="m", version=version, since_utc=datetime(2026, 1, day, tzinfo=UTC), by=by, because=why)
+        for version, day, by, why in (("b", 2, "ada@lab", "it is faster"), ("a", 1, f"{RUN}1234", "passed"))
+    ]
+    pointer = ProductionPointer(model_name="m", version="b", since_utc=moves[0].since_utc, history=tuple(moves))
+    CentralStorage(Settings.from_environment().storage_url).write_pointer(experiment.deploy.service, pointer)
+    result = tick(sensor)
+    (shown,) = result.asset_events
+    assert shown.asset_key == Branch(experiment).key("deployment")
+    assert (shown.metadata["by"].value, shown.metadata["because"].value) == ("ada@lab", "it is faster")
+    assert not tick(sensor, cursor=result.cursor).asset_events
 
 
 def write_images(folder: Path, seed: int) -> Path:

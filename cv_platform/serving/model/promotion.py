@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cv_platform.audit import Action, AuditLog, Note, this_user
 from cv_platform.errors import (
     BundleNotFoundError,
     CorruptBundleError,
@@ -21,10 +22,11 @@ from cv_platform.errors import (
 )
 from cv_platform.files import exclusive
 from cv_platform.serving.model.runtime import load_bundle
-from cv_platform.storage import BundleMetadata, CentralStorage, ProductionPointer
+from cv_platform.storage import BundleMetadata, CentralStorage, PointerMove, ProductionPointer
 
 PROMOTION_LOCK = "promotion.lock"
 """Name of the lock file in the folder `cache` of an installation's home."""
+_HISTORY = 50
 _ATTEMPTS = 10
 """Moves by other hosts between reading the pointer and moving it, which each takes milliseconds."""
 
@@ -41,8 +43,8 @@ class Claim:
     experiment: str
     takes_over: str | None = None
 
-    def require(self, storage: CentralStorage, service: str, pointer: ProductionPointer | None) -> None:
-        """Refuses what would silently take another experiment's place.
+    def require(self, storage: CentralStorage, service: str, pointer: ProductionPointer | None) -> str | None:
+        """Refuses what would silently take another experiment's place, and returns whose place it is.
 
         A pointer whose experiment nobody can tell, as its bundle is gone or damaged, stands in nobody's way.
 
@@ -52,7 +54,7 @@ class Claim:
         """
         owner = None if pointer is None else pointer.experiment or _experiment(storage, pointer)
         if pointer is None or owner in (None, self.experiment, self.takes_over):
-            return
+            return owner
         raise DeploymentError(
             f"Expected {service} to serve a model of {self.experiment}, or none yet. Received: it serves "
             f"{pointer.model_name} {pointer.version}, and belongs to the experiment {owner}. Give {self.experiment} a "
@@ -102,7 +104,14 @@ class Promoter:
     wait_seconds: float = 0.0
     threads: int | None = None
 
-    def promote(self, model_name: str, version: str | None = None, *, claim: Claim | None = None) -> Move:
+    def promote(
+        self,
+        model_name: str,
+        version: str | None = None,
+        *,
+        claim: Claim | None = None,
+        note: Note | None = None,
+    ) -> Move:
         """Load-tests a version and makes it the one that the service serves; every worker takes it up within seconds.
 
         The new pointer remembers what was served before. Promoting what is served already confirms it anew and forgets
@@ -126,13 +135,15 @@ class Promoter:
             metadata = self._load(model_name, version or self._newest(model_name))
             for _ in range(_ATTEMPTS):
                 before = self.storage.read_pointer(self.service)
+                owner = None
                 if claim is not None:
-                    claim.require(self.storage, self.service, before)
+                    owner = claim.require(self.storage, self.service, before)
+                action = "take-over" if claim and owner not in (None, claim.experiment) else "promote"
                 with suppress(PointerMovedError):  # By another host: its version is what this one replaces.
-                    return self._move(before, metadata)
+                    return self._move(before, metadata, action, note)
         raise self._busy()
 
-    def roll_back(self) -> Move:
+    def roll_back(self, note: Note | None = None) -> Move:
         """Load-tests the version that the service served before, and makes it the one it serves.
 
         A second rollback returns to where the first one started.
@@ -156,7 +167,7 @@ class Promoter:
                 )
             metadata = self._load(current.previous_model_name, current.previous_version)
             try:
-                return self._move(current, metadata)
+                return self._move(current, metadata, "rollback", note)
             except PointerMovedError as err:  # What would be gone back to is no longer what was meant.
                 raise self._busy() from err
 
@@ -186,20 +197,38 @@ class Promoter:
     def _load(self, model_name: str, version: str) -> BundleMetadata:
         return load_bundle(self.storage, model_name, version, cache=self.cache, threads=self.threads).metadata
 
-    def _move(self, before: ProductionPointer | None, metadata: BundleMetadata) -> Move:
+    def _move(
+        self, before: ProductionPointer | None, metadata: BundleMetadata, action: Action, note: Note | None
+    ) -> Move:
+        note = note or Note(this_user())
         previous_model_name, previous_version = None, None
         if before is not None:
             previous_model_name, previous_version = before.model_name, before.version
             if (before.model_name, before.version) == (metadata.model_name, metadata.version):
                 previous_model_name, previous_version = before.previous_model_name, before.previous_version
-        pointer = ProductionPointer(
+        move = PointerMove(
             model_name=metadata.model_name,
             version=metadata.version,
+            since_utc=datetime.now(UTC),
+            action=action,
+            by=note.by,
+            because=note.because,
+        )
+        pointer = ProductionPointer(
+            model_name=move.model_name,
+            version=move.version,
             previous_model_name=previous_model_name,
             previous_version=previous_version,
-            since_utc=datetime.now(UTC),
+            since_utc=move.since_utc,
             experiment=metadata.experiment,
+            history=(move, *(before.history if before else ()))[:_HISTORY],
         )
+        subject = f"{self.service}: {move.model_name} {move.version}"
+        with AuditLog(self.storage.url).noted(action, subject, note):
+            self._swap(before, pointer)
+        return Move(before, pointer)
+
+    def _swap(self, before: ProductionPointer | None, pointer: ProductionPointer) -> None:
         self.storage.swap_pointer(self.service, before, pointer)
         try:
             self.storage.read_metadata(pointer.model_name, pointer.version)
@@ -207,4 +236,3 @@ class Promoter:
             with suppress(PointerMovedError):
                 self.storage.swap_pointer(self.service, pointer, before)
             raise
-        return Move(before, pointer)

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
+from cv_platform.audit import BY_API, Note
 from cv_platform.client.answers import CurrentModels, MovedPointer
 from cv_platform.errors import BundleNotFoundError
 from cv_platform.serving.http.problems import json_response
@@ -19,6 +20,7 @@ from cv_platform.storage import VERSION_PATTERN, ProductionPointer
 
 _METADATA_FILE = re.compile(r"([a-z][a-z0-9_]{0,62})\.yaml")
 _VERSION = re.compile(VERSION_PATTERN)
+_API = Note(BY_API)
 
 
 router = APIRouter(tags=["models"])
@@ -48,9 +50,7 @@ async def current(parts: Parts, request: Request) -> Response:
         }
         for worker in watched
     ]
-    return json_response(
-        {"service": service, "production": pointer.model_dump(mode="json") if pointer else None, "workers": workers}
-    )
+    return json_response({"service": service, "production": _public(pointer) if pointer else None, "workers": workers})
 
 
 @router.put(
@@ -97,7 +97,7 @@ async def update_model(
             f"version: expected one such as {VERSION}. Received: {ascii(version)[:80]}.",
             expected="a published version",
         )
-    move = await parts.calls.promotions.run(lambda: parts.promoter.promote(name[1], version))
+    move = await parts.calls.promotions.run(lambda: parts.promoter.promote(name[1], version, note=_API))
     return _moved(parts, move.pointer)
 
 
@@ -113,7 +113,7 @@ async def update_model(
 async def rollback(parts: Parts) -> Response:
     """Goes back."""
     try:
-        move = await parts.calls.promotions.run(parts.promoter.roll_back)
+        move = await parts.calls.promotions.run(lambda: parts.promoter.roll_back(_API))
     except BundleNotFoundError as err:
         raise Problem(
             404,
@@ -123,11 +123,16 @@ async def rollback(parts: Parts) -> Response:
     return _moved(parts, move.pointer)
 
 
+def _public(pointer: ProductionPointer) -> dict[str, object]:
+    """Returns the pointer without its history, which names people."""
+    return pointer.model_dump(mode="json", exclude={"history"})
+
+
 def _moved(parts: WorkerParts, pointer: ProductionPointer) -> Response:
     return json_response(
         {
             "service": parts.settings.service_name,
-            "production": pointer.model_dump(mode="json"),
+            "production": _public(pointer),
             "message": POINTER_EXAMPLE["message"],
         }
     )

@@ -8,6 +8,7 @@ from uuid import UUID
 from fastapi import APIRouter, Path
 from starlette.responses import Response
 
+from cv_platform.audit import BY_API, AuditLog, Note
 from cv_platform.client.answers import DeletionResult, Passport, StoredResult
 from cv_platform.errors import ImageError, StorageError
 from cv_platform.images import PREPROCESSING_VERSION, decode, preprocessing_version
@@ -76,6 +77,9 @@ async def passport(parts: Parts, prediction_id: PredictionId) -> Response:
 async def delete_prediction(parts: Parts, prediction_id: PredictionId) -> Response:
     """Deletes a result."""
     delete = parts.log.opened.delete_prediction
+    audit = AuditLog(parts.storage.url)
+    subject = f"{parts.settings.service_name}: prediction {prediction_id}"
+    await parts.calls.storage_reads.run(lambda: audit.write("delete", subject, Note(BY_API)))
     if not await parts.calls.look_ups.run(lambda: delete(prediction_id), seconds=DELETION_SECONDS):
         raise _unknown(prediction_id, "If it waits on another host, it will not arrive.")
     return json_response({"prediction_id": str(prediction_id), "message": "deleted"})

@@ -93,9 +93,9 @@ def pointer_version(storage: CentralStorage) -> str | None:
 
 def test_every_running_worker_confirms(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
     first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(model_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(first).model, config(), experiment="tiny", storage=storage, cache=cache)
     workers = [start("a"), start("b")]
-    done = deploy(model_bundle(second), config(), experiment="tiny", storage=storage, cache=cache)
+    done = deploy(model_bundle(second).model, config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ("a", "b")
     assert (done.model.version, done.previous_version) == (second.version, first.version)
     assert "2 worker(s)" in done.message
@@ -109,7 +109,7 @@ def test_without_a_running_service_the_next_start_serves_it(
     metadata = publish_tiny(storage, tiny_export)
     # A worker that died without a goodbye does not count, however fresh its last beat looks.
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC)))
-    done = deploy(model_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
+    done = deploy(model_bundle(metadata).model, config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ()
     assert done.previous_version is None
     assert "no service is running; the next start serves it" in done.message
@@ -126,7 +126,7 @@ def test_what_a_dead_worker_has_said_confirms_nothing(
     served = {"model_name": metadata.model_name, "version": metadata.version}
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC), **served))
     beating("b", **served)
-    done = deploy(model_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
+    done = deploy(model_bundle(metadata).model, config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ("b",)
     assert done.message.endswith(": dead")
 
@@ -135,10 +135,10 @@ def test_a_worker_that_lives_by_another_clock_is_waited_for(
     storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
     beating("an-hour-behind", model_name="tiny", version=good.version)
     with pytest.raises(DeploymentError, match=f"an-hour-behind \\(runs {good.version}\\)"):
-        deploy(model_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(new).model, config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
@@ -147,7 +147,7 @@ def test_a_version_that_kills_every_worker_is_not_taken_for_a_service_that_does_
     storage: CentralStorage, cache: Path, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
 
     def beat_until_it_is_there() -> None:
         while pointer_version(storage) != new.version:
@@ -158,7 +158,7 @@ def test_a_version_that_kills_every_worker_is_not_taken_for_a_service_that_does_
     victim.start()
     wait_until(lambda: bool(storage.read_heartbeats(SERVICE)))
     with pytest.raises(DeploymentError, match="those that ran have stopped"):
-        deploy(model_bundle(new), config(4.0), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(new).model, config(4.0), experiment="tiny", storage=storage, cache=cache)
     victim.join(timeout=30)
     assert pointer_version(storage) == good.version
 
@@ -167,10 +167,10 @@ def test_a_bundle_that_fails_its_load_test_moves_nothing(
     storage: CentralStorage, cache: Path, tmp_path: Path, tiny_export: TinyExport
 ):
     good, bad = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
     (tmp_path / "storage" / "models" / "tiny" / bad.version / "golden.npz").write_bytes(b"")
     with pytest.raises(CorruptBundleError):
-        deploy(model_bundle(bad), config(), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(bad).model, config(), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
@@ -178,7 +178,7 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
     storage: CentralStorage, cache: Path, tmp_path: Path, start, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
     start("a")
     # This worker reaches the same pointer and heartbeats, but another, broken copy of the bundles.
     broken = tmp_path / "broken"
@@ -190,7 +190,7 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
     (broken / "models" / "tiny" / new.version / "golden.npz").unlink()
     worker = start("b", broken)
     with pytest.raises(DeploymentError, match=r"b: .*golden\.npz"):
-        deploy(model_bundle(new), config(), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(new).model, config(), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
     assert worker.status()["model_version"] == good.version
 
@@ -207,7 +207,7 @@ def test_an_error_about_an_earlier_pointer_is_not_held_against_this_deployment(
         failed_version=metadata.version,
         failed_pointer_utc=datetime.now(UTC) - timedelta(minutes=1),
     )
-    done = deploy(model_bundle(metadata), config(), experiment="tiny", storage=storage, cache=cache)
+    done = deploy(model_bundle(metadata).model, config(), experiment="tiny", storage=storage, cache=cache)
     assert done.confirmed_workers == ("a",)
 
 
@@ -215,10 +215,10 @@ def test_a_worker_that_does_not_answer_in_time_puts_the_pointer_back(
     storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(model_bundle(good), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck", model_name="tiny", version=good.version)
     with pytest.raises(DeploymentError, match=f"stuck \\(runs {good.version}\\)"):
-        deploy(model_bundle(new), config(0.3), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(new).model, config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert pointer_version(storage) == good.version
 
 
@@ -228,7 +228,7 @@ def test_a_first_deployment_that_fails_leaves_no_pointer(
     metadata = publish_tiny(storage, tiny_export)
     beating("stuck")
     with pytest.raises(DeploymentError, match="runs nothing"):
-        deploy(model_bundle(metadata), config(0.3), experiment="tiny", storage=storage, cache=cache)
+        deploy(model_bundle(metadata).model, config(0.3), experiment="tiny", storage=storage, cache=cache)
     assert storage.read_pointer(SERVICE) is None
 
 
@@ -236,14 +236,14 @@ def test_an_update_while_a_deployment_waits_for_its_turn_is_what_a_failure_retur
     storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
-    deploy(model_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(first).model, config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck")
     lock = cache / PROMOTION_LOCK
     with ThreadPoolExecutor(1) as pool:
         with exclusive(lock, timeout_seconds=1):  # As another update holds it, which then moves the pointer.
             held = _open_files(lock)
             failing = pool.submit(
-                deploy, model_bundle(third), config(0.3), experiment="tiny", storage=storage, cache=cache
+                deploy, model_bundle(third).model, config(0.3), experiment="tiny", storage=storage, cache=cache
             )
             wait_until(lambda: _open_files(lock) > held)
             before = storage.read_pointer(SERVICE)
@@ -272,18 +272,18 @@ def test_an_update_at_the_moment_of_putting_back_stays(
             super().swap_pointer(service, expected, new)
 
     first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
-    deploy(model_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(first).model, config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck")
     with pytest.raises(DeploymentError):
-        deploy(model_bundle(second), config(0.3), experiment="tiny", storage=Hurried(storage.url), cache=cache)
+        deploy(model_bundle(second).model, config(0.3), experiment="tiny", storage=Hurried(storage.url), cache=cache)
     assert pointer_version(storage) == third.version
 
 
 def test_rollback_returns_to_the_version_before(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
     first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
-    deploy(model_bundle(first), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(first).model, config(), experiment="tiny", storage=storage, cache=cache)
     worker = start("a")
-    deploy(model_bundle(second), config(), experiment="tiny", storage=storage, cache=cache)
+    deploy(model_bundle(second).model, config(), experiment="tiny", storage=storage, cache=cache)
     done = rollback(SERVICE, storage, cache)
     assert (done.model.version, done.previous_version) == (first.version, second.version)
     assert done.confirmed_workers == ("a",)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cv_platform.audit import AuditLog
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError, DeploymentError, PromotionBusyError
 from cv_platform.files import exclusive
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Claim, Promoter
@@ -190,6 +191,7 @@ def test_another_experiment_takes_the_place_of_one_only_where_it_says_so(
     assert served(storage) == (CATS, None)
     promoter(storage, cache).promote(MODEL_NAME, DOGS, claim=Claim("dogs", takes_over="cats"))
     assert served(storage) == (DOGS, CATS)
+    assert [entry.action for entry in AuditLog(storage.url).entries()] == ["promote", "take-over"]
     with pytest.raises(DeploymentError, match="belongs to the experiment dogs"):
         promoter(storage, cache).promote(MODEL_NAME, CATS, claim=Claim("cats"))
     move_back(storage, cache)  # With the version before comes its owner.
