@@ -22,7 +22,7 @@ COPY --from=packages /opt/venv /opt/venv
 COPY docker/health /app/docker/health
 COPY bentos /app/bentos
 # The slice that a Bento ships: cv_platform/deployment/bento.py names it, a test compares.
-COPY cv_platform/__init__.py cv_platform/cores.py cv_platform/errors.py cv_platform/files.py cv_platform/loopback.py \
+COPY cv_platform/__init__.py cv_platform/audit.py cv_platform/cores.py cv_platform/errors.py cv_platform/files.py cv_platform/loopback.py \
      cv_platform/settings.py cv_platform/properties.py cv_platform/predictions.py \
      cv_platform/object_store.py cv_platform/storage.py /app/cv_platform/
 COPY cv_platform/client /app/cv_platform/client
