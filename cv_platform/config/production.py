@@ -89,5 +89,5 @@ class MonitorConfig(Section):
 class AlertsConfig(Section):
     """What is worth a message. The addresses (apprise URLs) hold secrets and come from `CV_ALERT_URLS`."""
 
-    on_drift: bool = Field(default=True, description="a report whose verdict is drift")
+    on_drift: bool = Field(default=True, description="drift that begins, changes or is over")
     on_run_failure: bool = Field(default=True, description="a Dagster run that failed")

@@ -37,6 +37,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         in central storage and in the Evidently workspace.
         """
         from cv_platform.monitoring.alerts import send_alert
+        from cv_platform.monitoring.episodes import what_changed
         from cv_platform.monitoring.exported_metrics import export_drift
         from cv_platform.monitoring.report import ReportPlace, make_drift_report
         from cv_platform.monitoring.sentences import drift_summary
@@ -53,10 +54,11 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         place = ReportPlace(storage, evidently, work_directory=cache / "drift_reports")
         with run.installation.engine() as engine:
             report = make_drift_report(run.config, model, reference_path, engine=engine, place=place, now=run.asked)
+            change = what_changed(engine, report)
         summary = drift_summary(report)
-        if report.verdict == "drift" and run.config.alerts.on_drift:
+        if change and run.config.alerts.on_drift:
             urls = [url.get_secret_value() for url in run.settings.alert_urls]
-            for failure in send_alert(urls, f"{run.config.name}: drift", summary):
+            for failure in send_alert(urls, f"{run.config.name}: {change}", summary):
                 context.log.warning(failure)
         export_drift(run.settings.home, report)
         return run.result(
