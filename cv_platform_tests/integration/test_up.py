@@ -6,9 +6,13 @@ test_tour, which come first, by their names.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
+import bentoml
 import httpx
 import psutil
 import pytest
@@ -23,6 +27,7 @@ from cv_platform.local.programs import programs
 from cv_platform.local.supervisor import control
 from cv_platform.settings import Settings
 from cv_platform_tests.support.demo_run import Stack, cli
+from cv_platform_tests.support.http_client import flat_image, png
 from cv_platform_tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("demo"), pytest.mark.timeout(1200)]
@@ -72,6 +77,33 @@ def test_every_program_runs_and_every_page_answers(variables: dict[str, str], se
     demo = cli(variables, "demo")
     assert demo.returncode == 1
     assert "make down" in demo.stderr
+
+
+def test_bentomls_clients_predict_and_their_answers_reach_the_database(settings: Settings, tmp_path: Path) -> None:
+    url, image = f"http://127.0.0.1:{settings.service_port}", tmp_path / "grey.png"
+    image.write_bytes(png(flat_image(90, 90, 90)))
+
+    async def ask() -> dict[str, Any]:
+        client: Any = bentoml.AsyncHTTPClient(url)
+        async with client:
+            return await client.predict(file=image, explain="none")
+
+    client: Any = bentoml.SyncHTTPClient(url)
+    with client:
+        results = [client.predict(file=image), asyncio.run(ask())]
+        client.feedback(prediction_id=results[0]["prediction_id"], none_of_these=True)
+    ids = [result["prediction_id"] for result in results]
+    address = running_database_url(settings)
+    assert address is not None
+    engine = make_engine(address)
+
+    def count() -> int:
+        query = text("SELECT count(*) FROM predictions WHERE CAST(prediction_id AS text) = ANY(:ids)")
+        with engine.connect() as connection:
+            return connection.execute(query, {"ids": ids}).scalar_one()
+
+    wait_until(lambda: count() == len(ids))
+    engine.dispose()
 
 
 def test_a_killed_service_comes_back_on_its_port(settings: Settings) -> None:
