@@ -134,8 +134,6 @@ def _dagster_config(section: BaseModel) -> type[dg.Config]:
             annotation = _bare(field.annotation)
             if any(get_origin(member) is Literal for member in get_args(annotation)):
                 annotation = str | None  # Dagster knows Literal, but not an optional one; `resolve` judges the value.
-            if any(isinstance(member, type) and issubclass(member, BaseModel) for member in get_args(annotation)):
-                annotation = dict[str, Any] | None  # A section that may be absent: it is judged there as well.
             if field.metadata:
                 annotation = Annotated[(annotation, *field.metadata)]
             fields[name] = (annotation, Field(value, description=field.description))
