@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cv_platform.datasets.versions import repository_of
+from cv_platform.config import load_experiment
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.files import write_file
 from cv_platform.settings import Settings
@@ -24,9 +25,66 @@ def add_commands(command: AddCommand) -> None:
     dataset.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of diff: write differences.csv and contact_sheet.png there"
     )
+    validate = command("validate", _validate, "judge an experiment's dataset without Dagster, and write the report")
+    validate.add_argument("config", type=Path, help="a YAML file, such as configs/digits.yaml")
+    relabel = command("relabel", _relabel, "make a new dataset version of reviewed labels")
+    relabel.add_argument("config", type=Path, help="the experiment whose dataset was reviewed")
+    relabel.add_argument("--from", dest="review", type=Path, required=True, help="reviewed.csv of label_issues.html")
+    relabel.add_argument(
+        "--tag", help="of the new version (default: the old one's, with a suffix that follows from it)"
+    )
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from cv_platform.datasets.embeddings import embed_dataset
+    from cv_platform.datasets.versions import checkout_version
+    from cv_platform.validation.validate import validate_dataset
+
+    experiment, settings = load_experiment(options.config), Settings.from_environment()
+    home = settings.home
+    version = checkout_version(experiment.dataset, experiment.model, home=home)
+    verdict = validate_dataset(
+        version,
+        experiment.validation,
+        class_names=experiment.model.classes,
+        classifier_type=experiment.model.classifier_type,
+        home=home,
+        embeddings=embed_dataset(version, experiment.encoder, home=home, spare_bytes=settings.spare_disk_bytes),
+    )
+    for outcome in verdict.outcomes:
+        state = "passed" if outcome.passed else "FAILED" if outcome.severity == "error" else "warning"
+        print(f"{state:<8} {outcome.name}: {outcome.finding()}")
+    for page in sorted(verdict.directory.glob("*.html")):
+        print(page)
+    return 0 if verdict.passed else 1
+
+
+def _relabel(options: argparse.Namespace) -> int:
+    from cv_platform.datasets.relabelling import read_review, relabel
+    from cv_platform.datasets.versions import open_repository
+
+    experiment, home = load_experiment(options.config), Settings.from_environment().home
+    try:
+        review = options.review.read_bytes()
+    except OSError as err:
+        raise InvalidDatasetError(f"Expected a review at {options.review}. Received: {err}. Correct the path.") from err
+    model, dataset = experiment.model, experiment.dataset
+    decisions = read_review(review, model.classes, model.classifier_type)
+    repository = open_repository(dataset, home=home)
+    made = relabel(repository, dataset.dvc_tag, review, decisions, home=home, new_tag=options.tag)
+    for line in made.summary:
+        print(line)
+    if made.version == made.base:
+        print(f"{dataset.ds_name} {dataset.dvc_tag} has these labels already: there is no new version.")
+    else:
+        print(f"{dataset.ds_name} {made.version.tag}: DVC md5 {made.version.dvc_md5}, in {repository}")
+        print(f"In the config:\ndataset:\n  dvc_tag: {json.dumps(made.version.tag)}")
+    return 0
 
 
 def _dataset(options: argparse.Namespace) -> int:
+    from cv_platform.datasets.versions import repository_of
+
     home = Settings.from_environment().home
     repository = repository_of(options.name, root=options.root or home / "datasets")
     return _versions(repository) if options.action == "versions" else _diff(repository, options, home)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
@@ -123,7 +124,7 @@ def import_dataset(
         DatasetError: `ds_root` cannot hold repositories, there is not enough disk space, or git or DVC fails.
     """
     rules = rules or ImportRules()
-    _check_names(ds_name, tag)
+    check_names(ds_name, tag)
     source, repository = source.expanduser().absolute(), ds_root.expanduser().absolute() / ds_name
     if not source.exists():
         raise InvalidDatasetError(f"Expected a folder, tar or zip of images. Received: {source}, which does not exist.")
@@ -163,11 +164,16 @@ def import_dataset(
         )
         annotations_csv = write_annotations(entries) if layout.labels_from != "folders" else None
         message = "\n".join([f"Import {tag}", "", *imported.summary()])
-        stored = _store(repository, tag, scratch, annotations_csv, message)
+        stored = store_version(repository, tag, scratch, annotations_csv, message)
     return imported.model_copy(update={"dvc_md5": stored.dvc_md5})
 
 
-def _check_names(ds_name: str, tag: str) -> None:
+def check_names(ds_name: str, tag: str) -> None:
+    """Returns if a dataset and a version may be called so.
+
+    Raises:
+        InvalidDatasetError: they may not.
+    """
     try:
         DatasetConfig.model_validate({"ds_name": ds_name, "dvc_tag": tag})
     except ValidationError as err:
@@ -340,12 +346,33 @@ class _Staging:
             shutil.copyfile(self.root / path, target)
 
 
-def _store(repository: Path, tag: str, scratch: Path, annotations: bytes | None, message: str) -> StoredVersion:
+def store_version(
+    repository: Path,
+    tag: str,
+    scratch: Path,
+    annotations: bytes | None,
+    message: str,
+    beside: Mapping[str, bytes] | None = None,
+) -> StoredVersion:
+    """Adds `scratch/images` to a repository, which is made if it is missing; call it under its lock.
+
+    Args:
+        repository: of the dataset.
+        tag: of the new version; the same content under the same tag changes nothing.
+        scratch: what is in its folder of images goes to DVC's cache.
+        annotations: the labels, where they do not follow from the folders.
+        message: of the commit.
+        beside: more files of the commit, by path.
+
+    Raises:
+        InvalidDatasetError: the tag exists with other content.
+        DatasetError: git or DVC fails, or something else is at `repository`.
+    """
+    files = {"annotations": annotations, "message": message, "beside": beside}
     if not repository.exists():
         with whole_directory(repository) as partial:
             create_repository(partial)
-            dvc_file = store_images(scratch, repository=partial)
-            version = commit_version(partial, tag, dvc_file=dvc_file, annotations=annotations, message=message)
+            version = commit_version(partial, tag, dvc_file=store_images(scratch, repository=partial), **files)
             show_version(partial, version)
         return version
     require_repository(repository, remedy="Move it away, or choose another name.")
@@ -358,4 +385,4 @@ def _store(repository: Path, tag: str, scratch: Path, annotations: bytes | None,
             f"Expected a new tag, or the same images. Received: {tag} of {repository}, which has other content "
             f"({existing.dvc_md5}). Versions do not change: choose a new tag."
         )
-    return commit_version(repository, tag, dvc_file=dvc_file, annotations=annotations, message=message)
+    return commit_version(repository, tag, dvc_file=dvc_file, **files)

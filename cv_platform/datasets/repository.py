@@ -142,7 +142,14 @@ def create_repository(directory: Path) -> None:
 
 
 def commit_version(
-    directory: Path, tag: str, *, dvc_file: str, annotations: bytes | None, message: str, date: str | None = None
+    directory: Path,
+    tag: str,
+    *,
+    dvc_file: str,
+    annotations: bytes | None,
+    message: str,
+    date: str | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> StoredVersion:
     """Adds a commit and a tag; of an existing repository nothing else changes, neither branch nor working tree.
 
@@ -153,12 +160,13 @@ def commit_version(
         annotations: content of `annotations.csv`; None removes it.
         message: the commit's message.
         date: date of the commit, for commits that are to be the same everywhere.
+        beside: more files, by path; those of earlier commits stay.
 
     Raises:
         DatasetError: git refused.
     """
     parent = _newest_commit(directory)
-    files: dict[str, bytes | None] = {DVC_FILE: dvc_file.encode(), ANNOTATIONS: annotations}
+    files: dict[str, bytes | None] = {DVC_FILE: dvc_file.encode(), ANNOTATIONS: annotations, **(beside or {})}
     if parent is None:
         files |= _SCAFFOLD
     # An index of its own, so that what the user has staged stays staged.

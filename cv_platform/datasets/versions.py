@@ -60,10 +60,7 @@ def checkout_version(dataset: DatasetConfig, model: ModelConfig, *, home: Path) 
         InvalidDatasetError: images, annotations or classes do not fit the config; all mistakes are named.
         DatasetError: neither DVC's cache nor its remote has the images.
     """
-    repository = repository_directory(dataset, home=home)
-    if dataset.source == "digits":
-        make_digits_repository(repository)
-    version, directory = check_out_images(_require(dataset, home), dataset.dvc_tag, home=home)
+    version, directory = check_out_images(open_repository(dataset, home=home), dataset.dvc_tag, home=home)
     with exclusive(_lock_of(directory)):
         manifest = directory / manifest_name(model, dataset)
         if not is_manifest(manifest):
@@ -109,6 +106,17 @@ def repository_of(ds_name: str, *, root: Path) -> Path:
     known = sorted(path.parent.name for path in repository.parent.glob("*/.git"))
     require_repository(repository, remedy=f"Datasets there: {', '.join(known) or 'none'}; --root names another folder.")
     return repository
+
+
+def open_repository(dataset: DatasetConfig, *, home: Path) -> Path:
+    """Returns the configured repository; a built-in source is made on first use.
+
+    Raises:
+        DatasetNotFoundError: there is none.
+    """
+    if dataset.source == "digits":
+        make_digits_repository(repository_directory(dataset, home=home))
+    return _require(dataset, home)
 
 
 def _require(dataset: DatasetConfig, home: Path) -> Path:

@@ -56,6 +56,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
             metadata={
                 "passed": verdict.passed,
                 "report": file_link(verdict.report_path),
+                **{page.stem: file_link(page) for page in verdict.directory.glob("label_issues.html")},
                 "quarantined": table([{"image": path} for path in verdict.quarantined[:100]]),
                 "checks": table(
                     [o.model_dump(include={"name", "passed", "severity", "summary"}) for o in verdict.outcomes]

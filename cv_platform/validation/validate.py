@@ -18,12 +18,16 @@ from cv_platform.datasets.manifest import read_manifest
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.pages import render
 from cv_platform.records import DatasetVersion, Embeddings, ValidationVerdict
+from cv_platform.validation import label_review
 from cv_platform.validation.checks import Subject, all_checks
 from cv_platform.validation.checks.deepchecks_suites import REPORT_NAMES
 from cv_platform.validation.sample import ImageSample, read_sample
 from cv_platform.validation.verdict import CHECK_NAMES
 
 logger = logging.getLogger(__name__)
+
+PAGES = {"Review the labels that are likely wrong": label_review.PAGE}
+"""That checks leave beside the report."""
 
 
 def validate_dataset(
@@ -66,7 +70,17 @@ def validate_dataset(
     fingerprint = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
     target = home / "validation" / provenance.ds_name / f"{provenance.dvc_md5}-{fingerprint}"
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as directory:
-        subject = Subject(readable, problems, sample, class_names, classifier_type, config, directory)
+        subject = Subject(
+            readable,
+            problems,
+            sample,
+            class_names,
+            classifier_type,
+            config,
+            directory,
+            version.directory,
+            str(provenance),
+        )
         checks = all_checks()
         outcomes = tuple(checks[name].run(subject) for name in CHECK_NAMES if getattr(config, name) != "off")
         verdict = ValidationVerdict(
@@ -89,6 +103,7 @@ def validate_dataset(
                 ("labels", classifier_type),
             ],
             verdict=verdict,
+            pages={title: page for title, page in PAGES.items() if (directory / page).exists()},
             deepchecks_pages={suite: page for suite, page in REPORT_NAMES.items() if (directory / page).exists()},
         )
         (directory / "report.html").write_text(page, encoding="utf-8")

@@ -34,6 +34,8 @@ class Subject:
         classifier_type: how labels are to be read.
         config: limits and severities.
         directory: where a check may leave pages for the report.
+        root: what the manifest's paths are relative to.
+        version: the dataset version's name, for pages.
     """
 
     manifest: pd.DataFrame
@@ -43,6 +45,8 @@ class Subject:
     classifier_type: ClassifierType
     config: ValidateConfig
     directory: Path
+    root: Path
+    version: str
 
     def split(self, name: str) -> pd.DataFrame:
         """Returns the manifest's rows of a split."""

@@ -123,6 +123,7 @@ NO_PIXELS = ImageSample(
 
 def subject(manifest: pd.DataFrame | None = None, config: ValidateConfig | None = None, **given: Any) -> Subject:
     """Returns what a check looks at: without more, no images, of one class."""
-    values = {"problems": {}, "sample": NO_PIXELS, "class_names": ("cat",), "classifier_type": "multi-class", **given}
+    values: dict[str, Any] = {"directory": Path("unused"), "root": Path("unused"), "version": "shapes v1"}
+    values |= {"problems": {}, "sample": NO_PIXELS, "class_names": ("cat",), "classifier_type": "multi-class", **given}
     manifest = pd.DataFrame({"split": []}) if manifest is None else manifest
-    return Subject(manifest=manifest, config=config or ValidateConfig(), directory=Path("unused"), **values)
+    return Subject(manifest=manifest, config=config or ValidateConfig(), **values)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
@@ -56,7 +57,9 @@ def _labels(per_cluster: int, names: str = "abc") -> list[list[str]]:
 def judge(
     sample: ImageSample, names: Sequence[str], kind: ClassifierType, config: ValidateConfig = CONFIG
 ) -> CheckOutcome:
-    return LabelIssues().run(subject(config=config, sample=sample, class_names=names, classifier_type=kind))
+    with TemporaryDirectory() as folder:
+        given = {"sample": sample, "class_names": names, "classifier_type": kind, "directory": Path(folder)}
+        return LabelIssues().run(subject(config=config, **given))
 
 
 def without_chance(offenders: Sequence[str]) -> set[str]:
@@ -73,6 +76,14 @@ def test_finds_a_planted_wrong_label_and_names_what_it_looks_like():
         "005.png: labelled b, looks like a",
         "090.png: labelled a, looks like c",
     }
+
+
+def test_counts_which_label_is_taken_for_which():
+    labels = _labels(40)
+    labels[5], labels[6], labels[90] = ["b"], ["b"], ["a"]
+    probe = probe_labels(_sample(_clusters(40), labels), "abc", "multi-class")
+    assert probe.confusion() == [("b", "a", 2), ("a", "c", 1)]
+    assert [suspicion.labels for suspicion in probe.suspicions] in ([("a",), ("a",), ("c",)], [("c",), ("a",), ("a",)])
 
 
 def test_fails_above_the_limit():
@@ -166,6 +177,9 @@ def test_finds_wrong_labels_of_digits_with_the_encoder(tmp_path: Path) -> None:
     assert wrong[chances > 0.5].mean() >= 0.9, "of those suspected, that many are wrong"
     assert average_precision_score(wrong, chances) >= 0.7, "those that are not suspected count as missed"
     assert abs(probe.wrong_fraction - wrong.mean()) <= 0.03
+    low, high = probe.wrong_interval
+    assert low <= wrong.mean() <= high
+    assert 0.005 <= high - low <= 0.08, "an interval that says something"
 
 
 def test_balanced_accuracy_weighs_classes_the_same():
