@@ -100,11 +100,7 @@ def _rows(
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yields name, kind, default and description of each field; with `into`, those of the sections in it."""
     for name, field in properties.items():
-        if section := next((one for one in field.get("anyOf", ()) if "$ref" in one), None):
-            yield f"`{prefix}{name}`", "mapping", _shown(field["default"]), _sentence(field["description"])
-            if into:
-                yield from _rows(_resolved(section, schema)["properties"], schema, f"{prefix}{name}.", into=True)
-        elif "$ref" not in field:
+        if "$ref" not in field:
             default = _shown(field["default"]) if "default" in field else ""
             yield f"`{prefix}{name}`", _kind(field), default, _sentence(field["description"])
         elif into:

@@ -41,15 +41,15 @@ class ExperimentConfig(Section):
         if self.train.epochs == 0 and self.transfer is None:
             raise ValueError(
                 f"train.epochs: expected at least 1 for {self.model.architecture}, whose weights are random; "
-                "0 is for networks that come with weights, or with train.transfer"
+                "0 is for networks that come with weights, or with train.transfer.head: fit"
             )
         return self
 
     @property
     def transfer(self) -> TransferConfig | None:
         """How the training begins with a head alone; None if it does not."""
-        is_pretrained = self.model.architecture in PRETRAINED_ARCHITECTURES
-        return self.train.transfer or (TransferConfig() if is_pretrained else None)
+        transfer, is_pretrained = self.train.transfer, self.model.architecture in PRETRAINED_ARCHITECTURES
+        return transfer if transfer.head == "fit" or (transfer.head == "auto" and is_pretrained) else None
 
     def fingerprint(self, *fields: str, without: Iterable[str] = ()) -> str:
         """Returns 12 hex digits over `fields`, named as in YAML: code versions carry it.

@@ -40,6 +40,11 @@ class AugmentConfig(Section):
 class TransferConfig(Section):
     """How a network that has learned from other images is trained on these: first a new head, then all of it gently."""
 
+    head: Literal["auto", "fit", "keep"] = Field(
+        default="auto",
+        description="fit: before anything else, a linear head is fitted to the network's features; keep: transfer is "
+        "off; auto: fit for networks that come with weights (efficientnet_lite0), keep for others",
+    )
     freeze_until: int = Field(
         default=0,
         ge=0,
@@ -59,8 +64,8 @@ class TrainConfig(Section):
         default=10,
         ge=0,
         le=10_000,
-        description="passes over the train split; with `transfer`, those after the one that fits the head: 0 leaves "
-        "the pretrained network as it is",
+        description="passes over the train split; those after the one that fits the head, where `transfer` does: 0 "
+        "leaves the pretrained network as it is",
     )
     batch_size: int = Field(default=64, ge=1, le=8192, description="images of one step")
     init_lr: float = Field(default=1e-3, gt=0.0, le=10.0, description="peak learning rate")
@@ -87,10 +92,8 @@ class TrainConfig(Section):
     temperature_scaling: bool = Field(
         default=True, description="divide the logits by a temperature fitted on the valid split, for honest confidences"
     )
-    transfer: TransferConfig | None = Field(
-        default=None,
-        description="a head is fitted to the network's features before anything else is trained; by default for "
-        "networks that come with weights (efficientnet_lite0)",
+    transfer: TransferConfig = Field(
+        default=TransferConfig(), description="of networks that have learned from other images"
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes of the training images")
     mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the training's runs go")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -10,6 +11,8 @@ import dagster as dg
 from cv_platform.config import ExperimentConfig
 from cv_platform.defs.branch import Branch
 from cv_platform.errors import TrackingError
+from cv_platform.record_store import RecordStore
+from cv_platform.records import TrainedModel
 from cv_platform.settings import Settings
 
 RUN = "Dagster run "
@@ -137,21 +140,46 @@ def retrain_on_drift_sensor(branch: Branch) -> dg.SensorDefinition:
         name=f"{branch.config.name}_retrain_on_drift",
         job_name=f"{branch.config.name}_retrain",
         default_status=dg.DefaultSensorStatus.STOPPED,
-        description="Retrains when a drift report says drift. The promotion gate still decides about the deployment.",
+        description=(
+            "Retrains when a drift report says drift and the dataset has changed since the last training. "
+            "The promotion gate still decides about the deployment."
+        ),
     )
     def retrain_on_drift(
         context: dg.SensorEvaluationContext, event: dg.EventLogEntry
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
         materialization = event.asset_materialization
         verdict = materialization.metadata["verdict"].value if materialization else None
-        if verdict == "drift":
+        if verdict != "drift":
+            yield dg.SkipReason(f"The latest report says: {verdict}.")
+        elif is_trained_on(branch.config, Settings.from_environment().home):
+            yield dg.SkipReason(
+                f"Drift, but the latest model has learned from {branch.config.dataset.ds_name} "
+                f"{branch.config.dataset.dvc_tag} as it is: the same images give the same model. Import images of what "
+                "has changed under a new tag, and name it in dataset.dvc_tag."
+            )
+        else:
             yield dg.RunRequest(
                 run_key=f"{branch.config.name}-drift-{event.run_id}-{event.timestamp}", tags={"reason": "drift"}
             )
-        else:
-            yield dg.SkipReason(f"The latest report says: {verdict}.")
 
     return retrain_on_drift
+
+
+def is_trained_on(config: ExperimentConfig, home: Path) -> bool:
+    """Whether the latest training of an experiment had the recipe and the images that the next one would have."""
+    from cv_platform.datasets.versions import list_tags
+    from cv_platform.errors import DatasetError, StorageError
+
+    try:
+        trained = RecordStore(home, config.name).latest(TrainedModel)
+        tags = list_tags(config.dataset, home=home)
+    except (DatasetError, StorageError):
+        return False  # The run says what is wrong.
+    if trained is None or tags.get(config.dataset.dvc_tag) != trained.provenance.dvc_md5:
+        return False
+    today = config.model_dump(mode="json")
+    return all(trained.effective_config.get(section) == today[section] for section in ("model", "dataset", "train"))
 
 
 def new_dataset_version_sensor(branch: Branch) -> dg.SensorDefinition:

@@ -30,8 +30,11 @@ from cv_platform.defs.automation import (
     run_failure_sensor,
 )
 from cv_platform.defs.branch import Branch
+from cv_platform.record_store import RecordStore
+from cv_platform.records import Provenance
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, PointerMove, ProductionPointer
+from cv_platform_tests.support.record_samples import trained_model
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
@@ -119,7 +122,14 @@ def test_an_unreachable_database_is_no_failure_of_the_sensor(
 
 
 @pytest.mark.parametrize(("verdict", "runs"), [("drift", 1), ("no drift", 0), ("insufficient data", 0)])
-def test_retraining_follows_a_report_with_drift_only(experiment: ExperimentConfig, verdict: str, runs: int) -> None:
+def test_retraining_follows_a_report_with_drift_only(
+    experiment: ExperimentConfig, home: Path, verdict: str, runs: int
+) -> None:
+    assert len(reported(experiment, verdict).run_requests or []) == runs
+
+
+def reported(experiment: ExperimentConfig, verdict: str) -> dg.SensorResult:
+    """Returns what the sensor does after a report."""
     branch = Branch(experiment)
     sensor = retrain_on_drift_sensor(branch)
     with dg.DagsterInstance.ephemeral() as instance:
@@ -128,8 +138,27 @@ def test_retraining_follows_a_report_with_drift_only(experiment: ExperimentConfi
         )
         repository = build_defs(DIGITS).get_repository_def()
         with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
-            result = sensor.evaluate_tick(context)
-    assert len(result.run_requests or []) == runs
+            return sensor.evaluate_tick(context)
+
+
+def test_drift_does_not_train_the_same_model_of_the_same_images_again(
+    experiment: ExperimentConfig, home: Path, tmp_path: Path
+) -> None:
+    md5 = import_dataset(write_images(tmp_path / "one", 1), ds_name="cats", tag="v1.0.0", ds_root=home / "datasets")
+    provenance = Provenance(ds_name="cats", dvc_tag="v1.0.0", dvc_md5=md5.dvc_md5)
+    trained = trained_model(
+        home / "models" / "cats", provenance=provenance, effective_config=experiment.model_dump(mode="json")
+    )
+    RecordStore(home, experiment.name).write("model", trained, run_id="a-run")
+    same = reported(experiment, "drift")
+    assert not same.run_requests
+    assert "the same images give the same model" in (same.skip_message or "")
+
+    other_seed = experiment.model_copy(update={"train": experiment.train.model_copy(update={"seed": 1})})
+    assert len(reported(other_seed, "drift").run_requests or []) == 1
+    import_dataset(write_images(tmp_path / "two", 2), ds_name="cats", tag="v2.0.0", ds_root=home / "datasets")
+    newer = experiment.model_copy(update={"dataset": experiment.dataset.model_copy(update={"dvc_tag": "v2.0.0"})})
+    assert len(reported(newer, "drift").run_requests or []) == 1
 
 
 def test_what_people_do_to_the_pointer_is_shown_once_and_what_runs_do_is_not(

@@ -156,8 +156,9 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_weights(
 def test_a_network_that_knows_nothing_cannot_be_left_as_it_is() -> None:
     with pytest.raises(ConfigError, match="expected at least 1 for small_cnn"):
         experiment(train__epochs=0)
-    assert experiment(train__epochs=0, train__transfer={}).transfer == TransferConfig()
+    assert experiment(train__epochs=0, train__transfer={"head": "fit"}).transfer == TransferConfig(head="fit")
     assert experiment(**LITE0).transfer == TransferConfig(freeze_until=6)
+    assert experiment(**{**LITE0, "train__transfer": {"head": "keep"}}).transfer is None
     assert experiment().transfer is None
 
 
