@@ -27,6 +27,10 @@ def add_commands(command: AddCommand) -> None:
     )
     validate = command("validate", _validate, "judge an experiment's dataset without Dagster, and write the report")
     validate.add_argument("config", type=Path, help="a YAML file, such as configs/digits.yaml")
+    similar = command("find-similar", _find_similar, "list the images of a dataset that look most like a file")
+    similar.add_argument("image", type=Path, help="the file")
+    similar.add_argument("config", type=Path, help="the experiment whose dataset is searched")
+    similar.add_argument("--count", type=int, default=10, help="how many (default: 10)")
     relabel = command("relabel", _relabel, "make a new dataset version of reviewed labels")
     relabel.add_argument("config", type=Path, help="the experiment whose dataset was reviewed")
     relabel.add_argument("--from", dest="review", type=Path, required=True, help="reviewed.csv of label_issues.html")
@@ -57,6 +61,23 @@ def _validate(options: argparse.Namespace) -> int:
     for page in sorted(verdict.directory.glob("*.html")):
         print(page)
     return 0 if verdict.passed else 1
+
+
+def _find_similar(options: argparse.Namespace) -> int:
+    from cv_platform.datasets.similar import find_similar
+    from cv_platform.datasets.versions import checkout_version
+
+    experiment, home = load_experiment(options.config), Settings.from_environment().home
+    version = checkout_version(experiment.dataset, experiment.model, home=home)
+    found = find_similar(options.image, version, experiment.encoder, home=home, count=max(1, options.count))
+    print_table(
+        [
+            {"similarity": f"{one.similarity:.3f}", "label": one.label, "split": one.split, "path": one.path}
+            for one in found
+        ]
+    )
+    print(f"in {version.directory}")
+    return 0
 
 
 def _relabel(options: argparse.Namespace) -> int:
