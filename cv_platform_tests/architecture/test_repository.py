@@ -24,7 +24,7 @@ DOCUMENTS = sorted(
 )
 # The changelog names what has gone, too, and the import's table a user's files.
 LASTING = [path for path in DOCUMENTS if path.name not in {"CHANGELOG.md", "import.md"}]
-OTHER_FOLDERS = {"valid/", "test/", "reference/", "models/"}
+OTHER_FOLDERS = {"valid/", "test/", "reference/", "models/", "audit/"}
 """Of a user's images, and of central storage."""
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 
