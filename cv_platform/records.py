@@ -366,6 +366,30 @@ class Comparison(Value):
     lost_classes: tuple[ClassLoss, ...] = ()
 
 
+class Slice(Value):
+    """A part of the test split, and whether the model does worse on it than on the rest."""
+
+    column: str = Field(description="a property of the pixels, or a column of the manifest")
+    value: str = Field(description="one of its values, or a quarter of its range")
+    images: int
+    accuracy: float
+    low: float
+    high: float
+    p_value: float = Field(description="that it is no worse than the rest; corrected for all parts that were judged")
+    is_worse: bool
+
+
+class Robustness(Value):
+    """The accuracy on images that were made worse in one way."""
+
+    corruption: str
+    strength: str
+    images: int
+    accuracy: float
+    low: float
+    high: float
+
+
 class Evaluation(Illustrated):
     """How a model does on the test split, and whether it may be promoted."""
 
@@ -378,9 +402,14 @@ class Evaluation(Illustrated):
     metrics: dict[str, float] = Field(
         description="see compute_metrics; and `images`, `temperature`, `ece_uncalibrated`"
     )
-    per_class: list[dict[str, Any]] = Field(description="per class: class, precision, recall, f1, auc, support")
+    per_class: list[dict[str, Any]] = Field(
+        description="per class: class, precision, recall, f1, auc, support, intervals"
+    )
     confusion: list[list[int]] = Field(description="see metrics.confusion_matrix")
     comparison: Comparison | None = Field(default=None, description="with the version in production")
+    intervals: dict[str, tuple[float, float]] = Field(default={}, description="of metrics, by name; 95 %")
+    slices: tuple[Slice, ...] = Field(default=(), description="every part that was judged, the worst first")
+    robustness: tuple[Robustness, ...] = Field(default=(), description="of a sample; the first as the images are")
     mlflow_run_id: str | None
 
     @property

@@ -23,6 +23,7 @@ class DeployConfig(Section):
         default="auto",
         description="what runs the exported model; auto: ONNX Runtime where the model converts and answers alike",
     )
+    data_licence: str = Field(default="", description="licence of the images, for the model card in the bundle")
     golden_images: int = Field(
         default=8, ge=1, le=64, description="test images of all classes, kept in the bundle for its self-test"
     )

@@ -125,5 +125,8 @@ class EvaluateConfig(Section):
         description="what follows where the test images are too few to rule out a loss above max_regression, and show "
         "none; refuse: a model that loses more is promoted at a rate of at most alpha, and of the equal ones many wait",
     )
+    robustness_images: int = Field(
+        default=200, ge=0, description="test images, sampled, that are corrupted in twelve ways; 0: none"
+    )
     worst_errors: int = Field(default=16, ge=0, le=100, description="images shown with the most confident mistakes")
     mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the evaluation's runs go")

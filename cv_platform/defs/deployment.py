@@ -27,7 +27,7 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         value=ModelBundle,
         is_retried=True,
         kinds={"bentoml"},
-        reads=["deploy.runtime", "deploy.golden_images"],
+        reads=["deploy.runtime", "deploy.golden_images", "deploy.data_licence"],
         code=["cv_platform.serving", "bentos"],
         ins={
             "trained": "model",

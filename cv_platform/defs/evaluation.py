@@ -49,14 +49,29 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         )
         with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
             directory = run.settings.home / "evaluation"
-            result = evaluate_model(trained, packed, run.config, champion=champion, directory=directory, run=mlflow_run)
+            result = evaluate_model(
+                trained,
+                packed,
+                run.config,
+                champion=champion,
+                directory=directory,
+                run=mlflow_run,
+                manifest=version.manifest_path,
+            )
         return run.result(
             result,
             metadata={
                 "version": result.model.version,
                 "passed": result.passed,
                 **result.metrics,
-                "per_class": table(result.per_class),
+                "intervals": table(
+                    [{"metric": name, "low": low, "high": high} for name, (low, high) in result.intervals.items()]
+                ),
+                "per_class": table(
+                    [{key: cell for key, cell in row.items() if key != "intervals"} for row in result.per_class]
+                ),
+                "slices": table([part.model_dump() for part in result.slices[:20]]),
+                "robustness": table([row.model_dump() for row in result.robustness]),
                 "predictions": file_link(result.predictions_path),
                 "mlflow_run_id": result.mlflow_run_id or "",
                 "mlflow_url": dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages)),

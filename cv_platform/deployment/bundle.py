@@ -19,6 +19,7 @@ from cv_platform.config import DeployConfig
 from cv_platform.deployment.bento import build_bento
 from cv_platform.deployment.export import ExportedModel, export_bundle
 from cv_platform.errors import BundleExistsError, ExportError
+from cv_platform.evaluation.model_card import write_model_card
 from cv_platform.files import file_sha256, require_free_space
 from cv_platform.records import DriftDetectors, Evaluation, ModelBundle, TrainedModel
 from cv_platform.serving.model.runtime import load_folder
@@ -70,7 +71,7 @@ def publish_model(
         detectors: of the same model; their encoder goes with it.
         evaluation: of the same model: its metrics, and the threshold of multi-label decisions.
         golden_images: `(G, H, W, 3)` uint8 RGB, preprocessed; G ≥ 1.
-        deploy: `runtime`, see `export.export_bundle`.
+        deploy: `runtime`, see `export.export_bundle`; and the licence that the model card names.
         place: where it goes.
         trained_on: sha256 of the images of the splits `train` and `valid`, which a later gate leaves out of its
             comparison; None: not known.
@@ -96,6 +97,7 @@ def publish_model(
         if trained_on is not None:
             digests = b"".join(bytes.fromhex(digest) for digest in sorted(set(trained_on)))
             np.save(folder / TRAINED_ON, np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32))
+        write_model_card(folder, trained, evaluation, licence=deploy.data_licence)
         metadata = _metadata(trained, detectors, evaluation, exported)
         load_folder(folder, metadata)
         _publish(place.storage, folder, metadata, trained)

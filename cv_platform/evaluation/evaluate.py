@@ -14,20 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cv_platform.config import ExperimentConfig
+from cv_platform.config import ClassifierType, ExperimentConfig
+from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.packing import PackedSplit, open_split
 from cv_platform.errors import InvalidDatasetError, TrainingError
 from cv_platform.evaluation.gate import Champion, judge_promotion
+from cv_platform.evaluation.heat_maps import grad_cam, overlay
+from cv_platform.evaluation.intervals import Interval, class_intervals, mean_intervals, wilson
 from cv_platform.evaluation.metrics import (
+    TOP,
     compute_metrics,
     confidence_of,
     confusion_matrix,
     expected_calibration_error,
+    in_top,
     per_class_metrics,
     reliability,
+    uncalibrated,
     uncalibrated_error,
 )
 from cv_platform.evaluation.plots import (
@@ -38,9 +45,11 @@ from cv_platform.evaluation.plots import (
     save_worst_errors,
 )
 from cv_platform.evaluation.report import render_report
+from cv_platform.evaluation.robustness import measure_robustness
+from cv_platform.evaluation.slices import judge_slices, slice_columns
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.predictions import label_texts, one_hot, predicted_flags
-from cv_platform.records import Evaluation, PackedImages, Task, TrainedModel
+from cv_platform.records import Evaluation, PackedImages, Robustness, Task, TrainedModel
 from cv_platform.tracking import MlflowRun
 
 logger = logging.getLogger(__name__)
@@ -70,6 +79,7 @@ def evaluate_model(
     champion: Champion | None,
     directory: Path,
     run: MlflowRun | None,
+    manifest: Path | None = None,
 ) -> Evaluation:
     """Evaluates a model on the test split and judges whether it may be promoted.
 
@@ -84,6 +94,7 @@ def evaluate_model(
         champion: what the version in production decides about the same images; None where there is none.
         directory: `home/evaluation`.
         run: MLflow run that metrics, plots and report are logged to; None logs nothing.
+        manifest: of the images, whose columns give slices; None: only their pixels do.
 
     Returns:
         The evaluation. A model that misses a limit gives `passed=False`, never an exception.
@@ -100,47 +111,26 @@ def evaluate_model(
             f"Expected images in the test split of {packed.provenance}. Received: none. "
             "Add some, or look at its validation report for quarantined ones."
         )
-    task, threshold = trained.task, config.model.threshold
-    probabilities = predict_split(trained.keras_path, test, classes=len(task.class_names))
-    decided = (np.asarray(test.targets), probabilities, task.classifier_type)
-    metrics = compute_metrics(*decided, threshold)
-    gate = judge_promotion(
-        metrics,
-        config.evaluate,
-        champion,
-        truth=one_hot(decided[0], len(task.class_names)),
-        decisions=predicted_flags(probabilities, task.classifier_type, threshold),
-        class_names=task.class_names,
-    )
-    metrics["ece_uncalibrated"] = uncalibrated_error(*decided, trained.temperature)
-    metrics["temperature"] = trained.temperature
-    metrics["images"] = float(len(test.paths))
-    classes = zip(task.class_names, per_class_metrics(*decided, threshold), strict=True)
+    model = load_classifier(trained.keras_path, classes=len(trained.task.class_names))
+    probabilities = predict_split(model, trained.keras_path, test)
     target = directory / trained.model.model_name / trained.model.version
-    evaluation = Evaluation(
-        model=trained.model,
-        passed=gate.passed,
-        reasons=gate.reasons,
-        threshold=threshold,
-        metrics=metrics,
-        per_class=[{"class": name, **row} for name, row in classes],
-        confusion=confusion_matrix(*decided, threshold).tolist(),
-        directory=target,
-        plot_names=(
-            "confusion_matrix" if task.classifier_type == "multi-class" else "per_class",
-            "reliability",
-            *(["worst_errors"] if config.evaluate.worst_errors else []),
-        ),
-        comparison=gate.comparison,
-        mlflow_run_id=None if run is None else run.run_id,
+    evaluation = _measured(trained, test, probabilities, config, champion).model_copy(
+        update={
+            "directory": target,
+            "mlflow_run_id": None if run is None else run.run_id,
+            "robustness": _robustness(model, trained.task, test, config),
+        }
     )
+    predictions = _predictions(test, probabilities, trained.task, evaluation.threshold)
+    columns = slice_columns(test.images, _rows(manifest, test.paths))
+    evaluation = evaluation.model_copy(update={"slices": judge_slices(columns, predictions.correct)})
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as folder:
         # What the record says of its folder holds of this one too, until it gets its name.
         unfinished = evaluation.model_copy(update={"directory": folder})
-        predictions = _predictions(test, probabilities, task, threshold)
         write_predictions(unfinished.predictions_path, predictions)
-        _draw(unfinished, test, predictions, task, config.evaluate.worst_errors)
-        unfinished.report_path.write_text(render_report(unfinished, packed.provenance, task), encoding="utf-8")
+        _draw(unfinished, test, predictions, trained, worst_sheet(model, test, predictions, config))
+        page = render_report(unfinished, packed.provenance, trained.task)
+        unfinished.report_path.write_text(page, encoding="utf-8")
         (folder / "evaluation.json").write_text(evaluation.local_json(), encoding="utf-8")
     if run is not None:
         _log(run, evaluation)
@@ -149,20 +139,17 @@ def evaluate_model(
         trained.model,
         len(test.paths),
         time.monotonic() - started,
-        metrics["accuracy"],
-        "passed" if gate.passed else "; ".join(gate.reasons),
+        evaluation.metrics["accuracy"],
+        "passed" if evaluation.passed else "; ".join(evaluation.reasons),
     )
     return evaluation
 
 
-def predict_split(keras_path: Path, split: PackedSplit, *, classes: int, batch_size: int = BATCH_SIZE) -> np.ndarray:
-    """Predicts every image of a split, in its order.
-
-    Returns:
-        `(N, C)` float32 probabilities.
+def load_classifier(keras_path: Path, *, classes: int) -> Any:
+    """Loads a Keras model with so many outputs.
 
     Raises:
-        TrainingError: the file is no model for these images and classes, or gives probabilities that are not finite.
+        TrainingError: the file is no such model.
     """
     import keras
 
@@ -176,9 +163,27 @@ def predict_split(keras_path: Path, split: PackedSplit, *, classes: int, batch_s
             f"{keras_path}: expected a model with {classes} outputs, one per class. Received: output shape {shape}. "
             "Train the model again with this config."
         )
+    return model
+
+
+def predict(model: Any, images: np.ndarray, batch_size: int = BATCH_SIZE) -> np.ndarray:
+    """Returns `(N, C)` float32 probabilities of `(N, H, W, 3)` uint8 images, in order."""
     # One compiled call per batch shape (there are at most two); `model.predict` would set up a data adapter as well.
-    batches = [np.asarray(model.predict_on_batch(images), dtype=np.float32) for images, _ in split.batches(batch_size)]
-    probabilities = np.concatenate(batches)
+    starts = range(0, len(images), batch_size)
+    batches = (np.asarray(images[start : start + batch_size]) for start in starts)
+    return np.concatenate([np.asarray(model.predict_on_batch(batch), dtype=np.float32) for batch in batches])
+
+
+def predict_split(model: Any, keras_path: Path, split: PackedSplit) -> np.ndarray:
+    """Predicts every image of a split, in its order.
+
+    Returns:
+        `(N, C)` float32 probabilities.
+
+    Raises:
+        TrainingError: the model of `keras_path` gives probabilities that are not finite.
+    """
+    probabilities = predict(model, split.images)
     broken = int((~np.isfinite(probabilities).all(axis=1)).sum())
     if broken or len(probabilities) != len(split.paths):
         raise TrainingError(
@@ -187,6 +192,103 @@ def predict_split(keras_path: Path, split: PackedSplit, *, classes: int, batch_s
             "The training has diverged: lower train.init_lr and train again."
         )
     return probabilities
+
+
+def _measured(
+    trained: TrainedModel,
+    test: PackedSplit,
+    probabilities: np.ndarray,
+    config: ExperimentConfig,
+    champion: Champion | None,
+) -> Evaluation:
+    """Returns the metrics with their intervals, and the gate's verdict."""
+    task, threshold = trained.task, config.model.threshold
+    decided = (np.asarray(test.targets), probabilities, task.classifier_type)
+    truth = one_hot(decided[0], len(task.class_names))
+    decisions = predicted_flags(probabilities, task.classifier_type, threshold)
+    metrics = compute_metrics(*decided, threshold)
+    gate = judge_promotion(
+        metrics, config.evaluate, champion, truth=truth, decisions=decisions, class_names=task.class_names
+    )
+    metrics["ece_uncalibrated"] = uncalibrated_error(*decided, trained.temperature)
+    metrics["temperature"] = trained.temperature
+    metrics["images"] = float(len(truth))
+    rows = zip(task.class_names, per_class_metrics(*decided, threshold), class_intervals(truth, decisions), strict=True)
+    return Evaluation(
+        model=trained.model,
+        passed=gate.passed,
+        reasons=gate.reasons,
+        threshold=threshold,
+        metrics=metrics,
+        intervals=_intervals(*decided, truth, decisions),
+        per_class=[
+            {"class": name, **row, "intervals": {key: list(ends) for key, ends in intervals.items() if ends}}
+            for name, row, intervals in rows
+        ],
+        confusion=confusion_matrix(*decided, threshold).tolist(),
+        directory=trained.directory,
+        plot_names=(
+            "confusion_matrix" if task.classifier_type == "multi-class" else "per_class",
+            "reliability",
+            *(["worst_errors"] if config.evaluate.worst_errors else []),
+        ),
+        comparison=gate.comparison,
+        mlflow_run_id=None,
+    )
+
+
+def _intervals(
+    targets: np.ndarray, probabilities: np.ndarray, kind: ClassifierType, truth: np.ndarray, decisions: np.ndarray
+) -> dict[str, Interval]:
+    exact = (truth == decisions).all(axis=1)
+    found = dict(mean_intervals(truth, decisions))
+    shares = {"accuracy" if kind == "multi-class" else "exact_match": exact}
+    if kind == "multi-class":
+        found["balanced_accuracy"] = found["macro_recall"]
+        if probabilities.shape[1] > TOP:
+            shares[f"top{TOP}_accuracy"] = in_top(targets, probabilities)
+    for name, right in shares.items():
+        if (interval := wilson(int(right.sum()), len(right))) is not None:
+            found[name] = interval
+    return found
+
+
+def _robustness(model: Any, task: Task, test: PackedSplit, config: ExperimentConfig) -> tuple[Robustness, ...]:
+    """Measures a seeded sample of the test images, the same for every model of a data version."""
+    wanted = min(config.evaluate.robustness_images, len(test.paths))
+    if not wanted:
+        return ()
+    chosen = np.sort(np.random.default_rng(0).permutation(len(test.paths))[:wanted])
+    truth = one_hot(np.asarray(test.targets)[chosen], len(task.class_names))
+
+    def is_right(probabilities: np.ndarray) -> np.ndarray:
+        return (predicted_flags(probabilities, task.classifier_type, config.model.threshold) == truth).all(axis=1)
+
+    return measure_robustness(np.asarray(test.images[chosen]), lambda images: predict(model, images), is_right)
+
+
+def _rows(manifest: Path | None, paths: Sequence[str]) -> pd.DataFrame:
+    """Returns the manifest's rows of these images, in their order; of no manifest, rows without columns."""
+    if manifest is None:
+        return pd.DataFrame(index=range(len(paths)))
+    return read_manifest(manifest).set_index("path").loc[list(paths)].reset_index(drop=True)
+
+
+def worst_sheet(
+    model: Any, test: PackedSplit, predictions: _Predictions, config: ExperimentConfig
+) -> tuple[list[np.ndarray], list[str]]:
+    """Returns the images of the most confident mistakes, each beside its heat map, and their captions."""
+    worst = worst_errors(predictions.correct, predictions.confidence, config.evaluate.worst_errors)
+    images = np.asarray(test.images[worst])
+    heat = grad_cam(model, images)
+    sheets = (
+        list(images)
+        if heat is None
+        else [np.hstack([image, overlay(image, cell)]) for image, cell in zip(images, heat, strict=True)]
+    )
+    return sheets, [
+        caption(predictions.label[i], predictions.predicted_class[i], float(predictions.confidence[i])) for i in worst
+    ]
 
 
 def worst_errors(correct: np.ndarray, confidence: np.ndarray, count: int) -> list[int]:
@@ -228,22 +330,26 @@ def _predictions(test: PackedSplit, probabilities: np.ndarray, task: Task, thres
     )
 
 
-def _draw(evaluation: Evaluation, test: PackedSplit, predictions: _Predictions, task: Task, worst_count: int) -> None:
+def _draw(
+    evaluation: Evaluation,
+    test: PackedSplit,
+    predictions: _Predictions,
+    trained: TrainedModel,
+    worst: tuple[list[np.ndarray], list[str]],
+) -> None:
     """Writes the plots that the evaluation names."""
-    plots = evaluation.plots
+    plots, task = evaluation.plots, trained.task
     if task.classifier_type == "multi-class":
         save_confusion_matrix(plots["confusion_matrix"], np.array(evaluation.confusion), task.class_names)
     else:
         save_per_class(plots["per_class"], evaluation.per_class, task.class_names)
-    table = reliability(np.asarray(test.targets), predictions.probabilities, task.classifier_type)
-    save_reliability(plots["reliability"], table, expected_calibration_error(table))
+    targets, kind = np.asarray(test.targets), task.classifier_type
+    table = reliability(targets, predictions.probabilities, kind)
+    before = reliability(targets, uncalibrated(predictions.probabilities, kind, trained.temperature), kind)
+    error = expected_calibration_error(table)
+    save_reliability(plots["reliability"], table, error, before if trained.temperature != 1.0 else ())
     if "worst_errors" in plots:
-        worst = worst_errors(predictions.correct, predictions.confidence, worst_count)
-        captions = [
-            caption(predictions.label[i], predictions.predicted_class[i], float(predictions.confidence[i]))
-            for i in worst
-        ]
-        save_worst_errors(plots["worst_errors"], [np.asarray(test.images[i]) for i in worst], captions)
+        save_worst_errors(plots["worst_errors"], *worst)
 
 
 def _log(run: MlflowRun, evaluation: Evaluation) -> None:

@@ -19,6 +19,7 @@ from cv_platform.config import ClassifierType
 from cv_platform.predictions import one_hot, predicted_flags
 
 CALIBRATION_BINS = 15
+TOP = 3
 _SMALLEST = 1e-7
 """Probabilities are kept this far from 0 and 1 in the log loss: the resolution of float32 near 1."""
 
@@ -49,7 +50,10 @@ def compute_metrics(
 
     * `accuracy`: multi-class: share of right images; multi-label: mean over the classes of their accuracies.
     * `exact_match` (multi-label): share of images whose whole set of labels is right.
-    * `macro_f1`: mean F1 of the classes that the split has.
+    * `top3_accuracy` (multi-class, more than three classes): share of images whose class is among the three likeliest.
+    * `balanced_accuracy` (multi-class): mean recall of the classes that the split has, as `macro_recall` is.
+    * `mean_average_precision` (multi-label): mean over the classes that the split has.
+    * `macro_precision`, `macro_recall`, `macro_f1`: means of the classes that the split has.
     * `auc_macro`: mean one-versus-rest area under the ROC curve of the classes that have images with and without them.
     * `log_loss`, `brier`: multi-class: per image (Brier: summed over classes); multi-label: per image and class.
     * `ece`: expected calibration error in 15 bins, of the predicted class or (multi-label) of each class.
@@ -76,11 +80,29 @@ def compute_metrics(
         chosen = np.clip(np.where(truth, probabilities, 1 - probabilities), _SMALLEST, 1.0)
         metrics["log_loss"] = float(-np.log(chosen).mean())
         metrics["brier"] = float(((probabilities - truth) ** 2).mean())
-    metrics["macro_f1"] = _mean([row["f1"] for row in table if row["support"]])
+    for name in ("precision", "recall", "f1"):
+        metrics[f"macro_{name}"] = _mean([row[name] for row in table if row["support"]])
+    if classifier_type == "multi-class":
+        metrics["balanced_accuracy"] = metrics["macro_recall"]
+        if probabilities.shape[1] > TOP:
+            metrics[f"top{TOP}_accuracy"] = float(in_top(targets, probabilities).mean())
+    else:
+        metrics["mean_average_precision"] = _mean(
+            [
+                float(sklearn_metrics.average_precision_score(positive, column)) if positive.any() else None
+                for positive, column in zip(truth.T, probabilities.T, strict=True)
+            ]
+        )
     metrics["auc_macro"] = _mean([row["auc"] for row in table])
     metrics["ece"] = expected_calibration_error(reliability(targets, probabilities, classifier_type))
     metrics["mean_confidence"] = float(confidence_of(probabilities, classifier_type, threshold).mean())
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def in_top(targets: np.ndarray, probabilities: np.ndarray, top: int = TOP) -> np.ndarray:
+    """Returns `(N,)` bool: whether the class `targets` is among the `top` likeliest."""
+    likeliest = np.argpartition(-probabilities, top - 1, axis=1)[:, :top]
+    return (likeliest == targets[:, None]).any(axis=1)
 
 
 def per_class_metrics(
@@ -183,18 +205,22 @@ def expected_calibration_error(table: list[ReliabilityBin]) -> float | None:
     return sum(gaps) / total
 
 
-def uncalibrated_error(
-    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, temperature: float
-) -> float:
-    """Returns the expected calibration error that `probabilities` would have without their temperature.
+def uncalibrated(probabilities: np.ndarray, classifier_type: ClassifierType, temperature: float) -> np.ndarray:
+    """Returns what `probabilities` would be without their temperature.
 
     Multi-class: `p ∝ softmax(z / T)`, so the logits are `T log p` but for a constant; multi-label: `T logit(p)`.
     """
     inside = np.clip(probabilities.astype(np.float64), _SMALLEST, 1 - _SMALLEST)
     if classifier_type == "multi-class":
-        before = softmax(temperature * np.log(inside), axis=1)
-    else:
-        before = expit(temperature * logit(inside))
+        return softmax(temperature * np.log(inside), axis=1)
+    return expit(temperature * logit(inside))
+
+
+def uncalibrated_error(
+    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, temperature: float
+) -> float:
+    """Returns the expected calibration error that `probabilities` would have without their temperature."""
+    before = uncalibrated(probabilities, classifier_type, temperature)
     error = expected_calibration_error(reliability(targets, before, classifier_type))
     assert error is not None  # There is a row: `compute_metrics` has seen to it.
     return error

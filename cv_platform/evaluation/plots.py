@@ -90,8 +90,10 @@ def save_intervals(path: Path, rows: Sequence[Interval], title: str) -> None:
     _save(figure, path)
 
 
-def save_reliability(path: Path, table: Sequence[ReliabilityBin], error: float | None) -> None:
-    """Draws accuracy against confidence, and how many predictions each bin has."""
+def save_reliability(
+    path: Path, table: Sequence[ReliabilityBin], error: float | None, before: Sequence[ReliabilityBin] = ()
+) -> None:
+    """Draws accuracy against confidence, and how many predictions each bin has; `before` is without the temperature."""
     figure = _figure(5.5, 6.0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     width = table[0].upper - table[0].lower
@@ -106,6 +108,10 @@ def save_reliability(path: Path, table: Sequence[ReliabilityBin], error: float |
         edgecolor="white",
     )
     upper.plot([row.confidence for row in used], [row.accuracy for row in used], "o", color=_RED, markersize=4)
+    if known := [row for row in before if row.accuracy is not None]:
+        points = [row.confidence for row in known], [row.accuracy for row in known]
+        upper.plot(*points, "x-", color="grey", linewidth=1, label="before calibration")
+        upper.legend(loc="upper left")
     upper.set_ylim(0, 1)
     upper.set_ylabel("accuracy")
     upper.set_title("Reliability" + ("" if error is None else f": expected calibration error {error:.3f}"))
@@ -124,7 +130,7 @@ def save_reliability(path: Path, table: Sequence[ReliabilityBin], error: float |
 
 
 def save_worst_errors(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
-    """Draws a sheet of `(H, W, 3)` uint8 RGB images, each with its caption; without images it says so."""
+    """Draws a sheet of `(H, W or more, 3)` uint8 RGB images, each with its caption; without images it says so."""
     columns = min(max(len(images), 1), 4)
     rows = max(-(-len(images) // columns), 1)
     figure = _figure(2.4 * columns, 2.9 * rows)

@@ -136,11 +136,19 @@ def _ask(storage: CentralStorage, challenge: tuple[DatasetVersion, PackedImages]
 
 
 def _judge(champion: Champion | None, challenge: tuple[DatasetVersion, PackedImages], model: Path) -> Evaluation:
-    packed = challenge[1]
+    version, packed = challenge
     trained = trained_model(
         model, model=identity(MODEL, NEW), provenance=packed.provenance, task=packed.task, pack=packed.directory.name
     )
-    return evaluate_model(trained, packed, experiment(), champion=champion, directory=model / "evaluation", run=None)
+    return evaluate_model(
+        trained,
+        packed,
+        experiment(),
+        champion=champion,
+        directory=model / "evaluation",
+        run=None,
+        manifest=version.manifest_path,
+    )
 
 
 def test_a_worse_challenger_on_a_new_data_version_is_refused_and_an_equal_one_passes(deploy, challenge, tmp_path):
@@ -152,6 +160,9 @@ def test_a_worse_challenger_on_a_new_data_version_is_refused_and_an_equal_one_pa
     assert "loses 0.3333" in refused.reasons[0]
     assert "more than max_regression 0.0100" in refused.reasons[0]
     assert any(reason.startswith("recall of blue falls from 1.0000 to 0.0000") for reason in refused.reasons)
+    worst = refused.slices[0]
+    assert (worst.column, worst.is_worse) == ("blue_yellow", True)
+    assert "luma_mean" in {part.column for part in refused.slices}
     equal = _judge(champion, challenge, _save(tmp_path / "equal", 16))
     assert equal.passed
     assert equal.comparison is not None

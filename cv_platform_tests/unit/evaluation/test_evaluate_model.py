@@ -171,6 +171,10 @@ def test_each_row_has_the_label_and_the_probabilities_of_its_own_image(colours, 
     assert evaluation.metrics["ece_uncalibrated"] == pytest.approx(evaluation.metrics["ece"], abs=1e-6)
     assert np.trace(np.array(evaluation.confusion)) == len(rows) - wrong
     assert [row["class"] for row in evaluation.per_class] == list(CLASSES)
+    for name in ("accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1"):
+        low, high = evaluation.intervals[name]
+        assert 0 <= low <= evaluation.metrics[name] <= high <= 1
+    assert evaluation.robustness[0].accuracy == pytest.approx(evaluation.metrics["accuracy"])
 
 
 def test_writes_one_folder_with_plots_and_a_page_of_its_own(colours, softmax_model, tmp_path):
