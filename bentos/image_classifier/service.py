@@ -91,7 +91,8 @@ class ImageClassifier:
             open_worker(_settings, bundled=bundled if bundled.is_dir() else None, limits=_limits)
         )
         self._endpoints = Endpoints(parts)
-        app = create_app(parts)
+        served = bentoml.server_context
+        app = create_app(parts, bento=(served.bento_name or "image_classifier", served.bento_version))
         ImageClassifier.context.state["app"] = app
         # For BentoML's documents, which describe what is mounted; the middleware below is the way to it.
         ImageClassifier.mount_apps.clear()

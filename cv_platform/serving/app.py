@@ -47,11 +47,12 @@ from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.routes.predict import PREDICT_PATH
 
 
-def create_app(parts: WorkerParts) -> FastAPI:
+def create_app(parts: WorkerParts, *, bento: tuple[str, str] = ("image_classifier", "not available")) -> FastAPI:
     """Returns the app of one worker, which answers as long as its parts are open.
 
     Args:
         parts: what the routes share; the app is their only user.
+        bento: name and version of the Bento that is served, for the metrics.
     """
     limits, settings = parts.limits, parts.settings
 
@@ -87,6 +88,7 @@ def create_app(parts: WorkerParts) -> FastAPI:
     )
     install_problem_handlers(app, is_admin=parts.guard.is_admin)
     app.state.parts, app.state.guard = parts, parts.guard
+    app.state.bento = {"service_name": bento[0], "service_version": bento[1]}
     routers = [module.router for module in (predict, batch, feedback, predictions, models, health, metrics, page)]
     for router in routers:
         app.include_router(router)

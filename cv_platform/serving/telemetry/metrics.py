@@ -21,6 +21,8 @@ SwapOutcome = Literal["swapped", "refused", "fallback"]
 RefusalLogging = Literal["durable", "sampled", "counted"]
 """Of a refused prediction: an entry that the refusal waited for, one that it did not wait for, none."""
 
+REQUESTS = "cv_http_requests"
+REQUEST_SECONDS = "cv_http_request_duration_seconds"
 MODEL_INFO = "cv_model_info"
 WORKER_STARTED = "cv_worker_started_timestamp_seconds"
 MODEL_SERVED = "cv_model_served_timestamp_seconds"
@@ -56,10 +58,10 @@ class ServingMetrics:
             return prometheus.Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
         self._requests = counter(
-            "cv_http_requests", "Answers by route, method, status and model.", "route", "method", "status", "version"
+            REQUESTS, "Answers by route, method, status and model.", "route", "method", "status", "version"
         )
         self._request_seconds = histogram(
-            "cv_http_request_duration_seconds",
+            REQUEST_SECONDS,
             "Seconds from the arrival of a request to the end of its answer.",
             *("route", "status_class"),
             buckets=_REQUEST_BUCKETS,

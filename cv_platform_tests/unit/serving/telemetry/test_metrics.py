@@ -37,6 +37,26 @@ def scraped(client: Client) -> Samples:
     return parsed(response.text)
 
 
+def test_bentomls_names_have_the_same_figures_and_no_clients_paths(client: Client):
+    for path in ("/predict", "/nothing/here", "/nothing/there"):
+        client.get(path)
+    for _ in range(2):
+        assert client.predict(REDDISH).status_code == 200
+    samples = scraped(client)
+    bento = {"service_name": "image_classifier", "service_version": "not available"}
+    counted = {
+        (dict(labels)["endpoint"], dict(labels)["http_response_code"]): n
+        for (name, labels), n in samples.items()
+        if name == "bentoml_service_request_total" and bento.items() <= dict(labels).items()
+    }
+    assert counted == {("/predict", "405"): 1, ("/predict", "200"): 2, ("unmatched", "404"): 2}
+    timed = {"endpoint": "/predict", "http_response_code": "2xx", **bento}
+    assert value(samples, "bentoml_service_request_duration_seconds_count", **timed) == 2
+    assert value(samples, "bentoml_service_request_duration_seconds_bucket", le="+Inf", **timed) == 2
+    ours = value(samples, "cv_http_request_duration_seconds_sum", route="/predict", status_class="2xx")
+    assert value(samples, "bentoml_service_request_duration_seconds_sum", **timed) == pytest.approx(ours)
+
+
 @pytest.fixture
 def metrics() -> ServingMetrics:
     return ServingMetrics(prometheus_client.CollectorRegistry())
@@ -321,7 +341,7 @@ def test_every_name_follows_prometheus_conventions(metrics: ServingMetrics):
     families = list(text_string_to_metric_families(render(metrics)[0].decode()))
     assert len(families) > 20
     for family in families:
-        assert re.fullmatch(r"cv_[a-z_]+", family.name)
+        assert re.fullmatch(r"(cv|bentoml_service)_[a-z_]+", family.name)
         assert family.documentation.endswith(".")
         if family.type == "histogram":
             assert family.name.endswith(("_seconds", "_ratio"))
