@@ -49,16 +49,24 @@ class AssetRun:
     """When the run, or the first attempt that it goes on with, was asked for: a retry sees the same moment."""
 
     def result(
-        self, record: Record, metadata: Mapping[str, Any], checks: Sequence[dg.AssetCheckResult] = ()
+        self,
+        record: Record,
+        metadata: Mapping[str, Any],
+        checks: Sequence[dg.AssetCheckResult] = (),
+        read: Mapping[dg.AssetKey, str] | None = None,
     ) -> dg.MaterializeResult:
         """Hands a record on, with the versions of what it contains and of what has made it.
 
-        Dagster would note the code version of the YAML, whatever the run has overridden.
+        Dagster would note the code version of the YAML, whatever the run has overridden, and of what is observed the
+        version that was seen last: `read` has what was there when it was read.
         """
+        inputs = {
+            f"dagster/input_data_version/{key.to_user_string()}": version for key, version in (read or {}).items()
+        }
         return dg.MaterializeResult(
             value=record,
             data_version=dg.DataVersion(record.content_version()),
-            tags={"dagster/code_version": self.code_version},
+            tags={"dagster/code_version": self.code_version, **inputs},
             metadata=metadata,
             check_results=checks,
         )
@@ -96,6 +104,7 @@ class Branch:
         code: Sequence[str] = (),
         ins: Mapping[str, str] | None = None,
         deps: Sequence[str] = (),
+        observes: Sequence[dg.AssetKey] = (),
         checks: Sequence[dg.AssetCheckSpec] = (),
         is_retried: bool = False,
         **arguments: Any,
@@ -109,6 +118,7 @@ class Branch:
             code: what the body does not import by name, see `versions.code_fingerprint`.
             ins: body argument → upstream asset of this branch, loaded as the type that the body annotates.
             deps: upstream assets that are not loaded.
+            observes: what others write and the body reads (`observed`).
             checks: specs of the checks that the body returns results for.
             is_retried: after an error that may pass by itself, as servers that are away do.
             **arguments: anything else that `dagster.asset` takes.
@@ -133,7 +143,7 @@ class Branch:
                 kinds=kinds,
                 code_version=recipe.version(self.config),
                 ins={argument: dg.AssetIn(key=self.key(name)) for argument, name in (ins or {}).items()},
-                deps=[self.key(name) for name in deps],
+                deps=[*observes, *(self.key(name) for name in deps)],
                 check_specs=list(checks),
                 retry_policy=_RETRIES if is_retried else None,
                 required_resource_keys={"installation", "mlflow", self.config_resource},

@@ -7,12 +7,14 @@ import dagster as dg
 
 from cv_platform.defs.branch import AssetRun, Branch
 from cv_platform.defs.metadata import file_link, table
+from cv_platform.defs.observed import observation, repository_key
 from cv_platform.record_store import RecordStore
 from cv_platform.records import DatasetVersion, Embeddings, PackedImages, ValidationVerdict
 
 
 def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
     """Returns the asset `<name>/dataset`."""
+    repository = repository_key(branch.config.name)
 
     @branch.asset(
         value=DatasetVersion,
@@ -23,6 +25,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
             *("model.classes", "model.classifier_type"),
         ],
         source=["dataset.ds_name", "dataset.dvc_tag", "dataset.ds_root", "dataset.source"],
+        observes=[repository],
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """A read-only checkout of the DVC version, with a manifest.
@@ -38,12 +41,15 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         run = branch.run(context)
         previous = RecordStore(run.settings.home, run.config.name).latest(DatasetVersion)
         version = checkout_version(run.config.dataset, run.config.model, home=run.settings.home)
+        md5 = version.provenance.dvc_md5
+        context.log_event(observation(repository, md5, {"tag": version.provenance.dvc_tag, "dvc_md5": md5}))
         manifest = read_manifest(version.manifest_path)
         sheet = version.manifest_path.with_suffix(".png")
         write_file(sheet, contact_sheet(version))
         counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
         return run.result(
             version,
+            read={repository: md5},
             metadata={
                 "dagster/row_count": len(manifest),
                 "tag": version.provenance.dvc_tag,

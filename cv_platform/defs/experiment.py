@@ -19,6 +19,7 @@ from cv_platform.defs.deployment import bento_asset, deployment_asset
 from cv_platform.defs.drift import drift_detectors_asset, reference_data_asset
 from cv_platform.defs.evaluation import evaluation_asset
 from cv_platform.defs.monitoring import drift_report_asset, production_metrics_asset
+from cv_platform.defs.observed import observed_assets, observed_sensor
 from cv_platform.defs.resources import experiment_resource
 from cv_platform.defs.training import model_asset
 from cv_platform.defs.validation import validation_report_asset
@@ -28,10 +29,11 @@ def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
     """Returns everything of one experiment."""
     branch = Branch(config)
     return dg.Definitions(
-        assets=experiment_assets(branch),
+        assets=[observed_assets(config), *experiment_assets(branch)],
         jobs=experiment_jobs(branch),
         schedules=[drift_schedule(branch)],
         sensors=[
+            observed_sensor(config),
             new_predictions_sensor(config),
             retrain_on_drift_sensor(branch),
             new_dataset_version_sensor(branch),

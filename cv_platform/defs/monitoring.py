@@ -7,6 +7,7 @@ import dagster as dg
 
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
+from cv_platform.defs.observed import request_log_key
 from cv_platform.records import Deployment, DriftReport, ModelIdentity, ProductionMetrics
 
 JUDGING = ("alpha", "min_samples", "max_samples", "repeats", "permutations", "max_reference_rows", "seed")
@@ -27,6 +28,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         reads=[f"monitor.{field}" for field in JUDGING],
         ins={"deployment": "deployment"},
         deps=["reference_data"],
+        observes=[request_log_key(branch.config.name)],
         checks=[no_drift],
     )
     def drift_report(context: dg.AssetExecutionContext, deployment: Deployment) -> dg.MaterializeResult:
@@ -93,6 +95,7 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
         kinds={"postgres", "mlflow"},
         reads=["monitor.alpha", "monitor.min_feedback"],
         deps=["deployment"],
+        observes=[request_log_key(branch.config.name)],
         checks=[as_on_the_test_split],
     )
     def production_metrics(context: dg.AssetExecutionContext) -> dg.MaterializeResult:

@@ -240,6 +240,18 @@ def count_new_predictions(engine: Engine, *, model_name: str, after_id: int) -> 
     return int(count), int(largest)
 
 
+def count_predictions(engine: Engine, *, model_name: str) -> tuple[int, datetime | None]:
+    """Returns how many answered requests of a model are logged, and when the last was answered; by an index alone.
+
+    Raises:
+        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
+    """
+    logged = select(func.count(), func.max(predictions.c.created_on)).where(predictions.c.model_name == model_name)
+    with engine.connect() as connection:
+        count, last = connection.execute(logged).one()
+    return int(count), last
+
+
 def read_images(engine: Engine, sha256s: Sequence[str]) -> dict[str, bytes]:
     """Returns the uploads with these hashes, as far as they were kept.
 

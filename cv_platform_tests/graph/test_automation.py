@@ -19,6 +19,7 @@ from sqlalchemy import Engine, text
 
 from cv_platform.config import AlertsConfig, ExperimentConfig, parse_experiment
 from cv_platform.datasets.importing import import_dataset
+from cv_platform.datasets.versions import list_tags
 from cv_platform.definitions import build_defs
 from cv_platform.defs.automation import (
     RUN,
@@ -30,6 +31,7 @@ from cv_platform.defs.automation import (
     run_failure_sensor,
 )
 from cv_platform.defs.branch import Branch
+from cv_platform.defs.observed import observed_sensor, repository_key, request_log_key
 from cv_platform.record_store import RecordStore
 from cv_platform.records import Provenance
 from cv_platform.settings import Settings
@@ -119,6 +121,33 @@ def test_an_unreachable_database_is_no_failure_of_the_sensor(
     result = tick(new_predictions_sensor(experiment))
     assert result.run_requests == []
     assert "127.0.0.1" in result.skip_message
+
+
+def test_what_others_write_is_reported_when_it_has_changed(
+    experiment: ExperimentConfig,
+    engine: Engine,
+    database_url: str,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    sensor = observed_sensor(experiment)
+    log_predictions(engine, 2)
+    log_predictions(engine, 5, model_name="dogs")
+    first = tick(sensor)
+    (of_log,) = first.asset_events  # There is no repository yet.
+    assert of_log.asset_key == request_log_key("cats")
+    assert (of_log.metadata["dagster/row_count"].value, of_log.tags) == (2, {})
+    import_dataset(write_images(tmp_path / "one", 1), ds_name="cats", tag="v1.0.0", ds_root=home / "datasets")
+    second = tick(sensor, cursor=first.cursor)
+    (of_repository,) = second.asset_events
+    assert of_repository.asset_key == repository_key("cats")
+    md5 = list_tags(experiment.dataset, home=home)["v1.0.0"]
+    assert of_repository.tags == {"dagster/data_version": md5}
+    assert tick(sensor, cursor=second.cursor).asset_events == []
+    log_predictions(engine, 1)
+    assert [event.asset_key for event in tick(sensor, cursor=second.cursor).asset_events] == [of_log.asset_key]
 
 
 @pytest.mark.parametrize(("verdict", "runs"), [("drift", 1), ("no drift", 0), ("insufficient data", 0)])

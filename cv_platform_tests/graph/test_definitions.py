@@ -41,11 +41,21 @@ def digits() -> dg.Definitions:
 
 
 def keys(definitions: dg.Definitions) -> set[str]:
-    return {key.to_user_string() for key in definitions.resolve_asset_graph().get_all_asset_keys()}
+    graph = definitions.resolve_asset_graph()
+    return {key.to_user_string() for key in graph.get_all_asset_keys() - graph.observable_asset_keys}
 
 
 def test_a_config_becomes_twelve_assets_under_its_name(digits: dg.Definitions) -> None:
     assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report", "production_metrics")}
+
+
+def test_what_others_write_is_observed_beside_it(digits: dg.Definitions) -> None:
+    graph = digits.resolve_asset_graph()
+    repository, log = (dg.AssetKey(["observed", f"digits_{name}"]) for name in ("dataset_repository", "request_log"))
+    assert graph.observable_asset_keys == {repository, log}
+    assert graph.get(repository).child_keys == {dg.AssetKey(["digits", "dataset"])}
+    reports = {dg.AssetKey(["digits", name]) for name in ("drift_report", "production_metrics")}
+    assert graph.get(log).child_keys == reports
 
 
 def test_data_walk_one_way(digits: dg.Definitions) -> None:
@@ -56,6 +66,7 @@ def test_data_walk_one_way(digits: dg.Definitions) -> None:
     assert graph.get(dg.AssetKey(["digits", "drift_report"])).parent_keys == {
         dg.AssetKey(["digits", "deployment"]),
         dg.AssetKey(["digits", "reference_data"]),
+        dg.AssetKey(["observed", "digits_request_log"]),
     }
 
 
@@ -67,7 +78,7 @@ def test_every_asset_says_what_it_is_and_whose(digits: dg.Definitions) -> None:
         assert node.description
         assert node.owners == ["team:computer-vision"]
         assert node.kinds
-        assert node.code_version
+        assert node.code_version or key.path[0] == "observed"
 
 
 def test_trainings_exclude_each_other_and_reports_wait_for_none(digits: dg.Definitions) -> None:
@@ -233,7 +244,8 @@ def test_dg_lists_and_launches_what_there_is(tmp_path: Path) -> None:
     listed = cli("dg", "list", "defs", "--json")
     assert listed.returncode == 0, listed.stderr
     keys = {asset["asset_key"] for asset in json.loads(listed.stdout)["assets"]}
-    assert keys == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report", "production_metrics")}
+    made = {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report", "production_metrics")}
+    assert keys == made | {"observed/digits_dataset_repository", "observed/digits_request_log"}
     home, instance = tmp_path / "home", tmp_path / "dagster"
     instance.mkdir()
     environment = {"CV_HOME": str(home), "DAGSTER_HOME": str(instance)}

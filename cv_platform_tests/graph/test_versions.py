@@ -18,6 +18,7 @@ from cv_platform.definitions import build_defs
 from cv_platform.defs import versions
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.experiment import experiment_assets
+from cv_platform.defs.observed import observation, repository_key
 from cv_platform_tests.support.demo_run import REPOSITORY
 
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
@@ -116,6 +117,24 @@ def test_another_dataset_makes_stale_what_reads_it_and_the_same_one_under_anothe
         assert installation.stale(edit) == set()
         installation.make(edit, "dataset", data="others")
         assert installation.stale(edit) == {"embeddings", "validation_report", "packed_images", "evaluation"}
+
+
+def test_a_moved_tag_makes_the_dataset_stale_before_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    repository = repository_key("digits")
+    with dg.DagsterInstance.ephemeral() as instance:
+        installation = Installation(instance, tmp_path)
+        job = installation.definitions({}).resolve_job_def("digits_experiment")
+        key = dg.AssetKey(["digits", "dataset"])
+        made = job.execute_in_process(asset_selection=[key], instance=instance)
+        (seen,) = made.asset_observations_for_node("digits__dataset")
+        assert "dataset" not in installation.stale({})
+        instance.report_runless_asset_event(observation(repository, seen.tags["dagster/data_version"], {}))
+        assert "dataset" not in installation.stale({})
+        instance.report_runless_asset_event(observation(repository, "another", {}))
+        assert "dataset" in installation.stale({})
 
 
 @pytest.mark.parametrize(
