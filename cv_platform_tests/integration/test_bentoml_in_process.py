@@ -79,6 +79,29 @@ with TestClient(ImageClassifier.to_asgi()) as client:  # Another one, once the f
         assert answer["prediction_id"] in logged(tmp_path)
 
 
+def test_an_endpoint_that_somebody_adds_is_behind_our_keys_and_limits(tmp_path: Path) -> None:
+    said = said_by(
+        """
+import bentoml
+@bentoml.api
+async def shout(self, word: str) -> str:
+    return word.upper()
+ImageClassifier.inner.shout = shout
+ImageClassifier.apis["shout"] = shout
+key = {"Authorization": "Bearer first-key"}
+with TestClient(ImageClassifier.to_asgi()) as client:
+    for name, word, headers in (("stranger", "a", {}), ("known", "a", key), ("large", "a" * 100_000, key)):
+        answer = client.post("/shout", json={"word": word}, headers=headers)
+        said[name] = [answer.status_code, answer.text, answer.headers["X-Frame-Options"]]
+""",
+        tmp_path,
+        CV_API_KEYS="first-key",
+    )
+    assert said["known"] == [200, "A", "DENY"]
+    assert (said["stranger"][0], said["large"][0]) == (401, 413)
+    assert {answer[2] for answer in said.values()} == {"DENY"}
+
+
 def test_a_request_leaves_no_timer_behind(tmp_path: Path) -> None:
     said = said_by(
         """

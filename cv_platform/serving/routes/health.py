@@ -1,6 +1,6 @@
 """Whether this worker can answer: `GET /health_check` for a person, with the reasons, and the probes of supervisors.
 
-The probes answer as BentoML's do, which are not asked (`AnswerAlone`): one line end, or 503. `/readyz` is 503 for every
+The probes answer as BentoML's do, which are not asked (`AnswerFirst`): one line end, or 503. `/readyz` is 503 for every
 reason for which `/health_check` is; `/livez` only when nothing but a new start helps.
 https://docs.bentoml.com/en/latest/build-with-bentoml/observability/health.html
 """
