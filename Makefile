@@ -34,7 +34,7 @@ MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
     "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 
-.PHONY: help setup browser demo test test-whole test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-serving soak prove-cifar
+.PHONY: help setup browser demo test test-whole test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-serving soak prove-cifar
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
@@ -134,6 +134,10 @@ bench: setup ## Benchmarks against the original's way; each prints ratios.
 
 bench-serving: setup ## The service against its targets (15 min; 36 on a slow machine): make bench-serving [SHORT=1]
 	$(BIN)/python -m benchmarks serving runtime $(if $(SHORT),--rounds 1)
+
+bench-data: setup ## Planted copies that are found, honest images that are accused: make bench-data ARCHIVE=images.tar.gz
+	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of images. Received: nothing."; exit 2; }
+	$(BIN)/python -m benchmarks data --archive "$$ARCHIVE"
 
 soak: setup ## Swaps, kills, outages, a full disk and 20,000 hostile uploads under load (≤ 10 min).
 	$(BIN)/python -m trials soak

@@ -15,6 +15,7 @@ from cv_platform.settings import prepare_process
 BENCHMARKS = {
     "predict": "benchmarks.bench_predict",
     "training-input": "benchmarks.bench_training_input",
+    "data": "benchmarks.bench_data",
     "serving": "benchmarks.bench_serving",
     "runtime": "benchmarks.bench_runtime",
     "drain": "benchmarks.bench_drain",
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each comparison (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of image order, augmentation, bootstrap, uploads")
-    parser.add_argument("--archive", type=Path, help="images for training-input instead of the built-in digits")
+    parser.add_argument("--archive", type=Path, help="images for training-input instead of the digits, and for data")
     parser.add_argument("--home", type=Path, help="CV_HOME with a deployed model, for predict (default: temporary)")
     parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")
     parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")

@@ -95,8 +95,20 @@ class ValidateConfig(Section):
     class_coverage: Severity = "error"
     max_leakage_fraction: Fraction = Field(default=0.0, description="test images (by sha256) that are in train too")
     train_test_leakage: Severity = "error"
-    max_conflicting_fraction: Fraction = Field(default=0.0, description="identical images with different labels")
+    max_conflicting_fraction: Fraction = Field(
+        default=0.0, description="identical images, or near-copies, with different labels"
+    )
     conflicting_labels: Severity = "error"
+    conflicting_near_copies: Severity = "warn"
+    max_near_copy_fraction: Fraction = Field(
+        default=0.005, description="images of the second split that show what one of the first shows"
+    )
+    near_copies_train_test: Severity = "warn"
+    near_copies_train_valid: Severity = "warn"
+    near_copies_train_reference: Severity = "warn"
+    near_copies_valid_test: Severity = "warn"
+    near_copies_valid_reference: Severity = "warn"
+    near_copies_test_reference: Severity = "warn"
     max_duplicate_fraction: Fraction = Field(default=0.05, description="images that are in the dataset more than once")
     duplicates: Severity = "warn"
     max_label_drift: Fraction = Field(default=0.2, description="Cramér's V between the labels of train and test")

@@ -14,12 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cv_platform import images
 from cv_platform.config import DatasetConfig, ModelConfig
+from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies, thumbnail
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import read_layout
@@ -30,7 +33,7 @@ from cv_platform.files import whole_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 MANIFEST_SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -46,6 +49,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("damage", pa.string()),
         ("constant", pa.string()),
         ("narrow_range", pa.string()),
+        ("thumbnail", pa.binary(THUMBNAIL_PX**2)),
     ]
 )
 _READERS = 2
@@ -75,10 +79,12 @@ def build_manifest(
     A row is one image, keyed by `path`, ordered by it:
 
     * `path`: POSIX, relative to `directory`; `sha256` of the file; `bytes`, its size.
-    * `split`: train, valid, test or reference; `split_origin`: `given`, or `taken from train` where it was missing.
+    * `split`: train, valid, test or reference; `split_origin`: `given`, or `taken from train` where it was missing;
+      what is taken never divides copies or near-copies.
     * `labels`: class names; exactly one for multi-class.
     * `width_px`, `height_px`: of the upright image; of the header, or 0, where it is not readable.
     * `is_readable`, and the `problem` where it is not: such an image is a finding of validation, not an error here.
+    * `thumbnail`: its 32×32 grey levels, by which near-copies are found; none where it is not readable.
     * `damage` that its decoder went on after, its colour if it is `constant`, and the `narrow_range` that its 16-bit
       samples stay in: in words, or none where there is nothing of the kind.
 
@@ -98,9 +104,10 @@ def build_manifest(
     paths = [f"{data_path}/{entry.path}" for entry in layout.entries]
     with ThreadPoolExecutor(_READERS) as pool:
         files = list(pool.map(lambda path: _inspect(directory / path, dataset.max_image_pixels), paths))
+    are_given = {entry.split for entry in layout.entries} == set(SPLITS)
     splits, origins = complete_splits(
         [entry.split for entry in layout.entries],
-        [file.sha256 for file in files],
+        [file.sha256 for file in files] if are_given else _inseparable(files),
         [entry.labels for entry in layout.entries],
         dataset,
     )
@@ -122,6 +129,7 @@ def build_manifest(
             "damage": [file.damage for file in files],
             "constant": [file.constant for file in files],
             "narrow_range": [file.narrow_range for file in files],
+            "thumbnail": [file.thumbnail for file in files],
         },
         schema=MANIFEST_SCHEMA,
     )
@@ -142,17 +150,34 @@ def is_manifest(path: Path) -> bool:
 def read_manifest(path: Path) -> pd.DataFrame:
     """Reads a manifest: one row per image, in the order of `path`; `labels` holds lists, `problem` strings or None.
 
+    The thumbnails are left out, see `read_thumbnails`.
+
     Raises:
         DatasetError: there is no manifest at `path`.
     """
-    try:
-        table = pq.read_table(path, schema=MANIFEST_SCHEMA)
-    except (OSError, pa.ArrowException) as err:
-        raise DatasetError(f"Expected a manifest at {path}. Received: {err}. Materialise the dataset again.") from err
+    table = _read(path, [name for name in MANIFEST_SCHEMA.names if name != "thumbnail"])
     frame = table.drop_columns(["labels"]).to_pandas()
     # Python lists, where pandas would give arrays that compare element-wise.
     frame.insert(frame.columns.get_loc("split") + 1, "labels", pd.Series(table["labels"].to_pylist(), dtype=object))
     return frame
+
+
+def read_thumbnails(path: Path) -> NDArray[np.uint8]:
+    """Reads `(N, 32, 32)` uint8 grey levels of a manifest's images, zeros of those that are not readable.
+
+    Raises:
+        DatasetError: there is no manifest at `path`.
+    """
+    column = _read(path, ["thumbnail"])["thumbnail"].combine_chunks().fill_null(bytes(THUMBNAIL_PX**2))
+    values = b"".join(column.to_pylist())
+    return np.frombuffer(values, np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
+
+
+def _read(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=MANIFEST_SCHEMA, columns=columns)
+    except (OSError, pa.ArrowException) as err:
+        raise DatasetError(f"Expected a manifest at {path}. Received: {err}. Materialise the dataset again.") from err
 
 
 @dataclass(frozen=True)
@@ -165,6 +190,19 @@ class _File:
     damage: str | None = None
     constant: str | None = None
     narrow_range: str | None = None
+    thumbnail: bytes | None = None
+
+
+def _inseparable(files: list[_File]) -> list[str]:
+    """Returns for each file what it shares with its copies and near-copies: the smallest sha256 of them."""
+    distinct = {file.sha256: file.thumbnail for file in files if file.thumbnail is not None}
+    pixels = np.frombuffer(b"".join(distinct.values()), np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
+    numbers = find_near_copies(pixels).sets(len(distinct)).tolist()
+    smallest: dict[int, str] = {}
+    for sha256, number in zip(distinct, numbers, strict=True):
+        smallest[number] = min(sha256, smallest.get(number, sha256))
+    names = {sha256: smallest[number] for sha256, number in zip(distinct, numbers, strict=True)}
+    return [names.get(file.sha256, file.sha256) for file in files]
 
 
 def _inspect(path: Path, max_pixels: int) -> _File:
@@ -190,6 +228,7 @@ def _inspect(path: Path, max_pixels: int) -> _File:
         narrow_range=f"16-bit samples from {256 * darkest} to {256 * brightest + 255}: {levels} of 256 levels are seen"
         if is_narrow
         else None,
+        thumbnail=thumbnail(image.pixels).tobytes(),
     )
 
 

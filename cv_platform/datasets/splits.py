@@ -1,7 +1,7 @@
-"""Which split an image belongs to when the dataset does not say: seeded, stratified, and the same for identical images.
+"""Which split an image belongs to when the dataset does not say: seeded, stratified, and the same for copies.
 
-Membership depends on the content (sha256), the labels and the seed, never on file names, order or a random state: the
-same images give the same splits on every machine, and two copies of one image never end up on both sides of a split.
+Membership depends on the content, the labels and the seed, never on file names, order or a random state: the same
+images give the same splits on every machine, and two copies of one image never end up on both sides of a split.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def complete_splits(
 
     Args:
         given: the split of each image, or all None.
-        sha256s: the sha256 of each image's file.
+        sha256s: of each image's file, or what it shares with its near-copies: images of one are dealt together.
         labels: the class names of each image.
         dataset: fractions (of train, or of all images without splits) and seed.
 

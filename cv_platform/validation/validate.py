@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType, ValidateConfig
 from cv_platform.datasets.embeddings import read_embeddings
-from cv_platform.datasets.manifest import read_manifest
+from cv_platform.datasets.manifest import read_manifest, read_thumbnails
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.pages import render
 from cv_platform.records import DatasetVersion, Embeddings, ValidationVerdict
@@ -59,11 +59,11 @@ def validate_dataset(
     """
     started, provenance = time.monotonic(), version.provenance
     manifest = read_manifest(version.manifest_path).reset_index(drop=True)
-    vectors = read_embeddings(embeddings, version.manifest, manifest["path"])
+    vectors = read_embeddings(embeddings, version.manifest, manifest["path"].tolist())
     has_vector = ~np.isnan(vectors[:, 0])
     sample = read_sample(manifest.loc[has_vector], version.directory, vectors[has_vector])
     problems = _problems(manifest, has_vector, sample)
-    is_usable = ~manifest["path"].isin(list(problems))
+    is_usable = ~manifest["path"].isin(list(problems)).to_numpy()
     readable = manifest.loc[is_usable].reset_index(drop=True)
     # The manifest's name stands for the splits, which follow from the config too.
     settings = (version.manifest, config.model_dump_json(), embeddings.content_version(), *class_names, classifier_type)
@@ -80,6 +80,8 @@ def validate_dataset(
             directory,
             version.directory,
             str(provenance),
+            read_thumbnails(version.manifest_path)[is_usable],
+            vectors[is_usable],
         )
         checks = all_checks()
         outcomes = tuple(checks[name].run(subject) for name in CHECK_NAMES if getattr(config, name) != "off")
@@ -104,6 +106,7 @@ def validate_dataset(
             ],
             verdict=verdict,
             pages={title: page for title, page in PAGES.items() if (directory / page).exists()},
+            pictures=[path.name for path in sorted(directory.glob("*.png"))],
             deepchecks_pages={suite: page for suite, page in REPORT_NAMES.items() if (directory / page).exists()},
         )
         (directory / "report.html").write_text(page, encoding="utf-8")

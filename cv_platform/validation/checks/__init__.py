@@ -6,6 +6,7 @@ of how large a split is. What Deepchecks does besides is `deepchecks_suites`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType, ValidateConfig
+from cv_platform.datasets.near_copies import NearCopies, find_near_copies
 from cv_platform.records import CheckOutcome
 from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.verdict import MAX_OFFENDERS
@@ -33,9 +37,11 @@ class Subject:
         class_names: the model's classes.
         classifier_type: how labels are to be read.
         config: limits and severities.
-        directory: where a check may leave pages for the report.
+        directory: where a check may leave pages and pictures for the report.
         root: what the manifest's paths are relative to.
         version: the dataset version's name, for pages.
+        thumbnails: `(N, 32, 32)` uint8 of the manifest's rows, see `datasets.near_copies`.
+        vectors: `(N, features)` float16 of the manifest's rows, of the pretrained encoder.
     """
 
     manifest: pd.DataFrame
@@ -47,6 +53,14 @@ class Subject:
     directory: Path
     root: Path
     version: str
+    thumbnails: NDArray[np.uint8]
+    vectors: NDArray[np.float16]
+
+    @functools.cached_property
+    def near_copies(self) -> NearCopies:
+        """Returns which distinct images (sha256), in the order in which the manifest has them, show the same."""
+        first = ~self.manifest["sha256"].duplicated().to_numpy()
+        return find_near_copies(self.thumbnails[first], self.vectors[first])
 
     def split(self, name: str) -> pd.DataFrame:
         """Returns the manifest's rows of a split."""

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cv_platform.datasets.manifest import build_manifest, manifest_name, read_manifest, split_counts
+from cv_platform.datasets.manifest import build_manifest, manifest_name, read_manifest, read_thumbnails, split_counts
+from cv_platform.datasets.near_copies import thumbnail
 from cv_platform.errors import DatasetError, InvalidDatasetError
+from cv_platform.images import decode
 from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
 
 from .conftest import dataset, model
+from .test_near_copies import jpeg, scene
 
 
 def build(directory: Path, annotations: bytes | None = None, **model_fields: object):
@@ -34,6 +37,34 @@ def test_has_a_row_per_image_with_what_its_bytes_say(tmp_path: Path) -> None:
     assert (row["width_px"], row["height_px"], row["labels"]) == (9, 5, ["cat"])
     assert row["is_readable"]
     assert row["problem"] is None
+
+
+def test_a_thumbnail_is_kept_of_each_readable_image(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 3)
+    (tmp_path / "images/cat/0.png").write_bytes(b"no image")
+    (tmp_path / "images/cat/1.png").write_bytes(picture(77, size=(5, 9)))
+    build(tmp_path)
+    (path,) = tmp_path.glob("manifest-*.parquet")
+    thumbnails = read_thumbnails(path)
+    assert (thumbnails.shape, thumbnails.dtype) == ((6, 32, 32), np.uint8)
+    assert not thumbnails[0].any()
+    np.testing.assert_array_equal(thumbnails[1], thumbnail(decode(picture(77, size=(5, 9)))))
+
+
+def test_splits_that_are_made_never_divide_near_copies(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "cat"
+    folder.mkdir(parents=True)
+    for seed in range(60):
+        kinds = [scene(seed), jpeg(scene(seed)), np.ascontiguousarray(scene(seed)[2:, 2:][:, ::-1])]
+        for number, image in enumerate(kinds):
+            Image.fromarray(image).save(folder / f"{seed:02d}-{number}.png")
+    class_folders(tmp_path / "images", 5, classes=("dog",))
+    manifest = build(tmp_path)
+    cats = manifest.loc[manifest["path"].str.startswith("images/cat/")]
+    splits = cats["split"].groupby(cats["path"].str.slice(11, 13)).nunique()
+    assert len(splits) == 60
+    assert splits.max() == 1
+    assert set(cats["split"]) == {"train", "valid", "test", "reference"}
 
 
 def test_sizes_are_those_of_the_upright_image(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from cv_platform.config import ValidateConfig
 from cv_platform.datasets.manifest import MANIFEST_SCHEMA
+from cv_platform.datasets.near_copies import thumbnail
 from cv_platform.records import DatasetVersion, Provenance
 from cv_platform.validation.checks import Subject
 from cv_platform.validation.sample import ImageSample
@@ -69,6 +70,7 @@ class Checkout:
                 "bytes": len(data),
                 "is_readable": problem is None,
                 "problem": problem,
+                "thumbnail": thumbnail(image).tobytes() if isinstance(image, np.ndarray) else None,
             }
         )
 
@@ -126,4 +128,6 @@ def subject(manifest: pd.DataFrame | None = None, config: ValidateConfig | None 
     values: dict[str, Any] = {"directory": Path("unused"), "root": Path("unused"), "version": "shapes v1"}
     values |= {"problems": {}, "sample": NO_PIXELS, "class_names": ("cat",), "classifier_type": "multi-class", **given}
     manifest = pd.DataFrame({"split": []}) if manifest is None else manifest
+    values = {"thumbnails": np.zeros((len(manifest), 32, 32), np.uint8), **values}
+    values = {"vectors": np.zeros((len(manifest), 1), np.float16), **values}
     return Subject(manifest=manifest, config=config or ValidateConfig(), **values)
