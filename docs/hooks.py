@@ -1,6 +1,6 @@
 """What `make docs` adds to MkDocs: links to functions of the code lead to their lines, in pages of the site.
 
-Documents link to files, as a repository's pages show them: [`Spool.append`](../../cv_platform/…/spool.py).
+Documents link to files, as a repository's pages show them: [`Spool.begin`](../../cv_platform/…/spool.py).
 """
 
 from __future__ import annotations

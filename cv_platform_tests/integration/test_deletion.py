@@ -13,7 +13,7 @@ from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.entry import FeedbackEntry
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool, SpoolRow
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform_tests.support.postgres import count, scalar
 from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
 
@@ -25,7 +25,7 @@ def said_of(prediction_id: UUID) -> FeedbackEntry:
 def drained(spool: Spool, database_url: str) -> None:
     drainer = Drainer(spool, database_url, adopt=False)
     drainer.start()
-    assert drainer.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(drainer)
     drainer.close()
 
 
@@ -48,10 +48,10 @@ def test_a_deletion_takes_feedback_that_is_being_committed_along(
             assert is_unchanged
             return is_unchanged
 
-    log.append(entry)
-    assert log.wait_until_drained(WAIT_SECONDS)
+    append_to(log, entry)
+    wait_until_drained(log)
     living = DeletedWhileCommitting(tmp_path / "spool")
-    living.append(said_of(prediction_id))
+    append_to(living, said_of(prediction_id))
     drained(living, database_url)
     living.close()
     deletion.join(WAIT_SECONDS)
@@ -66,14 +66,14 @@ def test_feedback_that_comes_after_the_deletion_is_dropped(
     assert deleted.prediction_id is not None
     assert kept.prediction_id is not None
     for entry in (deleted, kept):
-        log.append(entry)
-    assert log.wait_until_drained(WAIT_SECONDS)
+        append_to(log, entry)
+    wait_until_drained(log)
     assert log.delete_prediction(deleted.prediction_id)
     late = Spool(tmp_path / "spool")  # Another replica's, which had looked the predictions up before.
     unseen = uuid4()
     for prediction_id in (deleted.prediction_id, kept.prediction_id):
-        late.append(said_of(prediction_id))
-    late.append(said_of(unseen))
+        append_to(late, said_of(prediction_id))
+    append_to(late, said_of(unseen))
     drained(late, database_url)
     assert late.depth() == len(late.rejected()) == 0
     late.close()
@@ -85,10 +85,10 @@ def test_feedback_that_comes_after_the_deletion_is_dropped(
 def test_a_deletion_takes_feedback_out_of_the_spools(log: RequestLog, tmp_path: Path, engine: Engine) -> None:
     entry = answered()
     assert entry.prediction_id is not None
-    log.append(entry)
-    assert log.wait_until_drained(WAIT_SECONDS)
+    append_to(log, entry)
+    wait_until_drained(log)
     waiting = Spool(tmp_path / "spool")  # Nobody drains it.
-    waiting.append(said_of(entry.prediction_id))
+    append_to(waiting, said_of(entry.prediction_id))
     assert log.delete_prediction(entry.prediction_id)
     assert waiting.depth() == 0
     waiting.close()
@@ -97,14 +97,14 @@ def test_a_deletion_takes_feedback_out_of_the_spools(log: RequestLog, tmp_path: 
 def test_steady_feedback_does_not_hold_a_deletion_up(log: RequestLog, engine: Engine) -> None:
     entry = answered()
     assert entry.prediction_id is not None
-    log.append(entry)
-    assert log.wait_until_drained(WAIT_SECONDS)
+    append_to(log, entry)
+    wait_until_drained(log)
     is_over = threading.Event()
 
     def say_on() -> None:
         while not is_over.is_set():
             assert entry.prediction_id is not None
-            log.append(said_of(entry.prediction_id))
+            append_to(log, said_of(entry.prediction_id))
 
     said = threading.Thread(target=say_on)
     said.start()
@@ -115,7 +115,7 @@ def test_steady_feedback_does_not_hold_a_deletion_up(log: RequestLog, engine: En
     finally:
         is_over.set()
         said.join()
-    assert log.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(log)
     assert (count(engine, "predictions"), count(engine, "feedback")) == (0, 0)
 
 
@@ -125,8 +125,8 @@ def test_feedback_that_is_drained_before_its_prediction_is_kept(
     entry = answered()
     assert entry.prediction_id is not None
     late, early = Spool(tmp_path), Spool(tmp_path)
-    late.append(entry)
-    early.append(said_of(entry.prediction_id))
+    append_to(late, entry)
+    append_to(early, said_of(entry.prediction_id))
     drained(early, database_url)
     assert (count(engine, "predictions"), count(engine, "feedback")) == (0, 1)
     drained(late, database_url)
@@ -142,8 +142,8 @@ def test_what_another_host_still_has_does_not_arrive_after_its_deletion(
     deleted, kept = answered(image=b"a face"), answered(image=b"a cat")
     assert deleted.prediction_id is not None
     for entry in (deleted, kept):
-        elsewhere.append(entry)
-    elsewhere.append(said_of(deleted.prediction_id))
+        append_to(elsewhere, entry)
+    append_to(elsewhere, said_of(deleted.prediction_id))
     assert not log.delete_prediction(deleted.prediction_id), "there is none here, which a 404 says"
     drained(elsewhere, database_url)
     elsewhere.close()
@@ -163,7 +163,7 @@ def test_a_queue_that_stands_still_does_not_hold_a_deletion_up(
     entry = answered(image=b"a face")
     assert entry.prediction_id is not None
     stuck = Spool(tmp_path / "spool")  # Another worker's, which drains nothing now.
-    stuck.append(entry)
+    append_to(stuck, entry)
     assert log.delete_prediction(entry.prediction_id)
     assert log.find_prediction(entry.prediction_id) is None
     drained(stuck, database_url)

@@ -25,7 +25,7 @@ from cv_platform.errors import DatabaseUnavailableError, SchemaMismatchError
 from cv_platform.serving.log.entry import FeedbackEntry
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.tables import find_prediction
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 
 
 def free_port() -> int:
@@ -90,7 +90,7 @@ def test_a_large_log_is_not_written_anew(unmigrated_url: str) -> None:
     upgrade("head")
     assert ask("SELECT xmin::text || ctid::text FROM predictions") == place
     ask(add)
-    assert sorted(ask("SELECT logged_on IS NULL FROM predictions")) == [False, True]
+    assert sorted(map(bool, ask("SELECT logged_on IS NULL FROM predictions"))) == [False, True]
     engine.dispose()
 
 
@@ -172,9 +172,9 @@ def test_schema_and_log_work_on_an_older_server(older_server_url: str, tmp_path:
     entry = answered()
     assert entry.prediction_id is not None
     with RequestLog(tmp_path, older_server_url) as log:
-        log.append(entry)
-        log.append(FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
-        assert log.wait_until_drained(60)
+        append_to(log, entry)
+        append_to(log, FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
+        wait_until_drained(log)
     found = find_prediction(engine, entry.prediction_id)
     assert found is not None
     assert (found.prediction_json, found.image) == (entry.prediction_json, entry.image)

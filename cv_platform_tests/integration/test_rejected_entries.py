@@ -12,9 +12,9 @@ from cv_platform.errors import ServiceError
 from cv_platform.serving.log.entry import LogEntry
 from cv_platform.serving.log.rejected_entries import find_rejected, requeue
 from cv_platform.serving.log.request_log import RequestLog
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform_tests.support.postgres import count, scalar
-from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
+from cv_platform_tests.support.waiting import wait_until
 
 MENDED = "ALTER TABLE api_log DROP CONSTRAINT lacks"
 
@@ -33,7 +33,7 @@ def mend(engine: Engine) -> None:
 def rejected_one(log: RequestLog, engine: Engine) -> LogEntry:
     lack_something(engine, "request_url <> '/new'")
     entry = answered(request_url="/new", image=b"an upload of its own", media_type="image/webp")
-    log.append(entry)
+    append_to(log, entry)
     wait_until(lambda: log.status().rejected == 1)
     return entry
 
@@ -63,7 +63,7 @@ def test_a_refused_row_is_shown_and_goes_in_once_the_schema_is_mended(
         assert cli.main(["log", "rejected", "--requeue"]) == 0
         assert "1 log entries wait for the database again" in capsys.readouterr().out
         wait_until(lambda: count(engine, "predictions") == 1)
-        assert log.wait_until_drained(WAIT_SECONDS)
+        wait_until_drained(log)
         assert (log.status().rejected, log.status().depth) == (0, 0)
         found = log.find_prediction(entry.prediction_id)
     assert found is not None
@@ -99,7 +99,7 @@ def test_a_backlog_that_is_refused_as_a_whole_stays_in_the_queue(log: RequestLog
     status = log.status()
     assert (status.database, status.rejected, count(engine, "api_log")) == ("schema mismatch", 0, 0)
     mend(engine)
-    assert log.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(log)
     assert (log.status().rejected, count(engine, "predictions")) == (0, 30)
 
 
@@ -110,5 +110,5 @@ def test_our_own_mistake_rejects_no_backlog(log: RequestLog, engine: Engine, mon
             log.spool.submit(answered())
         wait_until(lambda: "KeyError" in (log.status().last_error or ""))
         assert log.status().rejected == 0
-    assert log.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(log)
     assert (log.status().rejected, count(engine, "predictions")) == (0, 30)

@@ -31,7 +31,7 @@ from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPredict
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool
 from cv_platform.serving.log.tables import find_prediction
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform_tests.support.postgres import count, scalar
 from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
 
@@ -71,9 +71,9 @@ def test_a_prediction_is_the_same_from_the_spool_and_from_the_database(log: Requ
         image=random.bytes(10_000),
     )
     assert entry.prediction_id is not None
-    log.append(entry)
+    append_to(log, entry)
     assert_same_prediction(log.find_prediction(entry.prediction_id), entry)
-    assert log.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(log)
     assert_same_prediction(log.find_prediction(entry.prediction_id), entry)
     assert_same_prediction(find_prediction(engine, entry.prediction_id), entry)
     assert log.find_prediction(uuid4()) is None
@@ -90,8 +90,8 @@ def test_a_prediction_is_the_same_from_the_spool_and_from_the_database(log: Requ
 
 def test_a_prediction_without_image_and_heat_map_has_nulls(log: RequestLog, engine: Engine) -> None:
     entry = answered(image=None, raw_hm=None, features=np.array([], dtype=np.float32))
-    log.append(entry)
-    assert log.wait_until_drained(WAIT_SECONDS)
+    append_to(log, entry)
+    wait_until_drained(log)
     assert entry.prediction_id is not None
     found = find_prediction(engine, entry.prediction_id)
     assert found is not None
@@ -99,7 +99,8 @@ def test_a_prediction_without_image_and_heat_map_has_nulls(log: RequestLog, engi
 
 
 def test_refused_requests_are_logged_without_a_prediction(log: RequestLog, engine: Engine) -> None:
-    log.append(
+    append_to(
+        log,
         LogEntry(
             request_method="POST",
             request_url="/predict?\0",
@@ -107,9 +108,9 @@ def test_refused_requests_are_logged_without_a_prediction(log: RequestLog, engin
             response_message="not an image \ud83d",
             client_error="UnsupportedImageError",
             image=b"GIF?",
-        )
+        ),
     )
-    assert log.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(log)
     assert scalar(engine, "SELECT response_status_code FROM api_log WHERE prediction_id IS NULL") == 415
     assert scalar(engine, "SELECT request_url || response_message FROM api_log") == "/predict?\ufffdnot an image ?"
     assert (count(engine, "predictions"), count(engine, "images")) == (0, 0)
@@ -117,10 +118,10 @@ def test_refused_requests_are_logged_without_a_prediction(log: RequestLog, engin
 
 def test_the_same_upload_is_stored_once(log: RequestLog, engine: Engine) -> None:
     for content in (b"one", b"two", b"one"):
-        log.append(answered(image=content))
-    assert log.wait_until_drained(WAIT_SECONDS)
-    log.append(answered(image=b"two"))
-    assert log.wait_until_drained(WAIT_SECONDS)
+        append_to(log, answered(image=content))
+    wait_until_drained(log)
+    append_to(log, answered(image=b"two"))
+    wait_until_drained(log)
     assert (count(engine, "images"), count(engine, "predictions"), count(engine, "api_log")) == (2, 4, 4)
     assert scalar(engine, "SELECT string_agg(encode(content, 'escape'), ',' ORDER BY content) FROM images") == "one,two"
 
@@ -128,9 +129,9 @@ def test_the_same_upload_is_stored_once(log: RequestLog, engine: Engine) -> None
 def test_entries_that_come_one_by_one_share_transactions(log: RequestLog, engine: Engine) -> None:
     begin = time.monotonic()
     for _ in range(60):
-        log.append(answered(image=None))
+        append_to(log, answered(image=None))
         time.sleep(0.02)
-    assert log.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(log)
     seconds = time.monotonic() - begin
     assert count(engine, "api_log") == 60
     # At most one each half second, however long the entries took; before, nearly as many as entries.
@@ -143,10 +144,10 @@ def test_feedback_keeps_its_history_and_may_arrive_before_its_prediction(log: Re
     entry = answered()
     assert entry.prediction_id is not None
     for true_class in ("four", "three", "four"):
-        log.append(FeedbackEntry(prediction_id=entry.prediction_id, true_class=true_class, source="page"))
-    assert log.wait_until_drained(WAIT_SECONDS)
-    log.append(entry)
-    assert log.wait_until_drained(WAIT_SECONDS)
+        append_to(log, FeedbackEntry(prediction_id=entry.prediction_id, true_class=true_class, source="page"))
+    wait_until_drained(log)
+    append_to(log, entry)
+    wait_until_drained(log)
     history = "SELECT string_agg(true_class, ',' ORDER BY f.created_on, id) FROM feedback f"
     assert scalar(engine, f"{history} JOIN predictions USING (prediction_id)") == "four,three,four"
 
@@ -160,10 +161,10 @@ def test_a_row_that_the_database_refuses_is_put_aside_and_blocks_nobody(
     good = [answered() for _ in range(20)]
     poison = [answered(request_url="/poison"), answered(response_status_code=10**12)]
     for entry in (*good[:7], poison[0], *good[7:11], poison[1], *good[11:]):
-        spool.append(entry)
+        append_to(spool, entry)
     drainer = Drainer(spool, database_url)
     drainer.start()
-    assert drainer.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(drainer)
     assert entry_ids(engine) == sorted(str(entry.entry_id) for entry in good)
     assert count(engine, "predictions") == 20
     assert [(r.entry_id, r.kind) for r in spool.rejected()] == [(str(entry.entry_id), "request") for entry in poison]
@@ -177,14 +178,14 @@ def test_a_row_that_the_database_refuses_is_put_aside_and_blocks_nobody(
 
 def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine: Engine) -> None:
     spool = Spool(tmp_path)
-    spool.append(answered())
-    spool.append(answered())
+    append_to(spool, answered())
+    append_to(spool, answered())
     spool._writer.submit(lambda connection: connection.execute("UPDATE entries SET record = '{' WHERE id = 1")).result(
         10
     )
     drainer = Drainer(spool, database_url)
     drainer.start()
-    assert drainer.wait_until_drained(WAIT_SECONDS)
+    wait_until_drained(drainer)
     assert count(engine, "predictions") == 1
     assert "Invalid JSON" in spool.rejected()[0].reason
     drainer.close()
@@ -193,18 +194,18 @@ def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine
 
 def test_another_schema_keeps_everything_in_the_spool_until_it_is_migrated(tmp_path: Path, unmigrated_url: str) -> None:
     with RequestLog(tmp_path, unmigrated_url) as log:
-        log.append(answered())
+        append_to(log, answered())
         wait_until(lambda: log.status().database == "schema mismatch")
         assert "cv-platform migrate" in (log.status().last_error or "")
         assert log.status().depth == 1
         migrate(unmigrated_url)
-        assert log.wait_until_drained(WAIT_SECONDS)
+        wait_until_drained(log)
         assert (log.status().database, log.status().last_error) == ("ok", None)
         # The other way round: somebody migrates to a newer version while this one drains.
         engine = make_engine(unmigrated_url)
         with engine.begin() as migrator:
             migrator.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-        log.append(answered())
+        append_to(log, answered())
         wait_until(lambda: log.status().database == "schema mismatch")
         assert "newer" in (log.status().last_error or "")
         assert count(engine, "predictions") == 1
@@ -238,13 +239,13 @@ APPEND_FOR_EVER = """
 import os, sys
 from pathlib import Path
 from cv_platform.serving.log.request_log import RequestLog
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to
 import threading
 log = RequestLog(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
 def work():
     while True:
         entry = answered()
-        log.append(entry)
+        append_to(log, entry)
         os.write(1, f"{entry.entry_id}\\n".encode())  # One call, which the other threads' lines cannot cut.
 for _ in range(4):
     threading.Thread(target=work).start()
@@ -277,7 +278,7 @@ import os, signal, sys
 from pathlib import Path
 from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.spool import Spool
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform.serving.log.entry import FeedbackEntry
 class DiesBeforeDeleting(Spool):
     def begin_delete(self, rows):
@@ -285,11 +286,11 @@ class DiesBeforeDeleting(Spool):
 spool = DiesBeforeDeleting(Path(sys.argv[1]))
 for _ in range(5):
     entry = answered()
-    spool.append(entry)
-    spool.append(FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
+    append_to(spool, entry)
+    append_to(spool, FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
 drainer = Drainer(spool, sys.argv[2])
 drainer.start()
-drainer.wait_until_drained(60)
+wait_until_drained(drainer)
 """
 
 
@@ -311,9 +312,9 @@ def test_another_replicas_spool_is_left_alone_while_it_lives(log: RequestLog, tm
     living = Spool(tmp_path / "spool")
     entry = answered()
     assert entry.prediction_id is not None
-    living.append(entry)
-    log.append(answered())
-    assert log.wait_until_drained(WAIT_SECONDS)
+    append_to(living, entry)
+    append_to(log, answered())
+    wait_until_drained(log)
     assert living.depth() == 1
     assert_same_prediction(log.find_prediction(entry.prediction_id), entry)
     assert count(engine, "predictions") == 1
@@ -324,7 +325,7 @@ def test_a_damaged_spool_is_put_aside_and_the_next_one_is_adopted(
     tmp_path: Path, database_url: str, engine: Engine
 ) -> None:
     left = Spool(tmp_path)
-    left.append(answered())
+    append_to(left, answered())
     left.close()
     damaged = tmp_path / "0000.sqlite"
     damaged.write_bytes(b"no database at all" * 1000)
@@ -341,7 +342,7 @@ def test_two_replicas_with_the_same_uploads_do_not_block_each_other(
 
         def append(log: RequestLog, contents: list[bytes]) -> None:
             for content in contents:
-                log.append(answered(image=content))
+                append_to(log, answered(image=content))
 
         threads = [
             threading.Thread(target=append, args=(one, uploads)),
@@ -351,8 +352,8 @@ def test_two_replicas_with_the_same_uploads_do_not_block_each_other(
             thread.start()
         for thread in threads:
             thread.join()
-        assert one.wait_until_drained(WAIT_SECONDS)
-        assert two.wait_until_drained(WAIT_SECONDS)
+        wait_until_drained(one)
+        wait_until_drained(two)
         assert one.status().rejected + two.status().rejected == 0
     assert (count(engine, "images"), count(engine, "predictions")) == (40, 80)
 
@@ -389,7 +390,7 @@ def test_nothing_is_lost_while_the_server_stops_and_starts(
     def append_for_ever(log: RequestLog) -> None:
         while not is_over.is_set():
             entry = answered()
-            log.append(entry)
+            append_to(log, entry)
             ids.append(entry.entry_id)
 
     with RequestLog(tmp_path, url) as log:
@@ -407,7 +408,7 @@ def test_nothing_is_lost_while_the_server_stops_and_starts(
             with pytest.raises(DatabaseUnavailableError):
                 log.find_prediction(uuid4())
             last = answered()
-            log.append(last)
+            append_to(log, last)
             ids.append(last.entry_id)
             assert last.prediction_id is not None
             assert_same_prediction(log.find_prediction(last.prediction_id), last)
@@ -416,7 +417,7 @@ def test_nothing_is_lost_while_the_server_stops_and_starts(
         is_over.set()
         for thread in threads:
             thread.join(WAIT_SECONDS)
-        assert log.wait_until_drained(WAIT_SECONDS)
+        wait_until_drained(log)
     assert entry_ids(engine) == sorted(map(str, ids))
     assert count(engine, "predictions") == len(ids)
     engine.dispose()
@@ -435,17 +436,17 @@ def test_a_service_that_starts_before_its_database_drains_once_it_is_there(
     cluster, url = private_server
     cluster.stop()
     with RequestLog(tmp_path, url) as log:
-        log.append(answered())
+        append_to(log, answered())
         wait_until(lambda: log.status().database == "unreachable" and log.status().last_error != "not connected yet")
         start_again(cluster, url)
-        assert log.wait_until_drained(WAIT_SECONDS)
+        wait_until_drained(log)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_rejected_rows_are_in_the_spool_for_a_person_to_look_at(log: RequestLog, engine: Engine) -> None:
     entry = replace(answered(), response_status_code=2**40)
-    log.append(entry)
-    assert log.wait_until_drained(WAIT_SECONDS)
+    append_to(log, entry)
+    wait_until_drained(log)
     (rejected,) = log.spool.rejected()
     assert rejected.entry_id == str(entry.entry_id)
     assert str(2**40) in rejected.record
@@ -455,7 +456,7 @@ def test_rejected_rows_are_in_the_spool_for_a_person_to_look_at(log: RequestLog,
 def test_the_uploads_of_a_spool_are_readable_by_plain_sqlite(tmp_path: Path) -> None:
     """The format is documented by use: an operator can rescue a spool with the sqlite3 command alone."""
     spool = Spool(tmp_path)
-    spool.append(answered(image=b"rescue me"))
+    append_to(spool, answered(image=b"rescue me"))
     connection = sqlite3.connect(spool.path)
     row = connection.execute("SELECT content, media_type FROM entries JOIN images ON sha256 = image_sha256").fetchone()
     connection.close()

@@ -8,7 +8,11 @@ from uuid import uuid4
 
 import numpy as np
 
-from cv_platform.serving.log.entry import LogEntry
+from cv_platform.serving.log.drainer import Drainer
+from cv_platform.serving.log.entry import FeedbackEntry, LogEntry
+from cv_platform.serving.log.request_log import RequestLog
+from cv_platform.serving.log.spool import Spool
+from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
 
 
 def answered(**changes: object) -> LogEntry:
@@ -34,3 +38,14 @@ def answered(**changes: object) -> LogEntry:
         media_type="image/png",
     )
     return replace(entry, **changes)
+
+
+def append_to(log: Spool | RequestLog, entry: LogEntry | FeedbackEntry) -> None:
+    """Returns once the entry is durable."""
+    spool = log.spool if isinstance(log, RequestLog) else log
+    spool.submit(entry).result(WAIT_SECONDS)
+
+
+def wait_until_drained(log: Drainer | RequestLog) -> None:
+    """Returns once the database has every entry."""
+    wait_until(lambda: log.status().depth == 0)

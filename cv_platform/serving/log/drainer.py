@@ -86,7 +86,6 @@ class Drainer:
         self._next_notice = 0.0
         self._stopping = threading.Event()
         self._wake = threading.Event()
-        self._progress = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="request-log-drainer", daemon=True)
 
     def start(self) -> None:
@@ -126,18 +125,6 @@ class Drainer:
             archived_rows=self._archived_rows,
         )
 
-    def wait_until_drained(self, timeout_seconds: float) -> bool:
-        """Returns True once the database has every entry appended before the call, False after `timeout_seconds`."""
-        deadline = time.monotonic() + timeout_seconds
-        with self._progress:
-            while self.status().depth:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._wake.set()
-                self._progress.wait(min(left, 1.0))
-        return True
-
     def _run(self) -> None:
         wait_seconds = _FIRST_WAIT_SECONDS
         while not self._stopping.is_set():
@@ -152,8 +139,6 @@ class Drainer:
                 wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
                 continue
             wait_seconds = _FIRST_WAIT_SECONDS
-            with self._progress:
-                self._progress.notify_all()
             if not has_more:
                 self._wake.wait(_IDLE_SECONDS)
                 self._wake.clear()
@@ -290,9 +275,7 @@ class Drainer:
             return
         if self._limits.archive is not None:
             if self._archive is None:
-                self._archive = Spool(
-                    self._limits.archive, replace(self._limits, max_bytes=_NO_BOUND), append_timeout_seconds=60.0
-                )
+                self._archive = Spool(self._limits.archive, replace(self._limits, max_bytes=_NO_BOUND))
             self._archive.take(spool, rows)
             self._archived_rows += len(rows)
         else:

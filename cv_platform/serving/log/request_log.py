@@ -17,7 +17,7 @@ from cv_platform.database.address import postgres_url
 from cv_platform.errors import DatabaseUnavailableError
 from cv_platform.serving.log.deletion import delete_from_database, delete_from_spools
 from cv_platform.serving.log.drainer import Drainer
-from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
+from cv_platform.serving.log.entry import FeedbackEntry, StoredPrediction
 from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.spool import Spool
 from cv_platform.serving.log.spool_file import find_spooled, find_statements
@@ -69,14 +69,6 @@ class RequestLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def append(self, entry: LogEntry | FeedbackEntry) -> None:
-        """Returns once the entry is on disk for good; blocks, so call it outside an event loop's thread.
-
-        Raises:
-            SpoolFullError: durability cannot be promised; refuse the request.
-        """
-        self.spool.append(entry)
 
     def find_prediction(self, prediction_id: UUID) -> StoredPrediction | None:
         """Returns a prediction wherever it is: in a replica's spool, or in the database.
@@ -157,10 +149,6 @@ class RequestLog:
     def status(self) -> LogStatus:
         """Returns depth and age of what waits, the database's state and the last error."""
         return self._drainer.status()
-
-    def wait_until_drained(self, timeout_seconds: float) -> bool:
-        """Returns True once nothing waits, False after `timeout_seconds`."""
-        return self._drainer.wait_until_drained(timeout_seconds)
 
     def close(self) -> None:
         """Ends the threads; what the database does not have yet is left to the next replica that starts."""

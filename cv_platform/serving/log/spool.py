@@ -53,6 +53,7 @@ from cv_platform.serving.log.spool_file import (
 
 logger = logging.getLogger(__name__)
 
+_TRY_SECONDS = 10.0
 _JOB_SECONDS = 60.0
 _DELETED_BYTES = 2 * 1024 * 1024
 """By one transaction: SQLite may be built to overwrite what it deletes (Debian's is), by way of its write-ahead log,
@@ -121,18 +122,11 @@ class Spool:
     Args:
         directory: of all replicas' spool files; made with mode 700, as it holds uploads.
         limits: of this process.
-        append_timeout_seconds: longest wait for the disk.
     """
 
-    def __init__(
-        self, directory: Path, limits: LogLimits | None = None, *, append_timeout_seconds: float = 10.0
-    ) -> None:
+    def __init__(self, directory: Path, limits: LogLimits | None = None) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = directory / f"{uuid4().hex}{SQLITE}"
-        lock = _try_to_own(path.with_suffix(LOCK))
-        if lock is None:
-            raise SpoolFullError(f"Expected to own the new spool {path}. Received: it is locked. Start again.")
-        self._open(path, lock, limits or LogLimits(), append_timeout_seconds)
+        self._open(*_own_new(directory), limits or LogLimits())
 
     @classmethod
     def adopt(cls, path: Path) -> Spool | None:
@@ -150,14 +144,13 @@ class Spool:
             os.close(lock)
             return None
         spool = cls.__new__(cls)
-        spool._open(path, lock, LogLimits(max_bytes=2**63 - 1), append_timeout_seconds=60.0)
+        spool._open(path, lock, LogLimits(max_bytes=2**63 - 1))
         return spool
 
-    def _open(self, path: Path, lock: int, limits: LogLimits, append_timeout_seconds: float) -> None:
+    def _open(self, path: Path, lock: int, limits: LogLimits) -> None:
         self.path = path
         self._lock = lock
         self._room = Room(path, limits)
-        self._timeout = append_timeout_seconds
         self._listener: Callable[[], None] = lambda: None
         self._leaving: tuple[Future[None], int] | None = None
         """Entries that are being deleted, up to an id; for the thread that reads batches."""
@@ -178,23 +171,6 @@ class Spool:
             raise
         self._writer = GroupCommit(writing, path, lambda: self._listener())
         self._outcomes = Outcomes(self._writer, lambda: self._listener())
-
-    def append(self, entry: LogEntry | FeedbackEntry) -> None:
-        """Returns once the entry is on disk for good.
-
-        Raises:
-            SpoolFullError: the disk is full, cannot keep up, or is broken. The entry is not kept, except that one whose
-                commit was under way when the wait ended may be.
-        """
-        done = self.submit(entry)
-        try:
-            done.result(self._timeout)
-        except TimeoutError as err:
-            done.cancel()  # If its turn has not come yet, it never will.
-            raise SpoolFullError(
-                f"Expected {self.path} to take an entry within {self._timeout:g} s. Received: nothing. "
-                "The disk is overloaded; try again later."
-            ) from err
 
     def submit(self, entry: LogEntry | FeedbackEntry) -> Future[None]:
         """Queues the entry and returns at once; the future has a result when the entry is durable.
@@ -239,10 +215,10 @@ class Spool:
             try_insert(connection)
 
         try:
-            self._writer.submit(write_and_remove).result(self._timeout)
+            self._writer.submit(write_and_remove).result(_TRY_SECONDS)
         except TimeoutError as err:
             raise SpoolFullError(
-                f"Expected {self.path} to be written to within {self._timeout:g} s. Received: no answer."
+                f"Expected {self.path} to be written to within {_TRY_SECONDS:g} s. Received: no answer."
             ) from err
 
     def on_change(self, listener: Callable[[], None]) -> None:
@@ -488,6 +464,18 @@ def _parts(rows: Sequence[SpoolRow]) -> Generator[list[int]]:
             part, size = [], 0
     if part:
         yield part
+
+
+def _own_new(directory: Path) -> tuple[Path, int]:
+    """Returns a path without a spool, and the descriptor that holds its lock.
+
+    Another replica that looks for orphans may lock it first, as the lock of what is gone: then by another name.
+    """
+    while True:
+        path = directory / f"{uuid4().hex}{SQLITE}"
+        lock = _try_to_own(path.with_suffix(LOCK))
+        if lock is not None:
+            return path, lock
 
 
 def _try_to_own(path: Path) -> int | None:

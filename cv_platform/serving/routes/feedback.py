@@ -41,10 +41,10 @@ class Feedback(BaseModel):
     )
 
     true_class: str | None = Field(
-        None, min_length=1, max_length=4000, description="one of the model's classes; multi-label: joined by |"
+        default=None, min_length=1, max_length=4000, description="one of the model's classes; multi-label: joined by |"
     )
     none_of_these: bool = Field(
-        False,
+        default=False,
         strict=True,
         description="true, in place of true_class: the image shows none of the model's classes",
     )

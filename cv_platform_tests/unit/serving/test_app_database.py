@@ -7,6 +7,7 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
 from cv_platform_tests.support.http_client import Client, flat_image, png
+from cv_platform_tests.support.log_entries import wait_until_drained
 
 REDDISH = png(flat_image(199, 99, 99))
 
@@ -22,7 +23,7 @@ def client(logged: WorkerParts) -> Client:
 
 
 def drain(worker: WorkerParts) -> None:
-    assert worker.log.opened.wait_until_drained(30)
+    wait_until_drained(worker.log.opened)
 
 
 def count(engine: Engine, table: str) -> int:

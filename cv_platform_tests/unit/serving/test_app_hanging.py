@@ -27,6 +27,7 @@ from cv_platform.serving.worker import open_worker
 from cv_platform.settings import Settings
 from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
 from cv_platform_tests.support.http_client import Client, FixedModels, GatedRuntime, flat_image, png
+from cv_platform_tests.support.log_entries import wait_until_drained
 from cv_platform_tests.support.tiny_models import tiny_metadata
 from cv_platform_tests.support.waiting import wait_until
 
@@ -231,7 +232,7 @@ def test_a_frozen_database_answers_503_in_time_and_the_rest_goes_on(
     worker = make_worker(DATABASE_URL=database_url)
     app = create_app(worker)
     drained = Client(app).predict(IMAGE).json()["prediction_id"]
-    assert worker.log.opened.wait_until_drained(30)
+    wait_until_drained(worker.log.opened)
 
     async def look_up(client: httpx.AsyncClient, count: int) -> list[int]:
         responses = await asyncio.gather(*(client.get(f"/predictions/{drained}") for _ in range(count)))

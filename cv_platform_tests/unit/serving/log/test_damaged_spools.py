@@ -13,20 +13,21 @@ import pytest
 
 from cv_platform.serving.log.damaged_spools import delete_from_damaged, put_aside, remove_expired
 from cv_platform.serving.log.drainer import Drainer
+from cv_platform.serving.log.entry import FeedbackEntry, LogEntry
 from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool
 from cv_platform.settings import Settings
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to
 
 DAY = 86_400
 
 
-def damage(folder: Path, *entries: object) -> Path:
+def damage(folder: Path, *entries: LogEntry | FeedbackEntry) -> Path:
     """Leaves a spool with these entries of which one page is overwritten, put aside; returns its file."""
     spool = Spool(folder)
     for entry in entries:
-        spool.append(entry)  # type: ignore[arg-type]
+        append_to(spool, entry)
     spool.close()
     with spool.path.open("r+b") as file:
         file.seek(4096)
@@ -95,7 +96,7 @@ def test_damaged_spools_go_when_what_they_hold_may_not_be_kept_longer(tmp_path: 
 def test_what_the_database_refused_goes_too(tmp_path: Path, keep_days: int | None, left: int) -> None:
     spool = Spool(tmp_path)
     for _ in range(2):
-        spool.append(answered())
+        append_to(spool, answered())
         spool.reject(spool.read_batch(1, 10**6).rows[0], "for a test")
     old = (time.time() - 91 * DAY,)
     spool._writer.submit(

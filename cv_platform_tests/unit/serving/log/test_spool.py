@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sqlite3
 import threading
@@ -23,7 +24,7 @@ from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import BegunEntry, Spool
 from cv_platform.serving.log.spool_file import find_spooled
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def count_commits(spool: Spool) -> list[str]:
 
 
 def test_an_appended_entry_is_on_disk_for_another_process(spool: Spool) -> None:
-    spool.append(answered())
+    append_to(spool, answered())
     with sqlite3.connect(f"file:{spool.path}?mode=ro", uri=True) as other:
         assert other.execute("SELECT count(*) FROM entries").fetchone() == (1,)
     other.close()
@@ -77,7 +78,7 @@ def test_concurrent_appends_all_arrive_in_order_of_their_thread(spool: Spool) ->
 
     def append_all(part: list) -> None:
         for entry in part:
-            spool.append(entry)
+            append_to(spool, entry)
 
     threads = [threading.Thread(target=append_all, args=(part,)) for part in entries]
     for thread in threads:
@@ -93,8 +94,8 @@ def test_concurrent_appends_all_arrive_in_order_of_their_thread(spool: Spool) ->
 
 def test_an_upload_is_kept_once_and_until_its_last_entry_goes(spool: Spool) -> None:
     for _ in range(3):
-        spool.append(answered(image=b"the same"))
-    spool.append(answered(image=b"another"))
+        append_to(spool, answered(image=b"the same"))
+    append_to(spool, answered(image=b"another"))
     assert images_in(spool) == 2
     rows = spool.read_batch(10, 10**9).rows
     spool.delete(rows[:2])
@@ -107,7 +108,7 @@ def test_an_upload_is_kept_once_and_until_its_last_entry_goes(spool: Spool) -> N
 
 def test_what_is_being_deleted_is_not_read_again(spool: Spool) -> None:
     for _ in range(3):
-        spool.append(answered())
+        append_to(spool, answered())
     first, second, third = spool.read_batch(10, 10**9).rows
     goes_on = threading.Event()
     spool._writer.submit(lambda connection: goes_on.wait(30))
@@ -120,7 +121,7 @@ def test_what_is_being_deleted_is_not_read_again(spool: Spool) -> None:
 
 def test_a_batch_ends_before_its_uploads_grow_too_large_but_is_never_empty(spool: Spool) -> None:
     for content in (b"a" * 60, b"b" * 60, b"a" * 60, b"c" * 500):
-        spool.append(answered(image=content))
+        append_to(spool, answered(image=content))
     assert len(spool.read_batch(10, 100).rows) == 1
     assert len(spool.read_batch(10, 120).rows) == 3  # The third has the first one's upload.
     assert len(spool.read_batch(2, 10**9).rows) == 2
@@ -132,12 +133,12 @@ def test_a_batch_ends_before_its_uploads_grow_too_large_but_is_never_empty(spool
 
 def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_path: Path) -> None:
     spool = Spool(tmp_path, LogLimits(max_bytes=150_000))
-    spool.append(answered(image=b"x" * 200_000))
+    append_to(spool, answered(image=b"x" * 200_000))
     with pytest.raises(SpoolFullError, match="less than 150000 bytes"):
-        spool.append(answered())
+        append_to(spool, answered())
     assert spool.depth() == 1
     spool.delete(spool.read_batch(1, 10**9).rows)
-    spool.append(answered())
+    append_to(spool, answered())
     assert spool.depth() == 1
     spool.close()
 
@@ -157,17 +158,20 @@ def test_an_entry_that_fails_does_not_take_its_group_down(tmp_path: Path) -> Non
     spool.close()
 
 
-def test_a_disk_that_does_not_answer_refuses_and_the_entry_never_arrives(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, append_timeout_seconds=0.1)
+def test_an_entry_that_is_given_up_while_the_disk_does_not_answer_never_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(tmp_path)
     started, gate = threading.Event(), threading.Event()
     spool._writer.submit(lambda _: (started.set(), gate.wait(60)))
     assert started.wait(60)
+    assert spool.submit(answered()).cancel()
+    monkeypatch.setattr("cv_platform.serving.log.spool._TRY_SECONDS", 0.1)
     with pytest.raises(SpoolFullError, match=r"within 0\.1 s"):
-        spool.append(answered())
+        spool.try_out()
     gate.set()
-    spool._timeout = 10.0
     last = answered()
-    spool.append(last)
+    append_to(spool, last)
     assert [row.entry_id for row in spool.read_batch(10, 10**9).rows] == [str(last.entry_id)]
     spool.close()
 
@@ -188,7 +192,7 @@ def test_too_many_waiting_entries_are_refused_at_once(spool: Spool, monkeypatch:
     gate.set()
     held.result(10)
     waiting.result(10)
-    spool.append(answered())
+    append_to(spool, answered())
 
 
 def test_a_begun_entry_is_on_disk_at_once_and_drained_when_it_is_settled(spool: Spool) -> None:
@@ -196,6 +200,7 @@ def test_a_begun_entry_is_on_disk_at_once_and_drained_when_it_is_settled(spool: 
     begun = spool.begin(entry)
     assert begun.written.result(10) is None
     assert spool.depth() == 1
+    assert entry.prediction_id is not None
     assert find_spooled(spool.path.parent, entry.prediction_id) is not None
     assert spool.read_batch(10, 10**9) == ([], True)
     begun.settle("No pictures.\0", 1.5)
@@ -210,7 +215,7 @@ def test_a_begun_entry_is_on_disk_at_once_and_drained_when_it_is_settled(spool: 
 
 def test_settled_entries_pass_those_that_are_not(spool: Spool) -> None:
     first, second = spool.begin(answered()), answered()
-    spool.append(second)
+    append_to(spool, second)
     assert [row.entry_id for row in spool.read_batch(10, 10**9).rows] == [str(second.entry_id)]
     first.settle("ok", 0.1)
     spool.write_outcomes()
@@ -246,7 +251,7 @@ def test_outcomes_do_not_gather_while_nobody_drains(spool: Spool, monkeypatch: p
 def test_large_entries_are_deleted_in_parts(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cv_platform.serving.log.spool._DELETED_BYTES", 2_000_000)
     for number in range(6):
-        spool.append(answered(image=bytes([number]) * 1_000_000))
+        append_to(spool, answered(image=bytes([number]) * 1_000_000))
     commits = count_commits(spool)
     spool.delete(spool.read_batch(10, 10**9).rows)
     assert len(commits) == 3
@@ -257,13 +262,13 @@ def test_the_log_is_long_only_while_the_disk_has_room(spool: Spool, monkeypatch:
     def log_pages() -> int:
         return spool._writer._connection.execute("PRAGMA wal_autocheckpoint").fetchone()[0]
 
-    spool.append(answered())
+    append_to(spool, answered())
     assert log_pages() == 4000
     with monkeypatch.context() as short:
         short.setattr("cv_platform.serving.log.room.MAX_QUEUED_BYTES", 2**60)  # Twice as much has to be free.
-        spool.append(answered())
+        append_to(spool, answered())
         assert log_pages() == 1000
-    spool.append(answered())
+    append_to(spool, answered())
     assert log_pages() == 4000
 
 
@@ -298,7 +303,7 @@ def test_nothing_is_deleted_while_the_database_may_have_it_too(tmp_path: Path) -
     entry = answered()
     assert entry.prediction_id is not None
     with RequestLog(tmp_path, f"postgresql://nobody@127.0.0.1:{free_port()}/none") as log:
-        log.append(entry)
+        append_to(log, entry)
         with pytest.raises(DatabaseUnavailableError, match="Nothing was deleted"):
             log.delete_prediction(entry.prediction_id)
         assert log.find_prediction(entry.prediction_id) is not None
@@ -308,6 +313,7 @@ def test_settling_brings_nothing_back_that_was_deleted_meanwhile(spool: Spool) -
     entry = answered()
     begun = spool.begin(entry)
     begun.written.result(10)
+    assert entry.prediction_id is not None
     assert delete_from_spools(spool.path.parent, entry.prediction_id)
     begun.settle("ok", 0.1)
     spool.write_outcomes()
@@ -376,19 +382,19 @@ def test_a_spool_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 
 def test_closing_an_empty_spool_leaves_no_file(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    spool.append(answered())
+    append_to(spool, answered())
     spool.delete(spool.read_batch(1, 10**9).rows)
     spool.close()
     spool.close()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SpoolFullError, match="closed"):
-        spool.append(answered())
+        append_to(spool, answered())
 
 
 def test_what_is_left_is_adopted_by_a_successor(tmp_path: Path) -> None:
     former = Spool(tmp_path)
     entry = answered()
-    former.append(entry)
+    append_to(former, entry)
     assert Spool.adopt(former.path) is None, "its owner lives"
     former.close()
     adopted = Spool.adopt(former.path)
@@ -404,7 +410,7 @@ def test_what_is_left_is_adopted_by_a_successor(tmp_path: Path) -> None:
 def test_a_rejected_entry_keeps_everything_and_survives_its_spool(tmp_path: Path) -> None:
     former = Spool(tmp_path)
     entry = answered(image=b"kept")
-    former.append(entry)
+    append_to(former, entry)
     former.reject(former.read_batch(1, 10**9).rows[0], "because")
     assert (former.depth(), former.rejected_count()) == (0, 1)
     former.close()
@@ -421,12 +427,25 @@ def test_a_rejected_entry_keeps_everything_and_survives_its_spool(tmp_path: Path
     successor.close()
 
 
+def test_a_new_spool_whose_lock_another_replica_looks_at_takes_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at, free = uuid4(), uuid4()
+    names = iter((looked_at, free))
+    monkeypatch.setattr("cv_platform.serving.log.spool.uuid4", lambda: next(names))
+    with (tmp_path / f"{looked_at.hex}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        spool = Spool(tmp_path)
+    assert spool.path.stem == free.hex
+    spool.close()
+
+
 def test_a_prediction_is_found_in_any_replicas_spool(tmp_path: Path) -> None:
     mine, other = Spool(tmp_path), Spool(tmp_path)
     entry = answered()
-    other.append(entry)
-    mine.append(FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
     assert entry.prediction_id is not None
+    append_to(other, entry)
+    append_to(mine, FeedbackEntry(prediction_id=entry.prediction_id, true_class="four", source="page"))
     assert mine.find(entry.prediction_id) is None
     found = find_spooled(tmp_path, entry.prediction_id)
     assert found is not None
@@ -439,7 +458,7 @@ def test_a_prediction_is_found_in_any_replicas_spool(tmp_path: Path) -> None:
 
 def test_space_is_given_back_after_an_outage(spool: Spool) -> None:
     for number in range(8):
-        spool.append(answered(image=bytes([number]) * 1_000_000))
+        append_to(spool, answered(image=bytes([number]) * 1_000_000))
     spool.delete(spool.read_batch(10, 10**9).rows)
     with sqlite3.connect(spool.path) as connection:
         before = connection.execute("PRAGMA page_count").fetchone()[0]
@@ -450,10 +469,9 @@ def test_space_is_given_back_after_an_outage(spool: Spool) -> None:
 
 
 def test_without_a_database_entries_stay_and_the_status_says_so(spool: Spool) -> None:
-    spool.append(answered())
+    append_to(spool, answered())
     drainer = Drainer(spool, None)
     drainer.start()
-    assert drainer.wait_until_drained(0.1) is False
     drainer.close()
     status = drainer.status()
     assert (status.depth, status.database, status.drained_rows) == (1, "not configured", 0)
@@ -464,7 +482,7 @@ def test_a_request_log_without_a_database_finds_what_it_keeps(tmp_path: Path) ->
     entry = answered()
     assert entry.prediction_id is not None
     with RequestLog(tmp_path, None) as log:
-        log.append(entry)
+        append_to(log, entry)
         assert log.spool.submit(answered()).result(10) is None
         found = log.find_prediction(entry.prediction_id)
         assert found is not None
@@ -475,8 +493,8 @@ def test_a_request_log_without_a_database_finds_what_it_keeps(tmp_path: Path) ->
 
 def test_a_batch_knows_that_one_of_its_entries_was_deleted_meanwhile(spool: Spool) -> None:
     first, second = answered(), answered()
-    spool.append(first)
-    spool.append(second)
+    append_to(spool, first)
+    append_to(spool, second)
     rows = spool.read_batch(10, 10_000_000).rows
     assert spool.still_holds(rows)
     assert second.prediction_id is not None

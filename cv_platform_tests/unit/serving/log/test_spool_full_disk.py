@@ -18,7 +18,7 @@ from cv_platform.serving.app import create_app
 from cv_platform.serving.log.spool import Spool
 from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
 from cv_platform_tests.support.http_client import Client, flat_image, png
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to
 from cv_platform_tests.support.waiting import wait_until
 
 
@@ -38,27 +38,27 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, spool: Spool) -> None:
 def test_entries_end_before_the_disk_does_and_what_is_drained_still_leaves(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool.append(answered())
+    append_to(spool, answered())
     with monkeypatch.context() as full:
         fill_the_disk(full, spool)
         with pytest.raises(SpoolFullError, match="bytes free on the disk"):
-            spool.append(answered())
+            append_to(spool, answered())
         with pytest.raises(SpoolFullError):
             spool.try_out()
         spool.delete(spool.read_batch(10, 10**6).rows)
         assert spool.depth() == 0
     spool.try_out()
     assert spool.depth() == 0, "trying leaves nothing"
-    spool.append(answered())
+    append_to(spool, answered())
     assert spool.depth() == 1
 
 
 def test_a_spool_whose_folder_was_deleted_takes_nothing_more(spool: Spool) -> None:
-    spool.append(answered())
+    append_to(spool, answered())
     shutil.rmtree(spool.path.parent)
     # SQLite itself would go on writing to files that nobody can open again.
     with pytest.raises(SpoolFullError, match="No such file"):
-        spool.append(answered())
+        append_to(spool, answered())
 
 
 def test_a_service_that_starts_on_a_full_disk_waits_for_room_and_then_answers(

@@ -20,7 +20,7 @@ from cv_platform.serving.log.spool import Spool
 from cv_platform.settings import Settings
 from cv_platform_tests.support.app_fixtures import MakeWorker, spooled
 from cv_platform_tests.support.http_client import Client, flat_image, png
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to
 from cv_platform_tests.support.waiting import wait_until
 
 BOUND = 1_000_000
@@ -37,7 +37,7 @@ def nowhere() -> str:
 
 
 def limits(**changes: object) -> LogLimits:
-    return LogLimits(**{"max_bytes": BOUND, "may_have_database": lambda: False, **changes})  # type: ignore[arg-type]
+    return LogLimits(**{"max_bytes": BOUND, "may_have_database": lambda: False, **changes})
 
 
 def record_ids(folder: Path) -> list[str]:
@@ -51,10 +51,10 @@ def record_ids(folder: Path) -> list[str]:
     return ids
 
 
-def append(log: RequestLog, count: int) -> list[str]:
+def append_all(log: RequestLog, count: int) -> list[str]:
     entries = [answered(image=bytes([number]) * 50_000) for number in range(count)]
     for entry in entries:
-        log.append(entry)
+        append_to(log, entry)
         # As a client that comes again after a 503 would; the bound is smaller here than what one moment can bring.
         wait_until(lambda: not log.spool.is_crowded())
     return [str(entry.entry_id) for entry in entries]
@@ -64,7 +64,7 @@ def test_without_a_database_the_oldest_entries_are_dropped_and_it_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), RequestLog(tmp_path, None, limits()) as log:
-        ids = append(log, 40)  # Twice what there is room for.
+        ids = append_all(log, 40)  # Twice what there is room for.
         status = log.status()
     kept = record_ids(tmp_path)
     assert kept == ids[-len(kept) :]
@@ -78,9 +78,11 @@ def test_without_a_database_the_oldest_entries_are_dropped_and_it_says_so(
 def test_the_oldest_entries_go_to_the_archive_where_one_is_set(tmp_path: Path) -> None:
     spools, archive = tmp_path / "spool", tmp_path / "archive"
     with RequestLog(spools, None, limits(archive=archive)) as log:
-        ids = append(log, 40)
+        ids = append_all(log, 40)
         status = log.status()
-        oldest = json.loads(log._drainer._archive.read_batch(1, 10**6).rows[0].record)["prediction_id"]  # type: ignore[union-attr]
+        kept = log._drainer._archive
+        assert kept is not None
+        oldest = json.loads(kept.read_batch(1, 10**6).rows[0].record)["prediction_id"]
         found = log.find_prediction(oldest)
         assert found is not None, "it is still found"
         assert found.image == bytes([0]) * 50_000
@@ -95,11 +97,11 @@ def test_what_a_former_process_left_is_the_oldest_and_goes_first(tmp_path: Path)
     former = Spool(tmp_path)
     left = [answered(image=bytes([number]) * 50_000) for number in range(8)]
     for entry in left:
-        former.append(entry)
+        append_to(former, entry)
     former.close()
     with RequestLog(tmp_path, None, limits()) as log:
         wait_until(lambda: log.status().depth == 8)  # It counts, although nothing is drained.
-        ids = append(log, 30)
+        ids = append_all(log, 30)
         wait_until(lambda: not former.path.exists())
         status = log.status()
     kept = record_ids(tmp_path)
@@ -110,7 +112,7 @@ def test_what_a_former_process_left_is_the_oldest_and_goes_first(tmp_path: Path)
 def test_nothing_is_dropped_while_a_database_may_come(tmp_path: Path) -> None:
     spool = Spool(tmp_path, LogLimits(max_bytes=BOUND))
     drainer = Drainer(spool, None, LogLimits(max_bytes=BOUND))
-    spool.append(answered(image=b"x" * 950_000))
+    append_to(spool, answered(image=b"x" * 950_000))
     assert spool.is_crowded()
     drainer._drain_once()
     assert (drainer.status().depth, drainer.status().dropped_rows) == (1, 0)
@@ -120,7 +122,7 @@ def test_nothing_is_dropped_while_a_database_may_come(tmp_path: Path) -> None:
 def test_spools_of_others_that_are_gone_count_while_the_database_is_away(tmp_path: Path) -> None:
     for _ in range(3):
         former = Spool(tmp_path)
-        former.append(answered())
+        append_to(former, answered())
         former.close()
     with RequestLog(tmp_path, nowhere()) as log:
         wait_until(lambda: log.status().database == "unreachable" and log.status().depth == 3)
