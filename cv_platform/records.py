@@ -236,10 +236,10 @@ class CheckOutcome(Value):
     summary: str = Field(
         description="the finding with its numbers; starts with 'Not judged' where there was nothing to judge"
     )
-    value: float | None = Field(None, description="what was measured; none where nothing was")
-    limit: float | None = Field(None, description="the limit from the config that `value` was held against")
+    value: float | None = Field(default=None, description="what was measured; none where nothing was")
+    limit: float | None = Field(default=None, description="the limit from the config that `value` was held against")
     offenders: tuple[str, ...] = Field(
-        (), description="images, classes or conditions at fault, worst first, at most 100"
+        default=(), description="images, classes or conditions at fault, worst first, at most 100"
     )
 
     def finding(self) -> str:

@@ -62,16 +62,16 @@ class BundleMetadata(_Record):
     version: str = Field(pattern=VERSION_PATTERN)
     created_utc: datetime
     runtime: Literal["tensorflow", "onnx"] = "tensorflow"
-    runtime_reason: str = Field("", description="why that runtime was chosen")
+    runtime_reason: str = Field(default="", description="why that runtime was chosen")
     parity: dict[str, float] = Field(
         default_factory=dict, description="differences of the ONNX graph from the gradient tape on the golden images"
     )
     classifier_type: ClassifierType
     class_names: tuple[str, ...]
     image_size: tuple[int, int] = Field(description="(height, width) in pixels")
-    threshold: float = Field(0.5, description="multi-label only")
+    threshold: float = Field(default=0.5, description="multi-label only")
     temperature: float = Field(
-        1.0, description="what the logits are divided by, in the weights: nothing has to apply it"
+        default=1.0, description="what the logits are divided by, in the weights: nothing has to apply it"
     )
     uae_dims: int
     feature_dims: int
@@ -127,15 +127,19 @@ class WorkerHeartbeat(_Record):
     """What one worker of a service runs."""
 
     worker_id: str
-    public_id: str = Field("", description="what strangers read instead: the worker's id names its host and process")
+    public_id: str = Field(
+        default="", description="what strangers read instead: the worker's id names its host and process"
+    )
     model_name: str | None = None
     version: str | None = None
     beat_utc: datetime
     last_swap_error: str | None = Field(
-        None, description="why the worker did not take the version that the pointer names"
+        default=None, description="why the worker did not take the version that the pointer names"
     )
     failed_version: str | None = None
-    failed_pointer_utc: datetime | None = Field(None, description="`since_utc` of the pointer whose version failed")
+    failed_pointer_utc: datetime | None = Field(
+        default=None, description="`since_utc` of the pointer whose version failed"
+    )
 
 
 class CentralStorage:

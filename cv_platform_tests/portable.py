@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -40,11 +41,17 @@ NUMERICAL = (
 """Folders and modules whose results are computed floats. A new one is added here."""
 
 
+def simd_found() -> list[str]:
+    """Returns what NumPy found in this CPU, and was not told to hold back."""
+    config: Any = np.show_config
+    return config(mode="dicts")["SIMD Extensions"].get("found", [])  # NumPy's own types know no `mode`.
+
+
 def settings() -> dict[str, dict[str, str]]:
     """Returns the environment of each older CPU that this one can stand for, by its name."""
     # Only what NumPy dispatches to and this CPU has: it warns of others. What is held back already stays so.
     found = os.environ.get("NPY_DISABLE_CPU_FEATURES", "").split()
-    found += np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    found += simd_found()
     oldest = {"NPY_DISABLE_CPU_FEATURES": " ".join(found), "TF_ENABLE_ONEDNN_OPTS": "0", "JSIMD_FORCENONE": "1"}
     if platform.machine() != "x86_64":
         return {f"the plainest {platform.machine()}": {**oldest, "OPENBLAS_CORETYPE": "ARMV8"}}

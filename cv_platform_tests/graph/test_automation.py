@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import cv2
@@ -82,12 +83,25 @@ def log_predictions(engine: Engine, count: int, model_name: str = "cats") -> Non
             )
 
 
-def tick(sensor: dg.SensorDefinition, cursor: str | None = None) -> object:
+class Tick(NamedTuple):
+    """What a sensor said in one tick."""
+
+    run_requests: list[dg.RunRequest]
+    skip_message: str
+    cursor: str | None
+    asset_events: list[Any]
+
+    @classmethod
+    def of(cls, said: Any) -> Tick:
+        return cls(list(said.run_requests or []), said.skip_message or "", said.cursor, list(said.asset_events))
+
+
+def tick(sensor: dg.SensorDefinition, cursor: str | None = None) -> Tick:
     with (
         dg.DagsterInstance.ephemeral() as instance,
         dg.build_sensor_context(instance=instance, cursor=cursor) as context,
     ):
-        return sensor.evaluate_tick(context)
+        return Tick.of(sensor.evaluate_tick(context))
 
 
 def test_new_predictions_ask_for_one_report_per_batch(
@@ -157,7 +171,7 @@ def test_retraining_follows_a_report_with_drift_only(
     assert len(reported(experiment, verdict).run_requests or []) == runs
 
 
-def reported(experiment: ExperimentConfig, verdict: str) -> dg.SensorResult:
+def reported(experiment: ExperimentConfig, verdict: str) -> Tick:
     """Returns what the sensor does after a report."""
     branch = Branch(experiment)
     sensor = retrain_on_drift_sensor(branch)
@@ -167,7 +181,7 @@ def reported(experiment: ExperimentConfig, verdict: str) -> dg.SensorResult:
         )
         repository = build_defs(DIGITS).get_repository_def()
         with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
-            return sensor.evaluate_tick(context)
+            return Tick.of(sensor.evaluate_tick(context))
 
 
 def test_drift_does_not_train_the_same_model_of_the_same_images_again(
@@ -184,7 +198,7 @@ def test_drift_does_not_train_the_same_model_of_the_same_images_again(
     assert "the same images give the same model" in (same.skip_message or "")
 
     other_seed = experiment.model_copy(update={"train": experiment.train.model_copy(update={"seed": 1})})
-    assert len(reported(other_seed, "drift").run_requests or []) == 1
+    assert len(reported(other_seed, "drift").run_requests) == 1
     import_dataset(write_images(tmp_path / "two", 2), ds_name="cats", tag="v2.0.0", ds_root=home / "datasets")
     newer = experiment.model_copy(update={"dataset": experiment.dataset.model_copy(update={"dvc_tag": "v2.0.0"})})
     assert len(reported(newer, "drift").run_requests or []) == 1
@@ -293,7 +307,7 @@ def alert_server() -> Iterator[tuple[str, list[dict[str, str]]]]:
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *arguments: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
@@ -324,10 +338,11 @@ def test_a_failed_run_alerts_unless_its_experiment_is_silent(
 
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize([model], instance=instance, raise_on_error=False, selection=[model])
+        (run,) = instance.get_runs()
         context = dg.build_run_status_sensor_context(
             sensor_name="run_failure",
             dagster_instance=instance,
-            dagster_run=instance.get_run_by_id(result.run_id),
+            dagster_run=run,
             dagster_event=result.get_run_failure_event(),
         ).for_run_failure()
         run_failure_sensor([config])(context)

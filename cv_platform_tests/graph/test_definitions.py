@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -100,14 +101,8 @@ def test_reports_become_stale_when_nobody_has_judged_a_window(digits: dg.Definit
 
 
 def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:
-    blocking = (
-        {check.key.name: check.blocking for check in digits.resolve_asset_graph().asset_check_specs_by_key.values()}
-        if hasattr(digits.resolve_asset_graph(), "asset_check_specs_by_key")
-        else {
-            key.name: digits.resolve_asset_graph().get_check_spec(key).blocking
-            for key in digits.resolve_asset_graph().asset_check_keys
-        }
-    )
+    graph = digits.resolve_asset_graph()
+    blocking = {key.name: graph.get_check_spec(key).blocking for key in graph.asset_check_keys}
     assert blocking["unreadable_images"]
     assert blocking["train_test_leakage"]
     assert blocking["promotion_gate"]
@@ -177,14 +172,14 @@ def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
     assert len(names) == 24
 
 
-def run_config(definitions: dg.Definitions, override: dict[str, object]) -> object:
+def run_config(definitions: dg.Definitions, override: dict[str, object]) -> Any:
     job = definitions.resolve_job_def("digits_experiment")
     return dg.validate_run_config(job, {"resources": {"digits_config": {"config": override}}})
 
 
 def test_an_override_changes_one_field_and_keeps_the_yaml_values(digits: dg.Definitions) -> None:
     validated = run_config(digits, {"train": {"epochs": 2}})
-    train = validated["resources"]["digits_config"]["config"]["train"]  # type: ignore[index]
+    train = validated["resources"]["digits_config"]["config"]["train"]
     assert train["epochs"] == 2
     assert train["optimizer"] == load_experiment(DIGITS).train.optimizer
     assert train["augment"]["rotate_degrees"] == load_experiment(DIGITS).train.augment.rotate_degrees

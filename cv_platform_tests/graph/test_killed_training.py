@@ -62,8 +62,8 @@ def test_the_same_command_goes_on_after_the_last_whole_epoch(settings: Settings,
             start_new_session=True,
         )
     try:
-        epochs = "models/tiny_model/.training-*/epoch-*.json"
-        wait_until(lambda: list(settings.home.glob(epochs)), seconds=300, process=process)
+        models = settings.home / "models" / "tiny_model"
+        wait_until(lambda: list(models.glob(".training-*/epoch-*.json")), seconds=300, process=process)
     finally:
         os.killpg(process.pid, 9)
         process.wait()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 from uuid import UUID, uuid4
 
 import numpy as np
@@ -29,7 +30,7 @@ from cv_platform.maintenance.archive import verify_archive, write_archive
 from cv_platform.maintenance.backup import Backup, back_up
 from cv_platform.maintenance.restore import restore
 from cv_platform.record_store import RecordStore
-from cv_platform.records import TrainedModel
+from cv_platform.records import RECORDS, DriftReport, Evaluation, TrainedModel
 from cv_platform.serving.log.entry import LogEntry
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.tables import find_prediction
@@ -37,7 +38,7 @@ from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform.tracking import start_run
-from cv_platform_tests.support.log_entries import answered
+from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform_tests.support.record_samples import trained_model
 from cv_platform_tests.support.tiny_models import TinyExport, export_tiny, publish_tiny
 from cv_platform_tests.support.waiting import wait_until
@@ -165,10 +166,10 @@ def used(place: Path, tiny_export: TinyExport) -> Used:
             RequestLog(home / "spool", None) as cut_off,
         ):
             for entry in entries:
-                connected.append(entry)
-            assert connected.wait_until_drained(60)
+                append_to(connected, entry)
+            wait_until_drained(connected)
             for entry in waiting:
-                cut_off.append(entry)
+                append_to(cut_off, entry)
             backup = back_up(settings, place / "backups")
     return Used(
         *(settings, backup, metadata.version, run.run_id, entries, waiting, tiny_export.images, answer.probabilities)
@@ -212,7 +213,7 @@ def test_every_answer_is_there_those_too_that_had_not_reached_the_database(used:
             # A service that starts adopts what the copied spools hold.
             with RequestLog(restored.home / "spool", url) as log:
                 wait_until(lambda: find_prediction(engine, _id(used.waiting[-1])) is not None)
-                assert log.wait_until_drained(60)
+                wait_until_drained(log)
             with engine.connect() as connection:
                 rows = connection.execute(text("SELECT entry_id FROM api_log")).scalars().all()
                 report_url = connection.execute(text("SELECT report_url FROM drift_reports")).scalar()
@@ -233,7 +234,7 @@ def test_the_production_model_answers_as_before(used: Used, restored: Settings) 
     assert pointer.version == used.version
     model = load_bundle(storage, pointer.model_name, pointer.version, cache=restored.home / "cache")
     answered = model.predict_batch(used.images).probabilities
-    np.testing.assert_allclose(answered, used.probabilities, atol=8 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(answered, used.probabilities, atol=8 * float(np.finfo(np.float32).eps))
 
 
 def test_mlflow_shows_the_run_and_reads_its_artifact(used: Used, restored: Settings, tmp_path: Path) -> None:
@@ -259,6 +260,32 @@ def test_dagster_and_the_records_name_the_new_folder(used: Used, restored: Setti
     )  # fmt: skip
     assert tags.stdout == "v1\n"
     assert (restored.home / "datasets" / "tiny" / ".dvc" / "cache" / "files" / "image").read_bytes() == b"pixels"
+
+
+def test_a_backup_that_release_0_1_made_is_restored_to_another_folder(place: Path) -> None:
+    """`back_up` of commit d1777a5 made it at `/srv/old home`: its demo's records, with short files where they point."""
+    settings = settings_of(place / "taken over")
+    restore(Path(__file__).with_name("backup_0_1.tar.gz"), settings.home, home_format=HOME_FORMAT, spare_bytes=0)
+    prepare_home(settings)
+    records = RecordStore(settings.home, "digits")
+    read = {path.stem: records.latest(RECORDS[path.stem]) for path in records.folder.glob("*.json")}
+    assert len(read) == 11
+    assert None not in read.values()
+    trained, judged, drift = (read[asset] for asset in ("model", "evaluation", "drift_report"))
+    assert isinstance(trained, TrainedModel)
+    assert isinstance(judged, Evaluation)
+    assert isinstance(drift, DriftReport)
+    assert trained.keras_path.is_relative_to(settings.home)
+    assert trained.keras_path.read_text() == "the model"
+    assert (judged.directory / "report.html").read_text() == "<p>the evaluation</p>"
+    page = Path(unquote(urlsplit(drift.report_url).path))
+    assert page.is_relative_to(settings.home)
+    assert page.read_text() == "<p>the drift</p>"
+    with embedded_database(settings.home) as url:
+        engine = make_engine(url)
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT report_url FROM drift_reports")).scalar() == drift.report_url
+        engine.dispose()
 
 
 def test_an_installation_in_use_is_not_replaced(used: Used, restored: Settings) -> None:

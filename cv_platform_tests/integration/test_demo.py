@@ -104,7 +104,7 @@ def test_the_reference_has_exactly_the_readable_rows_of_its_split(demo: Demo) ->
     split = manifest[(manifest["split"] == "reference") & manifest["is_readable"]]
     reference = pq.read_table(demo.record(ReferenceData).path).to_pandas()
     assert list(reference["path"]) == sorted(split["path"])
-    labels = {row.path: "|".join(row.labels) for row in split.itertuples()}
+    labels = {path: "|".join(names) for path, names in zip(split["path"], split["labels"], strict=True)}
     assert list(reference["label"]) == [labels[path] for path in reference["path"]]
 
 

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ import pytest
 
 from cv_platform.drift.family import DETECTOR_NAMES
 from cv_platform.errors import ServiceError
+from cv_platform.local.http import wait_for_http
 from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure, _quiet, delete_run, publish_run
 
 
@@ -62,15 +62,7 @@ def evidently_server(workspace: Path) -> Iterator[str]:
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 150
-        while True:
-            try:
-                httpx.get(f"{url}/api/version", timeout=5).raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert server.poll() is None, (workspace.parent / "server.log").read_text()
-                assert time.monotonic() < deadline, "The Evidently server does not answer."
-                time.sleep(0.2)
+        wait_for_http(f"{url}/api/version", seconds=150, alive=lambda: server.poll() is None)
         yield url
     finally:
         server.terminate()

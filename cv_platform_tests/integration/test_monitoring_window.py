@@ -12,7 +12,7 @@ from sqlalchemy import Engine, event, insert, text
 
 from cv_platform.config import MonitorConfig
 from cv_platform.database.schema import feedback, images, predictions
-from cv_platform.monitoring.window import WindowBounds, read_feedback, read_images, read_window
+from cv_platform.monitoring.window import Window, WindowBounds, read_feedback, read_images, read_window
 from cv_platform.records import ModelIdentity
 from cv_platform_tests.support.waiting import wait_until
 
@@ -42,18 +42,23 @@ def log(engine: Engine, *rows: dict[str, Any]) -> None:
         connection.execute(insert(predictions), list(rows))
 
 
-def window(engine: Engine, **changes: Any):
+def window(engine: Engine, **changes: Any) -> Window:
     settings = {"start": START, "end": END, **changes}
     monitor = MonitorConfig.model_construct(**{key: settings.pop(key) for key in MONITOR if key in settings})
     return read_window(engine, ModelIdentity(model_name="m", version="v1"), WindowBounds(**settings), monitor)
+
+
+def seen(found: Window) -> list[float]:
+    """Returns the number that `row` gave each row of a window."""
+    assert found.sample is not None
+    return found.sample.uae[:, 0].tolist()
 
 
 def test_takes_the_start_and_leaves_the_end_of_the_window(engine: Engine) -> None:
     tick = timedelta(microseconds=1)
     log(engine, *(row(t, i) for i, t in enumerate([START - tick, START, END - tick, END])))
     found = window(engine)
-    assert found.sample is not None
-    assert found.sample.uae[:, 0].tolist() == [1.0, 2.0]
+    assert seen(found) == [1.0, 2.0]
     assert (found.requests, found.is_sampled, found.unusable) == (2, False, 0)
 
 
@@ -61,7 +66,7 @@ def test_adjacent_windows_share_no_row_and_lose_none(engine: Engine) -> None:
     log(engine, *(row(START + timedelta(hours=12 * i), i) for i in range(14)))
     middle = datetime(2026, 2, 4, tzinfo=UTC)
     halves = [window(engine, end=middle), window(engine, start=middle)]
-    assert sorted(x for half in halves for x in half.sample.uae[:, 0].tolist()) == list(range(14))
+    assert sorted(x for half in halves for x in seen(half)) == list(range(14))
 
 
 def test_bounds_of_another_zone_mean_the_same_moments(engine: Engine) -> None:
@@ -82,8 +87,7 @@ def test_a_late_row_is_in_the_window_in_which_it_came_and_counted_there(engine: 
     week = END - START
     first = window(engine, by="logged")
     second = window(engine, start=END, end=END + week, by="logged")
-    found = [part.sample.uae[:, 0].tolist() for part in (first, second)]
-    assert found == [[1.0], [4.0, 2.0, 3.0]]
+    assert [seen(part) for part in (first, second)] == [[1.0], [4.0, 2.0, 3.0]]
     assert [(part.requests, part.late) for part in (first, second)] == [(1, 0), (3, 2)]
 
 

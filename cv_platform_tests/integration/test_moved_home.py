@@ -64,7 +64,9 @@ def logged_texts(settings: Settings, into: Path) -> set[str]:
     uri = settings.mlflow_tracking_uri
     client = MlflowClient(uri, registry_uri=uri)
     found = set()
-    for run in client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id]):
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    for run in client.search_runs([experiment.experiment_id]):
         for artifact in client.list_artifacts(run.info.run_id):
             into.mkdir(exist_ok=True)
             found.add(Path(client.download_artifacts(run.info.run_id, artifact.path, str(into))).read_text())

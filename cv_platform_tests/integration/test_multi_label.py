@@ -217,16 +217,16 @@ def test_the_bento_answers_alone_as_the_evaluation_did(shapes: Shapes) -> None:
             assert health["model_version"] == bento.model.version
             offline = pd.read_parquet(shapes.record(Evaluation).predictions_path)
             directory = shapes.record(DatasetVersion).directory
-            for row in offline.itertuples():
-                data = (directory / row.path).read_bytes()
+            for _, row in offline.iterrows():
+                data = (directory / row["path"]).read_bytes()
                 answer = client.post("/predict", params={"explain": "none"}, files={"file": ("x.png", data)})
                 assert answer.status_code == 200, answer.text
                 body = answer.json()
                 assert list(body["prediction"]) == list(CLASSES)
                 served = np.array(list(body["prediction"].values()))
-                assert np.abs(served - row.probabilities).max() <= 1e-5
+                assert np.abs(served - row["probabilities"]).max() <= 1e-5
                 assert body["predicted_classes"] == [n for n, p in body["prediction"].items() if p >= THRESHOLD]
-                assert body["predicted_class"] == row.predicted_class
+                assert body["predicted_class"] == row["predicted_class"]
     finally:
         process.terminate()
         process.wait(timeout=60)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import dagster as dg
@@ -259,9 +260,11 @@ def copy_in(engine: Engine, table: Table, rows: Iterable[dict[str, Any]]) -> Non
     encode = row_encoder(table, columns)
     connection = engine.raw_connection()
     try:
-        with connection.cursor() as cursor:
+        with closing(connection.cursor()) as cursor:
             stream = CopyStream(map(encode, rows))
-            cursor.copy_expert(f"COPY {table.name} ({', '.join(columns)}) FROM STDIN WITH (FORMAT binary)", stream)
+            cast(Any, cursor).copy_expert(
+                f"COPY {table.name} ({', '.join(columns)}) FROM STDIN WITH (FORMAT binary)", stream
+            )
         connection.commit()
     finally:
         connection.close()
@@ -412,7 +415,7 @@ def test_the_job_deletes_nothing_while_a_config_cannot_be_read(
     assert not result.success
     failure = result.failure_data_for_node("delete_expired_log")
     assert failure is not None
-    assert "Received: broken.yaml" in failure.error.to_string()
+    assert "Received: broken.yaml" in str(failure.error)
 
 
 def test_the_command_counts_before_it_deletes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 
@@ -14,12 +15,12 @@ from cv_platform.serving.routes.parts import WorkerParts
 class AppTransport(httpx.BaseTransport):
     """Hands each request to an ASGI app in an event loop of its own."""
 
-    def __init__(self, app: object) -> None:
+    def __init__(self, app: Any) -> None:
         self._app = app
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)  # type: ignore[arg-type]
+            transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
             response = await transport.handle_async_request(
                 httpx.Request(request.method, request.url, headers=request.headers, content=request.read())
             )
@@ -28,5 +29,5 @@ class AppTransport(httpx.BaseTransport):
         return asyncio.run(send())
 
 
-def client_of(worker: WorkerParts, **options: object) -> Client:
-    return Client("http://service", transport=AppTransport(create_app(worker)), **options)  # type: ignore[arg-type]
+def client_of(worker: WorkerParts, **options: Any) -> Client:
+    return Client("http://service", transport=AppTransport(create_app(worker)), **options)

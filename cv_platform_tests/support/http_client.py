@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import httpx
@@ -141,7 +141,7 @@ def send_raw(
         "path": path_only, "raw_path": path_only.encode(), "query_string": query.encode(), "root_path": "",
         "headers": headers, "client": ("127.0.0.1", 1), "server": ("service", 80),
     }  # fmt: skip
-    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(cast(Coroutine[Any, Any, None], app(scope, receive, send)))
     start = sent[0]
     body = b"".join(message.get("body", b"") for message in sent[1:])
     return RawAnswer(start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, json.loads(body), read)

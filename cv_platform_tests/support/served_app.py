@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from cv_platform.local.http import free_port, wait_for_http
+from cv_platform_tests.support.waiting import wait_until
 
 START_SECONDS = 60.0
 
@@ -42,6 +43,23 @@ class ServedApp:
     def connect(self, timeout_seconds: float = 10.0) -> socket.socket:
         """Opens a connection to write to by hand."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=timeout_seconds)
+
+    def wait_until_read(self, connection: socket.socket) -> None:
+        """Returns once the service has taken from its socket all that `connection` has sent it (Linux tells)."""
+        here, there = f":{connection.getsockname()[1]:04X}", f":{self.port:04X}"
+
+        def is_read() -> bool:
+            rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            # Of the service's end what waits to be read, of this one what waits to be sent: `tx_queue:rx_queue`.
+            waiting = [
+                int(queue, 16)
+                for _, local, remote, _, queues, *_ in rows
+                for own, other, queue in zip((there, here), (here, there), reversed(queues.split(":")), strict=True)
+                if local.endswith(own) and remote.endswith(other)
+            ]
+            return not any(waiting)
+
+        wait_until(is_read)
 
     def health(self) -> dict[str, Any]:
         """Returns what `/health_check` says; it has to be 200, soon."""

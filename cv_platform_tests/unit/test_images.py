@@ -804,7 +804,7 @@ def test_damaged_bytes_decode_or_raise_an_image_error(
 
 
 def test_shrinking_averages_the_area() -> None:
-    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3) * 5
+    image = (np.arange(4 * 4 * 3, dtype=np.uint8) * np.uint8(5)).reshape(4, 4, 3)
     blocks = image.reshape(2, 2, 2, 2, 3).mean(axis=(1, 3))
     assert largest_difference(images.resize(image, (2, 2)), np.round(blocks)) <= 1
 

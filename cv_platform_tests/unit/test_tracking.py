@@ -48,7 +48,7 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     while mlflow.active_run() is not None:
         mlflow.end_run()
-    mlflow.set_tracking_uri(None)
+    mlflow.set_tracking_uri("")
 
 
 @pytest.fixture
@@ -144,7 +144,9 @@ def test_a_run_left_active_by_others_is_ended_and_gets_nothing(start: Start, uri
     mlflow.set_tracking_uri(uri)
     leftover = mlflow.start_run()
     with start() as run:
-        assert mlflow.active_run().info.run_id == run.run_id
+        active = mlflow.active_run()
+        assert active is not None
+        assert active.info.run_id == run.run_id
         run.log_params({"mine": 1})
 
     assert mlflow.active_run() is None

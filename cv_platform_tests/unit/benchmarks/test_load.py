@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from email.message import Message
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,14 +29,21 @@ class UploadServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
+def form_part(message: bytes) -> Message:
+    """Returns the one part of a form."""
+    [part] = BytesParser().parsebytes(message).get_payload()
+    assert isinstance(part, Message)
+    return part
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-        [part] = BytesParser().parsebytes(head + body).get_payload()
-        content = part.get_payload(decode=True)
+        content = form_part(head + body).get_payload(decode=True)
+        assert isinstance(content, bytes)
         assert isinstance(self.server, UploadServer)
         self.server.files.append(content)
         self.send_response(503 if b"refuse" in content else 200)
@@ -72,8 +80,7 @@ def plan(server: UploadServer, images: list[Path], **values: object) -> LoadPlan
 
 def test_form_holds_the_file_under_its_name() -> None:
     body, content_type = multipart(b"\xff\xd8bytes", name="a.jpg")
-    message = BytesParser().parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
-    [part] = message.get_payload()
+    part = form_part(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
     assert part.get_param("name", header="content-disposition") == "file"
     assert part.get_filename() == "a.jpg"
     assert part.get_content_type() == "image/jpeg"

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
@@ -141,9 +142,9 @@ class Script:
         self.requests: list[httpx.Request] = []
         self.waited: list[float] = []
 
-    def client(self, **options: float) -> Client:
+    def client(self, **options: Any) -> Client:
         transport = httpx.MockTransport(self._answer)
-        return Client("http://service", transport=transport, sleep=self.waited.append, **options)  # type: ignore[arg-type]
+        return Client("http://service", transport=transport, sleep=self.waited.append, **options)
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)

@@ -42,7 +42,7 @@ def test_given_splits_hold_every_digit_and_enough_images(digits_home: Path) -> N
     manifest = read_manifest(version.manifest_path)
     assert split_counts(manifest) == {"train": 1018, "valid": 151, "test": 359, "reference": 269}
     assert set(manifest["split_origin"]) == {"given"}
-    assert manifest["is_readable"].all()
+    assert all(manifest["is_readable"])
     table = manifest.groupby(["split", manifest["labels"].str[0]]).size().unstack()
     assert table.shape == (4, 10)
     assert (table.loc["reference"] >= 25).all()

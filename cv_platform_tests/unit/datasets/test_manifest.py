@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from .conftest import dataset, model
 from .test_near_copies import jpeg, scene
 
 
-def build(directory: Path, annotations: bytes | None = None, **model_fields: object):
-    config = model(**model_fields)  # type: ignore[arg-type]
+def build(directory: Path, annotations: bytes | None = None, **model_fields: Any):
+    config = model(**model_fields)
     path = build_manifest(directory, data_path="images", annotations=annotations, model=config, dataset=dataset())
     return read_manifest(path)
 
@@ -85,7 +86,7 @@ def test_unreadable_images_are_rows_with_their_problem(tmp_path: Path) -> None:
     (tmp_path / "images/cat/2.png").write_bytes(picture(1, (30, 20))[:-40])
     manifest = build(tmp_path).set_index("path")
     bad = manifest[~manifest["is_readable"]]
-    assert bad["problem"].str.split(":").str[0].tolist() == [
+    assert [problem.partition(":")[0] for problem in bad["problem"]] == [
         *("EmptyImageError", "UnsupportedImageError", "TruncatedImageError")
     ]
     assert bad["width_px"].tolist() == [0, 0, 20]
@@ -116,7 +117,7 @@ def test_says_what_is_odd_about_images_that_decode(tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / "images" / name).write_bytes(content)
     manifest = build(tmp_path).set_index("path")
-    assert manifest["is_readable"].all()
+    assert all(manifest["is_readable"])
     odd = {column: manifest[column].dropna().to_dict() for column in ("damage", "constant", "narrow_range")}
     assert odd["constant"] == {"images/dog/0.png": "all of it is RGB (2, 2, 2)"}
     assert odd["narrow_range"] == {
@@ -175,7 +176,7 @@ def test_given_splits_are_kept_and_missing_ones_recorded(tmp_path: Path) -> None
     assert split_counts(manifest) == {"train": 12, "valid": 4, "test": 20, "reference": 4}
     taken = manifest[manifest["split_origin"] == "taken from train"]
     assert set(taken["split"]) == {"valid", "reference"}
-    assert taken["path"].str.startswith("images/train/").all()
+    assert all(path.startswith("images/train/") for path in taken["path"])
 
 
 def test_name_follows_what_would_change_a_row() -> None:

@@ -72,7 +72,7 @@ def test_copies_of_copies_are_one_set_and_others_are_alone() -> None:
 def test_where_all_images_are_alike_none_is_called_a_copy() -> None:
     from sklearn.datasets import load_digits
 
-    digits = (load_digits().images[:600] * 255 / 16).astype(np.uint8)
+    digits = (load_digits()["images"][:600] * 255 / 16).astype(np.uint8)
     images = [np.repeat(image[..., None], 3, axis=2) for image in digits]
     found = find_near_copies(thumbnails(images))
     assert found.limit < MAX_DISTANCE / 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from cv_platform_tests.support.pictures import class_folders, picture, write_pic
 from .conftest import dataset, model
 
 
-def version_of(directory: Path, annotations: bytes | None = None, **fields: str) -> DatasetVersion:
-    config = model(**fields)  # type: ignore[arg-type]
+def version_of(directory: Path, annotations: bytes | None = None, **fields: Any) -> DatasetVersion:
+    config = model(**fields)
     manifest = build_manifest(directory, data_path="images", annotations=annotations, model=config, dataset=dataset())
     return DatasetVersion(
         provenance=Provenance(ds_name="pets", dvc_tag="v1.0.0", dvc_md5="0" * 32),
@@ -216,6 +217,7 @@ def test_contact_sheet_shows_readable_images_in_a_row_per_class(version: Dataset
     # 2 rows and 3 columns of 64 px with gaps of 4 px, beside 120 px for the labels.
     assert sheet.shape == (2 * 68 + 4, 120 + 3 * 68, 3)
     manifest = read_manifest(version.manifest_path)
-    cats = manifest[manifest["is_readable"] & (manifest["labels"].str[0] == "cat")].sort_values("sha256")
-    first = images.decode((version.directory / cats["path"].iloc[0]).read_bytes())
+    rows = [row for _, row in manifest.sort_values("sha256").iterrows()]
+    cats = [row["path"] for row in rows if bool(row["is_readable"]) and row["labels"][0] == "cat"]
+    first = images.decode((version.directory / cats[0]).read_bytes())
     np.testing.assert_array_equal(sheet[4:68, 120:184], first.repeat(8, axis=0).repeat(8, axis=1))

@@ -69,7 +69,7 @@ def test_identical_images_are_never_on_two_sides(
     rows: list[tuple[int, set[str]]], shares: tuple[float, float, float], seed: int
 ) -> None:
     hashes = [sha(index) for index, _ in rows]
-    fractions = dict(zip(("test", "reference", "valid"), shares, strict=True))
+    fractions: dict[str, float] = dict(zip(("test", "reference", "valid"), shares, strict=True))
     splits = split_identical_together(
         hashes, [tuple(sorted(names)) for _, names in rows], fractions, seed=seed, remainder="train"
     )

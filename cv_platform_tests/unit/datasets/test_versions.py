@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -251,7 +252,7 @@ def test_reads_a_repository_made_with_dvc_itself(tmp_path: Path, monkeypatch: py
 
     git("init", "--quiet")
     with Repo.init(str(repository)) as repo:
-        repo.add(str(repository / "data"))
+        cast(Any, repo).add(str(repository / "data"))  # Its decorator hides that it is a method.
     git("add", "-A")
     git("commit", "--quiet", "-m", "one")
     git("tag", "-a", "v1", "-m", "one")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from cv_platform.deployment.export import export_bundle
+from cv_platform.drift.extraction import load_model
 from cv_platform.errors import ExportError
 from cv_platform.serving.model.runtime import Prediction
 from cv_platform.serving.model.runtime_onnx import OnnxRuntime
@@ -46,8 +47,8 @@ def test_probabilities_features_and_embeddings_are_those_of_keras(exported: Tiny
     import keras
 
     images = tiny_images(7, seed=11)
-    model = keras.saving.load_model(exported.keras_path, compile=False)
-    encoder = keras.saving.load_model(exported.uae_path, compile=False)
+    model = load_model(exported.keras_path)
+    encoder = load_model(exported.uae_path)
     features = keras.Model(model.input, model.get_layer("features").output)
     answer = run(exported.folder, images)
     np.testing.assert_allclose(answer.probabilities, np.asarray(model(images, training=False)), atol=1e-6)
@@ -58,10 +59,9 @@ def test_probabilities_features_and_embeddings_are_those_of_keras(exported: Tiny
 
 @pytest.mark.parametrize("class_index", [-1, 0, 1, 2])
 def test_map_equals_an_independent_grad_cam(exported: TinyExport, class_index: int):
-    import keras
 
     images = tiny_images(6, seed=12)
-    model = keras.saving.load_model(exported.keras_path, compile=False)
+    model = load_model(exported.keras_path)
     predicted = np.asarray(model(images)).argmax(axis=1)
     classes = predicted if class_index < 0 else np.full(len(images), class_index)
     answer = run(exported.folder, images, class_index)
@@ -97,8 +97,8 @@ def test_a_model_that_is_certain_keeps_its_map(tmp_path: Path, runtime: Any):
     images = tiny_images(8, seed=15)
     export_bundle(tmp_path / "m.keras", tmp_path / "u.keras", tmp_path, golden_images=images, runtime=runtime)
     answer = run(tmp_path, images)
-    np.testing.assert_allclose(answer.probabilities.max(axis=1), 1.0, rtol=4 * np.finfo(np.float32).eps)
-    np.testing.assert_allclose(answer.cam.max(), 1.0, rtol=np.finfo(np.float32).eps)
+    np.testing.assert_allclose(answer.probabilities.max(axis=1), 1.0, rtol=4 * float(np.finfo(np.float32).eps))
+    np.testing.assert_allclose(answer.cam.max(), 1.0, rtol=float(np.finfo(np.float32).eps))
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "tensorflow"])

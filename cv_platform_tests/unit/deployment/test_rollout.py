@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -63,14 +64,14 @@ def beating(storage: CentralStorage) -> Iterator[Callable[..., None]]:
     stopping = threading.Event()
     threads: list[threading.Thread] = []
 
-    def beat(worker_id: str, **says: object) -> None:
+    def beat(worker_id: str, **says: Any) -> None:
         for n in itertools.count():
             now = datetime.now(UTC) + timedelta(hours=-1, microseconds=n)
             storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id=worker_id, beat_utc=now, **says))
             if stopping.wait(0.05):
                 return
 
-    def start(worker_id: str, **says: object) -> None:
+    def start(worker_id: str, **says: Any) -> None:
         threads.append(threading.Thread(target=beat, args=(worker_id,), kwargs=says))
         threads[-1].start()
 
@@ -123,7 +124,7 @@ def test_what_a_dead_worker_has_said_confirms_nothing(
     storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
 ):
     metadata = publish_tiny(storage, tiny_export)
-    served = {"model_name": metadata.model_name, "version": metadata.version}
+    served: dict[str, Any] = {"model_name": metadata.model_name, "version": metadata.version}
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC), **served))
     beating("b", **served)
     done = deploy(model_bundle(metadata).model, config(), experiment="tiny", storage=storage, cache=cache)

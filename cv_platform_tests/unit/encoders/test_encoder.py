@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,7 +53,7 @@ def test_keras_and_onnx_compute_the_same(lite0: Encoder) -> None:
     images = noise(4, 64)
     image = keras.Input((64, 64, 3))
     feature_map = keras_feature_map(image, tensors, PRETRAINED["lite0"].repeats)
-    network = keras.Model(image, keras.layers.GlobalAveragePooling2D()(feature_map))
+    network: Any = keras.Model(image, keras.layers.GlobalAveragePooling2D()(feature_map))
     np.testing.assert_allclose(network.predict(images, verbose=0), lite0.embed(images), atol=1e-4)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cv_platform.config import ExperimentConfig, ModelConfig, parse_experiment
+from cv_platform.config import ClassifierType, ExperimentConfig, InputSize, ModelConfig, parse_experiment
 from cv_platform.datasets.manifest import MANIFEST_SCHEMA
 from cv_platform.datasets.packing import pack_images
 from cv_platform.errors import InvalidDatasetError, TrainingError, VerdictError
@@ -63,7 +63,9 @@ def _image(colours: tuple[str, ...], seed: int) -> np.ndarray:
     return image
 
 
-def _pack(folder: Path, test: list[tuple[str, tuple[str, ...], np.ndarray]], kind: str = "multi-class") -> PackedImages:
+def _pack(
+    folder: Path, test: list[tuple[str, tuple[str, ...], np.ndarray]], kind: ClassifierType = "multi-class"
+) -> PackedImages:
     """Packs `(path, labels, image)` as the test split, beside a train split of one image per class."""
     rows = []
     train = [(f"train/{name}.png", (name,), _image((name,), 900 + i)) for i, name in enumerate(CLASSES)]
@@ -96,7 +98,7 @@ def _pack(folder: Path, test: list[tuple[str, tuple[str, ...], np.ndarray]], kin
         manifest=manifest.name,
         class_names=CLASSES,
     )
-    model = ModelConfig(model_name="colours", classes=CLASSES, classifier_type=kind, input_size={"h": 8, "w": 8})
+    model = ModelConfig(model_name="colours", classes=CLASSES, classifier_type=kind, input_size=InputSize(h=8, w=8))
     return pack_images(version, model, quarantined=(), home=folder)
 
 

@@ -41,5 +41,6 @@ def test_what_a_class_does_not_have_has_no_interval():
     assert rows[2] == {"precision": None, "recall": None, "f1": None}
     assert rows[0]["recall"] == wilson(1, 2)
     assert rows[1]["precision"] == wilson(1, 2)
+    assert rows[0]["f1"] is not None
     low, high = rows[0]["f1"]
     assert 0 <= low <= 2 / 3 <= high <= 1

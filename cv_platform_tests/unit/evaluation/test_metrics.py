@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn import metrics as oracle
 
+from cv_platform.config import ClassifierType
 from cv_platform.evaluation.metrics import (
     compute_metrics,
     confidence_of,
@@ -43,11 +46,11 @@ def test_multi_class_metrics_agree_with_scikit_learn(seed):
         oracle.log_loss(targets, precise / precise.sum(1, keepdims=True)), abs=1e-6
     )
     areas = [oracle.roc_auc_score(targets == k, precise[:, k]) for k in range(5)]
-    assert found["auc_macro"] == pytest.approx(np.mean(areas))
+    assert found["auc_macro"] == pytest.approx(sum(map(float, areas)) / 5)
     table = per_class_metrics(targets, probabilities, "multi-class")
     expected = oracle.precision_recall_fscore_support(targets, predicted)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
-        assert [row[name] for row in table] == pytest.approx(list(column))
+        assert [row[name] for row in table] == pytest.approx(np.asarray(column).tolist())
     matrix = confusion_matrix(targets, probabilities, "multi-class")
     assert np.array_equal(matrix, oracle.confusion_matrix(targets, predicted))
 
@@ -196,7 +199,8 @@ def test_the_error_without_the_temperature_is_that_of_the_undivided_logits(tempe
     def sigmoid(z):
         return 1 / (1 + np.exp(-z))
 
-    for kind, read, truth in (("multi-class", softmax, targets), ("multi-label", sigmoid, labels)):
+    kinds: list[tuple[ClassifierType, Any, Any]] = [("multi-class", softmax, targets), ("multi-label", sigmoid, labels)]
+    for kind, read, truth in kinds:
         expected = expected_calibration_error(reliability(truth, read(logits), kind))
         found = uncalibrated_error(truth, read(logits / temperature).astype(np.float32), kind, temperature)
         assert found == pytest.approx(expected, abs=1e-3)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -18,7 +20,8 @@ def test_the_part_that_is_worse_beyond_chance_is_named_first():
     assert (worst.column, worst.value, worst.images, worst.accuracy) == ("camera", "old", 40, 0.5)
     assert worst.is_worse
     # By an independent implementation of Fisher's test, times the number of parts: 8 × 4 quarters and 2 cameras.
-    by_hand = stats.fisher_exact([[20, 20], [152, 8]], alternative="less").pvalue
+    fisher: Any = stats.fisher_exact([[20, 20], [152, 8]], alternative="less")
+    by_hand = fisher.pvalue
     assert len(slices) == 34
     np.testing.assert_allclose(worst.p_value, by_hand * 34, rtol=1e-6)
     assert [part.is_worse for part in slices[1:]] == [False] * 33

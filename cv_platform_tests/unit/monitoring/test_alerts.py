@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(500 if self.path.startswith("/refuse") else 200)
         self.end_headers()
 
-    def log_message(self, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 

@@ -183,7 +183,7 @@ def test_no_more_images_of_a_batch_wait_for_a_thread_than_there_are_threads(make
         submitted += 1
         return submit(work)
 
-    worker.admission.threads.submit = counted  # type: ignore[method-assign]
+    worker.admission.threads.submit = counted
 
     async def watch() -> tuple[int, httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:

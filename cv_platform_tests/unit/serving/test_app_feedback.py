@@ -1,6 +1,6 @@
 import base64
 import unicodedata
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import cv2
@@ -128,7 +128,7 @@ def test_takes_several_classes_of_a_multi_label_model(make_worker: MakeWorker):
 @pytest.mark.parametrize("classifier_type", ["multi-class", "multi-label"])
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_an_accent_may_be_sent_in_either_form_and_is_kept_in_the_models(
-    make_worker: MakeWorker, classifier_type: str, form: str
+    make_worker: MakeWorker, classifier_type: str, form: Literal["NFC", "NFD"]
 ):
     names = ("caf\u00e9", "dog", "cre\u0302pe")  # The third as a model has it that was trained from macOS' folders.
     worker = make_worker(models=FixedModels(brightness_model(classifier_type=classifier_type, class_names=names)))

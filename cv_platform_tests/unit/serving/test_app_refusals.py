@@ -1,7 +1,7 @@
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, cast
 
 import cv2
 import httpx
@@ -419,7 +419,7 @@ def test_a_client_that_goes_away_is_no_defect(client: Client, worker: WorkerPart
         "path": "/predict", "raw_path": b"/predict", "query_string": b"", "root_path": "", "client": None,
         "headers": [(b"content-type", b"multipart/form-data; boundary=x")], "server": None,
     }  # fmt: skip
-    asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(cast(Coroutine[Any, Any, None], client.app(scope, receive, send)))
     assert sent[0]["status"] == 499
     (record,) = spooled(worker)
     assert record["response_status_code"] == 499

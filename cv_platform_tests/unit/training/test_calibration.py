@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.special import expit, softmax
@@ -87,7 +89,8 @@ def test_scales_a_network_in_place_and_keeps_every_answer(kind: ClassifierType) 
 
     image = keras.Input((2, 2, 3), dtype="uint8", name="image")
     vector = keras.layers.Flatten()(keras.layers.Rescaling(1 / 25)(image))
-    dense = keras.layers.Dense(4, name="logits", kernel_initializer=keras.initializers.RandomNormal(seed=1))
+    initializer: Any = keras.initializers.RandomNormal(seed=1)
+    dense = keras.layers.Dense(4, name="logits", kernel_initializer=initializer)
     activation = "softmax" if kind == "multi-class" else "sigmoid"
     network = keras.Model(image, keras.layers.Activation(activation, name="probabilities")(dense(vector)))
     dense.set_weights([dense.get_weights()[0] * 3, np.array([0.5, -0.5, 0.25, 0.0], np.float32)])

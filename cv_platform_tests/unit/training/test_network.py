@@ -41,14 +41,14 @@ def config(architecture: str = "resnet9s", px: int = 16, classes: int = 3, **cha
     ],
 )
 def test_every_network_keeps_the_contract(architecture: str, px: int, map_px: int) -> None:
-    network = build_model(config(architecture, px, dropout=0.1), seed=1)
+    network: Any = build_model(config(architecture, px, dropout=0.1), seed=1)
 
     assert network.input.name == "image"
     assert (network.input.dtype, network.input.shape) == ("uint8", (None, px, px, 3))
     assert (network.output.dtype, network.output.shape) == ("float32", (None, 3))
     assert network.layers[-1].name == "probabilities"
     assert len(network.get_layer("features").output.shape) == 2
-    last_map = feature_map_layer(network)
+    last_map: Any = feature_map_layer(network)
     assert last_map.output.shape[1:3] == (map_px, map_px)
     head = network.layers[network.layers.index(last_map) + 1 :]
     assert {type(layer).__name__ for layer in head} <= HEAD
@@ -61,16 +61,17 @@ def test_resnet9s_has_the_parameters_that_were_counted_by_hand() -> None:
     # Kernels 648 + 6912 + 18432 + 73728 + 73728 + 294912, four values per normalised channel (24+32+3·64+3·128 = 632),
     # dense 1290.
     network = build_model(config("resnet9s", 32, classes=10), seed=1)
+    last_map: Any = feature_map_layer(network)
 
     assert network.count_params() == 469_650 + 4 * 632 == 472_178
-    assert feature_map_layer(network).output.shape[1:] == (4, 4, 128)
+    assert last_map.output.shape[1:] == (4, 4, 128)
 
 
 @pytest.mark.parametrize(("px", "map_px"), [(8, 4), (50, 7), (64, 4), (128, 4), (224, 7)])
 def test_resnet9s_fits_its_strides_to_the_input(px: int, map_px: int) -> None:
-    network = build_model(config("resnet9s", px), seed=1)
+    last_map: Any = feature_map_layer(build_model(config("resnet9s", px), seed=1))
 
-    assert feature_map_layer(network).output.shape[1:3] == (map_px, map_px)
+    assert last_map.output.shape[1:3] == (map_px, map_px)
 
 
 def test_multi_label_ends_in_independent_sigmoids() -> None:
@@ -92,7 +93,7 @@ def test_bfloat16_computes_inside_and_leaves_the_global_policy_alone() -> None:
     import keras
 
     before = keras.config.dtype_policy()
-    network = build_model(config(), seed=1, precision="bfloat16")
+    network: Any = build_model(config(), seed=1, precision="bfloat16")
 
     assert network.get_layer("stage3_conv").compute_dtype == "bfloat16"
     assert {w.dtype for w in network.weights} == {"float32"}
@@ -120,12 +121,14 @@ def test_resnet50_refuses_images_that_leave_no_map(px: int) -> None:
 def test_a_saved_model_loads_in_safe_mode_and_says_the_same(tmp_path: Path) -> None:
     import keras
 
-    network = build_model(config(dropout=0.1), weight_decay=0.01, seed=1)
+    network: Any = build_model(config(dropout=0.1), weight_decay=0.01, seed=1)
     network.save(tmp_path / "m.keras")
-    loaded = keras.models.load_model(tmp_path / "m.keras", safe_mode=True)
+    loaded: Any = keras.models.load_model(tmp_path / "m.keras", safe_mode=True)
 
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    np.testing.assert_allclose(loaded(images).numpy(), network(images).numpy(), atol=8 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(
+        loaded(images).numpy(), network(images).numpy(), atol=8 * float(np.finfo(np.float32).eps)
+    )
 
 
 def test_starts_from_weights_with_other_classes_but_not_from_another_network(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_starts_from_weights_with_other_classes_but_not_from_another_network(tmp
     weights = tmp_path / "source.weights.h5"
     source.save_weights(weights)
 
-    network = build_model(config("small_cnn", weights=str(weights)), seed=2)
+    network: Any = build_model(config("small_cnn", weights=str(weights)), seed=2)
 
     np.testing.assert_array_equal(
         network.get_layer("block2_conv").kernel.numpy(), source.get_layer("block2_conv").kernel.numpy()
@@ -150,7 +153,8 @@ def published() -> Any:
     """The network of `keras.applications`: untrained, as its weights are published elsewhere."""
     import keras
 
-    return keras.applications.ResNet50(include_top=False, weights=None, input_shape=(64, 64, 3))
+    untrained: Any = keras.applications.ResNet50
+    return untrained(include_top=False, weights=None, input_shape=(64, 64, 3))
 
 
 def first_stage(network: Any, images: np.ndarray) -> np.ndarray:
@@ -184,7 +188,9 @@ def test_published_resnet50_weights_are_turned_from_bgr_to_rgb(
     order = "bgr" if way == "declared" else "auto"
     network = build_model(config("resnet50", 64, weights=str(weights), weights_channel_order=order))
 
-    theirs = first_stage(published, keras.applications.resnet.preprocess_input(images.astype(np.float32).copy()))
+    theirs = first_stage(
+        published, np.asarray(keras.applications.resnet.preprocess_input(images.astype(np.float32).copy()))
+    )
     np.testing.assert_allclose(first_stage(network, images), theirs, rtol=1e-3, atol=1e-3)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from cv_platform.datasets.packing import open_split
+from cv_platform.drift.extraction import load_model
 from cv_platform.errors import DiskSpaceError, TrackingError, TrainingError
 from cv_platform.records import PackedImages, Provenance, TrainedModel
 from cv_platform.storage import VERSION_PATTERN
@@ -62,7 +63,7 @@ def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         import mlflow
 
         yield f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-        mlflow.set_tracking_uri(None)
+        mlflow.set_tracking_uri("")
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,8 @@ def unsure(tiny_packed: PackedImages, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def weights_of(trained: TrainedModel) -> list[np.ndarray]:
-    import keras
 
-    return keras.models.load_model(trained.keras_path).get_weights()
+    return load_model(trained.keras_path).get_weights()
 
 
 def assert_same_weights(first: TrainedModel, second: TrainedModel) -> None:
@@ -174,9 +174,8 @@ def test_mlflow_has_settings_curves_files_and_a_registered_version(trained: Trai
 
 
 def test_it_learns_and_keeps_the_weights_of_the_best_epoch(trained: TrainedModel, tiny_packed: PackedImages) -> None:
-    import keras
 
-    network = keras.models.load_model(trained.keras_path, safe_mode=True)
+    network = load_model(trained.keras_path)
     scale_logits(network, 1 / trained.temperature)  # The epochs knew no temperature.
     valid = open_split(tiny_packed, "valid")
     probabilities = network(np.asarray(valid.images)).numpy()
@@ -193,7 +192,7 @@ def test_it_learns_and_keeps_the_weights_of_the_best_epoch(trained: TrainedModel
 def test_the_saved_network_is_plain_float32_without_penalties(trained: TrainedModel) -> None:
     import keras
 
-    network = keras.models.load_model(trained.keras_path)
+    network: Any = keras.models.load_model(trained.keras_path)
 
     assert network.losses == []
     assert {layer.compute_dtype for layer in network.layers if layer.weights} == {"float32"}
@@ -340,7 +339,7 @@ def test_bfloat16_trains_a_float32_model(tiny_packed: PackedImages, tmp_path: Pa
 
     trained = train_model(tiny_packed, experiment(train__precision="bfloat16", train__epochs=1), directory=tmp_path)
 
-    network = keras.models.load_model(trained.keras_path)
+    network: Any = keras.models.load_model(trained.keras_path)
     assert {layer.compute_dtype for layer in network.layers if layer.weights} == {"float32"}
     assert np.isfinite(trained.history["loss"]).all()
 
@@ -635,12 +634,11 @@ def test_a_training_that_is_repeated_from_its_finished_epochs_has_its_temperatur
 def test_the_temperature_is_in_the_saved_weights_and_changes_no_answer(
     unsure: TrainedModel, tiny_packed: PackedImages, tmp_path: Path
 ) -> None:
-    import keras
 
     config = experiment(train__label_smoothing=0.3, train__temperature_scaling=False)
     plain = train_model(tiny_packed, config, directory=tmp_path)
-    calibrated = keras.models.load_model(unsure.keras_path)
-    uncalibrated = keras.models.load_model(plain.keras_path)
+    calibrated = load_model(unsure.keras_path)
+    uncalibrated = load_model(plain.keras_path)
     kernel, bias = (np.asarray(w) for w in calibrated.get_layer("logits").get_weights())
     valid = open_split(tiny_packed, "valid")
     ours, theirs = calibrated(valid.images).numpy(), uncalibrated(valid.images).numpy()

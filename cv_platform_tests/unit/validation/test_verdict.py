@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_a_passed_verdict_on_the_same_version_and_splits_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("asked", [{"dvc_md5": "b2"}, {"dvc_md5": "a1", "manifest": "m2"}])
-def test_a_verdict_on_another_version_or_other_splits_is_refused(asked: dict[str, str]) -> None:
+def test_a_verdict_on_another_version_or_other_splits_is_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(VerdictError, match="Materialise validation_report"):
         require_verdict(verdict(), **asked)
 

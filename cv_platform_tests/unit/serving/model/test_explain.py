@@ -1,3 +1,5 @@
+from typing import Any, cast
+
 import cv2
 import numpy as np
 import pytest
@@ -93,7 +95,7 @@ def test_encodes_in_the_format_asked_for(explain: Explain, start: bytes):
 
 def test_refuses_what_is_no_image_or_no_map():
     with pytest.raises(ValueError, match=r"uint8 RGB"):
-        draw(flat(1, 2, 3).astype(np.float32), cam(0.5), Explain.JPEG)
+        draw(cast(Any, flat(1, 2, 3).astype(np.float32)), cam(0.5), Explain.JPEG)
     with pytest.raises(ValueError, match=r"map of \(h, w\)"):
         draw(flat(1, 2, 3), np.zeros((0, 4), dtype=np.float32), Explain.JPEG)
     with pytest.raises(ValueError, match="jpeg or png"):

@@ -191,7 +191,7 @@ def test_metadata_that_do_not_fit_the_model_are_refused(tiny_export: TinyExport)
 
 def test_a_model_of_the_former_preprocessing_is_served_with_its_pixels(tiny_export: TinyExport):
     former = tiny_metadata(preprocessing_hash=preprocessing_hash(IMAGE_SIZE, version=2))
-    drawing = Image.new("LA", IMAGE_SIZE[::-1], (0, 0))  # Black, and transparent: white for a browser.
+    drawing = Image.new("LA", (IMAGE_SIZE[1], IMAGE_SIZE[0]), (0, 0))  # Black, and transparent: white for a browser.
     stream = io.BytesIO()
     drawing.save(stream, "PNG")
     seen = {}

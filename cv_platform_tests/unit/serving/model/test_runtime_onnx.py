@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -91,7 +92,7 @@ def test_wrong_shape_is_a_value_error(tiny_export: TinyExport):
     with pytest.raises(ValueError, match="Expected images"):
         runtime(np.zeros((1, 9, 9, 3), np.uint8), PREDICTED)
     with pytest.raises(ValueError, match="Expected images"):
-        runtime(np.zeros((1, 16, 16, 3), np.float32), PREDICTED)
+        runtime(cast(Any, np.zeros((1, 16, 16, 3), np.float32)), PREDICTED)
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2])

@@ -48,7 +48,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path):
 def test_threads_are_left_alone_once_tensorflow_runs(tensorflow_export: TinyExport):
     before = TensorFlowRuntime(tensorflow_export.folder / "saved_model")(tiny_images(1), PREDICTED)
     after = TensorFlowRuntime(tensorflow_export.folder / "saved_model", threads=1)(tiny_images(1), PREDICTED)
-    np.testing.assert_allclose(after.probabilities, before.probabilities, atol=8 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(after.probabilities, before.probabilities, atol=8 * float(np.finfo(np.float32).eps))
 
 
 def test_a_dropped_model_is_released(tensorflow_export: TinyExport):

@@ -173,7 +173,7 @@ def status(**changes: float | str | None) -> LogStatus:
         "depth": 0, "oldest_age_seconds": None, "database": "ok", "last_error": None, "drained_rows": 0, "rejected": 0,
         "spool_bytes": 0, **changes,
     }  # fmt: skip
-    return LogStatus(**fields)  # type: ignore[arg-type]
+    return LogStatus(**fields)
 
 
 def test_the_spools_figures_are_shown(metrics: ServingMetrics):

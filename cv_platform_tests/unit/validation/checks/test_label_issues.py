@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import cv2
 import numpy as np
@@ -143,7 +144,7 @@ def test_chances_of_a_wrong_label_by_hand():
     # class at (p - e) / (1 - 2e), and is wrong with 1 - that * (1 - e) / p: at 0.5, where it is half true, with e.
     second = np.array([0.2] * 10 + [0.5] * 40)
     given = np.array([0] * 8 + [1] * 2 + [0] * 40)
-    chances = wrong_label_chances(given, np.stack([1 - second, second], axis=1))
+    chances = wrong_label_chances(given, np.stack([1.0 - second, second], axis=1))
     assert chances is not None
     np.testing.assert_allclose(chances[8:10], 1.0, atol=1e-9)
     np.testing.assert_allclose(chances[10:], 2.5 / 11, atol=1e-9)
@@ -152,14 +153,14 @@ def test_chances_of_a_wrong_label_by_hand():
 
 def test_labels_that_contradict_everywhere_are_not_judged():
     second = np.array([0.1] * 50)
-    assert wrong_label_chances(np.array([0, 1] * 25), np.stack([1 - second, second], axis=1)) is None
+    assert wrong_label_chances(np.array([0, 1] * 25), np.stack([1.0 - second, second], axis=1)) is None
 
 
 def test_finds_wrong_labels_of_digits_with_the_encoder(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
     from sklearn.metrics import average_precision_score
 
-    digits = load_digits()
+    digits: Any = load_digits()
     grey = (digits.images[:1000] * (255 / 16)).astype(np.uint8)
     images = np.stack([cv2.resize(cv2.merge([one] * 3), (32, 32)) for one in grey])
     generator = np.random.default_rng(0)
