@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
@@ -72,7 +74,8 @@ def test_copies_of_copies_are_one_set_and_others_are_alone() -> None:
 def test_where_all_images_are_alike_none_is_called_a_copy() -> None:
     from sklearn.datasets import load_digits
 
-    digits = (load_digits()["images"][:600] * 255 / 16).astype(np.uint8)
+    given: Any = load_digits()
+    digits = (given.images[:600] * 255 / 16).astype(np.uint8)
     images = [np.repeat(image[..., None], 3, axis=2) for image in digits]
     found = find_near_copies(thumbnails(images))
     assert found.limit < MAX_DISTANCE / 2
