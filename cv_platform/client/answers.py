@@ -26,6 +26,9 @@ class PredictionResult:
         raw_hm_img: base64 picture of the heat-map alone.
         media_type: of both pictures.
         cam: the small class-activation map, rows of numbers from 0 to 1; null unless `explain=cam` asked for it.
+        is_unknown: whether the image shows nothing that the model has learned; null where it cannot tell, and of a
+            result that is read again.
+        unknown_score: 0 is as known as images mostly are, above 1 is unknown.
         message: `ok`, or what is missing: the pictures, or anything to see in them.
     """
 
@@ -40,6 +43,8 @@ class PredictionResult:
     raw_hm_img: str | None = None
     media_type: str | None = None
     cam: list[list[float]] | None = None
+    is_unknown: bool | None = None
+    unknown_score: float | None = None
     message: str
 
 

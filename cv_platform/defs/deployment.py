@@ -66,8 +66,8 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         place = Place(
             run.installation.storage(), home / "bentoml", home / "cache", spare_bytes=run.settings.spare_disk_bytes
         )
-        seen = {sha256 for split in ("train", "valid") for sha256 in open_split(packed, split).sha256}
-        bundle = publish_model(trained, detectors, evaluation, golden, deploy=deploy, place=place, trained_on=seen)
+        learned = open_split(packed, "train"), open_split(packed, "valid")
+        bundle = publish_model(trained, detectors, evaluation, golden, deploy=deploy, place=place, learned=learned)
         return run.result(
             bundle,
             metadata={

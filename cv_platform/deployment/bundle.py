@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,13 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from cv_platform.config import DeployConfig
+from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment.bento import build_bento
 from cv_platform.deployment.export import ExportedModel, export_bundle
+from cv_platform.deployment.unknown import unknown_rule
 from cv_platform.errors import BundleExistsError, ExportError
 from cv_platform.evaluation.model_card import write_model_card
 from cv_platform.files import file_sha256, require_free_space
 from cv_platform.records import DriftDetectors, Evaluation, ModelBundle, TrainedModel
 from cv_platform.serving.model.runtime import load_folder
+from cv_platform.serving.model.unknown import UNKNOWN
 from cv_platform.storage import BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ def publish_model(
     *,
     deploy: DeployConfig,
     place: Place,
-    trained_on: Collection[str] | None = None,
+    learned: tuple[PackedSplit, PackedSplit] | None = None,
 ) -> ModelBundle:
     """Exports, load-tests and publishes a model, then builds its Bento.
 
@@ -73,8 +75,8 @@ def publish_model(
         golden_images: `(G, H, W, 3)` uint8 RGB, preprocessed; G ≥ 1.
         deploy: `runtime`, see `export.export_bundle`; and the licence that the model card names.
         place: where it goes.
-        trained_on: sha256 of the images of the splits `train` and `valid`, which a later gate leaves out of its
-            comparison; None: not known.
+        learned: the splits `train` and `valid`. The bundle lists their sha256, for a later gate, and carries the rule
+            for unknown images that is fitted on them. None: not known.
 
     Raises:
         ExportError: the models do not fit each other or the metadata, or the Bento cannot be built.
@@ -94,12 +96,15 @@ def publish_model(
         shutil.copyfile(trained.keras_path, keras_path)
         shutil.copyfile(detectors.uae_path, uae_path)
         exported = export_bundle(keras_path, uae_path, folder, golden_images=golden_images, runtime=deploy.runtime)
-        if trained_on is not None:
-            digests = b"".join(bytes.fromhex(digest) for digest in sorted(set(trained_on)))
+        if learned is not None:
+            seen = {sha256 for split in learned for sha256 in split.sha256}
+            digests = b"".join(bytes.fromhex(digest) for digest in sorted(seen))
             np.save(folder / TRAINED_ON, np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32))
         write_model_card(folder, trained, evaluation, licence=deploy.data_licence)
         metadata = _metadata(trained, detectors, evaluation, exported)
-        load_folder(folder, metadata)
+        model = load_folder(folder, metadata)
+        if learned is not None and (rule := unknown_rule(model, keras_path, *learned)) is not None:
+            rule.save(folder / UNKNOWN)
         _publish(place.storage, folder, metadata, trained)
     files, metadata = place.storage.fetch_bundle(name, version, place.cache)
     tag = build_bento(files, metadata, bentoml_home=place.bentoml_home, source=place.source)

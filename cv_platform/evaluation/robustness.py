@@ -50,7 +50,7 @@ def measure_robustness(
 def _corruptions(height: int) -> list[tuple[str, str, _Corruption]]:
     return [
         *[("noise", f"sd {sd} grey levels", _noise(sd)) for sd in (12, 30)],
-        *[("blur", f"sigma {share:.0%} of the height", _blur(share * height)) for share in (0.015, 0.04)],
+        *[("blur", f"sigma {share:.1%} of the height", _blur(share * height)) for share in (0.015, 0.04)],
         *[("darker", f"by {share:.0%}", _light(1 - share)) for share in (0.3, 0.6)],
         *[("brighter", f"by {share:.0%}", _light(1 + share)) for share in (0.3, 0.6)],
         *[("JPEG", f"quality {quality}", _jpeg(quality)) for quality in (40, 10)],

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cv_platform.serving.model.runtime import GOLDEN, LoadedModel, load_bundle, locked
+from cv_platform.serving.model.unknown import UNKNOWN
 from cv_platform.storage import MODEL_PATHS, BundleMetadata, CentralStorage, ProductionPointer
 
 BUNDLED = "bundled"
@@ -34,7 +35,9 @@ def write_fallback(folder: Path, metadata: BundleMetadata, directory: Path, *, p
                 model = MODEL_PATHS[metadata.runtime]
                 copy = shutil.copytree if (folder / model).is_dir() else shutil.copyfile
                 copy(folder / model, Path(slim) / model)
-                shutil.copyfile(folder / GOLDEN, Path(slim) / GOLDEN)
+                for name in (GOLDEN, UNKNOWN):
+                    if (folder / name).is_file():
+                        shutil.copyfile(folder / name, Path(slim) / name)
                 storage.publish_bundle(Path(slim), metadata)
         storage.write_pointer(
             pointer,

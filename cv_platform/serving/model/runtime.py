@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cv_platform.errors import CorruptBundleError, StorageError
 from cv_platform.images import KNOWN_VERSIONS, preprocessing_version
+from cv_platform.serving.model.unknown import UNKNOWN, UnknownRule, load_rule
 from cv_platform.storage import MODEL_PATHS, BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
@@ -65,13 +66,14 @@ class LoadedModel:
 
     Attributes:
         metadata: the bundle's.
+        unknown: tells images that show nothing it has learned; None where its bundle carries no rule.
         preprocessing_version: what makes the pixels that it was trained on; uploads are decoded by it.
 
     Raises:
         CorruptBundleError: it was trained on a preprocessing that this installation does not know.
     """
 
-    def __init__(self, metadata: BundleMetadata, runtime: Runtime) -> None:
+    def __init__(self, metadata: BundleMetadata, runtime: Runtime, unknown: UnknownRule | None = None) -> None:
         version = preprocessing_version(metadata.preprocessing_hash, metadata.image_size)
         if version is None:
             known = " or ".join(map(str, KNOWN_VERSIONS))
@@ -82,6 +84,7 @@ class LoadedModel:
             )
         self.metadata = metadata
         self.preprocessing_version = version
+        self.unknown = unknown
         self._runtime = runtime
 
     def predict(self, image: NDArray[np.uint8], class_index: int = PREDICTED_CLASS) -> Prediction:
@@ -190,7 +193,8 @@ def load_folder(folder: Path, metadata: BundleMetadata, *, threads: int | None =
     """
     name = f"{metadata.model_name} {metadata.version}"
     golden = _read_golden(folder / GOLDEN, name)
-    model = LoadedModel(metadata, _open_runtime(folder / MODEL_PATHS[metadata.runtime], metadata, threads))
+    rule = load_rule(folder / UNKNOWN, feature_dims=metadata.feature_dims, classes=len(metadata.class_names))
+    model = LoadedModel(metadata, _open_runtime(folder / MODEL_PATHS[metadata.runtime], metadata, threads), rule)
     try:
         model.predict(golden["images"][0])  # Warm: the first call allocates and traces nothing afterwards.
         answer = model.predict_batch(golden["images"], golden["class_index"])

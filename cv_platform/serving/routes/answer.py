@@ -46,6 +46,7 @@ class Predicted:
         properties: `(7,)` float32 of the preprocessed image.
         image: `(H, W, 3)` uint8 RGB, the decoded upload.
         media_type: of the upload.
+        unknown_score: see `UnknownRule.score`; None where the model has no rule.
     """
 
     prediction_id: UUID
@@ -55,6 +56,7 @@ class Predicted:
     properties: NDArray[np.float32]
     image: NDArray[np.uint8]
     media_type: str
+    unknown_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Result:
     pictures: Pictures | None
     cam: NDArray[np.float32] | None
     message: str
+    unknown_score: float | None = None
 
     def fields(self) -> dict[str, Any]:
         """Returns it ready for JSON."""
@@ -86,6 +89,8 @@ class Result:
             "raw_hm_img": to_base64(pictures.raw_heat_map) if pictures else None,
             "media_type": pictures.media_type if pictures else None,
             "cam": None if self.cam is None else small_map(self.cam),
+            "is_unknown": None if self.unknown_score is None else self.unknown_score > 1,
+            "unknown_score": _number(self.unknown_score),
             "message": self.message,
         }
 
@@ -107,13 +112,18 @@ def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predi
         pixels = resize(decoded.pixels, metadata.image_size)
     with staged("model"):
         prediction = model.predict(pixels)
+        rule = model.unknown
+        unknown_score = None if rule is None else float(rule.score(prediction.features[np.newaxis])[0])
     classes = predicted_classes(prediction.probabilities, metadata)
     prediction_id = uuid4()
     note_prediction(
         prediction_id, metadata.model_name, metadata.version, classes, float(prediction.probabilities.max())
     )
     media_type = f"image/{decoded.format.lower()}"
-    return Predicted(prediction_id, metadata, prediction, classes, image_properties(pixels), decoded.pixels, media_type)
+    properties = image_properties(pixels)
+    return Predicted(
+        prediction_id, metadata, prediction, classes, properties, decoded.pixels, media_type, unknown_score
+    )
 
 
 def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: Callable[[], None]) -> dict[str, Any]:
@@ -148,6 +158,7 @@ def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: C
         pictures=pictures,
         cam=prediction.cam if explain is Explain.CAM else None,
         message=message,
+        unknown_score=predicted.unknown_score,
     )
     return result.fields()
 

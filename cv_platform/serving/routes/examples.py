@@ -49,6 +49,8 @@ PREDICTION_EXAMPLE: dict[str, Any] = {
     "raw_hm_img": "/9j/4AAQSkZJRg…",
     "media_type": "image/jpeg",
     "cam": None,
+    "is_unknown": None,
+    "unknown_score": None,
     "message": "ok",
 }
 POINTER_EXAMPLE: dict[str, Any] = {
