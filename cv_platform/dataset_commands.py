@@ -31,6 +31,9 @@ def add_commands(command: AddCommand) -> None:
     similar.add_argument("image", type=Path, help="the file")
     similar.add_argument("config", type=Path, help="the experiment whose dataset is searched")
     similar.add_argument("--count", type=int, default=10, help="how many (default: 10)")
+    embedding_map = command("map", _map, "write a page with a map of a dataset: what looks alike lies close together")
+    embedding_map.add_argument("config", type=Path, help="the experiment whose dataset is shown")
+    embedding_map.add_argument("--output", type=Path, default=Path("map.html"), help="the page (default: map.html)")
     relabel = command("relabel", _relabel, "make a new dataset version of reviewed labels")
     relabel.add_argument("config", type=Path, help="the experiment whose dataset was reviewed")
     relabel.add_argument("--from", dest="review", type=Path, required=True, help="reviewed.csv of label_issues.html")
@@ -77,6 +80,18 @@ def _find_similar(options: argparse.Namespace) -> int:
         ]
     )
     print(f"in {version.directory}")
+    return 0
+
+
+def _map(options: argparse.Namespace) -> int:
+    from cv_platform.datasets.embeddings import embed_dataset
+    from cv_platform.datasets.versions import checkout_version
+    from cv_platform.validation.embedding_map import write_embedding_map
+
+    experiment, home = load_experiment(options.config), Settings.from_environment().home
+    version = checkout_version(experiment.dataset, experiment.model, home=home)
+    embeddings = embed_dataset(version, experiment.encoder, home=home)
+    print(f"{options.output}: {write_embedding_map(version, embeddings, options.output)} images")
     return 0
 
 
