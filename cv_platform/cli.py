@@ -71,7 +71,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from cv_platform import dataset_commands
+    from cv_platform.commands import datasets as dataset_commands
     from cv_platform.serving.log.rejected_entries import add_arguments
 
     parser = argparse.ArgumentParser(prog="cv-platform", description=__doc__)
@@ -389,8 +389,8 @@ def _gc(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from cv_platform.client import ClientError
+    from cv_platform.commands.predict_files import show_predictions
     from cv_platform.errors import ServiceError
-    from cv_platform.predict_files import show_predictions
 
     try:
         failures = show_predictions(
@@ -476,7 +476,7 @@ def _rollback(options: argparse.Namespace) -> int:
 
 def _promote(options: argparse.Namespace) -> int:
     from cv_platform.audit import Note, this_user
-    from cv_platform.promote import promote_version
+    from cv_platform.commands.promote import promote_version
 
     settings = _installation()
     experiments, _ = load_experiments(config_files(settings.configs))

@@ -21,7 +21,7 @@ from cv_platform.predictions import LABEL_SEPARATOR
 from cv_platform.records import DatasetVersion, Embeddings
 
 MOST_IMAGES = 3_000
-"""A seeded sample of larger versions: at 1.5 kB a thumbnail, the page stays at 5 MB, and t-SNE below a minute."""
+"""A seeded sample of larger versions: at 3.5 kB an image, the page stays at about 10 MB, and t-SNE at seconds."""
 _THUMBNAIL_PX = 64
 _COMPONENTS = 50
 _REMARKS = ("damage", "constant", "narrow_range")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cv_platform.client import RequestRefusedError
-from cv_platform.predict_files import FileAnswer, expand, predict_files, show_predictions
+from cv_platform.commands.predict_files import FileAnswer, expand, predict_files, show_predictions
 from cv_platform.settings import Settings
 from cv_platform_tests.support.app_fixtures import MakeWorker, make_worker, worker
 from cv_platform_tests.support.client_of import client_of

@@ -8,8 +8,8 @@ import pytest
 
 from cv_platform.audit import AuditLog, Note
 from cv_platform.cli import main
+from cv_platform.commands.promote import promote_version
 from cv_platform.errors import VerdictError
-from cv_platform.promote import promote_version
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny

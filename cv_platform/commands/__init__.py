@@ -1,0 +1,1 @@
+"""What single commands of `cv-platform` do, a module each; `cli` reads their arguments."""
