@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,7 @@ def embed_images(rows: pd.DataFrame, directory: Path, encoder: Encoder, home: Pa
         ) from err
 
 
-def read_embeddings(embeddings: Embeddings, manifest: str, paths: Sequence[str]) -> NDArray[np.float16]:
+def read_embeddings(embeddings: Embeddings, manifest: str, paths: Iterable[str]) -> NDArray[np.float16]:
     """Returns `(N, features)` float16, the vectors of images by their paths, NaN where one has none.
 
     Args:
@@ -140,7 +140,7 @@ def read_embeddings(embeddings: Embeddings, manifest: str, paths: Sequence[str])
                 values[start : len(names)] = column.reshape(table.num_rows, -1)
     except (OSError, ValueError, KeyError, pa.ArrowException) as err:
         raise DatasetError(f"Expected embeddings at {embeddings.path}. Received: {err}. {remedy}") from err
-    return values[pd.Index(names).get_indexer(pd.Index(paths))]
+    return values[pd.Index(names).get_indexer(pd.Index(list(paths)))]
 
 
 def _rows(file: Path, features: int) -> int | None:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from cv_platform.datasets.packing import PackedSplit
 from cv_platform_tests.support.tiny_models import CLASS_NAMES, tiny_images
 
 VERSION = "20260131T060000Z-1f3c9a2e"
 
 
-@dataclass(frozen=True)
-class Split:
-    """What a packed split offers, in memory."""
-
-    images: np.ndarray
-    targets: np.ndarray
-    paths: list[str]
-    sha256: list[str]
-
-
-def make_split(count: int, *, multi_label: bool = False) -> Split:
+def make_split(count: int, *, multi_label: bool = False) -> PackedSplit:
     rng = np.random.default_rng(5)
     targets = rng.integers(0, len(CLASS_NAMES), count)
     if multi_label:
         targets = rng.integers(0, 2, (count, len(CLASS_NAMES))).astype(np.float32)
-    return Split(
+    return PackedSplit(
         images=tiny_images(count, seed=3),
         targets=targets,
         paths=[f"reference/{i:03}.png" for i in range(count)],

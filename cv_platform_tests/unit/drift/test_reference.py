@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cv_platform.config import DatasetConfig, ExperimentConfig, MonitorConfig
+from cv_platform.datasets.packing import PackedSplit
 from cv_platform.drift.detectors import (
     FEWEST_FALSE_ALARM_IMAGES,
     build_detectors,
@@ -36,7 +37,7 @@ from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.drift_samples import draw_sample
 from cv_platform_tests.support.record_samples import task
 from cv_platform_tests.support.tiny_models import CLASS_NAMES, MODEL_NAME
-from cv_platform_tests.support.tiny_split import VERSION, Split, make_split
+from cv_platform_tests.support.tiny_split import VERSION, make_split
 from cv_platform_tests.unit.drift.conftest import trained_in
 
 
@@ -169,7 +170,7 @@ def test_refuses_files_that_are_no_reference_data(tmp_path: Path, reference: Ref
 
 
 def made_by(
-    trained: TrainedModel, detectors: DriftDetectors, split: Split, config: ExperimentConfig, **drift: Any
+    trained: TrainedModel, detectors: DriftDetectors, split: PackedSplit, config: ExperimentConfig, **drift: Any
 ) -> ReferenceData:
     changed = config.model.drift_detection.model_copy(update=drift)
     model = config.model.model_copy(update={"drift_detection": changed})
