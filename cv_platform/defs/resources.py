@@ -125,9 +125,6 @@ def _dagster_config(section: BaseModel) -> type[dg.Config]:
         if isinstance(value, BaseModel):
             nested = _dagster_config(value)
             fields[name] = (nested, nested())
-        elif members := [m for m in get_args(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)]:
-            nested = _dagster_config(members[0]())  # An optional one: whoever gives it gives what differs.
-            fields[name] = (nested | None, Field(None, description=field.description))
         elif get_origin(field.annotation) is tuple:  # Dagster's config has lists only.
             fields[name] = (list[str], Field(list(value), description=field.description))
         else:

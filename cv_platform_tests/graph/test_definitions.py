@@ -185,11 +185,10 @@ def test_an_override_changes_one_field_and_keeps_the_yaml_values(digits: dg.Defi
     assert train["augment"]["rotate_degrees"] == load_experiment(DIGITS).train.augment.rotate_degrees
 
 
-def test_a_section_that_is_off_is_switched_on_by_what_differs_in_it(digits: dg.Definitions) -> None:
+def test_of_a_section_within_a_section_a_run_names_what_differs(digits: dg.Definitions) -> None:
     validated = run_config(digits, {"train": {"transfer": {"freeze_until": 2}}})
     train = validated["resources"]["digits_config"]["config"]["train"]  # type: ignore[index]
-    assert train["transfer"] == {"freeze_until": 2, "rate_decay": 0.85}
-    assert run_config(digits, {})["resources"]["digits_config"]["config"]["train"]["transfer"] is None  # type: ignore[index]
+    assert train["transfer"] == {"head": "auto", "freeze_until": 2, "rate_decay": 0.85}
 
 
 @pytest.mark.parametrize(
