@@ -76,9 +76,15 @@ function choose() {
   if (!cards.length || cards[current].hidden) return;
   const likely = review.rows[current].likely.split(review.separator);
   for (const option of classes.options) option.selected = likely.includes(option.value);
-  choice.returnValue = '';
   choice.showModal();
   classes.focus();
+}
+
+// At once, and not when the dialog says that it has closed: by then the next key may have been pressed.
+function take() {
+  const taken = [...classes.selectedOptions].map((option) => option.value).sort().join(review.separator);
+  choice.close();
+  if (taken || review.several) decide(taken === review.rows[current].given ? 'keep' : 'relabel', taken);
 }
 
 function csv() {
@@ -136,17 +142,15 @@ cards.forEach((card, at) => card.addEventListener('click', () => mark(at)));
 classes.addEventListener('keydown', (event) => {
   if (event.key === 'Enter') {
     event.preventDefault();
-    choice.close('take');
+    take();
   }
 });
-classes.addEventListener('dblclick', () => choice.close('take'));
-document.getElementById('cancel').addEventListener('click', () => choice.close(''));
-choice.addEventListener('close', () => {
-  const taken = [...classes.selectedOptions].map((option) => option.value).sort().join(review.separator);
-  if (choice.returnValue === 'take' && (taken || review.several)) {
-    decide(taken === review.rows[current].given ? 'keep' : 'relabel', taken);
-  }
+classes.addEventListener('dblclick', take);
+choice.querySelector('form').addEventListener('submit', (event) => {
+  event.preventDefault();
+  take();
 });
+document.getElementById('cancel').addEventListener('click', () => choice.close());
 filter.addEventListener('change', () => {
   for (const card of cards) card.hidden = filter.value !== '' && card.dataset.pair !== filter.value;
   filter.blur();

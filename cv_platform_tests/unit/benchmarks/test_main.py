@@ -19,6 +19,6 @@ def test_unknown_benchmark_is_refused_with_the_known_ones(capsys: pytest.Capture
     with pytest.raises(SystemExit, match="2"):
         main(["prediction"])
     assert (
-        "names of predict, training-input, serving, runtime, drain, startup, gate. Received: 5, ['prediction']"
+        "names of predict, training-input, data, serving, runtime, drain, startup, gate. Received: 5, ['prediction']"
         in capsys.readouterr().err
     )

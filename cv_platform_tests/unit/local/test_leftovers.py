@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cv_platform.local.leftovers import end_leftovers, leftover_pids, marked, program_mark
+from cv_platform_tests.support.waiting import wait_until
 
 # Starts a child in a session of its own, as BentoML does with its workers, prints its pid, and sleeps.
 PARENT = (
@@ -32,7 +33,7 @@ def test_children_of_a_killed_program_are_ended_and_others_stay(tmp_path: Path) 
         child = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        assert leftover_pids(mark) == [child]
+        wait_until(lambda: leftover_pids(mark) == [child])  # Its environment is there soon after its id.
         assert end_leftovers(mark) == 1
         assert leftover_pids(mark) == []
         assert bystander.poll() is None
@@ -56,7 +57,8 @@ def test_the_wrapper_ends_its_predecessors_children_and_becomes_the_program(tmp_
     )
     output, _ = wrapper.communicate(timeout=60)
     assert output.split(maxsplit=1) == [str(wrapper.pid), f"{mark}\n"]
-    assert leftover.wait(timeout=10) == -signal.SIGTERM
+    # On a busy machine, patience may end before it does.
+    assert leftover.wait(timeout=10) in (-signal.SIGTERM, -signal.SIGKILL)
 
 
 def test_dagsters_runs_outlive_a_restart(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def test_the_openapi_description_names_every_route_with_its_answers(client: Clie
     assert routes == {
         ("POST", "/predict"),
         ("POST", "/predict/batch"),
+        ("POST", "/feedback"),
         ("POST", "/feedback/{prediction_id}"),
         ("GET", "/predictions/{prediction_id}"),
         ("GET", "/predictions/{prediction_id}/passport"),
