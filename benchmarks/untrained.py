@@ -137,7 +137,7 @@ def publish(wanted: UntrainedModel) -> None:
         pack="none",
         directory=wanted.scratch.absolute(),
         best_epoch=1,
-        history={},
+        history={"loss": []},  # No epoch.
         seconds=0.0,
         images_per_second=0.0,
         effective_config=experiment.model_dump(mode="json"),
