@@ -21,7 +21,7 @@ from cv_platform.predictions import LABEL_SEPARATOR
 from cv_platform.records import DatasetVersion, Embeddings
 
 MOST_IMAGES = 3_000
-"""A seeded sample of larger versions: at 3.5 kB an image, the page stays at about 10 MB, and t-SNE at seconds."""
+"""A seeded sample of larger versions: the page stays at about 10 MB, and t-SNE at half a minute of one core."""
 _THUMBNAIL_PX = 64
 _COMPONENTS = 50
 _REMARKS = ("damage", "constant", "narrow_range")
@@ -35,7 +35,7 @@ def write_embedding_map(version: DatasetVersion, embeddings: Embeddings, target:
         DatasetError: there are too few images, or the embeddings are of another version.
     """
     manifest = read_manifest(version.manifest_path)
-    vectors = read_embeddings(embeddings, version.manifest, pd.Series(manifest["path"]))
+    vectors = read_embeddings(embeddings, version.manifest, manifest["path"].tolist())
     chosen = np.flatnonzero(~np.isnan(vectors[:, 0]))
     if len(chosen) < _FEWEST:
         raise DatasetError(f"Expected at least {_FEWEST} readable images for a map. Received: {len(chosen)}. Add some.")

@@ -30,6 +30,20 @@ _QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 _MAX_PATH = 300
 
 
+class WatchedReceive:
+    """ASGI's `receive`, which notes in `has_left` that the client has gone."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.has_left = False
+
+    async def __call__(self) -> Message:
+        """Waits for the next message."""
+        message = await self._receive()
+        self.has_left = self.has_left or message["type"] == "http.disconnect"
+        return message
+
+
 class ObserveRequests:
     """ASGI middleware: observes each request.
 
@@ -58,13 +72,7 @@ class ObserveRequests:
         span = None if self.tracing is None else self.tracing.begin(scope["method"], scope["headers"])
         token = observe(Observation(facts, self.metrics, span))
         status = 0
-        has_left = False
-
-        async def watched() -> Message:
-            nonlocal has_left
-            message = await receive()
-            has_left = has_left or message["type"] == "http.disconnect"
-            return message
+        watched = WatchedReceive(receive)
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -75,7 +83,7 @@ class ObserveRequests:
         try:
             await self.app(scope, watched, noted)
         except asyncio.CancelledError:
-            status = status or (CLIENT_GONE if has_left else _ENDED)
+            status = status or (CLIENT_GONE if watched.has_left else _ENDED)
             raise
         finally:
             route = route_template(scope, asked, self.routes)

@@ -10,6 +10,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cv_platform.serving.http.access import WatchedReceive
 from cv_platform.serving.http.problems import problem_response
 from cv_platform.serving.problem import client_gone, try_later
 
@@ -31,13 +32,7 @@ class Deadline:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        has_left = False
-
-        async def watched() -> Message:
-            nonlocal has_left
-            message = await receive()
-            has_left = has_left or message["type"] == "http.disconnect"
-            return message
+        watched = WatchedReceive(receive)
 
         async def begun(message: Message) -> None:
             if not deadline.expired():
@@ -56,4 +51,4 @@ class Deadline:
                 f"The answer had not begun after {self.seconds:g} s. Try again later.",
                 expected="a service with less to do",
             )
-            await problem_response(scope, client_gone() if has_left else problem)(scope, receive, send)
+            await problem_response(scope, client_gone() if watched.has_left else problem)(scope, receive, send)
