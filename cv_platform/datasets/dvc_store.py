@@ -118,6 +118,10 @@ def _dvc_in(scratch: Path, repository: Path) -> Iterator[Repo]:
     from dvc.config import ConfigError as DvcConfigError
     from dvc.repo import Repo
 
+    # Its import gives these loggers handlers that hold the streams of that moment and raise where one is closed since.
+    for name in ("dvc", "dvc_data", "dvc_objects"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).setLevel(logging.WARNING)
     dvc_folder = repository / ".dvc"
     if not dvc_folder.is_dir():
         raise DatasetNotFoundError(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import shutil
 import subprocess
 import threading
@@ -232,6 +235,21 @@ def test_unreachable_remote_is_named(home: Path, tmp_path: Path) -> None:
     with_remote(home, tmp_path)
     shutil.rmtree(home / "datasets/pets/.dvc/cache")
     shutil.rmtree(tmp_path / "remote")
+    with pytest.raises(DatasetError, match="DVC remote 'far'"):
+        checkout_version(dataset(), model(), home=home)
+
+
+def test_what_dvc_has_to_say_needs_no_stream_of_the_moment_that_it_was_imported_in(home: Path, tmp_path: Path) -> None:
+    """A test runner, or a step of Dagster, may have closed it since: DVC's handler then raised from its log call."""
+    from dvc import logger as dvc_logger
+
+    with_remote(home, tmp_path)
+    shutil.rmtree(home / "datasets/pets/.dvc/cache")
+    shutil.rmtree(tmp_path / "remote")
+    closed = io.StringIO()
+    with contextlib.redirect_stderr(closed):
+        dvc_logger.setup(logging.WARNING)
+    closed.close()
     with pytest.raises(DatasetError, match="DVC remote 'far'"):
         checkout_version(dataset(), model(), home=home)
 
