@@ -21,6 +21,7 @@ BENCHMARKS = {
     "drain": "benchmarks.bench_drain",
     "startup": "benchmarks.bench_startup",
     "gate": "benchmarks.bench_gate",
+    "false-alarms": "benchmarks.bench_false_alarms",
 }
 DEFAULT = ("predict", "training-input")
 """What runs when nothing is named: the others have make targets of their own."""

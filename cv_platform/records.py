@@ -662,6 +662,9 @@ class DriftReport(Record):
         is_sampled: `monitor.max_samples` were drawn from more, each with the same chance.
         reference_rows: rows of the reference.
         verdict: "drift" when an adjusted p-value is at most `alpha`; "insufficient data" below `monitor.min_samples`.
+        alpha: level of this report's test, see `monitoring.alarm_rate`.
+        false_alarms_per_year: what all reports together keep to; None in reports of earlier versions, judged each at
+            `monitor.alpha`.
         p_values, adjusted_p_values, statistics: per detector, see `drift.verdict`; empty without a verdict.
         drifted_detectors: those that fired, clearest first.
         classes: every class, the most significant movement first.
@@ -695,6 +698,7 @@ class DriftReport(Record):
     reference_rows: int
     verdict: ReportVerdict = "insufficient data"
     alpha: float
+    false_alarms_per_year: float | None = None
     min_samples: int
     p_values: dict[str, float] = {}
     adjusted_p_values: dict[str, float] = {}

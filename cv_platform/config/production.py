@@ -42,8 +42,15 @@ class MonitorConfig(Section):
         default=0.05,
         gt=0.0,
         lt=0.5,
-        description="family-wise false-alarm rate of one report; what is measured on the reference split, if it has at "
-        "least 40 images, is held against it",
+        description="largest family-wise false-alarm rate of one report; what is measured on the reference split, if "
+        "it has at least 40 images, is held against it",
+    )
+    false_alarms_per_year: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1000.0,
+        description="reports that may say drift by mistake in a year, on average, however many reports there are: each "
+        "is judged at a part of it, alpha at most",
     )
     min_samples: int = Field(default=100, ge=20, description="fewer requests give the verdict 'insufficient data'")
     max_samples: int = Field(

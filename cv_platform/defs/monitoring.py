@@ -10,7 +10,16 @@ from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.observed import request_log_key
 from cv_platform.records import Deployment, DriftReport, ModelIdentity, ProductionMetrics
 
-JUDGING = ("alpha", "min_samples", "max_samples", "repeats", "permutations", "max_reference_rows", "seed")
+JUDGING = (
+    "alpha",
+    "false_alarms_per_year",
+    "min_samples",
+    "max_samples",
+    "repeats",
+    "permutations",
+    "max_reference_rows",
+    "seed",
+)
 """Fields of `monitor` that decide the verdict on given requests; the others say when, and on which."""
 
 

@@ -71,7 +71,7 @@ def judge(
         current: the window's rows.
         alpha: family-wise false-alarm rate, between 0 and 1.
         permutations: of each MMD test. Raised where it is so small that an MMD test alone could never reach `alpha`
-            after Holm's correction, up to 19,999 (alpha 0.0002).
+            after Holm's correction, up to 19,999 (alpha 0.0002); below that, the KS tests alone can.
         max_reference_rows: seeded subsample of the reference in the MMD tests (the KS tests take all rows).
         seed: of subsamples and permutations.
         max_current_rows: the same for the current rows; bounds memory.
@@ -83,8 +83,9 @@ def judge(
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"Expected alpha between 0 and 1. Received: {alpha}.")
     require_comparable(reference, current, min_rows=MIN_ROWS)
-    needed = min(math.ceil(len(DETECTORS) / alpha) - 1, _MOST_PERMUTATIONS)
-    permutations = max(permutations, needed)
+    needed = math.ceil(len(DETECTORS) / alpha) - 1
+    if needed <= _MOST_PERMUTATIONS:
+        permutations = max(permutations, needed)
     effort = Effort(permutations, max_reference_rows, max_current_rows, seed)
     tested = {detector.name: detector.test(reference, current, effort) for detector in DETECTORS}
     p_values = {name: result.p_value for name, result in tested.items()}

@@ -40,6 +40,7 @@ def export_drift(home: Path, report: DriftReport) -> None:
             "cv_drift_window_rows": [(model, report.rows)],
             "cv_drift_verdict": [({**model, "verdict": v}, v == report.verdict) for v in get_args(ReportVerdict)],
             "cv_drift_adjusted_p_value": [({**model, "detector": d}, p) for d, p in report.adjusted_p_values.items()],
+            "cv_drift_alarm_level": [(model, report.alpha)],
             "cv_drift_statistic": [({**model, "detector": d}, value) for d, value in report.statistics.items()],
         },
     )
@@ -90,7 +91,8 @@ HELP: Mapping[str, str] = {
     "cv_drift_window_end_timestamp_seconds": "End of the window that it judged, in seconds since 1970.",
     "cv_drift_window_rows": "Requests that it judged.",
     "cv_drift_verdict": "1 for its verdict, 0 for the others.",
-    "cv_drift_adjusted_p_value": "Holm's p-value of a detector; drift at or below monitor.alpha.",
+    "cv_drift_adjusted_p_value": "Holm's p-value of a detector; drift at or below cv_drift_alarm_level.",
+    "cv_drift_alarm_level": "Level of the report's test: its part of monitor.false_alarms_per_year.",
     "cv_drift_statistic": "Of a detector: the largest KS distance, or MMD squared.",
     "cv_production_predictions": "Predictions of a version in the monitor's window.",
     "cv_production_feedback": "Of them, those whose true class somebody has stated.",

@@ -26,6 +26,7 @@ from cv_platform.drift.sequential import judge_stream
 from cv_platform.drift.verdict import judge
 from cv_platform.errors import BundleNotFoundError, ServiceError
 from cv_platform.images import preprocessing_hash
+from cv_platform.monitoring.alarm_rate import alarm_level
 from cv_platform.monitoring.evidently_figures import evidently_run
 from cv_platform.monitoring.evidently_report import delete_run, publish_run
 from cv_platform.monitoring.report_page import render_page, thumbnails
@@ -103,8 +104,10 @@ def make_drift_report(
         reference_path, **identity, preprocessing_hash=facts.preprocessing_hash, encoder_hash=facts.encoder_hash
     )
     window = read_window(engine, model, bounds, monitor)
+    report_id = _report_id(config.name, model, bounds)
+    level = alarm_level(engine, monitor, experiment=config.name, report_id=report_id, window_end=bounds.end)
     report = DriftReport(
-        report_id=_report_id(config.name, model, bounds),
+        report_id=report_id,
         experiment=config.name,
         model=model,
         window_start_utc=bounds.start,
@@ -117,14 +120,15 @@ def make_drift_report(
         repeated_rows=window.repeats,
         is_sampled=window.is_sampled,
         reference_rows=len(reference),
-        alpha=monitor.alpha,
+        alpha=level,
+        false_alarms_per_year=monitor.false_alarms_per_year,
         min_samples=monitor.min_samples,
         problems=_window_problems(window, monitor),
     )
     if window.sample is not None:
         class_names = read_identity(reference_path).class_names
         require_comparable(reference, window.sample, min_rows=1)
-        stream = {"stream": judge_stream(reference, window.sample, alpha=monitor.alpha, seed=monitor.seed)}
+        stream = {"stream": judge_stream(reference, window.sample, alpha=level, seed=monitor.seed)}
         report = _with_feedback(report.model_copy(update=stream), engine, window, class_names, facts)
         if report.rows >= monitor.min_samples:
             report = _with_verdict(report, config, reference, reference_path, window, facts)
@@ -147,7 +151,7 @@ def _with_verdict(
     verdict = judge(
         reference,
         current,
-        alpha=monitor.alpha,
+        alpha=report.alpha,
         permutations=monitor.permutations,
         max_reference_rows=monitor.max_reference_rows,
         seed=monitor.seed,
@@ -158,7 +162,7 @@ def _with_verdict(
         class_names=class_names,
         classifier_type=facts.classifier_type,
         threshold=facts.threshold,
-        alpha=monitor.alpha,
+        alpha=report.alpha,
     )
     scores = image_scores(reference, current, max_reference_rows=monitor.max_reference_rows, seed=monitor.seed)
     labels = read_reference_labels(reference_path)[LABEL]

@@ -172,7 +172,7 @@ def test_requests_class_by_class_are_no_drift_and_no_alarm(installation: Install
     assert report.stream.state == "not judged: requests come in blocks"
     page = Path(report.report_url.removeprefix("file://")).read_text()
     assert "The verdict, no drift, does not depend on the order." in page
-    assert "alarms" not in page
+    assert "sequential test alarms" not in page
 
 
 def test_a_second_report_of_the_same_window_replaces_the_first(installation: Installation) -> None:

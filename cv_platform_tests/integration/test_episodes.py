@@ -1,4 +1,4 @@
-"""Alerts once an episode, by the reports in a real PostgreSQL."""
+"""Alerts once an episode, and the level of a report, by the reports in a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import Engine
 
+from cv_platform.config import MonitorConfig
+from cv_platform.monitoring.alarm_rate import alarm_level
 from cv_platform.monitoring.episodes import what_changed
 from cv_platform.monitoring.report import _write_row
 from cv_platform.records import DriftReport
@@ -71,3 +73,39 @@ def test_another_experiment_or_version_has_episodes_of_its_own(engine: Engine, o
 
 def test_a_later_window_that_was_judged_first_ends_nothing(engine: Engine) -> None:
     assert keep_and_ask(engine, day(5, "drift", "bbsd_ks"), day(1, "no drift")) == ["drift", None]
+
+
+def level_of(engine: Engine, report: DriftReport, **settings: float) -> float:
+    monitor = MonitorConfig.model_validate({"false_alarms_per_year": 365.25 / 100, **settings})
+    return alarm_level(
+        engine, monitor, experiment=report.experiment, report_id=report.report_id, window_end=report.window_end_utc
+    )
+
+
+def keep_judged(engine: Engine, *reports: DriftReport) -> list[float]:
+    """Makes and keeps reports as the asset does, and returns their levels; a hundredth of an alarm grows each day."""
+    levels: list[float] = []
+    for report in reports:
+        levels.append(level_of(engine, report))
+        _write_row(engine, report.model_copy(update={"alpha": levels[-1]}))
+    return levels
+
+
+def test_reports_share_what_false_alarms_a_year_allows(engine: Engine) -> None:
+    version = {"model_name": "digits_classifier", "version": "20260301T060000Z-1f3c9a2e"}
+    days = [day(number, "no drift") for number in range(30)]
+    levels = keep_judged(engine, *days, day(30, "no drift", model=version))
+    assert levels[:3] == pytest.approx([0.05, 0.03, 0.02])  # Half of 0.1, of 0.05 + 0.01, of 0.03 + 0.01.
+    assert levels[-2:] == pytest.approx([0.01, 0.01])  # A new version of the model brings nothing new.
+    assert level_of(engine, day(31, "no drift", experiment="another")) == pytest.approx(0.05)
+
+
+def test_a_report_made_again_has_its_level_though_others_came_after_it(engine: Engine) -> None:
+    days = [day(number, "no drift") for number in range(5)]
+    levels = keep_judged(engine, *days)
+    assert [level_of(engine, report) for report in days] == pytest.approx(levels)
+    assert level_of(engine, days[1], alpha=0.01) == pytest.approx(0.01)
+
+
+def test_a_report_without_enough_requests_spends_nothing(engine: Engine) -> None:
+    assert keep_judged(engine, day(0, "insufficient data"), day(1, "no drift"))[1] == pytest.approx(0.05)

@@ -35,6 +35,7 @@ def test_a_report_with_drift_says_so_and_how_clearly(tmp_path: Path) -> None:
     assert found["cv_drift_window_rows", ""] == 300.0
     assert found["cv_drift_window_end_timestamp_seconds", ""] == datetime(2026, 2, 8, tzinfo=UTC).timestamp()
     assert found["cv_drift_adjusted_p_value", "bbsd_ks"] == 0.002
+    assert found["cv_drift_alarm_level", ""] == 0.05
     assert found["cv_drift_statistic", "uae_mmd"] == 0.01
     assert found["cv_drift_report_timestamp_seconds", ""] > 1.7e9
 
