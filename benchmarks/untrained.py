@@ -130,7 +130,7 @@ def publish(wanted: UntrainedModel) -> None:
         provenance=Provenance(ds_name=experiment.dataset.ds_name, dvc_tag=experiment.dataset.dvc_tag, dvc_md5="0" * 32),
         task=Task(
             image_size=model.image_size,
-            preprocessing_hash=preprocessing_hash(model.image_size),
+            preprocessing_hash=preprocessing_hash(model.image_size, framing=model.resize),
             class_names=model.classes,
             classifier_type=model.classifier_type,
         ),

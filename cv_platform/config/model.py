@@ -56,6 +56,11 @@ class ModelConfig(Section):
         default="multi-class", description="one class for each image, or any number of them"
     )
     input_size: InputSize = Field(description="of the images that the model sees")
+    resize: Literal["stretch", "crop", "pad"] = Field(
+        default="stretch",
+        description="what becomes of an image of other proportions than input_size, in training and service alike: "
+        "stretch changes them, crop keeps the middle, pad adds grey at two sides",
+    )
     architecture: Annotated[str, AfterValidator(_known_architecture)] = Field(
         default="small_cnn",
         description="efficientnet_lite0 has learned from ImageNet's photographs, and is best for photographs; of those "

@@ -111,7 +111,7 @@ def pack_images(
         facts = _intact(directory) or _pack(version, model, usable, directory, spare_bytes)
     task = Task(
         image_size=model.image_size,
-        preprocessing_hash=images.preprocessing_hash(model.image_size),
+        preprocessing_hash=images.preprocessing_hash(model.image_size, framing=model.resize),
         class_names=model.classes,
         classifier_type=model.classifier_type,
     )
@@ -166,7 +166,8 @@ def _open_array(path: Path, count: int) -> np.ndarray:
 def _key(manifest: pd.DataFrame, model: ModelConfig, quarantined: Collection[str]) -> str:
     """Returns 16 hex digits that change with every pixel, target or row of the pack."""
     digest = hashlib.sha256()
-    config = [PACK_FORMAT, images.preprocessing_hash(model.image_size), model.classes, model.classifier_type]
+    preprocessing = images.preprocessing_hash(model.image_size, framing=model.resize)
+    config = [PACK_FORMAT, preprocessing, model.classes, model.classifier_type]
     digest.update(json.dumps(config).encode())
     columns = [manifest[name].tolist() for name in ("path", "sha256", "split", "labels", "is_readable")]
     for row in zip(*columns, strict=True):
@@ -256,7 +257,8 @@ def _decoded(
             )
         try:
             # The manifest has judged its size, by the config's limit.
-            return images.preprocess(data, model.image_size, max_pixels=images.MAX_LOCAL_PIXELS)
+            limit = images.MAX_LOCAL_PIXELS
+            return images.preprocess(data, model.image_size, max_pixels=limit, framing=model.resize)
         except ImageError as err:
             raise InvalidDatasetError(f"Expected a readable image at {path}. Received: {err}") from err
 

@@ -93,7 +93,10 @@ def _batches(model: LoadedModel, task: Task, test: PackedSplit, version: Dataset
 
     def decode(path: str) -> np.ndarray:
         data = (version.directory / path).read_bytes()
-        return images.preprocess(data, size, max_pixels=images.MAX_LOCAL_PIXELS, version=model.preprocessing_version)
+        made = model.preprocessing
+        return images.preprocess(
+            data, size, max_pixels=images.MAX_LOCAL_PIXELS, version=made.version, framing=made.framing
+        )
 
     with ThreadPoolExecutor(_DECODERS) as pool:
         for start in range(0, len(test.paths), _BATCH):

@@ -13,7 +13,8 @@ Training (through packed pixels), reference data and serving all call `preproces
   decoding, so that memory stays bounded (up to version 2, they were not). It depends on the file alone.
 * A damaged JPEG counts as long as its decoder goes on, one without the two bytes at its end when every row decodes.
 * EXIF orientation is applied, so that an image is seen the way a person sees it.
-* Resizing ignores the aspect ratio: `INTER_AREA` when both sides shrink, `INTER_LINEAR` otherwise.
+* Resizing is by `INTER_AREA` when both sides shrink, by `INTER_LINEAR` otherwise. `model.resize` says what becomes of
+  other proportions than the input's: see `Framing`.
 
 `PREPROCESSING_VERSION` rises with every change that alters a pixel; `preprocessing_hash` carries it into caches,
 bundles and reference data, so that rows made under different policies are never mixed. Models of an earlier version in
@@ -31,6 +32,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -63,6 +65,16 @@ MAX_LOCAL_PIXELS = 2**30
 MAX_SIDE_PX = 65_535
 """What a JPEG can have at most; longer sides are only met in attacks, and every row costs."""
 
+Framing = Literal["stretch", "crop", "pad"]
+"""What becomes of an image with other proportions than the model's input.
+
+stretch: its proportions change. crop: they stay, and what is too long is cut off at both ends. pad: they stay, and grey
+fills what is left at two sides.
+"""
+FRAMINGS: tuple[Framing, ...] = ("stretch", "crop", "pad")
+PADDING_GREY = 127
+"""Half of white, which networks take for nothing."""
+
 _BITS_PER_SAMPLE = 258
 """The tag of a TIFF."""
 _one_large_image = threading.Lock()
@@ -93,15 +105,33 @@ class DecodedImage:
     damage: str | None
 
 
-def preprocessing_hash(image_size: tuple[int, int], version: int = PREPROCESSING_VERSION) -> str:
+@dataclass(frozen=True)
+class Preprocessing:
+    """What decides the pixels that a model sees of a file, but for their number.
+
+    Attributes:
+        version: one of `KNOWN_VERSIONS`.
+        framing: see `Framing`.
+    """
+
+    version: int = PREPROCESSING_VERSION
+    framing: Framing = "stretch"
+
+
+def preprocessing_hash(
+    image_size: tuple[int, int], version: int = PREPROCESSING_VERSION, *, framing: Framing = "stretch"
+) -> str:
     """Returns 16 hex digits that change whenever `preprocess` would give other pixels for `image_size` (h, w)."""
-    policy = {"version": version, "height_px": image_size[0], "width_px": image_size[1]}
+    policy: dict[str, object] = {"version": version, "height_px": image_size[0], "width_px": image_size[1]}
+    if framing != "stretch":  # What there was before there was a choice keeps its hash.
+        policy["framing"] = framing
     return hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def preprocessing_version(known_hash: str, image_size: tuple[int, int]) -> int | None:
-    """Returns the version whose `preprocessing_hash` for `image_size` is `known_hash`; None: not one of ours."""
-    hashes = {preprocessing_hash(image_size, version): version for version in KNOWN_VERSIONS}
+def find_preprocessing(known_hash: str, image_size: tuple[int, int]) -> Preprocessing | None:
+    """Returns that whose `preprocessing_hash` for `image_size` is `known_hash`; None: not one of ours."""
+    known = (Preprocessing(version, framing) for version in KNOWN_VERSIONS for framing in FRAMINGS)
+    hashes = {preprocessing_hash(image_size, one.version, framing=one.framing): one for one in known}
     return hashes.get(known_hash)
 
 
@@ -194,8 +224,43 @@ def _sample_bits(picture: ImageFile.ImageFile, data: bytes) -> int:
     return 8
 
 
-def resize(image: NDArray[np.uint8], image_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resizes `(H, W, 3)` uint8 to `image_size` (height, width), ignoring the aspect ratio."""
+def resize(image: NDArray[np.uint8], image_size: tuple[int, int], *, framing: Framing = "stretch") -> NDArray[np.uint8]:
+    """Resizes `(H, W, 3)` uint8 to `image_size` (height, width); the proportions are `framing`'s part."""
+    if image.shape[:2] == image_size or framing == "stretch":
+        return _stretch(image, image_size)
+    top, left, bottom, right = seen_box(image.shape[:2], image_size, framing)
+    if framing == "crop":
+        return _stretch(np.ascontiguousarray(image[top:bottom, left:right]), image_size)
+    (height, width), (wide_height, wide_width) = image_size, (bottom - top, right - left)
+    inner = (
+        max(1, round(height * image.shape[0] / wide_height)),
+        max(1, round(width * image.shape[1] / wide_width)),
+    )
+    padded = np.full((height, width, 3), PADDING_GREY, dtype=np.uint8)
+    above, before = (height - inner[0]) // 2, (width - inner[1]) // 2
+    padded[above : above + inner[0], before : before + inner[1]] = _stretch(image, inner)
+    return padded
+
+
+def seen_box(shape: tuple[int, ...], image_size: tuple[int, int], framing: Framing) -> tuple[int, int, int, int]:
+    """Returns the box of an image that a model sees: top, left, bottom and right, in the image's pixels.
+
+    Args:
+        shape: (height, width) of the image.
+        image_size: (height, width) of the model's input.
+        framing: with `crop` the box is inside the image, with `pad` it reaches beyond.
+    """
+    height, width = shape[:2]
+    if framing == "stretch":
+        return 0, 0, height, width
+    scales = height / image_size[0], width / image_size[1]
+    scale = min(scales) if framing == "crop" else max(scales)
+    box = (max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale)))
+    top, left = (height - box[0]) // 2, (width - box[1]) // 2
+    return top, left, top + box[0], left + box[1]
+
+
+def _stretch(image: NDArray[np.uint8], image_size: tuple[int, int]) -> NDArray[np.uint8]:
     height, width = image_size
     if image.shape[:2] == (height, width):
         return image
@@ -210,6 +275,7 @@ def preprocess(
     *,
     max_pixels: int = MAX_PIXELS,
     version: int = PREPROCESSING_VERSION,
+    framing: Framing = "stretch",
 ) -> NDArray[np.uint8]:
     """Decodes and resizes an image to what a model of `image_size` (height, width) takes.
 
@@ -219,7 +285,7 @@ def preprocess(
     Raises:
         ImageError: see `read_image`.
     """
-    return resize(decode(data, max_pixels=max_pixels, version=version), image_size)
+    return resize(decode(data, max_pixels=max_pixels, version=version), image_size, framing=framing)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

@@ -305,7 +305,8 @@ def _model_facts(storage: CentralStorage, config: ExperimentConfig, model: Model
     except BundleNotFoundError:
         # A version that was never published as a bundle, such as one evaluated offline: today's config is all there is.
         today = config.model
-        return _ModelFacts(today.classifier_type, today.threshold, preprocessing_hash(today.image_size), None)
+        preprocessing = preprocessing_hash(today.image_size, framing=today.resize)
+        return _ModelFacts(today.classifier_type, today.threshold, preprocessing, None)
     return _ModelFacts(metadata.classifier_type, metadata.threshold, metadata.preprocessing_hash, metadata.encoder_hash)
 
 

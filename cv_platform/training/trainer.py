@@ -114,7 +114,7 @@ def _check(packed: PackedImages, config: ExperimentConfig) -> None:
         ("model.classes", model.classes, task.class_names),
         ("model.classifier_type", model.classifier_type, task.classifier_type),
         ("model.input_size (height, width)", model.image_size, task.image_size),
-        ("preprocessing", preprocessing_hash(model.image_size), task.preprocessing_hash),
+        ("preprocessing", preprocessing_hash(model.image_size, framing=model.resize), task.preprocessing_hash),
         ("dataset.ds_name", config.dataset.ds_name, packed.provenance.ds_name),
     ]
     wrong = [

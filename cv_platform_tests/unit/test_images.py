@@ -822,6 +822,27 @@ def test_resize_takes_height_before_width_and_keeps_a_fitting_image() -> None:
     assert images.resize(image, (30, 20)) is image
 
 
+def test_crop_keeps_the_middle_and_pad_keeps_all_of_it_between_grey() -> None:
+    image = np.zeros((2, 8, 3), dtype=np.uint8)
+    image[:, 3:5] = 200
+    image[:, :3] = 100
+    crop, pad = (images.resize(image, (2, 2), framing=framing) for framing in ("crop", "pad"))
+    assert crop[:, :, 0].tolist() == [[200, 200], [200, 200]]
+    assert pad.shape == (2, 2, 3)
+    pad = images.resize(image, (8, 8), framing="pad")
+    assert (pad[:3] == images.PADDING_GREY).all()
+    assert (pad[5:] == images.PADDING_GREY).all()
+    np.testing.assert_array_equal(pad[3:5], image)
+
+
+@pytest.mark.parametrize("framing", images.FRAMINGS)
+def test_every_framing_bears_the_oddest_proportions(framing: images.Framing) -> None:
+    for shape in ((1, 65_535), (65_535, 1), (1, 1), (37, 41)):
+        framed = images.resize(np.full((*shape, 3), 9, dtype=np.uint8), (24, 16), framing=framing)
+        assert framed.shape == (24, 16, 3)
+        assert (framed == 9).any()
+
+
 def test_preprocess_is_decode_then_resize() -> None:
     data = encode("PNG")
     np.testing.assert_array_equal(images.preprocess(data, (16, 24)), images.resize(scene(), (16, 24)))
@@ -832,13 +853,15 @@ def test_hash_follows_size_and_policy() -> None:
     assert first == images.preprocessing_hash((16, 24))
     assert first != images.preprocessing_hash((24, 16))
     assert first != images.preprocessing_hash((16, 24), version=2)
+    assert len({images.preprocessing_hash((16, 24), framing=framing) for framing in images.FRAMINGS}) == 3
 
 
 def test_the_version_of_a_hash_is_found_again() -> None:
     # As the release that trained with version 2 computed it.
-    assert images.preprocessing_version("ff8a83c1884f0a0c", (16, 24)) == 2
-    assert images.preprocessing_version(images.preprocessing_hash((16, 24)), (16, 24)) == 3
-    assert images.preprocessing_version("0" * 16, (16, 24)) is None
+    assert images.find_preprocessing("ff8a83c1884f0a0c", (16, 24)) == images.Preprocessing(version=2)
+    cropped = images.preprocessing_hash((16, 24), framing="crop")
+    assert images.find_preprocessing(cropped, (16, 24)) == images.Preprocessing(version=3, framing="crop")
+    assert images.find_preprocessing("0" * 16, (16, 24)) is None
     with pytest.raises(ValueError, match="one of the versions"):
         images.decode(encode("PNG"), version=1)
 

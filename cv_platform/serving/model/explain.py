@@ -21,6 +21,8 @@ SMALLEST_SIDE_PX = 256
 """Longest side of the picture of a tiny image, which is enlarged pixel by pixel so that one can see it."""
 JPEG_QUALITY = 90
 PNG_COMPRESSION = 3
+MOST_CELLS = 64
+"""On a side of a map."""
 STRONGEST_TINT = 0.75
 """Share of heat-map colour where the map is 1; where it is 0 the image stays as it is."""
 BLANK = "The heat-map is blank: no part of the image raises the class's score by more than rounding does."
@@ -101,6 +103,32 @@ def draw(image: NDArray[np.uint8], cam: NDArray[np.float32], explain: Explain) -
     return Pictures(
         overlaid=_encode(overlaid, explain), raw_heat_map=_encode(heat, explain), explain=explain, image=picture
     )
+
+
+def map_of_whole(
+    cam: NDArray[np.float32], shape: tuple[int, ...], box: tuple[int, int, int, int]
+) -> NDArray[np.float32]:
+    """Returns the map of a whole image from the map of that part of it which a model saw.
+
+    Args:
+        cam: `(h, w)` float32, 0–1, over the box.
+        shape: (height, width) of the image, in pixels.
+        box: top, left, bottom and right, in pixels of the image; it may reach beyond.
+
+    Returns:
+        A map with cells of about the same size, at most `MOST_CELLS` on a side; 0 where the model saw nothing.
+    """
+    top, left, bottom, right = box
+    cell = (bottom - top) / cam.shape[0], (right - left) / cam.shape[1]
+    rows, columns = (min(MOST_CELLS, max(1, round(shape[axis] / cell[axis]))) for axis in (0, 1))
+    ys = ((np.arange(rows) + 0.5) * shape[0] / rows - top) / cell[0] - 0.5
+    xs = ((np.arange(columns) + 0.5) * shape[1] / columns - left) / cell[1] - 0.5
+    grid_x, grid_y = np.meshgrid(xs.astype(np.float32), ys.astype(np.float32))
+    placed = cv2.remap(cam.astype(np.float32), grid_x, grid_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    is_seen = (np.abs(ys - (cam.shape[0] - 1) / 2) <= cam.shape[0] / 2)[:, np.newaxis] & (
+        np.abs(xs - (cam.shape[1] - 1) / 2) <= cam.shape[1] / 2
+    )
+    return np.where(is_seen, placed, np.float32(0.0))
 
 
 def small_map(cam: NDArray[np.float32]) -> list[list[float]]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.errors import CorruptBundleError, StorageError
-from cv_platform.images import KNOWN_VERSIONS, preprocessing_version
+from cv_platform.images import KNOWN_VERSIONS, find_preprocessing
 from cv_platform.serving.model.unknown import UNKNOWN, UnknownRule, load_rule
 from cv_platform.storage import MODEL_PATHS, BundleMetadata, CentralStorage
 
@@ -67,15 +67,15 @@ class LoadedModel:
     Attributes:
         metadata: the bundle's.
         unknown: tells images that show nothing it has learned; None where its bundle carries no rule.
-        preprocessing_version: what makes the pixels that it was trained on; uploads are decoded by it.
+        preprocessing: what makes the pixels that it was trained on; uploads are decoded and framed by it.
 
     Raises:
         CorruptBundleError: it was trained on a preprocessing that this installation does not know.
     """
 
     def __init__(self, metadata: BundleMetadata, runtime: Runtime, unknown: UnknownRule | None = None) -> None:
-        version = preprocessing_version(metadata.preprocessing_hash, metadata.image_size)
-        if version is None:
+        preprocessing = find_preprocessing(metadata.preprocessing_hash, metadata.image_size)
+        if preprocessing is None:
             known = " or ".join(map(str, KNOWN_VERSIONS))
             raise CorruptBundleError(
                 f"{metadata.model_name} {metadata.version}: expected a model trained on version {known} of the "
@@ -83,7 +83,7 @@ class LoadedModel:
                 "Train it again, or serve it with the release that trained it."
             )
         self.metadata = metadata
-        self.preprocessing_version = version
+        self.preprocessing = preprocessing
         self.unknown = unknown
         self._runtime = runtime
 

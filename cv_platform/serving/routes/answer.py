@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
@@ -18,11 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType
-from cv_platform.images import read_image, resize
+from cv_platform.images import read_image, resize, seen_box
 from cv_platform.predictions import LABEL_SEPARATOR, decide
 from cv_platform.properties import image_properties
 from cv_platform.serving.log.entry import LogEntry
-from cv_platform.serving.model.explain import BLANK, Explain, Pictures, draw, is_blank, small_map, to_base64
+from cv_platform.serving.model.explain import (
+    BLANK,
+    Explain,
+    Pictures,
+    draw,
+    is_blank,
+    map_of_whole,
+    small_map,
+    to_base64,
+)
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
 from cv_platform.serving.telemetry.observation import RequestFacts, note_prediction, staged
 from cv_platform.storage import BundleMetadata
@@ -108,10 +117,14 @@ def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predi
     """
     metadata = model.metadata
     with staged("decode"):
-        decoded = read_image(data, max_pixels=max_pixels, version=model.preprocessing_version)
-        pixels = resize(decoded.pixels, metadata.image_size)
+        made = model.preprocessing
+        decoded = read_image(data, max_pixels=max_pixels, version=made.version)
+        pixels = resize(decoded.pixels, metadata.image_size, framing=made.framing)
     with staged("model"):
         prediction = model.predict(pixels)
+        if made.framing != "stretch":
+            box = seen_box(decoded.pixels.shape, metadata.image_size, made.framing)
+            prediction = replace(prediction, cam=map_of_whole(prediction.cam, decoded.pixels.shape, box))
         rule = model.unknown
         unknown_score = None if rule is None else float(rule.score(prediction.features[np.newaxis])[0])
     classes = predicted_classes(prediction.probabilities, metadata)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from cv_platform.audit import BY_API, AuditLog, Note
 from cv_platform.client.answers import DeletionResult, Passport, StoredResult
 from cv_platform.errors import ImageError, StorageError
-from cv_platform.images import PREPROCESSING_VERSION, decode, preprocessing_version
+from cv_platform.images import Preprocessing, decode, find_preprocessing
 from cv_platform.predictions import LABEL_SEPARATOR
 from cv_platform.serving.http.problems import json_response
 from cv_platform.serving.http.security import ADMIN, API_KEY
@@ -125,10 +125,10 @@ def _result_again(parts: WorkerParts, stored: StoredPrediction, metadata: Bundle
         message = "There is no heat-map of this prediction."
     else:
         try:
-            version = metadata and preprocessing_version(metadata.preprocessing_hash, metadata.image_size)
+            made = metadata and find_preprocessing(metadata.preprocessing_hash, metadata.image_size)
             limit = parts.settings.max_upload_pixels
             with parts.admission.decoding(stored.image):
-                image = decode(stored.image, max_pixels=limit, version=version or PREPROCESSING_VERSION)
+                image = decode(stored.image, max_pixels=limit, version=(made or Preprocessing()).version)
                 pictures = draw(image, stored.raw_hm, Explain.JPEG)
             message = BLANK if is_blank(stored.raw_hm) else OK
         except (ImageError, ValueError) as err:

@@ -10,6 +10,7 @@ from cv_platform.serving.model.explain import (
     STRONGEST_TINT,
     Explain,
     draw,
+    map_of_whole,
     small_map,
     to_base64,
 )
@@ -45,6 +46,16 @@ def test_mixes_image_and_colour_in_rgb_order_where_the_map_is_one():
         round(i * (1 - STRONGEST_TINT) + h * STRONGEST_TINT) for i, h in zip((200, 30, 10), INFERNO_HIGH, strict=True)
     ]
     np.testing.assert_allclose(decoded(pictures.overlaid)[0, 0], expected, atol=1)
+
+
+def test_the_map_of_a_part_lies_where_that_part_is():
+    seen = np.arange(1, 17, dtype=np.float32).reshape(4, 4) / 16
+    # The middle 400 of 800 columns, in cells of 100 pixels; then 400 rows of which an image of 200 fills the middle.
+    cropped = map_of_whole(seen, (400, 800, 3), (0, 200, 400, 600))
+    np.testing.assert_allclose(cropped[:, 2:6], seen, atol=1e-6)
+    assert (cropped[:, [0, 1, 6, 7]] == 0).all()
+    np.testing.assert_allclose(map_of_whole(seen, (200, 400, 3), (-100, 0, 300, 400)), seen[1:3], atol=1e-6)
+    assert map_of_whole(seen, (1, 65_535, 3), (0, 32_767, 1, 32_768)).shape[1] <= 64
 
 
 def test_the_hot_spot_is_where_the_map_has_it():

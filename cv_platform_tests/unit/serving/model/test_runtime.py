@@ -204,6 +204,22 @@ def test_a_model_of_the_former_preprocessing_is_served_with_its_pixels(tiny_expo
     assert seen == {"former": (0, 0), "latest": (255, 255)}
 
 
+def test_a_model_is_served_with_the_framing_that_it_was_trained_on(tiny_export: TinyExport):
+    height, width = IMAGE_SIZE
+    wide = np.random.default_rng(0).integers(0, 255, (height, 2 * width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(wide).save(stream, "PNG")
+    cropped = tiny_metadata(preprocessing_hash=preprocessing_hash(IMAGE_SIZE, framing="crop"))
+    model = load_folder(tiny_export.folder, cropped)
+    predicted = predict_upload(model, stream.getvalue(), max_pixels=10_000)
+    expected = model.predict(np.ascontiguousarray(wide[:, width // 2 : width // 2 + width]))
+    np.testing.assert_array_equal(predicted.prediction.probabilities, expected.probabilities)
+    # The map is one of the whole upload: what was cut off had no part in the answer.
+    columns = predicted.prediction.cam.shape[1]
+    assert columns == 2 * expected.cam.shape[1]
+    assert not predicted.prediction.cam[:, : columns // 4].any()
+
+
 def test_refuses_a_model_of_another_preprocessing(tiny_export: TinyExport):
     with pytest.raises(CorruptBundleError, match=r"version 2 or 3 of the preprocessing.*Train it again"):
         load_folder(tiny_export.folder, tiny_metadata(preprocessing_hash="0" * 16))
