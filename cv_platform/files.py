@@ -64,17 +64,22 @@ def write_file(target: Path, content: str | bytes, *, is_private: bool = False) 
 
 
 @contextmanager
-def whole_directory(target: Path) -> Generator[Path]:
-    """Yields a fresh folder that becomes `target` (replacing one that exists) when the block ends without an error.
+def whole_directory(target: Path, *, resumes: bool = False) -> Generator[Path]:
+    """Yields a folder that becomes `target` (replacing one that exists) when the block ends without an error.
 
     Call it under `exclusive`: it also clears what killed processes left beside `target`.
+
+    Args:
+        target: the folder.
+        resumes: yields the folder of a process that was killed or interrupted as it left it; else it is empty.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{'resumes' if resumes else secrets.token_hex(4)}"
     for pattern in (f".{target.name}.partial-*", f".{target.name}.stale-*"):
         for leftover in target.parent.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-    partial.mkdir()
+            if leftover != partial:
+                shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(exist_ok=resumes)
     try:
         yield partial
         sync_tree(partial)
@@ -84,8 +89,9 @@ def whole_directory(target: Path) -> Generator[Path]:
         partial.rename(target)
         sync_folder(target.parent)
         shutil.rmtree(stale, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as err:
+        if not resumes or isinstance(err, Exception):  # An interruption says nothing against what is there.
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 

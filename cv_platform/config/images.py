@@ -46,6 +46,12 @@ class DatasetConfig(Section):
         description="height × width from which an image counts as unreadable; above 40 million, images are decoded to "
         "fewer pixels, one at a time, which takes up to 2 GB",
     )
+    packed_uint8_bytes: int = Field(
+        default=200_000_000_000,
+        ge=0,
+        description="bytes (images × height × width × 3) up to which the training split is packed as it is decoded; a "
+        "larger one is packed as JPEG of quality 90, a fifth of that; valid, test and reference never are",
+    )
 
 
 class EncoderConfig(Section):

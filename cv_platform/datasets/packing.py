@@ -1,24 +1,20 @@
-"""Decodes every usable image once, into memory-mapped uint8 arrays that training, evaluation and drift read in order.
+"""Decodes every usable image once, into shards of pixels that training, evaluation and drift read in order.
 
 A pack is keyed by data version, preprocessing, manifest and quarantine, never changes, and is made again when its files
-are not the ones that were written. Layout of `home/packed/<md5>-<hash>/`:
-
-    <split>.images.npy    (N, H, W, 3) uint8 RGB
-    <split>.targets.npy   (N,) int64, or (N, C) float32 of 0 and 1 for multi-label
-    <split>.rows.parquet  path and sha256 of each row
-    packed.json           written last: sizes and checksums of the files above
+are not the ones that were written. `shards` says what lies in `home/packed/<md5>-<hash>/`. What an earlier format left
+there is made again under the same name: its pixels are the same, and models keep to it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,22 +24,26 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cv_platform import images
-from cv_platform.config import ModelConfig
+from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.manifest import read_manifest
+from cv_platform.datasets.shards.pixels import Encoding, PackForm
+from cv_platform.datasets.shards.reading import Images, ShardedImages, find_damage, note_verified
+from cv_platform.datasets.shards.writing import Rows, remove_seals, write_shards
 from cv_platform.datasets.splits import SPLITS
-from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError, VerdictError
-from cv_platform.files import exclusive, file_sha256, require_free_space, whole_directory
+from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError, VerdictError
+from cv_platform.files import exclusive, file_sha256, require_free_space, sync_file, whole_directory
 from cv_platform.records import DatasetVersion, PackedImages, Task, TrainedModel
 
 logger = logging.getLogger(__name__)
 
-PACK_FORMAT = 1
+PACK_FORMAT = 2
 _MARKER = "packed.json"
 _FACTS = ("counts", "bytes", "images_per_second")
 """In the marker, beside the checksums: what cannot be told from dataset version and config."""
-_CHUNK_IMAGES = 256
-_DECODERS = 2
+_JPEG_SHARE = 0.3
+"""Of uint8, that JPEGs take at most: noise at quality 90 takes more, photographs a fifth."""
+_UINT8_BUDGET_BYTES = DatasetConfig.model_fields["packed_uint8_bytes"].default
+_REMEDY = "Materialise packed_images again."
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class PackedSplit:
     """One split of a pack; row i of everything is the same image, and rows are ordered by path.
 
     Attributes:
-        images: `(N, H, W, 3)` uint8 RGB, memory-mapped, read-only.
+        images: `(N, H, W, 3)` uint8 RGB, read from the shards as they are asked for.
         targets: `(N,)` int64 class indices, or `(N, C)` float32 of 0 and 1 for multi-label.
         paths: POSIX, as in the manifest.
         sha256: of the image files.
     """
 
-    images: np.ndarray
+    images: Images
     targets: np.ndarray
     paths: list[str]
     sha256: list[str]
@@ -71,6 +71,11 @@ class PackedSplit:
             yield np.asarray(self.images[rows]), np.asarray(self.targets[rows])
 
 
+def pack_form(model: ModelConfig) -> PackForm:
+    """Returns the form of the pixels that a model of this config is trained on."""
+    return PackForm(image_size=model.image_size, framing=model.resize)
+
+
 def pack_images(
     version: DatasetVersion,
     model: ModelConfig,
@@ -78,6 +83,7 @@ def pack_images(
     quarantined: Collection[str],
     home: Path,
     spare_bytes: int | None = None,
+    uint8_budget_bytes: int = _UINT8_BUDGET_BYTES,
 ) -> PackedImages:
     """Decodes the readable images that are not quarantined, or returns the pack that has them already.
 
@@ -87,6 +93,7 @@ def pack_images(
         quarantined: paths of the manifest that validation keeps out.
         home: the pack is made in `home/packed`.
         spare_bytes: see `files.require_free_space`.
+        uint8_budget_bytes: a larger training split is kept as JPEG; what judges a model stays as the service sees it.
 
     Raises:
         InvalidDatasetError: nothing is left to train on, quarantined paths are not in the manifest, or a file is not
@@ -106,12 +113,18 @@ def pack_images(
             f"Expected images to train on in {version.provenance}. Received: none that is readable and not "
             f"quarantined ({len(quarantined)} are). Look at the validation report."
         )
-    directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{_key(manifest, model, quarantined)}"
+    form = pack_form(model)
+    is_large = int((usable["split"] == "train").sum()) * form.bytes > uint8_budget_bytes
+    encodings: dict[str, Encoding] = dict.fromkeys(SPLITS, "uint8")
+    if is_large:
+        encodings["train"] = "jpeg"
+    key = _key(manifest, model, form, quarantined, encodings)
+    directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{key}"
     with exclusive(directory.parent / f".{directory.name}.lock"):
-        facts = _intact(directory) or _pack(version, model, usable, directory, spare_bytes)
+        facts = _intact(directory) or _pack(version, model, usable, encodings, directory, spare_bytes)
     task = Task(
         image_size=model.image_size,
-        preprocessing_hash=images.preprocessing_hash(model.image_size, framing=model.resize),
+        preprocessing_hash=form.preprocessing_hash,
         class_names=model.classes,
         classifier_type=model.classifier_type,
     )
@@ -138,36 +151,46 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
         )
     if split not in SPLITS:
         raise ValueError(f"Expected one of {', '.join(SPLITS)}. Received: {split!r}.")
-    task, count = packed.task, packed.counts.get(split, 0)
-    target_shape = (count,) if task.classifier_type == "multi-class" else (count, len(task.class_names))
+    task, count, directory = packed.task, packed.counts.get(split, 0), packed.directory
     try:
-        pixels = _open_array(packed.directory / f"{split}.images.npy", count)
-        targets = _open_array(packed.directory / f"{split}.targets.npy", count)
-        rows = pq.read_table(packed.directory / f"{split}.rows.parquet")
-    except (OSError, ValueError, pa.ArrowException) as err:
-        raise DatasetError(
-            f"Expected a pack at {packed.directory}. Received: {err}. Materialise packed_images again."
-        ) from err
+        marker = _read_marker(directory)
+        files = {name: entry for name, entry in marker["files"].items() if name.startswith((f"{split}.", f"{split}-"))}
+        if damaged := find_damage(directory, files):
+            raise ValueError(f"{damaged} is not the file that was written")
+        rows = pq.read_table(directory / f"{split}.rows.parquet")
+        shards = marker["shards"][split]
+        pixels = ShardedImages(
+            [directory / shard["file"] for shard in shards],
+            [shard["images"] for shard in shards],
+            tuple(marker["shape"]),
+            rows["bytes"].to_numpy() if marker["encodings"][split] == "jpeg" else None,
+        )
+        targets = np.load(directory / f"{split}.targets.npy")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as err:
+        raise DatasetError(f"Expected a pack at {directory}. Received: {err}. {_REMEDY}") from err
+    targets.flags.writeable = False
+    target_shape = (count,) if task.classifier_type == "multi-class" else (count, len(task.class_names))
     expected = ((count, *task.image_size, 3), target_shape, count)
     if (pixels.shape, targets.shape, rows.num_rows) != expected:
         raise DatasetError(
-            f"Expected shapes and rows {expected} in {packed.directory}. Received: {pixels.shape}, {targets.shape}, "
-            f"{rows.num_rows}. Materialise packed_images again."
+            f"Expected shapes and rows {expected} in {directory}. Received: {pixels.shape}, {targets.shape}, "
+            f"{rows.num_rows}. {_REMEDY}"
         )
     return PackedSplit(pixels, targets, rows["path"].to_pylist(), rows["sha256"].to_pylist())
 
 
-def _open_array(path: Path, count: int) -> np.ndarray:
-    array = np.load(path, mmap_mode="r" if count else None)  # An empty file cannot be mapped everywhere.
-    array.flags.writeable = False
-    return array
-
-
-def _key(manifest: pd.DataFrame, model: ModelConfig, quarantined: Collection[str]) -> str:
-    """Returns 16 hex digits that change with every pixel, target or row of the pack."""
+def _key(
+    manifest: pd.DataFrame,
+    model: ModelConfig,
+    form: PackForm,
+    quarantined: Collection[str],
+    encodings: dict[str, Encoding],
+) -> str:
+    """Returns 16 hex digits that change with every pixel, target or row of the pack, and not with how it is stored."""
     digest = hashlib.sha256()
-    preprocessing = images.preprocessing_hash(model.image_size, framing=model.resize)
-    config = [PACK_FORMAT, preprocessing, model.classes, model.classifier_type]
+    # The first number was that of the format in the days of format 1.
+    config = [1, form.preprocessing_hash, model.classes, model.classifier_type]
+    config += [split for split, encoding in encodings.items() if encoding == "jpeg"]
     digest.update(json.dumps(config).encode())
     columns = [manifest[name].tolist() for name in ("path", "sha256", "split", "labels", "is_readable")]
     for row in zip(*columns, strict=True):
@@ -176,15 +199,26 @@ def _key(manifest: pd.DataFrame, model: ModelConfig, quarantined: Collection[str
     return digest.hexdigest()[:16]
 
 
+def _read_marker(directory: Path) -> dict[str, Any]:
+    """Reads a pack's index.
+
+    Raises:
+        OSError, ValueError, KeyError: there is none of this format.
+    """
+    marker: dict[str, Any] = json.loads((directory / _MARKER).read_bytes())
+    if (found := marker.get("format", 1)) != PACK_FORMAT:
+        raise ValueError(f"one of format {found}, where this release has {PACK_FORMAT}")
+    return marker
+
+
 def _intact(directory: Path) -> dict[str, Any] | None:
     """Returns the facts of the pack at `directory` if it has exactly the files that were written."""
     try:
-        marker = json.loads((directory / _MARKER).read_bytes())
+        marker = _read_marker(directory)
         facts = {name: marker["packed"][name] for name in _FACTS}
-        for name, (size, sha256) in marker["files"].items():
-            if (directory / name).stat().st_size != size or file_sha256(directory / name) != sha256:
-                logger.warning("%s in %s is damaged; packing again", name, directory)
-                return None
+        if damaged := find_damage(directory, marker["files"]):
+            logger.warning("%s in %s is damaged; packing again", damaged, directory)
+            return None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
@@ -194,40 +228,69 @@ def _intact(directory: Path) -> dict[str, Any] | None:
 
 
 def _pack(
-    version: DatasetVersion, model: ModelConfig, usable: pd.DataFrame, directory: Path, spare_bytes: int | None
+    version: DatasetVersion,
+    model: ModelConfig,
+    usable: pd.DataFrame,
+    encodings: dict[str, Encoding],
+    directory: Path,
+    spare_bytes: int | None,
 ) -> dict[str, Any]:
     """Makes the pack and returns its facts, which stand in its marker too."""
-    height, width = model.image_size
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    needed = len(usable) * (height * width * 3 + 4 * len(model.classes) + 256)
+    form, started = pack_form(model), time.perf_counter()
+    of_split = {split: usable.loc[usable["split"] == split] for split in SPLITS}
+    splits = [Rows(s, rows["path"].tolist(), rows["sha256"].tolist(), encodings[s]) for s, rows in of_split.items()]
     purpose = f"the decoded images of {version.provenance.ds_name}"
-    require_free_space(directory.parent, needed, purpose=purpose, spare_bytes=spare_bytes)
-    started = time.perf_counter()
-    with whole_directory(directory) as partial, ThreadPoolExecutor(_DECODERS) as pool:
-        files: dict[str, tuple[int, str]] = {}
-        for split in SPLITS:
-            rows = usable.loc[usable["split"] == split]
-            targets = _targets(rows["labels"].tolist(), model)
-            pixels = _decoded(version, rows, model, pool)
-            shape = (len(rows), height, width, 3)
-            files |= _write_array(partial / f"{split}.images.npy", shape, np.dtype(np.uint8), pixels)
-            files |= _write_array(partial / f"{split}.targets.npy", targets.shape, targets.dtype, iter([targets]))
-            table = pa.table({"path": rows["path"].tolist(), "sha256": rows["sha256"].tolist()}, schema=_ROWS)
-            files |= _write(partial / f"{split}.rows.parquet", lambda path, table=table: pq.write_table(table, path))
-        seconds = time.perf_counter() - started
+    with _disk_errors(directory, purpose), whole_directory(directory, resumes=True) as partial:
+        shares = {"uint8": 1.0, "jpeg": _JPEG_SHARE}
+        needed = sum(int(len(rows.paths) * (form.bytes * shares[rows.encoding] + 256)) for rows in splits)
+        needed += 4 * len(usable) * len(model.classes)
+        needed -= sum(path.stat().st_size for path in partial.iterdir())
+        require_free_space(directory.parent, max(0, needed), purpose=purpose, spare_bytes=spare_bytes)
+        shards = write_shards(partial, version.directory, splits, form)
+        files = {shard.file: (shard.bytes, shard.sha256) for of in shards.values() for shard in of}
+        for rows in splits:
+            targets = _targets(of_split[rows.split]["labels"].tolist(), model)
+            files |= _write(partial / f"{rows.split}.targets.npy", lambda path, targets=targets: np.save(path, targets))
+            sizes = [size for shard in shards[rows.split] for size in shard.sizes] or [form.bytes] * len(rows.paths)
+            table = pa.table({"path": rows.paths, "sha256": rows.sha256, "bytes": sizes}, schema=_ROWS)
+            path = partial / f"{rows.split}.rows.parquet"
+            files |= _write(path, lambda path, table=table: pq.write_table(table, path))
+        remove_seals(partial)
         counts = Counter(usable["split"])
         facts: dict[str, Any] = {
             "counts": {split: counts[split] for split in SPLITS},
             "bytes": sum(size for size, _ in files.values()),
-            "images_per_second": len(usable) / max(seconds, 1e-9),
+            "images_per_second": len(usable) / max(time.perf_counter() - started, 1e-9),
         }
-        marker = json.dumps({"files": files, "packed": facts})
-        _write(partial / _MARKER, lambda path: path.write_text(marker, encoding="utf-8"))
+        marker = {
+            "format": PACK_FORMAT,
+            "shape": form.shape,
+            "encodings": encodings,
+            "shards": {s: [{"file": shard.file, "images": shard.images} for shard in of] for s, of in shards.items()},
+            "files": files,
+            "packed": facts,
+        }
+        _write(partial / _MARKER, lambda path: path.write_text(json.dumps(marker), encoding="utf-8"))
+        note_verified(partial, files)
     logger.info("Packed %d images at %.0f per second into %s", len(usable), facts["images_per_second"], directory)
     return facts
 
 
-_ROWS = pa.schema([("path", pa.string()), ("sha256", pa.string())])
+@contextmanager
+def _disk_errors(directory: Path, purpose: str) -> Iterator[None]:
+    """Says what to do about a disk that is full in spite of the room that was there before."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise
+        raise DiskSpaceError(
+            f"Expected room at {directory.parent} for {purpose}. Received: {err}. What was written is removed. "
+            "Free some space (`cv-platform gc` lists what is not needed), or move CV_HOME to a larger disk."
+        ) from err
+
+
+_ROWS = pa.schema([("path", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
 
 
 def _targets(labels: list[list[str]], model: ModelConfig) -> np.ndarray:
@@ -240,73 +303,7 @@ def _targets(labels: list[list[str]], model: ModelConfig) -> np.ndarray:
     return targets
 
 
-def _decoded(
-    version: DatasetVersion, rows: pd.DataFrame, model: ModelConfig, pool: ThreadPoolExecutor
-) -> Iterator[np.ndarray]:
-    """Yields `(n, H, W, 3)` uint8 chunks in order; memory stays at one chunk."""
-
-    def decode(path: str, sha256: str) -> np.ndarray:
-        try:
-            data = (version.directory / path).read_bytes()
-        except OSError as err:
-            raise InvalidDatasetError(f"Expected {path}. Received: {err}. Materialise the dataset again.") from err
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise InvalidDatasetError(
-                f"Expected {path} in {version.directory} as the manifest describes it. Received: other bytes. "
-                "Materialise the dataset again."
-            )
-        try:
-            # The manifest has judged its size, by the config's limit.
-            limit = images.MAX_LOCAL_PIXELS
-            return images.preprocess(data, model.image_size, max_pixels=limit, framing=model.resize)
-        except ImageError as err:
-            raise InvalidDatasetError(f"Expected a readable image at {path}. Received: {err}") from err
-
-    paths, sha256s = rows["path"].tolist(), rows["sha256"].tolist()
-    for start in range(0, len(paths), _CHUNK_IMAGES):
-        chunk = slice(start, start + _CHUNK_IMAGES)
-        yield np.stack(list(pool.map(decode, paths[chunk], sha256s[chunk])))
-
-
-class _HashingFile:
-    """A binary file that knows the sha256 and size of what was written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        self._digest.update(data)
-        return self._file.write(data)
-
-    def finish(self) -> tuple[int, str]:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._file.tell()
-        self._file.close()
-        return size, self._digest.hexdigest()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _write_array(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, chunks: Iterator[np.ndarray]
-) -> dict[str, tuple[int, str]]:
-    """Writes an `.npy` piece by piece: a full disk is then an error, where a memory map would be a SIGBUS."""
-    file = _HashingFile(path)
-    try:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for chunk in chunks:
-            file.write(np.ascontiguousarray(chunk, dtype=dtype).tobytes())
-        return {path.name: file.finish()}
-    finally:
-        file.close()
-
-
 def _write(path: Path, write: Callable[[Path], object]) -> dict[str, tuple[int, str]]:
     write(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
     return {path.name: (path.stat().st_size, file_sha256(path))}

@@ -118,7 +118,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=PackedImages,
         kinds={"numpy", "opencv"},
-        reads=["model.input_size"],
+        reads=["model.input_size", "dataset.packed_uint8_bytes"],
         ins={"dataset": "dataset", "verdict": "validation_report"},
         checks=[complete],
     )
@@ -141,6 +141,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             quarantined=verdict.quarantined,
             home=run.settings.home,
             spare_bytes=run.settings.spare_disk_bytes,
+            uint8_budget_bytes=run.config.dataset.packed_uint8_bytes,
         )
         expected = _usable(dataset, verdict)
         return run.result(

@@ -39,12 +39,20 @@ FEWEST_FALSE_ALARM_IMAGES = 2 * _FEWEST_ROWS_PER_SIDE
 """Fewer reference images than this, and the false-alarm rate is not measured; the config's descriptions name it."""
 
 
+class ImageRows(Protocol):
+    """`(N, H, W, 3)` uint8 RGB, in memory or on the disk: a number, a slice or an array of rows reads them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]: ...
+
+
 class HeldOutImages(Protocol):
     """What is needed of the reference split: its images in a fixed order, with their targets."""
 
     @property
-    def images(self) -> NDArray[np.uint8]:
-        """`(N, H, W, 3)` uint8 RGB, possibly memory-mapped."""
+    def images(self) -> ImageRows:
+        """The pixels."""
         ...
 
     @property

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from cv_platform.config import ClassifierType, ExperimentConfig
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.packing import PackedSplit, open_split
+from cv_platform.datasets.shards.reading import Images
 from cv_platform.errors import InvalidDatasetError, TrainingError
 from cv_platform.evaluation.gate import Champion, judge_promotion
 from cv_platform.evaluation.heat_maps import grad_cam, overlay
@@ -166,7 +167,7 @@ def load_classifier(keras_path: Path, *, classes: int) -> Any:
     return model
 
 
-def predict(model: Any, images: np.ndarray, batch_size: int = BATCH_SIZE) -> np.ndarray:
+def predict(model: Any, images: Images, batch_size: int = BATCH_SIZE) -> np.ndarray:
     """Returns `(N, C)` float32 probabilities of `(N, H, W, 3)` uint8 images, in order."""
     # One compiled call per batch shape (there are at most two); `model.predict` would set up a data adapter as well.
     starts = range(0, len(images), batch_size)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from cv_platform.datasets.shards.reading import Images
 from cv_platform.evaluation.intervals import wilson
 from cv_platform.properties import PROPERTY_NAMES, batch_properties
 from cv_platform.records import Slice
@@ -24,7 +25,7 @@ _ALPHA = 0.05
 _NOT_SLICED = {"path", "sha256", "split", "labels", "is_readable", "problem"}
 
 
-def slice_columns(images: np.ndarray, manifest: pd.DataFrame) -> pd.DataFrame:
+def slice_columns(images: Images, manifest: pd.DataFrame) -> pd.DataFrame:
     """Returns what the test images are sliced by: their properties, and the manifest's columns but for its keys.
 
     Args:

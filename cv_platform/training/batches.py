@@ -1,7 +1,7 @@
 """Shuffled, augmented batches of packed images, and how they reach Keras.
 
 A batch is a pure function of (images, seed, epoch, batch index): shuffling permutes indices and never images, gathering
-reads the memory-mapped array, augmentation is seeded per batch. Hence a resumed training sees the batches that an
+reads the shards, augmentation is seeded per batch. Hence a resumed training sees the batches that an
 uninterrupted one would have seen. Ordered batches for evaluation and reference data come from `datasets.packing`.
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cv_platform.datasets.shards.reading import Images
 from cv_platform.training.augmentation import Augmenter
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class ShuffledBatches:
     changes, other images are left out each time. Fewer images than `batch_size` make one batch.
 
     Args:
-        images: `(N, H, W, 3)` uint8, RGB; may be memory-mapped.
+        images: `(N, H, W, 3)` uint8, RGB; of a pack or in memory.
         targets: `(N,)` integer class indices or `(N, C)` float 0/1.
         classes: number of classes C.
         batch_size: images in a batch.
@@ -38,7 +39,7 @@ class ShuffledBatches:
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: Images,
         targets: np.ndarray,
         *,
         classes: int,
@@ -118,7 +119,7 @@ class ShuffledBatches:
         return dataset.prefetch(PREFETCHED_BATCHES)
 
 
-def ordered_dataset(images: np.ndarray, targets: np.ndarray, *, classes: int, batch_size: int) -> tf.data.Dataset:
+def ordered_dataset(images: Images, targets: np.ndarray, *, classes: int, batch_size: int) -> tf.data.Dataset:
     """Returns all images once, in order and unchanged, as a `tf.data.Dataset` of `(images uint8, targets float32)`."""
     import tensorflow as tf
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType
+from cv_platform.datasets.shards.reading import Images
 from cv_platform.training.network import LOGITS_NAME
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 _BATCH_SIZE = 256
 
 
-def calibrate(network: keras.Model, images: np.ndarray, targets: np.ndarray, classifier_type: ClassifierType) -> float:
+def calibrate(network: keras.Model, images: Images, targets: np.ndarray, classifier_type: ClassifierType) -> float:
     """Divides the logits of `network` by the temperature that fits `images`, for good, and returns the temperature.
 
     Call it once for a network: a second call would find a temperature near 1.
@@ -87,7 +88,7 @@ def negative_log_likelihood(logits: NDArray[Any], targets: NDArray[Any], classif
     )
 
 
-def predict_logits(network: keras.Model, images: np.ndarray) -> NDArray[np.float64]:
+def predict_logits(network: keras.Model, images: Images) -> NDArray[np.float64]:
     """Returns the `(N, C)` logits of `images`, in their order."""
     import keras
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType, TransferConfig
 from cv_platform.datasets.packing import PackedSplit
+from cv_platform.datasets.shards.reading import Images
 from cv_platform.training.architectures import find_architecture
 from cv_platform.training.batches import as_probabilities
 from cv_platform.training.network import FEATURES_NAME, LOGITS_NAME
@@ -153,7 +154,7 @@ def layer_rates(network: keras.Model, architecture: str, transfer: TransferConfi
     return rates
 
 
-def _features(network: keras.Model, images: np.ndarray, chosen: NDArray[np.intp]) -> NDArray[np.float32]:
+def _features(network: keras.Model, images: Images, chosen: NDArray[np.intp]) -> NDArray[np.float32]:
     import keras
 
     reader = keras.Model(network.input, network.get_layer(FEATURES_NAME).output)

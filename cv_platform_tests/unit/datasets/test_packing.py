@@ -72,15 +72,19 @@ def test_record_says_what_the_pack_is(packed: PackedImages, module_home: Path) -
     assert packed.directory.parent == module_home / "packed"
     assert packed.directory.name.startswith("0" * 32 + "-")
     assert packed.task.preprocessing_hash == images.preprocessing_hash((12, 12))
-    assert packed.bytes == sum(p.stat().st_size for p in packed.directory.iterdir() if p.name != "packed.json")
+    notes = {"packed.json", "verified.json"}
+    assert packed.bytes == sum(p.stat().st_size for p in packed.directory.iterdir() if p.name not in notes)
     assert packed.images_per_second > 0
 
 
-def test_arrays_are_mapped_and_cannot_be_written(packed: PackedImages) -> None:
+def test_rows_in_order_are_views_that_cannot_be_written(packed: PackedImages) -> None:
     opened = open_split(packed, "train")
-    assert isinstance(opened.images, np.memmap)
+    rows = opened.images[2:5]
+    assert isinstance(rows, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
-        opened.images[0] = 0
+        rows[0] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        opened.targets[0] = 0
 
 
 def test_batches_walk_the_rows_in_order(packed: PackedImages) -> None:
@@ -89,7 +93,7 @@ def test_batches_walk_the_rows_in_order(packed: PackedImages) -> None:
     assert [len(targets) for _, targets in batches] == [4] * (packed.counts["train"] // 4) + (
         [packed.counts["train"] % 4] if packed.counts["train"] % 4 else []
     )
-    np.testing.assert_array_equal(np.concatenate([batch for batch, _ in batches]), opened.images)
+    np.testing.assert_array_equal(np.concatenate([batch for batch, _ in batches]), np.asarray(opened.images))
     np.testing.assert_array_equal(np.concatenate([targets for _, targets in batches]), opened.targets)
     with pytest.raises(ValueError, match="at least 1"):
         next(opened.batches(0))
@@ -146,7 +150,7 @@ def test_pack_is_used_again(version: DatasetVersion, packed: PackedImages) -> No
 def test_damaged_pack_is_made_again(tmp_path: Path, version: DatasetVersion, damage: str) -> None:
     packed = pack_images(version, model(), quarantined=(), home=tmp_path)
     expected = np.array(open_split(packed, "train").images)
-    array, marker = packed.directory / "train.images.npy", packed.directory / "packed.json"
+    array, marker = packed.directory / "train-00000.uint8", packed.directory / "packed.json"
     if damage == "changed byte":
         data = bytearray(array.read_bytes())
         data[-1] ^= 0xFF
@@ -165,7 +169,7 @@ def test_damaged_pack_is_made_again(tmp_path: Path, version: DatasetVersion, dam
 
 def test_opening_a_damaged_pack_says_what_to_do(tmp_path: Path, version: DatasetVersion) -> None:
     packed = pack_images(version, model(), quarantined=(), home=tmp_path)
-    array = packed.directory / "test.images.npy"
+    array = packed.directory / "test-00000.uint8"
     array.write_bytes(array.read_bytes()[:50])
     with pytest.raises(DatasetError, match="Materialise packed_images again"):
         open_split(packed, "test")
