@@ -6,24 +6,38 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cv_platform.config import load_experiment
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.files import write_file
 from cv_platform.settings import Settings
 
+if TYPE_CHECKING:
+    from cv_platform.datasets.repository import StoredVersion
+
 AddCommand = Callable[[str, object, str], argparse.ArgumentParser]
 
 
 def add_commands(command: AddCommand) -> None:
     """Adds the commands; `command` makes one of its name, function and description."""
-    dataset = command("dataset", _dataset, "list the versions of a dataset, or tell two apart")
-    dataset.add_argument("action", choices=["versions", "diff"])
-    dataset.add_argument("name", help="dataset.ds_name in the config")
+    dataset = command("dataset", _dataset, "list the versions of a dataset, tell two apart, or grow one by its labels")
+    dataset.add_argument("action", choices=["versions", "diff", "grow"])
+    dataset.add_argument("name", help="dataset.ds_name in the config; of grow: the config, such as configs/digits.yaml")
     dataset.add_argument("tags", nargs="*", help="of diff: the two versions")
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
     dataset.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of diff: write differences.csv and contact_sheet.png there"
+    )
+    dataset.add_argument(
+        "--tag", help="of grow: the new version's (default: the old one's, with a suffix that follows from it)"
+    )
+    dataset.add_argument("--dry-run", action="store_true", help="of grow: say what would be, and store nothing")
+    dataset.add_argument(
+        "--trust", action="append", default=[], metavar="SOURCE", help="of grow: take labels that contradict the images"
+    )
+    dataset.add_argument(
+        "--without", action="append", default=[], metavar="SOURCE", help="of grow: leave the labels of somebody out"
     )
     validate = command("validate", _validate, "judge an experiment's dataset without Dagster, and write the report")
     validate.add_argument("config", type=Path, help="a YAML file, such as configs/digits.yaml")
@@ -113,17 +127,50 @@ def _relabel(options: argparse.Namespace) -> int:
     if made.version == made.base:
         print(f"{dataset.ds_name} {dataset.dvc_tag} has these labels already: there is no new version.")
     else:
-        print(f"{dataset.ds_name} {made.version.tag}: DVC md5 {made.version.dvc_md5}, in {repository}")
-        print(f"In the config:\ndataset:\n  dvc_tag: {json.dumps(made.version.tag)}")
+        print_new_version(made.version, dataset.ds_name)
     return 0
 
 
 def _dataset(options: argparse.Namespace) -> int:
     from cv_platform.datasets.versions import repository_of
 
+    if options.action == "grow":
+        return _grow(options)
     home = Settings.from_environment().home
     repository = repository_of(options.name, root=options.root or home / "datasets")
     return _versions(repository) if options.action == "versions" else _diff(repository, options, home)
+
+
+def _grow(options: argparse.Namespace) -> int:
+    from cv_platform.database.connection import database_url, make_engine
+    from cv_platform.database.migrate import check_schema
+    from cv_platform.monitoring.growth import GrowthRules, grow_dataset
+
+    experiment, settings = load_experiment(Path(options.name)), Settings.from_environment()
+    dataset = experiment.dataset
+    rules = GrowthRules(options.tag, tuple(options.trust), tuple(options.without), options.dry_run)
+    with database_url(settings) as url:
+        check_schema(url)
+        engine = make_engine(url)
+        try:
+            made = grow_dataset(experiment, engine, rules, home=settings.home, spare_bytes=settings.spare_disk_bytes)
+        finally:
+            engine.dispose()
+    for line in made.summary:
+        print(line)
+    if made.version is None:
+        print("Nothing was stored.")
+    elif made.version == made.base:
+        print(f"{dataset.ds_name} {dataset.dvc_tag} has these labels already: there is no new version.")
+    else:
+        print_new_version(made.version, dataset.ds_name)
+    return 0
+
+
+def print_new_version(version: StoredVersion, ds_name: str) -> None:
+    """Prints what there is now, and what to write into the config."""
+    print(f"{ds_name} {version.tag}: DVC md5 {version.dvc_md5}")
+    print(f"In the config:\ndataset:\n  dvc_tag: {json.dumps(version.tag)}")
 
 
 def _versions(repository: Path) -> int:

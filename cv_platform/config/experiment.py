@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from cv_platform.config.fields import ExperimentName, Section
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
 from cv_platform.config.model import PRETRAINED_ARCHITECTURES, ModelConfig
-from cv_platform.config.production import AlertsConfig, DeployConfig, MonitorConfig
+from cv_platform.config.production import AlertsConfig, DeployConfig, LabelsConfig, MonitorConfig
 from cv_platform.config.recipe import EvaluateConfig, TrainConfig, TransferConfig
 
 
@@ -34,6 +34,7 @@ class ExperimentConfig(Section):
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="the gate")
     deploy: DeployConfig = Field(default=DeployConfig(), description="the service")
     monitor: MonitorConfig = Field(default=MonitorConfig(), description="the drift report")
+    labels: LabelsConfig = Field(default=LabelsConfig(), description="the next version of the dataset")
     alerts: AlertsConfig = Field(default=AlertsConfig(), description="what is worth a message")
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The sections `deploy`, `monitor` and `alerts`: where a model serves, and how it is watched."""
+"""The sections `deploy`, `monitor`, `labels` and `alerts`: where a model serves, how it is watched, what comes back."""
 
 from __future__ import annotations
 
@@ -92,6 +92,23 @@ class MonitorConfig(Section):
         if value is not None and datetime.fromisoformat(value).tzinfo is None:
             raise ValueError(f"Expected a time with its zone, such as 2026-01-31T06:00:00+00:00. Received: {value}")
         return value
+
+
+class LabelsConfig(Section):
+    """How what people say of the service's answers becomes a version of the dataset: `cv-platform dataset grow`."""
+
+    max_wrong_fraction: float = Field(
+        default=0.1,
+        ge=0.0,
+        lt=1.0,
+        description="labels of one source that may be wrong, as the other images see it; with significantly more, they "
+        "become no version unless somebody trusts that source",
+    )
+    keep_expired: bool = Field(
+        default=False,
+        description="images stay in later versions when the log gives up their upload by its age "
+        "(CV_IMAGE_RETENTION_DAYS); those of deleted predictions leave in any case",
+    )
 
 
 class AlertsConfig(Section):

@@ -9,23 +9,22 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from cv_platform.config import ClassifierType
-from cv_platform.datasets.importing import check_names, store_version
-from cv_platform.datasets.repository import DATA_FOLDER, StoredVersion
+from cv_platform.datasets.importing import check_names
+from cv_platform.datasets.repository import StoredVersion
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.label_files import LabelRules
-from cv_platform.datasets.sources.layouts import read_layout, write_annotations
+from cv_platform.datasets.sources.layouts import read_layout
 from cv_platform.datasets.sources.tree import walk
+from cv_platform.datasets.successors import SuccessorImage, store_successor
 from cv_platform.datasets.versions import check_out_images
 from cv_platform.errors import InvalidDatasetError
-from cv_platform.files import exclusive, file_sha256, scratch_directory
+from cv_platform.files import file_sha256
 from cv_platform.predictions import LABEL_SEPARATOR
 
 COLUMNS = ("path", "sha256", "given", "decision", "label")
@@ -129,12 +128,6 @@ def relabel(
     before = {entry.path: entry for entry in layout.entries}
     changes = _changes(decisions, before, directory, base)
     after = tuple(_relabelled(before, changes, by_folder=layout.labels_from == "folders"))
-    emptied = sorted({n for e in before.values() for n in e.labels} - {n for _, e in after for n in e.labels})
-    if emptied:
-        raise InvalidDatasetError(
-            f"Expected images of every class after the review. Received: none left of {', '.join(emptied)}. "
-            "Keep some, or import the dataset without that class."
-        )
     summary = _summary(changes, before, len(decisions))
     if not changes:
         return RelabelledVersion(base, base, summary)
@@ -149,17 +142,9 @@ def relabel(
             f"review: sha256 {hashlib.sha256(review).hexdigest()}",
         ]
     )
-    with (
-        exclusive(repository.parent / f".{repository.name}.lock"),
-        scratch_directory(repository.parent, repository.name) as scratch,
-    ):
-        for origin, entry in after:
-            _link(directory / base.data_path / origin, scratch / DATA_FOLDER / entry.path)
-        annotations = None
-        if layout.labels_from != "folders":
-            annotations = write_annotations(entry for _, entry in after)
-        reviews = {f"reviews/{new_tag.replace('/', '-')}.csv": review}
-        version = store_version(repository, new_tag, scratch, annotations, message, reviews)
+    images = (SuccessorImage(directory / base.data_path / origin, entry) for origin, entry in after)
+    reviews = {f"reviews/{new_tag.replace('/', '-')}.csv": review}
+    version = store_successor(repository, new_tag, images, message, before=layout, beside=reviews)
     return RelabelledVersion(base, version, summary)
 
 
@@ -256,12 +241,3 @@ def _summary(changes: Mapping[str, Decision], before: Mapping[str, ImageEntry], 
         f"{reviewed} reviewed: {len(changes) - left_out} relabelled, {left_out} left out, the others stay as they are."
     )
     return (first, *(f"{pair}: {count}" for pair, count in pairs.most_common()))
-
-
-def _link(origin: Path, target: Path) -> None:
-    """Gives a read-only file of a checkout another place; copied where the file system has no hard links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(origin, target)
-    except OSError:
-        shutil.copyfile(origin, target)

@@ -91,6 +91,13 @@ def read_version(directory: Path, tag: str) -> StoredVersion:
     return version
 
 
+def read_file(directory: Path, tag: str, path: str) -> bytes | None:
+    """Returns the content of another file of a tag's commit, such as a review; None where there is none."""
+    spec = f"refs/tags/{tag}:{path}"
+    found = _read_objects(directory, [spec])[spec]
+    return found[1] if found else None
+
+
 def list_versions(directory: Path) -> dict[str, StoredVersion]:
     """Reads all tags that carry a dataset, in git's version order."""
     return _read_tags(directory, list_tag_names(directory))

@@ -115,6 +115,46 @@ def split_identical_together(
     return [split_of[sha256] for sha256 in sha256s]
 
 
+def deal_additions(
+    sha256s: Sequence[str], labels: Sequence[Sequence[str]], before: Sequence[tuple[str, Sequence[str]]], *, seed: int
+) -> list[str]:
+    """Deals new images out to the splits of a dataset, whose own images stay where they are.
+
+    Each class comes as close as it can to the shares that the splits have in the whole dataset; train gets the rest.
+    The class that counts is the image's rarest one.
+
+    Args:
+        sha256s: of the new images; no two are copies of each other, or of an image that is there.
+        labels: the class names of each.
+        before: split and class names of the images that are there.
+        seed: which images go where.
+
+    Returns:
+        The split of each image, in order.
+    """
+    frequency = Counter(name for names in (*labels, *(names for _, names in before)) for name in names)
+
+    def stratum(names: Sequence[str]) -> str:
+        return min(names, key=lambda name: (frequency[name], name), default="")
+
+    shares = {split: count / len(before) for split, count in Counter(split for split, _ in before).items()}
+    there = Counter((stratum(names), split) for split, names in before)
+    members: dict[str, list[str]] = defaultdict(list)
+    for sha256, names in zip(sha256s, labels, strict=True):
+        members[stratum(names)].append(sha256)
+    split_of: dict[str, str] = {}
+    for name, new in members.items():
+        new.sort(key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).digest())
+        total = len(new) + sum(there[name, split] for split in SPLITS)
+        dealt = [
+            split
+            for split in ("test", "reference", "valid")
+            for _ in range(int(shares.get(split, 0.0) * total + 0.5) - there[name, split])
+        ]
+        split_of.update(zip(new, (dealt + ["train"] * len(new))[: len(new)], strict=True))
+    return [split_of[sha256] for sha256 in sha256s]
+
+
 def _counts(members: int, fractions: Mapping[str, float]) -> dict[str, int]:
     least = 1 if members > len(fractions) else 0
     counts = {split: max(least, int(share * members + 0.5)) for split, share in fractions.items()}

@@ -129,7 +129,8 @@ def probe_labels(sample: ImageSample, class_names: Sequence[str], classifier_typ
     judged: set[int] = set()
     wrong = np.zeros(RESAMPLES + 1)
     questions = 0
-    for positions, given, names in _questions(sample, class_names, classifier_type):
+    labelled: list[tuple[str, ...]] = [tuple(row) for row in sample.rows["labels"]]
+    for positions, given, names in label_questions(labelled, class_names, classifier_type):
         # Copies of one image with one label are one: they would outvote the others.
         _, first, copies = np.unique(
             np.stack([groups[positions], given]), axis=1, return_index=True, return_inverse=True
@@ -170,7 +171,7 @@ def probe_labels(sample: ImageSample, class_names: Sequence[str], classifier_typ
 def _corrected(
     labels: Sequence[str], names: Sequence[str], suggested: int, classifier_type: ClassifierType
 ) -> tuple[str, ...]:
-    """Returns an image's labels with the suggested answer; see `_questions` for `names` of multi-label data."""
+    """Returns an image's labels with the suggested answer; see `label_questions` for `names` of multi-label data."""
     if classifier_type == "multi-class":
         return (names[suggested],)
     return tuple(sorted({*labels} | {names[1]} if suggested else {*labels} - {names[1]}))
@@ -200,18 +201,17 @@ def _resampled(
     return shares
 
 
-def _questions(
-    sample: ImageSample, class_names: Sequence[str], classifier_type: ClassifierType
+def label_questions(
+    labels: Sequence[Sequence[str]], class_names: Sequence[str], classifier_type: ClassifierType
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Sequence[str]]]:
     """Yields what can be asked: positions of images, `(N,)` the labels they have, 0…C-1, and the labels' names."""
-    labels: list[tuple[str, ...]] = [tuple(row) for row in sample.rows["labels"]]
     if classifier_type == "multi-class":
-        counts = Counter(row[0] for row in labels if len(row) == 1)
+        counts: Counter[str] = Counter(row[0] for row in labels if len(row) == 1)
         names = [name for name in class_names if counts[name] >= MIN_PER_CLASS]
         index = {name: at for at, name in enumerate(names)}
         positions = np.array([at for at, row in enumerate(labels) if len(row) == 1 and row[0] in index], dtype=np.int64)
         if len(positions) > MIN_IMAGES and len(names) > 1:
-            yield positions, np.array([index[labels[at][0]] for at in positions]), names
+            yield positions, np.array([index[labels[int(at)][0]] for at in positions]), names
         return
     for name in class_names:
         given = np.array([int(name in row) for row in labels], dtype=np.int64)
@@ -236,7 +236,10 @@ def _vectors(sample: ImageSample) -> NDArray[np.float32]:
 
 
 def out_of_fold(
-    vectors: NDArray[np.float32], given: NDArray[np.int64], groups: NDArray[np.int64]
+    vectors: NDArray[np.float32],
+    given: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    calibrated_on: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float64]:
     """Returns the class probabilities of images that a discriminant was not fitted on, calibrated.
 
@@ -244,6 +247,7 @@ def out_of_fold(
         vectors: `(N, D)`.
         given: `(N,)` labels, 0…C-1, at least `MIN_PER_CLASS` of each.
         groups: `(N,)`; images of one group are fitted on together or not at all.
+        calibrated_on: `(N,)`, the images whose labels are not in question; None: all of them.
 
     Returns:
         `(N, C)` float64: one temperature makes them fit the labels best.
@@ -259,10 +263,11 @@ def out_of_fold(
             continue  # Copies of one image are most of the data.
         model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE).fit(vectors[fitted], given[fitted])
         logits[np.ix_(asked, known)] = np.maximum(model.predict_log_proba(vectors[asked]), -30.0)
-    own = (np.arange(len(given)), given)
+    rows = np.arange(len(given)) if calibrated_on is None or not calibrated_on.any() else np.flatnonzero(calibrated_on)
 
     def loss(log_temperature: float) -> float:
-        return -float(log_softmax(logits / np.exp(log_temperature), axis=1)[own].mean())
+        fitted = log_softmax(logits[rows] / np.exp(log_temperature), axis=1)
+        return -float(fitted[np.arange(len(rows)), given[rows]].mean())
 
     best: Any = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded")
     return np.exp(log_softmax(logits / np.exp(best.x), axis=1))
