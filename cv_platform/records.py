@@ -644,6 +644,46 @@ class StreamVerdict(Value):
     order_p_value: float
 
 
+class ClassMix(Value):
+    """A class's share of the images, 0–1.
+
+    Attributes:
+        reference_share: of the reference's images, by their labels.
+        share: of the current images, estimated as if each class looked as before; `low` and `high` its 95 % interval.
+    """
+
+    class_name: str
+    reference_share: float
+    share: float
+    low: float
+    high: float
+
+
+DriftCause = Literal["class mix", "images", "unknown images", "not told apart"]
+
+
+class DriftCauses(Value):
+    """What explains drift, see `drift.causes`.
+
+    Attributes:
+        cause: "class mix": the classes look as before, and some are more frequent; "images": the classes look
+            otherwise; "unknown images": images like none of the reference came among the others; "not told apart": the
+            reference has too few images of the classes that came.
+        class_mix: of every class; holds where the cause is the mix, or images that were left out of it.
+        unknown_share: share of the current images that are like none of the reference; of its own, 1 to 2 % are.
+    """
+
+    cause: DriftCause
+    class_mix: tuple[ClassMix, ...]
+    unknown_share: float
+
+    @property
+    def moved(self) -> tuple[ClassMix, ...]:
+        """The classes whose share has changed by more than the estimate's interval, the largest change first."""
+        changed = [one for one in self.class_mix if not one.low <= one.reference_share <= one.high]
+        return tuple(sorted(changed, key=lambda one: -abs(one.share - one.reference_share)))
+
+
 ReportVerdict = Literal["drift", "no drift", "insufficient data"]
 
 
@@ -667,6 +707,7 @@ class DriftReport(Record):
             `monitor.alpha`.
         p_values, adjusted_p_values, statistics: per detector, see `drift.verdict`; empty without a verdict.
         drifted_detectors: those that fired, clearest first.
+        causes: what explains drift; None without it, and for several labels an image.
         classes: every class, the most significant movement first.
         top_images: images that drive the difference, strongest first: prediction_id, created_on, predicted_class,
             score, image_sha256.
@@ -705,6 +746,7 @@ class DriftReport(Record):
     statistics: dict[str, float] = {}
     drifted_detectors: tuple[str, ...] = ()
     effects: EffectSizes | None = None
+    causes: DriftCauses | None = None
     classes: tuple[ClassMovement, ...] = ()
     top_images: list[dict[str, Any]] = []
     accuracy_estimate: AccuracyEstimate | None = None

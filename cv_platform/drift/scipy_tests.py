@@ -49,3 +49,10 @@ def binomial_quantile(probability: float, trials: int, rate: float) -> int:
     from scipy import stats
 
     return int(cast(Any, stats).binom.ppf(probability, trials, rate))
+
+
+def binomial_at_least(count: int, trials: int, rate: float) -> float:
+    """Returns P(Binomial(trials, rate) ≥ count), the one-sided p-value of so many."""
+    from scipy import stats
+
+    return float(cast(Any, stats).binom.sf(count - 1, trials, rate))

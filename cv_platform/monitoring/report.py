@@ -19,6 +19,7 @@ from sqlalchemy.dialects.postgresql import insert
 from cv_platform.config import ClassifierType, ExperimentConfig, MonitorConfig
 from cv_platform.database.schema import drift_reports
 from cv_platform.drift.accuracy import estimate_accuracy
+from cv_platform.drift.causes import Labelled, find_causes
 from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
 from cv_platform.drift.reference import label_targets, read_identity, read_reference, read_reference_labels
 from cv_platform.drift.sample import DriftSample, require_comparable
@@ -165,10 +166,20 @@ def _with_verdict(
         alpha=report.alpha,
     )
     scores = image_scores(reference, current, max_reference_rows=monitor.max_reference_rows, seed=monitor.seed)
-    labels = read_reference_labels(reference_path)[LABEL]
+    targets = label_targets(read_reference_labels(reference_path)[LABEL].tolist(), class_names)
+    causes = None
+    if verdict.drifted and facts.classifier_type == "multi-class":
+        causes = find_causes(
+            Labelled(reference, targets),
+            current,
+            class_names=class_names,
+            permutations=monitor.permutations,
+            max_reference_rows=monitor.max_reference_rows,
+            seed=monitor.seed,
+        )
     estimate = estimate_accuracy(
         reference.bbsd,
-        label_targets(labels.tolist(), class_names),
+        targets,
         current.bbsd,
         classifier_type=facts.classifier_type,
         threshold=facts.threshold,
@@ -182,6 +193,7 @@ def _with_verdict(
             "statistics": verdict.statistics,
             "drifted_detectors": verdict.drifted_detectors,
             "effects": effect_sizes(reference, current, verdict, class_names=class_names),
+            "causes": causes,
             "classes": classes,
             "top_images": _top_images(window, scores),
             "accuracy_estimate": estimate,

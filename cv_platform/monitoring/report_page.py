@@ -11,7 +11,7 @@ import numpy as np
 from cv_platform.drift.family import DETECTORS
 from cv_platform.errors import ImageError
 from cv_platform.images import decode
-from cv_platform.monitoring.sentences import stream_note
+from cv_platform.monitoring.sentences import cause_note, stream_note
 from cv_platform.pages import render
 from cv_platform.records import DriftReport
 
@@ -54,6 +54,7 @@ def render_page(report: DriftReport, pictures: Mapping[str, str]) -> str:
         title=f"{report.experiment}: drift report",
         report=report,
         stream_note=stream_note(report) if report.stream is not None else None,
+        cause_note=cause_note(report.causes) if report.causes is not None else None,
         detectors=_detectors(report),
         pictures=pictures,
     )

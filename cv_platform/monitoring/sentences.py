@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cv_platform.records import DriftReport, EffectSizes, ProductionMetrics, VersionMetrics
+from cv_platform.records import DriftCauses, DriftReport, EffectSizes, ProductionMetrics, VersionMetrics
 
 
 def drift_summary(report: DriftReport) -> str:
@@ -18,6 +18,8 @@ def drift_summary(report: DriftReport) -> str:
         fired = ", ".join(f"{name} (p {report.adjusted_p_values[name]:.2g})" for name in report.drifted_detectors)
         parts.append(f"Fired: {fired}.")
     if report.verdict == "drift" and report.effects is not None:
+        if report.causes is not None:
+            parts.append(cause_note(report.causes))
         parts.extend(_effects(report.effects))
         if report.moved_classes:
             moved = ", ".join(movement.class_name for movement in report.moved_classes[:5])
@@ -29,6 +31,36 @@ def drift_summary(report: DriftReport) -> str:
     if report.report_url:
         parts.append(f"Report: {report.report_url}")
     return " ".join(parts)
+
+
+def cause_note(causes: DriftCauses) -> str:
+    """Returns what explains the drift, and what to do about it."""
+    if causes.cause == "class mix":
+        moved = "; ".join(
+            f"{one.class_name} {one.reference_share:.0%} to {one.share:.0%} ({one.low:.0%} to {one.high:.0%})"
+            for one in causes.moved[:5]
+        )
+        return (
+            f"The classes look as before, their mix has changed{f': {moved}' if moved else ''}. Each class is "
+            "recognised as well as before; over all images the accuracy changes with the mix. Train again if the mix "
+            "stays and classes with few images have become frequent."
+        )
+    if causes.cause == "unknown images":
+        return (
+            f"Images like none of the reference came among the others, {causes.unknown_share:.0%} of them; without "
+            "these nothing has drifted. Look at the images: add a new class as one, and keep what is no business of "
+            "the model away from it."
+        )
+    if causes.cause == "images":
+        return (
+            "The images of the classes look otherwise than before. Find out whether a camera, the light or a client's "
+            "processing has changed. If it stays so, label some of these images, add them to the dataset and train "
+            "again."
+        )
+    return (
+        "Another mix of classes is not told from other images: the reference has too few images of the classes that "
+        "came."
+    )
 
 
 def is_agreed(report: DriftReport) -> bool:

@@ -7,7 +7,9 @@ from datetime import UTC, datetime
 from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.records import (
     AccuracyEstimate,
+    ClassMix,
     ClassMovement,
+    DriftCauses,
     DriftReport,
     EffectSizes,
     LargestDistance,
@@ -60,6 +62,14 @@ def drift_report(**changes: object) -> DriftReport:
             mmd={"uae_mmd": 0.1},
             mmd_standardised={"uae_mmd": 0.2},
             property_shifts=shifts,
+        ),
+        "causes": DriftCauses(
+            cause="class mix",
+            class_mix=(
+                ClassMix(class_name="<script>", reference_share=0.25, share=0.5, low=0.4, high=0.6),
+                ClassMix(class_name="7", reference_share=0.75, share=0.5, low=0.4, high=0.6),
+            ),
+            unknown_share=0.01,
         ),
         "classes": (
             ClassMovement(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cv_platform.drift.sample import DriftSample
 
@@ -18,7 +19,7 @@ def draw_sample(
     scale: float = 1.0,
     without_class: int | None = None,
 ) -> DriftSample:
-    """Draws `rows` images of five classes.
+    """Draws `rows` images of five classes, all equally frequent.
 
     Args:
         rng: source of the images; the fixed maps from image to representations do not depend on it.
@@ -27,11 +28,19 @@ def draw_sample(
         scale: factor on every latent variable.
         without_class: a class that never occurs.
     """
+    allowed = [c for c in range(len(CLASSES)) if c != without_class]
+    return draw_classes(rng, rng.choice(allowed, size=rows), shift=shift, scale=scale)
+
+
+def draw_classes(
+    rng: np.random.Generator, labels: NDArray[np.intp], *, shift: float = 0.0, scale: float = 1.0
+) -> DriftSample:
+    """Draws an image of each of the `(N,)` classes; the other arguments as for `draw_sample`."""
+    rows = len(labels)
     fixed = np.random.default_rng(2024)
     centres = fixed.normal(size=(len(CLASSES), _LATENT)) * 1.5
     to_features, to_uae = fixed.normal(size=(_LATENT, 12)), fixed.normal(size=(_LATENT, 6))
-    allowed = [c for c in range(len(CLASSES)) if c != without_class]
-    latent = (centres[rng.choice(allowed, size=rows)] + rng.normal(size=(rows, _LATENT))) * scale + shift
+    latent = (centres[labels] + rng.normal(size=(rows, _LATENT))) * scale + shift
     logits = latent @ centres.T / 2
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)

@@ -127,3 +127,11 @@ def test_thumbnails_are_small_and_broken_uploads_are_named() -> None:
     assert shape(pictures["c" * 64]) == (8, 8, 3)
     assert len(problems) == 1
     assert "bbbbbbbbbbbb" in problems[0]
+
+
+def test_what_has_changed_is_said_with_the_shares_of_the_classes() -> None:
+    page = render_page(drift_report(), {})
+    assert "The classes look as before, their mix has changed: &lt;script&gt; 25% to 50% (40% to 60%)" in page
+    assert "40.0 to 60.0%" in page
+    assert "their mix has changed" in drift_summary(drift_report())
+    assert "What has changed" not in render_page(make_report(), {})
