@@ -22,6 +22,7 @@ BENCHMARKS = {
     "startup": "benchmarks.bench_startup",
     "gate": "benchmarks.bench_gate",
     "false-alarms": "benchmarks.bench_false_alarms",
+    "exports": "benchmarks.bench_exports",
 }
 DEFAULT = ("predict", "training-input")
 """What runs when nothing is named: the others have make targets of their own."""

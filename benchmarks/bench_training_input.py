@@ -47,7 +47,7 @@ def _run(options: Options, home: Path) -> Report:
     from cv_platform.training.batches import ShuffledBatches
 
     clock = Stopwatch()
-    experiment = _experiment(options.archive, home)
+    experiment = archive_experiment(options.archive, home)
     # The original's image size and augmentation, whatever the images are.
     animals = load_experiment(REPOSITORY / "configs" / "examples" / "animals10.yaml")
     augment = animals.train.augment
@@ -143,7 +143,7 @@ def _walk(epoch: Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]]) -> in
     return images
 
 
-def _experiment(archive: Path | None, home: Path) -> ExperimentConfig:
+def archive_experiment(archive: Path | None, home: Path) -> ExperimentConfig:
     """Returns the digits experiment, or one over the classes and images of `archive`, imported into `home`."""
     digits = load_experiment(REPOSITORY / "configs" / "digits.yaml")
     if archive is None:

@@ -330,6 +330,16 @@ class TrainedModel(Record):
         return self.directory / f"{self.model.model_name}.keras"
 
     @property
+    def exports_directory(self) -> Path:
+        """Where files for other devices are, see `Export`."""
+        return self.directory / "exports"
+
+    @property
+    def int8_path(self) -> Path:
+        """The combined graph in 8 bits, where one is served."""
+        return self.directory / f"{self.model.model_name}_int8.onnx"
+
+    @property
     def epochs_run(self) -> int:
         """How many epochs there were."""
         return len(self.history["loss"])
@@ -478,6 +488,7 @@ class ReferenceData(Record):
     directory: HomePath
     url: HomeUrl
     rows: int
+    int8_sha256: str = Field(default="", description="of the graph in 8 bits that answered; empty: Keras did")
 
     @override
     def content_version(self) -> str:
@@ -493,6 +504,36 @@ class ReferenceData(Record):
 # bento
 
 
+class Export(Value):
+    """A file of a model for other devices, beside the model itself; numbers are absent where it could not be made."""
+
+    format: str = Field(description="of config.ExportFormat")
+    file: str = Field(default="", description="in TrainedModel.exports_directory; empty where it was refused")
+    images: int = Field(default=0, description="of the test split, that it was measured on")
+    accuracy: float | None = Field(default=None, description="share of right images, with labels as sets")
+    model_accuracy: float | None = None
+    largest_difference: float | None = Field(default=None, description="of any probability")
+    agreement: float | None = Field(default=None, description="share of images with the same decision")
+    cpu_ms: float | None = Field(default=None, description="CPU time of one image, one thread")
+    model_cpu_ms: float | None = Field(default=None, description="of the Keras model")
+    megabytes: float | None = None
+    refused: str = Field(default="", description="why it is not kept")
+
+
+UnknownKind = Literal["known", "corrupted", "far"]
+
+
+class UnknownRate(Value):
+    """The share of images of one kind that the served model calls unknown, with Wilson's interval (95 %)."""
+
+    kind: UnknownKind
+    what: str
+    images: int
+    rate: float
+    low: float
+    high: float
+
+
 class ModelBundle(Record):
     """A published bundle and the Bento built around it.
 
@@ -500,9 +541,10 @@ class ModelBundle(Record):
         bento_tag: serve it with `bentoml serve`.
         url: the bundle's folder in central storage.
         parity: see `export.ExportedModel`.
+        exports: in the order of the config; its times differ from run to run.
     """
 
-    CIRCUMSTANCES = frozenset({"url"})
+    CIRCUMSTANCES = frozenset({"url", "exports"})
 
     model: ModelIdentity
     bento_tag: str
@@ -511,6 +553,8 @@ class ModelBundle(Record):
     runtime: Literal["tensorflow", "onnx"] = "tensorflow"
     runtime_reason: str = ""
     parity: dict[str, float] = {}
+    exports: tuple[Export, ...] = ()
+    unknown: tuple[UnknownRate, ...] = Field(default=(), description="empty where there is no rule, or no test split")
 
 
 # deployment

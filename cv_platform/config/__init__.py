@@ -18,7 +18,7 @@ from cv_platform.config.files import (
 )
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
 from cv_platform.config.model import DriftDetectionConfig, InputSize, ModelConfig
-from cv_platform.config.production import AlertsConfig, DeployConfig, LabelsConfig, MonitorConfig
+from cv_platform.config.production import AlertsConfig, DeployConfig, ExportFormat, LabelsConfig, MonitorConfig
 from cv_platform.config.recipe import AugmentConfig, EvaluateConfig, MlflowConfig, TrainConfig, TransferConfig
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "EncoderConfig",
     "EvaluateConfig",
     "ExperimentConfig",
+    "ExportFormat",
     "InputSize",
     "LabelsConfig",
     "MlflowConfig",

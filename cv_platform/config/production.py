@@ -7,7 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from cv_platform.config.fields import ExperimentName, Section
+from cv_platform.config.fields import ExperimentName, Fraction, Section
+
+ExportFormat = Literal["onnx", "onnx_int8", "litert", "litert_int8"]
+"""A file that answers probabilities elsewhere; int8: weights and activations of its convolutions in 8 bits."""
 
 
 class DeployConfig(Section):
@@ -19,9 +22,16 @@ class DeployConfig(Section):
     takes_over: ExperimentName | None = Field(
         default=None, description="experiment whose place on the service this one may take"
     )
-    runtime: Literal["auto", "onnx", "tensorflow"] = Field(
+    runtime: Literal["auto", "onnx", "onnx_int8", "tensorflow"] = Field(
         default="auto",
-        description="what runs the exported model; auto: ONNX Runtime where the model converts and answers alike",
+        description="what runs the exported model; auto: ONNX Runtime where the model converts and answers alike; "
+        "onnx_int8: with convolutions in 8 bits, refused where it loses more than max_export_loss",
+    )
+    exports: tuple[ExportFormat, ...] = Field(
+        default=(), description="files for other devices, measured beside the model on the test split"
+    )
+    max_export_loss: Fraction = Field(
+        default=0.01, description="share of right test images that an export, or onnx_int8, may lose; more is refused"
     )
     data_licence: str = Field(default="", description="licence of the images, for the model card in the bundle")
     golden_images: int = Field(

@@ -5,7 +5,7 @@ import dagster as dg
 from cv_platform.audit import Note
 from cv_platform.defs.automation import RUN
 from cv_platform.defs.branch import Branch
-from cv_platform.defs.metadata import table
+from cv_platform.defs.metadata import file_link, table
 from cv_platform.errors import VerdictError
 from cv_platform.records import (
     Deployment,
@@ -27,7 +27,13 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         value=ModelBundle,
         is_retried=True,
         kinds={"bentoml"},
-        reads=["deploy.runtime", "deploy.golden_images", "deploy.data_licence"],
+        reads=[
+            "deploy.runtime",
+            "deploy.exports",
+            "deploy.max_export_loss",
+            "deploy.golden_images",
+            "deploy.data_licence",
+        ],
         code=["cv_platform.serving", "bentos"],
         ins={
             "trained": "model",
@@ -48,11 +54,13 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         """An immutable bundle in central storage and a Bento built from it.
 
         The bundle answers probabilities, drift features and the Grad-CAM map in a single call, and carries golden
-        images with their outputs for its self-test.
+        images with their outputs for its self-test. Files for other devices (`deploy.exports`) lie beside the model.
         """
         from cv_platform.datasets.packing import open_split
-        from cv_platform.deployment.bundle import Place, publish_model
+        from cv_platform.deployment.bundle import Place, Splits, publish_model
+        from cv_platform.deployment.exports import write_exports
         from cv_platform.deployment.golden import golden_rows
+        from cv_platform.deployment.int8 import INT8, measure_int8
         from cv_platform.evaluation.report import require_promotion
 
         run = branch.run(context)
@@ -66,8 +74,13 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         place = Place(
             run.installation.storage(), home / "bentoml", home / "cache", spare_bytes=run.settings.spare_disk_bytes
         )
-        learned = open_split(packed, "train"), open_split(packed, "valid")
-        bundle = publish_model(trained, detectors, evaluation, golden, deploy=deploy, place=place, learned=learned)
+        splits = Splits(open_split(packed, "train"), open_split(packed, "valid"), test)
+        exports = write_exports(trained, deploy, test=test, train=splits.train, threshold=evaluation.threshold)
+        if deploy.runtime == INT8:
+            exports += (measure_int8(trained, reference, deploy, test=test, threshold=evaluation.threshold),)
+        bundle = publish_model(
+            trained, detectors, evaluation, golden, deploy=deploy, place=place, splits=splits, exports=exports
+        )
         return run.result(
             bundle,
             metadata={
@@ -75,6 +88,13 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
                 "published": bundle.url,
                 **bundle.model_dump(include={"bento_tag", "bytes", "runtime", "runtime_reason"}),
                 **{f"parity_{name}": value for name, value in bundle.parity.items()},
+                "unknown": table([rate.model_dump() for rate in bundle.unknown]),
+                "exports": table([export.model_dump() for export in bundle.exports]),
+                **{
+                    f"export_{export.format}": file_link(trained.exports_directory / export.file)
+                    for export in bundle.exports
+                    if export.file and export.format in deploy.exports
+                },
             },
         )
 

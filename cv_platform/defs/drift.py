@@ -75,7 +75,12 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
         value=ReferenceData,
         pool=GPU,
         kinds={"parquet"},
-        reads=["model.threshold", "model.drift_detection.uae_seed", "model.drift_detection.reference_data_n_sample"],
+        reads=[
+            "model.threshold",
+            "model.drift_detection.uae_seed",
+            "model.drift_detection.reference_data_n_sample",
+            "deploy.runtime",
+        ],
         ins={"trained": "model", "detectors": "drift_detectors", "packed": "packed_images"},
     )
     def reference_data(
@@ -84,15 +89,21 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
         """`<model_name>_ref_data.parquet`: a row per image of the reference split, from one ordered pass.
 
         Neither training, model selection nor calibration has seen these images. Columns: path, sha256, label, model
-        and version, predicted class, UAE embedding, probabilities, penultimate features, pixel statistics.
+        and version, predicted class, UAE embedding, probabilities, penultimate features, pixel statistics. Where a
+        graph in 8 bits is served, it answers here too.
         """
         from cv_platform.datasets.packing import open_split
+        from cv_platform.deployment.int8 import INT8, open_int8, write_int8
         from cv_platform.drift.reference import build_reference_data
 
         run = branch.run(context)
         held_out = open_split(packed, "reference", beside=trained)
         storage = run.installation.storage()
-        reference = build_reference_data(trained, detectors, held_out, run.config.model, storage=storage)
+        answer = None
+        if run.config.deploy.runtime == INT8:
+            write_int8(trained, detectors, open_split(packed, "train", beside=trained))
+            answer = open_int8(trained.int8_path)
+        reference = build_reference_data(trained, detectors, held_out, run.config.model, storage=storage, answer=answer)
         return run.result(
             reference,
             metadata={

@@ -18,12 +18,13 @@ from cv_platform.config import DeployConfig
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment.bento import build_bento
 from cv_platform.deployment.export import ExportedModel, export_bundle
-from cv_platform.deployment.unknown import unknown_rule
+from cv_platform.deployment.int8 import INT8
+from cv_platform.deployment.unknown import unknown_rates, unknown_rule
 from cv_platform.errors import BundleExistsError, ExportError
 from cv_platform.evaluation.model_card import write_model_card
 from cv_platform.files import file_sha256, require_free_space
-from cv_platform.records import DriftDetectors, Evaluation, ModelBundle, TrainedModel
-from cv_platform.serving.model.runtime import load_folder
+from cv_platform.records import DriftDetectors, Evaluation, Export, ModelBundle, TrainedModel, UnknownRate
+from cv_platform.serving.model.runtime import LoadedModel, load_folder
 from cv_platform.serving.model.unknown import UNKNOWN
 from cv_platform.storage import BundleMetadata, CentralStorage
 
@@ -53,6 +54,15 @@ class Place:
     spare_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class Splits:
+    """The packed splits that a model was trained on, was chosen by, and has never seen."""
+
+    train: PackedSplit
+    valid: PackedSplit
+    test: PackedSplit
+
+
 def publish_model(
     trained: TrainedModel,
     detectors: DriftDetectors,
@@ -61,7 +71,8 @@ def publish_model(
     *,
     deploy: DeployConfig,
     place: Place,
-    learned: tuple[PackedSplit, PackedSplit] | None = None,
+    splits: Splits | None = None,
+    exports: tuple[Export, ...] = (),
 ) -> ModelBundle:
     """Exports, load-tests and publishes a model, then builds its Bento.
 
@@ -75,8 +86,10 @@ def publish_model(
         golden_images: `(G, H, W, 3)` uint8 RGB, preprocessed; G ≥ 1.
         deploy: `runtime`, see `export.export_bundle`; and the licence that the model card names.
         place: where it goes.
-        learned: the splits `train` and `valid`. The bundle lists their sha256, for a later gate, and carries the rule
-            for unknown images that is fitted on them. None: not known.
+        splits: what the model has learned from, and what not. The bundle lists the sha256 of the former, for a later
+            gate, and carries the rule for unknown images that is fitted on them. None: not known.
+        exports: what was measured of its files for other devices. With `deploy.runtime` onnx_int8 the last one is of
+            the graph in 8 bits, `trained.int8_path`, which the bundle carries.
 
     Raises:
         ExportError: the models do not fit each other or the metadata, or the Bento cannot be built.
@@ -95,16 +108,18 @@ def publish_model(
         keras_path, uae_path = folder / trained.keras_path.name, folder / detectors.uae_path.name
         shutil.copyfile(trained.keras_path, keras_path)
         shutil.copyfile(detectors.uae_path, uae_path)
-        exported = export_bundle(keras_path, uae_path, folder, golden_images=golden_images, runtime=deploy.runtime)
-        if learned is not None:
-            seen = {sha256 for split in learned for sha256 in split.sha256}
-            digests = b"".join(bytes.fromhex(digest) for digest in sorted(seen))
-            np.save(folder / TRAINED_ON, np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32))
-        write_model_card(folder, trained, evaluation, licence=deploy.data_licence)
+        exported = export_bundle(
+            keras_path,
+            uae_path,
+            folder,
+            golden_images=golden_images,
+            runtime="onnx" if deploy.runtime == INT8 else deploy.runtime,
+            int8=(trained.int8_path, _in_8_bits(exports[-1])) if deploy.runtime == INT8 else None,
+        )
         metadata = _metadata(trained, detectors, evaluation, exported)
         model = load_folder(folder, metadata)
-        if learned is not None and (rule := unknown_rule(model, keras_path, *learned)) is not None:
-            rule.save(folder / UNKNOWN)
+        unknown = () if splits is None else _tell_unknown(model, keras_path, splits, folder)
+        write_model_card(folder, trained, evaluation, licence=deploy.data_licence, unknown=unknown)
         _publish(place.storage, folder, metadata, trained)
     files, metadata = place.storage.fetch_bundle(name, version, place.cache)
     tag = build_bento(files, metadata, bentoml_home=place.bentoml_home, source=place.source)
@@ -116,6 +131,26 @@ def publish_model(
         runtime=metadata.runtime,
         runtime_reason=metadata.runtime_reason,
         parity=metadata.parity,
+        exports=exports,
+        unknown=unknown,
+    )
+
+
+def _tell_unknown(model: LoadedModel, keras_path: Path, splits: Splits, folder: Path) -> tuple[UnknownRate, ...]:
+    """Writes what the model has learned from and its rule for unknown images; returns what the rule finds."""
+    seen = {*splits.train.sha256, *splits.valid.sha256}
+    digests = b"".join(bytes.fromhex(digest) for digest in sorted(seen))
+    np.save(folder / TRAINED_ON, np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32))
+    model.unknown = unknown_rule(model, keras_path, splits.train, splits.valid)
+    if model.unknown is not None:
+        model.unknown.save(folder / UNKNOWN)
+    return unknown_rates(model, splits.test)
+
+
+def _in_8_bits(served: Export) -> str:
+    return (
+        f"deploy.runtime asks for convolutions in 8 bits: {served.accuracy:.4f} of {served.images} test images are "
+        f"right, {served.model_accuracy:.4f} by the model itself; {served.agreement:.4f} are decided alike."
     )
 
 

@@ -1,4 +1,4 @@
-"""From the plain signature to `model.onnx`, by tf2onnx; what does not convert is refused with its reason.
+"""From Keras to ONNX by tf2onnx: the combined signature, or the classifier alone; what does not convert is refused.
 
 https://github.com/onnx/tensorflow-onnx
 """
@@ -6,6 +6,7 @@ https://github.com/onnx/tensorflow-onnx
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,33 @@ def write_onnx(model: Any, uae: Any, path: Path) -> None:
     """
     import tensorflow as tf
 
-    serve = plain_signature(model, uae)
-    height, width, channels = (int(side) for side in model.input_shape[1:])
-    signature = [
-        tf.TensorSpec((None, height, width, channels), tf.uint8, name="images"),
-        tf.TensorSpec((None,), tf.int32, name="class_index"),
-    ]
+    asked = tf.TensorSpec((None,), tf.int32, name="class_index")
+    _convert(plain_signature(model, uae), [_images(model), asked], path)
+
+
+def write_classifier(model: Any, path: Path) -> None:
+    """Writes the classifier alone: `images` uint8 `(N, H, W, 3)` to `probabilities` float32 `(N, C)`.
+
+    Raises:
+        ExportError: a layer does not convert.
+    """
+    _convert(lambda images: {"probabilities": model(images, training=False)}, [_images(model)], path)
+
+
+def _images(model: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.TensorSpec((None, *(int(side) for side in model.input_shape[1:])), tf.uint8, name="images")
+
+
+def _convert(function: Callable[..., dict[str, Any]], signature: list[Any], path: Path) -> None:
+    import tensorflow as tf
+
     try:
         import onnx
         import tf2onnx
 
-        graph, _ = tf2onnx.convert.from_function(tf.function(serve), signature, opset=OPSET)
+        graph, _ = tf2onnx.convert.from_function(tf.function(function), signature, opset=OPSET)
         onnx.checker.check_model(graph, full_check=True)
     # tf2onnx meets foreign layers with errors of many unrelated classes.
     except Exception as err:

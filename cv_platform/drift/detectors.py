@@ -10,7 +10,7 @@ assumptions, and the numbers of `two_sample.py` deserve a check where they are u
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cv_platform.config import ExperimentConfig
 from cv_platform.drift.encoders import build_uae, encoder_hash
 from cv_platform.drift.extraction import extract
-from cv_platform.drift.sample import DriftSample
+from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.drift.scipy_tests import binomial_quantile
 from cv_platform.drift.verdict import DriftVerdict, judge
 from cv_platform.errors import InvalidSampleError
@@ -30,6 +30,8 @@ from cv_platform.records import DriftDetectors, FalseAlarms, TrainedModel
 
 logger = logging.getLogger(__name__)
 
+Answer = Callable[[NDArray[np.uint8]], tuple[Float32Matrix, Float32Matrix, Float32Matrix]]
+"""From images `(n, H, W, 3)` to probabilities `(n, C)`, features `(n, F)` and UAE embedding `(n, D)`."""
 BATCH_ROWS = 256
 _FALSE_ALARM_TRIALS = 60
 _FALSE_ALARM_PERMUTATIONS = 99
@@ -164,8 +166,16 @@ def false_alarm_bound(alpha: float, trials: int) -> float:
     return binomial_quantile(0.999, trials, alpha) / trials if trials else 1.0
 
 
-def extract_sample(keras_path: Path, uae_path: Path, held_out: HeldOutImages, rows: NDArray[np.intp]) -> DriftSample:
+def extract_sample(
+    keras_path: Path,
+    uae_path: Path,
+    held_out: HeldOutImages,
+    rows: NDArray[np.intp],
+    answer: Answer | None = None,
+) -> DriftSample:
     """Returns the sample of these images, row i of it for image `rows[i]`; one ordered pass over the pixels.
+
+    Where `answer` is given, it answers for the Keras files; there is at least one row then.
 
     Raises:
         InvalidModelError: see `extract`.
@@ -184,7 +194,11 @@ def extract_sample(keras_path: Path, uae_path: Path, held_out: HeldOutImages, ro
             properties.append(batch_properties(images))
             yield images
 
-    probabilities, features, uae = extract(keras_path, uae_path, batches())
+    if answer is None:
+        probabilities, features, uae = extract(keras_path, uae_path, batches())
+    else:
+        answers = [answer(images) for images in batches()]
+        probabilities, features, uae = (np.concatenate(part) for part in zip(*answers, strict=True))
     return DriftSample(probabilities, features, uae, np.concatenate([batch_properties([]), *properties]))
 
 

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from cv_platform.config import ModelConfig
-from cv_platform.drift.detectors import HeldOutImages, extract_sample, seeded_rows
+from cv_platform.drift.detectors import Answer, HeldOutImages, extract_sample, seeded_rows
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
-from cv_platform.files import whole_file
+from cv_platform.files import file_sha256, whole_file
 from cv_platform.predictions import (
     BBSD_FEATS,
     FEATURES,
@@ -68,6 +68,7 @@ def build_reference_data(
     model: ModelConfig,
     *,
     storage: CentralStorage,
+    answer: Answer | None = None,
 ) -> ReferenceData:
     """Writes and publishes the reference data: one ordered pass, features and label of a row from one image.
 
@@ -77,6 +78,7 @@ def build_reference_data(
         held_out: the reference split.
         model: its configuration; `reference_data_n_sample` limits the rows (seeded), none takes all.
         storage: where it is published.
+        answer: what is served, where it is the graph in 8 bits (`trained.int8_path`); None: Keras answers.
 
     Raises:
         InvalidSampleError: the split has fewer than two images.
@@ -89,7 +91,7 @@ def build_reference_data(
             f"Expected at least 2 readable images in the reference split. Received: {len(rows)}. "
             "Raise dataset.reference_fraction, or give the dataset a larger reference split."
         )
-    sample = extract_sample(trained.keras_path, detectors.uae_path, held_out, rows)
+    sample = extract_sample(trained.keras_path, detectors.uae_path, held_out, rows, answer)
     targets = np.asarray(held_out.targets)[rows]
     chosen: list[int] = rows.tolist()
     predicted = predicted_flags(sample.bbsd, trained.task.classifier_type, model.threshold)
@@ -110,7 +112,10 @@ def build_reference_data(
         predicted=label_texts(predicted, class_names),
     )
     url = storage.publish_reference_data(path, trained.model.model_name, trained.model.version)
-    return ReferenceData(model=trained.model, directory=trained.directory, url=url, rows=len(rows))
+    int8_sha256 = "" if answer is None else file_sha256(trained.int8_path)
+    return ReferenceData(
+        model=trained.model, directory=trained.directory, url=url, rows=len(rows), int8_sha256=int8_sha256
+    )
 
 
 def write_reference(

@@ -6,11 +6,12 @@ the bundle, so that they go where the model goes. What nobody has written down i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cv_platform.files import write_file
 from cv_platform.pages import render
-from cv_platform.records import Evaluation, TrainedModel
+from cv_platform.records import Evaluation, TrainedModel, UnknownRate
 
 MARKDOWN, HTML = "model_card.md", "model_card.html"
 _SHOWN = ("accuracy", "exact_match", "top3_accuracy", "balanced_accuracy", "mean_average_precision", "macro_precision")
@@ -18,8 +19,23 @@ _SHOWN += ("macro_recall", "macro_f1", "auc_macro", "log_loss", "ece", "ece_unca
 _WEAKEST = 5
 
 
-def write_model_card(folder: Path, trained: TrainedModel, evaluation: Evaluation, *, licence: str) -> None:
-    """Writes `model_card.md` and `model_card.html` into `folder`; `licence` is of the images, empty where unknown."""
+def write_model_card(
+    folder: Path,
+    trained: TrainedModel,
+    evaluation: Evaluation,
+    *,
+    licence: str,
+    unknown: Sequence[UnknownRate] = (),
+) -> None:
+    """Writes `model_card.md` and `model_card.html` into `folder`.
+
+    Args:
+        folder: receives them.
+        trained: the model.
+        evaluation: of the same model.
+        licence: of the images, empty where it is not known.
+        unknown: which share of images the served model calls unknown, by kind; empty where it calls none so.
+    """
     config = trained.effective_config
     known = [row for row in evaluation.per_class if row.get("recall") is not None]
     facts = {
@@ -29,6 +45,7 @@ def write_model_card(folder: Path, trained: TrainedModel, evaluation: Evaluation
         "description": config.get("description", ""),
         "owners": config.get("owners", ()),
         "licence": licence,
+        "unknown": unknown,
         "recipe": config.get("train", {}),
         "architecture": config.get("model", {}).get("architecture", "not known"),
         "metrics": [

@@ -28,7 +28,7 @@ def measure_robustness(
         is_right: from probabilities to `(N,)` bool.
     """
     rows = []
-    for name, strength, corrupt in (("none", "", None), *_corruptions(images.shape[1])):
+    for name, strength, corrupt in (("none", "", None), *corruptions(images.shape[1])):
         rng = np.random.default_rng(0)
         changed = images if corrupt is None else np.stack([corrupt(image, rng) for image in images])
         right = is_right(predict(changed))
@@ -47,7 +47,8 @@ def measure_robustness(
     return tuple(rows)
 
 
-def _corruptions(height: int) -> list[tuple[str, str, _Corruption]]:
+def corruptions(height: int) -> list[tuple[str, str, _Corruption]]:
+    """Returns name, strength and function of each corruption of images of a height in pixels."""
     return [
         *[("noise", f"sd {sd} grey levels", _noise(sd)) for sd in (12, 30)],
         *[("blur", f"sigma {share:.1%} of the height", _blur(share * height)) for share in (0.015, 0.04)],

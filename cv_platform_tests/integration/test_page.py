@@ -65,6 +65,18 @@ def test_a_chosen_image_gets_the_answer_that_the_service_gives(service: Service,
     keep_screenshot(page, "desktop")
 
 
+def test_an_image_unlike_all_that_was_learned_is_called_so(service: Service, make_visit: MakeVisit):
+    page = make_visit().open(service.url)
+    warning = page.get_by_text("This image is unlike those that the model has learned from.")
+    choose(page, upload("empty table.png", drawn()))
+    expect(warning).to_be_visible()
+    assert service.predict(drawn())["is_unknown"]
+    keep_screenshot(page, "desktop-unknown")
+    choose(page, upload("cherry.png", drawn("cherry")))
+    expect_verdict(page, "cherry")
+    expect(warning).to_be_hidden()
+
+
 @pytest.mark.parametrize("way", ["drop", "paste"])
 def test_images_arrive_by(way: Literal["drop", "paste"], service: Service, make_visit: MakeVisit):
     page = make_visit().open(service.url)

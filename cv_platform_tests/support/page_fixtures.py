@@ -21,9 +21,10 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 
-from cv_platform.images import preprocessing_hash
+from cv_platform.images import preprocess, preprocessing_hash
 from cv_platform.local.http import free_port
 from cv_platform.serving.app import create_app
+from cv_platform.serving.model.unknown import UNKNOWN
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.worker import open_worker
@@ -89,7 +90,20 @@ def export_by_hand(folder: Path) -> ExportedModel:
     model.save(keras_path)
     keras.Model(inputs, encoded).save(uae_path)
     golden = np.stack([np.full((SIDE, SIDE, 3), colour, np.uint8) for colour in COLOURS.values()])
-    return export_bundle(keras_path, uae_path, folder, golden_images=golden)
+    exported = export_bundle(keras_path, uae_path, folder, golden_images=golden)
+    write_rule(keras.Model(inputs, features.output), folder, head.get_weights())
+    return exported
+
+
+def write_rule(features: Any, folder: Path, head: list[np.ndarray]) -> None:
+    """Writes the rule by which pictures without any fruit are unknown."""
+    from cv_platform.deployment.unknown import fit_unknown
+
+    pictures = [preprocess(drawn(fruit, width=600 + 8 * size), (SIDE, SIDE)) for fruit in COLOURS for size in range(10)]
+    seen, truth = np.asarray(features(np.stack(pictures))), np.repeat(np.eye(6, dtype=np.float32), 10, axis=0)
+    rule = fit_unknown(seen, truth, seen, kernel=head[0], bias=head[1])
+    assert rule is not None
+    rule.save(folder / UNKNOWN)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Tells whether an image shows what the model has learned, from the features that it has computed anyway.
 
-Two numbers: the energy of the logits (Liu et al. 2020, https://arxiv.org/abs/2010.03759), which is high where nothing
-speaks for any class, and the distance of the features to the nearest class's prototype. Each has a limit that images
-which the model knows exceed at half of a stated rate. `deployment.unknown` fits the rule; a bundle carries it.
+Two numbers: the energy of the logits (Liu et al. 2020, https://arxiv.org/abs/2010.03759; of several labels the joint
+energy, Wang et al. 2021, https://arxiv.org/abs/2111.12797), which is high where nothing speaks for any class, and the
+distance of the features to the nearest class's prototype. Each has a limit that images which the model knows exceed at
+half of a stated rate. `deployment.unknown` fits the rule; a bundle carries it.
 """
 
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,13 @@ class UnknownRule:
     Attributes:
         kernel: `(F, C)` float32, of the output layer.
         bias: `(C,)`.
-        prototypes: `(C, F)`, the classes' mean features, divided by `scale`.
+        prototypes: `(P, F)`, the classes' mean features, divided by `scale`; of several labels, the last one may be
+            that of images without any.
         scale: `(F,)`, the features' standard deviation within the classes; above 0.
         middle: `(2,)`, of energy and distance: their medians on known images.
         limit: `(2,)`, above `middle`: what known images exceed at half of `rate` each.
         rate: share of known images, at most, that count as unknown.
+        is_joint: `()` bool: the logits are of several labels, each by itself.
     """
 
     kernel: NDArray[np.float32]
@@ -41,15 +44,17 @@ class UnknownRule:
     middle: NDArray[np.float32]
     limit: NDArray[np.float32]
     rate: NDArray[np.float32]
+    is_joint: NDArray[np.bool_] = field(default_factory=lambda: np.array(False))
 
     def score(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns `(N,)` float32 of `(N, F)` features: 0 is as known as images mostly are, above 1 is unknown."""
-        measured = measure_unknown(features, self.kernel, self.bias, self.prototypes, self.scale)
+        head = (self.kernel, self.bias, self.prototypes, self.scale)
+        measured = measure_unknown(features, *head, is_joint=bool(self.is_joint))
         return ((measured - self.middle) / (self.limit - self.middle)).max(axis=1).astype(np.float32)
 
     def save(self, path: Path) -> None:
         """Writes it, as `load_rule` reads it."""
-        np.savez(path, **{field.name: getattr(self, field.name) for field in fields(self)})
+        np.savez(path, **{part.name: getattr(self, part.name) for part in fields(self)})
 
 
 def measure_unknown(
@@ -58,11 +63,16 @@ def measure_unknown(
     bias: NDArray[np.float32],
     prototypes: NDArray[np.float32],
     scale: NDArray[np.float32],
+    *,
+    is_joint: bool,
 ) -> NDArray[np.float32]:
     """Returns `(N, 2)`: energy of the logits, and distance to the nearest prototype; see `UnknownRule`."""
     logits = features @ kernel + bias
-    highest = logits.max(axis=1)
-    energy = -(highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)))
+    if is_joint:
+        energy = -np.logaddexp(0, logits).sum(axis=1)
+    else:
+        highest = logits.max(axis=1)
+        energy = -(highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)))
     scaled = features / scale
     squares = (scaled**2).sum(axis=1)[:, None] - 2 * scaled @ prototypes.T + (prototypes**2).sum(axis=1)
     return np.stack([energy, np.sqrt(np.maximum(squares.min(axis=1), 0))], axis=1).astype(np.float32)
@@ -78,11 +88,14 @@ def load_rule(path: Path, *, feature_dims: int, classes: int) -> UnknownRule | N
         return None
     try:
         with np.load(path, allow_pickle=False) as archive:
-            rule = UnknownRule(**{field.name: archive[field.name] for field in fields(UnknownRule)})
+            # Rules of earlier releases are of one class for each image, and do not say so.
+            names = [part.name for part in fields(UnknownRule) if part.name in archive or part.name != "is_joint"]
+            rule = UnknownRule(**{name: archive[name] for name in names})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
         raise CorruptBundleError(f"{path}: expected a rule for unknown images. Received: {err}. Export again.") from err
     received = (rule.kernel.shape, rule.prototypes.shape, rule.limit.shape)
-    if received != ((feature_dims, classes), (classes, feature_dims), (2,)):
+    prototypes = classes + 1 if rule.is_joint and len(rule.prototypes) > classes else classes
+    if received != ((feature_dims, classes), (prototypes, feature_dims), (2,)):
         raise CorruptBundleError(
             f"{path}: expected a rule for {feature_dims} features and {classes} classes. Received: {received}. "
             "Export again."

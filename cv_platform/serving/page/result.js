@@ -39,6 +39,8 @@ export function showResult(item) {
   $('verdict').textContent = name;
   document.title = `${name} – ${TITLE}`;
   $('file-name').textContent = item.name ?? '';
+  // A result that is read again does not say it: null.
+  $('unknown').hidden = !result.is_unknown;
   showBars(result, false);
   showPictures(item);
   showFeedback(item);

@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from cv_platform.deployment.unknown import RATE, fit_unknown, unknown_rule
+from cv_platform.deployment.unknown import RATE, fit_unknown, unknown_rates, unknown_rule
 from cv_platform.errors import CorruptBundleError
+from cv_platform.predictions import one_hot
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import load_folder
 from cv_platform.serving.model.unknown import UNKNOWN, UnknownRule, load_rule, measure_unknown
@@ -33,7 +34,8 @@ def _cloud(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def rule() -> UnknownRule:
-    found = fit_unknown(*_cloud(0, 600), _cloud(1, 1000)[0], kernel=KERNEL, bias=BIAS)
+    features, labels = _cloud(0, 600)
+    found = fit_unknown(features, one_hot(labels, 3), _cloud(1, 1000)[0], kernel=KERNEL, bias=BIAS)
     assert found is not None
     return found
 
@@ -56,8 +58,10 @@ def test_energy_and_distance_are_what_their_definitions_say():
     features = np.array([[1.0, 2.0]], np.float32)
     kernel, bias = np.eye(2, dtype=np.float32), np.array([0.0, 1.0], np.float32)
     prototypes, scale = np.array([[4.0, 2.0], [1.0, 1.0]], np.float32), np.array([1.0, 2.0], np.float32)
-    ((energy, distance),) = measure_unknown(features, kernel, bias, prototypes, scale)
+    ((energy, distance),) = measure_unknown(features, kernel, bias, prototypes, scale, is_joint=False)
     assert energy == pytest.approx(-np.log(np.exp(1.0) + np.exp(3.0)), rel=1e-5)
+    ((joint, _),) = measure_unknown(features, kernel, bias, prototypes, scale, is_joint=True)
+    assert joint == pytest.approx(-np.log(1 + np.exp(1.0)) - np.log(1 + np.exp(3.0)), rel=1e-5)
     assert distance == pytest.approx(0.0, abs=1e-3)  # (1, 2) / (1, 2) is the second prototype.
 
 
@@ -77,8 +81,26 @@ def test_a_bundle_carries_the_rule_and_one_without_has_none(rule: UnknownRule, t
 
 def test_too_few_images_give_no_rule():
     features, labels = _cloud(0, 600)
-    assert fit_unknown(features, labels, features[:39], kernel=KERNEL, bias=BIAS) is None
-    assert fit_unknown(features, np.minimum(labels, 1), features, kernel=KERNEL, bias=BIAS) is None
+    truth = one_hot(labels, 3)
+    assert fit_unknown(features, truth, features[:39], kernel=KERNEL, bias=BIAS) is None
+    assert fit_unknown(features, one_hot(np.minimum(labels, 1), 3), features, kernel=KERNEL, bias=BIAS) is None
+
+
+def test_of_several_labels_images_with_two_and_with_none_are_known_and_what_lies_elsewhere_is_not():
+    def drawn(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        shows = rng.random((count, 3)) < 0.4
+        return (shows @ CENTRES + rng.normal(size=(count, 8))).astype(np.float32), shows.astype(np.float32)
+
+    features, truth = drawn(0, 900)
+    rule = fit_unknown(features, truth, drawn(1, 1000)[0], kernel=KERNEL, bias=BIAS - 18, is_joint=True)
+    assert rule is not None
+    assert rule.prototypes.shape == (4, 8)  # The last one is of images that show none of the labels.
+    fresh, shown = drawn(2, 5000)
+    for labels in (0, 1, 2):
+        assert (rule.score(fresh[shown.sum(axis=1) == labels]) > 1).mean() < 0.03
+    beyond = fresh + 14 * np.eye(8, dtype=np.float32)[7]
+    assert (rule.score(beyond) > 1).mean() > 0.9
 
 
 def test_an_export_with_a_rule_answers_whether_an_image_is_unknown(tiny_export: TinyExport, tmp_path: Path):
@@ -100,5 +122,11 @@ def test_an_export_with_a_rule_answers_whether_an_image_is_unknown(tiny_export: 
     (folder / UNKNOWN).unlink()
     without = predict_upload(load_folder(folder, metadata), upload, max_pixels=10_000)
     answers.append(answer_body(without, Explain.NONE, on_explain_failure=lambda: None))
+    plain.unknown = rule
+    rates = unknown_rates(plain, split)
+    assert [rate.kind for rate in rates] == ["known", *["corrupted"] * 12, *["far"] * 2]
+    by_hand = (rule.score(plain.predict_batch(split.images).features) > 1).mean()
+    assert (rates[0].images, rates[0].rate) == (60, pytest.approx(by_hand))
+    assert all(rate.low <= rate.rate <= rate.high for rate in rates)
     assert answers[0]["is_unknown"] is (answers[0]["unknown_score"] > 1)
     assert (answers[1]["is_unknown"], answers[1]["unknown_score"]) == (None, None)

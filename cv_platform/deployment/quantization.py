@@ -1,0 +1,118 @@
+"""From an ONNX graph to one whose convolutions compute in 8 bits, by ONNX Runtime's static quantisation.
+
+Weights have a scale for each channel, activations one that calibration images fix. What is behind the feature map stays
+in 32 bits: head, Grad-CAM and what `is_unknown` reads cost next to nothing, and so does the encoder of the drift
+detectors. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cv_platform.datasets.packing import PackedSplit
+from cv_platform.errors import ExportError
+from cv_platform.files import whole_file
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_IMAGES = 256
+_BATCH = 16
+_QUANTISED = ("Conv", "Clip", "Relu", "Add", "MaxPool")
+"""Operators up to the feature map that have 8-bit forms, and those between them."""
+_WHOLE_RANGE = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
+"""Instructions that add products of 8 bits without overflow; a CPU that lacks them needs weights of 7 bits."""
+
+
+def calibration_images(train: PackedSplit) -> np.ndarray:
+    """Returns a seeded choice of training images, `(N, H, W, 3)` uint8."""
+    rows = np.sort(np.random.default_rng(0).permutation(len(train.paths))[:CALIBRATION_IMAGES])
+    return np.asarray(train.images[rows])
+
+
+def quantise(source: Path, target: Path, images: np.ndarray) -> None:
+    """Writes `source` with convolutions in 8 bits, complete or not at all.
+
+    Args:
+        source: ONNX file with the input `images` and the output `probabilities`; `class_index` may be a further input.
+        target: the file.
+        images: `(N, H, W, 3)` uint8; the activations' ranges are theirs.
+
+    Raises:
+        ExportError: ONNX Runtime does not quantise this graph.
+    """
+    import onnx
+    from onnxruntime import quantization  # pyright: ignore[reportMissingTypeStubs]
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # pyright: ignore[reportMissingTypeStubs]
+
+    tools: Any = quantization
+    with tempfile.TemporaryDirectory(prefix="cv-quantise-") as temporary:
+        prepared = Path(temporary, "prepared.onnx")
+        try:
+            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            graph: Any = onnx.load(str(prepared)).graph
+            with whole_file(target) as partial:
+                tools.quantize_static(
+                    str(prepared),
+                    str(partial),
+                    _Calibration(images, [value.name for value in graph.input]),
+                    quant_format=tools.QuantFormat.QDQ,
+                    per_channel=True,
+                    reduce_range=not _adds_without_overflow(),
+                    activation_type=tools.QuantType.QUInt8,
+                    weight_type=tools.QuantType.QInt8,
+                    nodes_to_quantize=_body(graph),
+                )
+        # ONNX Runtime meets foreign graphs with errors of many unrelated classes.
+        except Exception as err:
+            line = (str(err).strip() or type(err).__name__).splitlines()[0][:300]
+            raise ExportError(f"Expected a graph that ONNX Runtime quantises. Received: {line}") from err
+    logger.info("Quantised: %.1f MB, before %.1f", target.stat().st_size / 1e6, source.stat().st_size / 1e6)
+
+
+class _Calibration:
+    """What ONNX Runtime draws calibration batches from."""
+
+    def __init__(self, images: np.ndarray, inputs: list[str]) -> None:
+        self._batches = self._feeds(images, inputs)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Returns the inputs of the next batch, or None after the last."""
+        return next(self._batches, None)
+
+    @staticmethod
+    def _feeds(images: np.ndarray, inputs: list[str]) -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(images), _BATCH):
+            batch = images[start : start + _BATCH]
+            feed = {"images": batch, "class_index": np.full(len(batch), -1, dtype=np.int32)}
+            yield {name: feed[name] for name in inputs}
+
+
+def _body(graph: Any) -> list[str]:
+    """Returns the names of what leads to the probabilities before the head; the drift detectors' encoder does not."""
+    behind_head = set[str]()
+    for node in graph.node:  # Each after those that it reads.
+        if node.op_type in {"Gemm", "MatMul"} or not behind_head.isdisjoint(node.input):
+            behind_head |= set(node.output)
+    makers = {output: node for node in graph.node for output in node.output}
+    todo, found = ["probabilities"], dict[str, Any]()
+    while todo:
+        node = makers.get(todo.pop())
+        if node is not None and node.name not in found:
+            found[node.name] = node
+            todo += node.input
+    body = [node for node in found.values() if behind_head.isdisjoint(node.output)]
+    return [node.name for node in body if node.op_type in _QUANTISED]
+
+
+def _adds_without_overflow(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    try:
+        flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    return not _WHOLE_RANGE.isdisjoint(flags)
