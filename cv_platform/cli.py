@@ -146,6 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     promote = command("promote", _promote, "put a version into production, also one that its gate has refused")
     promote.add_argument("version", help="such as 20260131T060000Z-1f3c9a2e")
     promote.add_argument("--because", required=True, metavar="WHY", help="kept in the pointer's history and audit log")
+    again = command("reproduce", _reproduce, "train a published version again, and compare weights and metrics")
+    again.add_argument("version", help="such as 20260131T060000Z-1f3c9a2e")
+    again.add_argument(
+        "--other-code", action="store_true", help="train by the code and libraries that are here, whatever trained it"
+    )
     command("audit", _audit, "show who did what to production, when and why: promotions, rollbacks, deletions")
     database = command("database", _database, "run the embedded PostgreSQL in the foreground, or print its URL")
     database.add_argument("action", choices=["run", "url"])
@@ -490,6 +495,19 @@ def _promote(options: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from cv_platform.commands.reproduce import reproduce
+
+    found = reproduce(
+        _installation(),
+        options.version,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        other_code=options.other_code,
+    )
+    print(found)
+    return 0 if found.held else 1
 
 
 def _audit(_: argparse.Namespace) -> int:

@@ -403,7 +403,7 @@ class Robustness(Value):
 class Evaluation(Illustrated):
     """How a model does on the test split, and whether it may be promoted."""
 
-    CIRCUMSTANCES = frozenset({"model", "mlflow_run_id"})
+    CIRCUMSTANCES = frozenset({"model", "mlflow_run_id", "cpu_ms"})
 
     model: ModelIdentity
     passed: bool = Field(description="the promotion gate's verdict")
@@ -420,6 +420,7 @@ class Evaluation(Illustrated):
     intervals: dict[str, tuple[float, float]] = Field(default={}, description="of metrics, by name; 95 %")
     slices: tuple[Slice, ...] = Field(default=(), description="every part that was judged, the worst first")
     robustness: tuple[Robustness, ...] = Field(default=(), description="of a sample; the first as the images are")
+    cpu_ms: float | None = Field(default=None, description="of one image, measured where evaluate.max_cpu_ms is set")
     mlflow_run_id: str | None
 
     @property

@@ -106,6 +106,14 @@ class EvaluateConfig(Section):
         default=0.0, description="multi-class: accuracy; multi-label: mean of per-class accuracies"
     )
     min_macro_f1: Fraction = Field(default=0.0, description="mean of the classes' F1")
+    max_ece: Fraction = Field(
+        default=1.0, description="expected calibration error on the test split, after the temperature; 1: any"
+    )
+    max_cpu_ms: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="CPU milliseconds of one image by the Keras network, on the machine that evaluates",
+    )
     max_regression: Fraction = Field(
         default=0.01,
         description="share of right test images that may be lost against the production model, which is asked about "
@@ -118,12 +126,13 @@ class EvaluateConfig(Section):
         default=0.05,
         gt=0.0,
         lt=0.5,
-        description="rate at most at which a model that is as good as the production model is refused",
+        description="rate at most at which a model that is as good as the production model is called worse",
     )
-    undecided: Literal["promote", "refuse"] = Field(
-        default="promote",
-        description="what follows where the test images are too few to rule out a loss above max_regression, and show "
-        "none; refuse: a model that loses more is promoted at a rate of at most alpha, and of the equal ones many wait",
+    undecided: Literal["estimate", "promote", "refuse"] = Field(
+        default="estimate",
+        description="what follows where the test images are too few to rule out a loss above max_regression, and to "
+        "prove one; estimate: what they show may not be above it, and some equal models wait; promote: none does; "
+        "refuse: a model that loses more is promoted at a rate of at most alpha, and many equal ones wait",
     )
     robustness_images: int = Field(
         default=200, ge=0, description="test images, sampled, that are corrupted in twelve ways; 0: none"

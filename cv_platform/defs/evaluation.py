@@ -4,7 +4,7 @@ import dagster as dg
 
 from cv_platform.defs.branch import GPU, Branch
 from cv_platform.defs.metadata import file_link, table
-from cv_platform.records import DatasetVersion, Evaluation, PackedImages, TrainedModel
+from cv_platform.records import DatasetVersion, Embeddings, Evaluation, PackedImages, TrainedModel
 
 
 def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -23,11 +23,15 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         reads=["evaluate", "model.threshold", "deploy.service"],
         pool=GPU,
         ignores=["evaluate.mlflow"],
-        ins={"trained": "model", "packed": "packed_images", "version": "dataset"},
+        ins={"trained": "model", "packed": "packed_images", "version": "dataset", "embeddings": "embeddings"},
         checks=[gate],
     )
     def evaluation(
-        context: dg.AssetExecutionContext, trained: TrainedModel, packed: PackedImages, version: DatasetVersion
+        context: dg.AssetExecutionContext,
+        trained: TrainedModel,
+        packed: PackedImages,
+        version: DatasetVersion,
+        embeddings: Embeddings,
     ) -> dg.MaterializeResult:
         """Metrics on the test split from one ordered pass: per class, confusion matrix, calibration, worst errors.
 
@@ -36,6 +40,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.datasets.packing import open_split
         from cv_platform.deployment.champion import ask_champion
         from cv_platform.evaluation.evaluate import evaluate_model
+        from cv_platform.evaluation.neighbours import Neighbours
 
         run = branch.run(context)
         champion = ask_champion(
@@ -57,6 +62,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
                 directory=directory,
                 run=mlflow_run,
                 manifest=version.manifest_path,
+                neighbours=Neighbours(open_split(packed, "train"), embeddings, version.manifest),
             )
         return run.result(
             result,

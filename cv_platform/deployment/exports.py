@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,13 @@ from cv_platform.deployment.onnx_export import write_classifier
 from cv_platform.deployment.quantization import calibration_images, quantise
 from cv_platform.errors import ExportError
 from cv_platform.evaluation.evaluate import load_classifier, predict
+from cv_platform.evaluation.latency import Answer, compiled, milliseconds
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.predictions import one_hot, predicted_flags
 from cv_platform.records import Export, Task, TrainedModel
 
 logger = logging.getLogger(__name__)
 
-Answer = Callable[[np.ndarray], np.ndarray]
-"""From images `(N, H, W, 3)` uint8 to probabilities `(N, C)`."""
 SUFFIXES: Mapping[ExportFormat, str] = {
     "onnx": ".onnx",
     "onnx_int8": "_int8.onnx",
@@ -40,7 +38,6 @@ SUFFIXES: Mapping[ExportFormat, str] = {
 }
 MOST_IMAGES = 2000
 _BATCH = 32
-_ROUNDS, _CALLS = 5, 8
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ def measure(kind: str, answer: Answer, path: Path, measured: Measured, *, most_l
     accuracy = float(measured.right(probabilities).mean())
     before = float(measured.right(measured.probabilities).mean())
     same = (measured.decided(probabilities) == measured.decided(measured.probabilities)).all(axis=1)
-    model_ms, export_ms = _milliseconds([_compiled(measured.model), answer], measured.images)
+    model_ms, export_ms = milliseconds([compiled(measured.model), answer], measured.images)
     difference = float(np.abs(probabilities - measured.probabilities).max())
     refused = ""
     # 0.98 − 0.97 is 0.010000000000000009 in floating point. A NaN is refused, too.
@@ -164,27 +161,6 @@ def measure(kind: str, answer: Answer, path: Path, measured: Measured, *, most_l
         megabytes=path.stat().st_size / 1e6,
         refused=refused,
     )
-
-
-def _milliseconds(answers: Sequence[Answer], images: np.ndarray) -> list[float]:
-    """Returns the CPU time of one image for each, the median of rounds in which they take turns."""
-    for answer in answers:
-        answer(images[:1])
-    rounds: list[list[float]] = [[] for _ in answers]
-    for _ in range(_ROUNDS):
-        for seconds, answer in zip(rounds, answers, strict=True):
-            begun = time.process_time()
-            for call in range(_CALLS):
-                answer(images[call % len(images)][np.newaxis])
-            seconds.append((time.process_time() - begun) / _CALLS)
-    return [1000 * float(np.median(seconds)) for seconds in rounds]
-
-
-def _compiled(model: Any) -> Answer:
-    import tensorflow as tf
-
-    run: Any = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
-    return lambda images: np.asarray(run(tf.convert_to_tensor(images)))
 
 
 def _write_onnx(model: Any, path: Path, calibration: np.ndarray | None) -> None:

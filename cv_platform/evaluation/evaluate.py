@@ -26,6 +26,7 @@ from cv_platform.errors import InvalidDatasetError, TrainingError
 from cv_platform.evaluation.gate import Champion, judge_promotion
 from cv_platform.evaluation.heat_maps import grad_cam, overlay
 from cv_platform.evaluation.intervals import Interval, class_intervals, mean_intervals, wilson
+from cv_platform.evaluation.latency import compiled, milliseconds
 from cv_platform.evaluation.metrics import (
     TOP,
     compute_metrics,
@@ -38,6 +39,7 @@ from cv_platform.evaluation.metrics import (
     uncalibrated,
     uncalibrated_error,
 )
+from cv_platform.evaluation.neighbours import Neighbours
 from cv_platform.evaluation.plots import (
     caption,
     save_confusion_matrix,
@@ -81,6 +83,7 @@ def evaluate_model(
     directory: Path,
     run: MlflowRun | None,
     manifest: Path | None = None,
+    neighbours: Neighbours | None = None,
 ) -> Evaluation:
     """Evaluates a model on the test split and judges whether it may be promoted.
 
@@ -96,6 +99,7 @@ def evaluate_model(
         directory: `home/evaluation`.
         run: MLflow run that metrics, plots and report are logged to; None logs nothing.
         manifest: of the images, whose columns give slices; None: only their pixels do.
+        neighbours: finds the training images beside the worst errors; None shows none.
 
     Returns:
         The evaluation. A model that misses a limit gives `passed=False`, never an exception.
@@ -115,7 +119,7 @@ def evaluate_model(
     model = load_classifier(trained.keras_path, classes=len(trained.task.class_names))
     probabilities = predict_split(model, trained.keras_path, test)
     target = directory / trained.model.model_name / trained.model.version
-    evaluation = _measured(trained, test, probabilities, config, champion).model_copy(
+    evaluation = _measured(trained, test, probabilities, config, champion, _cpu_ms(model, test, config)).model_copy(
         update={
             "directory": target,
             "mlflow_run_id": None if run is None else run.run_id,
@@ -129,7 +133,7 @@ def evaluate_model(
         # What the record says of its folder holds of this one too, until it gets its name.
         unfinished = evaluation.model_copy(update={"directory": folder})
         write_predictions(unfinished.predictions_path, predictions)
-        _draw(unfinished, test, predictions, trained, worst_sheet(model, test, predictions, config))
+        _draw(unfinished, test, predictions, trained, worst_sheet(model, test, predictions, config, neighbours))
         page = render_report(unfinished, packed.provenance, trained.task)
         unfinished.report_path.write_text(page, encoding="utf-8")
         (folder / "evaluation.json").write_text(evaluation.local_json(), encoding="utf-8")
@@ -201,6 +205,7 @@ def _measured(
     probabilities: np.ndarray,
     config: ExperimentConfig,
     champion: Champion | None,
+    cpu_ms: float | None,
 ) -> Evaluation:
     """Returns the metrics with their intervals, and the gate's verdict."""
     task, threshold = trained.task, config.model.threshold
@@ -209,7 +214,12 @@ def _measured(
     decisions = predicted_flags(probabilities, task.classifier_type, threshold)
     metrics = compute_metrics(*decided, threshold)
     gate = judge_promotion(
-        metrics, config.evaluate, champion, truth=truth, decisions=decisions, class_names=task.class_names
+        metrics | ({} if cpu_ms is None else {"cpu_ms": cpu_ms}),
+        config.evaluate,
+        champion,
+        truth=truth,
+        decisions=decisions,
+        class_names=task.class_names,
     )
     metrics["ece_uncalibrated"] = uncalibrated_error(*decided, trained.temperature)
     metrics["temperature"] = trained.temperature
@@ -234,8 +244,16 @@ def _measured(
             *(["worst_errors"] if config.evaluate.worst_errors else []),
         ),
         comparison=gate.comparison,
+        cpu_ms=cpu_ms,
         mlflow_run_id=None,
     )
+
+
+def _cpu_ms(model: Any, test: PackedSplit, config: ExperimentConfig) -> float | None:
+    """Measures what one image costs, where the config has a limit for it."""
+    if config.evaluate.max_cpu_ms is None:
+        return None
+    return milliseconds([compiled(model)], np.asarray(test.images[:8]))[0]
 
 
 def _intervals(
@@ -276,9 +294,16 @@ def _rows(manifest: Path | None, paths: Sequence[str]) -> pd.DataFrame:
 
 
 def worst_sheet(
-    model: Any, test: PackedSplit, predictions: _Predictions, config: ExperimentConfig
+    model: Any,
+    test: PackedSplit,
+    predictions: _Predictions,
+    config: ExperimentConfig,
+    neighbours: Neighbours | None,
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Returns the images of the most confident mistakes, each beside its heat map, and their captions."""
+    """Returns the images of the most confident mistakes with their captions.
+
+    Each is beside its heat map, and the training image that looks most like it.
+    """
     worst = worst_errors(predictions.correct, predictions.confidence, config.evaluate.worst_errors)
     images = np.asarray(test.images[worst])
     heat = grad_cam(model, images)
@@ -287,9 +312,17 @@ def worst_sheet(
         if heat is None
         else [np.hstack([image, overlay(image, cell)]) for image, cell in zip(images, heat, strict=True)]
     )
-    return sheets, [
+    captions = [
         caption(predictions.label[i], predictions.predicted_class[i], float(predictions.confidence[i])) for i in worst
     ]
+    if neighbours is not None and worst:
+        names, train = config.model.classes, neighbours.train
+        for at, row in enumerate(neighbours.nearest([test.paths[i] for i in worst])):
+            if row is not None:
+                sheets[at] = np.hstack([sheets[at], train.images[row]])
+                shown = label_texts(one_hot(np.asarray(train.targets[row : row + 1]), len(names)), names)[0]
+                captions[at] += f"\nnearest training image: {shown or 'none'}"
+    return sheets, captions
 
 
 def worst_errors(correct: np.ndarray, confidence: np.ndarray, count: int) -> list[int]:

@@ -61,8 +61,10 @@ def judge_promotion(
     """Holds a model's metrics against the config and against the model in production. Limits are inclusive.
 
     Args:
-        metrics: with `accuracy` and `macro_f1`; one that is missing could not be computed, and fails a limit above 0.
-        config: `min_accuracy`, `min_macro_f1`, and how it is compared: `max_regression` and what follows it.
+        metrics: with `accuracy`, `macro_f1`, `ece` and `cpu_ms`; one that is missing could not be computed, and fails
+            a limit that the config sets.
+        config: `min_accuracy`, `min_macro_f1`, `max_ece`, `max_cpu_ms`, and how it is compared: `max_regression` and
+            what follows it.
         champion: None when nothing is in production.
         truth: `(N, C)` bool, with a champion: the labels of the test images.
         decisions: `(N, C)` bool, with a champion: what the challenger decides.
@@ -70,17 +72,7 @@ def judge_promotion(
     """
     failed: list[str] = []
     satisfied: list[str] = []
-    for metric, field in (("accuracy", "min_accuracy"), ("macro_f1", "min_macro_f1")):
-        limit = float(getattr(config, field))
-        value = metrics.get(metric)
-        words = metric.replace("_", " ")
-        if value is None:
-            known = failed if limit > 0 else satisfied
-            known.append(f"{words} could not be computed; {field} is {limit:.4f}")
-        elif value < limit - _ROUNDING:
-            failed.append(f"{words} {value:.4f} is below {field} {limit:.4f} by {limit - value:.4f}")
-        else:
-            satisfied.append(f"{words} {value:.4f} reaches {field} {limit:.4f}")
+    _judge_limits(metrics, config, failed, satisfied)
     comparison = None
     if champion is None:
         satisfied.append("no version of this model is in production to compare with")
@@ -102,6 +94,37 @@ def judge_promotion(
     return GateVerdict(passed=not failed, reasons=tuple(failed or satisfied), comparison=comparison)
 
 
+def _judge_limits(
+    metrics: Mapping[str, float], config: EvaluateConfig, failed: list[str], satisfied: list[str]
+) -> None:
+    """Adds what the limits say that need no other model."""
+    for metric, field in (("accuracy", "min_accuracy"), ("macro_f1", "min_macro_f1")):
+        limit = float(getattr(config, field))
+        value = metrics.get(metric)
+        words = metric.replace("_", " ")
+        if value is None:
+            known = failed if limit > 0 else satisfied
+            known.append(f"{words} could not be computed; {field} is {limit:.4f}")
+        elif value < limit - _ROUNDING:
+            failed.append(f"{words} {value:.4f} is below {field} {limit:.4f} by {limit - value:.4f}")
+        else:
+            satisfied.append(f"{words} {value:.4f} reaches {field} {limit:.4f}")
+    for metric, field, words, limit in (
+        ("ece", "max_ece", "the expected calibration error", config.max_ece if config.max_ece < 1 else None),
+        ("cpu_ms", "max_cpu_ms", "the CPU time of one image in milliseconds", config.max_cpu_ms),
+    ):
+        value = metrics.get(metric)
+        if limit is None:
+            continue
+        if value is None:
+            failed.append(f"{words} could not be measured; {field} is {limit:g}")
+        elif not value <= limit + _ROUNDING:  # A NaN fails, too.
+            failed.append(f"{words}, {value:.4g}, is above {field} {limit:g}")
+        else:
+            # Without the value: a time is another in each run, and what is said here is the verdict's content.
+            satisfied.append(f"{words} is within {field} {limit:g}")
+
+
 def compare(
     truth: np.ndarray,
     challenger: np.ndarray,
@@ -112,9 +135,9 @@ def compare(
 ) -> Comparison:
     """Compares two models' decisions about the same images, all `(N, C)` bool.
 
-    An equal challenger is refused at a rate of at most `alpha`: half of it is the accuracy's, half is shared by the
-    classes' recalls (Holm 1979). Both tests are McNemar's, exact and one-sided: of the images that one of the two gets
-    right, too many are the champion's. https://doi.org/10.1007/BF02295996
+    An equal challenger is called worse at a rate of at most `alpha`: half of it is the accuracy's, half is shared by
+    the classes' recalls (Holm 1979). Both tests are McNemar's, exact and one-sided: of the images that one of the two
+    gets right, too many are the champion's. https://doi.org/10.1007/BF02295996
 
     The interval is of a bootstrap over images. Half an image is added to each way to agree or not (Agresti and Min
     2005, https://doi.org/10.1002/sim.1781): two models that agree on twenty images are not known to agree on all.
@@ -143,9 +166,14 @@ def compare(
         p_value=p_value,
         detectable_loss=float(detectable),
         outcome="worse" if has_lost else "undecided" if is_undecided else "not worse",
-        passed=not has_lost and not (is_undecided and config.undecided == "refuse"),
+        passed=not has_lost and not (is_undecided and _waits(config, -difference)),
         lost_classes=_lost_classes(truth, challenger, champion, config, class_names),
     )
+
+
+def _waits(config: EvaluateConfig, loss: float) -> bool:
+    """Returns whether an undecided model is refused; `loss` is the share of right images that it has lost."""
+    return config.undecided == "refuse" or (config.undecided == "estimate" and loss > config.max_regression + _ROUNDING)
 
 
 def _mcnemar(gained: int, lost: int) -> float:
@@ -201,6 +229,11 @@ def _in_words(comparison: Comparison, config: EvaluateConfig, *, left_out: int |
             f"; too few images to rule out a loss above max_regression {config.max_regression:.4f}: a loss of "
             f"{comparison.detectable_loss:.4f} would show four times out of five, and evaluate.undecided says "
             f"{config.undecided}"
+        )
+        words += (
+            ""
+            if comparison.passed or config.undecided == "refuse"
+            else (": what they show is above it. More test images would tell")
         )
     else:
         words += f"; max_regression is {config.max_regression:.4f}"

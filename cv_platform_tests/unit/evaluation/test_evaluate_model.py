@@ -15,11 +15,12 @@ import pytest
 
 from cv_platform.config import ClassifierType, ExperimentConfig, InputSize, ModelConfig, parse_experiment
 from cv_platform.datasets.manifest import MANIFEST_SCHEMA
-from cv_platform.datasets.packing import pack_images
-from cv_platform.errors import InvalidDatasetError, TrainingError, VerdictError
+from cv_platform.datasets.packing import PackedSplit, pack_images
+from cv_platform.errors import DatasetError, InvalidDatasetError, TrainingError, VerdictError
 from cv_platform.evaluation.evaluate import evaluate_model, worst_errors
 from cv_platform.evaluation.gate import Champion
-from cv_platform.records import DatasetVersion, Evaluation, PackedImages, Provenance
+from cv_platform.evaluation.neighbours import Neighbours
+from cv_platform.records import DatasetVersion, Embeddings, Evaluation, PackedImages, Provenance
 from cv_platform_tests.support.record_samples import identity, trained_model
 
 CLASSES = ("blue", "green", "red")
@@ -194,6 +195,20 @@ def test_writes_one_folder_with_plots_and_a_page_of_its_own(colours, softmax_mod
     assert "<script" not in page
     schema = pq.read_schema(evaluation.predictions_path)
     assert schema.field("probabilities").type == pa.list_(pa.float32(), 3)
+
+
+def test_the_training_image_that_looks_most_like_an_image_is_found_by_its_vector(tmp_path: Path):
+    vectors = np.array([[1, 0], [0, 2], [3, 3], [np.nan, np.nan], [5, 4]], np.float16)
+    names = ["train/a.png", "train/b.png", "train/c.png", "test/blind.png", "test/x.png"]
+    table = pa.table({"path": names, "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 2)})
+    pq.write_table(table.filter(pa.array(~np.isnan(vectors[:, 0]))), tmp_path / Embeddings.FILE)
+    provenance = Provenance(ds_name="colours", dvc_tag="v1", dvc_md5="0" * 32)
+    embeddings = Embeddings(provenance=provenance, manifest="m", encoder="e", features=2, images=4, directory=tmp_path)
+    train = PackedSplit(np.zeros((3, 2, 2, 3), np.uint8), np.arange(3), names[:3], ["0" * 64] * 3)
+    found = Neighbours(train, embeddings, "m")
+    assert found.nearest(["test/x.png", "test/blind.png", "train/b.png"]) == [2, None, 1]  # By direction, not length.
+    with pytest.raises(DatasetError, match="Materialise embeddings"):
+        Neighbours(train, embeddings, "another").nearest(["test/x.png"])
 
 
 def test_a_model_that_misses_a_limit_is_evaluated_and_does_not_pass(colours, softmax_model, tmp_path):

@@ -97,13 +97,32 @@ def test_a_loss_that_is_max_regression_exactly_passes():
 
 
 def test_too_few_images_to_tell_say_so_and_wait_only_where_the_config_wants_it():
-    verdict = _judge((3, 17), (30,), count=40)
+    verdict = _judge((3, 17), (30,), count=40, undecided="promote")
     assert verdict.passed
     assert "too few images to rule out a loss above max_regression 0.0100" in verdict.reasons[-1]
     assert verdict.comparison is not None
     assert verdict.comparison.outcome == "undecided"
     assert 0.05 < verdict.comparison.detectable_loss < 0.5
     assert not _judge((3, 17), (30,), count=40, undecided="refuse").passed
+    waits = _judge((3, 17), (30,), count=40)  # One of 40 lost is more than 0.01.
+    assert not waits.passed
+    assert "estimate: what they show is above it. More test images would tell" in waits.reasons[-1]
+    assert _judge((3, 17), (30, 31), count=40).passed
+
+
+def test_calibration_and_cost_have_budgets_and_what_was_not_measured_fails_them():
+    limits = EvaluateConfig(max_ece=0.05, max_cpu_ms=10)
+    assert judge_promotion({**GOOD, "ece": 0.05, "cpu_ms": 9.0}, limits).passed
+    worse = judge_promotion({**GOOD, "ece": 0.0512, "cpu_ms": 12.5}, limits)
+    assert worse.reasons == (
+        "the expected calibration error, 0.0512, is above max_ece 0.05",
+        "the CPU time of one image in milliseconds, 12.5, is above max_cpu_ms 10",
+    )
+    missing = judge_promotion({"accuracy": 0.97, "macro_f1": 0.96, "ece": float("nan")}, limits)
+    assert missing.reasons == (
+        "the expected calibration error, nan, is above max_ece 0.05",
+        "the CPU time of one image in milliseconds could not be measured; max_cpu_ms is 10",
+    )
 
 
 def test_agreement_on_a_few_images_is_no_proof_of_agreement():
