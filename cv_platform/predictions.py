@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.config import ClassifierType
+from cv_platform.config import ClassifierType, Threshold
 from cv_platform.properties import PROPERTY_NAMES
 
 if TYPE_CHECKING:
@@ -71,24 +71,24 @@ def reference_schema(*, uae_dims: int, classes: int, feature_dims: int) -> pa.Sc
     )
 
 
-def decide(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
+def decide(probabilities: NDArray[Any], threshold: Threshold) -> NDArray[np.bool_]:
     """Returns which probabilities are predicted by a multi-label model: those from `threshold` on.
 
     Compared in float32, the type of the model's outputs: 0.7 in float32 is just below 0.7 in float64, so that a
     comparison in float64 would refuse a probability that equals the threshold.
 
     Args:
-        probabilities: of any shape; what is no float32 is rounded to it.
+        probabilities: of any shape `(…, C)`; what is no float32 is rounded to it.
         threshold: 0–1.
 
     Returns:
         bool, of the same shape.
     """
-    return np.asarray(probabilities, dtype=np.float32) >= np.float32(threshold)
+    return np.asarray(probabilities, dtype=np.float32) >= np.asarray(threshold, dtype=np.float32)
 
 
 def predicted_flags(
-    probabilities: NDArray[Any], classifier_type: ClassifierType, threshold: float = 0.5
+    probabilities: NDArray[Any], classifier_type: ClassifierType, threshold: Threshold = 0.5
 ) -> NDArray[np.bool_]:
     """Returns which classes are predicted for which image.
 

@@ -29,7 +29,7 @@ from pydantic import (
 )
 from typing_extensions import override
 
-from cv_platform.config import ClassifierType
+from cv_platform.config import ClassifierType, Threshold
 from cv_platform.files import file_sha256
 
 # Paths
@@ -408,7 +408,9 @@ class Evaluation(Illustrated):
     model: ModelIdentity
     passed: bool = Field(description="the promotion gate's verdict")
     reasons: tuple[str, ...] = Field(description="what failed; when nothing did, what was satisfied")
-    threshold: float = Field(description="multi-label: probability from which a class is predicted, in serving too")
+    threshold: Threshold = Field(
+        description="multi-label: probability from which a class is predicted, in serving too; of all, or of each"
+    )
     metrics: dict[str, float] = Field(
         description="see compute_metrics; and `images`, `temperature`, `ece_uncalibrated`"
     )

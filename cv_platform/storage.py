@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from cv_platform.config import ClassifierType
+from cv_platform.config import ClassifierType, Threshold
 from cv_platform.errors import (
     BundleExistsError,
     BundleNotFoundError,
@@ -69,7 +69,7 @@ class BundleMetadata(_Record):
     classifier_type: ClassifierType
     class_names: tuple[str, ...]
     image_size: tuple[int, int] = Field(description="(height, width) in pixels")
-    threshold: float = Field(default=0.5, description="multi-label only")
+    threshold: Threshold = Field(default=0.5, description="multi-label only; of all classes, or of each")
     temperature: float = Field(
         default=1.0, description="what the logits are divided by, in the weights: nothing has to apply it"
     )

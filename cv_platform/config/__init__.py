@@ -8,7 +8,7 @@ A module for each group of sections; a new field stands in its section's class, 
 """
 
 from cv_platform.config.experiment import ExperimentConfig, json_schema
-from cv_platform.config.fields import ClassifierType, Section, Severity, is_class_name
+from cv_platform.config.fields import ClassifierType, Section, Severity, Threshold, is_class_name
 from cv_platform.config.files import (
     config_files,
     load_beside_others,
@@ -39,6 +39,7 @@ __all__ = [
     "MonitorConfig",
     "Section",
     "Severity",
+    "Threshold",
     "TrainConfig",
     "TransferConfig",
     "ValidateConfig",

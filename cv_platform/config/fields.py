@@ -30,6 +30,8 @@ ClassName = Annotated[
 """In NFC: macOS gives accents as characters of their own, keyboards do not."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 ClassifierType = Literal["multi-class", "multi-label"]
+Threshold = float | tuple[float, ...]
+"""Probability from which a label is predicted: one for all classes, or one for each, in their order."""
 Severity = Annotated[
     Literal["error", "warn", "off"],
     Field(description="of the check: a violation blocks training, is shown, or is not looked for"),

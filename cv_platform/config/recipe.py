@@ -106,6 +106,11 @@ class EvaluateConfig(Section):
         default=0.0, description="multi-class: accuracy; multi-label: mean of per-class accuracies"
     )
     min_macro_f1: Fraction = Field(default=0.0, description="mean of the classes' F1")
+    thresholds: Literal["fixed", "f1"] = Field(
+        default="fixed",
+        description="multi-label: model.threshold for each class; f1: where valid has 20 images with the class, and 20 "
+        "without, the one with the best F1 there, which the bundle carries and the service uses",
+    )
     max_ece: Fraction = Field(
         default=1.0, description="expected calibration error on the test split, after the temperature; 1: any"
     )

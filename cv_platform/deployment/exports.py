@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cv_platform.config import DeployConfig, ExportFormat
+from cv_platform.config import DeployConfig, ExportFormat, Threshold
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment.onnx_export import write_classifier
 from cv_platform.deployment.quantization import calibration_images, quantise
@@ -54,7 +54,7 @@ class Measured:
     images: np.ndarray
     truth: np.ndarray
     task: Task
-    threshold: float
+    threshold: Threshold
     model: Any
     probabilities: np.ndarray
 
@@ -67,7 +67,7 @@ class Measured:
         return predicted_flags(probabilities, self.task.classifier_type, self.threshold)
 
 
-def beside(trained: TrainedModel, test: PackedSplit, threshold: float) -> Measured:
+def beside(trained: TrainedModel, test: PackedSplit, threshold: Threshold) -> Measured:
     """Loads a model and lets it answer at most 2,000 images of the test split, a seeded choice."""
     rows = np.sort(np.random.default_rng(0).permutation(len(test.paths))[:MOST_IMAGES])
     images, classes = np.asarray(test.images[rows]), len(trained.task.class_names)
@@ -77,7 +77,7 @@ def beside(trained: TrainedModel, test: PackedSplit, threshold: float) -> Measur
 
 
 def write_exports(
-    trained: TrainedModel, deploy: DeployConfig, *, test: PackedSplit, train: PackedSplit, threshold: float
+    trained: TrainedModel, deploy: DeployConfig, *, test: PackedSplit, train: PackedSplit, threshold: Threshold
 ) -> tuple[Export, ...]:
     """Writes what `deploy.exports` names to `trained.exports_directory`, all at once, and returns what was measured.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cv_platform.config import DeployConfig
+from cv_platform.config import DeployConfig, Threshold
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment.exports import beside, measure
 from cv_platform.deployment.onnx_export import write_onnx
@@ -62,7 +62,7 @@ def open_int8(path: Path) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray
 
 
 def measure_int8(
-    trained: TrainedModel, reference: ReferenceData, deploy: DeployConfig, *, test: PackedSplit, threshold: float
+    trained: TrainedModel, reference: ReferenceData, deploy: DeployConfig, *, test: PackedSplit, threshold: Threshold
 ) -> Export:
     """Returns what the graph reaches on the test split, beside the model.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.config import ClassifierType
+from cv_platform.config import ClassifierType, Threshold
 from cv_platform.drift.sample import Float32Matrix
 from cv_platform.predictions import decide
 from cv_platform.records import AccuracyEstimate
@@ -27,7 +27,7 @@ def estimate_accuracy(
     current_probabilities: Float32Matrix,
     *,
     classifier_type: ClassifierType,
-    threshold: float = 0.5,
+    threshold: Threshold = 0.5,
     has_drifted: bool,
 ) -> AccuracyEstimate:
     """Estimates the accuracy on the current images.
@@ -62,7 +62,9 @@ def estimate_accuracy(
     )
 
 
-def confidences(probabilities: Float32Matrix, classifier_type: ClassifierType, threshold: float) -> NDArray[np.float64]:
+def confidences(
+    probabilities: Float32Matrix, classifier_type: ClassifierType, threshold: Threshold
+) -> NDArray[np.float64]:
     """Returns the model's confidence in each decision: `(N,)` for multi-class, `(N·C,)` for multi-label."""
     values = probabilities.astype(np.float64)
     if classifier_type == "multi-class":
@@ -71,7 +73,7 @@ def confidences(probabilities: Float32Matrix, classifier_type: ClassifierType, t
 
 
 def decisions(
-    probabilities: Float32Matrix, targets: NDArray[np.bool_], classifier_type: ClassifierType, threshold: float
+    probabilities: Float32Matrix, targets: NDArray[np.bool_], classifier_type: ClassifierType, threshold: Threshold
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Returns each decision's confidence, and whether it is right.
 

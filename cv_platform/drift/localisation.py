@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.config import ClassifierType
+from cv_platform.config import ClassifierType, Threshold
 from cv_platform.drift.family import settle_saturated
 from cv_platform.drift.sample import DriftSample, Float32Matrix, require_comparable
 from cv_platform.drift.scipy_tests import fisher_exact
@@ -82,7 +82,7 @@ def class_movements(
     *,
     class_names: Sequence[str],
     classifier_type: ClassifierType,
-    threshold: float = 0.5,
+    threshold: Threshold = 0.5,
     alpha: float = 0.05,
 ) -> tuple[ClassMovement, ...]:
     """Says for each class how its probability and its share of the predictions moved; the most significant first.

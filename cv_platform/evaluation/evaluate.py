@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cv_platform.config import ClassifierType, ExperimentConfig
+from cv_platform.config import ClassifierType, ExperimentConfig, Threshold
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.packing import PackedSplit, open_split
 from cv_platform.datasets.shards.reading import Images
@@ -50,6 +50,7 @@ from cv_platform.evaluation.plots import (
 from cv_platform.evaluation.report import render_report
 from cv_platform.evaluation.robustness import measure_robustness
 from cv_platform.evaluation.slices import judge_slices, slice_columns
+from cv_platform.evaluation.thresholds import best_thresholds
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.predictions import label_texts, one_hot, predicted_flags
 from cv_platform.records import Evaluation, PackedImages, Robustness, Task, TrainedModel
@@ -119,11 +120,13 @@ def evaluate_model(
     model = load_classifier(trained.keras_path, classes=len(trained.task.class_names))
     probabilities = predict_split(model, trained.keras_path, test)
     target = directory / trained.model.model_name / trained.model.version
-    evaluation = _measured(trained, test, probabilities, config, champion, _cpu_ms(model, test, config)).model_copy(
+    threshold = _threshold(model, trained, packed, config)
+    cpu_ms = _cpu_ms(model, test, config)
+    evaluation = _measured(trained, test, probabilities, config, champion, threshold, cpu_ms).model_copy(
         update={
             "directory": target,
             "mlflow_run_id": None if run is None else run.run_id,
-            "robustness": _robustness(model, trained.task, test, config),
+            "robustness": _robustness(model, trained.task, test, config, threshold),
         }
     )
     predictions = _predictions(test, probabilities, trained.task, evaluation.threshold)
@@ -205,10 +208,11 @@ def _measured(
     probabilities: np.ndarray,
     config: ExperimentConfig,
     champion: Champion | None,
+    threshold: Threshold,
     cpu_ms: float | None,
 ) -> Evaluation:
     """Returns the metrics with their intervals, and the gate's verdict."""
-    task, threshold = trained.task, config.model.threshold
+    task = trained.task
     decided = (np.asarray(test.targets), probabilities, task.classifier_type)
     truth = one_hot(decided[0], len(task.class_names))
     decisions = predicted_flags(probabilities, task.classifier_type, threshold)
@@ -249,6 +253,17 @@ def _measured(
     )
 
 
+def _threshold(model: Any, trained: TrainedModel, packed: PackedImages, config: ExperimentConfig) -> Threshold:
+    """Returns the config's, or those that suit each class on the split that has chosen the model."""
+    task, common = trained.task, config.model.threshold
+    if config.evaluate.thresholds == "fixed" or task.classifier_type != "multi-label":
+        return common
+    valid = open_split(packed, "valid", beside=trained)
+    return best_thresholds(
+        one_hot(np.asarray(valid.targets), len(task.class_names)), predict(model, valid.images), common
+    )
+
+
 def _cpu_ms(model: Any, test: PackedSplit, config: ExperimentConfig) -> float | None:
     """Measures what one image costs, where the config has a limit for it."""
     if config.evaluate.max_cpu_ms is None:
@@ -272,7 +287,9 @@ def _intervals(
     return found
 
 
-def _robustness(model: Any, task: Task, test: PackedSplit, config: ExperimentConfig) -> tuple[Robustness, ...]:
+def _robustness(
+    model: Any, task: Task, test: PackedSplit, config: ExperimentConfig, threshold: Threshold
+) -> tuple[Robustness, ...]:
     """Measures a seeded sample of the test images, the same for every model of a data version."""
     wanted = min(config.evaluate.robustness_images, len(test.paths))
     if not wanted:
@@ -281,7 +298,7 @@ def _robustness(model: Any, task: Task, test: PackedSplit, config: ExperimentCon
     truth = one_hot(np.asarray(test.targets)[chosen], len(task.class_names))
 
     def is_right(probabilities: np.ndarray) -> np.ndarray:
-        return (predicted_flags(probabilities, task.classifier_type, config.model.threshold) == truth).all(axis=1)
+        return (predicted_flags(probabilities, task.classifier_type, threshold) == truth).all(axis=1)
 
     return measure_robustness(np.asarray(test.images[chosen]), lambda images: predict(model, images), is_right)
 
@@ -350,7 +367,7 @@ def write_predictions(path: Path, predictions: _Predictions) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def _predictions(test: PackedSplit, probabilities: np.ndarray, task: Task, threshold: float) -> _Predictions:
+def _predictions(test: PackedSplit, probabilities: np.ndarray, task: Task, threshold: Threshold) -> _Predictions:
     truth = one_hot(np.asarray(test.targets), len(task.class_names))
     decisions = predicted_flags(probabilities, task.classifier_type, threshold)
     return _Predictions(

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import expit, logit, softmax
 from sklearn import metrics as sklearn_metrics
 
-from cv_platform.config import ClassifierType
+from cv_platform.config import ClassifierType, Threshold
 from cv_platform.predictions import one_hot, predicted_flags
 
 CALIBRATION_BINS = 15
@@ -44,7 +44,7 @@ class ReliabilityBin:
 
 
 def compute_metrics(
-    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5
+    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, threshold: Threshold = 0.5
 ) -> dict[str, float]:
     """Returns the scalar metrics, all in natural units (0–1, nats for the log loss).
 
@@ -109,7 +109,7 @@ def per_class_metrics(
     targets: np.ndarray,
     probabilities: np.ndarray,
     classifier_type: ClassifierType,
-    threshold: float = 0.5,
+    threshold: Threshold = 0.5,
 ) -> list[dict[str, float | None]]:
     """Returns a row per class, in order: precision, recall, f1, auc (0–1) and support (images of the class).
 
@@ -132,7 +132,7 @@ def per_class_metrics(
 
 
 def confusion_matrix(
-    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5
+    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, threshold: Threshold = 0.5
 ) -> np.ndarray:
     """Counts the decisions.
 
@@ -147,7 +147,7 @@ def confusion_matrix(
     return sklearn_metrics.multilabel_confusion_matrix(one_hot(targets, classes), decisions).reshape(classes, 4)
 
 
-def confidence_of(probabilities: np.ndarray, classifier_type: ClassifierType, threshold: float = 0.5) -> np.ndarray:
+def confidence_of(probabilities: np.ndarray, classifier_type: ClassifierType, threshold: Threshold = 0.5) -> np.ndarray:
     """Returns `(N,)`: how probable the model holds its own answer to be.
 
     Multi-class: the largest probability. Multi-label: the product over the classes of the probability of each decision,

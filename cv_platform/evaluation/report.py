@@ -23,11 +23,18 @@ def render_report(evaluation: Evaluation, provenance: Provenance, task: Task) ->
             ("version", evaluation.model.version),
             ("dataset", f"{provenance} ({provenance.dvc_md5})"),
             ("test images", f"{evaluation.metrics['images']:.0f}"),
-            ("labels", labels if labels == "multi-class" else f"multi-label, threshold {evaluation.threshold}"),
+            ("labels", labels if labels == "multi-class" else f"multi-label, {_thresholds(evaluation, task)}"),
         ],
         evaluation=evaluation,
         plots={name: base64.b64encode(path.read_bytes()).decode() for name, path in evaluation.plots.items()},
     )
+
+
+def _thresholds(evaluation: Evaluation, task: Task) -> str:
+    if isinstance(evaluation.threshold, float):
+        return f"threshold {evaluation.threshold:g}"
+    each = zip(task.class_names, evaluation.threshold, strict=True)
+    return f"thresholds {', '.join(f'{name} {value:.3f}' for name, value in each)}"
 
 
 def require_promotion(evaluation: Evaluation, model: ModelIdentity, override: AuditEntry | None) -> None:

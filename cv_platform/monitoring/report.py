@@ -16,7 +16,7 @@ import numpy as np
 from sqlalchemy import Engine, select
 from sqlalchemy.dialects.postgresql import insert
 
-from cv_platform.config import ClassifierType, ExperimentConfig, MonitorConfig
+from cv_platform.config import ClassifierType, ExperimentConfig, MonitorConfig, Threshold
 from cv_platform.database.schema import drift_reports
 from cv_platform.drift.accuracy import estimate_accuracy
 from cv_platform.drift.causes import Labelled, find_causes
@@ -50,7 +50,7 @@ class _ModelFacts:
     """What the report must know of the version that answered: its bundle's metadata, not today's config."""
 
     classifier_type: ClassifierType
-    threshold: float
+    threshold: Threshold
     preprocessing_hash: str
     encoder_hash: str | None
 
