@@ -23,6 +23,7 @@ BENCHMARKS = {
     "gate": "benchmarks.bench_gate",
     "false-alarms": "benchmarks.bench_false_alarms",
     "exports": "benchmarks.bench_exports",
+    "unknown": "benchmarks.bench_unknown",
 }
 DEFAULT = ("predict", "training-input")
 """What runs when nothing is named: the others have make targets of their own."""
