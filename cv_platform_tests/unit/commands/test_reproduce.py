@@ -84,9 +84,10 @@ def test_what_is_gone_or_another_is_said_before_anything_is_trained(settings: Se
     with pytest.raises(DatasetError, match=r"DVC md5 0{32}\. Received: .*moved the tag"):
         reproduce(settings, moved.version, say=say, other_code=True)
     gone = {**metadata.effective_config, "dataset": {**metadata.effective_config["dataset"], "dvc_tag": "v9.9.9"}}
-    storage.publish_bundle(folder, moved.model_copy(update={"version": new_version(), "effective_config": gone}))
+    untagged = moved.model_copy(update={"version": new_version(), "effective_config": gone})
+    storage.publish_bundle(folder, untagged)
     with pytest.raises(DatasetError, match=r"v9\.9\.9"):
-        reproduce(settings, storage.bundle_versions(metadata.model_name)[-1], say=say, other_code=True)
+        reproduce(settings, untagged.version, say=say, other_code=True)
 
 
 def test_other_code_and_other_libraries_are_named(tmp_path: Path):
