@@ -31,10 +31,11 @@ def render_report(evaluation: Evaluation, provenance: Provenance, task: Task) ->
 
 
 def _thresholds(evaluation: Evaluation, task: Task) -> str:
-    if isinstance(evaluation.threshold, float):
-        return f"threshold {evaluation.threshold:g}"
-    each = zip(task.class_names, evaluation.threshold, strict=True)
-    return f"thresholds {', '.join(f'{name} {value:.3f}' for name, value in each)}"
+    threshold = evaluation.threshold
+    if not isinstance(threshold, tuple):
+        return f"threshold {threshold:g}"
+    each = [f"{name} {value:.3f}" for name, value in zip(task.class_names, threshold, strict=True)]
+    return f"thresholds {', '.join(each)}"
 
 
 def require_promotion(evaluation: Evaluation, model: ModelIdentity, override: AuditEntry | None) -> None:
