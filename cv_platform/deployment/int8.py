@@ -1,7 +1,7 @@
 """The combined graph in 8 bits, for `deploy.runtime: onnx_int8`: made once, answering the reference data, then served.
 
-Requests are compared with reference data, so the same graph has to answer both: 8 bits move small probabilities by more
-than a test on ranks overlooks.
+Requests are compared with reference data, so the same graph has to answer both: what 8 bits change of probabilities and
+features is then no difference between them.
 """
 
 from __future__ import annotations
