@@ -131,9 +131,11 @@ def save_reliability(
 
 def save_worst_errors(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
     """Draws a sheet of `(H, W or more, 3)` uint8 RGB images, each with its caption; without images it says so."""
-    columns = min(max(len(images), 1), 4)
+    aspect = max((image.shape[0] / image.shape[1] for image in images), default=1.0)
+    columns = min(max(len(images), 1), 4 if aspect > 0.4 else 3)
     rows = max(-(-len(images) // columns), 1)
-    figure = _figure(2.4 * columns, 2.9 * rows)
+    width = 9.6 / 4 if aspect > 0.4 else 9.6 / 3
+    figure = _figure(width * columns, (width * aspect + 0.7) * rows)
     cells = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     for cell in cells:
         cell.set_axis_off()
