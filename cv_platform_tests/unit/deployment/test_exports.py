@@ -97,7 +97,7 @@ def test_a_format_that_loses_too_much_is_refused_in_words(trained: TrainedModel,
 def test_what_is_no_graph_is_not_quantised_and_leaves_nothing(tmp_path: Path, train: PackedSplit):
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     with pytest.raises(ExportError, match="Expected a graph that ONNX Runtime quantises"):
-        quantization.quantise(tmp_path / "broken.onnx", tmp_path / "int8.onnx", train.images)
+        quantization.quantise(tmp_path / "broken.onnx", tmp_path / "int8.onnx", np.asarray(train.images))
     assert [path.name for path in tmp_path.iterdir()] == ["broken.onnx"]
 
 
@@ -126,14 +126,15 @@ def test_a_graph_in_8_bits_is_served_with_its_map_and_its_rule_for_unknown_image
     )
     assert "8 bits" in bundle.runtime_reason
     loaded = load_bundle(storage, "tiny", VERSION, cache=tmp_path / "cache")
-    answer = loaded.predict_batch(test.images)
-    probabilities, features, uae = open_int8(trained.int8_path)(test.images)
+    images = np.asarray(test.images)
+    answer = loaded.predict_batch(images)
+    probabilities, features, uae = open_int8(trained.int8_path)(images)
     np.testing.assert_allclose(answer.probabilities, probabilities, atol=2e-2)
     np.testing.assert_allclose(answer.features, features, atol=5e-2)
     import keras
 
     encoder: Any = keras.models.load_model(detectors.uae_path, compile=False)
-    np.testing.assert_allclose(uae, np.asarray(encoder(test.images)), atol=1e-4)  # It stays in 32 bits.
+    np.testing.assert_allclose(uae, np.asarray(encoder(images)), atol=1e-4)  # It stays in 32 bits.
     assert answer.cam.shape == (40, 8, 8)
     assert answer.cam.max() == pytest.approx(1.0, abs=1e-3)
     assert loaded.unknown is not None

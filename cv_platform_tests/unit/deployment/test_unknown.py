@@ -125,7 +125,7 @@ def test_an_export_with_a_rule_answers_whether_an_image_is_unknown(tiny_export: 
     plain.unknown = rule
     rates = unknown_rates(plain, split)
     assert [rate.kind for rate in rates] == ["known", *["corrupted"] * 12, *["far"] * 2]
-    by_hand = (rule.score(plain.predict_batch(split.images).features) > 1).mean()
+    by_hand = (rule.score(plain.predict_batch(np.asarray(split.images)).features) > 1).mean()
     assert (rates[0].images, rates[0].rate) == (60, pytest.approx(by_hand))
     assert all(rate.low <= rate.rate <= rate.high for rate in rates)
     assert answers[0]["is_unknown"] is (answers[0]["unknown_score"] > 1)
