@@ -106,6 +106,7 @@ check: setup ## ruff, pyright, import-linter, deptry, generated files, documenta
 	$(RUN) schema | diff configs/schema.json -
 	$(RUN) reference configuration | diff docs/reference/configuration.md -
 	$(RUN) reference commands | diff docs/reference/commands.md -
+	$(RUN) reference augmentation | diff docs/reference/augmentation.md -
 	$(RUN) reference environment | diff .env.example -
 	$(BIN)/mkdocs build
 	$(RUN) validate-config configs configs/examples
@@ -118,9 +119,10 @@ format: setup ## Format the code.
 schema: setup ## Write configs/schema.json anew.
 	$(RUN) schema --write configs/schema.json
 
-reference: schema ## Write configs/schema.json, .env.example and two pages of docs/reference anew.
+reference: schema ## Write configs/schema.json, .env.example and three pages of docs/reference anew.
 	$(RUN) reference configuration --write docs/reference/configuration.md
 	$(RUN) reference commands --write docs/reference/commands.md
+	$(RUN) reference augmentation --write docs/reference/augmentation.md
 	$(RUN) reference environment --write .env.example
 
 docs: setup ## Build the documentation as a site, build/docs/index.html.

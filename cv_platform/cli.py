@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     schema = command("schema", _schema, "print the JSON schema of configs/*.yaml")
     schema.add_argument("--write", type=Path, help="write it to this file instead")
     reference = command("reference", _reference, "print a document that is written from the code")
-    reference.add_argument("document", choices=["configuration", "environment", "commands"])
+    reference.add_argument("document", choices=["configuration", "environment", "commands", "augmentation"])
     reference.add_argument("--write", type=Path, help="write it to this file instead")
     validate = command("validate-config", _validate_config, "check configs without running anything")
     validate.add_argument("configs", type=Path, nargs="+", help="YAML files, or folders of them")
@@ -261,13 +261,12 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _reference(options: argparse.Namespace) -> int:
-    from cv_platform.reference import commands_page, configuration_page, environment_example
+    from cv_platform.reference import augmentation_page, commands_page, configuration_page, environment_example
 
     if options.document == "commands":
         return _written(commands_page(_parser()), options.write)
-    return _written(
-        configuration_page() if options.document == "configuration" else environment_example(), options.write
-    )
+    pages = {"configuration": configuration_page, "environment": environment_example, "augmentation": augmentation_page}
+    return _written(pages[options.document](), options.write)
 
 
 def _written(text: str, path: Path | None) -> int:

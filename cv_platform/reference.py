@@ -1,7 +1,8 @@
 """Writes what may be configured and typed from the code that reads it, so that documents cannot say anything else.
 
 `docs/reference/configuration.md` and `.env.example` come from the fields of `ExperimentConfig` and `Settings`,
-`docs/reference/commands.md` from the parser of `cv-platform`; `make reference` writes them, `make check` compares.
+`docs/reference/commands.md` from the parser of `cv-platform`, the table of `docs/reference/augmentation.md` from the
+augmenters that may be named; `make reference` writes them, `make check` compares.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cv_platform.config import json_schema
+from cv_platform.config.augmentation import AUGMENTERS
 from cv_platform.settings import Settings
 
 _WRITTEN = "<!-- Written by `make reference` from {source}: change it there. -->"
@@ -85,6 +87,63 @@ def commands_page(parser: argparse.ArgumentParser) -> str:
         if rows:
             lines += ["", "| argument | |", "|---|---|", *(f"| {first} | {second} |" for first, second in rows)]
     return "\n".join(lines) + "\n"
+
+
+def augmentation_page() -> str:
+    """Returns the page of what `train.augment.operations` may name, as Markdown."""
+    lines = [
+        _WRITTEN.format(source="`cv_platform/config/augmentation.py` and `cv_platform/reference.py`"),
+        "# Augmentation",
+        "",
+        _AUGMENTATION,
+        "| augmenter | parameters | `engine: fused` |",
+        "|---|---|---|",
+    ]
+    for name, kind in AUGMENTERS.items():
+        named = "; ".join(f"`{key}`: {parameter.expected()}" for key, parameter in kind.parameters.items())
+        lines.append(f"| `{name}` | {named or '–'} | {'yes' if kind.is_fused else '–'} |")
+    return "\n".join(lines) + "\n"
+
+
+_AUGMENTATION = """`train.augment` says how training images are changed at random, anew in each epoch. It has three
+parts, which follow each other: the single fields (`flip_horizontal` to `blur_sigma_px`, for a share `sometimes` of the
+images); `operations`, which are imgaug's by
+[their names](https://imgaug.readthedocs.io/en/latest/source/overview_of_augmenters.html); and `auto: light`, `medium`
+or `strong`, which draws one, two or three of twelve changes for each image, after RandAugment. The asset `model` shows
+what comes out: `augmented_images.png` in its metadata.
+
+```yaml
+train:
+  augment:
+    engine: fused
+    operations:
+      - Fliplr: 0.5
+      - Sometimes:
+          p: 0.8
+          then_list:
+            - Affine: {rotate: [-20, 20], scale: {x: [0.8, 1.2], y: [0.8, 1.2]}, mode: edge}
+            - OneOf:
+                - GaussianBlur: {sigma: [0, 1.5]}
+                - AdditiveGaussianNoise: {scale: [0, 12], per_channel: true}
+      - SomeOf:
+          n: [0, 2]
+          random_order: true
+          children: [{Multiply: [0.8, 1.2]}, Grayscale, {Posterize: {choice: [4, 6]}}]
+```
+
+A value is a number; `[a, b]`, drawn from a to b for each image (imgaug's tuple); or `{choice: [a, b, c]}`, one of them
+(imgaug's list). The first parameter may be given without its name; what is not given is imgaug's default. In the place
+of an operation, `original` is what the original stack trained with; it mirrors every image that it touches. Only what
+the table names can be named.
+
+`engine: imgaug` is imgaug itself. `engine: fused` is OpenCV: several times faster, and the same meaning (tests compare
+the two), but all adjacent geometry is one interpolation: nothing is blurred twice, and what one operation pushes out of
+the frame and the next one back is still there. The grey level of its borders is drawn for a batch, not for an image,
+and crops are interpolated linearly.
+
+Batches are made by several threads. Only `train.seed`, the epoch and the batch's place in it decide what is drawn: the
+same training has the same images, however many threads there are, also after it was killed and has gone on.
+"""
 
 
 def _variables() -> dict[str, Any]:

@@ -7,6 +7,7 @@ The only place where a default of it is written down. Models are frozen and refu
 A module for each group of sections; a new field stands in its section's class, with its description.
 """
 
+from cv_platform.config.augmentation import AugmentConfig
 from cv_platform.config.experiment import ExperimentConfig, json_schema
 from cv_platform.config.fields import ClassifierType, Section, Severity, Threshold, is_class_name
 from cv_platform.config.files import (
@@ -19,7 +20,7 @@ from cv_platform.config.files import (
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
 from cv_platform.config.model import DriftDetectionConfig, InputSize, ModelConfig
 from cv_platform.config.production import AlertsConfig, DeployConfig, ExportFormat, LabelsConfig, MonitorConfig
-from cv_platform.config.recipe import AugmentConfig, EvaluateConfig, MlflowConfig, TrainConfig, TransferConfig
+from cv_platform.config.recipe import EvaluateConfig, MlflowConfig, TrainConfig, TransferConfig
 
 __all__ = [
     "AlertsConfig",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from cv_platform.config.augmentation import AugmentConfig
 from cv_platform.config.fields import Fraction, Section, Text
 
 
@@ -17,24 +18,6 @@ class MlflowConfig(Section):
     )
     exp_desc: str = Field(default="", description="description of the runs")
     exp_tags: dict[Text, Text] = Field(default_factory=dict, description="tags of the runs")
-
-
-class AugmentConfig(Section):
-    """Random changes of training images (imgaug); zero switches one off. Applied to `sometimes` of the images."""
-
-    sometimes: Fraction = Field(default=0.8, description="share of images that are augmented at all")
-    flip_horizontal: Fraction = Field(default=0.0, description="probability")
-    flip_vertical: Fraction = Field(default=0.0, description="probability")
-    rotate_degrees: float = Field(default=0.0, ge=0.0, le=180.0, description="between −x and +x")
-    shear_degrees: float = Field(default=0.0, ge=0.0, le=45.0, description="between −x and +x")
-    scale_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="zoom between 1−x and 1+x")
-    translate_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="shift, as a share of the side")
-    brightness_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="multiply by 1−x to 1+x")
-    contrast_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="linear contrast by 1−x to 1+x")
-    noise_std: float = Field(
-        default=0.0, ge=0.0, le=128.0, description="largest standard deviation of Gaussian noise, grey levels"
-    )
-    blur_sigma_px: float = Field(default=0.0, ge=0.0, le=10.0, description="largest sigma of a Gaussian blur")
 
 
 class TransferConfig(Section):

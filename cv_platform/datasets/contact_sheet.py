@@ -25,11 +25,11 @@ _BACKGROUND, _INK, _NOTHING = 255, 0, 224
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A row of a sheet: two lines of text, and the files of its images."""
+    """A row of a sheet: two lines of text, and its images: files, or `(H, W, 3)` uint8, RGB."""
 
     title: str
     note: str
-    files: Sequence[Path]
+    files: Sequence[Path | np.ndarray]
 
 
 def contact_sheet(version: DatasetVersion, *, per_class: int = 8) -> bytes:
@@ -64,8 +64,8 @@ def draw_sheet(rows: Sequence[SheetRow], *, columns: int = 8, letters: int = 14,
         top = _GAP_PX + at * step
         for line, text in enumerate((_shortened(row.title, letters), row.note)):
             _write(draw, top + 12 + 17 * line, text)
-        for column, path in enumerate(row.files[:columns]):
-            sheet.paste(Image.fromarray(_cell(path)), (label_px + column * step, top))
+        for column, image in enumerate(row.files[:columns]):
+            sheet.paste(Image.fromarray(_cell(image)), (label_px + column * step, top))
     if more:
         _write(draw, height - 20, f"and {more} more {what}")
     encoded, png = cv2.imencode(".png", cv2.cvtColor(np.asarray(sheet), cv2.COLOR_RGB2BGR))
@@ -85,9 +85,11 @@ def _shortened(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def _cell(path: Path) -> np.ndarray:
+def _cell(image: Path | np.ndarray) -> np.ndarray:
+    if isinstance(image, np.ndarray):
+        return _fit(image)
     try:
-        return _fit(images.decode(path.read_bytes(), max_pixels=images.MAX_LOCAL_PIXELS))
+        return _fit(images.decode(image.read_bytes(), max_pixels=images.MAX_LOCAL_PIXELS))
     except (ImageError, OSError):
         return np.full((_CELL_PX, _CELL_PX, 3), _NOTHING, dtype=np.uint8)
 

@@ -126,7 +126,8 @@ def _dagster_config(section: BaseModel) -> type[dg.Config]:
             nested = _dagster_config(value)
             fields[name] = (nested, nested())
         elif get_origin(field.annotation) is tuple:  # Dagster's config has lists only.
-            fields[name] = (list[str], Field(list(value), description=field.description))
+            kind = Any if get_args(field.annotation)[0] is Any else str
+            fields[name] = (list[kind], Field(list(value), description=field.description))
         else:
             annotation = _bare(field.annotation)
             if any(get_origin(member) is Literal for member in get_args(annotation)):

@@ -33,7 +33,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
         code was killed, it goes on after its last whole epoch.
         """
         from cv_platform.tracking import head_commit
-        from cv_platform.training.trainer import train_model
+        from cv_platform.training.trainer import AUGMENTED_IMAGES, train_model
         from cv_platform.validation.verdict import require_verdict
 
         run = branch.run(context)
@@ -62,6 +62,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 "images_per_second": trained.images_per_second,
                 "last_epoch": table([{"metric": name, "value": value} for name, value in last.items()]),
                 "learning_curves": file_link(trained.directory / "learning_curves.png"),
+                "augmented_images": file_link(trained.directory / AUGMENTED_IMAGES),
             },
         )
 

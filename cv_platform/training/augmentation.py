@@ -1,35 +1,43 @@
-"""Random changes of training images: the only door to imgaug.
+"""Random changes of training images: what a config says of them, by one of two engines; and the only door to imgaug.
 
-imgaug 0.4.0 (https://imgaug.readthedocs.io) is unmaintained; whoever replaces it changes this module alone.
+imgaug 0.4.0 (https://imgaug.readthedocs.io) is unmaintained; whoever replaces it changes this module alone. The other
+engine is `fused`, which knows the common operations. What may be named is in `config.augmentation`.
 
-NumPy's removed aliases: imgaug 0.4.0 still reads `np.bool` in `SomeOf`/`OneOf` and in polygon masks, and `np.complex`
-in `Power` and frequency noise, always at call time and never at import. No augmenter below reaches these lines, so
-NumPy is left unpatched: an alias put into NumPy's namespace would change what other libraries find there. Whoever adds
-`OneOf` or `SomeOf` needs `numpy.bool = bool` until imgaug is replaced; a test runs every operation under NumPy as it
-is.
+NumPy's removed aliases: imgaug 0.4.0 still reads `np.bool` in `SomeOf` and `OneOf`, and `np.complex` in `Power` and
+frequency noise, always at call time. An alias put into NumPy's namespace would change what other libraries find there,
+so imgaug's one module that needs it gets a NumPy of its own; `np.complex` is reached by nothing that a config may name.
+It can go when imgaug is replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cv_platform.config import AugmentConfig
+from cv_platform.config.augmentation import Operation, parse_operations
+from cv_platform.datasets.contact_sheet import SheetRow, draw_sheet
+from cv_platform.datasets.shards.reading import Images
+from cv_platform.training.fused import FusedEngine
 
 
 class Augmenter:
     """Applies `config` to batches, reproducibly: only the images and (seed, epoch, batch index) decide the result.
 
-    The random state is set anew for each batch, so batches may be made in any order and any process. An instance serves
-    one thread at a time.
+    The random state is set anew for each batch, so batches may be made in any order, by any thread or process.
     """
 
     def __init__(self, config: AugmentConfig, *, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self._sequence = _build(config)
+        steps = declared(config)
+        self._engine: Callable[[np.ndarray, np.random.SeedSequence], np.ndarray] | None = None
+        if steps:
+            self._engine = FusedEngine(steps) if config.engine == "fused" else _ImgaugEngine(steps)
 
     def __call__(self, images: np.ndarray, *, epoch: int, batch_index: int) -> np.ndarray:
         """Returns changed copies of `images`.
@@ -42,75 +50,132 @@ class Augmenter:
         Returns:
             `(N, H, W, 3)` uint8, RGB.
         """
-        if self._sequence is None or not len(images):
+        if self._engine is None or not len(images):
             return images
-        entropy = np.random.SeedSequence((self.seed, epoch, batch_index)).generate_state(1)
-        self._sequence.seed_(int(entropy[0]) & 0x7FFFFFFF)
-        return self._sequence(images=images)
+        return self._engine(images, np.random.SeedSequence((self.seed, epoch, batch_index)))
 
 
-def _build(config: AugmentConfig) -> Any | None:
-    """Returns the imgaug sequence, geometry first, or None when nothing is switched on."""
-    if config.sometimes == 0:
-        return None
-    operations = [build(config) for build, is_on in _OPERATIONS if is_on(config)]
-    if not operations:
-        return None
-    # `seed_()` reaches only children in a *list*: given bare, the sequence keeps its own unseeded state.
-    return _iaa().Sometimes(config.sometimes, [_iaa().Sequential(operations)])
+def declared(config: AugmentConfig) -> tuple[Operation, ...]:
+    """Returns everything that a config switches on, in its order."""
+    single = _single_fields(config)
+    sometimes = {"Sometimes": {"p": config.sometimes, "then_list": [{"Sequential": {"children": single}}]}}
+    listed = [*([sometimes] if single and config.sometimes else []), *config.operations, *_auto(config.auto)]
+    return parse_operations(listed) if listed else ()
+
+
+def _single_fields(config: AugmentConfig) -> list[Any]:
+    """Returns the operations that the single fields switch on, geometry first.
+
+    Rotation, shear, zoom and shift are one: four interpolations would blur four times.
+    """
+    zoom, shift = config.scale_fraction, config.translate_fraction
+    affine = {
+        "rotate": [-config.rotate_degrees, config.rotate_degrees],
+        "shear": [-config.shear_degrees, config.shear_degrees],
+        "scale": [1 - zoom, 1 + zoom],
+        "translate_percent": {"x": [-shift, shift], "y": [-shift, shift]},
+    }
+    brightness, contrast = config.brightness_fraction, config.contrast_fraction
+    listed: list[tuple[float, Any]] = [
+        (config.flip_horizontal, {"Fliplr": config.flip_horizontal}),
+        (config.flip_vertical, {"Flipud": config.flip_vertical}),
+        (max(config.rotate_degrees, config.shear_degrees, zoom, shift), {"Affine": affine}),
+        (brightness, {"Multiply": [1 - brightness, 1 + brightness]}),
+        (contrast, {"LinearContrast": [1 - contrast, 1 + contrast]}),
+        (config.noise_std, {"AdditiveGaussianNoise": {"scale": [0, config.noise_std], "per_channel": True}}),
+        (config.blur_sigma_px, {"GaussianBlur": [0, config.blur_sigma_px]}),
+    ]
+    return [operation for strength, operation in listed if strength]
+
+
+def _auto(strength: str) -> list[Any]:
+    """Returns a set after RandAugment: some of twelve operations for each image, all at one strength.
+
+    Cubuk et al. 2020, "RandAugment: Practical automated data augmentation with a reduced search space", section 3. The
+    paper's operations that flatten a histogram are left out; there is no mirror image among them.
+    """
+    if strength == "none":
+        return []
+    at = {"light": 1, "medium": 2, "strong": 3}[strength]
+    border = {"cval": 128}
+    members: list[Any] = [
+        "Identity",
+        {"Rotate": {"rotate": [-10 * at, 10 * at], **border}},
+        {"ShearX": {"shear": [-6 * at, 6 * at], **border}},
+        {"ShearY": {"shear": [-6 * at, 6 * at], **border}},
+        {"TranslateX": {"percent": [-0.08 * at, 0.08 * at], **border}},
+        {"TranslateY": {"percent": [-0.08 * at, 0.08 * at], **border}},
+        {"Multiply": [1 - 0.2 * at, 1 + 0.2 * at]},
+        {"LinearContrast": [1 - 0.2 * at, 1 + 0.2 * at]},
+        {"GammaContrast": [1 - 0.15 * at, 1 + 0.3 * at]},
+        {"MultiplySaturation": [1 - 0.3 * at, 1 + 0.3 * at]},
+        {"Posterize": [8 - at, 8]},
+        {"Solarize": {"p": 1.0, "threshold": [256 - 40 * at, 256]}},
+    ]
+    return [{"SomeOf": {"n": at, "random_order": True, "children": members}}]
+
+
+def augmented_sheet(
+    images: Images, targets: np.ndarray, class_names: Sequence[str], augmenter: Augmenter, *, draws: int = 7
+) -> bytes:
+    """Draws the first image of each class as it is, then as `draws` epochs would show it, and returns a PNG.
+
+    Args:
+        images: `(N, H, W, 3)` uint8, RGB; may be memory-mapped.
+        targets: `(N,)` class indices or `(N, C)` 0/1; the second kind has an image in the row of each of its classes.
+        class_names: in the order of the indices.
+        augmenter: changes the images.
+        draws: columns beside the first.
+    """
+    members = targets > 0 if targets.ndim == 2 else targets[:, None] == np.arange(len(class_names))
+    rows_of = {name: np.flatnonzero(members[:, index]) for index, name in enumerate(class_names)}
+    found = [(name, rows[0]) for name, rows in rows_of.items() if len(rows)]
+    firsts = np.stack([images[row] for _, row in found])
+    epochs = [firsts, *(augmenter(firsts, epoch=epoch, batch_index=0) for epoch in range(draws))]
+    rows = [SheetRow(name, "as it is →", [epoch[at] for epoch in epochs]) for at, (name, _) in enumerate(found)]
+    return draw_sheet(rows, columns=1 + draws, what="classes")
+
+
+class _ImgaugEngine:
+    """imgaug's augmenters; each thread has its own, as they keep their random state."""
+
+    def __init__(self, steps: Sequence[Operation]) -> None:
+        self._steps = steps
+        self._of_thread = threading.local()
+
+    def __call__(self, images: np.ndarray, entropy: np.random.SeedSequence) -> np.ndarray:
+        augmenter = getattr(self._of_thread, "augmenter", None)
+        if augmenter is None:
+            augmenter = self._of_thread.augmenter = build_imgaug(self._steps)
+        augmenter.seed_(int(entropy.generate_state(1)[0]) & 0x7FFFFFFF)
+        return augmenter(images=images)
+
+
+def build_imgaug(steps: Sequence[Operation]) -> Any:
+    """Returns imgaug's augmenter for operations."""
+    built = [_build(step) for step in steps]
+    return built[0] if len(built) == 1 else _iaa().Sequential(built)
+
+
+def _build(operation: Operation) -> Any:
+    # `seed_()` reaches only children in a *list*: given bare, they keep an unseeded state of their own.
+    children = {key: [_build(child) for child in below] for key, below in operation.children.items()}
+    return getattr(_iaa(), operation.name)(**operation.arguments, **children)
 
 
 def _iaa() -> Any:
     """Imports imgaug late: it takes seconds."""
     import imgaug.augmenters
 
+    if imgaug.augmenters.meta.np is np:
+        imgaug.augmenters.meta.np = _NumpyWithBool(np.__name__)
     return imgaug.augmenters
 
 
-def _flip_horizontal(config: AugmentConfig) -> Any:
-    return _iaa().Fliplr(config.flip_horizontal)
+class _NumpyWithBool(types.ModuleType):
+    """NumPy as imgaug's `meta` expects it."""
 
+    bool = bool
 
-def _flip_vertical(config: AugmentConfig) -> Any:
-    return _iaa().Flipud(config.flip_vertical)
-
-
-def _affine(config: AugmentConfig) -> Any:
-    """Rotation, shear, zoom and shift in one interpolation: four would blur four times, and cost four times as much."""
-    zoom, shift = config.scale_fraction, config.translate_fraction
-    return _iaa().Affine(
-        rotate=(-config.rotate_degrees, config.rotate_degrees),
-        shear=(-config.shear_degrees, config.shear_degrees),
-        scale=(1 - zoom, 1 + zoom),
-        translate_percent={"x": (-shift, shift), "y": (-shift, shift)},
-        order=1,
-        mode="constant",
-        cval=0,
-    )
-
-
-def _brightness(config: AugmentConfig) -> Any:
-    return _iaa().Multiply((1 - config.brightness_fraction, 1 + config.brightness_fraction))
-
-
-def _contrast(config: AugmentConfig) -> Any:
-    return _iaa().LinearContrast((1 - config.contrast_fraction, 1 + config.contrast_fraction))
-
-
-def _noise(config: AugmentConfig) -> Any:
-    return _iaa().AdditiveGaussianNoise(scale=(0, config.noise_std), per_channel=True)
-
-
-def _blur(config: AugmentConfig) -> Any:
-    return _iaa().GaussianBlur(sigma=(0, config.blur_sigma_px))
-
-
-_OPERATIONS: tuple[tuple[Callable[[AugmentConfig], Any], Callable[[AugmentConfig], bool]], ...] = (
-    (_flip_horizontal, lambda c: c.flip_horizontal > 0),
-    (_flip_vertical, lambda c: c.flip_vertical > 0),
-    (_affine, lambda c: any((c.rotate_degrees, c.shear_degrees, c.scale_fraction, c.translate_fraction))),
-    (_brightness, lambda c: c.brightness_fraction > 0),
-    (_contrast, lambda c: c.contrast_fraction > 0),
-    (_noise, lambda c: c.noise_std > 0),
-    (_blur, lambda c: c.blur_sigma_px > 0),
-)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)

@@ -7,11 +7,14 @@ uninterrupted one would have seen. Ordered batches for evaluation and reference 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cv_platform.cores import available_cores
 from cv_platform.datasets.shards.reading import Images
 from cv_platform.training.augmentation import Augmenter
 
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 PREFETCHED_BATCHES = 4
-"""Bound of the queue between the thread that makes batches and the training step."""
+"""Bound of the queue between what makes batches and the training step."""
+MOST_WORKERS = 8
+"""Threads that make batches at the same time; more would be held up by the interpreter's lock."""
 
 
 class ShuffledBatches:
@@ -35,6 +40,7 @@ class ShuffledBatches:
         batch_size: images in a batch.
         augmenter: changes the images.
         seed: of the order.
+        workers: threads that make batches, which decides nothing about them; by default as many as there are cores.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class ShuffledBatches:
         batch_size: int,
         augmenter: Augmenter,
         seed: int,
+        workers: int | None = None,
     ) -> None:
         if len(images) == 0 or len(images) != len(targets):
             raise ValueError(
@@ -57,6 +64,7 @@ class ShuffledBatches:
         self.batch_size = min(batch_size, len(images))
         self.augmenter = augmenter
         self.seed = seed
+        self.workers = workers or min(MOST_WORKERS, available_cores())
         self.epoch = 0
         """The epoch that the next iteration walks; the training loop sets it."""
         self.error: Exception | None = None
@@ -91,19 +99,29 @@ class ShuffledBatches:
         return np.random.default_rng((self.seed, epoch)).permutation(np.arange(len(self.images), dtype=np.int32))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Walks the batches of `self.epoch`."""
+        """Walks the batches of `self.epoch`, in their order; as many as there are workers are made at the same time."""
         self.error = None
         epoch = self.epoch
         try:
             order = self.order(epoch)
-            for batch_index in range(self.steps):
-                yield self.batch(epoch, batch_index, order)
+            made: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+            with ThreadPoolExecutor(self.workers, thread_name_prefix="batches") as pool:
+                try:
+                    for batch_index in range(self.steps):
+                        made.append(pool.submit(self.batch, epoch, batch_index, order))
+                        if len(made) == self.workers:
+                            yield made.popleft().result()
+                    while made:
+                        yield made.popleft().result()
+                finally:
+                    for waiting in made:  # An epoch that is left in its middle.
+                        waiting.cancel()
         except Exception as err:
             self.error = err
             raise
 
     def dataset(self) -> tf.data.Dataset:
-        """Returns these batches as a `tf.data.Dataset` of one epoch, made ahead in a background thread of TensorFlow's.
+        """Returns these batches as a `tf.data.Dataset` of one epoch, asked for ahead by a thread of TensorFlow's.
 
         Keras wraps Python iterables (generators, PyDataset) into the same `from_generator`; made here, the queue is
         bounded, no batch is drawn to guess shapes, and the thread ends with its iterator.

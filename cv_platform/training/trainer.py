@@ -6,6 +6,7 @@ A training's folder, `<directory>/<model_name>/<version>/`, appears at once, com
     history.json            metric by name, a value per epoch
     config.json             the effective config
     learning_curves.png
+    augmented_images.png    an image of each class, as it is and as epochs show it
     trained_model.json      the record, see `records.TrainedModel`
 
 The work under way is beside it in `.training-<recipe>`, and is what a killed training goes on from: the folder is named
@@ -25,6 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
+
 from cv_platform import encoders, training
 from cv_platform.config import ExperimentConfig
 from cv_platform.datasets.packing import open_split
@@ -34,6 +37,7 @@ from cv_platform.images import preprocessing_hash
 from cv_platform.records import ModelIdentity, PackedImages, TrainedModel
 from cv_platform.storage import new_version
 from cv_platform.tracking import flatten
+from cv_platform.training.augmentation import Augmenter, augmented_sheet
 from cv_platform.training.calibration import calibrate
 from cv_platform.training.callbacks import write_history
 from cv_platform.training.fitting import FittedModel, fit_model
@@ -49,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.json"
 """In the folder of the work under way: what decides the weights, by name."""
+AUGMENTED_IMAGES = "augmented_images.png"
+"""In a model's folder; models of earlier releases have none."""
 
 
 def train_model(
@@ -155,6 +161,7 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
         "the packed images": packed.directory.name,
         "the code in cv_platform/training and cv_platform/encoders": code.hexdigest()[:12],
         **{f"the version of {name}": metadata.version(name) for name in ("keras", "imgaug", "numpy")},
+        "the version of opencv": cv2.__version__,
         "the version of tensorflow": tf.__version__,  # Its package has other names on some machines.
     }
 
@@ -249,6 +256,9 @@ def _publish(
             json.dumps(trained.effective_config, indent=1, ensure_ascii=False), encoding="utf-8"
         )
         learning_curves(fitted.history, best_epoch=fitted.best_epoch).savefig(beside / "learning_curves.png")
+        shown, augmenter = open_split(packed, "train"), Augmenter(config.train.augment, seed=config.train.seed)
+        sheet = augmented_sheet(shown.images, shown.targets, packed.task.class_names, augmenter)
+        (beside / AUGMENTED_IMAGES).write_bytes(sheet)
         (beside / "trained_model.json").write_text(trained.local_json(), encoding="utf-8")
     return trained
 
@@ -295,7 +305,7 @@ def _log(run: MlflowRun, trained: TrainedModel) -> None:
         },
         step=trained.epochs_run,
     )
-    for name in ("config.json", "history.json", "learning_curves.png", "trained_model.json"):
+    for name in ("config.json", "history.json", "learning_curves.png", AUGMENTED_IMAGES, "trained_model.json"):
         run.log_artifact(trained.directory / name, "training")
     artifact_path = run.log_artifact(trained.keras_path, "model")
     run.set_tags(trained.model.model_dump())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cv_platform import cli
-from cv_platform.reference import commands_page, configuration_page, environment_example
+from cv_platform.reference import augmentation_page, commands_page, configuration_page, environment_example
 from cv_platform.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,9 +80,10 @@ def test_functions_that_are_linked_exist() -> None:
     [
         ("docs/reference/configuration.md", configuration_page()),
         ("docs/reference/commands.md", commands_page(cli._parser())),
+        ("docs/reference/augmentation.md", augmentation_page()),
         (".env.example", environment_example()),
     ],
-    ids=["configuration", "commands", "environment"],
+    ids=["configuration", "commands", "augmentation", "environment"],
 )
 def test_documents_that_are_written_from_the_code_are_up_to_date(document: str, written: str) -> None:
     assert (REPOSITORY / document).read_text() == written, "Run `make reference`."

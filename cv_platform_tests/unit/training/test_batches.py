@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from cv_platform.config import AugmentConfig
 from cv_platform.training.augmentation import Augmenter
 from cv_platform.training.batches import PREFETCHED_BATCHES, ShuffledBatches, as_probabilities, ordered_dataset
+from cv_platform_tests.support.waiting import wait_until
 
 UNTOUCHED = AugmentConfig()
 
@@ -74,6 +76,30 @@ def test_fewer_images_than_a_batch_make_one_batch() -> None:
     assert [len(x) for x, _ in batches] == [3]
 
 
+@pytest.mark.parametrize("engine", ["imgaug", "fused"])
+def test_batches_that_threads_make_are_those_that_one_makes_bit_by_bit(engine: Any) -> None:
+    config = AugmentConfig(rotate_degrees=20, noise_std=20, auto="strong", engine=engine)
+    images = np.random.default_rng(2).integers(0, 256, (96, 12, 12, 3), dtype=np.uint8)
+
+    def made(workers: int) -> list[np.ndarray]:
+        batches = ShuffledBatches(
+            images,
+            np.arange(96) % 5,
+            classes=5,
+            batch_size=4,
+            augmenter=Augmenter(config, seed=3),
+            seed=3,
+            workers=workers,
+        )
+        batches.epoch = 2
+        return [x for x, _ in batches]
+
+    alone, together = made(1), made(6)
+    assert len(alone) == len(together) == 24
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_augmentation_does_not_reach_the_source() -> None:
     images = numbered_images(40)
 
@@ -95,7 +121,6 @@ def test_a_memory_mapped_file_is_read_without_being_loaded(tmp_path: Path) -> No
 def test_the_dataset_walks_the_epoch_that_was_set_and_ends_its_thread() -> None:
     images, targets = numbered_images(40), np.arange(40) % 5
     batches = batches_of(images, targets)
-    threads = threading.active_count()
     dataset = batches.dataset()
 
     for epoch in (0, 3):
@@ -107,7 +132,7 @@ def test_the_dataset_walks_the_epoch_that_was_set_and_ends_its_thread() -> None:
             np.testing.assert_array_equal(x, expected_x)
             np.testing.assert_array_equal(y, expected_y)
     next(iter(dataset))  # Left in the middle of an epoch.
-    assert threading.active_count() == threads
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("batches")])
 
 
 def test_batches_are_made_ahead_only_up_to_the_bound() -> None:
@@ -126,7 +151,8 @@ def test_batches_are_made_ahead_only_up_to_the_bound() -> None:
     for _ in range(3):
         next(iterator)
 
-    assert 3 <= len(made) <= 3 + PREFETCHED_BATCHES + 2  # One in the generator, one on its way.
+    # Those with the workers, one in the generator, one on its way.
+    assert 3 <= len(made) <= 3 + PREFETCHED_BATCHES + batches.workers + 2
     del iterator
 
 
