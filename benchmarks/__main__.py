@@ -17,6 +17,7 @@ BENCHMARKS = {
     "training-input": "benchmarks.bench_training_input",
     "data": "benchmarks.bench_data",
     "serving": "benchmarks.bench_serving",
+    "serving-short": "benchmarks.bench_serving_short",
     "runtime": "benchmarks.bench_runtime",
     "drain": "benchmarks.bench_drain",
     "startup": "benchmarks.bench_startup",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -48,10 +48,13 @@ LOG_LOADS = ((1, 3.0, 50), (8, 3.0, 50))
 """(requests in flight, seconds, at least so many requests) with the log and without."""
 LOG_STARTS = 3
 """Starts of both services for each round."""
-LEAST_RATIO = {1: 45.0, 8: 60.0}
+LEAST_RATIO = {1: 100.0, 8: 150.0}
 """Requests in flight to how many times as many requests per second as the replica answers."""
 MOST_TAIL = 3.0
 LEAST_SHARE = 0.9
+"""Of the ceiling, for the large network."""
+LEAST_SMALL_SHARE = 0.3
+"""Of the ceiling, for the small network, whose call takes less time than drawing its explanation."""
 MOST_LOGGING = 1.1
 
 
@@ -109,7 +112,7 @@ def _checks_against_replica(report: Report) -> list[Check]:
             Check(
                 what=f"requests per second against the original's replica, c={concurrency}",
                 expected=f"≥ {least:g}×",
-                received=_interval(ratio),
+                received=interval(ratio),
                 held=ratio.median >= least,
             )
         )
@@ -137,7 +140,6 @@ def _against_ceiling(options: Options, scratch: Path) -> Part:
     images = write_uploads(options.uploads, scratch / "uploads", count=bench_predict.UPLOADS, seed=options.seed)
     for architecture, side_px in NETWORKS.items():
         settings, place = _installation(scratch, architecture)
-        limits = ServingLimits.of(settings)
         with database_url(settings) as url, ExitStack() as stack:
             migrate(url)
             environment = isolated_environment(settings, database_url=url)
@@ -147,21 +149,10 @@ def _against_ceiling(options: Options, scratch: Path) -> Part:
             )[0]
             server = stack.enter_context(platform_service(settings, environment, place))
             service = f"{architecture}, service, c={CEILING_CONCURRENCY}"
+            plan = ceiling_plan(settings, place, ("ceiling_classifier", version), images, CEILING_SECONDS)
             ways = {
-                f"{architecture}, in process, {callers} callers": in_process_ceiling(
-                    CeilingPlan(
-                        storage_url=settings.storage_url,
-                        model_name="ceiling_classifier",
-                        version=version,
-                        cache=place / "cache",
-                        images=images,
-                        callers=callers,
-                        model_threads=limits.model_threads,
-                        seconds=CEILING_SECONDS,
-                    ),
-                    environment,
-                )
-                for callers in sorted({limits.predict_threads, CEILING_CONCURRENCY})
+                f"{architecture}, {name}": in_process_ceiling(plan.model_copy(update={"callers": callers}), environment)
+                for name, callers in ceiling_callers(settings).items()
             }
             load = under_load(
                 server,
@@ -172,21 +163,48 @@ def _against_ceiling(options: Options, scratch: Path) -> Part:
             )
             alternatives = [Alternative(service, load), *(Alternative(name, measure) for name, measure in ways.items())]
             found = measure_interleaved(alternatives, rounds=options.rounds, say=options.say)
-        best = max(ways, key=lambda name: statistics.median(o.units / o.wall_seconds for o in found[name]))
+        best = fastest(found, ways)
         ratio = compare(found, service, best, "units_per_second", seed=options.seed)
         assert ratio is not None
         observations |= found
         ratios.append(ratio)
-        is_promised = architecture == "resnet50"
+        least = LEAST_SHARE if architecture == "resnet50" else LEAST_SMALL_SHARE
         checks.append(
             Check(
                 what=f"{architecture} at {side_px} px, c={CEILING_CONCURRENCY}: share of {best.partition(', ')[2]}",
-                expected=f"≥ {LEAST_SHARE:g}" if is_promised else "to be stated",
-                received=_interval(ratio),
-                held=ratio.median >= LEAST_SHARE or not is_promised,
+                expected=f"≥ {least:g}",
+                received=interval(ratio),
+                held=ratio.median >= least,
             )
         )
     return observations, ratios, checks
+
+
+def ceiling_plan(
+    settings: Settings, place: Path, model: tuple[str, str], images: Sequence[Path], seconds: float
+) -> CeilingPlan:
+    """Returns the plan of a ceiling by one caller for a model, given as name and version; `place` receives it."""
+    return CeilingPlan(
+        storage_url=settings.storage_url,
+        model_name=model[0],
+        version=model[1],
+        cache=place / "cache",
+        images=list(images),
+        callers=1,
+        model_threads=ServingLimits.of(settings).model_threads,
+        seconds=seconds,
+    )
+
+
+def ceiling_callers(settings: Settings) -> dict[str, int]:
+    """Returns, by name, from how many threads the model is called: as many as a worker's, and one for each request."""
+    callers = sorted({ServingLimits.of(settings).predict_threads, CEILING_CONCURRENCY})
+    return {f"in process, {count} callers": count for count in callers}
+
+
+def fastest(found: Mapping[str, Sequence[Observation]], names: Iterable[str]) -> str:
+    """Returns the alternative with the most units per second, in the median."""
+    return max(names, key=lambda name: statistics.median(o.units / o.wall_seconds for o in found[name]))
 
 
 def _log_on_and_off(options: Options, scratch: Path) -> Part:
@@ -247,7 +265,7 @@ def _log_on_and_off(options: Options, scratch: Path) -> Part:
             Check(
                 what=f"p50 with the request log against without, c={concurrency}",
                 expected=f"≤ {MOST_LOGGING:g}",
-                received=_interval(ratio),
+                received=interval(ratio),
                 held=ratio.median <= MOST_LOGGING,
             )
         )
@@ -284,5 +302,6 @@ def _model_of(name: str) -> str:
     return f"{name.replace(' ', '_')}_classifier"
 
 
-def _interval(ratio: Ratio) -> str:
+def interval(ratio: Ratio) -> str:
+    """Returns a ratio in words, with its range."""
     return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f}, {ratio.rounds} rounds)"

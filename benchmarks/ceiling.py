@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.harness import Observation, Record
 from benchmarks.options import REPOSITORY
 from cv_platform.images import decode, resize
+from cv_platform.serving.machine import bound_opencv
 from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.storage import CentralStorage
 
@@ -60,6 +61,7 @@ def in_process_ceiling(plan: CeilingPlan, environment: Mapping[str, str]) -> Cal
 
 def run(plan: CeilingPlan) -> Observation:
     """Decodes, resizes and predicts from `plan.callers` threads of this process."""
+    bound_opencv(plan.model_threads)
     model = load_bundle(
         CentralStorage(plan.storage_url), plan.model_name, plan.version, cache=plan.cache, threads=plan.model_threads
     )

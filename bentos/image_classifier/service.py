@@ -129,9 +129,10 @@ ImageClassifier.add_asgi_middleware(AnswerFirst, ours=lambda: ImageClassifier.co
 def _prepare_worker() -> None:
     """Sets up this process for serving."""
     from cv_platform.serving.http.connections import bound_connections
-    from cv_platform.serving.machine import return_large_blocks
+    from cv_platform.serving.machine import bound_opencv, return_large_blocks
 
     return_large_blocks()
+    bound_opencv(_limits.model_threads)
     bound_connections()
 
 

@@ -75,6 +75,7 @@ def create_app(parts: WorkerParts, *, bento: tuple[str, str] = ("image_classifie
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ObserveRequests has all three.
         middleware=[
             Middleware(ObserveRequests, metrics=parts.metrics, tracing=parts.tracing, routes=routes),
             Middleware(RequestEnvelope),

@@ -66,6 +66,16 @@ def return_large_blocks() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
+def bound_opencv(threads: int | None) -> None:
+    """Makes OpenCV use so many threads for an image, those of a model call; None: every core, as it does by itself.
+
+    Waking them costs more than they do to a photograph, and the cores have other predictions to make.
+    """
+    import cv2
+
+    cv2.setNumThreads(-1 if threads is None else threads)
+
+
 def release_memory() -> None:
     """Gives back what is unused now, as after a model that another has replaced."""
     # Its graph may hold reference cycles, which would wait for a full collection.

@@ -188,9 +188,11 @@ class _ImageParser(MultiPartParser):
     def on_headers_finished(self) -> None:
         """Names the file, as an empty name is one."""
         part = self._current_part
-        _, options = parse_options_header(part.content_disposition)
-        if options.get(b"name") == self._field and b"filename" not in options:
-            part.content_disposition = (part.content_disposition or b"") + b'; filename=""'
+        disposition = part.content_disposition or b""
+        if b"filename=" not in disposition:  # Else it is parsed once, by Starlette.
+            _, options = parse_options_header(disposition)
+            if options.get(b"name") == self._field:
+                part.content_disposition = disposition + b'; filename=""'
         super().on_headers_finished()
 
 

@@ -30,7 +30,7 @@ from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
 from cv_platform.serving.routes.examples import BATCH_DESCRIPTION, BATCH_EXAMPLE, predict_responses
-from cv_platform.serving.routes.parts import Parts, WorkerParts
+from cv_platform.serving.routes.parts import ImageRoute, Parts, WorkerParts
 from cv_platform.serving.routes.predict import PREDICT_PATH, answer_and_log, begin
 from cv_platform.serving.telemetry.log_format import escaped
 
@@ -49,7 +49,7 @@ class _Item:
     problem: Problem | None = None
 
 
-router = APIRouter(tags=["predictions"])
+router = APIRouter(tags=["predictions"], route_class=ImageRoute)
 
 
 def form_of(max_files: int) -> UploadForm:

@@ -28,7 +28,7 @@ from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import try_later
 from cv_platform.serving.routes.answer import OK, answer_body, log_entry, predict_upload
 from cv_platform.serving.routes.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
-from cv_platform.serving.routes.parts import Parts, WorkerParts
+from cv_platform.serving.routes.parts import ImageRoute, Parts, WorkerParts
 from cv_platform.serving.telemetry.observation import staged
 
 PREDICT_PATH = "/predict"
@@ -41,7 +41,7 @@ _FORM = UploadForm(
 _T = TypeVar("_T")
 
 
-router = APIRouter(tags=["predictions"])
+router = APIRouter(tags=["predictions"], route_class=ImageRoute)
 
 
 @router.post(

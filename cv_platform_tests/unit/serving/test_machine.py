@@ -48,3 +48,11 @@ def test_large_blocks_leave_although_smaller_ones_stay() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True, timeout=60)
     # Eight of 1 MiB are still held.
     assert int(done.stdout) < 10 * 2**20
+
+
+def test_opencv_takes_no_more_threads_than_a_worker_has_for_an_image() -> None:
+    program = (
+        "import cv2; from cv_platform.serving.machine import bound_opencv; bound_opencv(1); print(cv2.getNumThreads())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) == 1
