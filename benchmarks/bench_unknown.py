@@ -20,7 +20,7 @@ from benchmarks.harness import Check, Report, Stopwatch, machine_line
 from benchmarks.options import Options
 from cv_platform.config import InputSize
 from cv_platform.deployment.unknown import RATE, far_images, fit_unknown
-from cv_platform.evaluation.robustness import corruptions
+from cv_platform.images.corruptions import corruptions
 from cv_platform.predictions import one_hot
 from cv_platform.serving.model.runtime import PREDICTED_CLASS
 from cv_platform.serving.model.runtime_onnx import OnnxRuntime

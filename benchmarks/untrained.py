@@ -112,7 +112,6 @@ def publish(wanted: UntrainedModel) -> None:
     from cv_platform.records import (
         DriftDetectors,
         Evaluation,
-        FalseAlarms,
         ModelIdentity,
         Provenance,
         Task,
@@ -148,7 +147,6 @@ def publish(wanted: UntrainedModel) -> None:
         encoder_hash=encoder_hash(encoder),
         uae_dims=UAE_DIMS,
         feature_dims=0,
-        false_alarms=FalseAlarms(rate=None, trials=0, alpha=0.05, rows=0, permutations=0),
     )
     evaluation = Evaluation(
         model=identity,

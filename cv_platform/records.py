@@ -439,24 +439,25 @@ class Evaluation(Illustrated):
 # drift_detectors
 
 
-class FalseAlarms(Value):
-    """How often the drift verdict fired on halves of one sample, in which there is no drift.
-
-    The splits draw from the same images again and again, so they are not independent: a check, not a proof.
+class DetectionRate(Value):
+    """How often the drift verdict fires on windows of the test split, see `drift.power`.
 
     Attributes:
-        rate: share of trials in which it fired; None with too few images.
-        trials: seeded random splits that were judged.
-        alpha: the nominal rate, at most which is expected.
-        rows: images on each side of a split.
-        permutations: of the MMD tests in the trials; a report uses more.
+        shift, strength: what was done to the images; "none": nothing, so that every alarm is false.
+        images: size of a window.
+        windows: judged.
+        independent: so many of them have no image in common.
+        rate: share of them that were drift; `low` and `high` its 95 % interval, as if all were independent.
     """
 
-    rate: float | None
-    trials: int
-    alpha: float
-    rows: int
-    permutations: int
+    shift: str
+    strength: str
+    images: int
+    windows: int
+    independent: int
+    rate: float
+    low: float
+    high: float
 
 
 class DriftDetectors(Record):
@@ -464,6 +465,8 @@ class DriftDetectors(Record):
 
     Attributes:
         uae_dims, feature_dims: widths of the two embeddings.
+        detection: false alarms and power; empty with too few images, and in records of earlier versions.
+        false_alarms: of records of earlier versions.
     """
 
     CIRCUMSTANCES = frozenset({"model"})
@@ -473,7 +476,8 @@ class DriftDetectors(Record):
     encoder_hash: str
     uae_dims: int
     feature_dims: int
-    false_alarms: FalseAlarms
+    detection: tuple[DetectionRate, ...] = ()
+    false_alarms: dict[str, float | None] = Field(default={}, exclude=True)
 
     @property
     def uae_path(self) -> Path:

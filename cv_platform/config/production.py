@@ -52,8 +52,8 @@ class MonitorConfig(Section):
         default=0.05,
         gt=0.0,
         lt=0.5,
-        description="largest family-wise false-alarm rate of one report; what is measured on the reference split, if "
-        "it has at least 40 images, is held against it",
+        description="largest family-wise false-alarm rate of one report; what is measured on windows of the test "
+        "split, if that and the reference split have at least 40 images, is held against it",
     )
     false_alarms_per_year: float = Field(
         default=1.0,

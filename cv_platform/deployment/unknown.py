@@ -15,8 +15,8 @@ import numpy as np
 
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.evaluation.intervals import wilson
-from cv_platform.evaluation.robustness import corruptions
 from cv_platform.images import resize
+from cv_platform.images.corruptions import corruptions
 from cv_platform.predictions import one_hot
 from cv_platform.records import UnknownKind, UnknownRate
 from cv_platform.serving.model.runtime import LoadedModel

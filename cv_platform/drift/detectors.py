@@ -1,7 +1,7 @@
-"""The drift detectors of one model version: its seeded encoder, and how often the verdict fires on no drift at all.
+"""The drift detectors of one model version: its seeded encoder, and what the verdict notices of this model's images.
 
-The false-alarm rate is measured on this model's own held-out images, because a nominal level is a promise about
-assumptions, and the numbers of `two_sample.py` deserve a check where they are used.
+The false-alarm rate is measured, because a nominal level is a promise about assumptions, and the numbers of
+`two_sample.py` deserve a check where they are used.
 """
 
 # Keras comes without complete types.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,25 +21,25 @@ from numpy.typing import NDArray
 from cv_platform.config import ExperimentConfig
 from cv_platform.drift.encoders import build_uae, encoder_hash
 from cv_platform.drift.extraction import extract
+from cv_platform.drift.power import UNCHANGED, detection_rates
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.drift.scipy_tests import binomial_quantile
-from cv_platform.drift.verdict import DriftVerdict, judge
 from cv_platform.errors import InvalidSampleError
 from cv_platform.files import whole_file
+from cv_platform.images.corruptions import corruptions
 from cv_platform.properties import batch_properties
-from cv_platform.records import DriftDetectors, FalseAlarms, TrainedModel
+from cv_platform.records import DetectionRate, DriftDetectors, TrainedModel
 
 logger = logging.getLogger(__name__)
 
 Answer = Callable[[NDArray[np.uint8]], tuple[Float32Matrix, Float32Matrix, Float32Matrix]]
 """From images `(n, H, W, 3)` to probabilities `(n, C)`, features `(n, F)` and UAE embedding `(n, D)`."""
 BATCH_ROWS = 256
-_FALSE_ALARM_TRIALS = 60
-_FALSE_ALARM_PERMUTATIONS = 99
-_FALSE_ALARM_ROWS = 1000
-_FEWEST_ROWS_PER_SIDE = 20
-FEWEST_FALSE_ALARM_IMAGES = 2 * _FEWEST_ROWS_PER_SIDE
-"""Fewer reference images than this, and the false-alarm rate is not measured; the config's descriptions name it."""
+_MOST_REFERENCE, _MOST_TEST, _MOST_CHANGED = 1000, 1000, 200
+"""Images of which windows are drawn."""
+FEWEST_FALSE_ALARM_IMAGES = 40
+"""Fewer test or reference images than this, and no rate is measured; the config's descriptions name it."""
+_SHIFTS = ("noise", "blur", "darker", "JPEG", "rotation")
 
 
 class ImageRows(Protocol):
@@ -50,7 +51,7 @@ class ImageRows(Protocol):
 
 
 class HeldOutImages(Protocol):
-    """What is needed of the reference split: its images in a fixed order, with their targets."""
+    """What is needed of a held-out split: its images in a fixed order, with their targets."""
 
     @property
     def images(self) -> ImageRows:
@@ -73,12 +74,15 @@ class HeldOutImages(Protocol):
         ...
 
 
-def build_detectors(trained: TrainedModel, held_out: HeldOutImages, config: ExperimentConfig) -> DriftDetectors:
-    """Makes and saves the encoder, and measures how often the verdict fires on images that have not drifted.
+def build_detectors(
+    trained: TrainedModel, held_out: HeldOutImages, test: HeldOutImages, config: ExperimentConfig
+) -> DriftDetectors:
+    """Makes and saves the encoder, and measures what the verdict notices: see `power.py`.
 
     Args:
         trained: the model; the encoder is written beside it, complete or not at all.
         held_out: the reference split; at most 1,000 of its images, seeded, take part.
+        test: the test split; 1,000 likewise as they are, and 200 made worse.
         config: `model` has the encoder's width and seed, `monitor` the level and seed of the trials.
 
     Raises:
@@ -89,76 +93,90 @@ def build_detectors(trained: TrainedModel, held_out: HeldOutImages, config: Expe
     uae_path = trained.directory / f"{trained.model.model_name}_uae.keras"
     with whole_file(uae_path, suffix=".keras") as partial:
         encoder.save(partial)
-    rows = seeded_rows(len(held_out.paths), _FALSE_ALARM_ROWS, monitor.seed)
-    sample = extract_sample(trained.keras_path, uae_path, held_out, rows)
-    alarms = measure_false_alarms(sample, alpha=monitor.alpha, seed=monitor.seed)
-    level = logging.WARNING if alarms.rate is None else logging.INFO
-    logger.log(level, "False alarms: %s", false_alarm_summary(alarms, len(sample)))
+
+    wanted: list[tuple[str, str, HeldOutImages, int]] = [("reference", "", held_out, _MOST_REFERENCE)]
+    if min(len(held_out.paths), len(test.paths)) >= FEWEST_FALSE_ALARM_IMAGES:
+        worse = ((*shift, _MOST_CHANGED) for shift in _made_worse(test, monitor.seed))
+        wanted += [(UNCHANGED, "", test, _MOST_TEST), *worse]
+    chosen = [(split, seeded_rows(len(split.paths), most, monitor.seed)) for _, _, split, most in wanted]
+    reference, *samples = extract_samples(trained.keras_path, uae_path, chosen)
+    shifted = {(name, strength): sample for (name, strength, _, _), sample in zip(wanted[1:], samples, strict=True)}
+    if shifted:
+        shifted |= _without_a_class(test, samples[0], monitor.seed)
+    detection = detection_rates(reference, shifted, alpha=monitor.alpha, seed=monitor.seed)
+    logger.info("%s", false_alarm_summary(detection, monitor.alpha))
     return DriftDetectors(
         model=trained.model,
         directory=trained.directory,
         encoder_hash=encoder_hash(encoder),
-        uae_dims=sample.uae.shape[1],
-        feature_dims=sample.features.shape[1],
-        false_alarms=alarms,
+        uae_dims=reference.uae.shape[1],
+        feature_dims=reference.features.shape[1],
+        detection=detection,
     )
 
 
-def is_calibrated(alarms: FalseAlarms) -> bool:
-    """Whether the false-alarm rate was measured, and is compatible with the nominal one."""
-    return alarms.rate is not None and alarms.rate <= false_alarm_bound(alarms.alpha, alarms.trials)
+@dataclass(frozen=True)
+class _Changed:
+    """Images of a split after something was done to them."""
+
+    images: NDArray[np.uint8]
+    targets: NDArray[Any]
+    paths: Sequence[str]
+    sha256: Sequence[str]
 
 
-def false_alarm_summary(alarms: FalseAlarms, reference_images: int) -> str:
-    """Returns the false-alarm rate in a sentence or two; not measured, with how many images it takes.
+def _made_worse(test: HeldOutImages, seed: int) -> Iterator[tuple[str, str, HeldOutImages]]:
+    """Yields name, strength and images of the weaker of each corruption."""
+    rows = seeded_rows(len(test.paths), _MOST_CHANGED, seed)
+    images, chosen = np.asarray(test.images[rows]), [int(row) for row in rows]
+    seen: set[str] = set()
+    for name, strength, corrupt in corruptions(images.shape[1]):
+        if name not in _SHIFTS or name in seen:
+            continue
+        seen.add(name)
+        rng = np.random.default_rng(seed)
+        worse = np.stack([corrupt(image, rng) for image in images])
+        paths, sha256 = [test.paths[row] for row in chosen], [test.sha256[row] for row in chosen]
+        yield name, strength, _Changed(worse, np.asarray(test.targets)[rows], paths, sha256)
 
-    Args:
-        alarms: as measured.
-        reference_images: number of images of the reference split.
-    """
-    if alarms.rate is None:
+
+def _without_a_class(test: HeldOutImages, sample: DriftSample, seed: int) -> dict[tuple[str, str], DriftSample]:
+    """Returns the rows without the most frequent class; nothing for several labels an image."""
+    targets = np.asarray(test.targets)[seeded_rows(len(test.paths), _MOST_TEST, seed)]
+    if targets.ndim > 1:
+        return {}
+    counts = np.bincount(targets)
+    return {
+        ("a class missing", f"{counts.max() / len(targets):.0%} of the images"): sample.take(targets != counts.argmax())
+    }
+
+
+def is_calibrated(detection: Sequence[DetectionRate], alpha: float) -> bool:
+    """Whether the false-alarm rate was measured, and is compatible with the nominal one for every size of window."""
+    rates = [row for row in detection if row.shift == UNCHANGED]
+    return bool(rates) and all(row.rate <= false_alarm_bound(alpha, row.independent) for row in rates)
+
+
+def false_alarm_summary(detection: Sequence[DetectionRate], alpha: float) -> str:
+    """Returns the false-alarm rates in a sentence or two; not measured, with how many images it takes."""
+    rates = [row for row in detection if row.shift == UNCHANGED]
+    if not rates:
         return (
-            f"Not measured: the reference split has {reference_images} images, and at least "
-            f"{FEWEST_FALSE_ALARM_IMAGES} are needed. Add some, or raise dataset.reference_fraction where the "
-            "dataset has no reference split of its own."
+            f"Not measured: at least {FEWEST_FALSE_ALARM_IMAGES} images are needed in the test split and in the "
+            "reference split. Add some, or raise dataset.reference_fraction where the dataset has no reference split "
+            "of its own."
         )
-    bound = false_alarm_bound(alarms.alpha, alarms.trials)
-    return (
-        f"Expected at most {bound:.3f} (monitor.alpha {alarms.alpha:g}). Measured: "
-        f"{alarms.rate:.3f} in {alarms.trials} trials, {alarms.rows} images a side."
+    told = "; ".join(
+        f"{row.rate:.3f} with {row.images} images, at most {false_alarm_bound(alpha, row.independent):.3f} expected"
+        for row in rates
     )
-
-
-def measure_false_alarms(
-    sample: DriftSample, *, alpha: float, seed: int, trials: int = _FALSE_ALARM_TRIALS
-) -> FalseAlarms:
-    """Splits a sample into two halves at random, judges one against the other, and counts the alarms.
-
-    With fewer than 40 rows nothing is measured: the rate is None, of no trials.
-    """
-    rows = len(sample) // 2
-    if rows < _FEWEST_ROWS_PER_SIDE:
-        return FalseAlarms(rate=None, trials=0, alpha=alpha, rows=0, permutations=0)
-    verdicts: list[DriftVerdict] = []
-    for trial in range(trials):
-        order = np.random.default_rng((seed, trial)).permutation(len(sample))
-        verdicts.append(
-            judge(
-                sample.take(order[:rows]),
-                sample.take(order[rows : 2 * rows]),
-                alpha=alpha,
-                permutations=_FALSE_ALARM_PERMUTATIONS,
-                max_reference_rows=rows,
-                seed=trial,
-            )
+    text = f"Windows of the test split are taken for drift (monitor.alpha {alpha:g}): {told}."
+    if not is_calibrated(detection, alpha):
+        text += (
+            " The test split differs from the reference split: drawn from other sources, or with groups of images that "
+            "are alike. Requests that are as the test split will be taken for drift. Draw both from the same images."
         )
-    return FalseAlarms(
-        rate=sum(v.drifted for v in verdicts) / trials,
-        trials=trials,
-        alpha=alpha,
-        rows=rows,
-        permutations=verdicts[0].permutations,
-    )
+    return text
 
 
 def false_alarm_bound(alpha: float, trials: int) -> float:
@@ -173,33 +191,49 @@ def extract_sample(
     rows: NDArray[np.intp],
     answer: Answer | None = None,
 ) -> DriftSample:
-    """Returns the sample of these images, row i of it for image `rows[i]`; one ordered pass over the pixels.
+    """Returns the sample of these images, row i of it for image `rows[i]`; see `extract_samples`."""
+    (sample,) = extract_samples(keras_path, uae_path, [(held_out, rows)], answer)
+    return sample
+
+
+def extract_samples(
+    keras_path: Path,
+    uae_path: Path,
+    wanted: Sequence[tuple[HeldOutImages, NDArray[np.intp]]],
+    answer: Answer | None = None,
+) -> list[DriftSample]:
+    """Returns a sample for each split and its rows, in one ordered pass over the pixels of all.
 
     Where `answer` is given, it answers for the Keras files; there is at least one row then.
 
     Raises:
         InvalidModelError: see `extract`.
-        InvalidSampleError: the split holds images of another number than targets, paths and hashes.
+        InvalidSampleError: a split holds images of another number than targets, paths and hashes.
     """
-    counts = {len(held_out.images), len(held_out.targets), len(held_out.paths), len(held_out.sha256)}
-    if len(counts) > 1:
-        raise InvalidSampleError(
-            f"Expected as many images as targets, paths and hashes. Received: {sorted(counts)}. Pack the images again."
-        )
+    for split, _ in wanted:
+        counts = {len(split.images), len(split.targets), len(split.paths), len(split.sha256)}
+        if len(counts) > 1:
+            raise InvalidSampleError(
+                f"Expected as many images as targets, paths and hashes. Received: {sorted(counts)}. Pack the images "
+                "again."
+            )
     properties: list[NDArray[np.float32]] = []
 
     def batches() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, len(rows), BATCH_ROWS):
-            images = np.asarray(held_out.images[rows[start : start + BATCH_ROWS]])
-            properties.append(batch_properties(images))
-            yield images
+        for split, rows in wanted:
+            for start in range(0, len(rows), BATCH_ROWS):
+                images = np.asarray(split.images[rows[start : start + BATCH_ROWS]])
+                properties.append(batch_properties(images))
+                yield images
 
     if answer is None:
         probabilities, features, uae = extract(keras_path, uae_path, batches())
     else:
         answers = [answer(images) for images in batches()]
         probabilities, features, uae = (np.concatenate(part) for part in zip(*answers, strict=True))
-    return DriftSample(probabilities, features, uae, np.concatenate([batch_properties([]), *properties]))
+    whole = DriftSample(probabilities, features, uae, np.concatenate([batch_properties([]), *properties]))
+    parts = np.split(np.arange(len(whole)), np.cumsum([len(rows) for _, rows in wanted])[:-1])
+    return [whole.take(part) for part in parts]
 
 
 def seeded_rows(available: int, wanted: int | None, seed: int) -> NDArray[np.intp]:

@@ -56,3 +56,11 @@ def binomial_at_least(count: int, trials: int, rate: float) -> float:
     from scipy import stats
 
     return float(cast(Any, stats).binom.sf(count - 1, trials, rate))
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share, 0–1, of at least one trial."""
+    from scipy import stats
+
+    interval = cast(Any, stats).binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -9,7 +9,6 @@ from cv_platform.images import preprocessing_hash
 from cv_platform.records import (
     DriftDetectors,
     Evaluation,
-    FalseAlarms,
     ModelBundle,
     ModelIdentity,
     Provenance,
@@ -66,7 +65,6 @@ def drift_detectors(directory: Path, **changes: Any) -> DriftDetectors:
         "encoder_hash": "0123456789abcdef",
         "uae_dims": 4,
         "feature_dims": 5,
-        "false_alarms": FalseAlarms(rate=0.05, trials=60, alpha=0.05, rows=30, permutations=99),
     }
     return DriftDetectors(**{**values, **changes})
 

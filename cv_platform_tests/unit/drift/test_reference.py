@@ -16,7 +16,6 @@ from cv_platform.drift.detectors import (
     false_alarm_bound,
     false_alarm_summary,
     is_calibrated,
-    measure_false_alarms,
     seeded_rows,
 )
 from cv_platform.drift.extraction import extract
@@ -32,9 +31,8 @@ from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
 from cv_platform.images import preprocessing_hash
 from cv_platform.predictions import reference_schema
 from cv_platform.properties import image_properties
-from cv_platform.records import DriftDetectors, FalseAlarms, ReferenceData, TrainedModel
+from cv_platform.records import DetectionRate, DriftDetectors, ReferenceData, TrainedModel
 from cv_platform.storage import CentralStorage
-from cv_platform_tests.support.drift_samples import draw_sample
 from cv_platform_tests.support.record_samples import task
 from cv_platform_tests.support.tiny_models import CLASS_NAMES, MODEL_NAME
 from cv_platform_tests.support.tiny_split import VERSION, make_split
@@ -48,7 +46,7 @@ def shared_model(classifier_path: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def detectors(shared_model: TrainedModel, config: ExperimentConfig) -> DriftDetectors:
-    return build_detectors(shared_model, make_split(60), config)
+    return build_detectors(shared_model, make_split(60), make_split(80), config)
 
 
 @pytest.fixture(scope="module")
@@ -58,44 +56,49 @@ def reference(shared_model: TrainedModel, detectors: DriftDetectors, config: Exp
 
 
 def test_the_encoder_is_saved_complete_beside_the_model(trained: TrainedModel, config: ExperimentConfig) -> None:
-    made = build_detectors(trained, make_split(20), config)
+    made = build_detectors(trained, make_split(20), make_split(20), config)
     assert made.uae_path.name == f"{MODEL_NAME}_uae.keras"
     assert {path.name for path in trained.directory.iterdir()} == {made.uae_path.name, trained.keras_path.name}
     assert (made.model, made.uae_dims, made.feature_dims) == (trained.model, 6, 5)
 
 
-def test_false_alarm_rate_is_fully_stated(detectors: DriftDetectors) -> None:
-    alarms = detectors.false_alarms
-    assert (alarms.trials, alarms.alpha, alarms.rows, alarms.permutations) == (60, 0.05, 30, 99)
-    assert alarms.rate is not None
-    assert alarms.rate <= false_alarm_bound(0.05, 60)
+def test_false_alarms_and_power_are_measured_on_windows_of_the_test_split(detectors: DriftDetectors) -> None:
+    rows = {(row.shift, row.images): row for row in detectors.detection}
+    unchanged = rows["none", 10]
+    assert (unchanged.windows, unchanged.independent) == (40, 8)
+    assert unchanged.low <= unchanged.rate <= unchanged.high
+    assert unchanged.rate <= false_alarm_bound(0.05, 8)
+    assert ("none", 50) not in rows  # Of 80 images there are no four such windows.
+    assert rows["darker", 10].strength == "by 30%"
+    assert rows["darker", 10].rate > 0.5
+    assert rows["a class missing", 10].independent < 8
 
 
-def test_too_few_images_have_no_false_alarm_rate() -> None:
-    alarms = measure_false_alarms(draw_sample(np.random.default_rng(0), 39), alpha=0.05, seed=0)
-    assert (alarms.rate, alarms.trials) == (None, 0)
-    assert false_alarm_bound(0.05, alarms.trials) == 1.0
+def test_too_few_images_of_either_split_have_no_false_alarm_rate(
+    trained: TrainedModel, config: ExperimentConfig
+) -> None:
+    few, enough = make_split(39), make_split(40)
+    assert build_detectors(trained, few, enough, config).detection == ()
+    assert build_detectors(trained, enough, few, config).detection == ()
+    assert not is_calibrated((), 0.05)
+    assert false_alarm_summary((), 0.05).startswith("Not measured: at least 40 images are needed in the test split")
 
 
 def test_the_false_alarm_rate_is_told_in_words() -> None:
-    measured = FalseAlarms(rate=0.05, trials=60, alpha=0.05, rows=30, permutations=99)
-    assert is_calibrated(measured)
+    row = DetectionRate(shift="none", strength="", images=50, windows=60, independent=60, rate=0.05, low=0.0, high=0.1)
+    noise = row.model_copy(update={"shift": "noise", "rate": 1.0})
+    assert is_calibrated([row, noise], 0.05)
     # The 0.999 quantile of Binomial(60, 0.05) is 9: P(X <= 8) = 0.9977, P(X <= 9) = 0.9994.
-    assert false_alarm_summary(measured, 60) == (
-        "Expected at most 0.150 (monitor.alpha 0.05). Measured: 0.050 in 60 trials, 30 images a side."
+    assert false_alarm_summary([row, noise], 0.05) == (
+        "Windows of the test split are taken for drift (monitor.alpha 0.05): 0.050 with 50 images, at most 0.150 "
+        "expected."
     )
-    assert not is_calibrated(measured.model_copy(update={"rate": 0.16}))
-
-    unmeasured = FalseAlarms(rate=None, trials=0, alpha=0.05, rows=0, permutations=0)
-    assert not is_calibrated(unmeasured)
-    assert false_alarm_summary(unmeasured, 39).startswith(
-        "Not measured: the reference split has 39 images, and at least 40 are needed."
-    )
+    other = row.model_copy(update={"images": 100, "independent": 4, "rate": 0.76})
+    assert not is_calibrated([row, other], 0.05)
+    assert "The test split differs from the reference split" in false_alarm_summary([row, other], 0.05)
 
 
 def test_the_configs_descriptions_name_the_fewest_images_of_the_false_alarm_rate() -> None:
-    enough = draw_sample(np.random.default_rng(0), FEWEST_FALSE_ALARM_IMAGES)
-    assert measure_false_alarms(enough, alpha=0.05, seed=0, trials=1).trials == 1
     for section, field in ((MonitorConfig, "alpha"), (DatasetConfig, "reference_fraction")):
         assert f" {FEWEST_FALSE_ALARM_IMAGES} images" in str(section.model_fields[field].description)
 
