@@ -187,6 +187,8 @@ ELSEWHERE = {
     "monitor.window_end_utc": "",
     "monitor.schedule_cron": "when",
     "monitor.new_rows_trigger": "when",
+    "labels.max_wrong_fraction": "of `cv-platform dataset grow`, which makes a version; nothing repeats it",
+    "labels.keep_expired": "likewise",
     "deploy.takes_over": "whose service it may be",
     "deploy.confirm_timeout_seconds": "how long it may take",
 }
