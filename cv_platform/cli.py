@@ -98,12 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("configs", type=Path, nargs="+", help="YAML files, or folders of them")
     dataset = command("import-dataset", _import_dataset, "put a folder or archive of images under DVC, with a tag")
     dataset.add_argument(
-        "source", type=Path, help="folder, .zip or .tar(.gz); docs/reference/import.md has the layouts"
+        "source", type=Path, help="folder, .zip, .tar(.gz) or .parquet; docs/reference/import.md has the layouts"
     )
     dataset.add_argument("--name", required=True, help="dataset.ds_name in the config")
     dataset.add_argument("--tag", required=True, help="dataset.dvc_tag in the config, such as v1.0.0")
     dataset.add_argument(
-        "--annotations", type=Path, help="CSV or JSON lines: image, split, label or a column per class"
+        "--annotations", type=Path, help="a label file elsewhere: CSV, JSON lines, or a labelling tool's export"
     )
     dataset.add_argument("--classes", help="the columns, labels or folders that are classes, joined by commas")
     dataset.add_argument(

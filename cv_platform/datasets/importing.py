@@ -20,11 +20,13 @@ from cv_platform.datasets.repository import (
     commit_version,
     create_repository,
     list_tag_names,
+    list_versions,
     read_version,
     require_repository,
     show_version,
     version_md5,
 )
+from cv_platform.datasets.sources import parquet
 from cv_platform.datasets.sources.archives import is_archive, unpack
 from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, ImageEntry, Layout
 from cv_platform.datasets.sources.label_files import LabelRules
@@ -53,6 +55,7 @@ class ImportedDataset(BaseModel):
         notes: how the source was understood, as sentences.
         left_out: how many files were left out, by reason, with an example.
         directory: the repository.
+        same_as: tags that had the same images and labels before; with `tag` among them, nothing was added.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -67,6 +70,7 @@ class ImportedDataset(BaseModel):
     notes: tuple[str, ...]
     left_out: dict[str, int]
     directory: Path
+    same_as: tuple[str, ...] = ()
 
     def summary(self) -> list[str]:
         """Returns what was understood, a sentence a line."""
@@ -75,7 +79,13 @@ class ImportedDataset(BaseModel):
             f"images: {_counted(self.counts)}",
             f"classes: {_counted(self.class_counts)}",
             *(f"left out: {count} {reason}" for reason, count in self.left_out.items()),
+            *self._sameness(),
         ]
+
+    def _sameness(self) -> list[str]:
+        if self.tag in self.same_as:
+            return [f"nothing new: {self.tag} has had the same images and labels before"]
+        return [f"nothing new but the tag: the same images and labels as {self.same_as[-1]}"] if self.same_as else []
 
 
 @dataclass(frozen=True)
@@ -128,24 +138,23 @@ def import_dataset(
     source, repository = source.expanduser().absolute(), ds_root.expanduser().absolute() / ds_name
     if not source.exists():
         raise InvalidDatasetError(f"Expected a folder, tar or zip of images. Received: {source}, which does not exist.")
-    if not source.is_dir() and not is_archive(source):
+    is_parquet = source.suffix.lower() == parquet.SUFFIX and source.is_file()
+    if not source.is_dir() and not is_parquet and not is_archive(source):
         raise InvalidDatasetError(f"Expected a folder, tar or zip of images. Received: {source}, which is neither.")
     _make_root(repository.parent)
     with (
         exclusive(repository.parent / f".{ds_name}.lock"),
         scratch_directory(repository.parent, ds_name) as scratch,
     ):
-        root = source
-        if not source.is_dir():
-            root = scratch / "unpacked"
-            root.mkdir()
-            unpack(source, root, encoding=rules.zip_encoding)
-        folder = descend(walk(root))
+        root, unpacked_from = _unpacked(source, scratch, rules)
+        folder, before = descend(walk(root)), _traits(root)
         layout = _read(folder, annotations, rules)
         converted = frozenset(entry.path for entry in layout.entries if is_phone_photo(folder.path / entry.path))
         entries = _canonical(layout, converted)
-        staging = _Staging(folder.path, scratch / DATA_FOLDER, converted, moves=not source.is_dir())
+        staging = _Staging(folder.path, scratch / DATA_FOLDER, converted, moves=root != source)
         staging.fill(layout.entries, entries)
+        if root == source:
+            _require_unchanged(before, root)
         classes = Counter(label for entry in entries for label in entry.labels)
         imported = ImportedDataset(
             ds_name=ds_name,
@@ -158,14 +167,49 @@ def import_dataset(
             ),
             counts=dict(Counter(entry.split or NO_SPLIT for entry in entries)),
             class_counts={name: classes[name] for name in layout.class_names},
-            notes=(f"understood as {layout.name}", *layout.notes, *_said_of(converted)),
+            notes=(*unpacked_from, f"understood as {layout.name}", *layout.notes, *_said_of(converted)),
             left_out=layout.left_out.counts(),
             directory=repository,
         )
         annotations_csv = write_annotations(entries) if layout.labels_from != "folders" else None
         message = "\n".join([f"Import {tag}", "", *imported.summary()])
+        known = list_versions(repository) if (repository / ".git").exists() else {}
         stored = store_version(repository, tag, scratch, annotations_csv, message)
-    return imported.model_copy(update={"dvc_md5": stored.dvc_md5})
+    same = tuple(name for name, version in known.items() if version.dvc_md5 == stored.dvc_md5)
+    return imported.model_copy(update={"dvc_md5": stored.dvc_md5, "same_as": same})
+
+
+def _traits(root: Path) -> dict[str, tuple[int, int]]:
+    """Returns size and time of every file of a source, by path."""
+    found = (folder.path / name for folder in walk(root).below() for name in folder.files)
+    return {str(path): ((status := path.stat()).st_size, status.st_mtime_ns) for path in found}
+
+
+def _require_unchanged(before: dict[str, tuple[int, int]], root: Path) -> None:
+    """Refuses a source that somebody has changed since: what was judged would not be what is stored."""
+    after = _traits(root)
+    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    if changed:
+        raise InvalidDatasetError(
+            f"Expected {root} to stay as it was while it was read. Received: {len(changed)} files that came, went or "
+            f"changed, such as {changed[0]}. Wait until it is complete, and import again."
+        )
+
+
+def _unpacked(source: Path, scratch: Path, rules: ImportRules) -> tuple[Path, tuple[str, ...]]:
+    """Returns the folder that holds the files of `source`, which itself is only read, and what was done for it."""
+    root = source
+    files = [source] if source.suffix.lower() == parquet.SUFFIX and source.is_file() else []
+    if not source.is_dir() and not files:
+        root = scratch / "unpacked"
+        root.mkdir()
+        unpack(source, root, encoding=rules.zip_encoding)
+    above = root.parent if files else root
+    if files := files or parquet.parquet_files(walk(root)):
+        (scratch / "parquet").mkdir()
+        parquet.unpack_parquet(files, scratch / "parquet", root=above)
+        return scratch / "parquet", (f"images taken out of {len(files)} Parquet files",)
+    return root, ()
 
 
 def check_names(ds_name: str, tag: str) -> None:

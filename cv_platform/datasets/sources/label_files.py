@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -24,10 +24,12 @@ from cv_platform.datasets.sources.entries import (
     UNLABELLED,
     UNWANTED_CLASS,
     ImageEntry,
+    LabelSource,
     Layout,
     LeftOut,
     split_of,
 )
+from cv_platform.datasets.sources.exports import Export, locate, read_export
 from cv_platform.datasets.sources.tree import Folder
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.errors import InvalidDatasetError
@@ -35,9 +37,9 @@ from cv_platform.predictions import LABEL_SEPARATOR
 
 LABEL_FILES = (
     *("annotations.csv", "annotations.tsv", "annotation_df.csv", "metadata.csv", "metadata.jsonl", "_classes.csv"),
-    *("labels.csv", "labels.tsv"),
+    *("labels.csv", "labels.tsv", "_annotations.coco.json", "annotations.xml", "labels.json"),
 )
-"""Found by these names, in this order: ours, the original's, Hugging Face's, Roboflow's, the usual one."""
+"""Found by these names, in this order: ours, the original's, Hugging Face's, Roboflow's, the usual one, exports'."""
 PATH_COLUMNS = (
     *("path", "abs_path", "file_path", "filepath", "image_path", "file_name", "filename", "image", "image_name"),
     *("file", "img", "image_id", "id"),
@@ -84,6 +86,8 @@ def read_labels(folder: Folder, content: bytes, rules: LabelRules, *, name: str)
     Raises:
         InvalidDatasetError: the file or its columns cannot be understood, or rows are wrong; all of them are listed.
     """
+    if not rules.is_stored and (export := read_export(content, name, classes=rules.classes)) is not None:
+        return read_rows(folder, export, rules, name=name)
     header, rows = _read_table(content, name)
     columns = _understand(header, rows, rules, name)
     files = _Files(folder)
@@ -109,13 +113,7 @@ def read_labels(folder: Folder, content: bytes, rules: LabelRules, *, name: str)
             mistakes.append(f"row {number}: {path} for the second time")
         else:
             entries[path] = ImageEntry(path, split, labels)
-    if mistakes:
-        shown = "\n".join(f"  {mistake}" for mistake in mistakes[:_SHOWN])
-        more = f"\n  and {len(mistakes) - _SHOWN} more" if len(mistakes) > _SHOWN else ""
-        raise InvalidDatasetError(
-            f"Expected one correct row per image in {name}. Received:\n{shown}{more}\n"
-            "Correct them; or, where the folders' names are the classes, move the file away."
-        )
+    _refuse(mistakes, name)
     notes = list(columns.notes)
     if separator is not None and any(separator in row[columns.label or 0] for row in rows):
         notes.append(f"labels joined by {separator!r} are several labels")
@@ -127,22 +125,75 @@ def read_labels(folder: Folder, content: bytes, rules: LabelRules, *, name: str)
         kept = _splits_by_folder(kept, notes)
     if blank := sum(not entry.labels for entry in kept):
         notes.append(f"{name}: {blank} images without a label (multi-label: of no class; multi-class refuses them)")
+    _leave_out_others(folder, entries, left_out)
+    source: LabelSource = "class columns" if columns.label is None else "label column"
+    kept, names = _only_wanted(kept, rules, left_out) if source == "label column" else (kept, rules.classes)
+    names = names or tuple(columns.classes.values())
+    kept.sort(key=lambda entry: entry.path)
+    return Layout(f"the label file {name}", tuple(kept), names, left_out, tuple(notes), source)
+
+
+def read_rows(folder: Folder, export: Export, rules: LabelRules, *, name: str) -> Layout:
+    """Lists the images that a labelling tool's export names; see `read_labels`.
+
+    Raises:
+        InvalidDatasetError: the file of a row is missing, or of several.
+    """
+    files, left_out, notes = _Files(folder), LeftOut(), list(export.notes)
+    mistakes: list[str] = []
+    entries: dict[str, ImageEntry] = {}
+    for row in export.rows:
+        path, problem = locate(row, files.find)
+        if path is None:
+            mistakes.append(problem)
+        elif path in entries:
+            mistakes.append(f"{path} for the second time")
+        else:
+            entries[path] = ImageEntry(path, row.split, tuple(sorted(normalize("NFC", label) for label in row.labels)))
+    _refuse(mistakes, name)
+    for reason, paths in export.without.items():
+        left_out.add(reason, paths)
+    unlabelled = {files.find(path)[0] for paths in export.without.values() for path in paths}
+    kept = _without_unlabelled(entries.values(), rules, left_out)
+    if all(entry.split is None for entry in kept):
+        kept = _splits_by_folder(kept, notes)
+    _leave_out_others(folder, entries.keys() | unlabelled, left_out)
+    kept, names = _only_wanted(kept, rules, left_out)
+    kept.sort(key=lambda entry: entry.path)
+    return Layout(export.kind, tuple(kept), names, left_out, tuple(notes), "label column")
+
+
+def _refuse(mistakes: list[str], name: str) -> None:
+    if mistakes:
+        shown = "\n".join(f"  {mistake}" for mistake in mistakes[:_SHOWN])
+        more = f"\n  and {len(mistakes) - _SHOWN} more" if len(mistakes) > _SHOWN else ""
+        raise InvalidDatasetError(
+            f"Expected one correct row per image in {name}. Received:\n{shown}{more}\n"
+            "Correct them; or, where the folders' names are the classes, move the file away."
+        )
+
+
+def _leave_out_others(folder: Folder, named: Container[str], left_out: LeftOut) -> None:
     images = set(folder.image_paths(folder))
     for path in folder.paths(folder):
-        if path not in entries and path not in LABEL_FILES:
+        if path not in named and path not in LABEL_FILES:
             left_out.add(NOT_IN_LABEL_FILE if path in images else ACCOMPANYING, [path])
-    used = {label for entry in kept for label in entry.labels}
-    names = rules.classes or tuple(columns.classes.values()) or tuple(sorted(used))
-    if rules.classes is not None and columns.label is not None:
-        left_out.add(UNWANTED_CLASS, (e.path for e in kept if e.labels and not set(e.labels) & set(names)))
-        kept = [
-            ImageEntry(entry.path, entry.split, tuple(label for label in entry.labels if label in names))
-            for entry in kept
-            if not entry.labels or set(entry.labels) & set(names)
-        ]
-    kept.sort(key=lambda entry: entry.path)
-    source = "class columns" if columns.label is None else "label column"
-    return Layout(f"the label file {name}", tuple(kept), names, left_out, tuple(notes), source)
+
+
+def _only_wanted(
+    entries: list[ImageEntry], rules: LabelRules, left_out: LeftOut
+) -> tuple[list[ImageEntry], tuple[str, ...]]:
+    """Returns the entries with the labels that `--classes` names, and the classes."""
+    if rules.classes is None:
+        return entries, tuple(sorted({label for entry in entries for label in entry.labels}))
+    wanted = set(rules.classes)
+    left_out.add(UNWANTED_CLASS, (e.path for e in entries if e.labels and not set(e.labels) & wanted))
+    kept = [
+        ImageEntry(entry.path, entry.split, tuple(label for label in entry.labels if label in wanted))
+        for entry in entries
+        if not entry.labels or set(entry.labels) & wanted
+    ]
+    return kept, rules.classes
 
 
 def _read_table(content: bytes, name: str) -> tuple[list[str], list[list[str]]]:

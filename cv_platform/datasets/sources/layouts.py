@@ -26,7 +26,8 @@ from cv_platform.datasets.sources.entries import (
     LeftOut,
     split_of,
 )
-from cv_platform.datasets.sources.label_files import LABEL_FILES, LabelRules, read_labels
+from cv_platform.datasets.sources.exports import EXPORT_SUFFIXES, merged, read_export
+from cv_platform.datasets.sources.label_files import LABEL_FILES, LabelRules, read_labels, read_rows
 from cv_platform.datasets.sources.tree import Folder
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.images.files import TEXT_SUFFIXES
@@ -97,6 +98,30 @@ def _one_label_file(root: Folder, rules: LabelRules) -> Layout | None:
     if rules.is_stored or (path := _label_file(root)) is None:
         return None
     return read_labels(root, _content(path), rules, name=path.name)
+
+
+def _one_export(root: Folder, rules: LabelRules) -> Layout | None:
+    """Reads what labelling tools put beside the images under names of their own, or into a folder of annotations."""
+    if rules.is_stored:
+        return None
+    beside = [root.path / name for name in root.files if name.lower().endswith(EXPORT_SUFFIXES)]
+    folders = [folder for folder in root.folders if folder.name.lower() in {"annotations", "annotation"}]
+    inside = [folder.path / name for folder in folders for name in folder.files if name.lower().endswith(".json")]
+    instances = [path for path in inside if path.name.startswith("instances_")]  # COCO has captions there, too.
+    found = [
+        (path, export)
+        for path in beside or instances or inside
+        if (export := read_export(_content(path), path.name, classes=rules.classes)) is not None
+    ]
+    if beside and len(found) > 1:
+        names = ", ".join(path.name for path, _ in found)
+        raise InvalidDatasetError(
+            f"Expected one export beside the images of {root.path}. Received: {names}. Name one by --annotations."
+        )
+    if not found:
+        return None
+    names = ", ".join(path.name for path, _ in found)
+    return read_rows(root, merged(export for _, export in found), rules, name=names)
 
 
 def _label_file_per_split(root: Folder, rules: LabelRules) -> Layout | None:
@@ -209,6 +234,7 @@ class LayoutReader(Protocol):
 LAYOUTS: tuple[LayoutReader, ...] = (
     _one_label_file,
     _label_file_per_split,
+    _one_export,
     _split_and_class_folders,
     _class_folders,
 )

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from cv_platform.datasets import importing
 from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.repository import list_versions
+from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import DatasetError, InvalidDatasetError
-from cv_platform_tests.support.pictures import class_folders, write_pictures
+from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
 
 from .conftest import dataset, model
 
@@ -112,11 +114,45 @@ def test_same_tag_with_the_same_images_changes_nothing_and_with_others_is_refuse
     source = class_folders(tmp_path / "source", 2)
     first = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
     commit = git(first.directory, "rev-parse", "v1.0.0")
-    assert import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds") == first
+    again = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert again == first.model_copy(update={"same_as": ("v1.0.0",)})
     write_pictures(source, ["cat/new.png"], first_seed=99)
     with pytest.raises(InvalidDatasetError, match=r"v1\.0\.0 of .* has other content .* choose a new tag"):
         import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
     assert git(first.directory, "rev-parse", "v1.0.0") == commit
+
+
+def test_says_that_the_same_source_again_is_nothing_new(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "pets", per_class=3)
+    first = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert first.same_as == ()
+    again = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert again.summary()[-1] == "nothing new: v1.0.0 has had the same images and labels before"
+    renamed = import_dataset(source, ds_name="pets", tag="v1.0.1", ds_root=tmp_path / "ds")
+    assert renamed.summary()[-1] == "nothing new but the tag: the same images and labels as v1.0.0"
+    assert renamed.dvc_md5 == first.dvc_md5
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "rewritten"])
+def test_a_folder_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    source = class_folders(tmp_path / "pets", per_class=3)
+    fill = importing._Staging.fill
+
+    def fill_while_somebody_writes(staging: importing._Staging, *entries: tuple[ImageEntry, ...]) -> None:
+        fill(staging, *entries)
+        if change == "removed":
+            (source / "cat/1.png").unlink()
+        else:
+            (source / ("cat/9.png" if change == "added" else "cat/1.png")).write_bytes(picture(77, (9, 9)))
+
+    monkeypatch.setattr(importing._Staging, "fill", fill_while_somebody_writes)
+    with pytest.raises(
+        InvalidDatasetError, match=r"1 files that came, went or changed, such as .*cat/[19]\.png\. Wait"
+    ):
+        import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert not (tmp_path / "ds/pets").exists()
 
 
 def test_ignores_the_environment_of_a_git_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
