@@ -102,7 +102,7 @@ def _label(value: Any, names: Sequence[str] | None, file: Path) -> str:
     elif any(one is not None and not -1 <= one < len(names) for one in values):
         raise InvalidDatasetError(f"Expected labels of {len(names)} names in {file}. Received: {value}.")
     else:
-        labels = [_NO_LABEL if one is None or one == -1 else names[one] for one in values]
+        labels = [_NO_LABEL if one is None or one == -1 else str(names[one]) for one in values]
     if wrong := [label for label in labels if LABEL_SEPARATOR in label]:
         raise InvalidDatasetError(f"Expected labels without {LABEL_SEPARATOR!r} in {file}. Received: {wrong[0]}.")
     return LABEL_SEPARATOR.join(labels)
