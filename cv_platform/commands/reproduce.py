@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REPOSITORY = Path(__file__).parents[2]
-_CODE = ("training", "encoders", "images", "datasets/packing.py", "datasets/manifest.py")
+_CODE = ("training", "encoders", "images", "datasets/packing.py", "datasets/shards", "datasets/manifest.py")
 """Of `cv_platform`: what decides pixels, splits and weights."""
 _LIBRARIES = ("tensorflow", "keras", "numpy", "imgaug", "opencv-python-headless")
 
@@ -203,6 +203,11 @@ def _pack(metadata: BundleMetadata, config: ExperimentConfig, settings: Settings
     rows = read_manifest(version.manifest_path)
     unreadable = [str(path) for path in rows.loc[~rows["is_readable"], "path"]]
     packed = pack_images(
-        version, config.model, quarantined=unreadable, home=settings.home, spare_bytes=settings.spare_disk_bytes
+        version,
+        config.model,
+        quarantined=unreadable,
+        home=settings.home,
+        spare_bytes=settings.spare_disk_bytes,
+        uint8_budget_bytes=config.dataset.packed_uint8_bytes,
     )
     return packed, version.manifest_path

@@ -1,8 +1,9 @@
 """From an ONNX graph to one whose convolutions compute in 8 bits, by ONNX Runtime's static quantisation.
 
-Weights have a scale for each channel, activations one that calibration images fix. What is behind the feature map stays
-in 32 bits: head, Grad-CAM and what `is_unknown` reads cost next to nothing, and so does the encoder of the drift
-detectors. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+Weights have a scale for each channel, activations one that calibration images fix. In a graph that is served, what is
+behind the feature map stays in 32 bits (head, Grad-CAM, what `is_unknown` reads: they cost next to nothing), and so does
+the encoder of the drift detectors. Of a classifier alone only the last layer does.
+https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 256
 _BATCH = 16
-_QUANTISED = ("Conv", "Clip", "Relu", "Add", "MaxPool")
-"""Operators up to the feature map that have 8-bit forms, and those between them."""
+_DENSE = ("Gemm", "MatMul")
+_QUANTISED = ("Conv", "Clip", "Relu", "Add", "MaxPool", *_DENSE)
+"""Operators that have 8-bit forms, and those between them."""
 _WHOLE_RANGE = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 """Instructions that add products of 8 bits without overflow; a CPU that lacks them needs weights of 7 bits."""
 
@@ -95,9 +97,11 @@ class _Calibration:
 
 def _body(graph: Any) -> list[str]:
     """Returns the names of what leads to the probabilities before the head; the drift detectors' encoder does not."""
-    behind_head = set[str]()
+    is_served = any(value.name == "class_index" for value in graph.input)
+    dense = [node.name for node in graph.node if node.op_type in _DENSE]
+    head, behind_head = set(dense if is_served else dense[-1:]), set[str]()
     for node in graph.node:  # Each after those that it reads.
-        if node.op_type in {"Gemm", "MatMul"} or not behind_head.isdisjoint(node.input):
+        if node.name in head or not behind_head.isdisjoint(node.input):
             behind_head |= set(node.output)
     makers = {output: node for node in graph.node for output in node.output}
     todo, found = ["probabilities"], dict[str, Any]()
