@@ -1,8 +1,8 @@
 """From an ONNX graph to one whose convolutions compute in 8 bits, by ONNX Runtime's static quantisation.
 
 Weights have a scale for each channel, activations one that calibration images fix. In a graph that is served, what is
-behind the feature map stays in 32 bits (head, Grad-CAM, what `is_unknown` reads: they cost next to nothing), and so does
-the encoder of the drift detectors. Of a classifier alone only the last layer does.
+behind the feature map stays in 32 bits (head, Grad-CAM, what `is_unknown` reads: they cost next to nothing), and so
+does the encoder of the drift detectors. Of a classifier alone only the last layer does.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
