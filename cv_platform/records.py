@@ -514,7 +514,7 @@ class ReferenceData(Record):
 class Export(Value):
     """A file of a model for other devices, beside the model itself; numbers are absent where it could not be made."""
 
-    format: str = Field(description="of config.ExportFormat")
+    format: str = Field(description="of config.ExportFormat, or the graph in 8 bits that is served")
     file: str = Field(default="", description="in TrainedModel.exports_directory; empty where it was refused")
     images: int = Field(default=0, description="of the test split, that it was measured on")
     accuracy: float | None = Field(default=None, description="share of right images, with labels as sets")

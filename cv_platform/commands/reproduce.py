@@ -98,10 +98,11 @@ def reproduce(
     config = parse_experiment(metadata.effective_config, origin=f"the bundle of {model_name} {version}")
     notes = code_differences(metadata.git_commit, settings.revision)
     if notes and not other_code:
+        commit = metadata.git_commit
+        remedy = f"Run it in a checkout of that commit (git worktree add ../then {commit}; make setup there), or see"
         raise TrainingError(
             f"Expected the code and libraries that trained {version}. Received: {' '.join(notes)} "
-            f"Run it in a checkout of that commit (git worktree add ../then {metadata.git_commit or 'COMMIT'}; "
-            "make setup there), or see what these give: --other-code."
+            f"{remedy if commit else 'See'} what is here gives: --other-code."
         )
     with tempfile.TemporaryDirectory(prefix="reproduce-", dir=_scratch(settings)) as folder:
         return _compare(metadata, config, storage, settings, Path(folder), notes, say)

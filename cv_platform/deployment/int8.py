@@ -85,7 +85,7 @@ def measure_int8(
         )
     answer = open_int8(path)
     export = measure(
-        INT8,
+        f"{INT8}, served",
         lambda images: answer(images)[0],
         path,
         beside(trained, test, threshold),
