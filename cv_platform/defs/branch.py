@@ -14,7 +14,7 @@ import dagster as dg
 from cv_platform.config import ExperimentConfig
 from cv_platform.defs.io_managers import first_attempt
 from cv_platform.defs.resources import ExperimentResource, Installation, MlflowTracking
-from cv_platform.defs.versions import Recipe, code_fingerprint
+from cv_platform.defs.versions import Reads, Recipe, code_fingerprint
 from cv_platform.errors import (
     CvPlatformError,
     DatabaseUnavailableError,
@@ -98,10 +98,7 @@ class Branch:
         *,
         value: type[Record],
         kinds: set[str],
-        reads: Sequence[str] = (),
-        ignores: Sequence[str] = (),
-        source: Sequence[str] = (),
-        code: Sequence[str] = (),
+        reads: Sequence[str] | Reads = (),
         ins: Mapping[str, str] | None = None,
         deps: Sequence[str] = (),
         observes: Sequence[dg.AssetKey] = (),
@@ -114,8 +111,7 @@ class Branch:
         Args:
             value: the record that the asset hands on.
             kinds: what the page shows as icons.
-            reads, ignores, source: fields of the config, see `versions.Recipe`.
-            code: what the body does not import by name, see `versions.code_fingerprint`.
+            reads: the fields of the config that decide what it contains, or more than fields.
             ins: body argument → upstream asset of this branch, loaded as the type that the body annotates.
             deps: upstream assets that are not loaded.
             observes: what others write and the body reads (`observed`).
@@ -124,13 +120,15 @@ class Branch:
             **arguments: anything else that `dagster.asset` takes.
         """
 
+        read = reads if isinstance(reads, Reads) else Reads(reads)
+
         def declare(body: FunctionType) -> dg.AssetsDefinition:
             upstream = [*(ins or {}).values(), *deps]
             recipe = Recipe(
-                tuple(reads),
-                tuple(ignores),
-                tuple(source),
-                code_fingerprint(body, code),
+                tuple(read.fields),
+                tuple(read.ignores),
+                tuple(read.source),
+                code_fingerprint(body, read.code),
                 tuple(self.recipes[name] for name in upstream),
             )
             self.recipes[body.__name__] = recipe

@@ -8,6 +8,7 @@ import dagster as dg
 from cv_platform.defs.branch import AssetRun, Branch
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.observed import observation, repository_key
+from cv_platform.defs.versions import Reads
 from cv_platform.record_store import RecordStore
 from cv_platform.records import DatasetVersion, Embeddings, PackedImages, ValidationVerdict
 
@@ -19,12 +20,14 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=DatasetVersion,
         kinds={"dvc", "git", "parquet"},
-        reads=[
-            *(f"dataset.{split}_fraction" for split in ("valid", "reference", "test")),
-            *("dataset.split_seed", "dataset.max_image_pixels"),
-            *("model.classes", "model.classifier_type"),
-        ],
-        source=["dataset.ds_name", "dataset.dvc_tag", "dataset.ds_root", "dataset.source"],
+        reads=Reads(
+            [
+                *(f"dataset.{split}_fraction" for split in ("valid", "reference", "test")),
+                *("dataset.split_seed", "dataset.max_image_pixels"),
+                *("model.classes", "model.classifier_type"),
+            ],
+            source=["dataset.ds_name", "dataset.dvc_tag", "dataset.ds_root", "dataset.source"],
+        ),
         observes=[repository],
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:

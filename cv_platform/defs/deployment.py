@@ -1,11 +1,16 @@
 """The assets `bento` (an immutable bundle and a built Bento) and `deployment` (the production pointer, moved)."""
 
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
 import dagster as dg
 
 from cv_platform.audit import Note
 from cv_platform.defs.automation import RUN
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
+from cv_platform.defs.versions import Reads
 from cv_platform.errors import VerdictError
 from cv_platform.records import (
     Deployment,
@@ -27,14 +32,16 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         value=ModelBundle,
         is_retried=True,
         kinds={"bentoml"},
-        reads=[
-            "deploy.runtime",
-            "deploy.exports",
-            "deploy.max_export_loss",
-            "deploy.golden_images",
-            "deploy.data_licence",
-        ],
-        code=["cv_platform.serving", "bentos"],
+        reads=Reads(
+            [
+                "deploy.runtime",
+                "deploy.exports",
+                "deploy.max_export_loss",
+                "deploy.golden_images",
+                "deploy.data_licence",
+            ],
+            code=["cv_platform.serving", "bentos"],
+        ),
         ins={
             "trained": "model",
             "evaluation": "evaluation",
@@ -81,24 +88,26 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         bundle = publish_model(
             trained, detectors, evaluation, golden, deploy=deploy, place=place, splits=splits, exports=exports
         )
-        return run.result(
-            bundle,
-            metadata={
-                "version": bundle.model.version,
-                "published": bundle.url,
-                **bundle.model_dump(include={"bento_tag", "bytes", "runtime", "runtime_reason"}),
-                **{f"parity_{name}": value for name, value in bundle.parity.items()},
-                "unknown": table([rate.model_dump() for rate in bundle.unknown]),
-                "exports": table([export.model_dump() for export in bundle.exports]),
-                **{
-                    f"export_{export.format}": file_link(trained.exports_directory / export.file)
-                    for export in bundle.exports
-                    if export.file and export.format in deploy.exports
-                },
-            },
-        )
+        return run.result(bundle, _bento_metadata(bundle, trained.exports_directory, deploy.exports))
 
     return bento
+
+
+def _bento_metadata(bundle: ModelBundle, exports: Path, wanted: Collection[str]) -> dict[str, Any]:
+    links = {
+        f"export_{export.format}": file_link(exports / export.file)
+        for export in bundle.exports
+        if export.file and export.format in wanted
+    }
+    return {
+        "version": bundle.model.version,
+        "published": bundle.url,
+        **bundle.model_dump(include={"bento_tag", "bytes", "runtime", "runtime_reason"}),
+        **{f"parity_{name}": value for name, value in bundle.parity.items()},
+        "unknown": table([rate.model_dump() for rate in bundle.unknown]),
+        "exports": table([export.model_dump() for export in bundle.exports]),
+        **links,
+    }
 
 
 def deployment_asset(branch: Branch) -> dg.AssetsDefinition:

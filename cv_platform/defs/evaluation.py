@@ -4,6 +4,7 @@ import dagster as dg
 
 from cv_platform.defs.branch import GPU, Branch
 from cv_platform.defs.metadata import file_link, table
+from cv_platform.defs.versions import Reads
 from cv_platform.records import DatasetVersion, Embeddings, Evaluation, PackedImages, TrainedModel
 
 
@@ -20,9 +21,8 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=Evaluation,
         kinds={"scikitlearn", "mlflow"},
-        reads=["evaluate", "model.threshold", "deploy.service"],
+        reads=Reads(["evaluate", "model.threshold", "deploy.service"], ignores=["evaluate.mlflow"]),
         pool=GPU,
-        ignores=["evaluate.mlflow"],
         ins={"trained": "model", "packed": "packed_images", "version": "dataset", "embeddings": "embeddings"},
         checks=[gate],
     )

@@ -6,6 +6,7 @@ import dagster as dg
 
 from cv_platform.defs.branch import GPU, Branch
 from cv_platform.defs.metadata import file_link, table
+from cv_platform.defs.versions import Reads
 from cv_platform.records import PackedImages, TrainedModel, ValidationVerdict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -17,10 +18,12 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=TrainedModel,
         kinds={"keras", "tensorflow", "mlflow"},
-        reads=["train", "model"],
+        reads=Reads(
+            ["train", "model"],
+            ignores=["train.mlflow", "model.threshold", "model.drift_detection"],
+            code=["cv_platform.training.architectures"],
+        ),
         pool=GPU,
-        ignores=["train.mlflow", "model.threshold", "model.drift_detection"],
-        code=["cv_platform.training.architectures"],
         ins={"packed": "packed_images", "verdict": "validation_report"},
     )
     def model(

@@ -4,6 +4,7 @@ import dagster as dg
 
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
+from cv_platform.defs.versions import Reads
 from cv_platform.records import CheckOutcome, DatasetVersion, Embeddings, ValidationVerdict
 from cv_platform.validation.verdict import CHECK_NAMES
 
@@ -25,8 +26,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=ValidationVerdict,
         kinds={"deepchecks"},
-        reads=["validate"],
-        code=["cv_platform.validation.checks"],
+        reads=Reads(["validate"], code=["cv_platform.validation.checks"]),
         ins={"dataset": "dataset", "embeddings": "embeddings"},
         checks=specs,
     )

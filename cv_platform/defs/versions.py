@@ -28,6 +28,23 @@ _PLUMBING = (
 
 
 @dataclass(frozen=True)
+class Reads:
+    """What decides the content of an asset beside its body and its inputs, where `fields` alone do not say it.
+
+    Attributes:
+        fields: of the config, by their place in the YAML (`train`, `monitor.alpha`).
+        ignores: fields below those that decide nothing.
+        source: fields that say where the data are, see `Recipe`.
+        code: what the body does not import by name, see `code_fingerprint`.
+    """
+
+    fields: Sequence[str] = ()
+    ignores: Sequence[str] = ()
+    source: Sequence[str] = ()
+    code: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What decides the content of an asset.
 
