@@ -46,6 +46,15 @@ class ExperimentConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _require_one_class_for_balance(self) -> Self:
+        if self.train.imbalance != "none" and self.model.classifier_type == "multi-label":
+            raise ValueError(
+                f"train.imbalance: expected none for multi-label, where no image has one class. Received: "
+                f"{self.train.imbalance}. Remove it."
+            )
+        return self
+
     @property
     def transfer(self) -> TransferConfig | None:
         """How the training begins with a head alone; None if it does not."""

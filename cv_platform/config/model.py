@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from cv_platform.config.fields import ClassifierType, ClassName, ModelName, Section
 
@@ -36,10 +38,25 @@ def _architectures() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parents[1] / "training" / "architectures").glob("[!_]*.py"))
 
 
+KERAS_APPLICATIONS = (
+    *("DenseNet121", "DenseNet169", "DenseNet201", *(f"EfficientNetB{n}" for n in range(8))),
+    *("EfficientNetV2B0", "EfficientNetV2B1", "EfficientNetV2B2", "EfficientNetV2B3", "EfficientNetV2S"),
+    *("EfficientNetV2M", "EfficientNetV2L", "InceptionResNetV2", "InceptionV3", "MobileNet", "MobileNetV2"),
+    *("MobileNetV3Large", "MobileNetV3Small", "NASNetLarge", "NASNetMobile", "ResNet101", "ResNet101V2"),
+    *("ResNet152", "ResNet152V2", "ResNet50", "ResNet50V2", "VGG16", "VGG19", "Xception"),
+)
+"""Names of `keras.applications`: those whose layers are all Keras's registered ones."""
+_USERS_FUNCTION = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
+
+
 def _known_architecture(name: str) -> str:
     known = _architectures()
-    if known and name not in known:
-        raise ValueError(f"Expected one of {', '.join(known)}. Received: {name}")
+    if known and name not in known and name not in KERAS_APPLICATIONS and not re.match(_USERS_FUNCTION, name):
+        near = difflib.get_close_matches(name, KERAS_APPLICATIONS, n=2)
+        raise ValueError(
+            f"Expected one of {', '.join(known)}, a name of keras.applications"
+            f"{' (' + ' or '.join(near) + '?)' if near else ''}, or module:function. Received: {name}"
+        )
     return name
 
 
@@ -64,14 +81,19 @@ class ModelConfig(Section):
     architecture: Annotated[str, AfterValidator(_known_architecture)] = Field(
         default="small_cnn",
         description="efficientnet_lite0 has learned from ImageNet's photographs, and is best for photographs; of those "
-        "that have learned nothing, small_cnn is the original's network, and resnet9s is better for its cost",
-        json_schema_extra=lambda schema: schema.update(enum=list[JsonValue](_architectures())),
+        "that have learned nothing, small_cnn is the original's network, and resnet9s is better for its cost; "
+        "also a name of keras.applications, or module:function of your own, which takes the image and this section and "
+        "returns the last feature map",
+        json_schema_extra=lambda schema: schema.update(
+            anyOf=[{"enum": [*_architectures(), *KERAS_APPLICATIONS]}, {"pattern": _USERS_FUNCTION}]
+        ),
     )
     dropout: float = Field(default=0.0, ge=0.0, le=0.9, description="share of the features that a step leaves out")
     weights: str | None = Field(
         default=None,
-        description="local .keras, .weights.h5 or .h5 file to start from; nothing is ever downloaded; by default "
-        "random, and for efficientnet_lite0 those that its package holds",
+        description="local .keras, .weights.h5 or .h5 file to start from, or MODEL_NAME/VERSION of a model that was "
+        "trained here; nothing is ever downloaded; by default random, and for efficientnet_lite0 those that its "
+        "package holds",
     )
     weights_channel_order: Literal["auto", "rgb", "bgr"] = Field(
         default="auto",

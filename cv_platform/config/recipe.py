@@ -65,6 +65,34 @@ class TrainConfig(Section):
     weight_decay: float = Field(
         default=0.0, ge=0.0, le=1.0, description="L2 penalty on kernels; adamw: share of a kernel that a step takes off"
     )
+    ema_decay: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="above 0: what is validated and kept is the moving average of the weights, of which each step "
+        "keeps this share; 0.99 looks back over about 100 steps",
+    )
+    mixup_alpha: float = Field(
+        default=0.0, ge=0.0, le=10.0, description="above 0: images of a batch are mixed in pairs; 0.2 is usual"
+    )
+    cutmix_alpha: float = Field(
+        default=0.0, ge=0.0, le=10.0, description="above 0: a box of another image is put into each; 1.0 is usual"
+    )
+    imbalance: Literal["none", "weights", "sampler", "logit_adjustment"] = Field(
+        default="none",
+        description="multi-class: what makes up for classes with few images; weights: their loss counts more, sampler: "
+        "they are drawn more often, logit_adjustment: their logits are lowered in training; probabilities are then "
+        "those of classes that occur equally often",
+    )
+    max_seconds: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="no epoch is begun that would end later, by the slowest so far; a schedule of more epochs is then "
+        "cut off, and the same seed need not give the same weights",
+    )
+    max_images: int | None = Field(
+        default=None, ge=1, description="a seeded choice of so many training images, which is held in memory"
+    )
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="epochs without a better validation loss"
     )

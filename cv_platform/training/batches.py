@@ -17,6 +17,7 @@ import numpy as np
 from cv_platform.cores import available_cores
 from cv_platform.datasets.shards.reading import Images
 from cv_platform.training.augmentation import Augmenter
+from cv_platform.training.mixing import Mixing
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -41,6 +42,8 @@ class ShuffledBatches:
         augmenter: changes the images.
         seed: of the order.
         workers: threads that make batches, which decides nothing about them; by default as many as there are cores.
+        draws: `(C,)` how often an image is drawn, by its class, relative to others; None: each once an epoch.
+        mixing: mixes the changed images; None: nothing is mixed.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class ShuffledBatches:
         augmenter: Augmenter,
         seed: int,
         workers: int | None = None,
+        draws: np.ndarray | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         if len(images) == 0 or len(images) != len(targets):
             raise ValueError(
@@ -65,6 +70,9 @@ class ShuffledBatches:
         self.augmenter = augmenter
         self.seed = seed
         self.workers = workers or min(MOST_WORKERS, available_cores())
+        self.mixing = mixing
+        drawn = None if draws is None else draws[np.asarray(targets)]
+        self._draws = None if drawn is None else drawn / drawn.sum()
         self.epoch = 0
         """The epoch that the next iteration walks; the training loop sets it."""
         self.error: Exception | None = None
@@ -92,11 +100,18 @@ class ShuffledBatches:
         # Sorted, so that a memory-mapped file is read forwards; which images meet in a batch stays random.
         chosen = np.sort(order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size])
         images = self.augmenter(self.images[chosen], epoch=epoch, batch_index=batch_index)
-        return images, as_probabilities(self.targets[chosen], self.classes)
+        targets = as_probabilities(self.targets[chosen], self.classes)
+        if self.mixing is None:
+            return images, targets
+        return self.mixing(images, targets, epoch=epoch, batch_index=batch_index)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the seeded permutation of the image indices of `epoch`, `(N,)` int32 (4 MB per million images)."""
-        return np.random.default_rng((self.seed, epoch)).permutation(np.arange(len(self.images), dtype=np.int32))
+        """Returns the seeded order of the image indices of `epoch`, `(N,)` int32 (4 MB per million images).
+
+        A permutation; with `draws`, some images come twice and others not at all.
+        """
+        rng, rows = np.random.default_rng((self.seed, epoch)), np.arange(len(self.images), dtype=np.int32)
+        return rng.permutation(rows) if self._draws is None else rng.choice(rows, len(rows), p=self._draws)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Walks the batches of `self.epoch`, in their order; as many as there are workers are made at the same time."""

@@ -115,6 +115,8 @@ class TrainingMonitor:
         self.run = run
         self._epoch_started = time.perf_counter()
         self._run_is_broken = False
+        self._has_average = state is not None and train.ema_decay > 0
+        """Whether the model has the average of its weights now, and the optimizer's average the weights."""
 
     def callback(self) -> keras.callbacks.Callback:
         """Returns the Keras callback that drives this monitor."""
@@ -127,6 +129,7 @@ class TrainingMonitor:
             # Without a hook of its own here Keras starts a thread pool for callbacks, and leaves it behind when a fit
             # fails.
             on_test_batch_end=_nothing,
+            on_test_begin=lambda logs=None: self._take_average(True),
         )
 
     @contextmanager
@@ -139,7 +142,28 @@ class TrainingMonitor:
 
     def _begin_epoch(self, epoch: int, logs: Any = None) -> None:
         self._epoch_started = time.perf_counter()
+        self._take_average(False)
         self.on_epoch(epoch)
+
+    def _take_average(self, is_wanted: bool) -> None:
+        """Changes the trained weights for their moving average, which the optimizer keeps, or back.
+
+        By values: Keras's `SwapEMAWeights` adds and subtracts, which leaves a rounding error behind each time.
+        """
+        optimizer: Any = self.model.optimizer
+        if self.train.ema_decay == 0:
+            return
+        if not int(optimizer.iterations.numpy()):  # Nothing but a head is there, which has no average.
+            self._has_average = False
+            return
+        if is_wanted == self._has_average:
+            return
+        pairs = zip(self.model.trainable_variables, optimizer._model_variables_moving_average, strict=True)
+        for variable, average in pairs:
+            weights = variable.numpy()
+            variable.assign(average.numpy())
+            average.assign(weights)
+        self._has_average = is_wanted
 
     def _check_loss(self, batch: int, logs: dict[str, float] | None = None) -> None:
         loss = (logs or {}).get("loss", 0.0)
@@ -171,6 +195,17 @@ class TrainingMonitor:
         if patience is not None and epoch - self.state.best_epoch >= patience:
             logger.info("early stopping: no better %s for %d epochs", SELECTION_METRIC, patience)
             self.model.stop_training = True
+        if self.is_out_of_time and epoch + 1 < self.epochs:
+            logger.info("stopping after epoch %d: another would end after train.max_seconds", epoch + 1)
+            self.model.stop_training = True
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether another epoch, as slow as the slowest so far, would end after `train.max_seconds`."""
+        if self.train.max_seconds is None or self.state is None:
+            return False
+        slowest = self.images_per_epoch / min(self.state.history["images_per_second"])
+        return self.state.seconds + slowest > self.train.max_seconds
 
     def _save(self, epoch: int, history: dict[str, list[float]], *, seconds: float) -> None:
         before, last = self.state, f"epoch-{epoch + 1:05d}.weights.h5"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,8 @@ from cv_platform.training.callbacks import (
     read_state,
     restore_random_state,
 )
+from cv_platform.training.imbalance import ClassBalance, balance_of, balanced_cross_entropy
+from cv_platform.training.mixing import Mixing
 from cv_platform.training.network import build_model, resolve_precision
 from cv_platform.training.schedules import build_optimizer
 from cv_platform.training.transfer import layer_rates, start_head
@@ -93,6 +94,8 @@ def fit_model(
     # Weights and two moments of the optimizer, of this epoch, the last two and the best; and the finished model.
     state_bytes = 13 * 4 * network.count_params()
     require_free_space(folder, state_bytes, purpose=f"training {model.architecture}", spare_bytes=spare_bytes)
+    train_split = _chosen(train_split, train)
+    balance = balance_of(train, train_split.targets, len(model.classes))
     batches = ShuffledBatches(
         train_split.images,
         train_split.targets,
@@ -100,8 +103,11 @@ def fit_model(
         batch_size=train.batch_size,
         augmenter=Augmenter(train.augment, seed=train.seed),
         seed=train.seed,
+        draws=balance.draws,
+        mixing=Mixing.of(train),
     )
-    _compile(network, model, train, total_steps=train.epochs * batches.steps, rates=rates)
+    optimizer = build_optimizer(train, total_steps=train.epochs * batches.steps, rates=rates)
+    _compile(network, model, train, optimizer, balance)
     state = _resume(network, folder, run)
     monitor = TrainingMonitor(
         network,
@@ -130,7 +136,7 @@ def fit_model(
         valid_split.images, valid_split.targets, classes=batches.classes, batch_size=max(256, batches.batch_size)
     )
     if transfer is not None and monitor.state is None:
-        _fit_head(network, config, train_split, valid_split, monitor, validation)
+        _fit_head(network, config, (train_split, valid_split), balance, monitor, validation)
     if not (monitor.state and _is_finished(monitor.state, monitor)):
         _run_epochs(network, batches, monitor, validation)
     reached = monitor.state
@@ -157,18 +163,30 @@ def fit_model(
     )
 
 
+def _chosen(split: PackedSplit, train: TrainConfig) -> PackedSplit:
+    """Returns `train.max_images` of a split, by the seed; all, where it has no more."""
+    if train.max_images is None or len(split.targets) <= train.max_images:
+        return split
+    rng = np.random.default_rng(train.seed)
+    rows = np.sort(rng.choice(len(split.targets), train.max_images, replace=False))
+    paths, sha256 = ([names[row] for row in rows] for names in (split.paths, split.sha256))
+    return PackedSplit(np.asarray(split.images[rows]), np.asarray(split.targets[rows]), paths, sha256)
+
+
 def _compile(
     network: keras.Model,
     model: ModelConfig,
     train: TrainConfig,
-    *,
-    total_steps: int,
-    rates: Mapping[str, float] | None,
+    optimizer: keras.optimizers.Optimizer,
+    balance: ClassBalance,
 ) -> None:
     import keras
 
+    loss: Any
     if model.classifier_type == "multi-class":
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=train.label_smoothing)
+        if balance.changes_loss:
+            loss = balanced_cross_entropy(balance, train.label_smoothing)
         metrics = [
             keras.metrics.CategoricalAccuracy(name="accuracy"),
             keras.metrics.CategoricalCrossentropy(name="cross_entropy"),
@@ -180,7 +198,7 @@ def _compile(
             keras.metrics.BinaryCrossentropy(name="cross_entropy"),
         ]
     network.compile(
-        optimizer=build_optimizer(train, total_steps=total_steps, rates=rates),
+        optimizer=optimizer,  # pyright: ignore[reportArgumentType] -- inferred from Keras's default, "rmsprop".
         loss=loss,
         metrics=metrics,
         # XLA on the CPU was measured 1.7 times slower.
@@ -208,14 +226,14 @@ def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> Traini
 def _fit_head(
     network: keras.Model,
     config: ExperimentConfig,
-    train_split: PackedSplit,
-    valid_split: PackedSplit,
+    splits: tuple[PackedSplit, PackedSplit],
+    balance: ClassBalance,
     monitor: TrainingMonitor,
     validation: tf.data.Dataset,
 ) -> None:
     """Gives the network its head, as the first epoch."""
     with monitor.epoch_beside_fit(0) as metrics:
-        head = start_head(network, train_split, valid_split, config.model.classifier_type, seed=config.train.seed)
+        head = start_head(network, *splits, config, balance)
         network.optimizer.build(network.trainable_variables)
         metrics |= {"loss": head.loss, "accuracy": head.accuracy, "cross_entropy": head.loss}
         valid: Any = network.evaluate(validation, verbose=0, return_dict=True)  # pyright: ignore[reportArgumentType]
@@ -224,8 +242,10 @@ def _fit_head(
 
 def _is_finished(state: TrainingState, monitor: TrainingMonitor) -> bool:
     patience = monitor.train.early_stopping_patience
-    return state.epochs_done >= monitor.epochs or (
-        patience is not None and state.epochs_done - 1 - state.best_epoch >= patience
+    return (
+        state.epochs_done >= monitor.epochs
+        or monitor.is_out_of_time
+        or (patience is not None and state.epochs_done - 1 - state.best_epoch >= patience)
     )
 
 
@@ -252,6 +272,7 @@ def _run_epochs(
             raise
         if type(err).__name__ == "ResourceExhaustedError":
             raise TrainingError(
-                f"Expected enough memory for batches of {batches.batch_size}. Received: {err}. Lower train.batch_size."
+                f"Expected enough memory for batches of {batches.batch_size}. Received: {err}. "
+                "Lower train.batch_size or model.input_size."
             ) from err
         raise

@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from cv_platform.config import ModelConfig
 from cv_platform.errors import TrainingError
 from cv_platform.training.architectures import Architecture, find_architecture
@@ -68,7 +70,7 @@ def build_model(
     keras.utils.set_random_seed(seed)
     with _dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32"):
         image: Any = keras.Input((*model.image_size, 3), dtype="uint8", name=INPUT_NAME)
-        network = keras.Model(image, _head(architecture, image, model), name=model.architecture)
+        network = keras.Model(image, _head(architecture, image, model), name=_name(model.architecture))
     if weight_decay:
         _penalise_kernels(network, weight_decay)
     if model.weights:
@@ -91,6 +93,11 @@ def resolve_precision(precision: Literal["auto", "float32", "bfloat16"]) -> Prec
 def feature_map_layer(network: keras.Model) -> keras.Layer:
     """Returns the layer whose output is the last 4-D feature map."""
     return next(layer for layer in reversed(network.layers) if len(layer.output.shape) == 4)
+
+
+def _name(architecture: str) -> str:
+    """Returns what a network may be called: Keras takes no colon."""
+    return architecture.replace(":", ".")
 
 
 def _head(architecture: Architecture, image: keras.KerasTensor, model: ModelConfig) -> keras.KerasTensor:
@@ -138,6 +145,12 @@ def _start_from(network: keras.Model, weights: Path, *, bgr_layer: str | None) -
         raise TrainingError(
             f"model.weights: expected weights of the same {network.name}. Received: {weights}, which does not fit: "
             f"{strange[0]} ({len(strange)} layers). Choose the architecture and input size that it was trained with."
+        )
+    broken = [weight.path for weight in network.weights if not np.isfinite(weight.numpy()).all()]
+    if broken:
+        raise TrainingError(
+            f"model.weights: expected numbers. Received: {weights}, which has NaN or infinity in {broken[0]} "
+            f"({len(broken)} of {len(network.weights)} arrays). Take weights from before that training diverged."
         )
     if wrong:
         logger.info("%s has other classes: the layer %s starts from random weights.", weights, LOGITS_NAME)

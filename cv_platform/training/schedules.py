@@ -58,6 +58,8 @@ def build_optimizer(
         "sgd": (keras.optimizers.SGD, {"momentum": 0.9, "nesterov": True}),
     }
     kind, options = kinds[train.optimizer]
+    if train.ema_decay:
+        options |= {"use_ema": True, "ema_momentum": train.ema_decay}
 
     # Keras has one rate for all variables.
     class Layerwise(kind):

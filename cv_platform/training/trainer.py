@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,8 +36,9 @@ from cv_platform.errors import LockHeldError, TrainingError
 from cv_platform.files import exclusive, file_sha256, whole_directory, write_file
 from cv_platform.images import preprocessing_hash
 from cv_platform.records import ModelIdentity, PackedImages, TrainedModel
-from cv_platform.storage import new_version
+from cv_platform.storage import VERSION_PATTERN, new_version
 from cv_platform.tracking import flatten
+from cv_platform.training.architectures._users import UsersArchitecture
 from cv_platform.training.augmentation import Augmenter, augmented_sheet
 from cv_platform.training.calibration import calibrate
 from cv_platform.training.callbacks import write_history
@@ -91,6 +93,7 @@ def train_model(
             no epoch again.
     """
     _check(packed, config)
+    resolved = _with_own_weights(config, directory)
     model_name = config.model.model_name
     train, valid = open_split(packed, "train"), open_split(packed, "valid")
     if run is not None:
@@ -98,8 +101,8 @@ def train_model(
         run.log_params(config.model_dump(mode="json", include={"model", "dataset", "train"}))
     parent = directory / model_name
     parent.mkdir(parents=True, exist_ok=True)
-    with _work_folder(parent, _recipe(packed, config)) as work:
-        fitted = fit_model(config, train, valid, folder=work, run=run, spare_bytes=spare_bytes)
+    with _work_folder(parent, _recipe(packed, resolved)) as work:
+        fitted = fit_model(resolved, train, valid, folder=work, run=run, spare_bytes=spare_bytes)
         # On a network that was only just read from the work folder, which a retry finds as it was: never twice.
         temperature = (
             calibrate(fitted.network, valid.images, valid.targets, config.model.classifier_type)
@@ -139,6 +142,26 @@ def _check(packed: PackedImages, config: ExperimentConfig) -> None:
         )
 
 
+def _with_own_weights(config: ExperimentConfig, directory: Path) -> ExperimentConfig:
+    """Returns the config with the file of `model.weights`, where that names a model trained here."""
+    weights = config.model.weights
+    if (
+        weights is None
+        or Path(weights).exists()
+        or not re.fullmatch(rf"[\w.-]+/{VERSION_PATTERN.strip('^$')}", weights)
+    ):
+        return config
+    model_name, version = weights.split("/")
+    file = directory / model_name / version / f"{model_name}.keras"
+    if not file.is_file():
+        trained = sorted(path.parent.name for path in (directory / model_name).glob(f"[0-9]*/{model_name}.keras"))
+        raise TrainingError(
+            f"model.weights: expected a model that was trained here. Received: {weights}, which is not in "
+            f"{directory}. Of {model_name} there is {', '.join(trained[-5:]) or 'none'}."
+        )
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": str(file)})})
+
+
 def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
     """Returns everything that decides the weights, by name: two trainings with the same recipe are the same."""
     import tensorflow as tf
@@ -154,6 +177,9 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
     recipe = {name: json.dumps(value) for name, value in flatten(sections).items()}
     if config.model.weights and Path(config.model.weights).is_file():
         recipe["the content of model.weights"] = file_sha256(Path(config.model.weights))
+    if ":" in config.model.architecture:
+        source = UsersArchitecture(config.model.architecture).source
+        recipe["the code of model.architecture"] = "" if source is None else file_sha256(source)
     return {
         **recipe,
         "what train.precision auto means on this CPU": resolve_precision("auto"),

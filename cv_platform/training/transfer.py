@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.config import ClassifierType, TransferConfig
+from cv_platform.config import ClassifierType, ExperimentConfig, TransferConfig
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.datasets.shards.reading import Images
 from cv_platform.training.architectures import find_architecture
 from cv_platform.training.batches import as_probabilities
+from cv_platform.training.imbalance import ClassBalance
 from cv_platform.training.network import FEATURES_NAME, LOGITS_NAME
 
 if TYPE_CHECKING:
@@ -55,9 +56,8 @@ def start_head(
     network: keras.Model,
     train: PackedSplit,
     valid: PackedSplit,
-    classifier_type: ClassifierType,
-    *,
-    seed: int,
+    config: ExperimentConfig,
+    balance: ClassBalance,
 ) -> Head:
     """Gives `network` the head that suits its features, and returns it.
 
@@ -65,19 +65,20 @@ def start_head(
         network: see `network`.
         train: of more than `HEAD_IMAGES`, a seeded choice.
         valid: chooses the penalty, by its cross-entropy.
-        classifier_type: softmax (multi-class), or a sigmoid for each class (multi-label).
-        seed: of the choice.
+        config: softmax (multi-class), or a sigmoid for each class (multi-label); the seed of the choice.
+        balance: see `imbalance`.
     """
     classes = network.output_shape[-1]
     chosen = np.arange(len(train.images))
     if len(chosen) > HEAD_IMAGES:
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, HEAD_IMAGES, replace=False))
+        chosen = np.sort(np.random.default_rng(config.train.seed).choice(chosen, HEAD_IMAGES, replace=False))
     head = fit_head(
         _features(network, train.images, chosen),
         as_probabilities(np.asarray(train.targets[chosen]), classes),
         _features(network, valid.images, np.arange(len(valid.images))),
         as_probabilities(np.asarray(valid.targets), classes),
-        classifier_type,
+        config.model.classifier_type,
+        balance,
     )
     network.get_layer(LOGITS_NAME).set_weights([head.kernel, head.bias])
     logger.info("fitted a head to the features of %d images; penalty %g", len(chosen), head.penalty)
@@ -90,6 +91,7 @@ def fit_head(
     valid_features: NDArray[np.float32],
     valid_targets: NDArray[np.float32],
     classifier_type: ClassifierType,
+    balance: ClassBalance | None = None,
 ) -> Head:
     """Returns the penalised logistic regression of `targets`, whose penalty has the least cross-entropy on valid.
 
@@ -98,18 +100,26 @@ def fit_head(
         targets: `(N, C)` 0/1.
         valid_features: `(M, D)`.
         valid_targets: `(M, C)` 0/1.
-        classifier_type: see `start_head`.
+        classifier_type: softmax (multi-class), or a sigmoid for each class (multi-label).
+        balance: of the classes; None: images count equally.
     """
     from scipy.optimize import minimize
 
     mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-3
     scaled, valid_scaled = (features - mean) / deviation, (valid_features - mean) / deviation
     shape = (features.shape[1] + 1, targets.shape[1])
+    balance = balance or ClassBalance(np.ones(shape[1], np.float32), np.zeros(shape[1], np.float32))
+    # What a sampler draws more often counts more here.
+    class_weights = balance.weights if balance.draws is None else balance.draws.astype(np.float32)
+    row_weights, valid_row_weights = (
+        (labels * class_weights).sum(axis=1, keepdims=True) if classifier_type == "multi-class" else np.float32(1.0)
+        for labels in (targets, valid_targets)
+    )
     parameters, best, least = np.zeros(shape), (np.zeros(shape), PENALTIES[0]), np.inf
 
     def objective(flat: NDArray[np.float64], penalty: float) -> tuple[float, NDArray[np.float64]]:
         weights = flat.reshape(shape)
-        loss, residual = _loss(scaled, targets, weights, classifier_type)
+        loss, residual = _loss(scaled, targets, weights, classifier_type, balance.log_prior, row_weights)
         gradient = np.vstack([scaled.T @ residual + penalty * weights[:-1], residual.sum(axis=0, keepdims=True)])
         return loss + penalty / 2 * float((weights[:-1] ** 2).sum()), gradient.ravel()
 
@@ -118,12 +128,12 @@ def fit_head(
             objective, parameters.ravel(), (penalty,), jac=True, method="L-BFGS-B", options={"maxiter": 100}
         )
         parameters = found.x.reshape(shape)
-        loss, _ = _loss(valid_scaled, valid_targets, parameters, classifier_type)
+        loss, _ = _loss(valid_scaled, valid_targets, parameters, classifier_type, balance.log_prior, valid_row_weights)
         if loss >= least:
             break
         best, least = (parameters, penalty), loss
     weights, penalty = best
-    loss, _ = _loss(scaled, targets, weights, classifier_type)
+    loss, _ = _loss(scaled, targets, weights, classifier_type, balance.log_prior, row_weights)
     return Head(
         kernel=(weights[:-1] / deviation[:, None]).astype(np.float32),
         bias=(weights[-1] - (mean / deviation) @ weights[:-1]).astype(np.float32),
@@ -163,15 +173,21 @@ def _features(network: keras.Model, images: Images, chosen: NDArray[np.intp]) ->
 
 
 def _loss(
-    scaled: NDArray[Any], targets: NDArray[Any], weights: NDArray[np.float64], classifier_type: ClassifierType
+    scaled: NDArray[Any],
+    targets: NDArray[Any],
+    weights: NDArray[np.float64],
+    classifier_type: ClassifierType,
+    log_prior: NDArray[np.float32],
+    row_weights: NDArray[np.float32] | np.float32,
 ) -> tuple[float, NDArray[np.float64]]:
     """Returns the mean cross-entropy, and its derivative by the `(N, C)` logits."""
     from scipy.special import expit, log_softmax
 
     logits = scaled @ weights[:-1].astype(scaled.dtype) + weights[-1]
     if classifier_type == "multi-class":
-        logs = log_softmax(logits, axis=1)
-        return float(-(targets * logs).sum() / len(targets)), (np.exp(logs) - targets) / len(targets)
+        logs = log_softmax(logits + log_prior, axis=1)
+        residual = (np.exp(logs) - targets) * row_weights / len(targets)
+        return float(-(targets * logs * row_weights).sum() / len(targets)), residual
     losses = targets * np.logaddexp(0, -logits) + (1 - targets) * np.logaddexp(0, logits)
     return float(losses.mean()), (expit(logits) - targets) / targets.size
 

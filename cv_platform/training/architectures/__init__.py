@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import keras
@@ -26,7 +26,7 @@ class Architecture(ABC):
         first_convolution: name of the layer that reads the colours, where weights for BGR are published; else None.
     """
 
-    first_convolution: ClassVar[str | None] = None
+    first_convolution: str | None = None
 
     @abstractmethod
     def feature_map(self, image: keras.KerasTensor, model: ModelConfig) -> keras.KerasTensor:
@@ -59,7 +59,19 @@ class Architecture(ABC):
 
 
 def find_architecture(name: str) -> Architecture:
-    """Returns the architecture that `model.architecture` names; the config has seen to it that there is one."""
+    """Returns the architecture that `model.architecture` names; the config has seen to it that its form is right.
+
+    Raises:
+        TrainingError: it is a function of the user's that cannot be imported.
+    """
+    if ":" in name:
+        from cv_platform.training.architectures._users import UsersArchitecture
+
+        return UsersArchitecture(name)
+    if name[0].isupper():
+        from cv_platform.training.architectures._keras_applications import KerasApplication
+
+        return KerasApplication(name)
     module = importlib.import_module(f"{__name__}.{name}")
     (found,) = (kind for kind in Architecture.__subclasses__() if kind.__module__ == module.__name__)
     return found()

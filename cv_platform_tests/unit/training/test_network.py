@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cv_platform.config import ModelConfig
+from cv_platform.config.model import KERAS_APPLICATIONS
 from cv_platform.errors import TrainingError
 from cv_platform.training.network import _has_bfloat16, build_model, feature_map_layer, resolve_precision
 
@@ -38,6 +39,7 @@ def config(architecture: str = "resnet9s", px: int = 16, classes: int = 3, **cha
         ("resnet9s", 16, 4),
         ("resnet50", 64, 2),
         ("efficientnet_lite0", 64, 2),
+        ("MobileNetV3Small", 64, 2),
     ],
 )
 def test_every_network_keeps_the_contract(architecture: str, px: int, map_px: int) -> None:
@@ -234,3 +236,76 @@ def test_auto_precision_follows_the_cpus_flags(tmp_path: Path) -> None:
     assert not _has_bfloat16(tmp_path / "none")
     assert resolve_precision("float32") == "float32"
     assert resolve_precision("auto") == ("bfloat16" if _has_bfloat16() else "float32")
+
+
+def test_the_names_of_keras_applications_are_its_names() -> None:
+    import keras
+
+    applications: Any = keras.applications
+    assert [name for name in KERAS_APPLICATIONS if not callable(getattr(applications, name, None))] == []
+
+
+def test_an_unknown_name_gets_those_that_are_near() -> None:
+    with pytest.raises(ValueError, match=r"keras.applications \(MobileNetV2 or MobileNet\?\), or module:function"):
+        config("MobilNetV2")
+
+
+OWN = """
+from keras import layers
+
+def tiny(image, model):
+    return layers.Conv2D(4, 3, activation="relu")(layers.Rescaling(1 / 255)(image))
+
+def raising(image, model):
+    raise KeyError("stage")
+
+def number(image, model):
+    return 3
+
+def pooled(image, model):
+    return layers.GlobalAveragePooling2D()(tiny(image, model))
+
+def strange(image, model):
+    return layers.Lambda(lambda x: x)(tiny(image, model))
+
+def detached(image, model):
+    import keras
+    return tiny(keras.Input(image.shape[1:]), model)
+"""
+
+
+def test_a_function_of_the_users_is_a_network_that_keeps_the_contract(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import keras
+
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    network = build_model(config("own_networks:tiny"), seed=1)
+    last_map: Any = feature_map_layer(network)
+    assert last_map.output.shape[1:] == (14, 14, 4)
+    network.save(tmp_path / "own.keras")
+    loaded: Any = keras.models.load_model(tmp_path / "own.keras")
+    assert loaded.output_shape == (None, 3)
+    for function, received in {
+        "raising": r"it raised KeyError: 'stage'. Mend the function",
+        "number": r"it returned int. Return what a Keras layer returns",
+        "pooled": r"a tensor of shape \(None, 4\). Return the map before it is pooled",
+        "strange": r"layers that load nowhere else: Lambda lambda",
+        "detached": r"its result is not made from the image",
+        "missing": r"AttributeError: module 'own_networks' has no attribute 'missing'",
+    }.items():
+        with pytest.raises(TrainingError, match=rf"Received: own_networks:{function}: .*{received}"):
+            build_model(config(f"own_networks:{function}"), seed=1)
+    with pytest.raises(TrainingError, match=r"No module named 'not_there'. Install the module"):
+        build_model(config("not_there:tiny"), seed=1)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    network = build_model(config("small_cnn"), seed=1)
+    values = network.get_weights()
+    values[2][0] = np.nan
+    network.set_weights(values)
+    network.save(tmp_path / "diverged.keras")
+    with pytest.raises(TrainingError, match=r"NaN or infinity in block1_conv/kernel \(1 of 10 arrays\)"):
+        build_model(config("small_cnn", weights=str(tmp_path / "diverged.keras")), seed=2)
