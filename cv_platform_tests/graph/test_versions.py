@@ -97,7 +97,8 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
         ({"monitor.alpha": 0.01}, MADE_OF_DETECTORS),
         ({"monitor.permutations": 99}, {"drift_report"}),
         ({"monitor.min_feedback": 99}, {"production_metrics"}),
-        ({"deploy.runtime": "tensorflow"}, {"bento", *DEPLOYED}),
+        ({"deploy.runtime": "tensorflow"}, {"reference_data", "bento", *DEPLOYED}),
+        ({"deploy.exports": ["onnx"]}, {"bento", *DEPLOYED}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
