@@ -65,9 +65,9 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
         """
         from cv_platform.datasets.packing import open_split
         from cv_platform.deployment.bundle import Place, Splits, publish_model
-        from cv_platform.deployment.exports import write_exports
+        from cv_platform.deployment.exports import measure_int8, write_exports
         from cv_platform.deployment.golden import golden_rows
-        from cv_platform.deployment.int8 import INT8, measure_int8
+        from cv_platform.deployment.int8 import INT8
         from cv_platform.evaluation.report import require_promotion
 
         run = branch.run(context)

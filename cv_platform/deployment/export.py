@@ -81,7 +81,7 @@ def export_bundle(
         ExportError: the files are no such models, the export does not answer as Keras does, or `runtime` is `onnx` and
             the model does not convert or answers otherwise.
     """
-    model, uae = _load(keras_path), _load(uae_path)
+    model, uae = load_keras(keras_path), load_keras(uae_path)
     _check_inputs(model, uae, golden_images)
     serve = tape_signature(model, uae)
     chosen, parity = "tensorflow", dict[str, float]()
@@ -130,7 +130,12 @@ def export_bundle(
     )
 
 
-def _load(path: Path) -> Any:
+def load_keras(path: Path) -> Any:
+    """Loads a Keras file for an export.
+
+    Raises:
+        ExportError: the file is no such model.
+    """
     import keras
 
     try:

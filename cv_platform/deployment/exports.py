@@ -19,14 +19,15 @@ import numpy as np
 
 from cv_platform.config import DeployConfig, ExportFormat, Threshold
 from cv_platform.datasets.packing import PackedSplit
+from cv_platform.deployment.int8 import INT8, open_int8
 from cv_platform.deployment.onnx_export import write_classifier
 from cv_platform.deployment.quantization import calibration_images, quantise
 from cv_platform.errors import ExportError
 from cv_platform.evaluation.evaluate import load_classifier, predict
 from cv_platform.evaluation.latency import Answer, compiled, milliseconds
-from cv_platform.files import exclusive, whole_directory
+from cv_platform.files import exclusive, file_sha256, whole_directory
 from cv_platform.predictions import one_hot, predicted_flags
-from cv_platform.records import Export, Task, TrainedModel
+from cv_platform.records import Export, ReferenceData, Task, TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,41 @@ def write_exports(
         if export.refused:
             logger.warning("The export %s is not kept: %s", export.format, export.refused)
     return tuple(made)
+
+
+def measure_int8(
+    trained: TrainedModel, reference: ReferenceData, deploy: DeployConfig, *, test: PackedSplit, threshold: Threshold
+) -> Export:
+    """Returns what the graph reaches on the test split, beside the model.
+
+    Args:
+        trained: the model, whose `int8_path` it is.
+        reference: what the graph has answered.
+        deploy: `max_export_loss`.
+        test: what it is measured on.
+        threshold: of multi-label decisions.
+
+    Raises:
+        ExportError: the graph is not there, another one has answered the reference data, or it loses too much.
+        CorruptBundleError: the file is no graph with the combined signature.
+    """
+    path = trained.int8_path
+    if not path.is_file() or file_sha256(path) != reference.int8_sha256:
+        raise ExportError(
+            f"Expected reference data that {path.name} has answered, as deploy.runtime is {INT8}. Received: "
+            f"{'those of another graph' if path.is_file() else 'no such graph'}. Materialise reference_data again."
+        )
+    answer = open_int8(path)
+    export = measure(
+        f"{INT8}, served",
+        lambda images: answer(images)[0],
+        path,
+        beside(trained, test, threshold),
+        most_loss=deploy.max_export_loss,
+    )
+    if export.refused:
+        raise ExportError(f"deploy.runtime: {INT8} is refused: {export.refused} Raise that limit, or set auto.")
+    return export
 
 
 def _export(

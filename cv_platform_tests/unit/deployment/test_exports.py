@@ -8,8 +8,8 @@ from cv_platform.config import DeployConfig, ExportFormat
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment import quantization
 from cv_platform.deployment.bundle import Place, Splits, publish_model
-from cv_platform.deployment.exports import write_exports
-from cv_platform.deployment.int8 import measure_int8, open_int8, write_int8
+from cv_platform.deployment.exports import measure_int8, write_exports
+from cv_platform.deployment.int8 import open_int8, write_int8
 from cv_platform.errors import ExportError
 from cv_platform.files import file_sha256
 from cv_platform.records import DriftDetectors, ReferenceData, TrainedModel
