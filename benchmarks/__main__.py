@@ -22,6 +22,7 @@ BENCHMARKS = {
     "drain": "benchmarks.bench_drain",
     "startup": "benchmarks.bench_startup",
     "gate": "benchmarks.bench_gate",
+    "labels": "benchmarks.bench_labels",
     "false-alarms": "benchmarks.bench_false_alarms",
     "exports": "benchmarks.bench_exports",
     "unknown": "benchmarks.bench_unknown",

@@ -38,6 +38,9 @@ LABEL_SEPARATOR = "|"
 NONE_OF_THESE = ""
 """The stated class of an image that shows none of the model's classes; the same text as that of no labels."""
 
+LABELLER = "labeller:"
+"""What the source of a labeller's statement begins with. No client can say so: `POST /feedback` refuses a colon."""
+
 VECTOR_COLUMNS: tuple[str, ...] = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
 """The UAE embedding, the probabilities (BBSD), the penultimate layer, the pixel statistics."""
 

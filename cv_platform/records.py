@@ -845,6 +845,10 @@ class VersionMetrics(Value):
         confusion: as in an evaluation: multi-class row the true class, column the predicted one; multi-label a row per
             class: true negatives, false positives, false negatives, true positives.
         sources: how many of the statements that count came from where.
+        random_labels: predictions that `labeling_queue` drew at random and a labeller has labelled.
+        estimated_share: of all predictions of the window that are right, as estimated from those by their inverse
+            chances; None without any.
+        estimated_interval: of that, at level 1 − alpha.
     """
 
     model_version: str
@@ -864,6 +868,9 @@ class VersionMetrics(Value):
     per_class: list[dict[str, Any]] = []
     confusion: list[list[int]] = []
     sources: dict[str, int] = {}
+    random_labels: int = 0
+    estimated_share: float | None = None
+    estimated_interval: tuple[float, float] | None = None
 
 
 class ProductionMetrics(Illustrated):
@@ -903,6 +910,32 @@ class ProductionMetrics(Illustrated):
         return tuple(version for version in self.versions if version.verdict == "worse than on the test split")
 
 
+# labeling_queue
+
+
+class LabelingQueue(Record):
+    """What people were asked to label at a time; the items are in the table `labeling_items`.
+
+    Attributes:
+        experiment: whose.
+        window_start_utc, window_end_utc: half-open bounds of the requests that could be chosen.
+        requests: of the window, those whose upload is kept.
+        candidates: of them, those that were looked at.
+        counts: images added by reason.
+        waiting: of the whole queue, those that nobody has labelled.
+        problems: reasons that could not be judged, in sentences.
+    """
+
+    experiment: str
+    window_start_utc: datetime
+    window_end_utc: datetime
+    requests: int = 0
+    candidates: int = 0
+    counts: dict[str, int] = {}
+    waiting: int = 0
+    problems: tuple[str, ...] = ()
+
+
 RECORDS: Mapping[str, type[Record]] = {
     "dataset": DatasetVersion,
     "embeddings": Embeddings,
@@ -916,5 +949,6 @@ RECORDS: Mapping[str, type[Record]] = {
     "deployment": Deployment,
     "drift_report": DriftReport,
     "production_metrics": ProductionMetrics,
+    "labeling_queue": LabelingQueue,
 }
 """By the name of the asset that hands it on, in the order of the graph."""

@@ -7,6 +7,7 @@ are `config`'s part. `reference` writes `.env.example` and a page of the documen
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -141,6 +142,12 @@ class Settings(BaseModel):
         validation_alias="CV_API_KEYS",
         description="Comma-separated. Close predictions and feedback to requests without one of them in the header "
         "`X-API-Key`, or as a Bearer token.",
+    )
+    labeller_keys: Annotated[tuple[SecretStr, ...], Listed] = Field(
+        default=(),
+        validation_alias="CV_LABELLER_KEYS",
+        description="Comma-separated `name=key`, keys of at least 8 characters. Open the labelling page (`/labelling`) "
+        "to people, whose labels carry their name; `CV_ADMIN_TOKEN` opens it as well.",
     )
     alert_urls: Annotated[tuple[SecretStr, ...], Listed] = Field(
         default=(),
@@ -306,6 +313,21 @@ class Settings(BaseModel):
                 )
         return tuple(origin.lower() for origin in origins)
 
+    @field_validator("labeller_keys")
+    @classmethod
+    def _have_names(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        given = [key.get_secret_value().partition("=")[::2] for key in keys]
+        if any(re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name) is None or len(key) < 8 for name, key in given):
+            raise ValueError(
+                "Expected name=key, with a key of at least 8 characters, of letters and digits in the name"
+            )
+        for position, what in enumerate(("names", "keys")):
+            if len({pair[position] for pair in given}) < len(given):
+                raise ValueError(f"Expected different {what}. Received: one twice")
+        if "admin" in {name for name, _ in given}:
+            raise ValueError("Expected other names than admin, which is who has CV_ADMIN_TOKEN")
+        return keys
+
     @field_validator("storage_url")
     @classmethod
     def _has_known_scheme(cls, url: str) -> str:
@@ -334,7 +356,7 @@ class Settings(BaseModel):
         env = os.environ if environ is None else environ
         placeholders = [
             variable
-            for variable in ("DATABASE_URL", "CV_ADMIN_TOKEN", "CV_API_KEYS")
+            for variable in ("DATABASE_URL", "CV_ADMIN_TOKEN", "CV_API_KEYS", "CV_LABELLER_KEYS")
             if any(word in env.get(variable, "").lower() for word in _PLACEHOLDERS)
         ]
         if placeholders:

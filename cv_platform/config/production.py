@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cv_platform.config.fields import ExperimentName, Fraction, Section
 
@@ -119,6 +119,37 @@ class LabelsConfig(Section):
         description="images stay in later versions when the log gives up their upload by its age "
         "(CV_IMAGE_RETENTION_DAYS); those of deleted predictions leave in any case",
     )
+    queue_size: int = Field(default=200, ge=0, le=10_000, description="images that labeling_queue adds at a time")
+    max_candidates: int = Field(
+        default=2000, ge=1, description="requests that it looks at; of more since its last run, a seeded sample"
+    )
+    random_share: Fraction = Field(
+        default=0.2,
+        description="of the queue: drawn from all requests, with the same chance, by which production_metrics "
+        "estimates the accuracy on all of them",
+    )
+    unknown_share: Fraction = Field(
+        default=0.1, description="of the queue: those that show nothing the model has learned"
+    )
+    drift_share: Fraction = Field(default=0.1, description="of the queue: those that drive the latest drift report")
+    novel_share: Fraction = Field(
+        default=0.1, description="of the queue: those least like any image of the dataset, as the encoder sees it"
+    )
+
+    @model_validator(mode="after")
+    def _within_the_queue(self) -> Self:
+        total = self.random_share + self.unknown_share + self.drift_share + self.novel_share
+        if total > 1.0 + 1e-9:
+            raise ValueError(
+                f"labels: expected shares of at most 1 together (the rest is uncertain); received {total:g}"
+            )
+        return self
+
+    def quotas(self) -> dict[str, int]:
+        """Returns how many images of the queue have which reason, in the order in which they are chosen."""
+        named = {reason: getattr(self, f"{reason}_share") for reason in ("random", "unknown", "drift", "novel")}
+        counts = {reason: round(share * self.queue_size) for reason, share in named.items()}
+        return {**counts, "uncertain": max(0, self.queue_size - sum(counts.values()))}
 
 
 class AlertsConfig(Section):

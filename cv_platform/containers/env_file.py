@@ -129,6 +129,8 @@ def env_problems(example: Path, target: Path) -> list[str]:
             "Delete those lines and run: make secrets"
         )
     keys = {f"CV_API_KEYS[{i}]": key.strip() for i, key in enumerate(values.get("CV_API_KEYS", "").split(",")) if key}
+    pairs = [pair.partition("=")[2].strip() for pair in values.get("CV_LABELLER_KEYS", "").split(",") if pair]
+    keys |= {f"CV_LABELLER_KEYS[{i}]": key for i, key in enumerate(pairs)}
     candidates = {**{name: values.get(name, "") for name in needed if name != PASSWORD_HASH}, **keys}
     weak = [n for n, value in candidates.items() if value and n not in placeholders and is_weak(value)]
     if weak:

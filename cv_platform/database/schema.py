@@ -21,12 +21,13 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    UniqueConstraint,
     Uuid,
     func,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 """Newest migration. It is written here too because the service checks it without importing Alembic."""
 
 metadata = MetaData(
@@ -122,6 +123,34 @@ deletions = Table(
     Column("prediction_id", Uuid, primary_key=True),
     _created_on(),
     comment="A prediction that was deleted: what still waits in a spool of it does not arrive",
+)
+
+labeling_items = Table(
+    "labeling_items",
+    metadata,
+    Column("item_id", Uuid, primary_key=True),
+    Column("experiment", Text, nullable=False),
+    Column("prediction_id", Uuid, ForeignKey("predictions.prediction_id", ondelete="CASCADE"), nullable=False),
+    Column("reason", Text, nullable=False, comment="random, unknown, drift, novel or uncertain"),
+    Column("score", Double, nullable=False, comment="of the reason: higher was asked for first"),
+    Column(
+        "chance",
+        Double,
+        comment="of random ones: with which each request of the window was drawn; its inverse is their weight",
+    ),
+    Column("window_end_utc", DateTime(timezone=True), nullable=False, comment="exclusive"),
+    Column("place", Integer, nullable=False, comment="in the queue, from 0"),
+    Column(
+        "skipped_by",
+        ARRAY(Text),
+        nullable=False,
+        server_default="{}",
+        comment="labellers who would not say what it shows",
+    ),
+    _created_on(),
+    UniqueConstraint("experiment", "prediction_id"),
+    Index(None, "prediction_id"),
+    comment="One image that people are asked to label; what they say is feedback on its prediction",
 )
 
 drift_reports = Table(

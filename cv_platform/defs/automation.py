@@ -39,13 +39,15 @@ TRAINING_ASSETS = (
 def experiment_jobs(branch: Branch) -> list[Any]:
     """Returns `<name>_experiment` (everything), `<name>_retrain` (up to the deployment) and `<name>_drift_report`.
 
-    The last one makes the production metrics too.
+    The last one makes the production metrics and the labelling queue, too.
     """
     name = branch.config.name
     selections = {
         f"{name}_experiment": dg.AssetSelection.groups(name),
         f"{name}_retrain": dg.AssetSelection.assets(*(branch.key(asset) for asset in TRAINING_ASSETS)),
-        f"{name}_drift_report": dg.AssetSelection.assets(branch.key("drift_report"), branch.key("production_metrics")),
+        f"{name}_drift_report": dg.AssetSelection.assets(
+            *(branch.key(asset) for asset in ("drift_report", "production_metrics", "labeling_queue"))
+        ),
     }
     return [
         # Alerts about a run name its experiment by the tag.

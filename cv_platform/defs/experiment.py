@@ -1,4 +1,4 @@
-"""One experiment config becomes its branch of the graph: twelve assets with checks, jobs, a schedule and sensors."""
+"""One experiment config becomes its branch of the graph: thirteen assets with checks, jobs, a schedule and sensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cv_platform.defs.datasets import dataset_asset, embeddings_asset, packed_im
 from cv_platform.defs.deployment import bento_asset, deployment_asset
 from cv_platform.defs.drift import drift_detectors_asset, reference_data_asset
 from cv_platform.defs.evaluation import evaluation_asset
-from cv_platform.defs.monitoring import drift_report_asset, production_metrics_asset
+from cv_platform.defs.monitoring import drift_report_asset, labeling_queue_asset, production_metrics_asset
 from cv_platform.defs.observed import observed_assets, observed_sensor
 from cv_platform.defs.resources import experiment_resource
 from cv_platform.defs.training import model_asset
@@ -58,6 +58,7 @@ def experiment_assets(branch: Branch) -> list[dg.AssetsDefinition]:
         deployment_asset(branch),
         drift_report_asset(branch),
         production_metrics_asset(branch),
+        labeling_queue_asset(branch),
     ]
 
 

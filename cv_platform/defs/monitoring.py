@@ -1,4 +1,6 @@
-"""The assets `drift_report` (the verdict on a window of requests) and `production_metrics` (what people said of it)."""
+"""The assets that look at requests: `drift_report` (a window's verdict), `production_metrics` (what people said of it),
+and `labeling_queue` (what people are asked to label next).
+"""
 
 from datetime import timedelta
 from typing import Any
@@ -8,7 +10,16 @@ import dagster as dg
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.observed import request_log_key
-from cv_platform.records import Deployment, DriftReport, ModelIdentity, ProductionMetrics
+from cv_platform.defs.versions import Reads
+from cv_platform.records import (
+    DatasetVersion,
+    Deployment,
+    DriftReport,
+    Embeddings,
+    LabelingQueue,
+    ModelIdentity,
+    ProductionMetrics,
+)
 
 JUDGING = (
     "alpha",
@@ -145,6 +156,49 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
         )
 
     return production_metrics
+
+
+def labeling_queue_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/labeling_queue`."""
+
+    @branch.asset(
+        value=LabelingQueue,
+        is_retried=True,
+        kinds={"postgres", "onnx"},
+        reads=Reads(["labels", "encoder"], ignores=["labels.max_wrong_fraction", "labels.keep_expired"]),
+        ins={"dataset": "dataset", "embeddings": "embeddings"},
+        deps=["drift_report"],
+        observes=[request_log_key(branch.config.name)],
+    )
+    def labeling_queue(
+        context: dg.AssetExecutionContext, dataset: DatasetVersion, embeddings: Embeddings
+    ) -> dg.MaterializeResult:
+        """What people are asked to label next, of the requests that came since they were asked last.
+
+        A random share, what the model does not know, what drives the drift report, what the dataset has nothing like,
+        and what the model is least sure of. The items are in Postgres, each with its reason.
+        """
+        from cv_platform.monitoring.labeling_queue import QueueSources, fill_queue
+        from cv_platform.record_store import RecordStore
+
+        run = branch.run(context)
+        report = RecordStore(run.settings.home, run.config.name).latest(DriftReport)
+        sources = QueueSources(dataset, embeddings, report, run.installation.storage(), run.settings)
+        with run.installation.engine() as engine:
+            queue = fill_queue(run.config, engine, sources, now=run.asked)
+        return run.result(
+            queue,
+            metadata={
+                "dagster/row_count": sum(queue.counts.values()),
+                "requests": queue.requests,
+                "candidates": queue.candidates,
+                "waiting": queue.waiting,
+                "reasons": table([{"reason": name, "images": count} for name, count in queue.counts.items()]),
+                "problems": list(queue.problems),
+            },
+        )
+
+    return labeling_queue
 
 
 def _freshness(branch: Branch) -> dg.FreshnessPolicy:

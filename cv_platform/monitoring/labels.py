@@ -18,10 +18,8 @@ from sqlalchemy import Engine, select
 
 from cv_platform.config import ModelConfig
 from cv_platform.database.schema import deletions, feedback, predictions
-from cv_platform.predictions import LABEL_SEPARATOR, NONE_OF_THESE
+from cv_platform.predictions import LABEL_SEPARATOR, LABELLER, NONE_OF_THESE
 
-LABELLER = "labeller:"
-"""What the source of a labeller's statement begins with. No client can say so: `POST /feedback` refuses a colon."""
 _IDS_PER_QUERY = 1000
 
 

@@ -22,14 +22,14 @@ from scipy.stats import binomtest, fisher_exact
 from sqlalchemy import Engine, func, select
 
 from cv_platform.config import ExperimentConfig
-from cv_platform.database.schema import feedback, predictions
+from cv_platform.database.schema import feedback, labeling_items, predictions
 from cv_platform.drift.reference import label_targets
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
 from cv_platform.files import write_file
 from cv_platform.monitoring.sentences import production_figures, production_summary
 from cv_platform.monitoring.window import WindowBounds, window_bounds
-from cv_platform.predictions import NONE_OF_THESE
+from cv_platform.predictions import LABEL_SEPARATOR, LABELLER, NONE_OF_THESE
 from cv_platform.records import FeedbackVerdict, ProductionMetrics, VersionMetrics
 from cv_platform.storage import BundleMetadata, CentralStorage
 from cv_platform.tracking import MlflowRun
@@ -65,6 +65,7 @@ def measure_production(
     """
     bounds = window_bounds(config.monitor, now)
     totals, late_rows, statements = _read(engine, model_name, bounds)
+    drawn = _read_drawn(engine, config, model_name, bounds)
     problems: list[str] = []
     versions = [
         _measure(
@@ -72,6 +73,7 @@ def measure_production(
         )
         for version, total in totals.items()
     ]
+    versions = [_estimated(version, drawn, config.monitor.alpha) for version in versions]
     metrics = ProductionMetrics(
         experiment=config.name,
         model_name=model_name,
@@ -128,6 +130,44 @@ def _read(engine: Engine, model_name: str, bounds: WindowBounds) -> tuple[dict[s
         rows = [tuple(row) for row in connection.execute(counted)]
     statements = pd.DataFrame(rows, columns=pd.Index(["version", "predicted", "true", "source", "count"]))
     return {version: count for version, count, _ in known}, sum(late for *_, late in known), statements
+
+
+def _read_drawn(engine: Engine, config: ExperimentConfig, model_name: str, bounds: WindowBounds) -> pd.DataFrame:
+    """Returns what labellers said of predictions that were drawn at random; a row each, by the latest of them."""
+    said, item = feedback.c, labeling_items.c
+    wanted = (
+        select(predictions.c.model_version, predictions.c.predicted_class, said.true_class, item.chance)
+        .join(labeling_items, item.prediction_id == predictions.c.prediction_id)
+        .join(feedback, said.prediction_id == predictions.c.prediction_id)
+        .where((predictions.c.model_name == model_name) & bounds.holds())
+        .where((item.experiment == config.name) & item.chance.is_not(None) & said.source.startswith(LABELLER))
+        .distinct(said.prediction_id)
+        .order_by(said.prediction_id, said.created_on.desc(), said.id.desc())
+    )
+    with engine.connect() as connection:
+        rows = [tuple(row) for row in connection.execute(wanted)]
+    return pd.DataFrame(rows, columns=pd.Index(["version", "predicted", "true", "chance"]))
+
+
+def _estimated(version: VersionMetrics, drawn: pd.DataFrame, alpha: float) -> VersionMetrics:
+    """Adds the estimate for all predictions of the version; as it is without labels of random ones."""
+    rows = drawn.loc[drawn["version"] == version.model_version]
+    if rows.empty:
+        return version
+    answers, truths = ([set(text.split(LABEL_SEPARATOR)) for text in rows[name]] for name in ("predicted", "true"))
+    right = np.array([answer == truth for answer, truth in zip(answers, truths, strict=True)])
+    weights = 1.0 / rows["chance"].to_numpy(dtype=np.float64)
+    share = float(weights[right].sum() / weights.sum())
+    # As so many equally weighted rows say: Kish 1965, "Survey Sampling", section 11.7.
+    effective = max(1, round(float(weights.sum() ** 2 / (weights**2).sum())))
+    interval = binomtest(round(share * effective), effective).proportion_ci(confidence_level=1 - alpha, method="wilson")
+    return version.model_copy(
+        update={
+            "random_labels": len(rows),
+            "estimated_share": share,
+            "estimated_interval": (float(interval.low), float(interval.high)),
+        }
+    )
 
 
 def _measure(

@@ -120,6 +120,7 @@ def version_row(version: VersionMetrics) -> dict[str, Any]:
     """Returns the version's line in a table."""
     low, high = version.interval or (None, None)
     elsewhere = {"class_names", "classifier_type", "confusion", "interval", "model_version", "per_class", "test_images"}
+    elsewhere |= {"estimated_interval"}
     return {
         "version": version.model_version,
         **version.model_dump(exclude=elsewhere | {"sources"}),
@@ -142,6 +143,7 @@ def production_figures(metrics: ProductionMetrics) -> dict[str, float]:
         "production_accuracy": version.accuracy,
         "production_right_share": version.right_share,
         "test_right_share": version.test_right_share,
+        "production_estimated_share": version.estimated_share,
     }
     return {name: value for name, value in figures.items() if value is not None}
 
@@ -168,6 +170,12 @@ def _sentence(version: VersionMetrics, min_feedback: int) -> str:
         measured += f", {version.none_of_these} of them show none of its classes"
     if version.test_right_share is not None:
         measured += f", {version.test_right_share:.3f} on the test split"
+    if version.estimated_share is not None and version.estimated_interval is not None:
+        low, high = version.estimated_interval
+        measured += (
+            f", of all predictions an estimated {version.estimated_share:.3f} ({low:.3f} to {high:.3f}, by "
+            f"{version.random_labels} labels of random ones)"
+        )
     verdict = version.verdict
     if verdict == "insufficient feedback":
         verdict += f" (at least {min_feedback} are needed)"

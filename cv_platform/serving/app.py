@@ -40,7 +40,7 @@ from cv_platform.serving.http.problems import Checks, Unexpected, install_proble
 from cv_platform.serving.http.refusal_log import RefusalLog
 from cv_platform.serving.http.security import SAFE_METHODS, Guard, RequestEnvelope, allowed_origins, same_site
 from cv_platform.serving.problem import Problem
-from cv_platform.serving.routes import batch, feedback, health, metrics, models, page, predict, predictions
+from cv_platform.serving.routes import batch, feedback, health, labels, metrics, models, page, predict, predictions
 from cv_platform.serving.routes.batch import BATCH_PATH
 from cv_platform.serving.routes.examples import API_DESCRIPTION, API_TITLE, API_VERSION
 from cv_platform.serving.routes.parts import WorkerParts
@@ -90,7 +90,8 @@ def create_app(parts: WorkerParts, *, bento: tuple[str, str] = ("image_classifie
     install_problem_handlers(app, is_admin=parts.guard.is_admin)
     app.state.parts, app.state.guard = parts, parts.guard
     app.state.bento = {"service_name": bento[0], "service_version": bento[1]}
-    routers = [module.router for module in (predict, batch, feedback, predictions, models, health, metrics, page)]
+    modules = (predict, batch, feedback, predictions, labels, models, health, metrics, page)
+    routers = [module.router for module in modules]
     for router in routers:
         app.include_router(router)
     app.router.routes.append(page.files)

@@ -36,6 +36,9 @@ HEAVY = (
 )
 
 
+REPORTS = ("drift_report", "production_metrics", "labeling_queue")
+
+
 @pytest.fixture(scope="module")
 def digits() -> dg.Definitions:
     return build_defs(DIGITS)
@@ -46,8 +49,8 @@ def keys(definitions: dg.Definitions) -> set[str]:
     return {key.to_user_string() for key in graph.get_all_asset_keys() - graph.observable_asset_keys}
 
 
-def test_a_config_becomes_twelve_assets_under_its_name(digits: dg.Definitions) -> None:
-    assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report", "production_metrics")}
+def test_a_config_becomes_thirteen_assets_under_its_name(digits: dg.Definitions) -> None:
+    assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, *REPORTS)}
 
 
 def test_what_others_write_is_observed_beside_it(digits: dg.Definitions) -> None:
@@ -55,7 +58,7 @@ def test_what_others_write_is_observed_beside_it(digits: dg.Definitions) -> None
     repository, log = (dg.AssetKey(["observed", f"digits_{name}"]) for name in ("dataset_repository", "request_log"))
     assert graph.observable_asset_keys == {repository, log}
     assert graph.get(repository).child_keys == {dg.AssetKey(["digits", "dataset"])}
-    reports = {dg.AssetKey(["digits", name]) for name in ("drift_report", "production_metrics")}
+    reports = {dg.AssetKey(["digits", name]) for name in REPORTS}
     assert graph.get(log).child_keys == reports
 
 
@@ -115,7 +118,7 @@ def test_jobs_schedule_and_sensors_are_there(digits: dg.Definitions) -> None:
     repository = digits.get_repository_def()
     assert {"digits_experiment", "digits_retrain", "digits_drift_report"} <= set(repository.job_names)
     report = repository.get_job("digits_drift_report").asset_layer.selected_asset_keys
-    assert {key.path[-1] for key in report} == {"drift_report", "production_metrics"}
+    assert {key.path[-1] for key in report} == set(REPORTS)
     schedule = repository.get_schedule_def("digits_weekly_drift_report")
     assert schedule.cron_schedule == "0 6 * * 1"
     sensors = {sensor.name: sensor.default_status for sensor in repository.sensor_defs}
@@ -169,7 +172,7 @@ def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
     dg.Definitions.validate_loadable(definitions)
     names = keys(definitions)
     assert {"digits/model", "other/model"} <= names
-    assert len(names) == 24
+    assert len(names) == 26
 
 
 def run_config(definitions: dg.Definitions, override: dict[str, object]) -> Any:
@@ -238,7 +241,7 @@ def test_dg_lists_and_launches_what_there_is(tmp_path: Path) -> None:
     listed = cli("dg", "list", "defs", "--json")
     assert listed.returncode == 0, listed.stderr
     keys = {asset["asset_key"] for asset in json.loads(listed.stdout)["assets"]}
-    made = {f"digits/{asset}" for asset in (*TRAINING_ASSETS, "drift_report", "production_metrics")}
+    made = {f"digits/{asset}" for asset in (*TRAINING_ASSETS, *REPORTS)}
     assert keys == made | {"observed/digits_dataset_repository", "observed/digits_request_log"}
     home, instance = tmp_path / "home", tmp_path / "dagster"
     instance.mkdir()

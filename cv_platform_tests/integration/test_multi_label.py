@@ -43,6 +43,7 @@ ASSETS = (
     "deployment",
     "drift_report",
     "production_metrics",
+    "labeling_queue",
 )
 SIZE = 16
 THRESHOLD = 0.4

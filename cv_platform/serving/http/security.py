@@ -1,7 +1,8 @@
 """Who may call what, and the headers that every answer carries.
 
 Admin routes need `Authorization: Bearer $CV_ADMIN_TOKEN`; with no token set they are closed. With `CV_API_KEYS` set,
-predictions need one of them: as `X-API-Key`, or as a Bearer token, which is what BentoML's clients send. There are no
+predictions need one of them: as `X-API-Key`, or as a Bearer token, which is what BentoML's clients send. Labels need a
+key of CV_LABELLER_KEYS, which says whose they are, or the admin token: as a Bearer token, or as X-API-Key. There are no
 cookies, so another site's page has no credentials to abuse; it reads nothing unless its origin is one of
 CV_CORS_ORIGINS (`allowed_origins`). It could still send a plain form from a visitor's browser into the request log,
 and with it into the drift window: `same_site` refuses what a browser says comes from another site.
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 from fastapi.params import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
@@ -115,11 +117,15 @@ class Guard:
     """Checks the secrets of a request.
 
     Args:
-        settings: `admin_token` and `api_keys`.
+        settings: `admin_token`, `api_keys` and `labeller_keys`.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._admin_token = settings.admin_token.get_secret_value().encode() if settings.admin_token else None
+        self._labellers = {
+            key.encode(): name
+            for name, _, key in (pair.get_secret_value().partition("=") for pair in settings.labeller_keys)
+        }
         self._api_keys = tuple(key.get_secret_value().encode() for key in settings.api_keys)
 
     def require_api_key(self, request: HTTPConnection) -> None:
@@ -156,6 +162,33 @@ class Guard:
         if self._api_keys:
             return b"key:" + _given_key(request)
         return client_of_address(request.client.host if request.client else None)
+
+    def require_labeller(self, request: HTTPConnection) -> str:
+        """Returns whose key a request carries; `admin` with the admin token.
+
+        Raises:
+            Problem: 401 without a key of a labeller, 403 while there are none and no admin token.
+        """
+        expected = "a key of CV_LABELLER_KEYS, or the admin token, as X-API-Key or Authorization: Bearer"
+        known = dict(self._labellers)
+        if self._admin_token is not None:
+            known[self._admin_token] = "admin"
+        if not known:
+            raise Problem(
+                403,
+                "Labelling is closed. To open it, start the service with CV_LABELLER_KEYS or CV_ADMIN_TOKEN set.",
+                expected="a service that is started with CV_LABELLER_KEYS",
+            )
+        given = _given_key(request)
+        matches = [name for key, name in known.items() if hmac.compare_digest(given, key)]
+        if not matches:
+            raise Problem(
+                401,
+                "This needs a labeller's key.",
+                expected=expected,
+                headers={"WWW-Authenticate": 'ApiKey realm="labels", Bearer realm="labels"'},
+            )
+        return matches[0]
 
     def is_admin(self, request: Request) -> bool:
         """Says whether a request carries the admin token."""
@@ -225,6 +258,14 @@ API_KEY = Security(
     )
 )
 """Dependency of the routes that need an API key while there are any; /docs shows it. The app's state has the guard."""
+
+
+async def _labeller_of(request: Request) -> str:
+    return _guard_of(request).require_labeller(request)
+
+
+Labeller = Annotated[str, Depends(_labeller_of)]
+"""Parameter of the routes that need a labeller: who it is."""
 ADMIN = Security(
     _RequiredAdminToken(scheme_name="adminToken", description="The value of CV_ADMIN_TOKEN.", auto_error=False)
 )

@@ -125,10 +125,21 @@ class RequestLog:
         if engine is not None:
             return is_stored or was_spooled
         if not was_spooled:
+            self.database()
+        return True
+
+    def database(self) -> Engine:
+        """Returns the engine for what needs the database itself, as labels do.
+
+        Raises:
+            DatabaseUnavailableError: there is none.
+        """
+        engine = self._reading_engine()
+        if engine is None:
             raise DatabaseUnavailableError(
                 "Expected the request log's database. Received: none. Start it, or set DATABASE_URL."
             )
-        return True
+        return engine
 
     def use_database(self, database_url: str) -> None:
         """Drains to this database from now on: the embedded one may start later than the service, or move.

@@ -90,6 +90,20 @@ export function feedback(id, classes) {
   });
 }
 
+const label = (id) => `labels/${encodeURIComponent(id)}`;
+export const labelTasks = (mode, limit) => call(`labels?mode=${encodeURIComponent(mode)}&limit=${limit}`);
+export const labelTask = (id) => call(label(id));
+export const agreement = () => call('labels/agreement');
+export const skipLabel = (id) => call(`${label(id)}/skip`, { method: 'POST' });
+export const withdrawLabel = (id) => call(label(id), { method: 'DELETE' });
+
+/** Labels an image with some of the classes, or, with an empty list, with none of them. */
+export const addLabel = (id, classes) => call(label(id), {
+  method: 'POST',
+  headers: { 'Content-Type': 'application/json' },
+  body: JSON.stringify(classes.length ? { true_class: classes.join('|') } : { none_of_these: true }),
+});
+
 /** Sends one image; `onSent` hears the share that has left, 0 to 1. `fetch` cannot tell that, an XMLHttpRequest can. */
 export function predict(file, onSent) {
   const form = new FormData();

@@ -89,7 +89,8 @@ _IdempotencyKey = Annotated[
 _Said = TypeVar("_Said", bound=Feedback)
 
 
-async def _said(request: Request) -> Feedback:
+async def said(request: Request) -> Feedback:
+    """Returns what the body of a request says of an image."""
     return await _read(Feedback, request)
 
 
@@ -125,11 +126,11 @@ async def feedback(
     parts: Parts,
     request: Request,
     prediction_id: PredictionId,
-    said: Annotated[Feedback, Depends(_said)],
+    stated: Annotated[Feedback, Depends(said)],
     idempotency_key: _IdempotencyKey = None,
 ) -> Response:
     """Keeps what somebody says of a prediction."""
-    return await keep(parts, request, prediction_id, said, idempotency_key)
+    return await keep(parts, request, prediction_id, stated, idempotency_key)
 
 
 @router.post(
@@ -160,7 +161,7 @@ async def keep(
     """
     stored, reason = await _find_or_reason(parts, prediction_id)
     if said.true_class is not None:
-        named = await _named_by(parts, stored, said.true_class)
+        named = await named_by(parts, stored, said.true_class)
         said = said.model_copy(update={"true_class": named})
     statement = FeedbackEntry(
         prediction_id=prediction_id,
@@ -229,7 +230,7 @@ def _is_repeated(parts: WorkerParts, statement: FeedbackEntry, key: str) -> bool
     return False
 
 
-async def _named_by(parts: WorkerParts, stored: StoredPrediction | None, true_class: str) -> str:
+async def named_by(parts: WorkerParts, stored: StoredPrediction | None, true_class: str) -> str:
     """Returns `true_class` as the prediction's model spells it.
 
     Raises:

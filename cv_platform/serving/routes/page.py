@@ -47,6 +47,12 @@ def page() -> Response:
     return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
 
 
+@router.get("/labelling")
+def labelling() -> Response:
+    """Returns the page where people say what images show."""
+    return FileResponse(PAGE / "labelling.html", media_type="text/html", headers=_HEADERS)
+
+
 @router.get("/docs")
 def docs() -> Response:
     """Returns the description of the API."""

@@ -48,7 +48,7 @@ async def prediction(parts: Parts, prediction_id: PredictionId) -> Response:
     """Returns a result again."""
     stored = await parts.calls.look_ups.run(lambda: find(parts, prediction_id))
     metadata = await metadata_of(parts, stored)
-    return json_response(await parts.admission.compute(lambda: _result_again(parts, stored, metadata)))
+    return json_response(await parts.admission.compute(lambda: result_again(parts, stored, metadata)))
 
 
 @router.get(
@@ -117,7 +117,8 @@ async def metadata_of(parts: WorkerParts, stored: StoredPrediction) -> BundleMet
     return metadata
 
 
-def _result_again(parts: WorkerParts, stored: StoredPrediction, metadata: BundleMetadata | None) -> dict[str, object]:
+def result_again(parts: WorkerParts, stored: StoredPrediction, metadata: BundleMetadata | None) -> dict[str, object]:
+    """Returns an answer as JSON has it, with its pictures drawn again."""
     pictures, message = None, OK
     if stored.image is None:
         message = "The image was not kept, so there are no pictures."

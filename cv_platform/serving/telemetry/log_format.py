@@ -50,6 +50,7 @@ def secret_texts(settings: Settings) -> list[str]:
         for secret in (settings.admin_token, *settings.api_keys, *settings.alert_urls)
         if isinstance(secret, SecretStr)
     ]
+    secrets += [pair.get_secret_value().partition("=")[2] for pair in settings.labeller_keys]
     urls = [settings.mlflow_tracking_uri, settings.storage_url, settings.evidently_url or ""]
     if settings.database_url is not None:
         urls.append(settings.database_url.get_secret_value())

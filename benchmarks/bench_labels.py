@@ -1,0 +1,128 @@
+"""What the labelling queue is worth: a head on the encoder's vectors, after the queue's labels and after random ones.
+
+From `options.archive` (SPLIT/CLASS/image) 500 training images are labelled at random. The queue then asks for 1,000
+more, 200 at a time as `labels.queue_size` does, with the head fitted anew in between; the others are drawn at random.
+Vectors are kept below `options.home`, so that a second run computes none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.harness import Check, Report, Stopwatch, machine_line
+from benchmarks.options import Options
+from cv_platform.config import EncoderConfig, LabelsConfig
+from cv_platform.errors import DatasetError
+
+FIRST, ASKED, RANDOM = 500, 1000, 1500
+SEEDS = 5
+LIBRARIES = ("numpy", "scikit-learn", "onnxruntime")
+Vectors = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+def run(options: Options) -> Report:
+    """Compares accuracies on the archive's test split.
+
+    Raises:
+        DatasetError: there is no archive, or it has too few images.
+    """
+    if options.archive is None:
+        raise DatasetError("Expected --archive with a tar of SPLIT/CLASS/image. Received: none.")
+    clock = Stopwatch()
+    with tempfile.TemporaryDirectory(prefix="cv-bench-labels-") as folder:
+        splits = _vectors(options.archive, Path(folder), options)
+    (pool, labels), (asked, truth) = splits["train"], splits["test"]
+    if len(pool) < FIRST + RANDOM:
+        raise DatasetError(f"Expected at least {FIRST + RANDOM} training images. Received: {len(pool)}.")
+    rows: list[dict[str, float]] = []
+    for seed in range(SEEDS):
+        order = np.random.default_rng(seed).permutation(len(pool))
+        first = order[:FIRST]
+        chosen = {
+            f"{FIRST}": first,
+            f"{FIRST} + {ASKED} random": order[: FIRST + ASKED],
+            f"{FIRST} + {RANDOM} random": order[: FIRST + RANDOM],
+            f"{FIRST} + {ASKED} of the queue at once": _ask(pool, labels, first, rounds=1),
+            f"{FIRST} + {ASKED} of the queue": _ask(pool, labels, first, rounds=5),
+        }
+        rows.append(
+            {name: float(np.mean(_head(pool[at], labels[at]).predict(asked) == truth)) for name, at in chosen.items()}
+        )
+        options.say(f"seed {seed}: " + ", ".join(f"{name} {value:.4f}" for name, value in rows[-1].items()))
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    queue, random = means[f"{FIRST} + {ASKED} of the queue"], means[f"{FIRST} + {RANDOM} random"]
+    return Report(
+        name="labels",
+        title="Accuracy of a head after the queue's labels, and after random ones",
+        unit="image",
+        started_utc=clock.started_utc,
+        seconds=clock.seconds,
+        machine=machine_line(LIBRARIES),
+        settings={"training images": len(pool), "test images": len(asked), "seeds": SEEDS},
+        observations={},
+        ratios=[],
+        checks=[
+            Check(
+                what=f"{ASKED} labels of the queue",
+                expected=f"≥ {RANDOM} random ones: {random:.4f}",
+                received=f"{queue:.4f}",
+                held=queue >= random,
+            )
+        ],
+        notes=[f"{name}: {value:.4f}" for name, value in means.items()],
+    )
+
+
+def _ask(pool: Vectors, labels: Labels, labelled: NDArray[np.int64], *, rounds: int) -> NDArray[np.int64]:
+    """Returns the labelled images with those that the queue asks for."""
+    from cv_platform.monitoring.queue_choice import choose, novelty, uncertainty
+
+    quotas = LabelsConfig(queue_size=ASKED // rounds).quotas()
+    for number in range(rounds):
+        rest = np.setdiff1d(np.arange(len(pool)), labelled)
+        probabilities = _head(pool[labelled], labels[labelled]).predict_proba(pool[rest])
+        scores = {
+            "random": np.random.default_rng(number).random(len(rest)),
+            "novel": novelty(pool[rest], pool[labelled]),
+            "uncertain": uncertainty(probabilities),
+        }
+        chosen = choose(scores, quotas, pool[rest], np.arange(len(rest)))
+        labelled = np.concatenate([labelled, rest[[choice.position for choice in chosen]]])
+    return labelled
+
+
+def _head(vectors: Vectors, labels: Labels):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.003, max_iter=300)).fit(vectors, labels)
+
+
+def _vectors(archive: Path, folder: Path, options: Options) -> dict[str, tuple[Vectors, Labels]]:
+    from cv_platform.encoders.embeddings import embed_files
+    from cv_platform.encoders.encoder import open_encoder
+    from cv_platform.images import preprocess
+
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    names = sorted({path.parent.name for path in files})
+    home = options.home or folder / "home"
+    encoder = open_encoder(EncoderConfig(), home)
+    options.say(f"{len(files)} images of {len(names)} classes; embedding …")
+    size = (encoder.input_px, encoder.input_px)
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    vectors = embed_files(contents, lambda at: preprocess(files[at].read_bytes(), size), encoder, home)
+    labels = np.array([names.index(path.parent.name) for path in files])
+    splits = np.array([path.parents[1].name for path in files])
+    return {
+        split: (vectors[splits == split].astype(np.float32), labels[splits == split]) for split in ("train", "test")
+    }

@@ -1,0 +1,237 @@
+"""Fills the queue of images that people are asked to label, from the requests that came since it was filled last.
+
+Each request with a kept upload is in one window of the queue, which begins where the last one ended. The random share
+is drawn from all of them with a chance that is noted, whatever the other reasons choose: its inverse is the weight of
+what people say of it in `production_metrics`. The other reasons look at `labels.max_candidates`, an upload once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sqlalchemy import Connection, Engine, Text, cast, func, select
+from sqlalchemy.dialects.postgresql import insert
+
+from cv_platform.config import ExperimentConfig
+from cv_platform.database.schema import feedback, labeling_items, predictions
+from cv_platform.datasets.embeddings import read_embeddings
+from cv_platform.datasets.manifest import read_manifest
+from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies, thumbnail
+from cv_platform.encoders.embeddings import embed_files
+from cv_platform.encoders.encoder import open_encoder
+from cv_platform.errors import ImageError, StorageError
+from cv_platform.images import preprocess
+from cv_platform.monitoring.queue_choice import RANDOM, choose, novelty, uncertainty
+from cv_platform.monitoring.window import read_images
+from cv_platform.predictions import LABELLER
+from cv_platform.records import DatasetVersion, DriftReport, Embeddings, LabelingQueue
+from cv_platform.serving.model.unknown import UNKNOWN, load_rule
+from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage
+
+_COLUMNS = ("prediction_id", "model_version", "prediction_json", "features", "image_sha256")
+
+
+@dataclass(frozen=True)
+class QueueSources:
+    """What the queue is filled from, besides the request log.
+
+    Attributes:
+        dataset, embeddings: the images that are known.
+        report: the latest drift report; None without any.
+        storage: has the bundles' rules for unknown images.
+        settings: `home` keeps vectors and bundles.
+    """
+
+    dataset: DatasetVersion
+    embeddings: Embeddings
+    report: DriftReport | None
+    storage: CentralStorage
+    settings: Settings
+
+
+def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, *, now: datetime) -> LabelingQueue:
+    """Adds up to `labels.queue_size` images to the queue.
+
+    Raises:
+        DatabaseUnavailableError, SchemaMismatchError, EncoderError, DatasetError: see there.
+    """
+    labels, quotas = config.labels, config.labels.quotas()
+    with engine.connect() as connection:
+        start = _last_end(connection, config) or now - timedelta(days=config.monitor.window_days)
+        inside = (
+            (predictions.c.model_name == config.model.model_name)
+            & predictions.c.image_sha256.is_not(None)
+            & (predictions.c.created_on >= start)
+            & (predictions.c.created_on < now)
+        )
+        requests = int(connection.execute(select(func.count()).select_from(predictions).where(inside)).scalar_one())
+        drawn = func.hashtextextended(cast(predictions.c.prediction_id, Text), config.monitor.seed)
+        wanted = (
+            select(*(predictions.c[name] for name in _COLUMNS))
+            .where(inside)
+            .order_by(drawn, predictions.c.prediction_id)
+            .limit(max(labels.max_candidates, quotas[RANDOM]))
+        )
+        rows = pd.DataFrame([tuple(row) for row in connection.execute(wanted)], columns=pd.Index(_COLUMNS))
+    problems: list[str] = []
+    counts: dict[str, int] = {}
+    if len(rows) and labels.queue_size:
+        items = _chosen(config, engine, sources, rows, requests, problems)
+        with engine.begin() as connection:
+            counts = _add(connection, config, items, now)
+    with engine.connect() as connection:
+        waiting = connection.execute(
+            select(func.count())
+            .select_from(labeling_items)
+            .where((labeling_items.c.experiment == config.name) & ~is_labelled())
+        ).scalar_one()
+    return LabelingQueue(
+        experiment=config.name,
+        window_start_utc=start,
+        window_end_utc=now,
+        requests=requests,
+        candidates=len(rows),
+        counts=counts,
+        waiting=int(waiting),
+        problems=tuple(problems),
+    )
+
+
+def is_labelled() -> Any:
+    """Returns the SQL condition on `labeling_items` that a labeller has said what it shows."""
+    said = (feedback.c.prediction_id == labeling_items.c.prediction_id) & feedback.c.source.startswith(LABELLER)
+    return select(feedback.c.id).where(said).exists()
+
+
+def _last_end(connection: Connection, config: ExperimentConfig) -> datetime | None:
+    ends = select(func.max(labeling_items.c.window_end_utc)).where(labeling_items.c.experiment == config.name)
+    return connection.execute(ends).scalar_one()
+
+
+def _chosen(
+    config: ExperimentConfig,
+    engine: Engine,
+    sources: QueueSources,
+    rows: pd.DataFrame,
+    requests: int,
+    problems: list[str],
+) -> list[dict[str, Any]]:
+    """Returns the rows of `labeling_items`."""
+    uploads = list(dict.fromkeys(rows["image_sha256"]))
+    vectors, thumbnails = _look(config, engine, uploads, sources)
+    row_of = {sha256: number for number, sha256 in enumerate(uploads)}
+    at = np.array([row_of[sha256] for sha256 in rows["image_sha256"]])
+    groups = find_near_copies(thumbnails).sets(len(uploads))[at]
+    scores = _scores(config, sources, rows, vectors[at], problems)
+    readable = np.isfinite(vectors[at]).all(axis=1)
+    quotas = config.labels.quotas()
+    for reason in scores.keys() - {RANDOM}:
+        scores[reason] = np.where(readable, scores[reason], np.nan)
+    chance = min(1.0, quotas[RANDOM] / requests)
+    return [
+        {
+            "prediction_id": rows["prediction_id"].iat[choice.position],
+            "reason": choice.reason,
+            "score": choice.score,
+            "chance": chance if choice.reason == RANDOM else None,
+        }
+        for choice in choose(scores, quotas, np.nan_to_num(vectors[at]), groups)
+    ]
+
+
+def _look(
+    config: ExperimentConfig, engine: Engine, uploads: Sequence[str], sources: QueueSources
+) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
+    """Returns vectors of uploads, NaN of those that do not decode, and their thumbnails."""
+    encoder = open_encoder(config.encoder, sources.settings.home)
+    thumbnails = np.zeros((len(uploads), THUMBNAIL_PX, THUMBNAIL_PX), np.uint8)
+    pixels: dict[int, NDArray[np.uint8]] = {}
+    for number, sha256 in enumerate(uploads):
+        content = read_images(engine, [sha256]).get(sha256, b"")
+        try:
+            pixels[number] = preprocess(content, (encoder.input_px, encoder.input_px))
+        except ImageError:
+            continue
+        thumbnails[number] = thumbnail(pixels[number])
+    return embed_files(uploads, pixels.get, encoder, sources.settings.home), thumbnails
+
+
+def _scores(
+    config: ExperimentConfig,
+    sources: QueueSources,
+    rows: pd.DataFrame,
+    vectors: NDArray[np.float16],
+    problems: list[str],
+) -> dict[str, NDArray[np.float64]]:
+    is_multi_label = config.model.classifier_type == "multi-label"
+    paths = read_manifest(sources.dataset.manifest_path)["path"]
+    known = read_embeddings(sources.embeddings, sources.dataset.manifest, paths)
+    known = known[np.isfinite(known).all(axis=1)]
+    top_images = sources.report.top_images if sources.report else []
+    driving = {str(image["prediction_id"]): float(image["score"]) for image in top_images}
+    first = ~rows["image_sha256"].duplicated().to_numpy()
+    scores = {
+        "unknown": _unknown(config, sources, rows, problems),
+        "drift": np.array([driving.get(str(name), np.nan) for name in rows["prediction_id"]]),
+        "novel": novelty(np.nan_to_num(vectors), known),
+        "uncertain": np.array(
+            [
+                uncertainty(np.array([list(said.values())]), is_multi_label=is_multi_label)[0] if said else np.nan
+                for said in rows["prediction_json"]
+            ]
+        ),
+    }
+    for reason, score in scores.items():
+        scores[reason] = np.where(first, score, np.nan)
+    # They come in the order of a hash: the first of them are a random sample of all.
+    return {RANDOM: -np.arange(len(rows), dtype=np.float64), **scores}
+
+
+def _unknown(
+    config: ExperimentConfig, sources: QueueSources, rows: pd.DataFrame, problems: list[str]
+) -> NDArray[np.float64]:
+    """Returns `(N,)`: how unknown those are that their model's rule calls so; else NaN."""
+    scores = np.full(len(rows), np.nan)
+    for version, part in rows.groupby("model_version"):
+        try:
+            cache = sources.settings.home / "cache"
+            bundle, facts = sources.storage.fetch_bundle(config.model.model_name, str(version), cache)
+            rule = load_rule(bundle / UNKNOWN, feature_dims=facts.feature_dims, classes=len(facts.class_names))
+        except StorageError as err:
+            problems.append(f"Unknown images of {version} were not looked for: {err}")
+            continue
+        positions = np.array([at for at in part.index if len(rows["features"].iat[at]) == facts.feature_dims])
+        if rule is None or not len(positions):
+            continue
+        score = rule.score(np.array([rows["features"].iat[at] for at in positions], np.float32))
+        scores[positions] = np.where(score > 1.0, score, np.nan)
+    return scores
+
+
+def _add(
+    connection: Connection, config: ExperimentConfig, items: Sequence[dict[str, Any]], end: datetime
+) -> dict[str, int]:
+    """Adds items that are not in the queue, and returns how many by reason; two runs at once add each once."""
+    counts: dict[str, int] = {}
+    # One that is deleted meanwhile would break the rest.
+    alive = set(
+        connection.execute(
+            select(predictions.c.prediction_id)
+            .where(predictions.c.prediction_id.in_([item["prediction_id"] for item in items]))
+            .with_for_update(read=True, key_share=True)
+        ).scalars()
+    )
+    for place, item in enumerate(items):
+        if item["prediction_id"] in alive:
+            row = {**item, "item_id": uuid4(), "experiment": config.name, "window_end_utc": end, "place": place}
+            added = connection.execute(insert(labeling_items).values(row).on_conflict_do_nothing()).rowcount
+            counts[item["reason"]] = counts.get(item["reason"], 0) + added
+    return counts

@@ -1,0 +1,106 @@
+"""Which images people are asked to label next: by reasons with quotas, near-copies once, and unlike each other.
+
+The random ones come first and are left as they are drawn, so that they stay a sample of all. Of each other reason the
+images that score highest are a pool, out of which those are taken that lie farthest from all that were taken before
+(greedy k-center: Sener and Savarese 2018, "Active Learning for Convolutional Neural Networks: A Core-Set Approach").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RANDOM = "random"
+POOL = 3
+"""A reason's pool is so many times its quota: 1 would ask for the highest scores only, however alike they are."""
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An image that is asked about: its position, why, and how strongly; higher is asked first."""
+
+    position: int
+    reason: str
+    score: float
+
+
+def choose(
+    scores: Mapping[str, Floats], quotas: Mapping[str, int], vectors: Floats, groups: NDArray[np.int64]
+) -> list[Choice]:
+    """Chooses images by reason.
+
+    Args:
+        scores: by reason, `(N,)`; NaN: not for this reason.
+        quotas: images by reason, in the order in which the reasons choose.
+        vectors: `(N, D)`, finite: what the images show; of any length, as they are compared by angle.
+        groups: `(N,)`: near-copies share a number.
+
+    Returns:
+        Each image once. Fewer than the quotas where a reason has not enough; the last reason then gets what is left.
+    """
+    unit = _unit(vectors)
+    # To the nearest image that was taken: 4 is the largest square between unit vectors.
+    distances = np.full(len(unit), 4.0, np.float32)
+    free = np.ones(len(unit), np.bool_)
+    chosen: list[Choice] = []
+    left = sum(quotas.values())
+    for number, (reason, quota) in enumerate(quotas.items()):
+        quota = left if number == len(quotas) - 1 else min(quota, left)
+        score = np.asarray(scores.get(reason, np.full(len(unit), np.nan)), dtype=np.float64)
+        order = np.argsort(-score, kind="stable")
+        order = order[np.isfinite(score[order]) & free[order]]
+        pool = order[:quota] if reason == RANDOM else _once(order, groups)[: POOL * quota]
+        for _ in range(min(quota, len(pool))):
+            at = 0 if reason == RANDOM else int(np.argmax(distances[pool]))
+            position = int(pool[at])
+            pool = np.delete(pool, at)
+            chosen.append(Choice(position, reason, float(score[position])))
+            free[groups == groups[position]] = False
+            if reason == RANDOM:
+                free[position] = False
+            distances = np.minimum(distances, 2.0 - 2.0 * (unit @ unit[position]))
+        left = sum(quotas.values()) - len(chosen)
+    return chosen
+
+
+def uncertainty(probabilities: Floats, *, is_multi_label: bool = False) -> NDArray[np.float64]:
+    """Returns `(N,)` of 0 to 1: how close the two best classes are, or the label closest to its threshold of a half.
+
+    Args:
+        probabilities: `(N, C)`.
+        is_multi_label: each column is a decision of its own.
+    """
+    if is_multi_label:
+        return 1.0 - 2.0 * np.abs(np.asarray(probabilities, np.float64) - 0.5).min(axis=1)
+    best = np.sort(np.asarray(probabilities, np.float64), axis=1)[:, -2:]
+    return 1.0 - (best[:, -1] - (best[:, 0] if best.shape[1] > 1 else 0.0))
+
+
+def novelty(vectors: Floats, known: Floats) -> NDArray[np.float64]:
+    """Returns `(N,)`: 1 − the cosine to the most similar image that is known; 0 is the same, NaN without any.
+
+    Args:
+        vectors: `(N, D)`.
+        known: `(M, D)`.
+    """
+    if not len(known):
+        return np.full(len(vectors), np.nan)
+    unit, targets = _unit(vectors), _unit(known)
+    nearest = [(unit @ targets[start : start + 4096].T).max(axis=1) for start in range(0, len(targets), 4096)]
+    return 1.0 - np.max(nearest, axis=0).astype(np.float64)
+
+
+def _once(order: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns of each group the image that comes first."""
+    _, first = np.unique(groups[order], return_index=True)
+    return order[np.sort(first)]
+
+
+def _unit(vectors: Floats) -> NDArray[np.float32]:
+    rows = np.asarray(vectors, np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
