@@ -67,14 +67,17 @@ def measure_unknown(
     is_joint: bool,
 ) -> NDArray[np.float32]:
     """Returns `(N, 2)`: energy of the logits, and distance to the nearest prototype; see `UnknownRule`."""
-    logits = features @ kernel + bias
+    # Not by BLAS: for one image its threads would cost more than the sums.
+    logits = np.einsum("nf,fc->nc", features, kernel) + bias
     if is_joint:
         energy = -np.logaddexp(0, logits).sum(axis=1)
     else:
         highest = logits.max(axis=1)
         energy = -(highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)))
     scaled = features / scale
-    squares = (scaled**2).sum(axis=1)[:, None] - 2 * scaled @ prototypes.T + (prototypes**2).sum(axis=1)
+    squares = (
+        (scaled**2).sum(axis=1)[:, None] - 2 * np.einsum("nf,pf->np", scaled, prototypes) + (prototypes**2).sum(axis=1)
+    )
     return np.stack([energy, np.sqrt(np.maximum(squares.min(axis=1), 0))], axis=1).astype(np.float32)
 
 
