@@ -108,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     dataset.add_argument("--classes", help="the columns, labels or folders that are classes, joined by commas")
     dataset.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="what splits never divide, such as a patient (default: the column group, if any)",
+    )
+    dataset.add_argument(
         "--unknown", choices=["negative"], default="negative", help="what blank and -1 mean in a class's column"
     )
     dataset.add_argument("--use-valid-as-test", action="store_true", help="where there is train and valid, but no test")
@@ -308,6 +313,7 @@ def _import_dataset(options: argparse.Namespace) -> int:
     is_new = not root.expanduser().exists()
     rules = ImportRules(
         classes=tuple(next(csv.reader([options.classes], skipinitialspace=True))) if options.classes else None,
+        group=options.group,
         use_valid_as_test=options.use_valid_as_test,
         zip_encoding=options.zip_encoding,
         max_left_out_fraction=options.max_left_out,

@@ -256,7 +256,7 @@ def _test_images(settings: Settings, name: str) -> list[bytes]:
     """
     dataset = _record(settings, name, DatasetVersion)
     manifest = pd.read_parquet(dataset.manifest_path)
-    paths = manifest.loc[(manifest["split"] == "test") & manifest["is_readable"], "path"]
+    paths = manifest.loc[(manifest["split"] == "test") & (manifest["status"] == "used"), "path"]
     shuffled = np.random.default_rng(0).permutation(sorted(paths))
     return [(dataset.directory / path).read_bytes() for path in shuffled]
 

@@ -256,7 +256,7 @@ class ValidationVerdict(Record):
     manifest: str = Field(description="see DatasetVersion")
     passed: bool = Field(description="no check of severity error failed")
     outcomes: tuple[CheckOutcome, ...] = Field(description="in the order of CHECK_NAMES; without those that are off")
-    quarantined: tuple[str, ...] = Field(description="paths of unreadable images, which nothing downstream may use")
+    quarantined: tuple[str, ...] = Field(description="paths of images that nothing downstream may use")
     directory: HomePath = Field(description="of report.html and Deepchecks' pages")
 
     @property

@@ -202,11 +202,11 @@ def _pack(metadata: BundleMetadata, config: ExperimentConfig, settings: Settings
             "name into a copy of the config."
         )
     rows = read_manifest(version.manifest_path)
-    unreadable = [str(path) for path in rows.loc[~rows["is_readable"], "path"]]
+    quarantined = [str(path) for path in rows.loc[rows["status"] != "used", "path"]]
     packed = pack_images(
         version,
         config.model,
-        quarantined=unreadable,
+        quarantined=quarantined,
         home=settings.home,
         spare_bytes=settings.spare_disk_bytes,
         uint8_budget_bytes=config.dataset.packed_uint8_bytes,

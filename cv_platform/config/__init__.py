@@ -17,7 +17,7 @@ from cv_platform.config.files import (
     load_experiments,
     parse_experiment,
 )
-from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
+from cv_platform.config.images import DatasetConfig, EncoderConfig, QuarantineConfig, ValidateConfig
 from cv_platform.config.model import DriftDetectionConfig, InputSize, ModelConfig
 from cv_platform.config.production import AlertsConfig, DeployConfig, ExportFormat, LabelsConfig, MonitorConfig
 from cv_platform.config.recipe import EvaluateConfig, MlflowConfig, TrainConfig, TransferConfig
@@ -38,6 +38,7 @@ __all__ = [
     "MlflowConfig",
     "ModelConfig",
     "MonitorConfig",
+    "QuarantineConfig",
     "Section",
     "Severity",
     "Threshold",

@@ -32,6 +32,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 ClassifierType = Literal["multi-class", "multi-label"]
 Threshold = float | tuple[float, ...]
 """Probability from which a label is predicted: one for all classes, or one for each, in their order."""
+Policy = Literal["quarantine", "keep", "fail"]
 Severity = Annotated[
     Literal["error", "warn", "off"],
     Field(description="of the check: a violation blocks training, is shown, or is not looked for"),

@@ -7,7 +7,44 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from cv_platform.config.fields import AS_WRITTEN, Fraction, Section, Severity
+from cv_platform.config.fields import AS_WRITTEN, Fraction, Policy, Section, Severity
+
+
+class QuarantineConfig(Section):
+    """What becomes of images of a kind: quarantine takes them out of every split, fail blocks training, too.
+
+    An image of several kinds counts by the first that is not kept. What is quarantined is named with its reason by the
+    check `quarantined_images`, in a table and on a page of the validation report.
+    """
+
+    zero_size: Literal["quarantine", "fail"] = Field(default="quarantine", description="files of 0 bytes")
+    absurd_size: Literal["quarantine", "fail"] = Field(
+        default="quarantine",
+        description="more pixels than dataset.max_image_pixels, a side below `min_side_px`, or one side more than "
+        "`max_aspect` times the other",
+    )
+    unreadable: Literal["quarantine", "fail"] = Field(
+        default="quarantine", description="no image of a supported format, or one that does not decode to its end"
+    )
+    unknown_class: Literal["quarantine", "fail"] = Field(
+        default="fail",
+        description="a label that model.classes does not name; fail: the dataset is refused at once, as the mistake is "
+        "most often in the config",
+    )
+    damaged: Policy = Field(default="keep", description="decoded, though its decoder complained of damage")
+    animated: Policy = Field(default="keep", description="more pictures than one, of which the first counts")
+    constant: Policy = Field(default="keep", description="of one colour throughout")
+    bit_depth: Policy = Field(
+        default="keep", description="16-bit samples that use less than a quarter of their range, of which few are seen"
+    )
+    wrong_suffix: Policy = Field(default="keep", description="a suffix of another format than the file's")
+    duplicate: Policy = Field(
+        default="keep",
+        description="the same bytes as another image; quarantine leaves one, of test before valid, reference and "
+        "train, and none where their labels differ",
+    )
+    min_side_px: int = Field(default=2, ge=1, le=1024, description="the shortest side that is not absurd")
+    max_aspect: float = Field(default=100.0, ge=1.0, le=65_535.0, description="the longest shape that is not absurd")
 
 
 class DatasetConfig(Section):
@@ -52,6 +89,7 @@ class DatasetConfig(Section):
         description="bytes (images × height × width × 3) up to which the training split is packed as it is decoded; a "
         "larger one is packed as JPEG of quality 90, a fifth of that; valid, test and reference never are",
     )
+    quarantine: QuarantineConfig = Field(default=QuarantineConfig(), description="what becomes of images of a bad kind")
 
 
 class EncoderConfig(Section):
@@ -86,6 +124,11 @@ class ValidateConfig(Section):
         default=0.01, description="images that do not decode (they are quarantined)"
     )
     unreadable_images: Severity = "error"
+    max_quarantined_fraction: Fraction = Field(
+        default=0.1,
+        description="images that dataset.quarantine keeps out of the splits, those that do not decode included",
+    )
+    quarantined_images: Severity = "error"
     max_damaged_fraction: Fraction = Field(
         default=0.0, description="images whose decoder goes on after damage, or which lack the mark of their end"
     )
@@ -97,10 +140,22 @@ class ValidateConfig(Section):
         description="images of 16-bit samples that use less than a quarter of their range: 12-bit data, say",
     )
     narrow_range: Severity = "warn"
+    max_other_bit_depth_fraction: Fraction = Field(
+        default=0.0, description="images of 16-bit samples where most have 8 bits, or the other way round"
+    )
+    bit_depth: Severity = "warn"
     min_images_per_class: int = Field(default=1, ge=1, description="per class and split")
     class_coverage: Severity = "error"
+    max_class_ratio: float = Field(
+        default=30.0, ge=1.0, description="images of train of the largest class, for each of the smallest one"
+    )
+    class_imbalance: Severity = "warn"
     max_leakage_fraction: Fraction = Field(default=0.0, description="test images (by sha256) that are in train too")
     train_test_leakage: Severity = "error"
+    max_divided_group_fraction: Fraction = Field(
+        default=0.0, description="images whose group (a patient, a video: see the import) is in another split, too"
+    )
+    divided_groups: Severity = "error"
     max_conflicting_fraction: Fraction = Field(
         default=0.0, description="identical images, or near-copies, with different labels"
     )

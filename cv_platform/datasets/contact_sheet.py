@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cv_platform import images
 from cv_platform.datasets.manifest import read_manifest
+from cv_platform.datasets.quarantine import used
 from cv_platform.errors import ImageError
 from cv_platform.fonts import by_font
 from cv_platform.records import DatasetVersion
@@ -35,10 +36,11 @@ class SheetRow:
 def contact_sheet(version: DatasetVersion, *, per_class: int = 8) -> bytes:
     """Draws up to `per_class` readable images of each class (the first 50), chosen by sha256, and returns a PNG."""
     manifest = read_manifest(version.manifest_path)
-    usable = manifest.loc[manifest["is_readable"]].sort_values(by=["sha256", "path"])
+    usable = used(manifest).sort_values(by=["sha256", "path"])
+    images = list(zip(usable["path"], usable["labels"], strict=True))
     rows: list[SheetRow] = []
     for name in version.class_names:
-        members = [version.directory / str(row.path) for row in usable.itertuples() if name in row.labels]
+        members = [version.directory / path for path, labels in images if name in labels]
         rows.append(SheetRow(name, f"{len(members):,}", members[:per_class]))
     return draw_sheet(rows, columns=per_class, what="classes")
 

@@ -1,8 +1,8 @@
 """What the images of a dataset version show, as vectors: a row per image, for everything that compares images.
 
 `home/embeddings/<ds_name>/<md5>-<hash>/vectors.parquet` has `path`, `sha256` and `vector` (float16) of the manifest's
-readable images, in its order. It is made once for a manifest and an encoder, and only of images that no other version
-had: `encoders.embeddings` keeps their vectors by content.
+images that are used, in its order. It is made once for a manifest and an encoder, and only of images that no other
+version had: `encoders.embeddings` keeps their vectors by content.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cv_platform.config import EncoderConfig
 from cv_platform.datasets.manifest import read_manifest
+from cv_platform.datasets.quarantine import used
 from cv_platform.encoders.embeddings import embed_files
 from cv_platform.encoders.encoder import Encoder, open_encoder
 from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
@@ -36,7 +37,7 @@ _ROWS_PER_GROUP = 4096
 def embed_dataset(
     version: DatasetVersion, config: EncoderConfig, *, home: Path, spare_bytes: int | None = None
 ) -> Embeddings:
-    """Returns the vectors of a version's readable images, and computes those that no version had.
+    """Returns the vectors of a version's images that are used, and computes those that no version had.
 
     An image that the manifest calls readable and that does not decode now has no row.
 
@@ -58,7 +59,7 @@ def embed_dataset(
     with exclusive(directory.parent / f".{directory.name}.lock"):
         if (images := _rows(file, encoder.features)) is None:
             manifest = read_manifest(version.manifest_path)
-            readable = manifest.loc[manifest["is_readable"]]
+            readable = used(manifest)
             # What is computed anew is kept twice: by content, too.
             needed = 2 * len(readable) * (2 * encoder.features + 128)
             purpose = f"the embeddings of {version.provenance.ds_name}"

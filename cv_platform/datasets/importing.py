@@ -28,7 +28,7 @@ from cv_platform.datasets.repository import (
 )
 from cv_platform.datasets.sources import parquet
 from cv_platform.datasets.sources.archives import is_archive, unpack
-from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, ImageEntry, Layout
+from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, ImageEntry, Layout, LeftOut
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import descend, read_layout, write_annotations
 from cv_platform.datasets.sources.phone_photos import GROWTH, SUFFIX, is_phone_photo, to_jpeg
@@ -36,6 +36,7 @@ from cv_platform.datasets.sources.tree import Folder, is_image, walk
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.files import exclusive, require_free_space, scratch_directory, whole_directory
+from cv_platform.images.files import IMAGE_SUFFIXES
 
 NO_SPLIT = "no split"
 MAX_LEFT_OUT_FRACTION = 0.1
@@ -94,12 +95,14 @@ class ImportRules:
 
     Attributes:
         classes: the columns, labels or folders that are classes; None: found.
+        group: the label file's column of what splits never divide; None: one called group, if there is one.
         use_valid_as_test: the valid split becomes test.
         zip_encoding: of the names in a zip that are not UTF-8.
         max_left_out_fraction: of the files in the images' places those that may be no images that can be decoded.
     """
 
     classes: tuple[str, ...] | None = None
+    group: str | None = None
     use_valid_as_test: bool = False
     zip_encoding: str | None = None
     max_left_out_fraction: float = MAX_LEFT_OUT_FRACTION
@@ -254,7 +257,7 @@ def _read(root: Folder, annotations: Path | None, rules: ImportRules) -> Layout:
         raise InvalidDatasetError(f"Expected annotations at {annotations}. Received: {err}. Correct the path.") from err
     name = annotations.name if annotations is not None else ""
     classes = None if rules.classes is None else tuple(dict.fromkeys(normalize("NFC", name) for name in rules.classes))
-    layout = _judge_images(root, read_layout(root, content, LabelRules(classes), name=name), rules)
+    layout = _judge_images(root, read_layout(root, content, LabelRules(classes, group=rules.group), name=name), rules)
     used = {label for entry in layout.entries for label in entry.labels}
     empty = [name for name in layout.class_names if name not in used]
     if empty:
@@ -272,22 +275,36 @@ def _read(root: Folder, annotations: Path | None, rules: ImportRules) -> Layout:
 
 
 def _judge_images(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
-    """Leaves out what its content shows to be no image, unless that is too much."""
+    """Leaves out what by content and suffix is no image, unless what does not decode is too much.
+
+    What is called an image and is none stays: the manifest quarantines it by name, with its reason.
+    """
     try:
-        entries = tuple(entry for entry in layout.entries if is_image(root.path / entry.path))
+        whole = {entry.path for entry in layout.entries if is_image(root.path / entry.path)}
     except OSError as err:
         raise InvalidDatasetError(f"Expected images that can be read. Received: {err}. Correct their rights.") from err
-    kept = {entry.path for entry in entries}
-    layout.left_out.add(NOT_AN_IMAGE, (entry.path for entry in layout.entries if entry.path not in kept))
-    count = len(layout.left_out.paths[NOT_AN_IMAGE])
-    if count > rules.max_left_out_fraction * (count + len(entries)):
-        reasons = [f"{n} {reason}" for reason, n in layout.left_out.counts().items() if reason.startswith(NOT_AN_IMAGE)]
+    broken = [entry.path for entry in layout.entries if entry.path not in whole]
+    named = {
+        path
+        for path in broken
+        if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES and not is_phone_photo(root.path / path)
+    }
+    entries = tuple(entry for entry in layout.entries if entry.path in whole | named)
+    layout.left_out.add(NOT_AN_IMAGE, (path for path in broken if path not in named))
+    count = len(layout.left_out.paths[NOT_AN_IMAGE]) + len(named)
+    if count > rules.max_left_out_fraction * (count + len(whole)):
+        told = LeftOut()
+        told.add(NOT_AN_IMAGE, [*layout.left_out.paths[NOT_AN_IMAGE], *named])
+        reasons = [f"{n} {reason}" for reason, n in told.counts().items()]
         raise InvalidDatasetError(
             f"Expected images in at least {1 - rules.max_left_out_fraction:.0%} of the images' files of {root.path}. "
-            f"Received: {len(entries)} images, and {'; '.join(reasons)}. Convert them (RAW to JPEG), or "
+            f"Received: {len(whole)} images, and {'; '.join(reasons)}. Convert them (RAW to JPEG), or "
             "leave them out by --max-left-out 1."
         )
-    return replace(layout, entries=entries)
+    if not named:
+        return layout if not broken else replace(layout, entries=entries)
+    note = f"called images, but none that decode: {len(named)}, such as {min(named)}; quarantined when they are used"
+    return replace(layout, entries=entries, notes=(*layout.notes, note))
 
 
 def _judge_splits(root: Folder, layout: Layout, rules: ImportRules) -> Layout:

@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -20,20 +22,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cv_platform import images
 from cv_platform.config import DatasetConfig, ModelConfig
-from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies, thumbnail
+from cv_platform.datasets.inspection import inspect_files
+from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies
+from cv_platform.datasets.quarantine import judge, judge_duplicates
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import read_layout
 from cv_platform.datasets.sources.tree import walk
-from cv_platform.datasets.splits import SPLITS, TAKEN, complete_splits
-from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
+from cv_platform.datasets.splits import GIVEN, SPLITS, TAKEN, complete_splits
+from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.files import whole_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_VERSION = 3
+MANIFEST_VERSION = 4
 MANIFEST_SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -41,20 +44,28 @@ MANIFEST_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("split_origin", pa.string()),
         ("labels", pa.list_(pa.string())),
+        ("group", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
         ("width_px", pa.int32()),
         ("height_px", pa.int32()),
         ("bytes", pa.int64()),
+        ("format", pa.string()),
+        ("channels", pa.int8()),
+        ("bit_depth", pa.int8()),
+        ("orientation", pa.int8()),
         ("is_readable", pa.bool_()),
         ("problem", pa.string()),
         ("damage", pa.string()),
+        ("animated", pa.string()),
         ("constant", pa.string()),
         ("narrow_range", pa.string()),
+        ("wrong_suffix", pa.string()),
         ("thumbnail", pa.binary(THUMBNAIL_PX**2)),
     ]
 )
-_READERS = 2
-_FEWEST_LEVELS = 64
-"""A quarter of the 256 that 8 bits have, as 14-bit data in 16 bits use."""
+_ROWS_PER_GROUP = 2048
+"""What is in memory at a time: 3 MB of rows."""
 _SHOWN = 5
 
 
@@ -67,6 +78,7 @@ def manifest_name(model: ModelConfig, dataset: DatasetConfig) -> str:
         "fractions": [dataset.valid_fraction, dataset.reference_fraction, dataset.test_fraction],
         "seed": dataset.split_seed,
         "max_image_pixels": dataset.max_image_pixels,
+        "quarantine": dataset.quarantine.model_dump(),
     }
     return f"manifest-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]}.parquet"
 
@@ -79,14 +91,19 @@ def build_manifest(
     A row is one image, keyed by `path`, ordered by it:
 
     * `path`: POSIX, relative to `directory`; `sha256` of the file; `bytes`, its size.
-    * `split`: train, valid, test or reference; `split_origin`: `given`, or `taken from train` where it was missing;
-      what is taken never divides copies or near-copies.
-    * `labels`: class names; exactly one for multi-class.
-    * `width_px`, `height_px`: of the upright image; of the header, or 0, where it is not readable.
+    * `split`: train, valid, test or reference, or none of an image that is not used; `split_origin`: `given`, or `taken
+      from train` where it was missing; what is taken divides neither groups nor copies nor near-copies.
+    * `labels`: class names; exactly one for multi-class. `group`: what the dataset says the image belongs to.
+    * `status`: used, quarantined or refused (see `datasets.quarantine`), and the `reason` why it is not used.
+    * `width_px`, `height_px`: of the upright image; of the header, or 0, where it is not readable. `format`; `channels`
+      and `bit_depth` of the file; `orientation` of EXIF, 1 to 8: none where it is not readable.
     * `is_readable`, and the `problem` where it is not: such an image is a finding of validation, not an error here.
+    * Remarks in words, or none: `damage` that its decoder went on after; that it is `animated`; its colour if it is
+      `constant`; the `narrow_range` that its 16-bit samples stay in; its `wrong_suffix`.
     * `thumbnail`: its 32×32 grey levels, by which near-copies are found; none where it is not readable.
-    * `damage` that its decoder went on after, its colour if it is `constant`, and the `narrow_range` that its 16-bit
-      samples stay in: in words, or none where there is nothing of the kind.
+
+    Rows are written as they are made: memory does not grow with the number of images but by their names and, where
+    splits are to be made, by what near-copies are found by.
 
     Args:
         directory: root of the checkout; the manifest is written into it.
@@ -101,42 +118,70 @@ def build_manifest(
     """
     layout = read_layout(walk(directory / data_path), annotations, LabelRules(is_stored=True))
     _check_classes(layout.entries, layout.class_names, model, dataset)
-    paths = [f"{data_path}/{entry.path}" for entry in layout.entries]
-    with ThreadPoolExecutor(_READERS) as pool:
-        files = list(pool.map(lambda path: _inspect(directory / path, dataset.max_image_pixels), paths))
-    are_given = {entry.split for entry in layout.entries} == set(SPLITS)
-    splits, origins = complete_splits(
-        [entry.split for entry in layout.entries],
-        [file.sha256 for file in files] if are_given else _inseparable(files),
-        [entry.labels for entry in layout.entries],
-        dataset,
-    )
-    if TAKEN in origins:
+    entries = layout.entries
+    path = directory / manifest_name(model, dataset)
+    are_given = {entry.split for entry in entries} == set(SPLITS)
+    with TemporaryDirectory(dir=directory, prefix=".manifest-") as folder, whole_file(path) as partial:
+        inspected = partial if are_given and dataset.quarantine.duplicate == "keep" else Path(folder) / "rows.parquet"
+        _write(inspected, _rows(directory, data_path, entries, model, dataset))
+        if inspected != partial:
+            _write(partial, _decided(inspected, dataset, are_given=are_given))
+    return path
+
+
+def _rows(
+    directory: Path, data_path: str, entries: Sequence[ImageEntry], model: ModelConfig, dataset: DatasetConfig
+) -> Iterator[pa.Table]:
+    """Yields the rows, with the splits that are given."""
+    classes = set(model.classes)
+    paths = (f"{data_path}/{entry.path}" for entry in entries)
+    files = zip(entries, inspect_files(directory, paths, max_pixels=dataset.max_image_pixels), strict=True)
+    while part := list(islice(files, _ROWS_PER_GROUP)):
+        rows: list[dict[str, object]] = []
+        for entry, file in part:
+            unknown = [label for label in entry.labels if label not in classes]
+            status, reason = judge(file, unknown, dataset.quarantine)
+            row = asdict(file) | {"path": f"{data_path}/{entry.path}", "labels": entry.labels, "group": entry.group}
+            row |= {"status": status, "reason": reason, "is_readable": file.problem is None}
+            rows.append(row | ({"split": entry.split, "split_origin": GIVEN} if status == "used" else {}))
+        yield pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+
+def _write(path: Path, tables: Iterator[pa.Table]) -> None:
+    with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def _decided(inspected: Path, dataset: DatasetConfig, *, are_given: bool) -> Iterator[pa.Table]:
+    """Yields the rows with what follows from all of them: copies that are quarantined, and the splits that are made."""
+    columns = ["path", "sha256", "split", "labels", "group", "status", "split_origin", "reason"]
+    frame = _frame(pq.read_table(inspected, columns=columns))
+    for path, (status, reason) in judge_duplicates(frame.loc[frame["status"] == "used"], dataset.quarantine).items():
+        frame.loc[frame["path"] == path, ["status", "reason", "split", "split_origin"]] = [status, reason, None, None]
+    is_used = (frame["status"] == "used").to_numpy()
+    used = frame.loc[is_used]
+    if not are_given:
+        splits, origins = complete_splits(
+            used["split"].tolist(),
+            _inseparable(used, _thumbnails(inspected)[is_used]),
+            used["labels"].tolist(),
+            dataset,
+            by_size=bool(used["group"].notna().any()),
+        )
         taken = Counter(split for split, origin in zip(splits, origins, strict=True) if origin == TAKEN)
         logger.info("Taken from train with seed %d: %s", dataset.split_seed, dict(taken))
-    table = pa.table(
-        {
-            "path": paths,
-            "sha256": [file.sha256 for file in files],
-            "split": splits,
-            "split_origin": origins,
-            "labels": [list(entry.labels) for entry in layout.entries],
-            "width_px": [file.width_px for file in files],
-            "height_px": [file.height_px for file in files],
-            "bytes": [file.bytes for file in files],
-            "is_readable": [file.problem is None for file in files],
-            "problem": [file.problem for file in files],
-            "damage": [file.damage for file in files],
-            "constant": [file.constant for file in files],
-            "narrow_range": [file.narrow_range for file in files],
-            "thumbnail": [file.thumbnail for file in files],
-        },
-        schema=MANIFEST_SCHEMA,
-    )
-    path = directory / manifest_name(model, dataset)
-    with whole_file(path) as partial:
-        pq.write_table(table, partial, compression="zstd")
-    return path
+        frame.loc[is_used, "split"], frame.loc[is_used, "split_origin"] = splits, origins
+    start = 0
+    with pq.ParquetFile(inspected) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            part = frame.iloc[start : start + len(table)]
+            for name in ("split", "split_origin", "status", "reason"):
+                values = pa.array([value if isinstance(value, str) else None for value in part[name]], pa.string())
+                table = table.set_column(table.schema.get_field_index(name), name, values)
+            start += len(table)
+            yield table
 
 
 def is_manifest(path: Path) -> bool:
@@ -155,10 +200,14 @@ def read_manifest(path: Path) -> pd.DataFrame:
     Raises:
         DatasetError: there is no manifest at `path`.
     """
-    table = _read(path, [name for name in MANIFEST_SCHEMA.names if name != "thumbnail"])
+    return _frame(_read(path, [name for name in MANIFEST_SCHEMA.names if name != "thumbnail"]))
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
     frame = table.drop_columns(["labels"]).to_pandas()
     # Python lists, where pandas would give arrays that compare element-wise.
-    frame.insert(frame.columns.get_loc("split") + 1, "labels", pd.Series(table["labels"].to_pylist(), dtype=object))
+    labels = pd.Series(table["labels"].to_pylist(), dtype=object)
+    frame.insert(table.schema.get_field_index("labels"), "labels", labels)
     return frame
 
 
@@ -168,9 +217,22 @@ def read_thumbnails(path: Path) -> NDArray[np.uint8]:
     Raises:
         DatasetError: there is no manifest at `path`.
     """
-    column = _read(path, ["thumbnail"])["thumbnail"].combine_chunks().fill_null(bytes(THUMBNAIL_PX**2))
-    values = b"".join(column.to_pylist())
-    return np.frombuffer(values, np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
+    return _filled(_read(path, ["thumbnail"]))
+
+
+def _thumbnails(inspected: Path) -> NDArray[np.uint8]:
+    return _filled(pq.read_table(inspected, columns=["thumbnail"]))
+
+
+def _filled(table: pa.Table) -> NDArray[np.uint8]:
+    """Returns the column of thumbnails in one piece, zeros where there is none."""
+    pixels = np.zeros((len(table), THUMBNAIL_PX**2), np.uint8)
+    start = 0
+    for chunk in table["thumbnail"].chunks:
+        values = b"".join(chunk.fill_null(bytes(THUMBNAIL_PX**2)).to_pylist())
+        pixels[start : start + len(chunk)] = np.frombuffer(values, np.uint8).reshape(len(chunk), -1)
+        start += len(chunk)
+    return pixels.reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
 
 
 def _read(path: Path, columns: list[str]) -> pa.Table:
@@ -180,56 +242,28 @@ def _read(path: Path, columns: list[str]) -> pa.Table:
         raise DatasetError(f"Expected a manifest at {path}. Received: {err}. Materialise the dataset again.") from err
 
 
-@dataclass(frozen=True)
-class _File:
-    sha256: str
-    bytes: int
-    width_px: int
-    height_px: int
-    problem: str | None = None
-    damage: str | None = None
-    constant: str | None = None
-    narrow_range: str | None = None
-    thumbnail: bytes | None = None
+def _inseparable(used: pd.DataFrame, thumbnails: NDArray[np.uint8]) -> list[str]:
+    """Returns for each image what it shares with its group, copies and near-copies: the smallest sha256 of them."""
+    contents, distinct = pd.factorize(used["sha256"])
+    first = np.unique(contents, return_index=True)[1]
+    sets = find_near_copies(thumbnails[first]).sets(len(distinct))[contents]
+    if bool(used["group"].notna().any()):
+        sets = _joined(sets, pd.factorize(used["group"])[0])
+    smallest = used["sha256"].groupby(sets).min()
+    return smallest.loc[sets].tolist()
 
 
-def _inseparable(files: list[_File]) -> list[str]:
-    """Returns for each file what it shares with its copies and near-copies: the smallest sha256 of them."""
-    distinct = {file.sha256: file.thumbnail for file in files if file.thumbnail is not None}
-    pixels = np.frombuffer(b"".join(distinct.values()), np.uint8).reshape(-1, THUMBNAIL_PX, THUMBNAIL_PX)
-    numbers = find_near_copies(pixels).sets(len(distinct)).tolist()
-    smallest: dict[int, str] = {}
-    for sha256, number in zip(distinct, numbers, strict=True):
-        smallest[number] = min(sha256, smallest.get(number, sha256))
-    names = {sha256: smallest[number] for sha256, number in zip(distinct, numbers, strict=True)}
-    return [names.get(file.sha256, file.sha256) for file in files]
+def _joined(sets: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns `(N,)`: sets that have a group in common are one; group −1 is none."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-
-def _inspect(path: Path, max_pixels: int) -> _File:
-    data = path.read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    height_px = width_px = 0
-    try:
-        _, height_px, width_px = images.read_size(data, max_pixels=max_pixels)
-        image = images.read_image(data, max_pixels=max_pixels)
-    except ImageError as err:
-        return _File(sha256, len(data), width_px, height_px, problem=f"{type(err).__name__}: {err}")
-    first, darkest, brightest = image.pixels[0, 0], int(image.pixels.min()), int(image.pixels.max())
-    is_constant = bool((image.pixels == first).all())
-    levels = brightest - darkest + 1
-    is_narrow = image.sample_bits == 16 and levels < _FEWEST_LEVELS
-    return _File(
-        sha256,
-        len(data),
-        image.width_px,
-        image.height_px,
-        damage=image.damage,
-        constant=f"all of it is RGB {tuple(map(int, first))}" if is_constant else None,
-        narrow_range=f"16-bit samples from {256 * darkest} to {256 * brightest + 255}: {levels} of 256 levels are seen"
-        if is_narrow
-        else None,
-        thumbnail=thumbnail(image.pixels).tobytes(),
-    )
+    in_group = groups >= 0
+    count = int(sets.max()) + 1
+    edges = (sets[in_group], count + groups[in_group])
+    nodes = count + int(groups.max()) + 1
+    graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(nodes, nodes))
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)[sets]
 
 
 def _check_classes(
@@ -240,12 +274,12 @@ def _check_classes(
     unknown = sorted(set(found) - set(model.classes))
     without = [label for label in model.classes if not used[label]]
     mistakes = []
-    if unknown:
+    if unknown and dataset.quarantine.unknown_class == "fail":
         mistakes.append(f"classes that model.classes does not name: {', '.join(unknown)}")
     if without:
         mistakes.append(f"no images of: {', '.join(without)}")
     if model.classifier_type == "multi-class":
-        wrong = [entry for entry in entries if len(entry.labels) != 1]
+        wrong = [entry for entry in entries if len(entry.labels) != 1 and not set(entry.labels) & set(unknown)]
         if wrong:
             shown = ", ".join(f"{entry.path} ({'|'.join(entry.labels) or 'none'})" for entry in wrong[:_SHOWN])
             mistakes.append(f"{len(wrong)} images without exactly one label: {shown} (multi-label has several)")
@@ -253,7 +287,8 @@ def _check_classes(
         raise InvalidDatasetError(
             f"{name}: expected images of exactly the classes {', '.join(model.classes)}. "
             f"Received: {'; '.join(mistakes)}. Found: {', '.join(found)}. "
-            "Change model.classes, or import a corrected version."
+            "Change model.classes, or import a corrected version; dataset.quarantine.unknown_class: quarantine leaves "
+            "out images of other classes."
         )
 
 

@@ -19,7 +19,12 @@ TAKEN = "taken from train"
 
 
 def complete_splits(
-    given: Sequence[str | None], sha256s: Sequence[str], labels: Sequence[Sequence[str]], dataset: DatasetConfig
+    given: Sequence[str | None],
+    sha256s: Sequence[str],
+    labels: Sequence[Sequence[str]],
+    dataset: DatasetConfig,
+    *,
+    by_size: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Fills in the splits that a dataset does not have.
 
@@ -27,9 +32,10 @@ def complete_splits(
 
     Args:
         given: the split of each image, or all None.
-        sha256s: of each image's file, or what it shares with its near-copies: images of one are dealt together.
+        sha256s: of each image's file, or what it shares with near-copies or its group: images of one go together.
         labels: the class names of each image.
         dataset: fractions (of train, or of all images without splits) and seed.
+        by_size: see `split_identical_together`.
 
     Returns:
         The split of each image, and its origin: `given` or `taken from train`.
@@ -59,6 +65,7 @@ def complete_splits(
         fractions,
         seed=dataset.split_seed,
         remainder="train",
+        by_size=by_size,
     )
     splits = [split or "train" for split in given]
     origins = [GIVEN] * len(splits)
@@ -75,6 +82,7 @@ def split_identical_together(
     *,
     seed: int,
     remainder: str,
+    by_size: bool = False,
 ) -> list[str]:
     """Deals images out to splits, the same share of every class, identical images together.
 
@@ -87,6 +95,8 @@ def split_identical_together(
         fractions: the share of each split; must leave something for `remainder`.
         seed: which images go where.
         remainder: the split that gets the rest.
+        by_size: what is dealt together are groups of many sizes: a split's share is of the images, and what a class
+            has too few groups for is made up for by the next class.
 
     Returns:
         The split of each image, in order.
@@ -109,6 +119,9 @@ def split_identical_together(
     split_of: dict[str, str] = {}
     for members in strata.values():
         members.sort(key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).digest())
+    if by_size:
+        return list(map(_deal_by_size(strata, Counter(sha256s), fractions, remainder).__getitem__, sha256s))
+    for members in strata.values():
         counts = _counts(len(members), fractions)
         dealt = [split for split, count in counts.items() for _ in range(count)]
         split_of.update(zip(members, dealt + [remainder] * (len(members) - len(dealt)), strict=True))
@@ -153,6 +166,25 @@ def deal_additions(
         ]
         split_of.update(zip(new, (dealt + ["train"] * len(new))[: len(new)], strict=True))
     return [split_of[sha256] for sha256 in sha256s]
+
+
+def _deal_by_size(
+    strata: Mapping[str, Sequence[str]], sizes: Mapping[str, int], fractions: Mapping[str, float], remainder: str
+) -> dict[str, str]:
+    """Returns the split of each group: in order, the split that lacks the most images, if the group fits by half."""
+    shares = {**fractions, remainder: 1 - sum(fractions.values())}
+    lacking = dict.fromkeys(shares, 0.0)
+    split_of: dict[str, str] = {}
+    for _, members in sorted(strata.items()):
+        total = sum(sizes[member] for member in members)
+        for split, share in shares.items():
+            lacking[split] += share * total
+        for member in members:
+            fitting = [split for split in shares if lacking[split] >= sizes[member] / 2]
+            split = max(fitting, key=lambda name: lacking[name], default=remainder)
+            split_of[member] = split
+            lacking[split] -= sizes[member]
+    return split_of
 
 
 def _counts(members: int, fractions: Mapping[str, float]) -> dict[str, int]:

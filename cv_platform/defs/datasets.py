@@ -23,7 +23,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         reads=Reads(
             [
                 *(f"dataset.{split}_fraction" for split in ("valid", "reference", "test")),
-                *("dataset.split_seed", "dataset.max_image_pixels"),
+                *("dataset.split_seed", "dataset.max_image_pixels", "dataset.quarantine"),
                 *("model.classes", "model.classifier_type"),
             ],
             source=["dataset.ds_name", "dataset.dvc_tag", "dataset.ds_root", "dataset.source"],
@@ -33,11 +33,12 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         """A read-only checkout of the DVC version, with a manifest.
 
-        The manifest has a row per image: path, sha256, split (train, valid, test, reference), labels, size and
-        readability. The data version is DVC's md5, so the same images leave everything downstream fresh.
+        The manifest has a row per image: path, sha256, split (train, valid, test, reference), labels, group, size
+        and what is odd about it. The data version is DVC's md5, so the same images leave everything downstream fresh.
         """
         from cv_platform.datasets.contact_sheet import contact_sheet
         from cv_platform.datasets.manifest import read_manifest, split_counts
+        from cv_platform.datasets.quarantine import quarantine_counts
         from cv_platform.datasets.versions import checkout_version
         from cv_platform.files import write_file
 
@@ -61,6 +62,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
                 "directory": file_link(version.directory),
                 "manifest": file_link(version.manifest_path),
                 "unreadable": int((~manifest["is_readable"]).sum()),
+                "quarantined": table(quarantine_counts(manifest)),
                 "splits": table([{"split": s, "images": n} for s, n in split_counts(manifest).items()]),
                 "classes": table(
                     [{"class": name, **{str(k): int(v) for k, v in row.items()}} for name, row in counts.iterrows()]
@@ -170,11 +172,11 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
 
 
 def _usable(dataset: DatasetVersion, verdict: ValidationVerdict) -> dict[str, int]:
-    """Counts the images per split that are neither unreadable nor quarantined."""
+    """Counts the images per split that are not quarantined."""
     from cv_platform.datasets.manifest import read_manifest
 
     manifest = read_manifest(dataset.manifest_path)
-    is_usable = manifest["is_readable"] & ~manifest["path"].isin(list(verdict.quarantined))
+    is_usable = (manifest["status"] == "used") & ~manifest["path"].isin(list(verdict.quarantined))
     return dict(Counter(manifest.loc[is_usable, "split"].astype(str)))
 
 

@@ -35,10 +35,10 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """The verdict about one dataset version, with Deepchecks' reports as HTML.
 
-        Unreadable images are quarantined by name. Training refuses a version whose latest verdict failed,
-        in later runs too.
+        What takes no part is named with its reason (`quarantine.html`). Training refuses a version whose latest
+        verdict failed, in later runs too.
         """
-        from cv_platform.validation.validate import validate_dataset
+        from cv_platform.validation.validate import PAGES, validate_dataset
 
         run = branch.run(context)
         model = run.config.model
@@ -56,7 +56,9 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
             metadata={
                 "passed": verdict.passed,
                 "report": file_link(verdict.report_path),
-                **{page.stem: file_link(page) for page in verdict.directory.glob("label_issues.html")},
+                **{
+                    page.stem: file_link(page) for name in PAGES.values() if (page := verdict.directory / name).exists()
+                },
                 "quarantined": table([{"image": path} for path in verdict.quarantined[:100]]),
                 "checks": table(
                     [o.model_dump(include={"name", "passed", "severity", "summary"}) for o in verdict.outcomes]

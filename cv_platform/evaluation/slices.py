@@ -22,7 +22,9 @@ _FEWEST = 10
 _MOST_VALUES = 20
 _QUARTERS = 4
 _ALPHA = 0.05
-_NOT_SLICED = {"path", "sha256", "split", "labels", "is_readable", "problem"}
+_NOT_SLICED = {"path", "sha256", "split", "labels", "status", "reason", "is_readable", "problem"}
+_KINDS = ("channels", "bit_depth", "orientation")
+"""Columns whose numbers are names: a part is one of them."""
 
 
 def slice_columns(images: Images, manifest: pd.DataFrame) -> pd.DataFrame:
@@ -34,6 +36,7 @@ def slice_columns(images: Images, manifest: pd.DataFrame) -> pd.DataFrame:
     """
     properties = pd.DataFrame(batch_properties(images), columns=pd.Index(PROPERTY_NAMES))
     known = manifest.drop(columns=[name for name in manifest if name in _NOT_SLICED]).reset_index(drop=True)
+    known = known.assign(**{name: known[name].astype(str) for name in _KINDS if name in known})
     if {"width_px", "height_px"} <= set(known):
         known = known.assign(
             pixels=known["width_px"] * known["height_px"], aspect=known["width_px"] / known["height_px"]

@@ -30,18 +30,18 @@ import logging
 import struct
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
-from cv_platform.images.decoders import decode_jpeg, decode_with_opencv, decode_with_pillow
+from cv_platform.images.decoders import DAMAGES, OTHER_BREAKS, decode_jpeg, decode_with_opencv, decode_with_pillow
 from cv_platform.images.files import (
     SUPPORTED_FORMATS,
     TILE_LENGTH,
@@ -93,8 +93,10 @@ class DecodedImage:
         pixels: `(H, W, 3)` uint8, RGB, upright.
         height_px: of the upright image; `pixels` has less where it was reduced.
         width_px: as `height_px`.
-        sample_bits: 8, or 16 where the file has so many; of these, `pixels` have the upper eight.
+        sample_bits: of the file's samples, 1 to 16; of 16, `pixels` have the upper eight.
         damage: what the decoder went on after; None if nothing.
+        channels: of the file: 1 grey, 2 grey and alpha, 3 RGB (or a palette), 4 RGB and alpha or CMYK.
+        orientation: of EXIF, 1 to 8, that `pixels` were turned by; 1 where there is none.
     """
 
     format: str
@@ -103,6 +105,8 @@ class DecodedImage:
     width_px: int
     sample_bits: int
     damage: str | None
+    channels: int
+    orientation: int
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREP
     with _open(data) as picture:
         image_format, height_px, width_px = _judge(picture, data, max_pixels)
         refuse_truncated(data, image_format)
-        bits = _sample_bits(picture, data)
+        bits, channels, orientation = _sample_bits(picture, data), _channels(picture), _orientation(picture)
         is_large = height_px * width_px > MAX_PIXELS
         reduction = 1
         while version > 2 and reduction < 8 and height_px * width_px > MAX_PIXELS * reduction**2:
@@ -193,7 +197,7 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREP
             pixels, damage = _decode(picture, data, image_format, bits, reduction, keeps_alpha=version > 2)
     if pixels.shape[:2] != (-(-height_px // reduction), -(-width_px // reduction)):
         height_px, width_px = width_px, height_px
-    return DecodedImage(image_format, pixels, height_px, width_px, bits, damage)
+    return DecodedImage(image_format, pixels, height_px, width_px, bits, damage, channels, orientation)
 
 
 def _decode(
@@ -222,6 +226,25 @@ def _sample_bits(picture: ImageFile.ImageFile, data: bytes) -> int:
     if isinstance(picture, TiffImageFile):
         return max(picture.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
     return 8
+
+
+def _channels(picture: ImageFile.ImageFile) -> int:
+    bands = len(picture.getbands())
+    return bands + 2 if picture.mode in {"P", "PA"} else bands
+
+
+def _orientation(picture: ImageFile.ImageFile) -> int:
+    """Reads the orientation that stands before the pixels; what is broken says nothing."""
+    if isinstance(picture, TiffImageFile):
+        found = picture.tag_v2.get(ExifTags.Base.Orientation, 1)
+    elif "exif" in picture.info:
+        exif = Image.Exif()
+        with suppress(*DAMAGES, *OTHER_BREAKS):
+            exif.load(picture.info["exif"])
+        found = exif.get(ExifTags.Base.Orientation, 1)
+    else:
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def resize(image: NDArray[np.uint8], image_size: tuple[int, int], *, framing: Framing = "stretch") -> NDArray[np.uint8]:

@@ -35,11 +35,11 @@ _TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
     8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
 """EXIF's orientation to what undoes it."""
-_DAMAGES = (
+DAMAGES = (
     *(OSError, ValueError, SyntaxError, struct.error, zlib.error, EOFError, TypeError),
     Image.DecompressionBombError,
 )
-_OTHER_BREAKS = (MemoryError, OverflowError, RuntimeError, LookupError, AttributeError, ZeroDivisionError)
+OTHER_BREAKS = (MemoryError, OverflowError, RuntimeError, LookupError, AttributeError, ZeroDivisionError)
 """A hostile file can break any of Pillow's parsers in its own way."""
 cv2.setLogLevel(1)
 # For the whole process: `catch_warnings` is not safe in threads, which decode, and left other filters behind.
@@ -157,7 +157,7 @@ def decode_with_pillow(
         if isinstance(picture, PngImageFile) and _lacks_rows(picture, data):
             raise no_end(data, "PNG")
         # Here rather than by `_upright`, which would need a third image of that size.
-        with suppress(*_DAMAGES, *_OTHER_BREAKS):
+        with suppress(*DAMAGES, *OTHER_BREAKS):
             ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode in {"I", "F"}:
             raise UnsupportedImageError(
@@ -216,7 +216,7 @@ def _upright(pixels: NDArray[np.uint8], read_exif: Callable[[], Image.Exif]) -> 
     """Turns an image as its EXIF says; broken EXIF says nothing."""
     try:
         turn = _TURNS.get(read_exif().get(ExifTags.Base.Orientation, 1))
-    except (*_DAMAGES, *_OTHER_BREAKS):
+    except (*DAMAGES, *OTHER_BREAKS):
         return pixels
     return np.asarray(turn(pixels), dtype=np.uint8) if turn else pixels
 
@@ -244,9 +244,9 @@ def refusals(data: bytes) -> Generator[None]:
     """Turns whatever Pillow raises for a hostile file into an `ImageError`."""
     try:
         yield
-    except _DAMAGES as err:
+    except DAMAGES as err:
         raise TruncatedImageError(
             f"Expected a complete image. Received: {len(data)} bytes that decode only in part ({err}). Send it again."
         ) from err
-    except _OTHER_BREAKS as err:
+    except OTHER_BREAKS as err:
         raise UnsupportedImageError(f"Expected a readable image. Received: a broken one ({err}).") from err

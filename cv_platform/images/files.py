@@ -192,6 +192,53 @@ def essential_png(data: bytes) -> bytes:
     return b"".join([*parts, view[start:]]) if parts else data
 
 
+def has_more_pictures(data: bytes, image_format: str) -> bool:
+    """Tells whether there are pictures after the first one, which alone counts: an animation, or a TIFF's pages."""
+    if image_format == "GIF":
+        return _gif_has_more(data)
+    if image_format == "PNG":
+        counts = (data[at + 8 : at + 12] for kind, at, _ in png_chunks(data) if kind == b"acTL")
+        return int.from_bytes(next(counts, b"")) > 1
+    if image_format == "WEBP":
+        return data[12:16] == b"VP8X" and bool(data[20] & 0x02)
+    if image_format == "TIFF" and data[2:4] != b"+\0":
+        order = "<" if data[:2] == b"II" else ">"
+        try:
+            (directory,) = struct.unpack_from(f"{order}L", data, 4)
+            (entries,) = struct.unpack_from(f"{order}H", data, directory)
+            return bool(struct.unpack_from(f"{order}L", data, directory + 2 + 12 * entries)[0])
+        except struct.error:
+            return False
+    return False
+
+
+def _gif_has_more(data: bytes) -> bool:
+    """Walks a GIF's blocks to its second picture, or to where it ends or breaks off."""
+
+    def table_bytes(flags: int) -> int:
+        return 3 * 2 ** ((flags & 0x07) + 1) if flags & 0x80 else 0
+
+    pictures = 0
+    try:
+        at = 13 + table_bytes(data[10])
+        while data[at] != 0x3B:
+            if data[at] == 0x2C:
+                pictures += 1
+                if pictures > 1:
+                    return True
+                at += 11 + table_bytes(data[at + 9])
+            elif data[at] == 0x21:
+                at += 2
+            else:
+                return False
+            while data[at]:
+                at += 1 + data[at]
+            at += 1
+    except IndexError:
+        return False
+    return False
+
+
 def refuse_costly_png(data: bytes) -> None:
     """Counts the chunks, which Pillow walks one by one."""
     if next(islice(png_chunks(data), MAX_PARTS, None), None):

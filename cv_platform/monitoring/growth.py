@@ -103,7 +103,10 @@ class _Image:
     Attributes:
         path: in the manifest.
         place: below the folder of images.
-        sha256, split, is_readable: as in the manifest.
+        sha256: as in the manifest.
+        split: likewise; of an image that takes no part the one that it was given, or train.
+        is_used: it takes part.
+        group: see `ImageEntry`.
         labels: class names, sorted.
         thumbnail: `(32, 32)` uint8.
         grown_by: the prediction that it was added with; None of the dataset's own images.
@@ -114,7 +117,8 @@ class _Image:
     sha256: str
     split: str
     labels: tuple[str, ...]
-    is_readable: bool
+    is_used: bool
+    group: str | None
     thumbnail: NDArray[np.uint8]
     grown_by: UUID | None
 
@@ -131,7 +135,7 @@ class _Base:
 
     def compared(self) -> list[_Image]:
         """Returns its own images that can be read, of copies one, in an order that follows from their content."""
-        distinct = {image.sha256: image for image in self.own if image.is_readable}
+        distinct = {image.sha256: image for image in self.own if image.is_used}
         return [distinct[sha256] for sha256 in sorted(distinct)]
 
 
@@ -203,6 +207,7 @@ def _read_base(config: ExperimentConfig, repository: Path, home: Path) -> _Base:
     stored, directory = check_out_images(repository, config.dataset.dvc_tag, home=home)
     checkout = checkout_version(config.dataset, config.model, home=home)
     layout = read_layout(walk(directory / stored.data_path), stored.annotations, LabelRules(is_stored=True))
+    stored_as = {entry.path: entry for entry in layout.entries}
     own: list[_Image] = []
     grown: dict[str, _Image] = {}
     rows = read_manifest(checkout.manifest_path).to_dict("records")
@@ -213,9 +218,10 @@ def _read_base(config: ExperimentConfig, repository: Path, home: Path) -> _Base:
             path=row["path"],
             place=place,
             sha256=row["sha256"],
-            split=row["split"],
+            split=row["split"] or stored_as[place].split or "train",
             labels=tuple(sorted(row["labels"])),
-            is_readable=bool(row["is_readable"]),
+            is_used=row["status"] == "used",
+            group=stored_as[place].group,
             thumbnail=small,
             grown_by=UUID(name[1]) if name else None,
         )
@@ -460,7 +466,7 @@ def _store(repository: Path, tag: str, base: _Base, after: Sequence[_Added], sum
         place = image.place
         if by_folder and given[place] != image.split:  # The manifest's split becomes the version's own.
             place = f"{image.split}/{image.labels[0]}/{PurePosixPath(place).name}"
-        entries.append(SuccessorImage(root / image.path, ImageEntry(place, image.split, image.labels)))
+        entries.append(SuccessorImage(root / image.path, ImageEntry(place, image.split, image.labels, image.group)))
     entries += [
         SuccessorImage(image.file, ImageEntry(image.row["path"], image.row["split"], image.labels)) for image in after
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cv_platform.datasets.quarantine import used
 from cv_platform.errors import ImageError
 from cv_platform.images import MAX_LOCAL_PIXELS, preprocess, resize
 from cv_platform.properties import batch_properties
@@ -63,19 +64,19 @@ def read_sample(
     max_per_split: int = MAX_IMAGES_PER_SPLIT,
     seed: int = 0,
 ) -> ImageSample:
-    """Decodes up to `max_per_split` readable images of each split.
+    """Decodes up to `max_per_split` images of each split, of those that are used.
 
     An image that fails to decode is a finding (`problems`), not an error.
 
     Args:
-        manifest: columns path, sha256, split, labels, is_readable.
+        manifest: columns path, sha256, split, labels, status.
         directory: what the manifest's paths are relative to.
         embeddings: `(N, features)`, of the manifest's rows.
         max_per_split: the largest number of images per split; more are subsampled with `seed`.
         seed: of the subsample.
     """
     manifest = manifest.reset_index(drop=True)
-    readable = manifest.loc[manifest["is_readable"].astype(bool)].sort_values("path", kind="stable")
+    readable = used(manifest).sort_values("path", kind="stable")
     generator = np.random.default_rng(seed)
     chosen: list[int] = []
     for _, rows in readable.groupby("split", sort=True):

@@ -18,7 +18,7 @@ from cv_platform.datasets.manifest import read_manifest, read_thumbnails
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.pages import render
 from cv_platform.records import DatasetVersion, Embeddings, ValidationVerdict
-from cv_platform.validation import label_review
+from cv_platform.validation import label_review, quarantine_page
 from cv_platform.validation.checks import Subject, all_checks
 from cv_platform.validation.checks.deepchecks_suites import REPORT_NAMES
 from cv_platform.validation.sample import ImageSample, read_sample
@@ -26,7 +26,10 @@ from cv_platform.validation.verdict import CHECK_NAMES
 
 logger = logging.getLogger(__name__)
 
-PAGES = {"Review the labels that are likely wrong": label_review.PAGE}
+PAGES = {
+    "Review the labels that are likely wrong": label_review.PAGE,
+    "Look at the images that take no part": quarantine_page.PAGE,
+}
 """That checks leave beside the report."""
 
 
@@ -62,17 +65,16 @@ def validate_dataset(
     vectors = read_embeddings(embeddings, version.manifest, manifest["path"].tolist())
     has_vector = ~np.isnan(vectors[:, 0])
     sample = read_sample(manifest.loc[has_vector], version.directory, vectors[has_vector])
-    problems = _problems(manifest, has_vector, sample)
-    is_usable = ~manifest["path"].isin(list(problems)).to_numpy()
-    readable = manifest.loc[is_usable].reset_index(drop=True)
+    manifest = _judged_again(manifest, has_vector, sample)
+    is_used = (manifest["status"] == "used").to_numpy()
     # The manifest's name stands for the splits, which follow from the config too.
     settings = (version.manifest, config.model_dump_json(), embeddings.content_version(), *class_names, classifier_type)
     fingerprint = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:12]
     target = home / "validation" / provenance.ds_name / f"{provenance.dvc_md5}-{fingerprint}"
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as directory:
         subject = Subject(
-            readable,
-            problems,
+            manifest.loc[is_used].reset_index(drop=True),
+            manifest.loc[~is_used].reset_index(drop=True),
             sample,
             class_names,
             classifier_type,
@@ -80,8 +82,8 @@ def validate_dataset(
             directory,
             version.directory,
             str(provenance),
-            read_thumbnails(version.manifest_path)[is_usable],
-            vectors[is_usable],
+            read_thumbnails(version.manifest_path)[is_used],
+            vectors[is_used],
         )
         checks = all_checks()
         outcomes = tuple(checks[name].run(subject) for name in CHECK_NAMES if getattr(config, name) != "off")
@@ -90,7 +92,7 @@ def validate_dataset(
             manifest=version.manifest,
             passed=all(o.passed or o.severity != "error" for o in outcomes),
             outcomes=outcomes,
-            quarantined=tuple(sorted(problems)),
+            quarantined=tuple(sorted(subject.quarantined["path"])),
             directory=target,
         )
         page = render(
@@ -99,7 +101,7 @@ def validate_dataset(
             facts=[
                 ("DVC md5", provenance.dvc_md5),
                 ("git commit", version.git_commit),
-                ("images", f"{len(manifest)}, of which {len(readable)} readable"),
+                ("images", f"{len(manifest)}, of which {len(subject.manifest)} take part"),
                 ("pixels looked at", sample.description),
                 ("classes", ", ".join(class_names)),
                 ("labels", classifier_type),
@@ -117,14 +119,16 @@ def validate_dataset(
     return verdict
 
 
-def _problems(manifest: pd.DataFrame, has_vector: NDArray[np.bool_], sample: ImageSample) -> dict[str, str]:
-    """Joins the images that the manifest calls unreadable with those that did not decode since."""
-    unreadable = manifest.loc[~has_vector]
-    listed = {
-        str(path): str(problem) if pd.notna(problem) else "it did not decode when it was embedded"
-        for path, problem in zip(unreadable["path"], unreadable["problem"], strict=True)
-    }
-    return {**listed, **sample.problems}
+def _judged_again(manifest: pd.DataFrame, has_vector: NDArray[np.bool_], sample: ImageSample) -> pd.DataFrame:
+    """Returns the manifest with the images quarantined, too, that did not decode since it was made."""
+    lost = manifest.loc[(manifest["status"] == "used") & ~has_vector, "path"]
+    problems = {**dict.fromkeys(lost, "it did not decode when it was embedded"), **sample.problems}
+    rows = manifest["path"].isin(list(problems))
+    if bool(rows.any()):
+        said = [problems[path] for path in manifest.loc[rows, "path"]]
+        manifest.loc[rows, ["status", "split", "is_readable"]] = ["quarantined", None, False]
+        manifest.loc[rows, "problem"], manifest.loc[rows, "reason"] = said, [f"unreadable: {text}" for text in said]
+    return manifest
 
 
 def _word(verdict: ValidationVerdict) -> str:

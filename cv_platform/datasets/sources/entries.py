@@ -34,13 +34,17 @@ def split_of(name: str) -> str | None:
     return SPLIT_ALIASES.get(words[0]) if len(words) == 1 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """One image: POSIX path relative to its folder, split (None without splits) and class names."""
+    """One image: POSIX path relative to its folder, split (None without splits), class names and group, if it has one.
+
+    A group is what splits never divide: a patient, a video, a product.
+    """
 
     path: str
     split: str | None
     labels: tuple[str, ...]
+    group: str | None = None
 
 
 class LeftOut:

@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, cast
 from unicodedata import normalize
@@ -45,6 +45,7 @@ PATH_COLUMNS = (
     *("file", "img", "image_id", "id"),
 )
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+GROUP_COLUMN = "group"
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "category", "target")
 _ROW_NUMBERS = ("", "index", "unnamed:_0")
 """Of what pandas writes beside the data."""
@@ -64,10 +65,12 @@ class LabelRules:
         classes: the class columns or labels that count; None: found by their values.
         is_stored: it is a version's own, which means what it meant when it was stored: labels are joined by a bar only,
             splits are those written.
+        group: the column of what splits never divide (a patient, a video); None: one that is called group, if any.
     """
 
     classes: tuple[str, ...] | None = None
     is_stored: bool = False
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class _Columns:
     path: int
     split: int | None
     label: int | None
+    group: int | None
     classes: dict[int, str]
     notes: tuple[str, ...]
 
@@ -112,7 +116,8 @@ def read_labels(folder: Folder, content: bytes, rules: LabelRules, *, name: str)
         elif path in entries:
             mistakes.append(f"row {number}: {path} for the second time")
         else:
-            entries[path] = ImageEntry(path, split, labels)
+            group = normalize("NFC", cells[columns.group].strip()) if columns.group is not None else ""
+            entries[path] = ImageEntry(path, split, labels, group or None)
     _refuse(mistakes, name)
     notes = list(columns.notes)
     if separator is not None and any(separator in row[columns.label or 0] for row in rows):
@@ -189,7 +194,7 @@ def _only_wanted(
     wanted = set(rules.classes)
     left_out.add(UNWANTED_CLASS, (e.path for e in entries if e.labels and not set(e.labels) & wanted))
     kept = [
-        ImageEntry(entry.path, entry.split, tuple(label for label in entry.labels if label in wanted))
+        replace(entry, labels=tuple(label for label in entry.labels if label in wanted))
         for entry in entries
         if not entry.labels or set(entry.labels) & wanted
     ]
@@ -248,7 +253,8 @@ def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, nam
         )
     split = next((place[key] for key in SPLIT_COLUMNS if key in place), None)
     label = next((place[key] for key in LABEL_COLUMNS if key in place), None)
-    taken = {*paths, *([] if split is None else [split])}
+    group = _group_column(header, keys, label, rules, name)
+    taken = {*paths, *(at for at in (split, group) if at is not None)}
     others = [at for at, key in enumerate(keys) if at not in taken and key not in _ROW_NUMBERS]
     found, is_binary = _values(rows, others)
     doubtful = [at for at in others if at not in is_binary or _DOUBTFUL_COLUMN.fullmatch(keys[at])]
@@ -266,15 +272,30 @@ def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, nam
     notes = [f"the image is the column {header[paths[0]]}"]
     if split is not None:
         notes.append(f"the split is the column {header[split]}")
+    if group is not None:
+        notes.append(f"the group is the column {header[group]}: splits that are made never divide one")
     if label is not None:
         notes.append(f"the labels are the column {header[label]}")
     else:
         notes.append(f"classes are the columns {', '.join(classes.values())}: {why}")
     if unused := [
-        header[at] or "(no name)" for at in range(len(header)) if at not in {paths[0], split, label, *classes}
+        header[at] or "(no name)" for at in range(len(header)) if at not in {paths[0], split, label, group, *classes}
     ]:
         notes.append(f"not used are the columns {', '.join(unused)}")
-    return _Columns(header, paths[0], split, label, classes, tuple(notes))
+    return _Columns(header, paths[0], split, label, group, classes, tuple(notes))
+
+
+def _group_column(header: list[str], keys: list[str], label: int | None, rules: LabelRules, name: str) -> int | None:
+    """Returns the column of groups: the one that the user names, or one that is called so beside the labels."""
+    if rules.group is None:
+        at = keys.index(GROUP_COLUMN) if GROUP_COLUMN in keys else None
+        return None if label is None and len(header) < 4 else at
+    if rules.group not in header:
+        raise InvalidDatasetError(
+            f"Expected the column {rules.group} in {name}, as --group says. Received: {', '.join(header)}. "
+            "Name one of these."
+        )
+    return header.index(rules.group)
 
 
 def _values(rows: Iterable[list[str]], columns: list[int]) -> tuple[dict[int, str], set[int]]:
@@ -352,7 +373,7 @@ def _without_unlabelled(entries: Iterable[ImageEntry], rules: LabelRules, left_o
         if entry.labels and not labels:
             left_out.add(f"labelled {entry.labels[0]}, which means no label", [entry.path])
         else:
-            kept.append(ImageEntry(entry.path, entry.split, labels))
+            kept.append(replace(entry, labels=labels))
     return kept
 
 
@@ -365,7 +386,7 @@ def _splits_by_folder(entries: list[ImageEntry], notes: list[str]) -> list[Image
     if None in splits:
         return entries
     notes.append("the split is the folder")
-    return [ImageEntry(entry.path, split, entry.labels) for entry, split in zip(entries, splits, strict=True)]
+    return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)]
 
 
 class _Files:

@@ -9,6 +9,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 from unicodedata import normalize
@@ -73,14 +74,15 @@ def read_layout(root: Folder, annotations: bytes | None, rules: LabelRules, *, n
 
 
 def write_annotations(entries: Iterable[ImageEntry]) -> bytes:
-    """Returns `annotations.csv` in one form (path, split if there are splits, label), whatever form it came in."""
+    """Returns `annotations.csv` in one form (path, split and group if there are any, label), whatever it came in."""
     entries = tuple(entries)
-    has_splits = any(entry.split for entry in entries)
+    beside = [name for name in ("split", "group") if any(getattr(entry, name) for entry in entries)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", *(["split"] if has_splits else []), "label"])
+    writer.writerow(["path", *beside, "label"])
     for entry in entries:
-        writer.writerow([entry.path, *([entry.split or ""] if has_splits else []), LABEL_SEPARATOR.join(entry.labels)])
+        cells = [getattr(entry, name) or "" for name in beside]
+        writer.writerow([entry.path, *cells, LABEL_SEPARATOR.join(entry.labels)])
     return text.getvalue().encode()
 
 
@@ -147,7 +149,9 @@ def _label_file_per_split(root: Folder, rules: LabelRules) -> Layout | None:
             continue
         name = f"{folder.name}/{found[folder].name}"
         layout = read_labels(folder, _content(found[folder]), rules, name=name)
-        entries += [ImageEntry(f"{folder.name}/{entry.path}", splits[folder], entry.labels) for entry in layout.entries]
+        entries += [
+            replace(entry, path=f"{folder.name}/{entry.path}", split=splits[folder]) for entry in layout.entries
+        ]
         for reason, paths in layout.left_out.paths.items():
             left_out.add(reason, (f"{folder.name}/{path}" for path in paths))
         notes |= dict.fromkeys(layout.notes)

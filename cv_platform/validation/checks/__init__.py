@@ -10,7 +10,7 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -31,8 +31,8 @@ class Subject:
     """What a check may look at.
 
     Attributes:
-        manifest: the readable part of `datasets.manifest.read_manifest`.
-        problems: path → why it does not decode, of the others.
+        manifest: of `datasets.manifest.read_manifest` the images that are used.
+        quarantined: the others, with status and reason.
         sample: decoded pixels.
         class_names: the model's classes.
         classifier_type: how labels are to be read.
@@ -45,7 +45,7 @@ class Subject:
     """
 
     manifest: pd.DataFrame
-    problems: Mapping[str, str]
+    quarantined: pd.DataFrame
     sample: ImageSample
     class_names: Sequence[str]
     classifier_type: ClassifierType
@@ -96,8 +96,13 @@ class Check(ABC):
         limit: name of the limit's field; None: the limit is 0, as for counts of failures.
     """
 
-    name: ClassVar[str]
+    name: str
     limit: ClassVar[str | None] = None
+
+    @classmethod
+    def variants(cls) -> list[Check]:
+        """Returns the checks that the class stands for: one, or none of a base class."""
+        return [cls()] if hasattr(cls, "name") else []
 
     @abstractmethod
     def look(self, subject: Subject) -> Finding:
@@ -123,7 +128,7 @@ def all_checks() -> dict[str, Check]:
     """Returns every check by its name."""
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(module.name)
-    return {kind.name: kind() for kind in _below(Check) if hasattr(kind, "name")}
+    return {check.name: check for kind in _below(Check) for check in kind.variants()}
 
 
 def share(part: int, whole: int) -> float:

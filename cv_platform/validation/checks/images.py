@@ -5,7 +5,9 @@ from __future__ import annotations
 import pandas as pd
 from typing_extensions import override
 
+from cv_platform.datasets.quarantine import kind_of
 from cv_platform.validation.checks import Check, Finding, Subject, share
+from cv_platform.validation.quarantine_page import write_quarantine
 
 
 class UnreadableImages(Check):
@@ -15,14 +17,42 @@ class UnreadableImages(Check):
 
     @override
     def look(self, subject: Subject) -> Finding:
-        problems = subject.problems
-        total = len(subject.manifest) + len(problems)
+        unread = subject.quarantined.loc[~subject.quarantined["is_readable"].astype(bool)]
+        problems = dict(zip(unread["path"], unread["problem"], strict=True))
+        total = len(subject.manifest) + len(subject.quarantined)
         return Finding(
             f"{len(problems)} of {total} images do not decode; {subject.config.max_unreadable_fraction:.1%} may "
             "(validate.max_unreadable_fraction), and nothing downstream uses them."
             + (f" The first: {', '.join(sorted(problems)[:3])}." if problems else ""),
             share(len(problems), total),
             [f"{path}: {problem}" for path, problem in sorted(problems.items())],
+        )
+
+
+class QuarantinedImages(Check):
+    """The share of images that take no part, for whatever reason; those of a kind whose policy is `fail`, at all."""
+
+    name, limit = "quarantined_images", "max_quarantined_fraction"
+
+    @override
+    def look(self, subject: Subject) -> Finding:
+        rows = subject.quarantined
+        if rows.empty:
+            return Finding("No image is quarantined.", 0.0)
+        write_quarantine(subject)
+        rows = rows.sort_values(["status", "reason", "path"], key=lambda values: values != "refused", kind="stable")
+        fraction = share(len(rows), len(rows) + len(subject.manifest))
+        refused = rows.loc[rows["status"] == "refused"]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in rows["reason"].map(kind_of).value_counts().items())
+        words = f"{len(rows)} of {len(rows) + len(subject.manifest)} images take no part ({fraction:.2%}): {kinds}."
+        if len(refused):
+            names = ", ".join(sorted(set(refused["reason"].map(kind_of))))
+            words += f" There may be none that are {names} (dataset.quarantine: fail), and {len(refused)} are."
+        return Finding(
+            words,
+            fraction,
+            [f"{path}: {reason}" for path, reason in zip(rows["path"], rows["reason"], strict=True)],
+            passed=False if len(refused) else None,
         )
 
 
@@ -52,6 +82,27 @@ class ConstantImages(_Remarks):
 
     name, limit, column = "constant_images", "max_constant_fraction", "constant"
     words = "are of one colour throughout."
+
+
+class BitDepth(Check):
+    """Images of more or fewer bits than most: another camera, another export, and other grey levels for a model."""
+
+    name, limit = "bit_depth", "max_other_bit_depth_fraction"
+
+    @override
+    def look(self, subject: Subject) -> Finding:
+        # What has up to 8 bits comes out the same; what is below is scaled to them.
+        bits = subject.manifest["bit_depth"].dropna().clip(lower=8)
+        if bits.empty:
+            return Finding("Not judged: there are no images (see class_coverage).")
+        (usual, count), *others = bits.value_counts().items()
+        rows = subject.manifest.loc[bits.index[bits != usual]]
+        words = "".join(f", {other_count} {bit:.0f}" for bit, other_count in others)
+        return Finding(
+            f"{count} of {len(bits)} images have {usual:.0f} bits a sample{words}.",
+            share(len(rows), len(bits)),
+            [f"{path}: {bit} bits" for path, bit in zip(rows["path"], rows["bit_depth"].astype(int), strict=True)],
+        )
 
 
 class NarrowRange(_Remarks):

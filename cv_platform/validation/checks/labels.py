@@ -48,6 +48,54 @@ class ClassCoverage(Check):
         return Finding(summary, float(smallest), offenders, passed=not offenders)
 
 
+class ClassImbalance(Check):
+    """Compares the largest class of train with the smallest: what is rare is learned badly, and said seldom."""
+
+    name, limit = "class_imbalance", "max_class_ratio"
+
+    @override
+    def look(self, subject: Subject) -> Finding:
+        train = Counter(name for labels in subject.split("train")["labels"] for name in labels)
+        counts = {name: train[name] for name in subject.class_names if train[name]}
+        if len(counts) < 2:
+            return Finding("Not judged: train has images of fewer than two classes (see class_coverage).")
+        (largest, most), *_, (smallest, fewest) = Counter(counts).most_common()
+        limit = subject.config.max_class_ratio
+        return Finding(
+            f"Of {largest}, train has {most} images, of {smallest} {fewest}: {most / fewest:.1f} to 1.",
+            most / fewest,
+            [
+                f"{name}: {count} images"
+                for name, count in sorted(counts.items(), key=lambda row: row[1])
+                if most > limit * count
+            ],
+        )
+
+
+class DividedGroups(Check):
+    """Finds groups (the import's column: a patient, a video) with images in several splits."""
+
+    name, limit = "divided_groups", "max_divided_group_fraction"
+
+    @override
+    def look(self, subject: Subject) -> Finding:
+        grouped = subject.manifest.dropna(subset=["group"])
+        if grouped.empty:
+            return Finding("Not judged: the dataset has no groups (see --group of the import).")
+        splits = grouped.groupby("group")["split"].nunique()
+        divided = sorted(str(group) for group, count in splits.items() if count > 1)
+        rows = grouped.loc[grouped["group"].isin(divided)]
+        counts = rows.groupby(["group", "split"]).size().unstack(fill_value=0)
+        return Finding(
+            f"{len(divided)} of {len(splits)} groups are in several splits, with {len(rows)} of {len(grouped)} images.",
+            share(len(rows), len(grouped)),
+            [
+                f"{name}: " + ", ".join(f"{n} in {split}" for split, n in row.items() if n)
+                for name, row in counts.iterrows()
+            ],
+        )
+
+
 class ConflictingLabels(Check):
     """Finds identical images (sha256) that carry different sets of labels."""
 

@@ -6,18 +6,29 @@ false drift. What is identical byte for byte counts, too, but between train and 
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pandas as pd
 from typing_extensions import override
 
 from cv_platform.datasets.contact_sheet import SheetRow, draw_sheet
+from cv_platform.datasets.splits import SPLITS
 from cv_platform.validation.checks import Check, Finding, Subject, share
 
 
-class _NearCopies(Check):
-    """The share of a split's images that show what an image of another one shows."""
+class NearCopiesBetween(Check):
+    """The share of a split's images that show what an image of another one shows; a check for each pair of splits."""
 
     limit = "max_near_copy_fraction"
-    splits: tuple[str, str]
+
+    def __init__(self, first: str, second: str) -> None:
+        self.name = f"near_copies_{first}_{second}"
+        self.splits = first, second
+
+    @override
+    @classmethod
+    def variants(cls) -> list[Check]:
+        return [cls(first, second) for first, second in combinations(SPLITS, 2)]
 
     @override
     def look(self, subject: Subject) -> Finding:
@@ -57,42 +68,6 @@ class _NearCopies(Check):
         copies = pd.Series(rows[1]).groupby(where[1]).agg(list).to_dict()
         found = [(one_of[a], copy, d) for a, b, d in links if a in one_of for copy in copies.get(b, [])]
         return sorted(found, key=lambda pair: (pair[2], pair[1], pair[0]))
-
-
-class NearCopiesTrainTest(_NearCopies):
-    """Between train and test."""
-
-    name, splits = "near_copies_train_test", ("train", "test")
-
-
-class NearCopiesTrainValid(_NearCopies):
-    """Between train and valid."""
-
-    name, splits = "near_copies_train_valid", ("train", "valid")
-
-
-class NearCopiesTrainReference(_NearCopies):
-    """Between train and reference."""
-
-    name, splits = "near_copies_train_reference", ("train", "reference")
-
-
-class NearCopiesValidTest(_NearCopies):
-    """Between valid and test."""
-
-    name, splits = "near_copies_valid_test", ("valid", "test")
-
-
-class NearCopiesValidReference(_NearCopies):
-    """Between valid and reference."""
-
-    name, splits = "near_copies_valid_reference", ("valid", "reference")
-
-
-class NearCopiesTestReference(_NearCopies):
-    """Between test and reference."""
-
-    name, splits = "near_copies_test_reference", ("test", "reference")
 
 
 class ConflictingNearCopies(Check):

@@ -299,12 +299,15 @@ def test_what_is_no_image_is_counted_by_suffix_and_refused_where_it_is_much(tmp_
     (source / "dog/labels.txt").touch()
     rules = ImportRules(max_left_out_fraction=0.14)  # 3 of 23.
     imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds", rules=rules)
-    assert imported.counts == {"no split": 20}
+    assert imported.counts == {"no split": 21}
     assert imported.left_out == {
         "no image that can be decoded (.heic), such as cat/a.heic": 2,
-        "no image that can be decoded (.jpg), such as dog/c.jpg": 1,
         "no image, beside the images (.txt), such as dog/labels.txt": 1,
     }
+    assert any(note.startswith("called images, but none that decode: 1, such as dog/c.jpg") for note in imported.notes)
+    version = checkout_version(dataset(tag="v1", ds_root=str(tmp_path / "ds")), model(), home=tmp_path / "home")
+    manifest = read_manifest(version.manifest_path).set_index("path")
+    assert manifest.loc[manifest["status"] != "used", "reason"].index.tolist() == ["images/dog/c.jpg"]
     with pytest.raises(InvalidDatasetError) as caught:
         import_dataset(source, ds_name="pets", tag="v2", ds_root=tmp_path / "ds")
     text = str(caught.value)

@@ -2,15 +2,27 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from cv_platform.datasets.manifest import build_manifest, manifest_name, read_manifest, read_thumbnails, split_counts
+from cv_platform.datasets.inspection import inspect_files
+from cv_platform.datasets.manifest import (
+    MANIFEST_SCHEMA,
+    build_manifest,
+    manifest_name,
+    read_manifest,
+    read_thumbnails,
+    split_counts,
+)
 from cv_platform.datasets.near_copies import thumbnail
+from cv_platform.datasets.quarantine import kind_of, quarantine_counts
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.images import decode
 from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
@@ -30,13 +42,13 @@ def test_has_a_row_per_image_with_what_its_bytes_say(tmp_path: Path) -> None:
     data = picture(77, size=(5, 9))
     (tmp_path / "images/cat/0.png").write_bytes(data)
     manifest = build(tmp_path)
-    columns = "path sha256 split labels split_origin width_px height_px bytes is_readable problem"
-    assert manifest.columns.tolist() == [*columns.split(), "damage", "constant", "narrow_range"]
+    assert manifest.columns.tolist() == MANIFEST_SCHEMA.names[:-1]
     assert manifest["path"].tolist() == [f"images/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
     row = manifest.iloc[0]
     assert (row["sha256"], row["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
     assert (row["width_px"], row["height_px"], row["labels"]) == (9, 5, ["cat"])
-    assert row["is_readable"]
+    assert (row["format"], row["channels"], row["bit_depth"], row["orientation"]) == ("PNG", 3, 8, 1)
+    assert (row["is_readable"], row["status"], row["group"]) == (True, "used", None)
     assert row["problem"] is None
 
 
@@ -76,7 +88,7 @@ def test_sizes_are_those_of_the_upright_image(tmp_path: Path) -> None:
     Image.new("RGB", (20, 10)).save(stream, "JPEG", exif=exif.tobytes())
     (tmp_path / "images/cat/0.jpg").write_bytes(stream.getvalue())
     row = build(tmp_path).set_index("path").loc["images/cat/0.jpg"]
-    assert (row["width_px"], row["height_px"]) == (10, 20)
+    assert (row["width_px"], row["height_px"], row["orientation"]) == (10, 20, 6)
 
 
 def test_unreadable_images_are_rows_with_their_problem(tmp_path: Path) -> None:
@@ -194,3 +206,100 @@ def test_name_follows_what_would_change_a_row() -> None:
 def test_missing_manifest_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="Materialise the dataset again"):
         read_manifest(tmp_path / "manifest.parquet")
+
+
+def gif(pictures: int) -> bytes:
+    frames = [Image.fromarray(np.random.default_rng(at).integers(0, 255, (9, 9), np.uint8)) for at in range(pictures)]
+    stream = io.BytesIO()
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
+    return stream.getvalue()
+
+
+def bad_files() -> dict[str, bytes]:
+    """A file of each kind that quarantine knows, by kind, but for unknown classes and duplicates."""
+    whole = jpeg_bytes(90)
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0), b"IDAT", b"IEND")
+    huge = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return {
+        "zero_size": b"",
+        "absurd_size": b"\x89PNG\r\n\x1a\n" + b"".join(huge),
+        "unreadable": picture(1, (30, 20))[:-40],
+        "damaged": jpeg_bytes(91)[:-2],
+        "animated": gif(3),
+        "constant": cv2.imencode(".png", np.full((9, 9, 3), 7, np.uint8))[1].tobytes(),
+        "bit_depth": deep_png(np.random.default_rng(0).integers(0, 4096, (20, 30))),
+        "wrong_suffix": whole,
+    }
+
+
+def jpeg_bytes(seed: int) -> bytes:
+    return cv2.imencode(".jpg", scene(seed), [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+
+def test_each_bad_kind_is_kept_out_of_every_split_for_its_reason(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 20)
+    files = bad_files()
+    names = {kind: f"images/cat/bad-{kind}{'.gif' if kind == 'animated' else '.png'}" for kind in files}
+    names["damaged"] = "images/cat/bad-damaged.jpg"
+    for kind, content in files.items():
+        (tmp_path / names[kind]).write_bytes(content)
+    class_folders(tmp_path / "images", 2, ("emu",))
+    (tmp_path / "images/dog/same.png").write_bytes((tmp_path / "images/dog/1.png").read_bytes())
+    (tmp_path / "images/dog/other.png").write_bytes((tmp_path / "images/cat/2.png").read_bytes())
+    policy = dict.fromkeys([*names, "unknown_class", "duplicate"], "quarantine") | {"constant": "fail"}
+    (tmp_path / "images/cat/0.png").write_bytes(picture(99, (1, 40)))
+    path = build_manifest(
+        tmp_path, data_path="images", annotations=None, model=model(), dataset=dataset(quarantine=policy)
+    )
+    manifest = read_manifest(path).set_index("path")
+    out = manifest.loc[manifest["status"] != "used"]
+    reasons = out["reason"].to_dict()
+    assert {kind_of(reasons[names[kind]]) for kind in names} == set(names)
+    assert all(kind_of(reasons[names[kind]]) == kind for kind in names)
+    assert reasons["images/cat/0.png"] == "absurd_size: 40×1 pixels"
+    assert reasons["images/emu/0.png"] == "unknown_class: labelled emu"
+    kept = (reasons.get("images/dog/1.png"), reasons.get("images/dog/same.png"))
+    assert sorted(map(str, kept)) == [
+        "None",
+        f"duplicate: the same bytes as images/dog/{'1' if kept[0] is None else 'same'}.png",
+    ]
+    both = "duplicate: the same bytes with other labels: images/cat/2.png, images/dog/other.png"
+    assert reasons["images/cat/2.png"] == reasons["images/dog/other.png"] == both
+    assert len(out) == len(files) + 1 + 2 + 1 + 2
+    assert out["split"].isna().all()
+    assert out["split_origin"].isna().all()
+    assert out.index[out["status"] == "refused"].tolist() == [names["constant"]]
+    assert set(manifest.loc[manifest["status"] == "used", "split"]) == {"train", "valid", "test", "reference"}
+
+
+def test_by_default_only_what_cannot_be_used_is_kept_out(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 5)
+    for kind, content in bad_files().items():
+        (tmp_path / f"images/cat/{kind}.png").write_bytes(content)
+    manifest = build(tmp_path)
+    out = manifest.loc[manifest["status"] != "used", "reason"].map(kind_of)
+    assert sorted(out) == ["absurd_size", "unreadable", "zero_size"]
+    assert quarantine_counts(manifest)[0].keys() == {"kind", "images", "example"}
+
+
+def test_splits_that_are_made_never_divide_a_group(tmp_path: Path) -> None:
+    names = [f"{at:03d}.png" for at in range(240)]
+    write_pictures(tmp_path / "images", names)
+    # Thirty patients with 1 to 15 images, each of both classes.
+    patients = [str(at) for at, size in enumerate([1, 15] * 15) for _ in range(size)]
+    rows = [
+        f"{name},{patient},{('cat', 'dog')[at % 2]}"
+        for at, (name, patient) in enumerate(zip(names, patients, strict=True))
+    ]
+    manifest = build(tmp_path, "\n".join(["path,group,label", *rows]).encode())
+    assert manifest["group"].tolist() == patients
+    assert manifest.groupby("group")["split"].nunique().max() == 1
+    shares = manifest["split"].value_counts(normalize=True)
+    expected = {"train": 0.5, "valid": 0.15, "test": 0.15, "reference": 0.2}
+    # A group is a sixteenth of the images: no split is further off than one.
+    assert all(abs(shares[split] - share) < 15 / 240 for split, share in expected.items())
+
+
+def test_a_file_that_goes_while_it_is_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDatasetError, match=r"as they were listed.*gone\.png"):
+        list(inspect_files(tmp_path, ["gone.png"], max_pixels=100))

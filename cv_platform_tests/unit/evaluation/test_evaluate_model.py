@@ -85,6 +85,7 @@ def _pack(
                     "width_px": 8,
                     "height_px": 8,
                     "bytes": target.stat().st_size,
+                    "status": "used",
                     "is_readable": True,
                     "problem": None,
                 }

@@ -35,10 +35,9 @@ def make_manifest() -> MakeManifest:
                 "labels": [list(row[2]) for row in rows],
                 "sha256": [hashlib.sha256(row[3].encode()).hexdigest() for row in rows],
                 "is_readable": [True] * len(rows),
-                "problem": [None] * len(rows),
-                "damage": [None] * len(rows),
-                "constant": [None] * len(rows),
-                "narrow_range": [None] * len(rows),
+                "status": ["used"] * len(rows),
+                "bit_depth": [8] * len(rows),
+                **{name: [None] * len(rows) for name in ("group", "problem", "damage", "constant", "narrow_range")},
             }
         )
 
@@ -68,6 +67,8 @@ class Checkout:
                 "width_px": 16,
                 "height_px": 16,
                 "bytes": len(data),
+                "status": "used" if problem is None else "quarantined",
+                "reason": None if problem is None else f"unreadable: {problem}",
                 "is_readable": problem is None,
                 "problem": problem,
                 "thumbnail": thumbnail(image).tobytes() if isinstance(image, np.ndarray) else None,
@@ -123,10 +124,19 @@ NO_PIXELS = ImageSample(
 )
 
 
+NONE_QUARANTINED = pd.DataFrame({name: [] for name in ("path", "status", "reason", "is_readable", "problem")})
+
+
 def subject(manifest: pd.DataFrame | None = None, config: ValidateConfig | None = None, **given: Any) -> Subject:
     """Returns what a check looks at: without more, no images, of one class."""
     values: dict[str, Any] = {"directory": Path("unused"), "root": Path("unused"), "version": "shapes v1"}
-    values |= {"problems": {}, "sample": NO_PIXELS, "class_names": ("cat",), "classifier_type": "multi-class", **given}
+    values |= {
+        "quarantined": NONE_QUARANTINED,
+        "sample": NO_PIXELS,
+        "class_names": ("cat",),
+        "classifier_type": "multi-class",
+        **given,
+    }
     manifest = pd.DataFrame({"split": []}) if manifest is None else manifest
     values = {"thumbnails": np.zeros((len(manifest), 32, 32), np.uint8), **values}
     values = {"vectors": np.zeros((len(manifest), 1), np.float16), **values}

@@ -8,8 +8,8 @@ from scipy.stats.contingency import association
 from cv_platform.config import ValidateConfig
 from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.validation.checks.copies import Duplicates, TrainTestLeakage
-from cv_platform.validation.checks.images import ConstantImages, DamagedImages, NarrowRange, UnreadableImages
-from cv_platform.validation.checks.labels import ClassCoverage, ConflictingLabels
+from cv_platform.validation.checks.images import BitDepth, ConstantImages, DamagedImages, NarrowRange, UnreadableImages
+from cv_platform.validation.checks.labels import ClassCoverage, ClassImbalance, ConflictingLabels, DividedGroups
 from cv_platform.validation.checks.shift import LabelDrift, PropertyDrift, cramers_v
 from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.verdict import MAX_OFFENDERS
@@ -116,19 +116,24 @@ def test_several_or_no_labels_are_right_in_multi_label_data(make_manifest):
     )
 
 
+def unread(count: int) -> pd.DataFrame:
+    """Rows of images that do not decode, as validation sees them."""
+    names = [f"{at}.png" for at in range(count)]
+    problem = {"is_readable": False, "problem": "truncated", "status": "quarantined", "reason": "unreadable: truncated"}
+    return pd.DataFrame({"path": names, **problem})
+
+
 @pytest.mark.parametrize(("bad", "passed"), [(0, True), (1, True), (2, False)])
 def test_unreadable_images_fail_above_the_limit(make_manifest, bad, passed):
-    problems = {f"{i}.png": "truncated" for i in range(bad)}
     readable = make_manifest(*[(f"r{i}.png", "train", ["cat"], str(i)) for i in range(100 - bad)])
-    found = UnreadableImages().run(subject(readable, problems=problems))
+    found = UnreadableImages().run(subject(readable, quarantined=unread(bad)))
     assert found.passed is passed
     assert found.value == bad / 100
     assert len(found.offenders) == bad
 
 
 def test_offenders_are_cut_and_the_summary_has_the_full_count(make_manifest):
-    problems = {f"{i:04d}.png": "truncated" for i in range(500)}
-    found = UnreadableImages().run(subject(make_manifest(), problems=problems))
+    found = UnreadableImages().run(subject(make_manifest(), quarantined=unread(500)))
     assert len(found.offenders) == MAX_OFFENDERS
     assert found.summary.startswith("500 of 500 ")
 
@@ -227,3 +232,30 @@ def test_images_with_a_remark_in_the_manifest_are_named(make_manifest, check, co
     assert found.summary.startswith("1 of 4 images ")
     assert check().run(subject(manifest, CONFIG.model_copy(update={limit: 0.25}))).passed
     assert check().run(subject(manifest.iloc[:0])).passed
+
+
+@pytest.mark.parametrize(("most", "passed"), [(30, True), (31, False)])
+def test_a_class_at_less_than_one_to_thirty_is_named(make_manifest, most, passed):
+    rows = [(f"{at}.png", "train", ["cat"], str(at)) for at in range(most)] + [("d.png", "train", ["dog"], "d")]
+    rows += [(f"t{at}.png", "test", ["dog"], f"t{at}") for at in range(40)]
+    found = ClassImbalance().run(subject(make_manifest(*rows), class_names=("cat", "dog")))
+    assert (found.passed, found.value) == (passed, most)
+    assert found.offenders == (() if passed else ("dog: 1 images",))
+
+
+def test_groups_that_given_splits_divide_are_named(make_manifest):
+    manifest = make_manifest(*[(f"{at}.png", split, ["cat"], str(at)) for at, split in enumerate(SPLITS * 2)])
+    assert DividedGroups().run(subject(manifest)).summary.startswith("Not judged: the dataset has no groups")
+    manifest["group"] = ["a", "b", "c", "d", "a", "b", None, "c"]
+    found = DividedGroups().run(subject(manifest))
+    assert not found.passed
+    assert found.value == pytest.approx(2 / 7)
+    assert found.offenders == ("c: 1 in reference, 1 in test",)
+
+
+def test_images_of_another_bit_depth_than_most_are_named(make_manifest):
+    manifest = make_manifest(*[(f"{at}.png", "train", ["cat"], str(at)) for at in range(4)])
+    manifest["bit_depth"] = [8, 1, 16, 8]
+    found = BitDepth().run(subject(manifest))
+    assert (found.passed, found.offenders) == (False, ("2.png: 16 bits",))
+    assert found.summary == "3 of 4 images have 8 bits a sample, 1 16."

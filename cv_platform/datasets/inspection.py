@@ -1,0 +1,147 @@
+"""What the bytes of an image file say, each file read once: a row of the manifest before it is known where it belongs.
+
+Files are read and decoded on all cores that the process may use, a bounded number ahead of who takes the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from cv_platform import images
+from cv_platform.cores import available_cores
+from cv_platform.datasets.near_copies import thumbnail
+from cv_platform.errors import EmptyImageError, ImageError, ImageTooLargeError, InvalidDatasetError
+from cv_platform.images.files import has_more_pictures
+
+_FILES_PER_TASK = 32
+_FEWEST_LEVELS = 64
+"""A quarter of the 256 that 8 bits have, as 14-bit data in 16 bits use."""
+_FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """One file: columns of the manifest, see `manifest.build_manifest`; `problem_kind` is one of quarantine's kinds."""
+
+    sha256: str
+    bytes: int
+    width_px: int = 0
+    height_px: int = 0
+    format: str | None = None
+    channels: int | None = None
+    bit_depth: int | None = None
+    orientation: int | None = None
+    problem: str | None = None
+    problem_kind: str | None = None
+    damage: str | None = None
+    animated: str | None = None
+    constant: str | None = None
+    narrow_range: str | None = None
+    wrong_suffix: str | None = None
+    thumbnail: bytes | None = None
+
+
+def inspect_files(directory: Path, paths: Iterable[str], *, max_pixels: int) -> Iterator[Inspected]:
+    """Yields a row for each of `paths` below `directory`, in order; memory does not grow with their number.
+
+    Raises:
+        InvalidDatasetError: a file is not there any more, or cannot be read.
+    """
+    cores = available_cores()
+    remaining = iter(paths)
+
+    def work(names: list[str]) -> list[Inspected]:
+        return [inspect_file(directory / name, max_pixels) for name in names]
+
+    with ThreadPoolExecutor(cores) as pool:
+        waiting = []
+        try:
+            while names := list(islice(remaining, _FILES_PER_TASK)):
+                waiting.append(pool.submit(work, names))
+                if len(waiting) > 2 * cores:
+                    yield from waiting.pop(0).result()
+            for future in waiting:
+                yield from future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def inspect_file(path: Path, max_pixels: int) -> Inspected:
+    """Describes one file; one that does not decode is described by its problem.
+
+    Raises:
+        InvalidDatasetError: it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as err:
+        raise InvalidDatasetError(
+            f"Expected the images of the dataset as they were listed. Received: {err}. Materialise the dataset again."
+        ) from err
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        image = images.read_image(data, max_pixels=max_pixels)
+    except ImageError as err:
+        image_format, height_px, width_px = _header(data)
+        problem = f"{type(err).__name__}: {err}"
+        return Inspected(
+            sha256, len(data), width_px, height_px, image_format, problem=problem, problem_kind=_kind_of(err)
+        )
+    suffix = PurePosixPath(path.name).suffix.lower()
+    return Inspected(
+        sha256,
+        len(data),
+        image.width_px,
+        image.height_px,
+        image.format,
+        image.channels,
+        image.sample_bits,
+        image.orientation,
+        damage=image.damage,
+        animated=f"a {image.format} of several pictures, of which the first counts"
+        if has_more_pictures(data, image.format)
+        else None,
+        wrong_suffix=f"a {image.format} that is called {suffix}"
+        if _FORMATS.get(suffix, image.format) != image.format
+        else None,
+        thumbnail=thumbnail(image.pixels).tobytes(),
+        **_remarks(image),
+    )
+
+
+def _header(data: bytes) -> tuple[str | None, int, int]:
+    """Returns the format and the sides that a header promises, as far as one can be read."""
+    try:
+        return images.read_size(data, max_pixels=images.MAX_LOCAL_PIXELS)
+    except ImageError:
+        return None, 0, 0
+
+
+def _remarks(image: images.DecodedImage) -> dict[str, str | None]:
+    first, darkest, brightest = image.pixels[0, 0], int(image.pixels.min()), int(image.pixels.max())
+    levels = brightest - darkest + 1
+    is_narrow = image.sample_bits == 16 and levels < _FEWEST_LEVELS
+    is_constant = bool((image.pixels == first).all())
+    span = f"{256 * darkest} to {256 * brightest + 255}"
+    return {
+        "constant": f"all of it is RGB {tuple(map(int, first))}" if is_constant else None,
+        "narrow_range": f"16-bit samples from {span}: {levels} of 256 levels are seen" if is_narrow else None,
+    }
+
+
+def _kind_of(err: ImageError) -> str:
+    if isinstance(err, EmptyImageError):
+        return "zero_size"
+    return "absurd_size" if isinstance(err, ImageTooLargeError) else "unreadable"
