@@ -166,7 +166,7 @@ def test_a_dataset_without_one_readable_image_is_a_finding_and_not_an_error(chec
     verdict = _validate(checkout, tmp_path, ValidateConfig())
     assert not verdict.passed
     assert verdict.quarantined == ("train/a.png",)
-    assert {outcome.name for outcome in verdict.failed} == {"unreadable_images", "class_coverage"}
+    assert {o.name for o in verdict.failed} == {"unreadable_images", "quarantined_images", "class_coverage"}
 
 
 def test_the_report_escapes_names_from_the_dataset(clean_checkout, draw, tmp_path):
