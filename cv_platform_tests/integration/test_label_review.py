@@ -49,7 +49,9 @@ def review_page(folder: Path, labels: list[list[str]], kind: ClassifierType) -> 
     empty = np.zeros((len(paths), 32, 32, 3), np.uint8)
     sample = ImageSample(rows, empty, np.zeros((len(paths), 7)), points.astype(np.float32), {}, len(paths))
     beside = np.zeros((len(paths), 32, 32), np.uint8), np.zeros((len(paths), 1), np.float16)
-    subject = Subject(rows, rows.iloc[:0], sample, CLASSES, kind, ValidateConfig(), folder, folder, "pets v1.0.0", *beside)
+    subject = Subject(
+        rows, rows.iloc[:0], sample, CLASSES, kind, ValidateConfig(), folder, folder, "pets v1.0.0", *beside
+    )
     assert LabelIssues().run(subject).value
     return folder / PAGE
 
