@@ -27,6 +27,8 @@ RATE = 0.01
 _MOST = 2000
 _RATED, _FAR = 200, 100
 _BATCH = 64
+_ONE_SD = 0.84
+"""Quantile one standard deviation above the median, where a measure is normal."""
 _FEWEST = 40
 """Held-out images below which a rate of 1 % is out of reach."""
 
@@ -154,12 +156,12 @@ def fit_unknown(
     spread = (features - own).std(axis=0)
     scale = np.maximum(spread, max(1e-6, 0.1 * float(spread.mean()))).astype(np.float32)
     head = (kernel.astype(np.float32), bias.astype(np.float32), (means / scale).astype(np.float32), scale)
-    measured = measure_unknown(held_out, *head, is_joint=is_joint)
+    measured = measure_unknown(held_out, *head, is_joint=is_joint, is_angular=not is_joint)
     middle = np.median(measured, axis=0)
-    # The smallest limit that at most half of the rate exceeds: of 40 images, none does.
-    ranked = np.sort(measured, axis=0)
-    limit = ranked[len(ranked) - 1 - int(RATE / 2 * len(ranked))]
-    limit = np.maximum(limit, middle + 1e-6 * np.maximum(1.0, np.abs(middle)))
-    return UnknownRule(
-        *head, middle.astype(np.float32), limit.astype(np.float32), np.array(RATE, np.float32), np.array(is_joint)
-    )
+    spread = np.quantile(measured, _ONE_SD, axis=0) - middle
+    spread = np.maximum(spread, 1e-6 * np.maximum(1.0, np.abs(middle)))
+    # One limit for both, in spreads: the smallest that at most `RATE` exceeds. Of less than 100 images, none does.
+    farthest = np.sort(((measured - middle) / spread).max(axis=1))
+    limit = middle + spread * max(1.0, float(farthest[len(farthest) - 1 - int(RATE * len(farthest))]))
+    parts = (middle.astype(np.float32), limit.astype(np.float32), np.array(RATE, np.float32))
+    return UnknownRule(*head, *parts, np.array(is_joint), np.array(not is_joint))

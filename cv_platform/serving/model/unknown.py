@@ -2,8 +2,10 @@
 
 Two numbers: the energy of the logits (Liu et al. 2020, https://arxiv.org/abs/2010.03759; of several labels the joint
 energy, Wang et al. 2021, https://arxiv.org/abs/2111.12797), which is high where nothing speaks for any class, and the
-distance of the features to the nearest class's prototype. Each has a limit that images which the model knows exceed at
-half of a stated rate. `deployment.unknown` fits the rule; a bundle carries it.
+angle between the features and the nearest class's prototype, which is wide for other things: their features are short,
+so that they are near to all prototypes, and point elsewhere. So are those of images without any of several labels:
+there the distance counts instead. Each has a limit; images which the model knows exceed one of them at a stated rate.
+`deployment.unknown` fits the rule; a bundle carries it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ UNKNOWN = "unknown.npz"
 
 @dataclass(frozen=True)
 class UnknownRule:
-    """Energy and distance, and their limits.
+    """Energy and angle, and their limits.
 
     Attributes:
         kernel: `(F, C)` float32, of the output layer.
@@ -31,10 +33,11 @@ class UnknownRule:
         prototypes: `(P, F)`, the classes' mean features, divided by `scale`; of several labels, the last one may be
             that of images without any.
         scale: `(F,)`, the features' standard deviation within the classes; above 0.
-        middle: `(2,)`, of energy and distance: their medians on known images.
-        limit: `(2,)`, above `middle`: what known images exceed at half of `rate` each.
+        middle: `(2,)`, of energy and angle: their medians on known images.
+        limit: `(2,)`, above `middle`: known images exceed one of them at `rate`.
         rate: share of known images, at most, that count as unknown.
         is_joint: `()` bool: the logits are of several labels, each by itself.
+        is_angular: `()` bool: false with several labels and in rules of earlier releases, which go by the distance.
     """
 
     kernel: NDArray[np.float32]
@@ -45,11 +48,12 @@ class UnknownRule:
     limit: NDArray[np.float32]
     rate: NDArray[np.float32]
     is_joint: NDArray[np.bool_] = field(default_factory=lambda: np.array(False))
+    is_angular: NDArray[np.bool_] = field(default_factory=lambda: np.array(False))
 
     def score(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns `(N,)` float32 of `(N, F)` features: 0 is as known as images mostly are, above 1 is unknown."""
         head = (self.kernel, self.bias, self.prototypes, self.scale)
-        measured = measure_unknown(features, *head, is_joint=bool(self.is_joint))
+        measured = measure_unknown(features, *head, is_joint=bool(self.is_joint), is_angular=bool(self.is_angular))
         return ((measured - self.middle) / (self.limit - self.middle)).max(axis=1).astype(np.float32)
 
     def save(self, path: Path) -> None:
@@ -65,8 +69,9 @@ def measure_unknown(
     scale: NDArray[np.float32],
     *,
     is_joint: bool,
+    is_angular: bool,
 ) -> NDArray[np.float32]:
-    """Returns `(N, 2)`: energy of the logits, and distance to the nearest prototype; see `UnknownRule`."""
+    """Returns `(N, 2)`: energy of the logits, and the angle to the nearest prototype as 1 less its cosine."""
     # Not by BLAS: for one image its threads would cost more than the sums.
     logits = np.einsum("nf,fc->nc", features, kernel) + bias
     if is_joint:
@@ -75,10 +80,13 @@ def measure_unknown(
         highest = logits.max(axis=1)
         energy = -(highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)))
     scaled = features / scale
-    squares = (
-        (scaled**2).sum(axis=1)[:, None] - 2 * np.einsum("nf,pf->np", scaled, prototypes) + (prototypes**2).sum(axis=1)
-    )
-    return np.stack([energy, np.sqrt(np.maximum(squares.min(axis=1), 0))], axis=1).astype(np.float32)
+    products = np.einsum("nf,pf->np", scaled, prototypes)
+    ours, theirs = (scaled**2).sum(axis=1)[:, None], (prototypes**2).sum(axis=1)
+    if is_angular:
+        apart = 1 - (products / np.sqrt(np.maximum(ours * theirs, 1e-12))).max(axis=1)
+    else:
+        apart = np.sqrt(np.maximum((ours - 2 * products + theirs).min(axis=1), 0))
+    return np.stack([energy, apart], axis=1).astype(np.float32)
 
 
 def load_rule(path: Path, *, feature_dims: int, classes: int) -> UnknownRule | None:
@@ -91,8 +99,9 @@ def load_rule(path: Path, *, feature_dims: int, classes: int) -> UnknownRule | N
         return None
     try:
         with np.load(path, allow_pickle=False) as archive:
-            # Rules of earlier releases are of one class for each image, and do not say so.
-            names = [part.name for part in fields(UnknownRule) if part.name in archive or part.name != "is_joint"]
+            # Rules of earlier releases are of one class for each image, go by the distance, and do not say so.
+            may_lack = {"is_joint", "is_angular"}
+            names = [part.name for part in fields(UnknownRule) if part.name in archive or part.name not in may_lack]
             rule = UnknownRule(**{name: archive[name] for name in names})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
         raise CorruptBundleError(f"{path}: expected a rule for unknown images. Received: {err}. Export again.") from err

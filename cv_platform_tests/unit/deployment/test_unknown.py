@@ -54,15 +54,36 @@ def test_what_lies_elsewhere_is_unknown(rule: UnknownRule):
     assert (rule.score(beyond) > 1).mean() > 0.9  # As sure of a class as ever, but far from all of them.
 
 
-def test_energy_and_distance_are_what_their_definitions_say():
+def test_energy_angle_and_the_distance_of_earlier_rules_are_what_their_definitions_say():
     features = np.array([[1.0, 2.0]], np.float32)
     kernel, bias = np.eye(2, dtype=np.float32), np.array([0.0, 1.0], np.float32)
     prototypes, scale = np.array([[4.0, 2.0], [1.0, 1.0]], np.float32), np.array([1.0, 2.0], np.float32)
-    ((energy, distance),) = measure_unknown(features, kernel, bias, prototypes, scale, is_joint=False)
+    place = (features, kernel, bias, prototypes, scale)
+    ((energy, distance),) = measure_unknown(*place, is_joint=False, is_angular=False)
     assert energy == pytest.approx(-np.log(np.exp(1.0) + np.exp(3.0)), rel=1e-5)
-    ((joint, _),) = measure_unknown(features, kernel, bias, prototypes, scale, is_joint=True)
+    ((joint, angle),) = measure_unknown(*place, is_joint=True, is_angular=True)
     assert joint == pytest.approx(-np.log(1 + np.exp(1.0)) - np.log(1 + np.exp(3.0)), rel=1e-5)
     assert distance == pytest.approx(0.0, abs=1e-3)  # (1, 2) / (1, 2) is the second prototype.
+    assert angle == pytest.approx(0.0, abs=1e-6)
+    ((_, wide),) = measure_unknown(np.array([[0.0, 0.2]], np.float32), *place[1:], is_joint=False, is_angular=True)
+    assert wide == pytest.approx(1 - 0.5**0.5, abs=1e-5)  # (0, 0.1) and (1, 1).
+
+
+def test_short_features_that_point_elsewhere_are_unknown(rule: UnknownRule):
+    """Near to every prototype: what frozen features of a pretrained network are for digits among photographs."""
+    elsewhere = (0.5 * np.eye(8)[7] + 0.05 * np.random.default_rng(5).normal(size=(500, 8))).astype(np.float32)
+    assert (rule.score(elsewhere) > 1).mean() > 0.9
+
+
+def test_a_rule_of_an_earlier_release_goes_by_the_distance(tmp_path: Path, rule: UnknownRule):
+    rule.save(tmp_path / UNKNOWN)
+    with np.load(tmp_path / UNKNOWN) as archive:
+        former = {name: archive[name] for name in archive.files if name not in {"is_joint", "is_angular"}}
+    np.savez(tmp_path / UNKNOWN, **former)
+    again = load_rule(tmp_path / UNKNOWN, feature_dims=8, classes=3)
+    assert again is not None
+    assert not again.is_angular
+    assert not again.is_joint
 
 
 def test_a_bundle_carries_the_rule_and_one_without_has_none(rule: UnknownRule, tmp_path: Path):
