@@ -91,6 +91,28 @@ class MlflowRun:
             self._client.log_artifact(self.run_id, str(path), folder)
         return f"{folder}/{path.name}" if folder else path.name
 
+    @contextmanager
+    def child(self, name: str, tags: Mapping[str, Any] | None = None) -> Iterator[MlflowRun]:
+        """Makes a run that MLflow shows below this one; it ends as one of `start_run` does.
+
+        Raises:
+            TrackingError: MLflow cannot be reached or refuses.
+        """
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        all_tags = {MLFLOW_PARENT_RUN_ID: self.run_id, **{key: str(value) for key, value in (tags or {}).items()}}
+        with _errors(f"start {name}"):
+            made = self._client.create_run(self.experiment_id, tags=all_tags, run_name=name)
+        status = "FAILED"
+        try:
+            yield MlflowRun(self.tracking_uri, made.info.run_id, self.experiment_id)
+            status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            status = "KILLED"
+            raise
+        finally:
+            _end(self._client, made.info.run_id, status)
+
     def end_killed(self, run_id: str) -> None:
         """Ends another run of this experiment as KILLED, if it still counts as running: its process is known dead."""
         with _errors(f"end run {run_id}"):

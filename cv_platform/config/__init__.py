@@ -21,6 +21,7 @@ from cv_platform.config.images import DatasetConfig, EncoderConfig, QuarantineCo
 from cv_platform.config.model import DriftDetectionConfig, InputSize, ModelConfig
 from cv_platform.config.production import AlertsConfig, DeployConfig, ExportFormat, LabelsConfig, MonitorConfig
 from cv_platform.config.recipe import EvaluateConfig, MlflowConfig, TrainConfig, TransferConfig
+from cv_platform.config.search import Span, TuneConfig
 
 __all__ = [
     "AlertsConfig",
@@ -41,9 +42,11 @@ __all__ = [
     "QuarantineConfig",
     "Section",
     "Severity",
+    "Span",
     "Threshold",
     "TrainConfig",
     "TransferConfig",
+    "TuneConfig",
     "ValidateConfig",
     "config_files",
     "is_class_name",

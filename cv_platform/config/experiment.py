@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cv_platform.config.fields import ExperimentName, Section
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
 from cv_platform.config.model import PRETRAINED_ARCHITECTURES, ModelConfig
 from cv_platform.config.production import AlertsConfig, DeployConfig, LabelsConfig, MonitorConfig
 from cv_platform.config.recipe import EvaluateConfig, TrainConfig, TransferConfig
+from cv_platform.config.search import Span, TuneConfig
 
 
 class ExperimentConfig(Section):
@@ -31,6 +32,7 @@ class ExperimentConfig(Section):
         default=ValidateConfig(), alias="validate", description="limits of the dataset's checks"
     )
     train: TrainConfig = Field(default=TrainConfig(), description="the recipe")
+    tune: TuneConfig = Field(default=TuneConfig(), description="a search for a better recipe")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="the gate")
     deploy: DeployConfig = Field(default=DeployConfig(), description="the service")
     monitor: MonitorConfig = Field(default=MonitorConfig(), description="the drift report")
@@ -54,6 +56,39 @@ class ExperimentConfig(Section):
                 f"{self.train.imbalance}. Remove it."
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        mistakes = list[str]()
+        for field, said in self.tune.spans.items():
+            for value in (said.low, said.high) if isinstance(said, Span) else said:
+                try:
+                    self.with_fields({field: value})
+                except KeyError:
+                    mistakes.append(f"{field}: expected a field of this file; configs/schema.json has them all")
+                    break
+                except ValidationError as err:
+                    mistakes += [f"{field}: {value} is none: {one['msg']}" for one in err.errors()]
+        if mistakes:
+            raise ValueError("\n    ".join(["tune.space: expected what makes valid configs; received:", *mistakes]))
+        return self
+
+    def with_fields(self, changes: Mapping[str, Any]) -> ExperimentConfig:
+        """Returns this experiment with other values of fields, named as in YAML, and nothing to search.
+
+        Raises:
+            KeyError: there is no such field.
+            ValidationError: a value is none of its field, or they do not go together.
+        """
+        dump = self.model_dump(mode="json", exclude={"tune"})
+        for field, value in changes.items():
+            *sections, last = field.split(".")
+            section = functools.reduce(lambda inner, name: inner[name], sections, dump)
+            if last not in section:
+                raise KeyError(field)
+            whole = isinstance(value, float) and value.is_integer() and not isinstance(section[last], float)
+            section[last] = int(value) if whole else value
+        return ExperimentConfig.model_validate(dump)
 
     @property
     def transfer(self) -> TransferConfig | None:

@@ -117,7 +117,8 @@ def train_model(
     return trained
 
 
-def _check(packed: PackedImages, config: ExperimentConfig) -> None:
+def mismatches(packed: PackedImages, config: ExperimentConfig) -> list[str]:
+    """Returns what keeps packed images and a config from belonging together, a line each."""
     model, task = config.model, packed.task
     pairs = [
         ("model.classes", model.classes, task.class_names),
@@ -134,7 +135,11 @@ def _check(packed: PackedImages, config: ExperimentConfig) -> None:
         for split in ("train", "valid")
         if packed.counts.get(split, 0) == 0
     ]
-    if wrong:
+    return wrong
+
+
+def _check(packed: PackedImages, config: ExperimentConfig) -> None:
+    if wrong := mismatches(packed, config):
         raise TrainingError(
             "Expected packed images that belong to this config. Received:\n"
             + "\n".join(wrong)
