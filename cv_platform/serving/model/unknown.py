@@ -8,6 +8,9 @@ there the distance counts instead. Each has a limit; images which the model know
 `deployment.unknown` fits the rule; a bundle carries it.
 """
 
+# NumPy types einsum in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import zipfile
