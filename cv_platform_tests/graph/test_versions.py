@@ -13,7 +13,7 @@ import yaml
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
-from cv_platform.config import load_experiment
+from cv_platform.config import TuneConfig, load_experiment
 from cv_platform.definitions import build_defs
 from cv_platform.defs import versions
 from cv_platform.defs.branch import Branch
@@ -189,6 +189,7 @@ ELSEWHERE = {
     "monitor.window_end_utc": "",
     "monitor.schedule_cron": "when",
     "monitor.new_rows_trigger": "when",
+    **{f"tune.{field}": "of `cv-platform tune`, which makes a config" for field in TuneConfig.model_fields},
     "labels.max_wrong_fraction": "of `cv-platform dataset grow`, which makes a version; nothing repeats it",
     "labels.keep_expired": "likewise",
     "deploy.takes_over": "whose service it may be",

@@ -105,6 +105,7 @@ def test_versions_are_listed_with_their_size_and_message(home: Path) -> None:
     one, two = summarise_versions(home / "datasets/pets")
     assert (one.tag, one.files, one.message) == ("v1.0.0", 16, "Import v1.0.0")
     assert (two.tag, two.files) == ("v2.0.0", 17)
+    compare_versions(home / "datasets/pets", "v1.0.0", "v2.0.0", home=home)  # It checks both out.
     assert one.bytes == sum(path.stat().st_size for path in (home / "worktrees/pets" / one.dvc_md5).rglob("*.png"))
 
 
