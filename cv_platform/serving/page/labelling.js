@@ -75,6 +75,7 @@ async function show(task) {
   $('empty-text').textContent = EMPTY[$('mode').value];
   if (!task) { announce($('empty').hidden ? '' : 'Nothing is waiting.'); return; }
   const mine = turn;
+  announce(''); // Until this image is drawn, no key answers: what is said of the one before must not stand there.
   $('original').removeAttribute('src');
   $('heat').hidden = true;
   $('verdict').textContent = wording(task);
