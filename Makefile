@@ -134,7 +134,7 @@ lock: setup ## Compile requirements.lock anew (needs the network).
 bench: setup ## Benchmarks against the original's way; each prints ratios.
 	$(BIN)/python -m benchmarks
 
-bench-serving: setup ## The service against its targets (15 min; 36 on a slow machine): make bench-serving [SHORT=1] (≤ 5 min)
+bench-serving: setup ## The service against its targets (15 min; 36 on a slow machine): make bench-serving [SHORT=1] (2 min of CPU)
 	$(BIN)/python -m benchmarks $(if $(SHORT),serving-short,serving runtime)
 
 bench-data: setup ## Planted copies that are found, honest images that are accused: make bench-data ARCHIVE=images.tar.gz

@@ -90,7 +90,7 @@ def stream_note(report: DriftReport) -> str:
         return (
             f"The sequential test alarms ({numbers}). The verdict, no drift, decides: it compares the window as a "
             "whole. The sequential test also sees what has changed within the window, such as in its last hours, "
-            f"and alarms by chance in up to {stream.alpha:.0%} of the windows without a change. "
+            f"and alarms by chance in up to {100 * stream.alpha:.2g} % of the windows without a change. "
             "To see which it is, judge a shorter window that ends now (monitor.window_days)."
         )
     return (
