@@ -76,8 +76,9 @@ class MonitorConfig(Section):
         default=7.0,
         gt=0.0,
         le=366.0,
-        description="the window where nothing else says it: the last days until the run was asked for. The schedule's "
-        "windows begin where the one before ended, the first so many days before",
+        description="the window where nothing else says it: the last days until the run was asked for. The windows of "
+        "the schedule and the sensor begin where their last one ended, the first so many days before; "
+        "production_metrics looks back so many days at least, as people say what is wrong later",
     )
     window_start_utc: str | None = Field(
         default=None, description="ISO 8601 with zone: start (inclusive) instead of the default"
@@ -85,15 +86,17 @@ class MonitorConfig(Section):
     window_end_utc: str | None = Field(default=None, description="ISO 8601 with zone: end (exclusive) instead of now")
     window_by: Literal["answered", "logged"] = Field(
         default="answered",
-        description="the time that puts a request into the window; logged, which the schedule sets: when it reached "
-        "the database, so that one that came late is in the next window",
+        description="the time that puts a request into the window; logged, which the schedule and the sensor set: when it "
+        "reached the database, so that one that came late is in the next window",
     )
     permutations: int = Field(default=499, ge=99, le=9999, description="of each kernel test")
     max_reference_rows: int = Field(
         default=2000, ge=100, description="seeded subsample of the reference in kernel tests"
     )
     schedule_cron: str = Field(default="0 6 * * 1", description="when the report runs (UTC)")
-    new_rows_trigger: int = Field(default=1000, ge=1, description="new requests that make the sensor run a report")
+    new_rows_trigger: int = Field(
+        default=1000, ge=1, description="new requests that make the sensor run a report on them; min_samples at least"
+    )
     seed: int = Field(default=0, ge=0, description="of subsamples and permutations")
 
     @field_validator("window_start_utc", "window_end_utc")

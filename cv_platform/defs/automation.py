@@ -75,33 +75,38 @@ def drift_schedule(branch: Branch) -> dg.ScheduleDefinition:
     )
     def scheduled_window(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
         end = context.scheduled_execution_time.astimezone(UTC)
-        start = _end_of_the_window_before(context.instance, schedule_name, end)
-        start = start or end - timedelta(days=monitor.window_days)
-        window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat(), "window_by": "logged"}
-        return dg.RunRequest(
-            run_key=end.isoformat(),
-            run_config=branch.overrides({"monitor": window}),
-            tags={_WINDOW_END: end.isoformat()},
-        )
+        asked = {"dagster/schedule_name": schedule_name}
+        return _next_window(branch, context.instance, asked, end, run_key=end.isoformat())
 
     return scheduled_window
 
 
-def _end_of_the_window_before(instance: dg.DagsterInstance, schedule: str, end: datetime) -> datetime | None:
-    """Returns where the latest window before `end` ends that the schedule has asked for; None before the first.
+def _next_window(
+    branch: Branch, instance: dg.DagsterInstance, asked: dict[str, str], end: datetime, *, run_key: str
+) -> dg.RunRequest:
+    """Returns the request for a report of what was logged since the window of the latest run with the tag `asked`.
 
     By what was asked, not by the cron: an edited cron, and ticks missed while nothing ran, leave no gap.
     """
-    asked = instance.get_runs(dg.RunsFilter(tags={"dagster/schedule_name": schedule}), limit=_RUNS_LOOKED_AT)
-    ends = [datetime.fromisoformat(run.tags[_WINDOW_END]) for run in asked if _WINDOW_END in run.tags]
-    return max((before for before in ends if before < end), default=None)
+    runs = instance.get_runs(dg.RunsFilter(tags=asked), limit=_RUNS_LOOKED_AT)
+    ends = [datetime.fromisoformat(run.tags[_WINDOW_END]) for run in runs if _WINDOW_END in run.tags]
+    first = end - timedelta(days=branch.config.monitor.window_days)
+    start = max((before for before in ends if before < end), default=first)
+    window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat(), "window_by": "logged"}
+    return dg.RunRequest(
+        run_key=run_key, run_config=branch.overrides({"monitor": window}), tags={_WINDOW_END: end.isoformat()}
+    )
 
 
-def new_predictions_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
-    """Returns the sensor that asks for a drift report after every `monitor.new_rows_trigger` new predictions."""
+def new_predictions_sensor(branch: Branch) -> dg.SensorDefinition:
+    """Returns the sensor that asks for a drift report after every `monitor.new_rows_trigger` new predictions.
+
+    Each report judges what was logged since the one before: a week that began with drift would hide its end.
+    """
+    config, sensor_name = branch.config, f"{branch.config.name}_new_predictions"
 
     @dg.sensor(
-        name=f"{config.name}_new_predictions",
+        name=sensor_name,
         job_name=f"{config.name}_drift_report",
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.RUNNING,
@@ -125,11 +130,13 @@ def new_predictions_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
             return dg.SkipReason(str(err))
         finally:
             engine.dispose()
-        if rows < config.monitor.new_rows_trigger:
-            return dg.SkipReason(f"{rows} new predictions; a report is made from {config.monitor.new_rows_trigger} on.")
-        return dg.SensorResult(
-            run_requests=[dg.RunRequest(run_key=f"{config.name}-predictions-{largest_id}")], cursor=str(largest_id)
-        )
+        # Of fewer than `min_samples` each report would say no more than that.
+        needed = max(config.monitor.new_rows_trigger, config.monitor.min_samples)
+        if rows < needed:
+            return dg.SkipReason(f"{rows} new predictions; a report is made from {needed} on.")
+        asked, key = {"dagster/sensor_name": sensor_name}, f"{config.name}-predictions-{largest_id}"
+        request = _next_window(branch, context.instance, asked, datetime.now(UTC), run_key=key)
+        return dg.SensorResult(run_requests=[request], cursor=str(largest_id))
 
     return new_predictions
 

@@ -34,7 +34,7 @@ def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
         schedules=[drift_schedule(branch)],
         sensors=[
             observed_sensor(config),
-            new_predictions_sensor(config),
+            new_predictions_sensor(branch),
             retrain_on_drift_sensor(branch),
             new_dataset_version_sensor(branch),
             pointer_sensor(branch),

@@ -11,6 +11,7 @@ only where those are a random sample (a labelling campaign, say) are they of all
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
 from cv_platform.files import write_file
 from cv_platform.monitoring.sentences import production_figures, production_summary
-from cv_platform.monitoring.window import WindowBounds, window_bounds
+from cv_platform.monitoring.window import WindowBounds, default_window, window_bounds
 from cv_platform.predictions import LABEL_SEPARATOR, LABELLER, NONE_OF_THESE
 from cv_platform.records import FeedbackVerdict, ProductionMetrics, VersionMetrics
 from cv_platform.storage import BundleMetadata, CentralStorage
@@ -64,6 +65,11 @@ def measure_production(
         DatabaseUnavailableError, SchemaMismatchError, StorageError: see there.
     """
     bounds = window_bounds(config.monitor, now)
+    if (
+        bounds.by == "logged"
+    ):  # Asked by the schedule or the sensor, whose windows may be minutes; feedback takes longer.
+        start, _ = default_window(bounds.end, config.monitor.window_days)
+        bounds = replace(bounds, start=min(start, bounds.start))
     totals, late_rows, statements = _read(engine, model_name, bounds)
     drawn = _read_drawn(engine, config, model_name, bounds)
     problems: list[str] = []

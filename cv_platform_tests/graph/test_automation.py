@@ -49,7 +49,7 @@ def experiment() -> ExperimentConfig:
             "name": "cats",
             "model": {"model_name": "cats", "classes": ["a", "b"], "input_size": {"h": 8, "w": 8}},
             "dataset": {"ds_name": "cats", "dvc_tag": "v1.0.0"},
-            "monitor": {"new_rows_trigger": 3},
+            "monitor": {"new_rows_trigger": 3, "min_samples": 20},
         },
         origin="test",
     )
@@ -108,12 +108,12 @@ def test_new_predictions_ask_for_one_report_per_batch(
     experiment: ExperimentConfig, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", database_url)
-    sensor = new_predictions_sensor(experiment)
-    log_predictions(engine, 2)
+    sensor = new_predictions_sensor(Branch(experiment))
+    log_predictions(engine, 19)
     log_predictions(engine, 5, model_name="dogs")
     few = tick(sensor)
     assert few.run_requests == []
-    assert "2 new predictions" in few.skip_message
+    assert "19 new predictions; a report is made from 20 on" in few.skip_message
     log_predictions(engine, 1)
     enough = tick(sensor)
     assert len(enough.run_requests) == 1
@@ -122,8 +122,26 @@ def test_new_predictions_ask_for_one_report_per_batch(
     assert "0 new predictions" in again.skip_message
 
 
+def test_the_report_on_new_predictions_begins_where_the_one_before_ended(
+    experiment: ExperimentConfig, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    sensor = new_predictions_sensor(Branch(experiment))
+    log_predictions(engine, 20)
+    with dg.DagsterInstance.ephemeral() as instance:
+        windows = []
+        for _ in range(2):
+            with dg.build_sensor_context(instance=instance, cursor="0") as context:
+                (request,) = Tick.of(sensor.evaluate_tick(context)).run_requests
+            instance.create_run_for_job(_nothing, tags={**request.tags, "dagster/sensor_name": sensor.name})
+            windows.append(request.run_config["resources"]["cats_config"]["config"]["monitor"])
+    first, second = windows
+    assert second["window_start_utc"] == first["window_end_utc"] < second["window_end_utc"]
+    assert first["window_by"] == second["window_by"] == "logged"
+
+
 def test_without_a_database_the_sensor_says_so(experiment: ExperimentConfig, home: Path) -> None:
-    result = tick(new_predictions_sensor(experiment))
+    result = tick(new_predictions_sensor(Branch(experiment)))
     assert result.run_requests == []
     assert "make up" in result.skip_message
 
@@ -132,7 +150,7 @@ def test_an_unreachable_database_is_no_failure_of_the_sensor(
     experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://user:word@127.0.0.1:1/none")
-    result = tick(new_predictions_sensor(experiment))
+    result = tick(new_predictions_sensor(Branch(experiment)))
     assert result.run_requests == []
     assert "127.0.0.1" in result.skip_message
 

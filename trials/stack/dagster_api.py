@@ -48,11 +48,17 @@ query Failures($run: ID!) {
   }
 }
 """
+_SENSOR = """
+query Sensor($selector: SensorSelector!) {
+  sensorOrError(sensorSelector: $selector) { __typename ... on Sensor { sensorState { id } } }
+}
+"""
+_STOP_SENSOR = "mutation Stop($id: String!) { stopSensor(id: $id) { __typename } }"
 _METADATA = """
 query Metadata($key: AssetKeyInput!) {
   assetOrError(assetKey: $key) {
     ... on Asset {
-      assetMaterializations(limit: 1) {
+      assetMaterializations(limit: 20) {
         runId
         metadataEntries {
           label
@@ -125,15 +131,11 @@ class DagsterApi:
         Raises:
             ServiceError: there is no such job, or its config is refused.
         """
-        nodes = self.ask(_REPOSITORIES)["repositoriesOrError"].get("nodes") or []
-        if not nodes:
-            raise ServiceError("Expected Dagster to have loaded the code location. Received: none. See its page.")
-        selector = {
-            "repositoryName": nodes[0]["name"],
-            "repositoryLocationName": nodes[0]["location"]["name"],
-            "jobName": job,
+        parameters = {
+            "selector": {**self._repository(), "jobName": job},
+            "runConfigData": dict(run_config or {}),
+            "mode": "default",
         }
-        parameters = {"selector": selector, "runConfigData": dict(run_config or {}), "mode": "default"}
         answer = self.ask(_LAUNCH, parameters=parameters)["launchRun"]
         if answer["__typename"] != "LaunchRunSuccess":
             raise ServiceError(f"Expected Dagster to launch {job}. Received: {answer}.")
@@ -158,14 +160,39 @@ class DagsterApi:
         problem = "" if status == "SUCCESS" else self._why(run_id) if status in _ENDED else f"not over in {limit:.0f} s"
         return RunEnd(run_id, status, max(took, 0.0), steps, problem)
 
-    def latest(self, *key: str) -> dict[str, Any]:
-        """Returns the metadata of an asset's latest materialisation by label, and its `run_id`; empty: none yet."""
+    def stop_sensor(self, sensor: str) -> None:
+        """Switches a sensor off.
+
+        Raises:
+            ServiceError: there is no such sensor, or Dagster refuses.
+        """
+        found = self.ask(_SENSOR, selector={**self._repository(), "sensorName": sensor})["sensorOrError"]
+        if found["__typename"] != "Sensor":
+            raise ServiceError(f"Expected a sensor {sensor}. Received: {found}.")
+        answer = self.ask(_STOP_SENSOR, id=found["sensorState"]["id"])["stopSensor"]
+        if answer["__typename"] != "StopSensorMutationResult":
+            raise ServiceError(f"Expected Dagster to stop {sensor}. Received: {answer}.")
+
+    def latest(self, *key: str, run_id: str | None = None) -> dict[str, Any]:
+        """Returns the metadata of an asset's latest materialisation by label, and its `run_id`; empty: none yet.
+
+        Args:
+            key: of the asset.
+            run_id: the run that made it; None: any.
+        """
         found = self.ask(_METADATA, key={"path": list(key)})["assetOrError"].get("assetMaterializations") or []
+        found = [made for made in found if run_id in (None, made["runId"])]
         if not found:
             return {}
         entries = found[0]["metadataEntries"]
         values = {e["label"]: e.get("text", e.get("intValue", e.get("floatValue"))) for e in entries}
         return {**values, "run_id": found[0]["runId"]}
+
+    def _repository(self) -> dict[str, str]:
+        nodes = self.ask(_REPOSITORIES)["repositoriesOrError"].get("nodes") or []
+        if not nodes:
+            raise ServiceError("Expected Dagster to have loaded the code location. Received: none. See its page.")
+        return {"repositoryName": nodes[0]["name"], "repositoryLocationName": nodes[0]["location"]["name"]}
 
     def _why(self, run_id: str) -> str:
         events = self.ask(_FAILURES, run=run_id)["logsForRun"].get("events") or []
