@@ -86,8 +86,8 @@ class MonitorConfig(Section):
     window_end_utc: str | None = Field(default=None, description="ISO 8601 with zone: end (exclusive) instead of now")
     window_by: Literal["answered", "logged"] = Field(
         default="answered",
-        description="the time that puts a request into the window; logged, which the schedule and the sensor set: when it "
-        "reached the database, so that one that came late is in the next window",
+        description="the time that puts a request into the window; logged, which the schedule and the sensor set: when "
+        "it reached the database, so that one that came late is in the next window",
     )
     permutations: int = Field(default=499, ge=99, le=9999, description="of each kernel test")
     max_reference_rows: int = Field(
