@@ -73,6 +73,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from cv_platform.commands import datasets as dataset_commands
     from cv_platform.commands import labels as label_commands
+    from cv_platform.commands import predictions as prediction_commands
     from cv_platform.commands import tune as tune_command
     from cv_platform.serving.log.rejected_entries import add_arguments
 
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
     dataset_commands.add_commands(command)
     label_commands.add_commands(command)
+    prediction_commands.add_commands(command)
     tune_command.add_command(command)
     backup = command("backup", _backup, "write one verified archive of the embedded installation, while it works")
     backup.add_argument("--output", type=Path, default=Path("backups"), help="folder of the archive (default: backups)")

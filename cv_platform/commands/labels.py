@@ -40,7 +40,7 @@ def _export(options: argparse.Namespace) -> int:
     experiment = load_experiment(options.config)
     if options.file.suffix.lower() not in {".json", ".csv"}:
         raise InvalidDatasetError(f"Expected a file that ends with .json or .csv. Received: {options.file.name}.")
-    with _engine() as engine:
+    with log_engine() as engine:
         queue = read_queue(engine, experiment.name)
         is_json = options.file.suffix.lower() == ".json"
         write_file(options.file, write_tasks(engine, queue, experiment.model) if is_json else write_csv(queue))
@@ -62,7 +62,7 @@ def _import(options: argparse.Namespace) -> int:
     except OSError as err:
         raise InvalidDatasetError(f"Expected labels at {options.file}. Received: {err}. Correct the path.") from err
     labels = read_labels_file(content, experiment.model, labeller=labeller)
-    with _engine() as engine:
+    with log_engine() as engine:
         done = import_labels(engine, experiment, labels)
     print(f"{done.added} labels added, {done.known} were known.")
     if done.gone:
@@ -72,7 +72,13 @@ def _import(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _engine() -> Iterator[Engine]:
+def log_engine() -> Iterator[Engine]:
+    """Yields an engine on the request log's database, which runs meanwhile.
+
+    Raises:
+        SchemaMismatchError: it has the tables of another version.
+        ServiceError: the embedded PostgreSQL does not start.
+    """
     from cv_platform.database.connection import database_url, make_engine
     from cv_platform.database.migrate import check_schema
 

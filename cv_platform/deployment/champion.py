@@ -71,7 +71,7 @@ def ask_champion(
     # Both have the same classes, maybe in another order.
     columns = [metadata.class_names.index(name) for name in task.class_names]
     decisions = predicted_flags(np.concatenate(probabilities), task.classifier_type, metadata.threshold)[:, columns]
-    return Champion(pointer.version, decisions, _seen(folder / TRAINED_ON, test.sha256))
+    return Champion(pointer.version, decisions, images_seen(folder / TRAINED_ON, test.sha256))
 
 
 def _difference(metadata: BundleMetadata, task: Task) -> str:
@@ -103,8 +103,8 @@ def _batches(model: LoadedModel, task: Task, test: PackedSplit, version: Dataset
             yield np.stack(list(pool.map(decode, test.paths[start : start + _BATCH])))
 
 
-def _seen(path: Path, sha256: list[str]) -> np.ndarray | None:
-    """Returns which images are among those that `path` names; None where there is no such file."""
+def images_seen(path: Path, sha256: list[str]) -> np.ndarray | None:
+    """Returns `(N,)` bool: which images are among those that `path` names; None where there is no such file."""
     if not path.is_file():
         return None
     known = {row.tobytes().hex() for row in np.load(path, allow_pickle=False)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from cv_platform.serving.log.entry import StoredPrediction
@@ -39,11 +40,18 @@ def make_passport(
         "model": {
             **metadata.model_dump(mode="json", exclude={"effective_config", "checksums"}),
             "files": len(metadata.checksums),
+            "bundle_sha256": bundle_sha256(metadata),
         },
         "training_run": _run_url(mlflow_url, metadata.mlflow_run_id),
         "config": metadata.effective_config,
         "message": "ok",
     }
+
+
+def bundle_sha256(metadata: BundleMetadata) -> str:
+    """Returns one hash for all files of a bundle: the sha256 of what `sha256sum` lists for them, by name."""
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(metadata.checksums.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _run_url(mlflow_url: str | None, run_id: str | None) -> str | None:
