@@ -21,10 +21,10 @@ AddCommand = Callable[[str, object, str], argparse.ArgumentParser]
 
 def add_commands(command: AddCommand) -> None:
     """Adds the commands; `command` makes one of its name, function and description."""
-    dataset = command("dataset", _dataset, "list the versions of a dataset, tell two apart, or grow one by its labels")
-    dataset.add_argument("action", choices=["versions", "diff", "grow"])
+    dataset = command("dataset", _dataset, "list, tell apart or push a dataset's versions, or grow one by its labels")
+    dataset.add_argument("action", choices=["versions", "diff", "push", "grow"])
     dataset.add_argument("name", help="dataset.ds_name in the config; of grow: the config, such as configs/digits.yaml")
-    dataset.add_argument("tags", nargs="*", help="of diff: the two versions")
+    dataset.add_argument("tags", nargs="*", help="of diff: the two versions; of push: those to send (default: all)")
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
     dataset.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of diff: write differences.csv and contact_sheet.png there"
@@ -138,7 +138,12 @@ def _dataset(options: argparse.Namespace) -> int:
         return _grow(options)
     home = Settings.from_environment().home
     repository = repository_of(options.name, root=options.root or home / "datasets")
-    return _versions(repository) if options.action == "versions" else _diff(repository, options, home)
+    match options.action:
+        case "versions":
+            return _versions(repository)
+        case "push":
+            return _push(repository, options.tags)
+    return _diff(repository, options, home)
 
 
 def _grow(options: argparse.Namespace) -> int:
@@ -179,6 +184,17 @@ def _versions(repository: Path) -> int:
     for version in summarise_versions(repository):
         size = f"{version.files:>9,} files  {version.bytes / 1e6:>10,.1f} MB" if version.bytes and version.files else ""
         print(f"{version.tag:<20}  {version.dvc_md5}  {size}  {version.made}  {version.message}")
+    return 0
+
+
+def _push(repository: Path, tags: Sequence[str]) -> int:
+    from cv_platform.datasets.dvc_store import push_images
+    from cv_platform.datasets.repository import list_versions, read_version
+
+    versions = [read_version(repository, tag) for tag in tags] or list(list_versions(repository).values())
+    sent = push_images(versions, repository=repository)
+    print(f"{sent} files were sent to DVC's remote; it has the images of {', '.join(one.tag for one in versions)}.")
+    print("git carries the versions themselves: git push --tags")
     return 0
 
 

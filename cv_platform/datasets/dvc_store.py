@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ import yaml
 
 from cv_platform.datasets.repository import DATA_FOLDER, DVC_FILE, StoredVersion
 from cv_platform.errors import DatasetError, DatasetNotFoundError, InvalidDatasetError
+from cv_platform.files import exclusive, scratch_directory
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -63,6 +64,38 @@ def check_out(version: StoredVersion, scratch: Path, *, repository: Path) -> Non
             )
         logger.warning("%d damaged files in the DVC cache of %s; fetching them again", len(damaged), repository)
     shutil.rmtree(scratch / ".dvc")
+
+
+def push_images(versions: Iterable[StoredVersion], *, repository: Path) -> int:
+    """Sends the images of versions to the repository's default remote, and returns how many files it did not have.
+
+    Raises:
+        DatasetError: there is no default remote, it is away, or neither cache nor remote has all the files.
+    """
+    from dvc.exceptions import DvcException
+
+    sent = 0
+    with (
+        exclusive(repository.parent / f".{repository.name}.lock"),
+        scratch_directory(repository.parent, repository.name) as scratch,
+    ):
+        for version in versions:
+            dvc_file = scratch / DVC_FILE
+            dvc_file.write_text(version.dvc_file, encoding="utf-8")
+            with _dvc_in(scratch, repository) as repo:
+                if not (remote := repo.config["core"].get("remote")):
+                    raise DatasetError(
+                        f"Expected a default DVC remote of {repository}. Received: none. Run there: "
+                        "dvc remote add -d NAME URL (a folder, or s3://…), then push again."
+                    )
+                try:
+                    sent += repo.push([str(dvc_file)])  # pyright: ignore[reportArgumentType]  # as `add` above
+                except (DvcException, OSError) as err:
+                    raise DatasetError(
+                        f"{version.tag}: expected the DVC remote {remote!r} to take the images. Received: "
+                        f"{_one_line(err)} Check its address and rights; what it has is not sent again."
+                    ) from err
+    return sent
 
 
 def _fetch(repo: Repo, dvc_file: Path, version: StoredVersion, *, has_remote: bool) -> None:

@@ -1,5 +1,6 @@
 """Central storage on S3: a real S3 API (moto's server) over HTTP, and hosts whose moves of the pointer meet."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,11 +10,16 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
+from cv_platform.cli import main
+from cv_platform.datasets.importing import import_dataset
+from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import PointerMovedError, StorageError
 from cv_platform.object_store import ObjectStore
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.support.pictures import class_folders, picture
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, export_tiny, publish_tiny
+from cv_platform_tests.unit.datasets.conftest import dataset, model
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
 
@@ -54,6 +60,28 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
 
 def pointer(version: str) -> ProductionPointer:
     return ProductionPointer(model_name=MODEL_NAME, version=version, since_utc=datetime.now(UTC))
+
+
+def test_a_clone_fetches_from_a_dvc_remote_what_another_machine_has_pushed(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, elsewhere = tmp_path / "here" / "datasets", tmp_path / "elsewhere"
+    for tag, count in (("v1.0.0", 2), ("v1.1.0", 3)):
+        import_dataset(class_folders(tmp_path / tag, count), ds_name="pets", tag=tag, ds_root=root)
+    command = ["dataset", "push", "pets", "--root", str(root)]
+    assert main(command) != 0
+    assert "dvc remote add -d" in capsys.readouterr().err
+    with (root / "pets" / ".dvc" / "config").open("a") as file:
+        file.write(f"    remote = store\n['remote \"store\"']\n    url = {url}/dvc\n")
+    assert main(command) == 0
+    assert "it has the images of v1.0.0, v1.1.0" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "0 files were sent" in capsys.readouterr().out
+
+    (elsewhere / "datasets").mkdir(parents=True)
+    shutil.copytree(root / "pets", elsewhere / "datasets" / "pets", ignore=shutil.ignore_patterns("cache"))
+    version = checkout_version(dataset(), model(), home=elsewhere)
+    assert (version.directory / "images/cat/0.png").read_bytes() == picture(0)
 
 
 def test_the_pointer_moves_from_where_it_was_seen_and_from_nowhere_else(url: str):
