@@ -68,7 +68,7 @@ demo: setup ## Digits from data to served predictions and a drift report on shif
 test: setup browser ## Run the tests, and name the slowest twenty (≤ 15 min on two quiet cores).
 	$(BIN)/python -m pytest -m "not whole" --durations=20
 
-test-whole: setup ## Run the tests of whole installations: make up, the tour, a second kind of labels, a kill.
+test-whole: setup ## Run the tests of whole installations: the demo, make up, the tour, a second kind of labels, a kill.
 	$(BIN)/python -m pytest -m whole --durations=5
 
 test-portable: setup ## Run the numerical tests as CPUs with older instruction sets compute (≤ 4 min).

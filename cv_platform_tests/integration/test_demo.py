@@ -38,7 +38,7 @@ from cv_platform_tests.support.demo_run import REPOSITORY, Demo
 from cv_platform_tests.support.waiting import wait_until
 
 ADMIN_TOKEN = "a-token-of-this-test-only"
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.whole, pytest.mark.xdist_group("demo"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
