@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.cores import one_blas_thread
 from cv_platform.images import resize
 
 THUMBNAIL_PX = 32
@@ -64,6 +65,7 @@ def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
 
 
+@one_blas_thread()
 def find_near_copies(thumbnails: NDArray[np.uint8], vectors: NDArray[np.floating] | None = None) -> NearCopies:
     """Finds the pairs of images that show the same; those of one colour are in none.
 

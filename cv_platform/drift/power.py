@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.cores import one_blas_thread
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.scipy_tests import wilson_interval
 from cv_platform.drift.verdict import judge
@@ -27,6 +28,7 @@ _PERMUTATIONS, _MMD_ROWS = 99, 200
 """Fewer than a report takes, for hundreds of verdicts: the power of the MMD tests is understated."""
 
 
+@one_blas_thread()
 def detection_rates(
     reference: DriftSample, shifted: dict[tuple[str, str], DriftSample], *, alpha: float, seed: int
 ) -> tuple[DetectionRate, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType, ExperimentConfig, TransferConfig
+from cv_platform.cores import one_blas_thread
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.datasets.shards.reading import Images
 from cv_platform.training.architectures import find_architecture
@@ -85,6 +86,7 @@ def start_head(
     return head
 
 
+@one_blas_thread()
 def fit_head(
     features: NDArray[np.float32],
     targets: NDArray[np.float32],
@@ -120,7 +122,9 @@ def fit_head(
     def objective(flat: NDArray[np.float64], penalty: float) -> tuple[float, NDArray[np.float64]]:
         weights = flat.reshape(shape)
         loss, residual = _loss(scaled, targets, weights, classifier_type, balance.log_prior, row_weights)
-        gradient = np.vstack([scaled.T @ residual + penalty * weights[:-1], residual.sum(axis=0, keepdims=True)])
+        # In the features' own dtype: a product with float64 would copy the features at every step.
+        kernel = scaled.T @ residual.astype(scaled.dtype) + penalty * weights[:-1]
+        gradient = np.vstack([kernel, residual.sum(axis=0, keepdims=True)])
         return loss + penalty / 2 * float((weights[:-1] ** 2).sum()), gradient.ravel()
 
     for penalty in PENALTIES:

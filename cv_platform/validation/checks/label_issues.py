@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from cv_platform.config import ClassifierType
+from cv_platform.cores import one_blas_thread
 from cv_platform.validation.checks import Check, Finding, Subject
 from cv_platform.validation.label_review import write_review_page
 from cv_platform.validation.sample import ImageSample
@@ -219,6 +220,7 @@ def label_questions(
             yield np.arange(len(given)), given, (f"no {name}", name)
 
 
+@one_blas_thread()
 def _vectors(sample: ImageSample) -> NDArray[np.float32]:
     """Returns `(N, D ≤ 128)` float32: vectors and pixels count the same, as either is the better one on some data."""
     from sklearn.decomposition import PCA
@@ -235,6 +237,7 @@ def _vectors(sample: ImageSample) -> NDArray[np.float32]:
     return np.asarray(joined, dtype=np.float32)
 
 
+@one_blas_thread()
 def out_of_fold(
     vectors: NDArray[np.float32],
     given: NDArray[np.int64],
