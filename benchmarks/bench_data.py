@@ -49,7 +49,7 @@ def run(options: Options) -> Report:
         options.say(f"{len(files)} images, {len(planted)} copies planted; embedding …")
         encoder = open_encoder(EncoderConfig(), Path(folder) / "home")
         side = (encoder.input_px, encoder.input_px)
-        vectors = np.concatenate(list(encoder.embed_all(images, lambda image: resize(image, side))))
+        vectors = encoder.embed(np.stack([resize(image, side) for image in images]))
     found = find_near_copies(np.stack([thumbnail(image) for image in images]), vectors.astype(np.float16))
     pairs = {(int(a), int(b)) for a, b in found.pairs}
     kinds, hits = Counter(kind for _, _, kind in planted), Counter(k for a, b, k in planted if (a, b) in pairs)

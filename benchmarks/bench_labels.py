@@ -7,18 +7,19 @@ Vectors are kept below `options.home`, so that a second run computes none.
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.harness import Check, Report, Stopwatch, machine_line
 from benchmarks.options import Options
 from cv_platform.config import EncoderConfig, LabelsConfig
 from cv_platform.errors import DatasetError
+from cv_platform.files import file_sha256
 
 FIRST, ASKED, RANDOM = 500, 1000, 1500
 SEEDS = 5
@@ -107,9 +108,8 @@ def _head(vectors: Vectors, labels: Labels):
 
 
 def _vectors(archive: Path, folder: Path, options: Options) -> dict[str, tuple[Vectors, Labels]]:
-    from cv_platform.encoders.embeddings import embed_files
+    from cv_platform.datasets.embeddings import embed_images
     from cv_platform.encoders.encoder import open_encoder
-    from cv_platform.images import preprocess
 
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
@@ -118,9 +118,8 @@ def _vectors(archive: Path, folder: Path, options: Options) -> dict[str, tuple[V
     home = options.home or folder / "home"
     encoder = open_encoder(EncoderConfig(), home)
     options.say(f"{len(files)} images of {len(names)} classes; embedding …")
-    size = (encoder.input_px, encoder.input_px)
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    vectors = embed_files(contents, lambda at: preprocess(files[at].read_bytes(), size), encoder, home)
+    rows = {"path": [path.relative_to(folder).as_posix() for path in files], "sha256": [*map(file_sha256, files)]}
+    vectors = embed_images(pd.DataFrame(rows), folder, encoder, home)
     labels = np.array([names.index(path.parent.name) for path in files])
     splits = np.array([path.parents[1].name for path in files])
     return {

@@ -11,6 +11,8 @@
     │   ├── TruncatedImageError         400
     │   ├── UnsupportedImageError       415
     │   └── ImageTooLargeError          413, decided before decoding
+    ├── ComputeError                    processes that work on shards cannot be had
+    │   └── ShardError                  shards that kill each process; all others are done
     ├── EncoderError                    a pretrained network that is not there, or is another one
     ├── VerdictError                    a check upstream failed, so this step refuses to run
     ├── TrainingError                   training cannot start or has diverged
@@ -93,6 +95,14 @@ class ImageTooLargeError(ImageError):
     """More bytes or pixels than allowed."""
 
     status_code = 413
+
+
+class ComputeError(CvPlatformError):
+    """What works on shards cannot be started, or is not what it has to be."""
+
+
+class ShardError(ComputeError):
+    """Shards have ended each process that worked on them; all others are done."""
 
 
 class EncoderError(CvPlatformError):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from cv_platform.compute.engine import Engine
 from cv_platform.config import EncoderConfig
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.quarantine import used
@@ -35,7 +37,12 @@ _ROWS_PER_GROUP = 4096
 
 
 def embed_dataset(
-    version: DatasetVersion, config: EncoderConfig, *, home: Path, spare_bytes: int | None = None
+    version: DatasetVersion,
+    config: EncoderConfig,
+    *,
+    home: Path,
+    spare_bytes: int | None = None,
+    engine: Engine | None = None,
 ) -> Embeddings:
     """Returns the vectors of a version's images that are used, and computes those that no version had.
 
@@ -46,6 +53,7 @@ def embed_dataset(
         config: the encoder.
         home: `Settings.home`.
         spare_bytes: see `files.require_free_space`.
+        engine: who computes; None: processes of this machine.
 
     Raises:
         EncoderError: the encoder cannot be used.
@@ -65,7 +73,7 @@ def embed_dataset(
             purpose = f"the embeddings of {version.provenance.ds_name}"
             require_free_space(home, needed, purpose=purpose, spare_bytes=spare_bytes)
             started = time.perf_counter()
-            vectors = embed_images(readable, version.directory, encoder, home)
+            vectors = embed_images(readable, version.directory, encoder, home, engine=engine)
             with whole_directory(directory) as partial:
                 images = _write(partial / file.name, readable, vectors)
             logger.info("%d images have embeddings, after %.1f s: %s", images, time.perf_counter() - started, directory)
@@ -79,7 +87,33 @@ def embed_dataset(
     )
 
 
-def embed_images(rows: pd.DataFrame, directory: Path, encoder: Encoder, home: Path) -> NDArray[np.float16]:
+@dataclass(frozen=True)
+class _Files:
+    """Image files whose pixels are read by who goes through them."""
+
+    directory: Path
+    paths: tuple[str, ...]
+    sha256: tuple[str, ...]
+    side_px: int
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8] | None]:
+        for path, sha256 in zip(self.paths, self.sha256, strict=True):
+            data = (self.directory / path).read_bytes()
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise InvalidDatasetError(
+                    f"Expected {path} in {self.directory} as the manifest describes it. Received: other bytes. "
+                    "Materialise the dataset again."
+                )
+            try:
+                yield preprocess(data, (self.side_px, self.side_px), max_pixels=MAX_LOCAL_PIXELS)
+            except ImageError as err:
+                logger.warning("%s has no embedding: %s", path, err)
+                yield None
+
+
+def embed_images(
+    rows: pd.DataFrame, directory: Path, encoder: Encoder, home: Path, *, engine: Engine | None = None
+) -> NDArray[np.float16]:
     """Returns `(N, features)` float16 of rows of a manifest, NaN where an image does not decode.
 
     Args:
@@ -87,28 +121,18 @@ def embed_images(rows: pd.DataFrame, directory: Path, encoder: Encoder, home: Pa
         directory: what the paths are relative to.
         encoder: what computes the vectors.
         home: keeps them, see `encoders.embeddings`.
+        engine: who computes; None: processes of this machine.
 
     Raises:
         InvalidDatasetError: a file is not the one that the manifest describes.
     """
     paths, sha256 = rows["path"].tolist(), rows["sha256"].tolist()
-    size = (encoder.input_px, encoder.input_px)
 
-    def read(at: int) -> NDArray[np.uint8] | None:
-        data = (directory / paths[at]).read_bytes()
-        if hashlib.sha256(data).hexdigest() != sha256[at]:
-            raise InvalidDatasetError(
-                f"Expected {paths[at]} in {directory} as the manifest describes it. Received: other bytes. "
-                "Materialise the dataset again."
-            )
-        try:
-            return preprocess(data, size, max_pixels=MAX_LOCAL_PIXELS)
-        except ImageError as err:
-            logger.warning("%s has no embedding: %s", paths[at], err)
-            return None
+    def files(part: Sequence[int]) -> _Files:
+        return _Files(directory, tuple(paths[at] for at in part), tuple(sha256[at] for at in part), encoder.input_px)
 
     try:
-        return embed_files(sha256, read, encoder, home)
+        return embed_files(sha256, files, encoder, home, engine=engine)
     except OSError as err:
         raise InvalidDatasetError(
             f"Expected the images of the manifest in {directory}. Received: {err}. Materialise the dataset again."

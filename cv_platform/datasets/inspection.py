@@ -1,24 +1,17 @@
-"""What the bytes of an image file say, each file read once: a row of the manifest before it is known where it belongs.
-
-Files are read and decoded on all cores that the process may use, a bounded number ahead of who takes the rows.
-"""
+"""What the bytes of an image file say: a row of the manifest before it is known where it belongs."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from cv_platform import images
-from cv_platform.cores import available_cores
 from cv_platform.datasets.near_copies import thumbnail
 from cv_platform.errors import EmptyImageError, ImageError, ImageTooLargeError, InvalidDatasetError
+from cv_platform.files import file_sha256
 from cv_platform.images.files import has_more_pictures
 
-_FILES_PER_TASK = 32
 _FEWEST_LEVELS = 64
 """A quarter of the 256 that 8 bits have, as 14-bit data in 16 bits use."""
 _FORMATS = {
@@ -51,31 +44,6 @@ class Inspected:
     narrow_range: str | None = None
     wrong_suffix: str | None = None
     thumbnail: bytes | None = None
-
-
-def inspect_files(directory: Path, paths: Iterable[str], *, max_pixels: int) -> Iterator[Inspected]:
-    """Yields a row for each of `paths` below `directory`, in order; memory does not grow with their number.
-
-    Raises:
-        InvalidDatasetError: a file is not there any more, or cannot be read.
-    """
-    cores = available_cores()
-    remaining = iter(paths)
-
-    def work(names: list[str]) -> list[Inspected]:
-        return [inspect_file(directory / name, max_pixels) for name in names]
-
-    with ThreadPoolExecutor(cores) as pool:
-        waiting = []
-        try:
-            while names := list(islice(remaining, _FILES_PER_TASK)):
-                waiting.append(pool.submit(work, names))
-                if len(waiting) > 2 * cores:
-                    yield from waiting.pop(0).result()
-            for future in waiting:
-                yield from future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def inspect_file(path: Path, max_pixels: int) -> Inspected:
@@ -119,6 +87,12 @@ def inspect_file(path: Path, max_pixels: int) -> Inspected:
         thumbnail=thumbnail(image.pixels).tobytes(),
         **_remarks(image),
     )
+
+
+def describe_undecoded(path: Path, why: str) -> Inspected:
+    """Describes a file by its bytes alone, and by the problem that nobody can decode it."""
+    problem = f"UnsupportedImageError: Expected an image that can be decoded. Received: one that {why}. Save it anew."
+    return Inspected(file_sha256(path), path.stat().st_size, problem=problem, problem_kind="unreadable")
 
 
 def _header(data: bytes) -> tuple[str | None, int, int]:

@@ -10,8 +10,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Engine, Salvage
 from cv_platform.config import DatasetConfig, ModelConfig
-from cv_platform.datasets.inspection import inspect_files
+from cv_platform.datasets.inspection import Inspected, describe_undecoded, inspect_file
 from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies
 from cv_platform.datasets.quarantine import judge, judge_duplicates
 from cv_platform.datasets.sources.entries import ImageEntry
@@ -64,8 +66,9 @@ MANIFEST_SCHEMA = pa.schema(
         ("thumbnail", pa.binary(THUMBNAIL_PX**2)),
     ]
 )
-_ROWS_PER_GROUP = 2048
-"""What is in memory at a time: 3 MB of rows."""
+_IMAGES_PER_PART = 128
+_PARTS_PER_GROUP = 16
+"""2,048 images are what is written at a time: 3 MB of rows."""
 _SHOWN = 5
 
 
@@ -84,7 +87,13 @@ def manifest_name(model: ModelConfig, dataset: DatasetConfig) -> str:
 
 
 def build_manifest(
-    directory: Path, *, data_path: str, annotations: bytes | None, model: ModelConfig, dataset: DatasetConfig
+    directory: Path,
+    *,
+    data_path: str,
+    annotations: bytes | None,
+    model: ModelConfig,
+    dataset: DatasetConfig,
+    engine: Engine | None = None,
 ) -> Path:
     """Describes the images of a checkout and returns the manifest's path; each file is read once.
 
@@ -111,6 +120,7 @@ def build_manifest(
         annotations: content of annotations.csv, if the version has one.
         model: classes and classifier type.
         dataset: split fractions and seed.
+        engine: who reads and decodes the images; None: processes of this machine.
 
     Raises:
         InvalidDatasetError: the classes found are not the configured ones, a class has no images, labels do not fit the
@@ -123,28 +133,72 @@ def build_manifest(
     are_given = {entry.split for entry in entries} == set(SPLITS)
     with TemporaryDirectory(dir=directory, prefix=".manifest-") as folder, whole_file(path) as partial:
         inspected = partial if are_given and dataset.quarantine.duplicate == "keep" else Path(folder) / "rows.parquet"
-        _write(inspected, _rows(directory, data_path, entries, model, dataset))
+        whole = Part(directory, data_path, entries, frozenset(model.classes), dataset)
+        _write(inspected, _rows(whole, engine))
         if inspected != partial:
             _write(partial, _decided(inspected, dataset, are_given=are_given))
     return path
 
 
-def _rows(
-    directory: Path, data_path: str, entries: Sequence[ImageEntry], model: ModelConfig, dataset: DatasetConfig
-) -> Iterator[pa.Table]:
-    """Yields the rows, with the splits that are given."""
-    classes = set(model.classes)
-    paths = (f"{data_path}/{entry.path}" for entry in entries)
-    files = zip(entries, inspect_files(directory, paths, max_pixels=dataset.max_image_pixels), strict=True)
-    while part := list(islice(files, _ROWS_PER_GROUP)):
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive images: what one process describes at a time."""
+
+    directory: Path
+    data_path: str
+    entries: tuple[ImageEntry, ...]
+    classes: frozenset[str]
+    dataset: DatasetConfig
+
+    @property
+    def name(self) -> str:
+        """Its first and its last image."""
+        return " to ".join(dict.fromkeys((self.entries[0].path, self.entries[-1].path)))
+
+    @property
+    def images(self) -> int:
+        """How many it has."""
+        return len(self.entries)
+
+    def file(self, entry: ImageEntry) -> Path:
+        """Returns where an image lies."""
+        return self.directory / self.data_path / entry.path
+
+    def table(self, files: Iterable[Inspected]) -> pa.Table:
+        """Returns the rows of its images, with the splits that are given."""
         rows: list[dict[str, object]] = []
-        for entry, file in part:
-            unknown = [label for label in entry.labels if label not in classes]
-            status, reason = judge(file, unknown, dataset.quarantine)
-            row = asdict(file) | {"path": f"{data_path}/{entry.path}", "labels": entry.labels, "group": entry.group}
-            row |= {"status": status, "reason": reason, "is_readable": file.problem is None}
+        for entry, file in zip(self.entries, files, strict=True):
+            unknown = [label for label in entry.labels if label not in self.classes]
+            status, reason = judge(file, unknown, self.dataset.quarantine)
+            row = asdict(file) | {"path": f"{self.data_path}/{entry.path}", "labels": entry.labels}
+            row |= {"group": entry.group, "status": status, "reason": reason, "is_readable": file.problem is None}
             rows.append(row | ({"split": entry.split, "split_origin": GIVEN} if status == "used" else {}))
-        yield pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+        return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+
+def describe(part: Part) -> pa.Table:
+    """Returns the rows of a part's images, each of which is read once.
+
+    Raises:
+        InvalidDatasetError: a file is not there any more, or cannot be read.
+    """
+    return part.table(inspect_file(part.file(entry), part.dataset.max_image_pixels) for entry in part.entries)
+
+
+_ONE_BY_ONE = Salvage(
+    divide=lambda part: (replace(part, entries=(entry,)) for entry in part.entries),
+    join=pa.concat_tables,
+    lost=lambda part, why: part.table([describe_undecoded(part.file(part.entries[0]), why)]),
+)
+
+
+def _rows(whole: Part, engine: Engine | None) -> Iterator[pa.Table]:
+    """Yields the rows of all images, a row group at a time."""
+    starts = range(0, whole.images, _IMAGES_PER_PART)
+    parts = (replace(whole, entries=whole.entries[start : start + _IMAGES_PER_PART]) for start in starts)
+    done = map_shards(describe, parts, engine=engine, title="Manifest", total=whole.images, salvage=_ONE_BY_ONE)
+    while tables := [table for _, table in islice(done, _PARTS_PER_GROUP)]:
+        yield pa.concat_tables(tables).combine_chunks()
 
 
 def _write(path: Path, tables: Iterator[pa.Table]) -> None:

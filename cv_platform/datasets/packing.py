@@ -24,6 +24,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.shards.pixels import Encoding, PackForm
@@ -84,6 +85,7 @@ def pack_images(
     home: Path,
     spare_bytes: int | None = None,
     uint8_budget_bytes: int = _UINT8_BUDGET_BYTES,
+    engine: Engine | None = None,
 ) -> PackedImages:
     """Decodes the readable images that are not quarantined, or returns the pack that has them already.
 
@@ -94,11 +96,13 @@ def pack_images(
         home: the pack is made in `home/packed`.
         spare_bytes: see `files.require_free_space`.
         uint8_budget_bytes: a larger training split is kept as JPEG; what judges a model stays as the service sees it.
+        engine: who decodes; None: processes of this machine.
 
     Raises:
         InvalidDatasetError: nothing is left to train on, quarantined paths are not in the manifest, or a file is not
             the one that the manifest describes.
         DiskSpaceError: there is not enough disk space.
+        ShardError: an image ends each process that decodes it.
     """
     manifest = read_manifest(version.manifest_path)
     unknown = sorted(set(quarantined) - set(manifest["path"]))
@@ -121,7 +125,7 @@ def pack_images(
     key = _key(manifest, model, form, quarantined, encodings)
     directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{key}"
     with exclusive(directory.parent / f".{directory.name}.lock"):
-        facts = _intact(directory) or _pack(version, model, usable, encodings, directory, spare_bytes)
+        facts = _intact(directory) or _pack(version, model, usable, encodings, directory, spare_bytes, engine)
     task = Task(
         image_size=model.image_size,
         preprocessing_hash=form.preprocessing_hash,
@@ -234,6 +238,7 @@ def _pack(
     encodings: dict[str, Encoding],
     directory: Path,
     spare_bytes: int | None,
+    engine: Engine | None,
 ) -> dict[str, Any]:
     """Makes the pack and returns its facts, which stand in its marker too."""
     form, started = pack_form(model), time.perf_counter()
@@ -246,7 +251,7 @@ def _pack(
         needed += 4 * len(usable) * len(model.classes)
         needed -= sum(path.stat().st_size for path in partial.iterdir())
         require_free_space(directory.parent, max(0, needed), purpose=purpose, spare_bytes=spare_bytes)
-        shards = write_shards(partial, version.directory, splits, form)
+        shards = write_shards(partial, version.directory, splits, form, engine=engine)
         files = {shard.file: (shard.bytes, shard.sha256) for of in shards.values() for shard in of}
         for rows in splits:
             targets = _targets(of_split[rows.split]["labels"].tolist(), model)

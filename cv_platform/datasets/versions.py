@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.digits import make_digits_repository
 from cv_platform.datasets.dvc_store import check_out
@@ -48,11 +49,19 @@ def list_tags(dataset: DatasetConfig, *, home: Path) -> dict[str, str]:
     return {tag: version.dvc_md5 for tag, version in list_versions(_require(dataset, home)).items()}
 
 
-def checkout_version(dataset: DatasetConfig, model: ModelConfig, *, home: Path) -> DatasetVersion:
+def checkout_version(
+    dataset: DatasetConfig, model: ModelConfig, *, home: Path, engine: Engine | None = None
+) -> DatasetVersion:
     """Checks the configured tag out and describes its images; a built-in source is made on first use.
 
     What is there already is used again, what is incomplete or was changed is made again, and concurrent calls share the
     work.
+
+    Args:
+        dataset: name, tag, splits and quarantine.
+        model: its classes.
+        home: `Settings.home`.
+        engine: who reads and decodes the images; None: processes of this machine.
 
     Raises:
         DatasetNotFoundError: there is no repository.
@@ -65,7 +74,12 @@ def checkout_version(dataset: DatasetConfig, model: ModelConfig, *, home: Path) 
         manifest = directory / manifest_name(model, dataset)
         if not is_manifest(manifest):
             manifest = build_manifest(
-                directory, data_path=version.data_path, annotations=version.annotations, model=model, dataset=dataset
+                directory,
+                data_path=version.data_path,
+                annotations=version.annotations,
+                model=model,
+                dataset=dataset,
+                engine=engine,
             )
     return DatasetVersion(
         provenance=Provenance(ds_name=dataset.ds_name, dvc_tag=version.tag, dvc_md5=version.dvc_md5),

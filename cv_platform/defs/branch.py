@@ -11,6 +11,8 @@ from typing import Any
 
 import dagster as dg
 
+from cv_platform.compute import open_engine
+from cv_platform.compute.engine import Engine
 from cv_platform.config import ExperimentConfig
 from cv_platform.defs.io_managers import first_attempt
 from cv_platform.defs.resources import ExperimentResource, Installation, MlflowTracking
@@ -47,6 +49,11 @@ class AssetRun:
     """Of the asset, under the effective config."""
     asked: datetime
     """When the run, or the first attempt that it goes on with, was asked for: a retry sees the same moment."""
+
+    @property
+    def engine(self) -> Engine:
+        """Returns who works on shards in this installation."""
+        return open_engine(self.settings)
 
     def result(
         self,

@@ -44,7 +44,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
 
         run = branch.run(context)
         previous = RecordStore(run.settings.home, run.config.name).latest(DatasetVersion)
-        version = checkout_version(run.config.dataset, run.config.model, home=run.settings.home)
+        version = checkout_version(run.config.dataset, run.config.model, home=run.settings.home, engine=run.engine)
         md5 = version.provenance.dvc_md5
         context.log_event(observation(repository, md5, {"tag": version.provenance.dvc_tag, "dvc_md5": md5}))
         manifest = read_manifest(version.manifest_path)
@@ -95,7 +95,11 @@ def embeddings_asset(branch: Branch) -> dg.AssetsDefinition:
 
         run = branch.run(context)
         made = embed_dataset(
-            dataset, run.config.encoder, home=run.settings.home, spare_bytes=run.settings.spare_disk_bytes
+            dataset,
+            run.config.encoder,
+            home=run.settings.home,
+            spare_bytes=run.settings.spare_disk_bytes,
+            engine=run.engine,
         )
         return run.result(
             made,
@@ -147,6 +151,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             home=run.settings.home,
             spare_bytes=run.settings.spare_disk_bytes,
             uint8_budget_bytes=run.config.dataset.packed_uint8_bytes,
+            engine=run.engine,
         )
         expected = _usable(dataset, verdict)
         return run.result(

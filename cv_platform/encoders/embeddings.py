@@ -10,7 +10,10 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +21,54 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cv_platform.encoders.encoder import Encoder
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Engine
+from cv_platform.encoders.encoder import BATCH_IMAGES, Encoder
 from cv_platform.files import whole_file
 
 logger = logging.getLogger(__name__)
 
 _FILE_IMAGES = 4096
 """Of one file, and the most that a killed run loses."""
+_PART_IMAGES = 4 * BATCH_IMAGES
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some image files: what one process embeds at a time.
+
+    Attributes:
+        name: the first of them, by its sha256.
+        positions: of all of them.
+        pixels: of each, as `Encoder.embed` takes them; None of a file that has none. Read by who embeds them.
+    """
+
+    name: str
+    positions: Sequence[int]
+    pixels: Iterable[NDArray[np.uint8] | None]
+
+    @property
+    def images(self) -> int:
+        """How many files it has."""
+        return len(self.positions)
 
 
 def embed_files(
-    sha256: Sequence[str], read: Callable[[int], NDArray[np.uint8] | None], encoder: Encoder, home: Path
+    sha256: Sequence[str],
+    pixels: Callable[[Sequence[int]], Iterable[NDArray[np.uint8] | None]],
+    encoder: Encoder,
+    home: Path,
+    *,
+    engine: Engine | None = None,
 ) -> NDArray[np.float16]:
     """Returns the vectors of image files, and computes those that no earlier call has.
 
     Args:
         sha256: of each file.
-        read: returns the pixels of the file at a position of `sha256`, as `Encoder.embed_all` takes them; None where it
-            has none.
+        pixels: returns what reads the files at positions of `sha256`, see `Part`; pickle has to take it.
         encoder: what computes the vectors.
         home: they are kept in `home/cache/embeddings`.
+        engine: who computes; None: processes of this machine.
 
     Returns:
         `(N, features)` float16, in the order of `sha256`; NaN where a file has no pixels, which is asked again.
@@ -53,24 +84,38 @@ def embed_files(
                 if (at := missing.pop(name, None)) is not None:
                     vectors[at] = values[row]
     started, todo = time.perf_counter(), sorted(missing.values())
-    without: set[int] = set()
+    size = min(_PART_IMAGES, _FILE_IMAGES)
+    chosen = (todo[start : start + size] for start in range(0, len(todo), size))
+    parts = (Part(sha256[part[0]], part, pixels(part)) for part in chosen)
+    unwritten: list[int] = []
 
-    def pixels(at: int) -> NDArray[np.uint8]:
-        if (image := read(at)) is None:
-            without.add(at)
-            return np.zeros((encoder.input_px, encoder.input_px, 3), np.uint8)
-        return image
-
-    for start in range(0, len(todo), _FILE_IMAGES):
-        part = todo[start : start + _FILE_IMAGES]
-        vectors[part] = np.concatenate(list(encoder.embed_all(part, pixels)))
-        vectors[list(without)] = np.nan
-        if known := [at for at in part if at not in without]:
+    def write() -> None:
+        if known := [at for at in unwritten if not np.isnan(vectors[at, 0])]:
             _write(folder, [sha256[at] for at in known], vectors[known])
+        unwritten.clear()
+
+    for part, made in map_shards(
+        partial(embed_part, encoder), parts, engine=engine, title="Embeddings", total=len(todo)
+    ):
+        vectors[part.positions] = made
+        unwritten += part.positions
+        if len(unwritten) + size > _FILE_IMAGES:
+            write()
+    write()
     if todo:
         seconds = time.perf_counter() - started
         logger.info("embedded %d images in %.1f s; %d were known", len(todo), seconds, len(positions) - len(todo))
     return vectors[[positions[name] for name in sha256]]
+
+
+def embed_part(encoder: Encoder, part: Part) -> NDArray[np.float16]:
+    """Returns `(images, features)` float16 of a part, NaN where a file has no pixels."""
+    vectors = np.full((part.images, encoder.features), np.nan, np.float16)
+    images = enumerate(part.pixels)
+    while batch := list(islice(images, BATCH_IMAGES)):
+        if known := [(at, image) for at, image in batch if image is not None]:
+            vectors[[at for at, _ in known]] = encoder.embed(np.stack([image for _, image in known]))
+    return vectors
 
 
 def _read(path: Path, features: int) -> Iterator[tuple[list[str], NDArray[np.float16]]]:

@@ -1,4 +1,4 @@
-"""An encoder by its config: found, checked, converted once, and run on all cores that this process may use."""
+"""An encoder by its config: found, checked, converted once, and run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from cv_platform.config import EncoderConfig
-from cv_platform.cores import available_cores
 from cv_platform.encoders.efficientnet_lite import write_onnx
 from cv_platform.encoders.torch_file import read_state_dict
 from cv_platform.errors import EncoderError
@@ -75,6 +74,8 @@ class Encoder:
     input_px: int
     features: int
     _run: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+    _source: tuple[EncoderConfig, Path] | None = None
+    """What `open_encoder` was given."""
 
     def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Returns `(N, features)` float32 of `(N, input_px, input_px, 3)` uint8 RGB; runs in the calling thread."""
@@ -86,31 +87,12 @@ class Encoder:
         vectors = [self._run(images[at : at + BATCH_IMAGES]) for at in range(0, len(images), BATCH_IMAGES)]
         return np.concatenate(vectors) if vectors else np.empty((0, self.features), np.float32)
 
-    def embed_all(
-        self, items: Iterable[Any], read: Callable[[Any], NDArray[np.uint8]]
-    ) -> Iterator[NDArray[np.float32]]:
-        """Yields the vectors of `items`, in order, a batch at a time; reading and running take all cores.
-
-        Args:
-            items: what is to be embedded; taken as the work goes on.
-            read: returns an item's `(input_px, input_px, 3)` uint8 RGB; what it raises ends the iteration.
-        """
-        cores = available_cores()
-
-        def work(batch: list[Any]) -> NDArray[np.float32]:
-            return self.embed(np.stack([read(item) for item in batch]))
-
-        with ThreadPoolExecutor(cores) as pool:
-            waiting = []
-            try:
-                for batch in _batches(items):
-                    waiting.append(pool.submit(work, batch))
-                    if len(waiting) > 2 * cores:
-                        yield waiting.pop(0).result()
-                for future in waiting:
-                    yield future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets another process open it anew, once."""
+        if self._source is None:
+            raise TypeError("Expected an encoder of open_encoder, which other processes can open.")
+        return _opened_once, self._source
 
 
 def open_encoder(config: EncoderConfig, home: Path) -> Encoder:
@@ -134,10 +116,16 @@ def open_encoder(config: EncoderConfig, home: Path) -> Encoder:
                 partial.write_bytes(content)
             logger.info("Converted the encoder %s to %s", config.name, graph)
         identity: list[Any] = [pretrained.sha256, _CONVERSION, config.input_px]
-        return _opened(graph, config, identity)
+        return replace(_opened(graph, config, identity), _source=(config, home))
     path = config.file.expanduser()
     _require_sha256(path, config.sha256)
-    return _opened(path, config, [config.sha256, config.input_px, config.mean, config.std])
+    identity = [config.sha256, config.input_px, config.mean, config.std]
+    return replace(_opened(path, config, identity), _source=(config, home))
+
+
+@functools.cache
+def _opened_once(config: EncoderConfig, home: Path) -> Encoder:
+    return open_encoder(config, home)
 
 
 @functools.cache
@@ -179,7 +167,7 @@ def _opened(path: Path, config: EncoderConfig, identity: list[Any]) -> Encoder:
 
     ort: Any = onnxruntime
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1  # The batches share the cores.
+    options.intra_op_num_threads = 1  # Processes share the cores.
     options.log_severity_level = 4
     prepare = _prepared(config)
     try:
@@ -209,14 +197,3 @@ def _prepared(config: EncoderConfig) -> Callable[[NDArray[np.uint8]], NDArray[An
         return lambda images: images
     mean, std = (np.asarray(values, np.float32) for values in (config.mean, config.std))
     return lambda images: np.ascontiguousarray(((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
-
-
-def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == BATCH_IMAGES:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

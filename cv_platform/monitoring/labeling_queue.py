@@ -161,7 +161,8 @@ def _look(
         except ImageError:
             continue
         thumbnails[number] = thumbnail(pixels[number])
-    return embed_files(uploads, pixels.get, encoder, sources.settings.home), thumbnails
+    vectors = embed_files(uploads, lambda part: [pixels.get(at) for at in part], encoder, sources.settings.home)
+    return vectors, thumbnails
 
 
 def _scores(

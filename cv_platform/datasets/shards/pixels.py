@@ -6,7 +6,6 @@ Imports little, as every one of them does it anew.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,55 +58,27 @@ def packed_pixels(data: bytes, form: PackForm) -> NDArray[np.uint8]:
     return images.preprocess(data, form.image_size, max_pixels=images.MAX_LOCAL_PIXELS, framing=form.framing)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some consecutive rows of one shard: what one process makes at a time."""
-
-    source: Path
-    """What the paths are relative to."""
-    paths: tuple[str, ...]
-    sha256: tuple[str, ...]
-    form: PackForm
-    encoding: Encoding
-    file: Path
-    """The shard."""
-    offset: int
-    """Where uint8 rows lie in it, in bytes; JPEGs lie where those before them end."""
+def stored(pixels: NDArray[np.uint8], encoding: Encoding) -> bytes | memoryview:
+    """Returns what a shard holds of an image's pixels."""
+    return simplejpeg.encode_jpeg(pixels, JPEG_QUALITY, "RGB", "444") if encoding == "jpeg" else pixels.data
 
 
-def make_piece(piece: Piece) -> list[bytes]:
-    """Writes the rows of a uint8 piece into its shard, or returns those of a JPEG piece.
+def read_pixels(source: Path, path: str, sha256: str, form: PackForm) -> NDArray[np.uint8]:
+    """Returns `form.shape` uint8, RGB, 0–255, of an image file at `path` below `source`.
 
     Raises:
-        InvalidDatasetError: a file is not the one that the manifest describes.
-        OSError: the shard cannot be written.
+        InvalidDatasetError: the file is not the one that the manifest describes.
     """
-    rows = [_row(piece, path, sha256) for path, sha256 in zip(piece.paths, piece.sha256, strict=True)]
-    if piece.encoding == "jpeg":
-        return [simplejpeg.encode_jpeg(row, JPEG_QUALITY, "RGB", "444") for row in rows]
-    # Written, not mapped: a full disk is then an error, where a memory map would be a SIGBUS.
-    handle = os.open(piece.file, os.O_WRONLY)
     try:
-        left, at = memoryview(b"".join(row.data for row in rows)), piece.offset
-        while left:
-            written = os.pwrite(handle, left, at)
-            left, at = left[written:], at + written
-    finally:
-        os.close(handle)
-    return []
-
-
-def _row(piece: Piece, path: str, sha256: str) -> NDArray[np.uint8]:
-    try:
-        data = (piece.source / path).read_bytes()
+        data = (source / path).read_bytes()
     except OSError as err:
         raise InvalidDatasetError(f"Expected {path}. Received: {err}. Materialise the dataset again.") from err
     if hashlib.sha256(data).hexdigest() != sha256:
         raise InvalidDatasetError(
-            f"Expected {path} in {piece.source} as the manifest describes it. Received: other bytes. "
+            f"Expected {path} in {source} as the manifest describes it. Received: other bytes. "
             "Materialise the dataset again."
         )
     try:
-        return np.ascontiguousarray(packed_pixels(data, piece.form))
+        return np.ascontiguousarray(packed_pixels(data, form))
     except ImageError as err:
         raise InvalidDatasetError(f"Expected a readable image at {path}. Received: {err}") from err

@@ -6,19 +6,21 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cv_platform.datasets.shards.crew import make_pieces
-from cv_platform.datasets.shards.pixels import Encoding, PackForm, Piece
-from cv_platform.files import file_sha256, sync_file, sync_folder, write_file
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Engine
+from cv_platform.datasets.shards.pixels import Encoding, PackForm, read_pixels, stored
+from cv_platform.files import file_sha256, whole_file, write_file
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 2**20
 """Of pixels as uint8; a JPEG shard has as many images."""
-_PIECE_BYTES = 4 * 2**20
+_LEAST_SHARD_BYTES = 8 * 2**20
+_SHARDS = 32
+"""Of a split, if they are of a size between the two above: enough for many workers."""
 _SEAL = ".sealed.json"
 
 
@@ -51,8 +53,39 @@ class Shard:
     sizes: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Some consecutive rows of a split: what one process makes a shard of."""
+
+    folder: Path
+    """Of the unfinished pack."""
+    source: Path
+    """What the paths are relative to."""
+    name: str
+    """Of the shard's file."""
+    paths: tuple[str, ...]
+    sha256: tuple[str, ...]
+    form: PackForm
+    encoding: Encoding
+
+    @property
+    def images(self) -> int:
+        """How many rows it has."""
+        return len(self.paths)
+
+    @property
+    def contents(self) -> str:
+        """What the shard is to hold: another plan, of a release with other shards say, has other contents."""
+        return hashlib.sha256(json.dumps([repr(self.form), self.encoding, self.sha256]).encode()).hexdigest()
+
+    @property
+    def seal(self) -> Path:
+        """The file that says that the shard is whole."""
+        return self.folder / f"{self.name}{_SEAL}"
+
+
 def write_shards(
-    folder: Path, source: Path, splits: Sequence[Rows], form: PackForm, *, workers: int | None = None
+    folder: Path, source: Path, splits: Sequence[Rows], form: PackForm, *, engine: Engine | None = None
 ) -> dict[str, list[Shard]]:
     """Makes the shards of all splits in `folder`, and returns those of each split.
 
@@ -61,41 +94,47 @@ def write_shards(
         source: what the paths are relative to.
         splits: the images.
         form: of their pixels.
-        workers: processes that decode; None: as many as there are cores.
+        engine: who makes them; it sees both folders.
 
     Raises:
         InvalidDatasetError: a file is not the one that the manifest describes.
+        ShardError: see `compute.map_shards`.
         OSError: the disk is full, say.
     """
     planned = {rows.split: list(_plan(folder, source, rows, form)) for rows in splits}
-    everything = [pieces for of_split in planned.values() for pieces in of_split]
-    finished = {pieces[0].file.name: sealed for pieces in everything if (sealed := _sealed(folder, pieces))}
-    todo = [pieces for pieces in everything if pieces[0].file.name not in finished]
+    everything = [plan for of_split in planned.values() for plan in of_split]
+    finished = {plan.name: shard for plan in everything if (shard := _sealed(plan))}
+    todo = [plan for plan in everything if plan.name not in finished]
     if finished:
         logger.info("%d of %d shards were finished by a packing that was killed", len(finished), len(everything))
     kept = {name for file in finished for name in (file, f"{file}{_SEAL}")}
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink()
-    for pieces in todo:
-        pieces[0].file.touch()
-    with ThreadPoolExecutor(1) as sealer:  # Hashing and syncing a shard keep nobody from decoding the next one.
-        seals: list[Future[Shard]] = []
-        sizes: list[int] = []
-        ends = {id(pieces[-1]): pieces for pieces in todo}
-        for piece, made in make_pieces([piece for pieces in todo for piece in pieces], workers=workers):
-            if made:
-                with piece.file.open("ab") as file:
-                    file.writelines(made)
-                sizes += map(len, made)
-            if pieces := ends.get(id(piece)):
-                seals.append(sealer.submit(_seal, folder, pieces, tuple(sizes)))
-                sizes = []
-                for seal in seals:
-                    if seal.done():
-                        seal.result()  # A full disk ends the work at once.
-        finished |= {shard.file: shard for shard in (seal.result() for seal in seals)}
-    return {split: [finished[pieces[0].file.name] for pieces in of_split] for split, of_split in planned.items()}
+    total = sum(plan.images for plan in todo)
+    made = map_shards(write_shard, todo, engine=engine, title="Packing", total=total, in_order=False)
+    finished |= {plan.name: shard for plan, shard in made}
+    return {split: [finished[plan.name] for plan in of_split] for split, of_split in planned.items()}
+
+
+def write_shard(plan: Plan) -> Shard:
+    """Writes a shard and its seal, on the disk when it returns.
+
+    Raises:
+        InvalidDatasetError: a file is not the one that the manifest describes.
+        OSError: it cannot be written.
+    """
+    digest, sizes = hashlib.sha256(), list[int]()
+    with whole_file(plan.folder / plan.name) as partial, partial.open("wb") as file:
+        for path, sha256 in zip(plan.paths, plan.sha256, strict=True):
+            row = stored(read_pixels(plan.source, path, sha256, plan.form), plan.encoding)
+            # Written, not mapped: a full disk is then an error, where a memory map would be a SIGBUS.
+            sizes.append(file.write(row))
+            digest.update(row)
+    differing = tuple(sizes) if plan.encoding == "jpeg" else ()
+    shard = Shard(plan.name, plan.images, sum(sizes), digest.hexdigest(), differing)
+    write_file(plan.seal, json.dumps({"contents": plan.contents, "shard": asdict(shard)}))
+    return shard
 
 
 def remove_seals(folder: Path) -> None:
@@ -104,48 +143,29 @@ def remove_seals(folder: Path) -> None:
         path.unlink()
 
 
-def _plan(folder: Path, source: Path, rows: Rows, form: PackForm) -> Iterator[list[Piece]]:
-    """Yields the pieces of each shard."""
-    per_shard, per_piece = max(1, SHARD_BYTES // form.bytes), max(1, min(1024, _PIECE_BYTES // form.bytes))
-    for number, first in enumerate(range(0, len(rows.paths), per_shard)):
-        last = min(first + per_shard, len(rows.paths))
-        yield [
-            Piece(
-                source=source,
-                paths=tuple(rows.paths[start : min(start + per_piece, last)]),
-                sha256=tuple(rows.sha256[start : min(start + per_piece, last)]),
-                form=form,
-                encoding=rows.encoding,
-                file=folder / f"{rows.split}-{number:05}.{rows.encoding}",
-                offset=(start - first) * form.bytes,
-            )
-            for start in range(first, last, per_piece)
-        ]
+def _plan(folder: Path, source: Path, rows: Rows, form: PackForm) -> Iterator[Plan]:
+    even = len(rows.paths) * form.bytes // _SHARDS
+    per_shard = max(1, min(SHARD_BYTES, max(even, _LEAST_SHARD_BYTES)) // form.bytes)
+    for number, start in enumerate(range(0, len(rows.paths), per_shard)):
+        part = slice(start, start + per_shard)
+        yield Plan(
+            folder=folder,
+            source=source,
+            name=f"{rows.split}-{number:05}.{rows.encoding}",
+            paths=tuple(rows.paths[part]),
+            sha256=tuple(rows.sha256[part]),
+            form=form,
+            encoding=rows.encoding,
+        )
 
 
-def _contents(pieces: Sequence[Piece]) -> str:
-    """Names what a shard is to hold: another plan, of a release with other shards say, has another name."""
-    names = [[repr(pieces[0].form), pieces[0].encoding], *(piece.sha256 for piece in pieces)]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
-
-def _seal(folder: Path, pieces: Sequence[Piece], sizes: tuple[int, ...]) -> Shard:
-    file = pieces[0].file
-    sync_file(file)
-    images = sum(len(piece.paths) for piece in pieces)
-    shard = Shard(file.name, images, file.stat().st_size, file_sha256(file), sizes)
-    sync_folder(folder)
-    write_file(folder / f"{file.name}{_SEAL}", json.dumps({"contents": _contents(pieces), "shard": asdict(shard)}))
-    return shard
-
-
-def _sealed(folder: Path, pieces: Sequence[Piece]) -> Shard | None:
-    """Returns the shard that these pieces make if it is there and whole."""
-    file = pieces[0].file
+def _sealed(plan: Plan) -> Shard | None:
+    """Returns the shard of a plan if it is there and whole."""
+    file = plan.folder / plan.name
     try:
-        seal = json.loads((folder / f"{file.name}{_SEAL}").read_bytes())
+        seal = json.loads(plan.seal.read_bytes())
         shard = Shard(**{**seal["shard"], "sizes": tuple(seal["shard"]["sizes"])})
-        is_whole = seal["contents"] == _contents(pieces) and file.stat().st_size == shard.bytes
+        is_whole = seal["contents"] == plan.contents and file.stat().st_size == shard.bytes
         return shard if is_whole and file_sha256(file) == shard.sha256 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cv_platform.datasets.inspection import inspect_files
+from cv_platform.datasets.inspection import inspect_file
 from cv_platform.datasets.manifest import (
     MANIFEST_SCHEMA,
     build_manifest,
@@ -302,4 +302,4 @@ def test_splits_that_are_made_never_divide_a_group(tmp_path: Path) -> None:
 
 def test_a_file_that_goes_while_it_is_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidDatasetError, match=r"as they were listed.*gone\.png"):
-        list(inspect_files(tmp_path, ["gone.png"], max_pixels=100))
+        inspect_file(tmp_path / "gone.png", 100)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets.packing import open_split, pack_images
-from cv_platform.datasets.shards import crew, reading, writing
+from cv_platform.datasets.shards import reading, writing
 from cv_platform.errors import DatasetError, DiskSpaceError
 from cv_platform.files import file_sha256
 from cv_platform.records import DatasetVersion, PackedImages
@@ -37,7 +39,7 @@ def version(tmp_path_factory: pytest.TempPathFactory) -> DatasetVersion:
     return version_of(directory)
 
 
-def pack(version: DatasetVersion, home: Path, **options: int) -> PackedImages:
+def pack(version: DatasetVersion, home: Path, **options: Any) -> PackedImages:
     return pack_images(version, model(size=SIZE), quarantined=(), home=home, **options)
 
 
@@ -49,9 +51,8 @@ def plain(version: DatasetVersion, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of 4 images, made in pieces of 3."""
+    """Shards of 4 images."""
     monkeypatch.setattr(writing, "SHARD_BYTES", 4 * BYTES)
-    monkeypatch.setattr(writing, "_PIECE_BYTES", 3 * BYTES)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -85,37 +86,33 @@ def test_train_above_the_budget_is_kept_as_jpeg_and_what_judges_is_not(
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_several_processes_make_the_same_pack(
-    version: DatasetVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_make_the_same_pack(version: DatasetVersion, tmp_path: Path) -> None:
     alone = pack(version, tmp_path / "alone")
-    monkeypatch.setattr(crew, "WORTH_SECONDS", 0)
-    monkeypatch.setattr(crew, "available_cores", lambda: 2)
-    together = pack(version, tmp_path / "together")
+    together = pack(version, tmp_path / "together", engine=LocalEngine(2, worth_seconds=0))
     assert _sums(together.directory) == _sums(alone.directory)
 
 
 KILLED = """
-import os, signal, sys, time, psutil
+import os, signal, sys, psutil
 from pathlib import Path
+from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets import packing
-from cv_platform.datasets.shards import crew, writing
+from cv_platform.datasets.shards import writing
 from cv_platform.records import DatasetVersion
 from cv_platform_tests.unit.datasets.conftest import model
 
-whole = writing.make_pieces
-def killed(pieces, *, workers):
-    for at, made in enumerate(whole(pieces, workers=2)):
+whole = writing.map_shards
+def killed(*arguments, **options):
+    for at, made in enumerate(whole(*arguments, **options)):
         yield made
-        if at == 6:  # Three shards of four images, in pieces of three and one.
-            while not list(Path(sys.argv[3]).glob("packed/.*/train-00000.uint8.sealed.json")):
-                time.sleep(0.01)
+        if at >= 2 and list(Path(sys.argv[3]).glob("packed/.*/train-00000.uint8.sealed.json")):
             print(*(child.pid for child in psutil.Process().children()), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-writing.SHARD_BYTES, writing._PIECE_BYTES, crew.WORTH_SECONDS = 4 * 192, 3 * 192, 0
-writing.make_pieces = killed
+writing.SHARD_BYTES = 4 * 192
+writing.map_shards = killed
 version = DatasetVersion.model_validate_json(sys.argv[1], context={"home": Path(sys.argv[2])})
-packing.pack_images(version, model(size=8), quarantined=(), home=Path(sys.argv[3]))
+engine = LocalEngine(2, worth_seconds=0)
+packing.pack_images(version, model(size=8), quarantined=(), home=Path(sys.argv[3]), engine=engine)
 """
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ class Reader:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def __call__(self, at: int) -> NDArray[np.uint8]:
-        self.asked.append(at)
-        return np.full((4, 4, 3), at, np.uint8)
+    def __call__(self, part: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        for at in part:
+            self.asked.append(at)
+            yield np.full((4, 4, 3), at, np.uint8)
 
 
 @pytest.fixture
@@ -45,10 +47,10 @@ def test_what_was_written_before_the_end_stays(
     monkeypatch.setattr(embeddings, "_FILE_IMAGES", 2)
     names, read = ["a", "b", "c", "d"], Reader()
 
-    def fails(at: int) -> NDArray[np.uint8]:
-        if at == 3:
+    def fails(part: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        yield from read([at for at in part if at != 3])
+        if 3 in part:
             raise FileNotFoundError("d.png")
-        return read(at)
 
     with pytest.raises(FileNotFoundError):
         embed_files(names, fails, encoder, tmp_path)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +67,20 @@ def test_weights_of_another_network_are_refused() -> None:
 
 def test_batches_come_in_order_and_are_what_single_images_are(lite0: Encoder) -> None:
     images = noise(2 * BATCH_IMAGES + 3, 64)
-    batches = list(lite0.embed_all(range(len(images)), lambda at: images[at]))
-    assert [len(batch) for batch in batches] == [BATCH_IMAGES, BATCH_IMAGES, 3]
-    joined = np.concatenate(batches)
+    joined = lite0.embed(images)
     assert joined.shape == (len(images), 1280)
     np.testing.assert_allclose(
         joined[[0, 20, 34]], np.concatenate([lite0.embed(images[[at]]) for at in (0, 20, 34)]), atol=1e-4
     )
-    assert list(lite0.embed_all([], lambda at: images[at])) == []
     assert lite0.embed(images[:0]).shape == (0, 1280)
 
 
-def test_what_cannot_be_read_ends_it(lite0: Encoder) -> None:
-    def read(at: int) -> NDArray[np.uint8]:
-        raise FileNotFoundError(f"{at}.png")
-
-    with pytest.raises(FileNotFoundError):
-        list(lite0.embed_all(range(100), read))
+def test_another_process_opens_the_same_encoder(lite0: Encoder) -> None:
+    again = pickle.loads(pickle.dumps(lite0))
+    assert again.key == lite0.key
+    np.testing.assert_allclose(again.embed(noise(1, 64)), lite0.embed(noise(1, 64)), atol=1e-6)
+    with pytest.raises(TypeError, match="Expected an encoder of open_encoder"):
+        pickle.dumps(replace(lite0, _source=None))
 
 
 @pytest.mark.parametrize("images", [noise(1, 32), noise(1, 64).astype(np.float32), noise(1, 64)[0]])

@@ -168,7 +168,7 @@ def test_finds_wrong_labels_of_digits_with_the_encoder(tmp_path: Path) -> None:
     wrong = generator.random(1000) < 0.05
     labels[wrong] = (labels[wrong] + generator.integers(1, 10, wrong.sum())) % 10
     encoder = open_encoder(EncoderConfig(input_px=64), tmp_path)
-    vectors = np.concatenate(list(encoder.embed_all(images, lambda image: cv2.resize(image, (64, 64)))))
+    vectors = encoder.embed(np.stack([cv2.resize(image, (64, 64)) for image in images]))
     sample = replace(
         _sample(principal_components(images), [[str(label)] for label in labels]), embeddings=vectors.astype(np.float16)
     )

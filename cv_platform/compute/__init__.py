@@ -1,0 +1,84 @@
+"""Work on shards, by whatever engine an installation has: `map_shards`.
+
+A shard is a small value that names its input, and what is made of it is returned or published by a function that can be
+called again: a shard may be worked on twice, by a process that dies and by the next one. What a shard contains is its
+stage's part; how many processes there are, and where, is the engine's (`local`, `ray_engine`). The same bytes come out
+of every engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from cv_platform.compute.engine import Engine, R, S, Salvage
+from cv_platform.compute.local import LocalEngine
+from cv_platform.compute.progress import Progress
+from cv_platform.errors import ShardError
+
+if TYPE_CHECKING:  # Late: each process that works on shards imports this package.
+    from cv_platform.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+
+
+def open_engine(settings: Settings) -> Engine:
+    """Returns the engine of an installation; what it needs is started when it is first used."""
+    return LocalEngine()
+
+
+def map_shards(
+    function: Callable[[S], R],
+    shards: Iterable[S],
+    *,
+    engine: Engine | None,
+    title: str,
+    total: int,
+    in_order: bool = True,
+    salvage: Salvage[S, R] | None = None,
+) -> Iterator[tuple[S, R]]:
+    """Yields each shard with what `function` returns of it; no more wait here than a few for each worker.
+
+    A shard whose process dies is tried again. One that kills it each time does not keep the others from being done: it
+    is named at the end, or saved as far as `salvage` says. An error that `function` raises ends the work at once,
+    unless it is one that passes by itself.
+
+    Args:
+        function: of a module, so that another process finds it by its name; it has to bear being called twice.
+        shards: taken as the work goes on.
+        engine: who does it; None: processes of this machine.
+        title: of the work, for the log.
+        total: images of all shards.
+        in_order: in the order of `shards`; else as they come.
+        salvage: what becomes of the rest of a shard that kills its process.
+
+    Raises:
+        ShardError: shards have killed each process that worked on them; all others are done.
+    """
+    engine = engine or LocalEngine()
+    progress = Progress(title, total)
+    lost: list[str] = []
+    for outcome in engine.run(function, shards, total=total, in_order=in_order):
+        if outcome.failure is None:
+            result = outcome.result
+        elif salvage is not None:
+            logger.warning("%s: %s %s; its images are tried one by one", title, outcome.shard.name, outcome.failure)
+            singles = engine.run(function, salvage.divide(outcome.shard), total=None, in_order=True)
+            result = salvage.join(
+                [one.result if one.failure is None else salvage.lost(one.shard, one.failure) for one in singles]
+            )
+        else:
+            logger.error("%s: %s %s; the rest goes on", title, outcome.shard.name, outcome.failure)
+            lost.append(f"{outcome.shard.name} ({outcome.failure})")
+            continue
+        progress.add(outcome.shard.images)
+        yield outcome.shard, result
+    if lost:
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise ShardError(
+            f"{title}: expected every shard. Received: {', '.join(lost[:_SHOWN])}{more}. All others are done. Look at "
+            "the images of these shards, and at the memory of the machine; then run it again."
+        )

@@ -1,0 +1,131 @@
+"""What engines have in common: shards, what came of them, whose turn it is, and errors that pass by themselves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from cv_platform.errors import DatabaseUnavailableError, LockHeldError, ServiceError, StorageError
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Processes that a shard may kill before it is given up."""
+AHEAD = 3
+"""Shards for each worker that are given out, or wait for their turn."""
+_PASSING = (StorageError, DatabaseUnavailableError, LockHeldError, ServiceError, ConnectionError, TimeoutError)
+_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Before a shard is tried again whose storage is away: a minute together."""
+
+
+class Shard(Protocol):
+    """A part of the work: small, and such that pickle takes it."""
+
+    @property
+    def name(self) -> str:
+        """Returns how the log and errors call it."""
+        ...
+
+    @property
+    def images(self) -> int:
+        """Returns how many images it has, for the progress."""
+        ...
+
+
+S = TypeVar("S", bound=Shard)
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[S, R]):
+    """What came of a shard: a result, or why there is none although it was tried several times."""
+
+    shard: S
+    result: Any
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Salvage(Generic[S, R]):
+    """How the rest of a shard is saved of which one image kills the process.
+
+    Attributes:
+        divide: returns a shard of each image.
+        join: returns the shard's result from theirs, in order.
+        lost: returns the result of an image that kills its process, given why.
+    """
+
+    divide: Callable[[S], Iterable[S]]
+    join: Callable[[list[R]], R]
+    lost: Callable[[S, str], R]
+
+
+class Engine(Protocol):
+    """Who works on shards; see the package for how to add one."""
+
+    @property
+    def workers(self) -> int:
+        """Returns how many shards it works on at a time."""
+        ...
+
+    def run(
+        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
+    ) -> Iterator[Outcome[S, R]]:
+        """Yields what came of each shard, a shard that kills its process included.
+
+        Args:
+            function: see `map_shards`.
+            shards: taken as the work goes on.
+            total: images of all of them; None: each has to have a process of its own, as it may kill it.
+            in_order: in the order of `shards`; else as they come.
+
+        Raises:
+            Exception: what `function` raises.
+        """
+        ...
+
+
+class Turns(Generic[S, R]):
+    """Gives shards out, never too far ahead of who takes the outcomes, and keeps outcomes until their turn."""
+
+    def __init__(self, shards: Iterable[S], *, ahead: int, in_order: bool) -> None:
+        self._shards = iter(shards)
+        self._ahead, self._in_order = ahead, in_order
+        self._issued = self._given = 0
+        self._settled: dict[int, Outcome[S, R]] = {}
+
+    def take(self) -> tuple[int, S] | None:
+        """Returns the next shard with its number; None: there is none, or too many wait."""
+        if self._issued - self._given >= self._ahead:
+            return None
+        for shard in self._shards:
+            self._issued += 1
+            return self._issued - 1, shard
+        return None
+
+    def settle(self, number: int, outcome: Outcome[S, R]) -> None:
+        """Takes what came of a shard."""
+        self._settled[number] = outcome
+
+    def give(self) -> Iterator[Outcome[S, R]]:
+        """Yields the outcomes whose turn it is."""
+        while self._settled:
+            number = self._given if self._in_order else next(iter(self._settled))
+            if number not in self._settled:
+                return
+            self._given += 1
+            yield self._settled.pop(number)
+
+
+def call(function: Callable[[S], R], shard: S) -> R:
+    """Calls `function` on a shard, and again where storage or a server is away for up to a minute."""
+    for wait in _WAITS_SECONDS:
+        try:
+            return function(shard)
+        except _PASSING as err:
+            logger.warning("%s is tried again in %.0f s: %s", shard.name, wait, err)
+            time.sleep(wait)
+    return function(shard)

@@ -1,0 +1,58 @@
+"""The program of a process that works on shards for `local`: it ends with the one that has started it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from cv_platform.compute.engine import call
+from cv_platform.errors import ComputeError, CvPlatformError
+
+_LOOK_SECONDS = 0.5
+
+
+def serve(connection: Connection[Any, Any], *, parent: int) -> None:
+    """Takes a function, says that it is ready, then works on the shards that come until nothing more does.
+
+    An answer is `(error, result)`, of which one is None.
+
+    Args:
+        connection: to who gives out the shards.
+        parent: its process id.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who gives out the shards.
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    function = connection.recv()
+    if opencv := sys.modules.get("cv2"):
+        opencv.setNumThreads(1)  # The other cores are the other processes'.
+    connection.send((None, None))
+    while True:
+        try:
+            shard = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[Exception | None, Any] = (None, call(function, shard))
+        except Exception as err:
+            if not isinstance(err, CvPlatformError):
+                err.add_note(f"Of {shard.name}, in a process of its own:\n{traceback.format_exc()}")
+            answer = (err, None)
+        try:
+            connection.send(answer)
+        except (pickle.PicklingError, TypeError, AttributeError) as err:
+            said = answer[0] or err
+            connection.send((ComputeError(f"{shard.name}: {type(said).__name__}: {said}"), None))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that has started it has ended, however it did."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)

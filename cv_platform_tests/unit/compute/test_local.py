@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from cv_platform.compute import engine as engines
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import AHEAD, Salvage
+from cv_platform.compute.local import LocalEngine
+from cv_platform.compute.progress import Progress
+from cv_platform.errors import InvalidDatasetError, ShardError, StorageError
+
+from .tasks import Numbers, doubled, process_id, shards
+
+PROCESSES = LocalEngine(2, worth_seconds=0)
+
+
+def test_a_shard_that_kills_its_process_is_named_and_the_rest_is_done(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[int] = []
+    work = map_shards(doubled, shards(4), engine=PROCESSES, title="Doubling", total=8)
+    with pytest.raises(ShardError, match=r"numbers from 6 \(has ended 3 processes, the last of which .*SIGKILL\)"):
+        done.extend(value for _, result in work for value in result)
+    assert done == [0, 2, 4, 6, 8, 10]
+    assert "A process that worked on numbers from 6 was ended by SIGKILL (1 of 3)" in caplog.messages
+
+
+def test_the_rest_of_such_a_shard_can_be_saved_in_its_place() -> None:
+    salvage: Salvage[Numbers, list[int]] = Salvage(
+        divide=lambda shard: [Numbers((value,)) for value in shard.values],
+        join=lambda parts: [value for part in parts for value in part],
+        lost=lambda shard, why: [-1],
+    )
+    done = map_shards(doubled, shards(4), engine=PROCESSES, title="Doubling", total=8, salvage=salvage)
+    assert [result for _, result in done] == [[0, 2], [4, 6], [8, 10], [12, -1]]
+
+
+def test_an_error_of_the_function_ends_the_work_as_it_is() -> None:
+    with pytest.raises(InvalidDatasetError, match="Expected no 9"):
+        list(map_shards(doubled, [Numbers((9,))], engine=PROCESSES, title="Doubling", total=1))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_shards_are_taken_as_the_work_goes_on(in_order: bool) -> None:
+    taken: list[Numbers] = []
+
+    def source() -> Iterator[Numbers]:
+        for shard in shards(100):
+            taken.append(shard)
+            yield shard
+
+    results = map_shards(process_id, source(), engine=PROCESSES, title="Counting", total=10, in_order=in_order)
+    for number, (_, process) in enumerate(results):
+        assert process != os.getpid()
+        assert len(taken) <= number + 1 + AHEAD * PROCESSES.workers
+    assert len(taken) == 100
+
+
+def test_little_work_starts_no_process() -> None:
+    results = map_shards(process_id, shards(5), engine=None, title="Counting", total=10)
+    assert {process for _, process in results} == {os.getpid()}
+
+
+def test_a_shard_waits_for_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(engines.time, "sleep", waits.append)
+
+    def read(shard: Numbers) -> int:
+        if sum(waits) < 30:
+            raise StorageError("Cannot read.")
+        return shard.images
+
+    assert [images for _, images in map_shards(read, shards(2), engine=None, title="Reading", total=4)] == [2, 2]
+    assert sum(waits) == pytest.approx(31)
+
+    def never(_: Numbers) -> int:
+        raise StorageError("Cannot read at all.")
+
+    with pytest.raises(StorageError, match="at all"):
+        list(map_shards(never, shards(1), engine=None, title="Reading", total=2))
+
+
+def test_progress_says_how_many_how_fast_and_how_long() -> None:
+    progress = Progress("Scoring", 3000)
+    progress.add(1000)
+    assert progress.line(20.0) == "Scoring: 1,000 of 3,000 images, 50 per second, 40 s left"
