@@ -564,6 +564,80 @@ class ModelBundle(Record):
     unknown: tuple[UnknownRate, ...] = Field(default=(), description="empty where there is no rule, or no test split")
 
 
+# challenger_replay
+
+
+class ChangedAnswer(Value):
+    """An upload that a new model answers otherwise than the one in production.
+
+    Attributes:
+        prediction_id, image_sha256: the latest request that sent it, and the upload.
+        old, new: the classes, several joined by |; their confidences are the largest probabilities.
+        stated: what somebody said that it shows; None: nobody did.
+    """
+
+    prediction_id: str
+    image_sha256: str
+    old: str
+    old_confidence: float
+    new: str
+    new_confidence: float
+    stated: str | None = None
+
+
+class Replay(Record):
+    """A new model beside the one in production, on what that was asked last; see `deployment.replay`.
+
+    Attributes:
+        model: the challenger.
+        champion: the version in production; None where no other version of the model is.
+        passed, reasons: what failed; when nothing did, what was satisfied.
+        replayed: uploads that both have answered.
+        agreed: of them, those with the same answer.
+        changed: the others, 24 at most, the surest new answers first.
+        not_kept: requests that were looked at, whose upload the log does not keep (any more).
+        unreadable: predictions whose upload is gone or does not decode.
+        labelled: of those replayed, how many somebody has labelled.
+        comparison: on those of them that neither was trained on; None without any.
+        confidence, unknown_rate, cpu_ms: of the challenger, and of the champion: the mean largest probability, the
+            share of unknown images (None without a rule), the CPU time of an answer in batches of 32.
+    """
+
+    model: ModelIdentity
+    champion: ModelIdentity | None
+    directory: HomePath
+    passed: bool = True
+    reasons: tuple[str, ...] = ()
+    replayed: int = 0
+    agreed: int = 0
+    changed: tuple[ChangedAnswer, ...] = ()
+    not_kept: int = 0
+    unreadable: tuple[str, ...] = ()
+    labelled: int = 0
+    comparison: Comparison | None = None
+    confidence: float | None = None
+    champion_confidence: float | None = None
+    unknown_rate: float | None = None
+    champion_unknown_rate: float | None = None
+    cpu_ms: float | None = None
+    champion_cpu_ms: float | None = None
+
+    @override
+    def content_version(self) -> str:
+        """Names the model and the verdict: other requests, with the same one, make nothing stale."""
+        return f"{self.model.version}-{'passed' if self.passed else 'refused'}"
+
+    @property
+    def page_path(self) -> Path:
+        """The page with the changed answers; there is none where nothing was replayed."""
+        return self.directory / "replay.html"
+
+    @property
+    def cost_ratio(self) -> float | None:
+        """CPU time of an answer, as a multiple of the champion's."""
+        return self.cpu_ms / self.champion_cpu_ms if self.cpu_ms and self.champion_cpu_ms else None
+
+
 # deployment
 
 
@@ -946,6 +1020,7 @@ RECORDS: Mapping[str, type[Record]] = {
     "drift_detectors": DriftDetectors,
     "reference_data": ReferenceData,
     "bento": ModelBundle,
+    "challenger_replay": Replay,
     "deployment": Deployment,
     "drift_report": DriftReport,
     "production_metrics": ProductionMetrics,

@@ -88,7 +88,9 @@ def _publish(settings: Settings, store: RecordStore, say: Callable[[str], None])
     prepare_home(settings)
     log: Path = new_run_log(settings.home / "logs", store.experiment)
     say(f"Its gate is overruled. Dagster makes its bundle and deploys it; log in {log}")
-    selection = " or ".join(f'key:"{store.experiment}/{asset}"' for asset in ("bento", "deployment"))
+    selection = " or ".join(
+        f'key:"{store.experiment}/{asset}"' for asset in ("bento", "challenger_replay", "deployment")
+    )
     materialize(selection, platform_environment(settings), log=log, say=say)
     deployment = store.latest(Deployment)
     return deployment.message if deployment else "It is deployed."

@@ -19,7 +19,14 @@ from cv_platform.config.files import (
 )
 from cv_platform.config.images import DatasetConfig, EncoderConfig, QuarantineConfig, ValidateConfig
 from cv_platform.config.model import DriftDetectionConfig, InputSize, ModelConfig
-from cv_platform.config.production import AlertsConfig, DeployConfig, ExportFormat, LabelsConfig, MonitorConfig
+from cv_platform.config.production import (
+    AlertsConfig,
+    DeployConfig,
+    ExportFormat,
+    LabelsConfig,
+    MonitorConfig,
+    ReplayConfig,
+)
 from cv_platform.config.recipe import EvaluateConfig, MlflowConfig, TrainConfig, TransferConfig
 from cv_platform.config.search import Span, TuneConfig
 
@@ -40,6 +47,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "QuarantineConfig",
+    "ReplayConfig",
     "Section",
     "Severity",
     "Span",

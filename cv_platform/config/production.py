@@ -13,6 +13,22 @@ ExportFormat = Literal["onnx", "onnx_int8", "litert", "litert_int8"]
 """A file that answers probabilities elsewhere; int8: weights and activations of its convolutions in 8 bits."""
 
 
+class ReplayConfig(Section):
+    """What a new model has to show on the uploads that the one in production was asked about last."""
+
+    max_requests: int = Field(default=1000, ge=1, le=100_000, description="uploads, the latest ones, each once")
+    min_agreement: Fraction = Field(
+        default=0.5,
+        description="share of answers that have to stay as they are, unless labels show that the new ones are better",
+    )
+    max_unknown_increase: Fraction = Field(
+        default=0.1, description="by how much the share may grow that is unknown to the model"
+    )
+    max_cost_ratio: float | None = Field(
+        default=None, gt=0.0, description="CPU time of an answer, as a multiple of that in production; none: any"
+    )
+
+
 class DeployConfig(Section):
     """Which service the model goes to, and how long its workers have to take it up."""
 
@@ -43,6 +59,7 @@ class DeployConfig(Section):
         le=3600.0,
         description="until every running worker has taken the model up; else it goes back",
     )
+    replay: ReplayConfig = Field(default=ReplayConfig(), description="the new model on logged requests")
 
 
 class MonitorConfig(Section):

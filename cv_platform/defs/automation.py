@@ -32,6 +32,7 @@ TRAINING_ASSETS = (
     "drift_detectors",
     "reference_data",
     "bento",
+    "challenger_replay",
     "deployment",
 )
 

@@ -1,4 +1,6 @@
-"""The assets `bento` (an immutable bundle and a built Bento) and `deployment` (the production pointer, moved)."""
+"""The assets `bento` (an immutable bundle and a built Bento), `challenger_replay` (the new model on what production was
+asked last) and `deployment` (the production pointer, moved).
+"""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -6,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from cv_platform.audit import Note
+from cv_platform.audit import AuditEntry, Note
 from cv_platform.defs.automation import RUN
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
@@ -20,6 +22,7 @@ from cv_platform.records import (
     ModelIdentity,
     PackedImages,
     ReferenceData,
+    Replay,
     TrainedModel,
 )
 from cv_platform.storage import ProductionPointer
@@ -110,6 +113,81 @@ def _bento_metadata(bundle: ModelBundle, exports: Path, wanted: Collection[str])
     }
 
 
+def challenger_replay_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/challenger_replay`."""
+    holds = branch.check(
+        "replay_holds",
+        "challenger_replay",
+        blocking=True,
+        description="On the uploads that production was asked about last, the new model answers within the limits of "
+        "deploy.replay, and is not less often right than the one in production.",
+    )
+
+    @branch.asset(
+        value=Replay,
+        is_retried=True,
+        kinds={"onnx", "postgres"},
+        reads=[
+            "deploy.service",
+            "deploy.replay",
+            "evaluate.alpha",
+            "evaluate.max_regression",
+            "evaluate.max_recall_regression",
+        ],
+        ins={"bundle": "bento"},
+        checks=[holds],
+    )
+    def challenger_replay(context: dg.AssetExecutionContext, bundle: ModelBundle) -> dg.MaterializeResult:
+        """The new model beside the one in production, on the uploads that were logged last.
+
+        How many answers stay, which change, how sure and how costly they are, how much is unknown; and on labelled
+        uploads that neither was trained on, which of the two is right. Deployment refuses a model that does not pass.
+        """
+        from cv_platform.deployment.champion import champion_of
+        from cv_platform.deployment.replay import replay_challenger
+
+        run = branch.run(context)
+        model, storage, home = bundle.model, run.installation.storage(), run.settings.home
+        champion = champion_of(model, service=run.config.deploy.service, storage=storage)
+        directory = home / "replays" / model.model_name / model.version
+        if champion is None:
+            reasons = ("no other version of this model is in production to compare with",)
+            replay = Replay(model=model, champion=None, directory=directory, reasons=reasons)
+        else:
+            places = {"storage": storage, "cache": home / "cache", "directory": directory}
+            with run.installation.engine() as engine:
+                replay = replay_challenger(model, champion, run.config, engine=engine, **places)
+        override = run.installation.audit().override(model.model_name, model.version)
+        overruled = "" if replay.passed or override is None else f"Overruled by {override.by}: {override.because}. "
+        return run.result(
+            replay,
+            _replay_metadata(replay),
+            checks=[
+                dg.AssetCheckResult(
+                    check_name=holds.name,
+                    passed=replay.passed or override is not None,
+                    description=overruled + "; ".join(replay.reasons),
+                )
+            ],
+        )
+
+    return challenger_replay
+
+
+def _replay_metadata(replay: Replay) -> dict[str, Any]:
+    compared, without = replay.comparison, {"model", "champion", "directory", "changed", "comparison", "made_from"}
+    figures = replay.model_dump(exclude=without)
+    if compared is not None:
+        figures |= {"accuracy": compared.accuracy, "champion_accuracy": compared.champion_accuracy}
+    return {
+        "version": replay.model.version,
+        "champion": replay.champion.version if replay.champion else "",
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in figures.items()},
+        "changed": table([one.model_dump() for one in replay.changed]),
+        **({"page": file_link(replay.page_path)} if replay.page_path.is_file() else {}),
+    }
+
+
 def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
     """Returns the asset `<name>/deployment`."""
 
@@ -119,10 +197,10 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         pool=f"pointer_{branch.config.deploy.service}",
         kinds={"bentoml"},
         reads=["deploy.service"],
-        ins={"bundle": "bento", "evaluation": "evaluation"},
+        ins={"bundle": "bento", "evaluation": "evaluation", "replay": "challenger_replay"},
     )
     def deployment(
-        context: dg.AssetExecutionContext, bundle: ModelBundle, evaluation: Evaluation
+        context: dg.AssetExecutionContext, bundle: ModelBundle, evaluation: Evaluation, replay: Replay
     ) -> dg.MaterializeResult:
         """The production pointer, moved after a load test, and every running worker confirmed on the new version.
 
@@ -136,7 +214,8 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         run = branch.run(context)
         override = run.installation.audit().override(bundle.model.model_name, bundle.model.version)
         require_promotion(evaluation, bundle.model, override)
-        by_run = Note(f"{RUN}{context.run_id}", "it has passed its promotion gate")
+        require_replay(replay, bundle.model, override)
+        by_run = Note(f"{RUN}{context.run_id}", "it has passed its promotion gate and its replay")
         storage = run.installation.storage()
         result = deploy(
             bundle.model,
@@ -169,8 +248,23 @@ def pointer_history(pointer: ProductionPointer | None) -> dg.TableMetadataValue:
     return table([move.model_dump(mode="json") for move in pointer.history] if pointer else [])
 
 
-def require_same_model(record: DriftDetectors | ReferenceData, model: ModelIdentity) -> None:
-    """Refuses detectors or reference data of another model version.
+def require_replay(replay: Replay, model: ModelIdentity, override: AuditEntry | None) -> None:
+    """Refuses to go on without a replay of this very model version that passed, or an override; in later runs too.
+
+    Raises:
+        VerdictError: the latest replay is of another version, or it did not pass.
+    """
+    require_same_model(replay, model)
+    if not replay.passed and override is None:
+        raise VerdictError(
+            f"Expected a model that holds on logged requests. Received: {model}: {'; '.join(replay.reasons)}. Look at "
+            f"{replay.page_path}, then change the limits in `deploy.replay`, or overrule them: "
+            f'cv-platform promote {model.version} --because "…".'
+        )
+
+
+def require_same_model(record: DriftDetectors | ReferenceData | Replay, model: ModelIdentity) -> None:
+    """Refuses detectors, reference data or a replay of another model version.
 
     Raises:
         VerdictError: they belong to another version.

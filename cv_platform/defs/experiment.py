@@ -1,4 +1,4 @@
-"""One experiment config becomes its branch of the graph: thirteen assets with checks, jobs, a schedule and sensors."""
+"""One experiment config becomes its branch of the graph: fourteen assets with checks, jobs, a schedule and sensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cv_platform.defs.automation import (
 )
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.datasets import dataset_asset, embeddings_asset, packed_images_asset
-from cv_platform.defs.deployment import bento_asset, deployment_asset
+from cv_platform.defs.deployment import bento_asset, challenger_replay_asset, deployment_asset
 from cv_platform.defs.drift import drift_detectors_asset, reference_data_asset
 from cv_platform.defs.evaluation import evaluation_asset
 from cv_platform.defs.monitoring import drift_report_asset, labeling_queue_asset, production_metrics_asset
@@ -55,6 +55,7 @@ def experiment_assets(branch: Branch) -> list[dg.AssetsDefinition]:
         drift_detectors_asset(branch),
         reference_data_asset(branch),
         bento_asset(branch),
+        challenger_replay_asset(branch),
         deployment_asset(branch),
         drift_report_asset(branch),
         production_metrics_asset(branch),

@@ -7,13 +7,14 @@ is what people get.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from cv_platform import images
+from cv_platform.config import ClassifierType
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment.bundle import TRAINED_ON
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError, ImageError
@@ -55,31 +56,48 @@ def ask_champion(
     Raises:
         StorageError: central storage cannot be reached. That may pass, and says nothing about a model.
     """
-    pointer = storage.read_pointer(service)
-    if pointer is None or pointer.model_name != challenger.model_name or pointer.version == challenger.version:
+    champion = champion_of(challenger, service=service, storage=storage)
+    if champion is None:
         return None
     try:
-        folder, metadata = fetch(storage, pointer.model_name, pointer.version, cache=cache)
-        if problem := _difference(metadata, task):
-            return Champion(pointer.version, problem=problem)
+        folder, metadata = fetch(storage, champion.model_name, champion.version, cache=cache)
+        if problem := class_difference(metadata, task.class_names, task.classifier_type):
+            return Champion(champion.version, problem=problem)
         model = load_folder(folder, metadata)
         probabilities = [model.predict_batch(batch).probabilities for batch in _batches(model, task, test, version)]
     except (BundleNotFoundError, CorruptBundleError) as err:
-        return Champion(pointer.version, problem=f"its bundle does not answer. {err}")
+        return Champion(champion.version, problem=f"its bundle does not answer. {err}")
     except (OSError, ImageError, ValueError) as err:
-        return Champion(pointer.version, problem=f"it does not take the test images. {err}")
+        return Champion(champion.version, problem=f"it does not take the test images. {err}")
     # Both have the same classes, maybe in another order.
     columns = [metadata.class_names.index(name) for name in task.class_names]
     decisions = predicted_flags(np.concatenate(probabilities), task.classifier_type, metadata.threshold)[:, columns]
-    return Champion(pointer.version, decisions, images_seen(folder / TRAINED_ON, test.sha256))
+    return Champion(champion.version, decisions, images_seen(folder / TRAINED_ON, test.sha256))
 
 
-def _difference(metadata: BundleMetadata, task: Task) -> str:
-    """Says what makes the answers of two models incomparable; empty where nothing does."""
-    if metadata.classifier_type != task.classifier_type:
-        return f"it is {metadata.classifier_type}, and the new model {task.classifier_type}"
-    missing = [name for name in metadata.class_names if name not in task.class_names]
-    further = [name for name in task.class_names if name not in metadata.class_names]
+def champion_of(challenger: ModelIdentity, *, service: str, storage: CentralStorage) -> ModelIdentity | None:
+    """Returns what `service` serves; None where that is no other version of the challenger's model.
+
+    Raises:
+        StorageError: central storage cannot be reached.
+    """
+    pointer = storage.read_pointer(service)
+    if pointer is None or pointer.model_name != challenger.model_name or pointer.version == challenger.version:
+        return None
+    return ModelIdentity(model_name=pointer.model_name, version=pointer.version)
+
+
+def class_difference(metadata: BundleMetadata, class_names: Sequence[str], classifier_type: ClassifierType) -> str:
+    """Says what makes the answers of a bundle and of a model incomparable; empty where nothing does.
+
+    Args:
+        metadata: of the bundle in production.
+        class_names, classifier_type: of the new model; the order of the classes may differ.
+    """
+    if metadata.classifier_type != classifier_type:
+        return f"it is {metadata.classifier_type}, and the new model {classifier_type}"
+    missing = [name for name in metadata.class_names if name not in class_names]
+    further = [name for name in class_names if name not in metadata.class_names]
     parts = [f"{what} {', '.join(names)}" for what, names in (("no", missing), ("also", further)) if names]
     return f"it has other classes; the new model has {' and '.join(parts)}" if parts else ""
 
@@ -103,8 +121,13 @@ def _batches(model: LoadedModel, task: Task, test: PackedSplit, version: Dataset
             yield np.stack(list(pool.map(decode, test.paths[start : start + _BATCH])))
 
 
-def images_seen(path: Path, sha256: list[str]) -> np.ndarray | None:
-    """Returns `(N,)` bool: which images are among those that `path` names; None where there is no such file."""
+def images_seen(path: Path, sha256: Sequence[str]) -> np.ndarray | None:
+    """Returns which images a model was trained on, `(N,)` bool; None where there is no such file.
+
+    Args:
+        path: of `TRAINED_ON` in its bundle.
+        sha256: of the images' files.
+    """
     if not path.is_file():
         return None
     known = {row.tobytes().hex() for row in np.load(path, allow_pickle=False)}

@@ -28,6 +28,7 @@ from sqlalchemy import Engine
 
 from cv_platform import images
 from cv_platform.config import ExperimentConfig
+from cv_platform.database.uploads import read_images
 from cv_platform.datasets.embeddings import embed_dataset, embed_images, read_embeddings
 from cv_platform.datasets.importing import check_names
 from cv_platform.datasets.manifest import read_manifest, read_thumbnails
@@ -44,7 +45,6 @@ from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import ImageError, InvalidDatasetError
 from cv_platform.files import exclusive, require_free_space, scratch_directory
 from cv_platform.monitoring.labels import CollectedLabels, LabelledUpload, collect_labels, fates
-from cv_platform.monitoring.window import read_images
 from cv_platform.predictions import LABEL_SEPARATOR
 from cv_platform.records import DatasetVersion
 from cv_platform.validation.label_sources import SourceVerdict, judge_sources

@@ -23,10 +23,10 @@ from sqlalchemy.dialects.postgresql import insert
 
 from cv_platform.config import ExperimentConfig, ModelConfig
 from cv_platform.database.schema import feedback, labeling_items, predictions
+from cv_platform.database.uploads import read_images
 from cv_platform.errors import ImageError, InvalidDatasetError
 from cv_platform.images import decode
 from cv_platform.monitoring.labeling_queue import is_labelled
-from cv_platform.monitoring.window import read_images
 from cv_platform.predictions import LABEL_SEPARATOR, LABELLER, NONE_OF_THESE
 
 CSV_COLUMNS = ("prediction_id", "reason", "proposal", "confidence", "label", "labeller")

@@ -21,6 +21,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from cv_platform.config import ExperimentConfig
 from cv_platform.database.schema import feedback, labeling_items, predictions
+from cv_platform.database.uploads import read_images
 from cv_platform.datasets.embeddings import read_embeddings
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies, thumbnail
@@ -29,7 +30,6 @@ from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import ImageError, StorageError
 from cv_platform.images import preprocess
 from cv_platform.monitoring.queue_choice import RANDOM, choose, novelty, uncertainty
-from cv_platform.monitoring.window import read_images
 from cv_platform.predictions import LABELLER
 from cv_platform.records import DatasetVersion, DriftReport, Embeddings, LabelingQueue
 from cv_platform.serving.model.unknown import UNKNOWN, load_rule

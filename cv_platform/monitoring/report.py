@@ -18,6 +18,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from cv_platform.config import ClassifierType, ExperimentConfig, MonitorConfig, Threshold
 from cv_platform.database.schema import drift_reports
+from cv_platform.database.uploads import read_feedback, read_images
 from cv_platform.drift.accuracy import estimate_accuracy
 from cv_platform.drift.causes import Labelled, find_causes
 from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
@@ -32,7 +33,7 @@ from cv_platform.monitoring.evidently_figures import evidently_run
 from cv_platform.monitoring.evidently_report import delete_run, publish_run
 from cv_platform.monitoring.report_page import render_page, thumbnails
 from cv_platform.monitoring.sentences import drift_summary
-from cv_platform.monitoring.window import Window, WindowBounds, read_feedback, read_images, read_window, window_bounds
+from cv_platform.monitoring.window import Window, WindowBounds, read_window, window_bounds
 from cv_platform.predictions import LABEL, predicted_flags
 from cv_platform.records import DriftReport, ModelIdentity
 from cv_platform.storage import CentralStorage

@@ -8,25 +8,24 @@ The sample is drawn by a hash of the prediction's id, so that every request of t
 night's as the busy hour's, and a retry reads the same rows. The tests take requests as independent of each other: of an
 upload that was sent again and again, the first request stands for all, unless `monitor.repeats` says otherwise.
 
-Only the columns that the report needs are read; images are fetched later, by sha256, for the few that are shown.
+Only the columns that the report needs are read; `database.uploads` fetches the few images that are shown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
-from uuid import UUID
 
 import numpy as np
 import pandas as pd
 from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, func, select, text
 
 from cv_platform.config import ExperimentConfig, MonitorConfig
-from cv_platform.database.schema import api_log, feedback, images, predictions
+from cv_platform.database.schema import api_log, predictions
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import ConfigError
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
@@ -34,7 +33,6 @@ from cv_platform.records import ModelIdentity
 
 _VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
 _ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256")
-_IDS_PER_QUERY = 1000
 
 
 @dataclass(frozen=True)
@@ -205,25 +203,6 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
     )
 
 
-def read_feedback(engine: Engine, prediction_ids: Sequence[UUID]) -> dict[UUID, str]:
-    """Returns the latest stated true class of each prediction that has one.
-
-    Raises:
-        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
-    """
-    stated: dict[UUID, str] = {}
-    with engine.connect() as connection:
-        for start in range(0, len(prediction_ids), _IDS_PER_QUERY):
-            ids = list(prediction_ids[start : start + _IDS_PER_QUERY])
-            latest_last = (
-                select(feedback.c.prediction_id, feedback.c.true_class)
-                .where(feedback.c.prediction_id.in_(ids))
-                .order_by(feedback.c.created_on, feedback.c.id)
-            )
-            stated.update((row.prediction_id, row.true_class) for row in connection.execute(latest_last))
-    return stated
-
-
 def count_new_predictions(engine: Engine, *, model_name: str, after_id: int) -> tuple[int, int]:
     """Returns how many predictions of a model have an `api_log.id` above `after_id`, and the largest such id.
 
@@ -250,19 +229,6 @@ def count_predictions(engine: Engine, *, model_name: str) -> tuple[int, datetime
     with engine.connect() as connection:
         count, last = connection.execute(logged).one()
     return int(count), last
-
-
-def read_images(engine: Engine, sha256s: Sequence[str]) -> dict[str, bytes]:
-    """Returns the uploads with these hashes, as far as they were kept.
-
-    Raises:
-        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
-    """
-    if not sha256s:
-        return {}
-    wanted = select(images.c.sha256, images.c.content).where(images.c.sha256.in_(sorted(set(sha256s))))
-    with engine.connect() as connection:
-        return {row.sha256: bytes(row.content) for row in connection.execute(wanted)}
 
 
 def _sample(table: pd.DataFrame) -> tuple[DriftSample | None, np.ndarray]:

@@ -48,8 +48,16 @@ def sealed(page: str) -> str:
 def thumbnail(path: Path, side_px: int) -> str | None:
     """Returns an image as the address of a JPEG of at most `side_px`, for a page; None: it does not decode."""
     try:
-        image = images.decode(path.read_bytes(), max_pixels=images.MAX_LOCAL_PIXELS)
-    except (ImageError, OSError):
+        return picture(path.read_bytes(), side_px)
+    except OSError:
+        return None
+
+
+def picture(content: bytes, side_px: int) -> str | None:
+    """Returns an image's bytes as `thumbnail` does."""
+    try:
+        image = images.decode(content, max_pixels=images.MAX_LOCAL_PIXELS)
+    except ImageError:
         return None
     height, width = image.shape[:2]
     scale = min(1.0, side_px / max(height, width))

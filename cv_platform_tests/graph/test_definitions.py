@@ -49,7 +49,7 @@ def keys(definitions: dg.Definitions) -> set[str]:
     return {key.to_user_string() for key in graph.get_all_asset_keys() - graph.observable_asset_keys}
 
 
-def test_a_config_becomes_thirteen_assets_under_its_name(digits: dg.Definitions) -> None:
+def test_a_config_becomes_fourteen_assets_under_its_name(digits: dg.Definitions) -> None:
     assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, *REPORTS)}
 
 
@@ -109,6 +109,7 @@ def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:
     assert blocking["unreadable_images"]
     assert blocking["train_test_leakage"]
     assert blocking["promotion_gate"]
+    assert blocking["replay_holds"]
     assert not blocking["duplicates"]
     assert not blocking["no_drift"]
     assert not blocking["accuracy_holds_in_production"]
@@ -172,7 +173,7 @@ def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
     dg.Definitions.validate_loadable(definitions)
     names = keys(definitions)
     assert {"digits/model", "other/model"} <= names
-    assert len(names) == 26
+    assert len(names) == 28
 
 
 def run_config(definitions: dg.Definitions, override: dict[str, object]) -> Any:

@@ -23,8 +23,8 @@ from cv_platform_tests.support.demo_run import REPOSITORY
 
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
 MONITORING = {"drift_report", "production_metrics", "labeling_queue"}
-DEPLOYED = {"deployment", *MONITORING}
-MADE_OF_DETECTORS = {"drift_detectors", "reference_data", "bento", *DEPLOYED}
+REPLAYED = {"challenger_replay", "deployment", *MONITORING}
+MADE_OF_DETECTORS = {"drift_detectors", "reference_data", "bento", *REPLAYED}
 MADE_OF_MODEL = {"model", "evaluation", *MADE_OF_DETECTORS}
 ALL = {"dataset", "embeddings", "validation_report", "packed_images", *MADE_OF_MODEL}
 
@@ -92,13 +92,14 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
         ({"dataset.split_seed": 5}, ALL),
         ({"encoder.input_px": 32}, ALL - {"dataset"}),
         ({"validate.duplicates": "error"}, ALL - {"dataset", "embeddings"}),
-        ({"evaluate.min_accuracy": 0.5}, {"evaluation", "bento", *DEPLOYED}),
+        ({"evaluate.min_accuracy": 0.5}, {"evaluation", "bento", *REPLAYED}),
         ({"model.drift_detection.uae_seed": 8}, MADE_OF_DETECTORS),
         ({"monitor.alpha": 0.01}, MADE_OF_DETECTORS),
         ({"monitor.permutations": 99}, {"drift_report", "labeling_queue"}),
         ({"monitor.min_feedback": 99}, {"production_metrics"}),
-        ({"deploy.runtime": "tensorflow"}, {"reference_data", "bento", *DEPLOYED}),
-        ({"deploy.exports": ["onnx"]}, {"bento", *DEPLOYED}),
+        ({"deploy.replay": {"min_agreement": 0.9}}, REPLAYED),
+        ({"deploy.runtime": "tensorflow"}, {"reference_data", "bento", *REPLAYED}),
+        ({"deploy.exports": ["onnx"]}, {"bento", *REPLAYED}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -147,9 +148,9 @@ def test_a_moved_tag_makes_the_dataset_stale_before_it_is_looked_at(
         ("training/architectures/small_cnn.py", "\nPEAK = 2\n", MADE_OF_MODEL),
         ("encoders/encoder.py", "\nPEAK = 2\n", ALL - {"dataset"}),
         ("validation/checks/copies.py", "\nPEAK = 2\n", ALL - {"dataset", "embeddings"}),
-        ("evaluation/gate.py", "\nPEAK = 2\n", {"evaluation", "bento", *DEPLOYED}),
+        ("evaluation/gate.py", "\nPEAK = 2\n", {"evaluation", "bento", *REPLAYED}),
         ("drift/encoders.py", "\nPEAK = 2\n", MADE_OF_DETECTORS),
-        ("serving/app.py", "\nPEAK = 2\n", {"bento", *DEPLOYED}),
+        ("serving/app.py", "\nPEAK = 2\n", {"bento", *REPLAYED}),
         ("monitoring/report_page.py", "\nPEAK = 2\n", {"drift_report", "labeling_queue"}),
         ("images.py", "\nPEAK = 2\n", ALL),
         ("tracking.py", "\nPEAK = 2\n", set()),

@@ -54,7 +54,7 @@ def test_the_demo_ends_with_zero_and_says_why(demo: Demo) -> None:
     assert "demo: everything held." in demo.output
     finished = re.findall(r"^    digits/(\w+): [0-9]", demo.output, re.MULTILINE)
     assert finished[:3] == ["dataset", "embeddings", "validation_report"]
-    assert len(finished) == 13 + 2, "thirteen assets, and a drift report for each window"
+    assert len(finished) == 14 + 2, "fourteen assets, and a drift report for each window"
     assert "unshifted window (359 requests): no drift" in demo.output
     assert demo.record(Evaluation).metrics["accuracy"] >= 0.985
     assert re.search(r"shifted window \(359 requests\): drift, .*classes that moved: ", demo.output)

@@ -12,7 +12,8 @@ from sqlalchemy import Engine, event, insert, text
 
 from cv_platform.config import MonitorConfig
 from cv_platform.database.schema import feedback, images, predictions
-from cv_platform.monitoring.window import Window, WindowBounds, read_feedback, read_images, read_window
+from cv_platform.database.uploads import read_feedback, read_images
+from cv_platform.monitoring.window import Window, WindowBounds, read_window
 from cv_platform.records import ModelIdentity
 from cv_platform_tests.support.waiting import wait_until
 

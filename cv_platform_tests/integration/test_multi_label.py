@@ -40,6 +40,7 @@ ASSETS = (
     "drift_detectors",
     "reference_data",
     "bento",
+    "challenger_replay",
     "deployment",
     "drift_report",
     "production_metrics",

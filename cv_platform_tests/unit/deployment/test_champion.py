@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from cv_platform.evaluation.gate import Champion
 from cv_platform.images import preprocessing_hash
 from cv_platform.records import DatasetVersion, Evaluation, PackedImages
 from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.support.channel_models import MODEL, save_encoder, save_model
 from cv_platform_tests.support.record_samples import identity, trained_model
 from cv_platform_tests.support.tiny_models import tiny_metadata
 from cv_platform_tests.support.tiny_training import CLASSES, experiment, tiny_version
@@ -29,31 +29,6 @@ pytestmark = pytest.mark.xdist_group("tensorflow")
 
 OLD, NEW = "20260101T000000Z-00000001", "20260201T000000Z-00000002"
 SERVICE = "image_classifier"
-MODEL = "tiny_model"
-
-
-def _save(path: Path, side: int, blind_to: str | None = None, class_names: Sequence[str] = CLASSES) -> Path:
-    """Saves a model that names an image's brightest channel, and never names `blind_to`."""
-    import keras
-
-    inputs = keras.Input((side, side, 3), dtype="uint8", name="image")
-    x = keras.layers.Rescaling(1 / 255)(inputs)
-    conv: Any = keras.layers.Conv2D(3, 1, activation="relu")
-    x = keras.layers.GlobalAveragePooling2D()(conv(x))
-    features: Any = keras.layers.Dense(3, name="features")
-    head: Any = keras.layers.Dense(len(class_names), activation="softmax", name="probabilities")
-    model = keras.Model(inputs, head(features(x)))
-    kernel = np.zeros((3, len(class_names)), np.float32)
-    bias = np.zeros(len(class_names), np.float32)
-    for index, name in enumerate(class_names):
-        kernel[{"red": 0, "green": 1, "blue": 2}.get(name, 0), index] = 20.0
-        bias[index] = -100.0 if name == blind_to else 0.0
-    conv.set_weights([np.eye(3, dtype=np.float32)[None, None], np.zeros(3, np.float32)])
-    features.set_weights([np.eye(3, dtype=np.float32), np.zeros(3, np.float32)])
-    head.set_weights([kernel, bias])
-    path.mkdir(parents=True)
-    model.save(path / f"{MODEL}.keras")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +45,9 @@ def exported(tmp_path_factory) -> Callable[[str | None, Sequence[str]], tuple[Pa
 
     @functools.cache
     def make(blind_to: str | None, class_names: Sequence[str]) -> tuple[Path, ExportedModel]:
-        folder = _save(tmp_path_factory.mktemp("champion") / "files", 8, blind_to, class_names)
+        folder = save_model(tmp_path_factory.mktemp("champion") / "files", 8, blind_to, class_names)
         golden = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), dtype=np.uint8)
-        uae = _encoder(folder / "uae.keras")
+        uae = save_encoder(folder / "uae.keras")
         return folder, export_bundle(folder / f"{MODEL}.keras", uae, folder, golden_images=golden, runtime="onnx")
 
     return make
@@ -105,15 +80,6 @@ def deploy(tmp_path: Path, exported) -> Callable[..., CentralStorage]:
         return storage
 
     return make
-
-
-def _encoder(path: Path) -> Path:
-    import keras
-
-    inputs = keras.Input((8, 8, 3), dtype="uint8", name="image")
-    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(inputs))
-    keras.Model(inputs, keras.layers.Dense(4)(x)).save(path)
-    return path
 
 
 def _serve(storage: CentralStorage, version: str = OLD, model_name: str = MODEL) -> None:
@@ -154,7 +120,7 @@ def _judge(champion: Champion | None, challenge: tuple[DatasetVersion, PackedIma
 def test_a_worse_challenger_on_a_new_data_version_is_refused_and_an_equal_one_passes(deploy, challenge, tmp_path):
     champion = _ask(deploy(), challenge, tmp_path / "cache")
     assert champion is not None
-    refused = _judge(champion, challenge, _save(tmp_path / "worse", 16, blind_to="blue"))
+    refused = _judge(champion, challenge, save_model(tmp_path / "worse", 16, blind_to="blue"))
     assert not refused.passed
     assert f"accuracy 0.6667 against 1.0000 of {OLD} in production on the same 90 test images" in refused.reasons[0]
     assert "loses 0.3333" in refused.reasons[0]
@@ -163,7 +129,7 @@ def test_a_worse_challenger_on_a_new_data_version_is_refused_and_an_equal_one_pa
     worst = refused.slices[0]
     assert (worst.column, worst.is_worse) == ("blue_yellow", True)
     assert "luma_mean" in {part.column for part in refused.slices}
-    equal = _judge(champion, challenge, _save(tmp_path / "equal", 16))
+    equal = _judge(champion, challenge, save_model(tmp_path / "equal", 16))
     assert equal.passed
     assert equal.comparison is not None
     assert (equal.comparison.only_champion_right, equal.comparison.only_challenger_right) == (0, 0)
@@ -185,7 +151,7 @@ def test_test_images_that_the_champion_was_trained_on_are_recognised(deploy, cha
     assert champion is not None
     assert champion.seen is not None
     assert np.flatnonzero(champion.seen).tolist() == list(range(12))
-    evaluation = _judge(champion, challenge, _save(tmp_path / "equal", 16))
+    evaluation = _judge(champion, challenge, save_model(tmp_path / "equal", 16))
     assert evaluation.comparison is not None
     assert evaluation.comparison.images == 78
     assert "12 test images that it was trained on are left out" in evaluation.reasons[-1]
@@ -195,14 +161,14 @@ def test_a_bundle_of_an_earlier_release_says_that_its_training_images_are_not_kn
     champion = _ask(deploy(trained_on=None), challenge, tmp_path / "cache")
     assert champion is not None
     assert champion.seen is None
-    assert "is not known" in _judge(champion, challenge, _save(tmp_path / "equal", 16)).reasons[-1]
+    assert "is not known" in _judge(champion, challenge, save_model(tmp_path / "equal", 16)).reasons[-1]
 
 
 def test_a_champion_with_other_classes_stops_the_challenger(deploy, challenge, tmp_path):
     champion = _ask(deploy(class_names=("red", "green", "black")), challenge, tmp_path / "cache")
     assert champion is not None
     assert champion.problem == "it has other classes; the new model has no black and also blue"
-    evaluation = _judge(champion, challenge, _save(tmp_path / "equal", 16))
+    evaluation = _judge(champion, challenge, save_model(tmp_path / "equal", 16))
     assert not evaluation.passed
     assert evaluation.reasons == (f"{OLD} in production cannot be compared with: {champion.problem}",)
 
@@ -218,7 +184,7 @@ def test_a_champion_whose_bundle_is_gone_or_damaged_stops_the_challenger(deploy,
     gone = _ask(storage, challenge, tmp_path / "cache")
     assert gone is not None
     assert "Expected a published version of tiny_model" in gone.problem
-    assert not _judge(gone, challenge, _save(tmp_path / "equal", 16)).passed
+    assert not _judge(gone, challenge, save_model(tmp_path / "equal", 16)).passed
 
 
 def test_the_first_model_and_another_models_service_have_no_champion(challenge, tmp_path):
@@ -228,4 +194,4 @@ def test_the_first_model_and_another_models_service_have_no_champion(challenge, 
     assert _ask(storage, challenge, tmp_path) is None
     _serve(storage, version=NEW)  # Itself, evaluated again.
     assert _ask(storage, challenge, tmp_path) is None
-    assert _judge(None, challenge, _save(tmp_path / "first", 16)).passed
+    assert _judge(None, challenge, save_model(tmp_path / "first", 16)).passed

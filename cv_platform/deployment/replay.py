@@ -1,0 +1,312 @@
+"""The challenger on what production was asked last: the champion's logged uploads, answered by both, side by side.
+
+The gate has compared the two on test images, which are as old as the dataset; these are what people send now. Both
+answer from their published bundles, each with its own pixels, thresholds and rule for unknown images. An upload counts
+once. Accuracy is compared on uploads that people have labelled and neither model was trained on.
+
+Only what is sure refuses a challenger: a share counts as beyond its limit where its 95 % interval (Wilson) is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Engine, select
+
+from cv_platform import images
+from cv_platform.config import EvaluateConfig, ExperimentConfig, ReplayConfig
+from cv_platform.database.schema import predictions
+from cv_platform.database.uploads import read_feedback, read_images
+from cv_platform.deployment.bundle import TRAINED_ON
+from cv_platform.deployment.champion import class_difference, images_seen
+from cv_platform.drift.reference import label_targets
+from cv_platform.errors import BundleNotFoundError, CorruptBundleError, ImageError
+from cv_platform.evaluation.gate import compare
+from cv_platform.evaluation.intervals import wilson
+from cv_platform.files import whole_file
+from cv_platform.pages import picture, render
+from cv_platform.predictions import label_texts, predicted_flags
+from cv_platform.records import ChangedAnswer, Comparison, ModelIdentity, Replay
+from cv_platform.serving.model.runtime import LoadedModel, fetch, load_folder
+from cv_platform.storage import CentralStorage
+
+_BATCH = 32
+_ROWS_PER_UPLOAD = 5
+"""So many requests are looked at for each upload that is wanted: an upload may have been sent again and again."""
+_SHOWN = 24
+_NAMED = 5
+_PICTURE_PX = 120
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """An upload, and the requests that sent it, the latest first."""
+
+    sha256: str
+    prediction_ids: list[UUID]
+
+
+@dataclass
+class _Side:
+    """One of the two models, and what it has answered."""
+
+    model: LoadedModel
+    folder: Path
+    class_names: Sequence[str]
+    """The challenger's, by whose order both are compared."""
+    probabilities: list[NDArray[np.float32]] = field(default_factory=list[NDArray[np.float32]])
+    unknown: list[NDArray[np.bool_]] = field(default_factory=list[NDArray[np.bool_]])
+    cpu_seconds: float = 0.0
+
+    def pixels(self, content: bytes) -> NDArray[np.uint8]:
+        made = self.model.preprocessing
+        return images.preprocess(
+            content,
+            self.model.metadata.image_size,
+            max_pixels=images.MAX_LOCAL_PIXELS,
+            version=made.version,
+            framing=made.framing,
+        )
+
+    def answer(self, batch: Sequence[NDArray[np.uint8]]) -> None:
+        before = time.process_time()
+        said = self.model.predict_batch(np.stack(batch))
+        self.cpu_seconds += time.process_time() - before
+        columns = [self.model.metadata.class_names.index(name) for name in self.class_names]
+        self.probabilities.append(said.probabilities[:, columns])
+        if self.model.unknown is not None:
+            self.unknown.append(self.model.unknown.score(said.features) > 1.0)
+
+    def decisions(self) -> NDArray[np.bool_]:
+        """Returns `(N, C)`: what it decides, by its own thresholds."""
+        facts = self.model.metadata
+        threshold = facts.threshold
+        if isinstance(threshold, tuple):
+            threshold = tuple(threshold[facts.class_names.index(name)] for name in self.class_names)
+        return predicted_flags(np.concatenate(self.probabilities), facts.classifier_type, threshold)
+
+    def confidences(self) -> NDArray[np.float64]:
+        """Returns `(N,)`: the largest probability of each image."""
+        return np.concatenate(self.probabilities).max(axis=1).astype(np.float64)
+
+    def unknown_rate(self) -> float | None:
+        return float(np.concatenate(self.unknown).mean()) if self.unknown else None
+
+
+def replay_challenger(
+    challenger: ModelIdentity,
+    champion: ModelIdentity,
+    config: ExperimentConfig,
+    *,
+    engine: Engine,
+    storage: CentralStorage,
+    cache: Path,
+    directory: Path,
+) -> Replay:
+    """Lets a published challenger answer the last logged uploads of the version in production, and judges it.
+
+    A champion that cannot be asked refuses the challenger, in words, as in the gate: it does not stand aside.
+
+    Args:
+        challenger: a published version, which wants the place.
+        champion: the version in production, see `champion.champion_of`.
+        config: `deploy.replay` has the limits; `evaluate` says how accuracies are compared.
+        engine: of the request log.
+        storage: central storage.
+        cache: folder for downloads.
+        directory: where the page goes, `replay.html`.
+
+    Raises:
+        BundleNotFoundError, CorruptBundleError: the challenger cannot be loaded.
+        DatabaseUnavailableError, SchemaMismatchError, StorageError: see there.
+    """
+    limits = config.deploy.replay
+    uploads, not_kept = _last_uploads(engine, champion, limits.max_requests)
+    replay = Replay(model=challenger, champion=champion, directory=directory, not_kept=not_kept)
+    if not uploads:
+        return replay.model_copy(update={"reasons": (f"{champion.version} has answered no request that can be read",)})
+    folder, facts = fetch(storage, challenger.model_name, challenger.version, cache=cache)
+    new = _Side(load_folder(folder, facts), folder, facts.class_names)
+    try:
+        old_folder, old_facts = fetch(storage, champion.model_name, champion.version, cache=cache)
+        problem = class_difference(old_facts, facts.class_names, facts.classifier_type)
+        old = None if problem else _Side(load_folder(old_folder, old_facts), old_folder, facts.class_names)
+    except (BundleNotFoundError, CorruptBundleError) as err:
+        problem, old = f"its bundle does not answer. {err}", None
+    if old is None:
+        reasons = (f"{champion.version} in production cannot be compared with: {problem}",)
+        return replay.model_copy(update={"passed": False, "reasons": reasons})
+    answered, unreadable = _answer(engine, uploads, old, new)
+    replay = replay.model_copy(update={"unreadable": tuple(map(str, unreadable))})
+    if not answered:
+        return replay.model_copy(update={"reasons": ("no logged upload can be read (any more)",)})
+    replay = _judged(_measured(replay, engine, answered, old, new, config.evaluate), limits, config.evaluate)
+    _write_page(replay, engine)
+    return replay
+
+
+def _last_uploads(engine: Engine, champion: ModelIdentity, count: int) -> tuple[list[_Upload], int]:
+    """Returns the uploads that it was asked about last, the latest first, and how many requests have none any more."""
+    table = predictions.c
+    latest = (
+        select(table.prediction_id, table.image_sha256)
+        .where(table.model_name == champion.model_name, table.model_version == champion.version)
+        .order_by(table.created_on.desc(), table.prediction_id)
+        .limit(count * _ROWS_PER_UPLOAD)
+    )
+    found: dict[str, _Upload] = {}
+    not_kept = 0
+    with engine.connect() as connection:
+        for prediction_id, sha256 in connection.execute(latest):
+            if sha256 is None:
+                not_kept += 1
+            elif sha256 in found:
+                found[sha256].prediction_ids.append(prediction_id)
+            elif len(found) < count:
+                found[sha256] = _Upload(sha256, [prediction_id])
+    return list(found.values()), not_kept
+
+
+def _answer(engine: Engine, uploads: Sequence[_Upload], old: _Side, new: _Side) -> tuple[list[_Upload], list[UUID]]:
+    """Lets both answer, a few images in memory at a time; returns the uploads that they have answered, and the rest."""
+    is_same = old.model.metadata.preprocessing_hash == new.model.metadata.preprocessing_hash
+    answered: list[_Upload] = []
+    unreadable: list[UUID] = []
+    for start in range(0, len(uploads), _BATCH):
+        part = uploads[start : start + _BATCH]
+        contents = read_images(engine, [upload.sha256 for upload in part])
+        batches: tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]] = ([], [])
+        for upload in part:
+            content = contents.get(upload.sha256, b"")  # Deleted a moment ago, say.
+            try:
+                pixels = new.pixels(content)
+                seen = pixels if is_same else old.pixels(content)
+            except ImageError:
+                unreadable.append(upload.prediction_ids[0])
+                continue
+            batches[0].append(seen)
+            batches[1].append(pixels)
+            answered.append(upload)
+        if batches[0]:
+            old.answer(batches[0])
+            new.answer(batches[1])
+    return answered, unreadable
+
+
+def _measured(
+    replay: Replay, engine: Engine, uploads: Sequence[_Upload], old: _Side, new: _Side, evaluate: EvaluateConfig
+) -> Replay:
+    before, after = old.decisions(), new.decisions()
+    is_changed = (before != after).any(axis=1)
+    stated = read_feedback(engine, [one for upload in uploads for one in upload.prediction_ids])
+    truth = [next((stated[one] for one in upload.prediction_ids if one in stated), None) for upload in uploads]
+    confidence = old.confidences(), new.confidences()
+    answers = [label_texts(flags, new.class_names) for flags in (before, after)]
+    # The surest new answers first: what people would be told with conviction.
+    order = sorted(np.flatnonzero(is_changed).tolist(), key=lambda at: -confidence[1][at])
+    changed = [
+        ChangedAnswer(
+            prediction_id=str(uploads[at].prediction_ids[0]),
+            image_sha256=uploads[at].sha256,
+            old=answers[0][at],
+            old_confidence=float(confidence[0][at]),
+            new=answers[1][at],
+            new_confidence=float(confidence[1][at]),
+            stated=truth[at],
+        )
+        for at in order[:_SHOWN]
+    ]
+    figures = {
+        "replayed": len(uploads),
+        "agreed": int((~is_changed).sum()),
+        "changed": tuple(changed),
+        "labelled": sum(label is not None for label in truth),
+        "comparison": _compared(replay, uploads, truth, old, new, evaluate),
+        "confidence": float(confidence[1].mean()),
+        "champion_confidence": float(confidence[0].mean()),
+        "unknown_rate": new.unknown_rate(),
+        "champion_unknown_rate": old.unknown_rate(),
+        "cpu_ms": 1000 * new.cpu_seconds / len(uploads),
+        "champion_cpu_ms": 1000 * old.cpu_seconds / len(uploads),
+    }
+    return replay.model_copy(update=figures)
+
+
+def _compared(
+    replay: Replay,
+    uploads: Sequence[_Upload],
+    truth: Sequence[str | None],
+    old: _Side,
+    new: _Side,
+    evaluate: EvaluateConfig,
+) -> Comparison | None:
+    """Compares the two on labelled uploads that neither has learned; None without any."""
+    sha256 = [upload.sha256 for upload in uploads]
+    learned = [images_seen(side.folder / TRAINED_ON, sha256) for side in (old, new)]
+    is_fresh = np.array([label is not None for label in truth])
+    for seen in learned:
+        is_fresh &= True if seen is None else ~seen
+    if not is_fresh.any():
+        return None
+    labels = [label for label, fresh in zip(truth, is_fresh, strict=True) if fresh and label is not None]
+    return compare(
+        label_targets(labels, tuple(new.class_names)),
+        new.decisions()[is_fresh],
+        old.decisions()[is_fresh],
+        evaluate,
+        new.class_names,
+        replay.champion.version if replay.champion else "",
+    )
+
+
+def _judged(replay: Replay, limits: ReplayConfig, evaluate: EvaluateConfig) -> Replay:
+    failed: list[str] = []
+    satisfied: list[str] = []
+    compared = replay.comparison
+    if compared is not None:
+        words = (
+            f"of {compared.images} labelled uploads that neither was trained on, {compared.accuracy:.4f} are right "
+            f"against {compared.champion_accuracy:.4f} ({compared.only_champion_right} only by the one in production, "
+            f"{compared.only_challenger_right} only by the new one, exact McNemar p {compared.p_value:.2g})"
+        )
+        (failed if compared.outcome == "worse" else satisfied).append(words)
+    is_better = compared is not None and compared.low > 0
+    _, agreement = wilson(replay.agreed, replay.replayed) or (0.0, 1.0)
+    words = f"{replay.agreed} of {replay.replayed} answers stay as they are"
+    if agreement >= limits.min_agreement:
+        satisfied.append(f"{words}; min_agreement is {limits.min_agreement:g}")
+    elif is_better:
+        satisfied.append(
+            f"{words}, fewer than min_agreement {limits.min_agreement:g}, but labels show that it is better"
+        )
+    else:
+        failed.append(
+            f"{words}, fewer than min_agreement {limits.min_agreement:g}, and no labels show that it is better"
+        )
+    if replay.unknown_rate is not None and replay.champion_unknown_rate is not None:
+        low, _ = wilson(round(replay.unknown_rate * replay.replayed), replay.replayed) or (0.0, 1.0)
+        words = f"{replay.unknown_rate:.1%} are unknown to it, {replay.champion_unknown_rate:.1%} to that in production"
+        is_beyond = low > replay.champion_unknown_rate + limits.max_unknown_increase
+        (failed if is_beyond else satisfied).append(f"{words}; max_unknown_increase is {limits.max_unknown_increase:g}")
+    ratio = replay.cost_ratio
+    if limits.max_cost_ratio is not None and ratio is not None and ratio > limits.max_cost_ratio:
+        failed.append(f"an answer costs {ratio:.2f} times the CPU time; max_cost_ratio is {limits.max_cost_ratio:g}")
+    if replay.unreadable:
+        named = ", ".join(replay.unreadable[:_NAMED])
+        satisfied.append(f"{len(replay.unreadable)} uploads are gone or do not decode, such as of {named}")
+    return replay.model_copy(update={"passed": not failed, "reasons": tuple(failed or satisfied)})
+
+
+def _write_page(replay: Replay, engine: Engine) -> None:
+    contents = read_images(engine, [one.image_sha256 for one in replay.changed])
+    pictures = {sha256: picture(content, _PICTURE_PX) for sha256, content in contents.items()}
+    replay.directory.mkdir(parents=True, exist_ok=True)
+    page = render("deployment/replay.html", title=f"Replay of {replay.model}", replay=replay, pictures=pictures)
+    with whole_file(replay.page_path) as partial:
+        partial.write_text(page, encoding="utf-8")
