@@ -37,7 +37,7 @@ def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) 
 
 def _tune(options: argparse.Namespace) -> int:
     settings = Settings.from_environment().model_copy(update={"configs": options.config.absolute()})
-    config = _with_options(load_beside_others(options.config), options)
+    config = with_options(load_beside_others(options.config), options)
     folder = settings.home / "tune" / config.name
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -51,8 +51,9 @@ def _tune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _with_options(config: ExperimentConfig, options: argparse.Namespace) -> ExperimentConfig:
-    tune = config.tune.model_dump(mode="json")
+def with_options(config: ExperimentConfig, options: argparse.Namespace) -> ExperimentConfig:
+    """Returns the config with the search that the command line asks for; what the user's file leaves open stays so."""
+    tune = config.tune.model_dump(mode="json", exclude_unset=True)
     if options.space is not None:
         try:
             tune = yaml.safe_load(options.space.read_text(encoding="utf-8"))
@@ -64,7 +65,7 @@ def _with_options(config: ExperimentConfig, options: argparse.Namespace) -> Expe
     given = {"trials": options.trials, "max_seconds": options.max_seconds}
     tune = {**tune, **{name: value for name, value in given.items() if value is not None}}
     origin = str(options.space or options.config)
-    changed = parse_experiment({**config.model_dump(mode="json"), "tune": tune}, origin=origin)
+    changed = parse_experiment({**config.model_dump(mode="json", exclude_unset=True), "tune": tune}, origin=origin)
     if not changed.tune.space:
         raise ConfigError(
             f"{origin}: expected tune.space, such as {{train.init_lr: {{low: 0.001, high: 0.1, log: true}}}}. "
@@ -94,9 +95,9 @@ def _search(settings: Settings, config: ExperimentConfig, folder: Path, *, outpu
         ) as run,
     ):
         study = run_search(Search(packed, storage, folder / name, run, settings.spare_disk_bytes), config)
+        write_best(study, config, output)
         page = folder / "search.html"
         write_file(page, search_page(study, config))
-        write_best(study, config, output)
         run.log_metrics({f"best_{config.tune.metric}": study.best_value, "best_trial": study.best_trial.number})
         for path in (page, output):
             run.log_artifact(path, "tune")

@@ -42,7 +42,10 @@ class TuneConfig(Section):
         default="val_accuracy", description="what the best trial is the best in, at its best epoch"
     )
     trials: int = Field(
-        default=20, ge=1, le=10_000, description="how many are trained at most, those stopped early too"
+        default=20,
+        ge=1,
+        le=10_000,
+        description="how many are trained at most, those that are stopped early or fail, too",
     )
     max_seconds: float | None = Field(
         default=None, gt=0, description="of all trials together, over all times that the command was typed"

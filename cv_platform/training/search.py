@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ def run_search(search: Search, config: ExperimentConfig) -> optuna.Study:
     import optuna
 
     study = _open_study(search, config)
-    last_error = _take_up(study)
+    _take_up(study)
+    last_error = "as many as tune.trials have failed before"
     while (rest := _budget(study, config)) is not None:
         trial = study.ask()
         changes = {field: _suggest(trial, config, field, said) for field, said in config.tune.spans.items()}
@@ -138,7 +140,7 @@ def _own_values(config: ExperimentConfig) -> dict[str, Any] | None:
     return own
 
 
-def _take_up(study: optuna.Study) -> str:
+def _take_up(study: optuna.Study) -> None:
     """Puts the trials that a killed process has left into the queue again, with their values."""
     from optuna.trial import TrialState
 
@@ -146,7 +148,6 @@ def _take_up(study: optuna.Study) -> str:
         study.tell(left.number, state=TrialState.FAIL)
         study.enqueue_trial(left.params, user_attrs={"goes_on_with": left.number})
         logger.info("going on with trial %d, which was interrupted", left.number)
-    return "no trial was begun"
 
 
 def _finished(study: optuna.Study, *states: optuna.trial.TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -164,7 +165,10 @@ def _budget(study: optuna.Study, config: ExperimentConfig) -> float | None:
     """Returns the seconds that are left for trials; None when nothing is."""
     from optuna.trial import TrialState
 
-    done = _finished(study, TrialState.COMPLETE, TrialState.PRUNED)
+    # What a kill has interrupted was trained again as another trial, and between the two nothing was.
+    interrupted = {trial.user_attrs.get("goes_on_with") for trial in study.get_trials(deepcopy=False)}
+    ended = _finished(study, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    done = [trial for trial in ended if trial.number not in interrupted]
     if len(done) >= config.tune.trials:
         return None
     if config.tune.max_seconds is None:
@@ -175,7 +179,10 @@ def _budget(study: optuna.Study, config: ExperimentConfig) -> float | None:
 
 def _suggest(trial: optuna.Trial, config: ExperimentConfig, field: str, said: Span | list[Any]) -> Any:
     if not isinstance(said, Span):
-        return trial.suggest_categorical(field, said)
+        with warnings.catch_warnings():
+            # Lists, such as one of augmenters, come back from the database as they are; Optuna promises single values.
+            warnings.filterwarnings("ignore", "Choices for a categorical distribution", UserWarning)
+            return trial.suggest_categorical(field, said)
     value: Any = config.model_dump(mode="json")
     for part in field.split("."):
         value = value[part]
@@ -279,7 +286,7 @@ def search_page(study: optuna.Study, config: ExperimentConfig) -> str:
     for title, plot in plots:
         try:
             figure = plot(study)
-        except (ValueError, RuntimeError) as err:  # Such as importances of trials that were all equally good.
+        except (ValueError, RuntimeError, TypeError) as err:  # Such as trials that were all equally good, or lists.
             logger.info("no plot %r: %s", title, err)
             continue
         figures.append((title, figure.to_html(full_html=False, include_plotlyjs=not figures)))

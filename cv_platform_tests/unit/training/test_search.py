@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from cv_platform.commands.tune import write_best
+from cv_platform.commands.tune import with_options, write_best
 from cv_platform.config import ExperimentConfig, load_experiment
-from cv_platform.errors import ConfigError
+from cv_platform.errors import ConfigError, TrainingError
 from cv_platform.records import PackedImages
 from cv_platform.tracking import start_run
 from cv_platform.training.search import Search, run_search, search_page, study_name
@@ -21,6 +23,8 @@ SPACE = {
     "train.batch_size": {"low": 8, "high": 24},
     "train.optimizer": ["adam", "sgd"],
 }
+
+FLIPS: Any = [["Fliplr"], ["Flipud"]]
 
 
 def searched(trials: int, **changes: Any) -> ExperimentConfig:
@@ -79,6 +83,61 @@ def test_other_data_or_another_space_is_another_study_and_a_larger_budget_is_not
     assert study_name(tiny_packed, searched(50, max_seconds=10)) == name
     assert study_name(tiny_packed, searched(3, metric="val_cross_entropy")) != name
     assert study_name(tiny_packed.model_copy(update={"directory": Path("/elsewhere/v2")}), searched(3)) != name
+
+
+def test_trials_that_fail_are_a_part_of_the_budget(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    import optuna
+
+    uri, config = f"sqlite:///{tmp_path}/mlflow.db", searched(2)
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, study_name=study_name(tiny_packed, config), direction="maximize")
+    study.add_trials([optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL) for _ in range(2)])
+
+    with start_run(uri, "tiny", run_name="tune", artifact_root=tmp_path / "artifacts") as run:
+        search = Search(tiny_packed, storage, tmp_path / "work", run)
+        with pytest.raises(TrainingError, match=r"as many as tune\.trials have failed before"):
+            run_search(search, config)
+
+    assert len(study.trials) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical")
+def test_a_space_of_whole_lists_has_a_page() -> None:
+    import optuna
+
+    config = searched(3, space={"train.augment.operations": FLIPS, "train.init_lr": [0.01, 0.02]})
+    study = optuna.create_study(direction="maximize")
+    for value in (0.5, 0.6, 0.7):
+        trial = study.ask()
+        trial.suggest_categorical("train.augment.operations", FLIPS)
+        trial.suggest_categorical("train.init_lr", [0.01, 0.02])
+        study.tell(trial, value)
+
+    page = search_page(study, config)
+
+    assert bool("Plotly.newPlot" in page)
+
+
+def test_the_best_config_says_no_more_than_the_users_and_the_search(tmp_path: Path) -> None:
+    import optuna
+
+    file = tmp_path / "mine.yaml"
+    model = {"model_name": "mine", "classes": ["a", "b"], "input_size": {"h": 8, "w": 8}}
+    dataset = {"ds_name": "mine", "dvc_tag": "v1"}
+    file.write_text(yaml.safe_dump({"name": "mine", "model": model, "dataset": dataset}))
+    (tmp_path / "space.yaml").write_text("space: {train.init_lr: [0.01, 0.02]}")
+    options = Namespace(space=tmp_path / "space.yaml", config=file, trials=None, max_seconds=7.0)
+    config = with_options(load_experiment(file), options)
+    study = optuna.create_study(direction="maximize")
+    trial = study.ask()
+    rate = trial.suggest_categorical("train.init_lr", [0.01, 0.02])
+    study.tell(trial, 0.5)
+
+    write_best(study, config, tmp_path / "best.yaml")
+
+    best = yaml.safe_load((tmp_path / "best.yaml").read_text())
+    tune = {"space": {"train.init_lr": [0.01, 0.02]}, "max_seconds": 7.0}
+    assert best == {"name": "mine", "model": model, "dataset": dataset, "tune": tune, "train": {"init_lr": rate}}
 
 
 @pytest.mark.parametrize(
