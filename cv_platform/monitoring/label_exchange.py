@@ -10,15 +10,16 @@ import base64
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid5
+from uuid import UUID, uuid4, uuid5
 from xml.sax.saxutils import quoteattr
 
 import cv2
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, Select, select
 from sqlalchemy.dialects.postgresql import insert
 
 from cv_platform.config import ExperimentConfig, ModelConfig
@@ -32,6 +33,9 @@ from cv_platform.predictions import LABEL_SEPARATOR, LABELLER, NONE_OF_THESE
 CSV_COLUMNS = ("prediction_id", "reason", "proposal", "confidence", "label", "labeller")
 NONE = "none of these"
 """The choice, and the CSV's label, of an image that shows none of the classes."""
+_LABELLER = re.compile(r"[\w.@+ -]{1,100}")
+_MOST_AHEAD = timedelta(hours=1)
+"""Of a clock elsewhere. The latest label counts, so one of the future would count for ever."""
 _SIDE_PX = 640
 _SHOWN = 10
 
@@ -164,8 +168,12 @@ def read_labels_file(content: bytes, model: ModelConfig, *, labeller: str) -> li
             stated_on = datetime.fromisoformat(when) if when else None
             if stated_on is not None and stated_on.tzinfo is None:
                 raise ValueError(f"{when} has no time zone")
+            if stated_on is not None and stated_on > datetime.now(UTC) + _MOST_AHEAD:
+                raise ValueError(f"{when} is still to come")
+            if _LABELLER.fullmatch(who or labeller) is None:
+                raise ValueError(f"{ascii(who)[:80]} instead of a labeller's name of letters, digits and . @ + - _")
             labels.append(GivenLabel(UUID(name), classes, who or labeller, stated_on))
-        except (ValueError, TypeError) as err:
+        except (ValueError, TypeError, OverflowError) as err:
             mistakes.append(f"label {number}: {err}")
     if mistakes:
         shown = "\n".join(f"  {mistake}" for mistake in mistakes[:_SHOWN])
@@ -195,18 +203,24 @@ def import_labels(engine: Engine, config: ExperimentConfig, labels: Sequence[Giv
                 continue
             true_class = LABEL_SEPARATOR.join(label.classes) or NONE_OF_THESE
             source = f"{LABELLER}{label.labeller}"
-            when = label.stated_on.isoformat() if label.stated_on else ""
-            values: dict[str, Any] = {
-                "entry_id": uuid5(label.prediction_id, "\n".join((source, true_class, when))),
-                "prediction_id": label.prediction_id,
-                "true_class": true_class,
-                "source": source,
-            }
+            values: dict[str, Any] = {"prediction_id": label.prediction_id, "true_class": true_class, "source": source}
             if label.stated_on is not None:
-                values["created_on"] = label.stated_on
+                key = "\n".join((source, true_class, label.stated_on.isoformat()))
+                values |= {"entry_id": uuid5(label.prediction_id, key), "created_on": label.stated_on}
+            elif connection.execute(_latest(label.prediction_id, source)).scalar() == true_class:
+                continue
+            else:  # Also what somebody has said before, and something else since.
+                values["entry_id"] = uuid4()
             stored = insert(feedback).values(values).on_conflict_do_nothing(index_elements=["entry_id"])
             added += connection.execute(stored).rowcount
     return ImportedLabels(added, len(labels) - len(gone) - added, tuple(gone))
+
+
+def _latest(prediction_id: UUID, source: str) -> Select[tuple[str]]:
+    own = (feedback.c.prediction_id == prediction_id) & (feedback.c.source == source)
+    return (
+        select(feedback.c.true_class).where(own).order_by(feedback.c.created_on.desc(), feedback.c.id.desc()).limit(1)
+    )
 
 
 def _split(text: str, model: ModelConfig) -> list[str]:

@@ -24,6 +24,7 @@ from cv_platform.monitoring.label_exchange import (
     write_csv,
     write_tasks,
 )
+from cv_platform.monitoring.window import read_feedback
 from cv_platform_tests.support.labelled_log import NOW, answer, drawing, experiment
 
 CONFIG = experiment()
@@ -51,6 +52,9 @@ def annotated(task: dict[str, Any], choices: list[str], who: Any = 7, **more: An
     result = [{"from_name": "class", "to_name": "image", "type": "choices", "value": {"choices": choices}, "id": "x"}]
     annotation = {"result": result, "completed_by": who, "created_at": "2026-03-02T10:00:00.000000Z", **more}
     return {"id": 1, "data": task["data"], "annotations": [annotation], "predictions": []}
+
+
+LATER = annotated({"data": {"prediction_id": str(UUID(int=1))}}, ["cat"], created_at="2999-01-01T00:00:00Z")
 
 
 def test_tasks_carry_the_picture_and_the_proposal_and_their_annotations_become_labels_once(
@@ -92,6 +96,15 @@ def test_a_csv_that_somebody_filled_in_becomes_labels(engine: Engine, queued: li
     assert said(engine) == {(queued[0], "dog", "labeller:me"), (queued[1], "cat", "labeller:ben")}
 
 
+def test_who_comes_back_to_an_earlier_label_is_believed(engine: Engine, queued: list[UUID]) -> None:
+    def imported(label: str) -> int:
+        labels = read_labels_file(f"prediction_id,label\n{queued[0]},{label}\n".encode(), CONFIG.model, labeller="me")
+        return import_labels(engine, CONFIG, labels).added
+
+    assert [imported(label) for label in ("cat", "cat", "dog", "cat", "cat")] == [1, 0, 1, 1, 0]
+    assert read_feedback(engine, [queued[0]]) == {queued[0]: "cat"}
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -103,6 +116,8 @@ def test_a_csv_that_somebody_filled_in_becomes_labels(engine: Engine, queued: li
         (b"path,label\n", "no column called prediction_id"),
         (b"prediction_id,label\nnot-an-id,cat\n", "label 1: badly formed"),
         (f"prediction_id,label\n{UUID(int=1)},horse\n".encode(), "horse, which model.classes does not name"),
+        (f"prediction_id,label,labeller\n{UUID(int=1)},cat,a\0b\n".encode(), "instead of a labeller's name"),
+        pytest.param(json.dumps([LATER]).encode(), "2999-01-01T00:00:00Z is still to come", id="future"),
     ],
 )
 def test_what_is_no_file_of_labels_is_refused(content: bytes, reason: str) -> None:

@@ -137,7 +137,7 @@ def _coco(value: dict[str, Any], name: str) -> Export:
 def _datumaro(value: dict[str, Any], name: str) -> Export:
     names = [str(label["name"]) for label in value["categories"]["label"]["labels"]]
 
-    def found() -> Iterable[tuple[str, set[str]]]:
+    def found() -> Iterable[tuple[Any, set[str]]]:
         for item in value["items"]:
             image = item.get("image") or item.get("media") or {}
             of_type = (one for one in item["annotations"] if one["type"] == "label")
@@ -152,12 +152,14 @@ def _index(number: int, names: list[str]) -> int:
     return number
 
 
-def _of_subset(kind: str, name: str, found: Iterable[tuple[str, set[str]]]) -> Export:
+def _of_subset(kind: str, name: str, found: Iterable[tuple[Any, set[str]]]) -> Export:
     """Returns an export whose file is called after its subset: `annotations/train.json`, `instances_val2017.json`."""
     stem = PurePosixPath(name).stem
     subset = re.sub(r"^(instances|_?annotations?)[_.]", "", stem)
     split, rows, without = split_of(subset), list[Row](), list[str]()
     for path, labels in found:
+        if not isinstance(path, str):
+            raise TypeError(f"{path!r} as an image's name")
         paths = (f"images/{subset}/{path}", f"{subset}/{path}", path)
         if labels:
             rows.append(Row(paths, split, tuple(sorted(labels))))
@@ -244,7 +246,7 @@ def _label_studio(tasks: list[dict[str, Any]], name: str, wanted: frozenset[str]
 
 def _image_of(data: dict[str, Any]) -> str:
     texts = {key: value for key, value in data.items() if isinstance(value, str)}
-    return texts["image"] if "image" in texts else next(iter(texts.values()))
+    return texts["image"] if "image" in texts else next(iter(texts.values()), "")
 
 
 def _local_paths(url: str) -> tuple[str, ...]:

@@ -155,6 +155,8 @@ BOMB = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa">]><annotations><imag
         ("labels.json", json.dumps(COCO)[:-40], "breaks off or has other fields"),
         ("labels.json", json.dumps({**COCO, "images": [{"id": 1}]}), "Received: 3 of others"),
         ("labels.json", json.dumps({**COCO, "annotations": [5]}), "breaks off or has other fields"),
+        ("labels.json", json.dumps(COCO).replace('"1.png"', "7"), "7 as an image's name"),
+        ("x.json", json.dumps([{**task("", "cat"), "data": {}}]), "'' instead of a path relative"),
         ("labels.json", '{"images": [], "categories": ' + "[" * 100_000, "breaks off or has other fields"),
         ("labels.json", json.dumps(COCO).replace("1.png", "../../etc/passwd"), "instead of a path relative"),
         ("labels.json", json.dumps(COCO).replace("2.png", "/etc/hostname"), "hostname is not in"),
