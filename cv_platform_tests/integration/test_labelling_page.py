@@ -225,10 +225,18 @@ def test_an_empty_queue_says_so_and_low_confidence_can_be_reviewed(
     answer = ask(service, "GET", "?mode=review").json()
     confidences = [task["confidence"] for task in answer["tasks"]]
     assert (answer["waiting"], confidences) == (6, sorted(confidences))
+    ids = [task["prediction_id"] for task in answer["tasks"]]
+    rest = ask(service, "GET", f"?mode=review&limit=1&passed={ids[0]}&passed={ids[1]}").json()
+    assert (rest["waiting"], [task["prediction_id"] for task in rest["tasks"]]) == (4, ids[2:3])
     page.get_by_label("Asked").select_option("review")
     expect(page.locator("#status")).to_contain_text("One of the latest answers of low confidence.")
     page.keyboard.press("Enter")
     expect(page.locator("#waiting")).to_have_text("5 images are waiting")
+    expect(page.locator("#status")).to_contain_text("One of the latest answers of low confidence.")
+    page.keyboard.press("s")
+    page.get_by_label("Asked").select_option("second")
+    page.get_by_label("Asked").select_option("review")
+    expect(page.locator("#waiting")).to_have_text("4 images are waiting")
     assert [source for *_, source in said(engine)] == ["labeller:ben"]
 
 

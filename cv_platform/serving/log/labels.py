@@ -7,7 +7,7 @@ is written at once, as the queue is in the database, too: who labels sees at onc
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 
 from cv_platform.predictions import LABELLER
 from cv_platform.serving.log.deletion import DELETION_LOCK
+from cv_platform.storage import BundleMetadata
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -59,66 +60,36 @@ class Agreement:
     kappa: float | None
 
 
-def tasks(engine: Engine, labeller: str, mode: Mode, *, model_name: str, limit: int) -> tuple[list[Task], int]:
+@dataclass(frozen=True)
+class Wish:
+    """Which images somebody wants to be asked about.
+
+    Attributes:
+        labeller: who.
+        model: whose answers.
+        passed: predictions that this is not about, as they have been passed over; only the queue itself keeps those.
+    """
+
+    labeller: str
+    model: BundleMetadata
+    passed: Sequence[UUID] = ()
+
+
+def tasks(engine: Engine, wish: Wish, mode: Mode, *, limit: int) -> tuple[list[Task], int]:
     """Returns the next images for a labeller, and how many there are in all (of `review`: among the latest).
 
     Raises:
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
     """
-    from sqlalchemy import func, literal, select
+    from sqlalchemy import func, select
 
-    from cv_platform.database.schema import feedback, labeling_items, predictions
+    from cv_platform.database.schema import predictions
 
-    said = feedback.alias()
-    of_labellers = (
-        select(said.c.prediction_id)
-        .where((said.c.prediction_id == predictions.c.prediction_id) & said.c.source.startswith(LABELLER))
-        .correlate(predictions)
-    )
-    usable = (predictions.c.model_name == model_name) & predictions.c.image_sha256.is_not(None)
-    columns = [predictions.c.prediction_id, predictions.c.predicted_class, predictions.c.prediction_json]
-    if mode == "queue":
-        has_skipped = labeling_items.c.skipped_by.contains([labeller])
-        wanted = (
-            select(*columns, labeling_items.c.reason)
-            .join(labeling_items, labeling_items.c.prediction_id == predictions.c.prediction_id)
-            .where(usable & ~of_labellers.exists() & ~has_skipped)
-            .order_by(labeling_items.c.window_end_utc, labeling_items.c.place)
-        )
-    elif mode == "second":
-        mine = of_labellers.where(said.c.source == LABELLER + labeller).exists()
-        sources = select(func.count(said.c.source.distinct())).where(
-            (said.c.prediction_id == predictions.c.prediction_id) & said.c.source.startswith(LABELLER)
-        )
-        wanted = (
-            select(*columns, literal("second opinion").label("reason"))
-            .where(
-                usable
-                & predictions.c.prediction_id.in_(
-                    select(feedback.c.prediction_id).where(feedback.c.source.startswith(LABELLER))
-                )
-                & ~mine
-                & (sources.correlate(predictions).scalar_subquery() == 1)
-            )
-            .order_by(predictions.c.created_on, predictions.c.prediction_id)
-        )
-    else:
-        latest = select(predictions).where(usable).order_by(predictions.c.created_on.desc()).limit(_MOST_REVIEWED)
-        recent = latest.subquery()
-        confidence = select(func.max(func.unnest(recent.c.bbsd_feats).column_valued("share"))).scalar_subquery()
-        labelled = select(said.c.id).where(
-            (said.c.prediction_id == recent.c.prediction_id) & said.c.source.startswith(LABELLER)
-        )
-        wanted = (
-            select(
-                recent.c.prediction_id,
-                recent.c.predicted_class,
-                recent.c.prediction_json,
-                literal("low confidence").label("reason"),
-            )
-            .where(~labelled.correlate(recent).exists())
-            .order_by(confidence, recent.c.prediction_id)
-        )
+    columns = predictions.c
+    usable = (columns.model_name == wish.model.model_name) & columns.image_sha256.is_not(None)
+    shown = select(columns.prediction_id, columns.predicted_class, columns.prediction_json)
+    ask = {"queue": _queued, "second": _labelled_by_one_other, "review": _unsure}[mode]
+    wanted = ask(shown.where(usable & columns.prediction_id.not_in(wish.passed)), wish)
     with engine.connect() as connection:
         count = connection.execute(select(func.count()).select_from(wanted.order_by(None).subquery())).scalar_one()
         rows = connection.execute(wanted.limit(limit)).all()
@@ -127,6 +98,61 @@ def tasks(engine: Engine, labeller: str, mode: Mode, *, model_name: str, limit: 
         for row in rows
     ]
     return found, int(count)
+
+
+def _labels() -> Any:
+    """Returns the sources of the labels of a row of `predictions`, as SQL."""
+    from sqlalchemy import select
+
+    from cv_platform.database.schema import feedback, predictions
+
+    of_it = (feedback.c.prediction_id == predictions.c.prediction_id) & feedback.c.source.startswith(LABELLER)
+    return select(feedback.c.source).where(of_it).correlate(predictions)
+
+
+def _queued(shown: Any, wish: Wish) -> Any:
+    from cv_platform.database.schema import labeling_items, predictions
+
+    item = labeling_items.c
+    return (
+        shown.add_columns(item.reason)
+        .join(labeling_items, item.prediction_id == predictions.c.prediction_id)
+        .where(~_labels().exists() & ~item.skipped_by.contains([wish.labeller]))
+        .order_by(item.window_end_utc, item.place)
+    )
+
+
+def _labelled_by_one_other(shown: Any, wish: Wish) -> Any:
+    from sqlalchemy import func, literal, select
+
+    from cv_platform.database.schema import feedback, predictions
+
+    answer, said = predictions.c, feedback.c
+    labelled = select(said.prediction_id).where(said.source.startswith(LABELLER))
+    people = _labels().with_only_columns(func.count(said.source.distinct())).scalar_subquery()
+    is_mine = _labels().where(said.source == LABELLER + wish.labeller).exists()
+    return (
+        shown.add_columns(literal("second opinion").label("reason"))
+        .where(answer.prediction_id.in_(labelled) & ~is_mine & (people == 1))
+        .order_by(answer.created_on, answer.prediction_id)
+    )
+
+
+def _unsure(shown: Any, wish: Wish) -> Any:
+    from sqlalchemy import func, literal, select
+
+    from cv_platform.database.schema import predictions
+
+    answer = predictions.c
+    latest = shown.with_only_columns(answer.prediction_id).order_by(answer.created_on.desc()).limit(_MOST_REVIEWED)
+    share = func.unnest(answer.bbsd_feats).column_valued("share")
+    # Of several labels the least certain decides: none of them is what an image mostly shows.
+    sure = func.min(func.abs(share - 0.5)) if wish.model.classifier_type == "multi-label" else func.max(share)
+    return (
+        shown.add_columns(literal("low confidence").label("reason"))
+        .where(answer.prediction_id.in_(latest) & ~_labels().exists())
+        .order_by(select(sure).scalar_subquery(), answer.prediction_id)
+    )
 
 
 def add_label(engine: Engine, prediction_id: UUID, labeller: str, true_class: str) -> bool:

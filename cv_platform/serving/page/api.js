@@ -91,7 +91,7 @@ export function feedback(id, classes) {
 }
 
 const label = (id) => `labels/${encodeURIComponent(id)}`;
-export const labelTasks = (mode, limit) => call(`labels?mode=${encodeURIComponent(mode)}&limit=${limit}`);
+export const labelTasks = (mode, limit, passed) => call(`labels?${new URLSearchParams([['mode', mode], ['limit', limit], ...passed.map((id) => ['passed', id])])}`);
 export const labelTask = (id) => call(label(id));
 export const agreement = () => call('labels/agreement');
 export const skipLabel = (id) => call(`${label(id)}/skip`, { method: 'POST' });

@@ -7,6 +7,7 @@ import { withKey } from './key.js';
 import { complain, quiet } from './notice.js';
 
 const AT_ONCE = 12;
+const MOST_PASSED = 100;
 const MOST_KEYS = 9;
 const REASONS = {
   random: 'Asked as one of a random sample.',
@@ -42,7 +43,7 @@ async function load() {
   const mode = $('mode').value;
   let answer;
   try {
-    answer = await withKey(() => labelTasks(mode, AT_ONCE));
+    answer = await withKey(() => labelTasks(mode, AT_ONCE, [...passed].slice(-MOST_PASSED)));
   } catch (error) {
     if (mine === turn) { complain(error); state('away', 'Not available'); show(null); }
     return;
@@ -50,7 +51,7 @@ async function load() {
   if (mine !== turn) return;
   names = answer.class_names;
   isMultiLabel = answer.classifier_type === 'multi-label';
-  // What was skipped here and is not in the queue comes again, unless the page leaves it out.
+  // What was skipped long ago and is not in the queue comes again.
   tasks = answer.tasks.filter(({ prediction_id: id }) => !passed.has(id));
   state('ready', `Labels are ${answer.labeller}’s`);
   $('waiting').textContent = answer.waiting === 1 ? '1 image is waiting' : `${answer.waiting} images are waiting`;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Annotated
+from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query
 from starlette.responses import Response
@@ -15,14 +16,14 @@ from cv_platform.errors import BundleNotFoundError
 from cv_platform.serving.http.problems import json_response
 from cv_platform.serving.http.security import Labeller
 from cv_platform.serving.log import labels
-from cv_platform.serving.log.labels import Mode
+from cv_platform.serving.log.labels import Mode, Wish
 from cv_platform.serving.problem import Problem
 from cv_platform.serving.routes.feedback import Feedback, named_by, said
 from cv_platform.serving.routes.parts import Parts
 from cv_platform.serving.routes.predictions import PredictionId, find, metadata_of, result_again
 
 LABELS_PATH = "/labels"
-_MOST = 60
+_MOST, _MOST_PASSED = 60, 100
 
 router = APIRouter(include_in_schema=False, prefix=LABELS_PATH)
 
@@ -33,16 +34,15 @@ async def waiting(
     labeller: Labeller,
     mode: Annotated[Mode, Query()] = "queue",
     limit: Annotated[int, Query(ge=1, le=_MOST)] = 12,
+    passed: Annotated[tuple[UUID, ...], Query(max_length=_MOST_PASSED)] = (),
 ) -> Response:
-    """Returns the next images for this labeller, how many wait, and the classes."""
+    """Returns the next images for this labeller, without those that were `passed`; how many wait, and the classes."""
     model = parts.models.current()
     if model is None:
         raise BundleNotFoundError("Expected a model, whose classes are the labels. Received: none. Deploy one.")
     metadata = model.metadata
-    engine = parts.log.opened.database
-    found, count = await parts.calls.look_ups.run(
-        lambda: labels.tasks(engine(), labeller, mode, model_name=metadata.model_name, limit=limit)
-    )
+    engine, wish = parts.log.opened.database, Wish(labeller, metadata, passed)
+    found, count = await parts.calls.look_ups.run(lambda: labels.tasks(engine(), wish, mode, limit=limit))
     return json_response(
         {
             "labeller": labeller,
