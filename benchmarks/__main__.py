@@ -16,6 +16,7 @@ BENCHMARKS = {
     "predict": "benchmarks.bench_predict",
     "training-input": "benchmarks.bench_training_input",
     "data": "benchmarks.bench_data",
+    "near-copies": "benchmarks.bench_near_copies",
     "serving": "benchmarks.bench_serving",
     "serving-short": "benchmarks.bench_serving_short",
     "runtime": "benchmarks.bench_runtime",

@@ -24,6 +24,12 @@ MAX_RELATIVE_DISTANCE = 0.06
 """Of the median distance to the tenth candidate: where all images are alike, as small digits are, more is asked."""
 NEIGHBOURS = 5
 """Candidates of an image from each of the searches."""
+EXACT_IMAGES = 50_000
+"""Of more, the neighbours are looked for in the nearest cells of an index, not among all."""
+_POINTS_PER_CELL = 64
+"""That the centres of the cells are made of."""
+_PROBES = 32
+"""Cells that are looked into: 98 % of the nearest neighbours were in them, and every near-copy."""
 _TENTH = 9
 _COARSE_PX = 8
 _PART_PX = 16
@@ -84,12 +90,12 @@ def _candidates(thumbnails: NDArray[np.uint8], vectors: NDArray[np.floating] | N
     count = len(thumbnails)
     if count < 2:
         return np.empty((0, 2), np.int64)
-    coarse = np.stack([_coarse(image) for image in thumbnails])
-    upright, mirrored = _unit(coarse), _unit(coarse[:, :, ::-1])
-    found = [_neighbours(upright, upright), _neighbours(mirrored, upright)]
+    small = np.stack([coarse(image) for image in thumbnails])
+    upright, mirrored = unit_rows(small), unit_rows(small[:, :, ::-1])
+    found = _neighbours(upright, upright, mirrored)
     if vectors is not None:
         reduced = _reduced(vectors)
-        found.append(_neighbours(reduced, reduced))
+        found += _neighbours(reduced, reduced)
     nearest = np.concatenate(found, axis=1)
     first = np.repeat(np.arange(count), nearest.shape[1])
     pairs = np.sort(np.stack([first, nearest.ravel()], axis=1), axis=1)
@@ -99,12 +105,34 @@ def _candidates(thumbnails: NDArray[np.uint8], vectors: NDArray[np.floating] | N
     return pairs[similarity >= _LEAST_COARSE_SIMILARITY]
 
 
-def _neighbours(queries: Floats, targets: Floats) -> NDArray[np.int64]:
-    """Returns `(N, K)` positions in `targets`, exact; one may be the query itself."""
+def _neighbours(targets: Floats, *queries: Floats) -> list[NDArray[np.int64]]:
+    """Returns for each of the queries `(N, K)` positions in `targets`; one may be the query itself."""
+    return (exact_neighbours if len(targets) <= EXACT_IMAGES else indexed_neighbours)(targets, *queries)
+
+
+def exact_neighbours(targets: Floats, *queries: Floats) -> list[NDArray[np.int64]]:
+    """Returns for each of the queries, `(N, D)`, the positions `(N, ≤ 6)` of the nearest of all targets, `(M, D)`."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, len(targets)), algorithm="brute").fit(targets)
-    return np.asarray(search.kneighbors(queries, return_distance=False), dtype=np.int64)
+    return [np.asarray(search.kneighbors(rows, return_distance=False), dtype=np.int64) for rows in queries]
+
+
+def indexed_neighbours(targets: Floats, *queries: Floats) -> list[NDArray[np.int64]]:
+    """Returns what `exact_neighbours` does, of the targets in the nearest cells of an inverted file.
+
+    https://github.com/facebookresearch/faiss/wiki/Guidelines-to-choose-an-index
+    """
+    import faiss
+
+    index = faiss.index_factory(targets.shape[1], f"IVF{int(4 * len(targets) ** 0.5)},Flat")
+    faiss.extract_index_ivf(index).cp.max_points_per_centroid = _POINTS_PER_CELL
+    index.train(targets)
+    index.add(targets)
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", _PROBES)
+    found = [index.search(rows, NEIGHBOURS + 1)[1] for rows in queries]
+    # Cells that hold fewer give -1 for what is missing, which stands for the last image here: one more candidate.
+    return [np.where(positions < 0, len(targets) - 1, positions) for positions in found]
 
 
 def _reduced(vectors: NDArray[np.floating]) -> Floats:
@@ -116,15 +144,16 @@ def _reduced(vectors: NDArray[np.floating]) -> Floats:
         scatter += part.T @ part
     leading = np.linalg.eigh(scatter)[1][:, -_DIMENSIONS:].astype(np.float32)
     parts = [(vectors[at : at + 4096].astype(np.float32) - mean) @ leading for at in range(0, len(vectors), 4096)]
-    return _unit(np.concatenate(parts))
+    return unit_rows(np.concatenate(parts))
 
 
-def _coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns `(8, 8)` uint8 of a thumbnail."""
     blurred = cv2.GaussianBlur(image, (0, 0), THUMBNAIL_PX / 16)
     return np.asarray(cv2.resize(blurred, (_COARSE_PX, _COARSE_PX), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def _unit(images: NDArray[np.uint8] | Floats) -> Floats:
+def unit_rows(images: NDArray[np.uint8] | Floats) -> Floats:
     """Returns `(N, D)` float32 of length 1 and mean 0: a product is a correlation; zeros where all values are one."""
     rows = images.reshape(len(images), -1).astype(np.float32)
     rows = rows - rows.mean(axis=1, keepdims=True)
@@ -135,13 +164,19 @@ def _distances(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64]) -> Float
     """Returns `(P,)`: 1 − the best correlation of a part of either image, or its mirror image, with the other one."""
     if not len(pairs):
         return np.empty(0, np.float32)
-    whole = _unit(np.stack([_part(image, 0, 0, 0) for image in thumbnails]))
+    whole = np.stack([_part(image, 0, 0, 0) for image in thumbnails]).reshape(len(thumbnails), -1)
+    length = whole.std(axis=1) * whole.shape[1] ** 0.5
+    length[length == 0] = np.inf
     best = np.full(len(pairs), -1.0, np.float32)
     for one, other in ((0, 1), (1, 0)):
         order = np.argsort(pairs[:, one], kind="stable")
         members, starts = np.unique(pairs[order, one], return_index=True)
         for member, rows in zip(members, np.split(order, starts[1:]), strict=True):
-            correlations = _parts(thumbnails[member]) @ whole[pairs[rows, other]].T
+            others = pairs[rows, other]
+            # The parts' mean is 0, so that the others' need not be.
+            correlations = (
+                _parts(thumbnails[member]) @ whole[others].astype(np.float32).T / length[others].astype(np.float32)
+            )
             best[rows] = np.maximum(best[rows], correlations.max(axis=0))
     return np.maximum(1.0 - best, 0.0)
 
@@ -153,7 +188,7 @@ def _parts(image: NDArray[np.uint8]) -> Floats:
         offsets = sorted({0, crop // 2, crop})
         parts += [_part(image, crop, top, left) for top in offsets for left in offsets]
     stack = np.stack(parts)
-    return _unit(np.concatenate([stack, stack[:, :, ::-1]]))
+    return unit_rows(np.concatenate([stack, stack[:, :, ::-1]]))
 
 
 def _part(image: NDArray[np.uint8], crop: int, top: int, left: int) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cv_platform.datasets import near_copies
 from cv_platform.datasets.near_copies import MAX_DISTANCE, find_near_copies, thumbnail
 
 
@@ -49,6 +50,19 @@ def test_a_copy_is_found_among_honest_images_and_nothing_else(kind: str) -> None
     assert found.pairs.tolist() == [[7, 60], [31, 61]]
     assert (found.distances <= found.limit).all()
     assert found.limit == MAX_DISTANCE
+
+
+def test_an_index_of_many_images_finds_the_copies_that_a_search_of_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 256, (3000, 6, 6), dtype=np.uint8)
+    images = np.stack([cv2.resize(field, (32, 32), interpolation=cv2.INTER_CUBIC) for field in noise])
+    copies = (images[:50, :, ::-1], images[50:100] // 2)
+    planted = np.concatenate([images, *copies]).astype(np.uint8)
+    exact = find_near_copies(planted)
+    monkeypatch.setattr(near_copies, "EXACT_IMAGES", 100)
+    indexed = find_near_copies(planted)
+    wanted = [[at, 3000 + at] for at in range(100)]
+    assert indexed.pairs.tolist() == exact.pairs.tolist() == wanted
 
 
 def test_vectors_propose_what_thumbnails_do_not() -> None:
