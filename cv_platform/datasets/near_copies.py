@@ -165,7 +165,8 @@ def _distances(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64]) -> Float
     if not len(pairs):
         return np.empty(0, np.float32)
     whole = np.stack([_part(image, 0, 0, 0) for image in thumbnails]).reshape(len(thumbnails), -1)
-    length = whole.std(axis=1) * whole.shape[1] ** 0.5
+    spread = [whole[at : at + 4096].std(axis=1) for at in range(0, len(whole), 4096)]
+    length = np.concatenate(spread) * whole.shape[1] ** 0.5
     length[length == 0] = np.inf
     best = np.full(len(pairs), -1.0, np.float32)
     for one, other in ((0, 1), (1, 0)):

@@ -49,6 +49,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
             classifier_type=model.classifier_type,
             home=run.settings.home,
             embeddings=embeddings,
+            recipe=run.code_version,
         )
         outcomes = {outcome.name: outcome for outcome in verdict.outcomes}
         return run.result(

@@ -71,6 +71,18 @@ def test_a_clean_dataset_passes_every_check_and_gets_pages_that_need_no_network(
     assert not json.loads((folder / "verdict.json").read_text())["passed"]
 
 
+def test_the_same_code_judges_the_same_images_once(clean_checkout, tmp_path):
+    first = _validate(clean_checkout, tmp_path, recipe="as it was")
+    first.report_path.write_text("as it was left")
+    assert _validate(clean_checkout, tmp_path, recipe="as it was") == first
+    assert first.report_path.read_text() == "as it was left"
+    (first.directory / "verdict.json").write_text("{")
+    assert _validate(clean_checkout, tmp_path, recipe="as it was") == first, "a damaged verdict is made again"
+    first.report_path.write_text("as it was left")
+    assert _validate(clean_checkout, tmp_path, recipe="edited") == first
+    assert first.report_path.read_text() != "as it was left"
+
+
 def test_deepchecks_names_what_fails_and_leaves_process_and_filters_as_they_were(clean_checkout, draw, tmp_path):
     for number in range(170):
         dark = draw("right", 9000 + number) // 2
