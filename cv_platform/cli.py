@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import os
@@ -72,6 +71,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from cv_platform.commands import datasets as dataset_commands
+    from cv_platform.commands import import_dataset as import_command
     from cv_platform.commands import labels as label_commands
     from cv_platform.commands import predictions as prediction_commands
     from cv_platform.commands import tune as tune_command
@@ -99,34 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     reference.add_argument("--write", type=Path, help="write it to this file instead")
     validate = command("validate-config", _validate_config, "check configs without running anything")
     validate.add_argument("configs", type=Path, nargs="+", help="YAML files, or folders of them")
-    dataset = command("import-dataset", _import_dataset, "put a folder or archive of images under DVC, with a tag")
-    dataset.add_argument(
-        "source", type=Path, help="folder, .zip, .tar(.gz) or .parquet; docs/reference/import.md has the layouts"
-    )
-    dataset.add_argument("--name", required=True, help="dataset.ds_name in the config")
-    dataset.add_argument("--tag", required=True, help="dataset.dvc_tag in the config, such as v1.0.0")
-    dataset.add_argument(
-        "--annotations", type=Path, help="a label file elsewhere: CSV, JSON lines, or a labelling tool's export"
-    )
-    dataset.add_argument("--classes", help="the columns, labels or folders that are classes, joined by commas")
-    dataset.add_argument(
-        "--group",
-        metavar="COLUMN",
-        help="what splits never divide, such as a patient (default: the column group, if any)",
-    )
-    dataset.add_argument(
-        "--unknown", choices=["negative"], default="negative", help="what blank and -1 mean in a class's column"
-    )
-    dataset.add_argument("--use-valid-as-test", action="store_true", help="where there is train and valid, but no test")
-    dataset.add_argument("--zip-encoding", metavar="NAME", help="of a zip's file names, such as gbk, cp932 or cp437")
-    dataset.add_argument(
-        "--max-left-out",
-        type=_fraction,
-        default=0.1,
-        metavar="FRACTION",
-        help="of files that are no images (default: 0.1)",
-    )
-    dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
+    import_command.add_command(command)
     dataset_commands.add_commands(command)
     label_commands.add_commands(command)
     prediction_commands.add_commands(command)
@@ -166,13 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     database = command("database", _database, "run the embedded PostgreSQL in the foreground, or print its URL")
     database.add_argument("action", choices=["run", "url"])
     return parser
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0.0 <= number <= 1.0:  # Also of nan.
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, received {text}")
-    return number
 
 
 def _installation() -> Settings:
@@ -307,51 +273,6 @@ def _validate_config(options: argparse.Namespace) -> int:
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 1 if errors else 0
-
-
-def _import_dataset(options: argparse.Namespace) -> int:
-    from cv_platform.datasets.importing import ImportRules, import_dataset
-
-    default_root = _installation().home / "datasets"
-    root = options.root or default_root
-    is_new = not root.expanduser().exists()
-    rules = ImportRules(
-        classes=tuple(next(csv.reader([options.classes], skipinitialspace=True))) if options.classes else None,
-        group=options.group,
-        use_valid_as_test=options.use_valid_as_test,
-        zip_encoding=options.zip_encoding,
-        max_left_out_fraction=options.max_left_out,
-    )
-    imported = import_dataset(
-        options.source,
-        ds_name=options.name,
-        tag=options.tag,
-        ds_root=root,
-        annotations=options.annotations,
-        rules=rules,
-    )
-
-    def quoted(value: object) -> str:
-        # JSON is YAML in which nothing is taken for a number, a date or a truth value.
-        return json.dumps(value, ensure_ascii=False)
-
-    print(f"{imported.ds_name} {imported.tag}: DVC md5 {imported.dvc_md5}, in {imported.directory}")
-    for line in imported.summary():
-        print(f"  {line}")
-    place = imported.directory.parent
-    if is_new and place != default_root:
-        print(f"{place} was made for it. Without --root, datasets lie in {default_root}.")
-    print("In the config:")
-    print("dataset:")
-    print(f"  ds_name: {quoted(imported.ds_name)}")
-    print(f"  dvc_tag: {quoted(imported.tag)}")
-    if place != default_root:
-        print(f"  ds_root: {quoted(str(place))}")
-    print("model:")
-    print(f"  classes: {quoted(imported.class_names)}")
-    if imported.is_multi_label:
-        print('  classifier_type: "multi-label"')
-    return 0
 
 
 def _backup(options: argparse.Namespace) -> int:

@@ -26,6 +26,8 @@ NEIGHBOURS = 5
 """Candidates of an image from each of the searches."""
 EXACT_IMAGES = 50_000
 """Of more, the neighbours are looked for in the nearest cells of an index, not among all."""
+_ROWS = 4096
+"""That are held as float32 at a time."""
 _POINTS_PER_CELL = 64
 """That the centres of the cells are made of."""
 _PROBES = 32
@@ -97,12 +99,19 @@ def _candidates(thumbnails: NDArray[np.uint8], vectors: NDArray[np.floating] | N
         reduced = _reduced(vectors)
         found += _neighbours(reduced, reduced)
     nearest = np.concatenate(found, axis=1)
-    first = np.repeat(np.arange(count), nearest.shape[1])
-    pairs = np.sort(np.stack([first, nearest.ravel()], axis=1), axis=1)
-    pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
-    left, right = upright[pairs[:, 0]], upright[pairs[:, 1]]
-    similarity = np.maximum((left * right).sum(axis=1), (mirrored[pairs[:, 0]] * right).sum(axis=1))
-    return pairs[similarity >= _LEAST_COARSE_SIMILARITY]
+    own = np.arange(count)[:, None]
+    # A number for each pair: those of a million images are many, and to sort rows would take several times the memory.
+    numbers = np.unique(np.minimum(own, nearest) * count + np.maximum(own, nearest))
+    pairs = np.stack(np.divmod(numbers, count), axis=1)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    is_near = np.zeros(len(pairs), dtype=bool)
+    for start in range(0, len(pairs), _ROWS):
+        part = slice(start, start + _ROWS)
+        right = upright[pairs[part, 1]]
+        for left in (upright, mirrored):
+            similarity = np.einsum("ij,ij->i", left[pairs[part, 0]], right)
+            is_near[part] |= similarity >= _LEAST_COARSE_SIMILARITY
+    return pairs[is_near]
 
 
 def _neighbours(targets: Floats, *queries: Floats) -> list[NDArray[np.int64]]:
@@ -139,11 +148,11 @@ def _reduced(vectors: NDArray[np.floating]) -> Floats:
     """Returns `(N, ≤ 64)` float32 unit vectors: the directions in which the images differ most."""
     mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
     scatter = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(vectors), 4096):
-        part = vectors[start : start + 4096].astype(np.float32) - mean
+    for start in range(0, len(vectors), _ROWS):
+        part = vectors[start : start + _ROWS].astype(np.float32) - mean
         scatter += part.T @ part
     leading = np.linalg.eigh(scatter)[1][:, -_DIMENSIONS:].astype(np.float32)
-    parts = [(vectors[at : at + 4096].astype(np.float32) - mean) @ leading for at in range(0, len(vectors), 4096)]
+    parts = [(vectors[at : at + _ROWS].astype(np.float32) - mean) @ leading for at in range(0, len(vectors), _ROWS)]
     return unit_rows(np.concatenate(parts))
 
 
@@ -165,7 +174,7 @@ def _distances(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64]) -> Float
     if not len(pairs):
         return np.empty(0, np.float32)
     whole = np.stack([_part(image, 0, 0, 0) for image in thumbnails]).reshape(len(thumbnails), -1)
-    spread = [whole[at : at + 4096].std(axis=1) for at in range(0, len(whole), 4096)]
+    spread = [whole[at : at + _ROWS].std(axis=1) for at in range(0, len(whole), _ROWS)]
     length = np.concatenate(spread) * whole.shape[1] ** 0.5
     length[length == 0] = np.inf
     best = np.full(len(pairs), -1.0, np.float32)

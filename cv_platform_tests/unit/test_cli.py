@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from cv_platform.cli import main
+from cv_platform.commands.import_dataset import EXAMPLE
+from cv_platform.config import load_experiment
 from cv_platform_tests.support.pictures import class_folders, write_pictures
 
 REPOSITORY = Path(__file__).parents[2]
@@ -114,6 +116,32 @@ def test_an_import_says_how_the_config_finds_it(
     pasted, out = imported("--root", str(elsewhere))
     assert pasted["dataset"] == {**named, "ds_root": str(elsewhere)}
     assert "was made" not in out
+
+
+def test_an_import_writes_the_config_of_what_it_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    source = class_folders(tmp_path / "source", 2, ("yes", "no", "2024-01-31"))
+    written, misnamed = tmp_path / "my_pets.yaml", tmp_path / "my-pets.yaml"
+    command = ["import-dataset", str(source), "--name", "pets", "--tag", "1.0", "--root", str(tmp_path / "else: where")]
+    assert main([*command, "--config", str(misnamed)]) == 1
+    assert "name" in capsys.readouterr().err
+    assert not (tmp_path / "else: where").exists(), "nothing was imported"
+    assert main([*command, "--config", str(written)]) == 0
+    config, example = load_experiment(written), load_experiment(EXAMPLE)
+    assert (config.name, config.model.model_name, config.deploy.service) == ("my_pets", "my_pets_classifier", "my_pets")
+    assert config.model.classes == ("2024-01-31", "no", "yes")
+    assert config.dataset.model_dump(exclude_defaults=True) == {
+        **example.dataset.model_dump(exclude_defaults=True),
+        "ds_name": "pets",
+        "dvc_tag": "1.0",
+        "ds_root": str(tmp_path / "else: where"),
+    }
+    assert config.train == example.train
+    assert "# Nothing is mirrored" in written.read_text()
+    assert main([*command, "--config", str(written)]) == 1
+    assert "which is to be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fraction", ["nan", "-1", "2", "half"])
