@@ -258,7 +258,8 @@ def replay(settings: Settings, stored: StoredPrediction) -> Replay:
     if stored.image is None:
         raise DatabaseError(
             f"Expected the upload of {stored.prediction_id}. Received: none, as the log did not keep it "
-            "(CV_LOG_IMAGES) or has given it up by its age (CV_IMAGE_RETENTION_DAYS). Without it nothing can be asked again."
+            "(CV_LOG_IMAGES) or has given it up by its age (CV_IMAGE_RETENTION_DAYS). Without it nothing can be asked "
+            "again."
         )
     storage, cache = CentralStorage(settings.storage_url), settings.home / "cache" / "bundles"
     folder, metadata = fetch(storage, stored.model_name, stored.model_version, cache=cache)
