@@ -34,7 +34,7 @@ MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
     "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 
-.PHONY: help setup browser demo test test-whole test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-serving soak prove-cifar
+.PHONY: help setup browser demo test test-whole test-ray test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-scale bench-serving soak prove-cifar
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
@@ -66,10 +66,13 @@ demo: setup ## Digits from data to served predictions and a drift report on shif
 	@$(RUN) demo
 
 test: setup browser ## Run the tests, and name the slowest twenty (≤ 15 min on two quiet cores).
-	$(BIN)/python -m pytest -m "not whole" --durations=20
+	$(BIN)/python -m pytest -m "not whole and not ray" --durations=20
 
 test-whole: setup ## Run the tests of whole installations: the demo, make up, the tour, a second kind of labels, a kill.
 	$(BIN)/python -m pytest -m whole --durations=5
+
+test-ray: setup ## Run the tests of the engine ray, on a Ray that they start on this machine.
+	$(BIN)/python -m pytest -m ray -n 0 --durations=5
 
 test-portable: setup ## Run the numerical tests as CPUs with older instruction sets compute (≤ 4 min).
 	$(BIN)/python -m cv_platform_tests.portable
@@ -129,13 +132,16 @@ docs: setup ## Build the documentation as a site, build/docs/index.html.
 	$(BIN)/mkdocs build
 
 lock: setup ## Compile requirements.lock anew (needs the network).
-	$(BIN)/uv pip compile $(LOCK_FLAGS) --group dev --extra s3 --extra docker pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile $(LOCK_FLAGS) --group dev --extra s3 --extra docker --extra ray pyproject.toml -o requirements.lock
 
 bench: setup ## Benchmarks against the original's way; each prints ratios.
 	$(BIN)/python -m benchmarks
 
 bench-serving: setup ## The service against its targets (15 min; 36 on a slow machine): make bench-serving [SHORT=1] (2 min of CPU)
 	$(BIN)/python -m benchmarks $(if $(SHORT),serving-short,serving runtime)
+
+bench-scale: setup ## Shards by one core and by two, by processes and by Ray's two nodes; scoring beside a bare loop.
+	$(BIN)/python -m benchmarks scale --rounds 3
 
 bench-data: setup ## Planted copies that are found, honest images that are accused: make bench-data ARCHIVE=images.tar.gz
 	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of images. Received: nothing."; exit 2; }

@@ -27,6 +27,8 @@ BENCHMARKS = {
     "false-alarms": "benchmarks.bench_false_alarms",
     "exports": "benchmarks.bench_exports",
     "unknown": "benchmarks.bench_unknown",
+    "scale": "benchmarks.bench_scale",
+    "log-rows": "benchmarks.bench_log_rows",
 }
 DEFAULT = ("predict", "training-input")
 """What runs when nothing is named: the others have make targets of their own."""

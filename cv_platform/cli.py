@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     from cv_platform.commands import import_dataset as import_command
     from cv_platform.commands import labels as label_commands
     from cv_platform.commands import predictions as prediction_commands
+    from cv_platform.commands import score as score_command
     from cv_platform.commands import tune as tune_command
     from cv_platform.serving.log.rejected_entries import add_arguments
 
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     label_commands.add_commands(command)
     prediction_commands.add_commands(command)
     tune_command.add_command(command)
+    score_command.add_command(command)
     backup = command("backup", _backup, "write one verified archive of the embedded installation, while it works")
     backup.add_argument("--output", type=Path, default=Path("backups"), help="folder of the archive (default: backups)")
     restore = command("restore", _restore, "make CV_HOME what a backup holds; what was there is kept beside it")

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import unquote, urlsplit
 
 from pydantic import (
@@ -1010,6 +1010,32 @@ class LabelingQueue(Record):
     problems: tuple[str, ...] = ()
 
 
+# batch_scores
+
+
+class BatchScores(Record):
+    """What a model has said of the images of a place; the rows are in `directory`.
+
+    Attributes:
+        model: who has answered.
+        source: where the images are.
+        sha256: of the file of rows.
+        directory: its folder.
+    """
+
+    FILE: ClassVar[str] = "scores.parquet"
+
+    model: ModelIdentity
+    source: str
+    sha256: str
+    directory: HomePath
+
+    @classmethod
+    def of_file(cls, model: ModelIdentity, source: str, directory: Path) -> Self:
+        """Returns the record of rows that lie in `directory`."""
+        return cls(model=model, source=source, sha256=file_sha256(directory / cls.FILE), directory=directory)
+
+
 RECORDS: Mapping[str, type[Record]] = {
     "dataset": DatasetVersion,
     "embeddings": Embeddings,
@@ -1025,5 +1051,6 @@ RECORDS: Mapping[str, type[Record]] = {
     "drift_report": DriftReport,
     "production_metrics": ProductionMetrics,
     "labeling_queue": LabelingQueue,
+    "batch_scores": BatchScores,
 }
 """By the name of the asset that hands it on, in the order of the graph."""

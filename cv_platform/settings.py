@@ -100,6 +100,19 @@ class Settings(BaseModel):
         default_factory=lambda data: data["home"] / "dagster",
         description="Dagster's instance. By default `$CV_HOME/dagster`.",
     )
+    compute: Literal["local", "ray"] = Field(
+        default="local",
+        validation_alias="CV_COMPUTE",
+        description="Who works on manifests, packed pixels, embeddings and scores: processes of this machine, or Ray "
+        "(extra `ray`).",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        validation_alias="CV_RAY_ADDRESS",
+        examples=["192.168.1.10:6379"],
+        description="With `CV_COMPUTE=ray`: a running cluster, whose nodes see `CV_HOME` and `CV_STORAGE` where this "
+        "machine does. Without it, one is started on this machine.",
+    )
     database_url: SecretStr | None = Field(
         default=None,
         validation_alias="DATABASE_URL",
@@ -416,6 +429,7 @@ def quiet_variables() -> dict[str, str]:
         "DISABLE_LATEST_VERSION_CHECK": "True",
         "DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY": "True",
         "DVC_NO_ANALYTICS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TF_ENABLE_ONEDNN_OPTS": "1",
     }

@@ -4,6 +4,8 @@ A shard is a small value that names its input, and what is made of it is returne
 called again: a shard may be worked on twice, by a process that dies and by the next one. What a shard contains is its
 stage's part; how many processes there are, and where, is the engine's (`local`, `ray_engine`). The same bytes come out
 of every engine.
+
+How to add an engine: a class as `engine.Engine` describes it, and its name in `open_engine` and in `CV_COMPUTE`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,16 @@ _SHOWN = 5
 
 
 def open_engine(settings: Settings) -> Engine:
-    """Returns the engine of an installation; what it needs is started when it is first used."""
-    return LocalEngine()
+    """Returns the engine of an installation; what it needs is started when it is first used.
+
+    Raises:
+        ComputeError: the settings ask for Ray, which is not installed.
+    """
+    if settings.compute == "local":
+        return LocalEngine()
+    from cv_platform.compute.ray_engine import RayEngine
+
+    return RayEngine(settings.ray_address)
 
 
 def map_shards(

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from cv_platform.config.fields import ExperimentName, Section
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
 from cv_platform.config.model import PRETRAINED_ARCHITECTURES, ModelConfig
-from cv_platform.config.production import AlertsConfig, DeployConfig, LabelsConfig, MonitorConfig
+from cv_platform.config.production import AlertsConfig, DeployConfig, LabelsConfig, MonitorConfig, ScoreConfig
 from cv_platform.config.recipe import EvaluateConfig, TrainConfig, TransferConfig
 from cv_platform.config.search import Span, TuneConfig
 
@@ -37,6 +37,7 @@ class ExperimentConfig(Section):
     deploy: DeployConfig = Field(default=DeployConfig(), description="the service")
     monitor: MonitorConfig = Field(default=MonitorConfig(), description="the drift report")
     labels: LabelsConfig = Field(default=LabelsConfig(), description="the next version of the dataset")
+    score: ScoreConfig = Field(default=ScoreConfig(), description="images that are answered in one go")
     alerts: AlertsConfig = Field(default=AlertsConfig(), description="what is worth a message")
 
     @model_validator(mode="after")

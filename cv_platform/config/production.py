@@ -172,6 +172,16 @@ class LabelsConfig(Section):
         return {**counts, "uncertain": max(0, self.queue_size - sum(counts.values()))}
 
 
+class ScoreConfig(Section):
+    """Images that the model in production answers in one go: the asset `batch_scores`."""
+
+    source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a folder, a tar or zip, or a URL such as s3://bucket/prefix; without it there is no such asset",
+    )
+
+
 class AlertsConfig(Section):
     """What is worth a message. The addresses (apprise URLs) hold secrets and come from `CV_ALERT_URLS`."""
 

@@ -1,4 +1,4 @@
-"""One experiment config becomes its branch of the graph: fourteen assets with checks, jobs, a schedule and sensors."""
+"""One experiment config becomes its branch of the graph: its assets with checks, jobs, a schedule and sensors."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from cv_platform.defs.evaluation import evaluation_asset
 from cv_platform.defs.monitoring import drift_report_asset, labeling_queue_asset, production_metrics_asset
 from cv_platform.defs.observed import observed_assets, observed_sensor
 from cv_platform.defs.resources import experiment_resource
+from cv_platform.defs.scoring import batch_scores_asset
 from cv_platform.defs.training import model_asset
 from cv_platform.defs.validation import validation_report_asset
 
@@ -60,6 +61,7 @@ def experiment_assets(branch: Branch) -> list[dg.AssetsDefinition]:
         drift_report_asset(branch),
         production_metrics_asset(branch),
         labeling_queue_asset(branch),
+        *([batch_scores_asset(branch)] if branch.config.score.source else []),
     ]
 
 

@@ -1,11 +1,13 @@
 """Central storage on S3: a real S3 API (moto's server) over HTTP, and hosts whose moves of the pointer meet."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
+import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
@@ -198,3 +200,19 @@ def test_promotions_on_two_hosts_forget_no_version(
     production = elsewhere.read_pointer(SERVICE)
     assert production is not None
     assert (production.version, production.previous_version) == (THIRD, SECOND)
+
+
+def test_images_of_a_bucket_are_scored_by_a_model_of_a_bucket(
+    url: str, tmp_path: Path, tiny_export: TinyExport, monkeypatch: pytest.MonkeyPatch
+):
+    publish_tiny(CentralStorage(url), tiny_export, FIRST)
+    source = f"{url.removesuffix('/storage')}/photos"
+    for name, data in (("a/1.png", picture(1)), ("a/cut.png", picture(2)[:40]), ("b.png", picture(3)), ("b.txt", b"")):
+        S3FileSystem().pipe_file(f"{source}/{name}", data)
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CV_STORAGE", url)
+    assert main(["score", source, "--model", FIRST, "--output", str(tmp_path / "scores.parquet")]) == 0
+    rows = pq.read_table(tmp_path / "scores.parquet").to_pydict()
+    assert rows["path"] == ["a/1.png", "a/cut.png", "b.png"]
+    assert [problem and problem.split(":")[0] for problem in rows["problem"]] == [None, "TruncatedImageError", None]
+    assert rows["sha256"][2] == hashlib.sha256(picture(3)).hexdigest()

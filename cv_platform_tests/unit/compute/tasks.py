@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from cv_platform.errors import InvalidDatasetError
 
@@ -39,3 +41,18 @@ def doubled(shard: Numbers) -> list[int]:
 
 def process_id(_: Numbers) -> int:
     return os.getpid()
+
+
+@dataclass(frozen=True)
+class Noted(Numbers):
+    """A shard whose workers leave a file each, and of which the first one is ended."""
+
+    folder: Path
+    dies: bool = False
+
+
+def noted(shard: Noted) -> int:
+    (shard.folder / f"{shard.values[0]}-{time.time_ns()}").touch()
+    if shard.dies and len(list(shard.folder.glob(f"{shard.values[0]}-*"))) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return shard.images

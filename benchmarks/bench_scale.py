@@ -1,0 +1,236 @@
+"""Packing, embedding and batch scoring by one core and by two, by processes and by Ray, and a bare loop beside scoring.
+
+Ray has two nodes of one core each on this machine; "one" lets it have one task at a time. Wall-clock ratios need a
+quiet machine; the CPU's, which are of the whole tree of processes, do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+
+from benchmarks.harness import (
+    Alternative,
+    Check,
+    Observation,
+    Ratio,
+    Report,
+    Stopwatch,
+    compare,
+    in_process,
+    machine_line,
+    measure_interleaved,
+)
+from benchmarks.installation import isolated_environment, isolated_settings, scratch_folder
+from benchmarks.options import Options
+from benchmarks.untrained import deploy_untrained
+from cv_platform.compute.engine import Engine
+from cv_platform.compute.local import LocalEngine
+from cv_platform.settings import Settings
+
+PHOTOS, LINKS = 192, 5
+"""Different images, which are embedded; each lies under so many names, which are packed and scored."""
+SIDE_PX, PACKED_PX = 224, 224
+LIBRARIES = ("ray", "numpy", "opencv-python-headless", "onnxruntime")
+SCALING, RAY_SHARE, BARE_SHARE = 1.8, 0.9, 0.9
+
+
+def run(options: Options) -> Report:
+    """Compares them, stage by stage."""
+    from cv_platform.compute.ray_engine import RayEngine
+
+    clock = Stopwatch()
+    with scratch_folder("scale") as folder:
+        settings = isolated_settings(folder / "home", folder)
+        _write_photos(folder / "photos")
+        environment = isolated_environment(settings, database_url="")
+        (version,) = deploy_untrained(
+            settings, environment, folder / "export", name="scale", architecture="resnet9s", side_px=SIDE_PX
+        )
+        stages = _stages(folder, settings, version)
+        observations: dict[str, list[Observation]] = {}
+        options.say("scoring and a bare loop, in this process")
+        cv2.setNumThreads(1)  # As in each process that scores.
+        bare = functools.partial(_bare_loop, folder / "photos", _session(settings, version))
+        observations |= measure_interleaved(
+            [
+                Alternative("bare loop", in_process(bare)),
+                Alternative("scoring", in_process(functools.partial(stages["scoring"], LocalEngine(1)))),
+            ],
+            rounds=options.rounds,
+            say=options.say,
+        )
+        with _two_nodes() as address:
+            engines: dict[str, Engine] = {
+                "local, one": LocalEngine(1, worth_seconds=0),
+                "local, two": LocalEngine(2, worth_seconds=0),
+                "ray, one": RayEngine(address, workers=1),
+                "ray, two": RayEngine(address, workers=2),
+            }
+            for stage, work in stages.items():
+                options.say(stage)
+                observations |= measure_interleaved(
+                    [
+                        Alternative(f"{stage}: {name}", _of_tree(functools.partial(work, engine)))
+                        for name, engine in engines.items()
+                    ],
+                    rounds=options.rounds,
+                    say=options.say,
+                )
+    ratios, checks = _compared(observations, list(stages), options.seed)
+    return Report(
+        name="scale",
+        title="Shards by one core and by two, by processes and by Ray",
+        unit="image",
+        started_utc=clock.started_utc,
+        seconds=clock.seconds,
+        machine=machine_line(LIBRARIES),
+        settings={"photos": PHOTOS, "names": PHOTOS * LINKS, "input_px": SIDE_PX, "packed_px": PACKED_PX},
+        observations=observations,
+        ratios=ratios,
+        checks=checks,
+    )
+
+
+def _compared(
+    observations: dict[str, list[Observation]], stages: list[str], seed: int
+) -> tuple[list[Ratio], list[Check]]:
+    wanted = [("bare loop", "scoring", "cpu_us_per_unit", BARE_SHARE)]
+    for stage in stages:
+        wanted += [
+            (f"{stage}: {engine}, two", f"{stage}: {engine}, one", "units_per_second", SCALING)
+            for engine in ("local", "ray")
+        ]
+        wanted.append((f"{stage}: ray, two", f"{stage}: local, two", "units_per_second", RAY_SHARE))
+        wanted.append((f"{stage}: local, two", f"{stage}: ray, two", "cpu_us_per_unit", RAY_SHARE))
+    ratios, checks = list[Ratio](), list[Check]()
+    for numerator, denominator, quantity, asked in wanted:
+        if (ratio := compare(observations, numerator, denominator, quantity, seed=seed)) is not None:
+            ratios.append(ratio)
+            title = f"{quantity}, {numerator} / {denominator}"
+            found = f"{ratio.median:.2f}"
+            checks.append(Check(what=title, expected=f"≥ {asked}", received=found, held=ratio.median >= asked))
+    return ratios, checks
+
+
+def _stages(folder: Path, settings: Settings, version: str) -> dict[str, Callable[[Engine], int]]:
+    from cv_platform.config import EncoderConfig
+    from cv_platform.datasets.embeddings import embed_images
+    from cv_platform.datasets.shards.pixels import PackForm
+    from cv_platform.datasets.shards.writing import Rows, write_shards
+    from cv_platform.encoders.encoder import open_encoder
+    from cv_platform.files import file_sha256
+    from cv_platform.scoring.score import score_images
+
+    photos, home = folder / "photos", folder / "encoder"
+    paths = sorted(path.name for path in photos.iterdir())
+    sha256 = [file_sha256(photos / name) for name in paths]
+    encoder = open_encoder(EncoderConfig(), home)
+
+    def pack(engine: Engine) -> int:
+        target = folder / "pack"
+        target.mkdir()
+        form = PackForm((PACKED_PX, PACKED_PX))
+        write_shards(target, photos, [Rows("train", paths, sha256, "uint8")], form, engine=engine)
+        shutil.rmtree(target)
+        return len(paths)
+
+    def embed(engine: Engine) -> int:
+        import pandas as pd
+
+        rows = pd.DataFrame({"path": paths[::LINKS], "sha256": sha256[::LINKS]})
+        embed_images(rows, photos, encoder, home, engine=engine)
+        shutil.rmtree(home / "cache" / "embeddings")
+        return len(rows)
+
+    def score(engine: Engine) -> int:
+        output = folder / "scores.parquet"
+        return score_images(str(photos), version, output, settings=settings, engine=engine).computed
+
+    return {"packing": pack, "embedding": embed, "scoring": score}
+
+
+def _write_photos(folder: Path) -> None:
+    """Writes JPEGs of about 110 KB: crops of scikit-learn's two photographs, each with noise of its own."""
+    from sklearn.datasets import load_sample_images
+
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    sources = list(load_sample_images().images)
+    for number in range(PHOTOS):
+        source = sources[number % len(sources)]
+        top, left = (int(generator.integers(0, most)) for most in (427 - 400, 640 - 468))
+        crop = source[top : top + 400, left : left + 468].astype(np.int16)
+        noisy = np.clip(crop + generator.integers(-6, 7, crop.shape), 0, 255).astype(np.uint8)
+        _, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 90])
+        first = folder / f"{number:05}-0.jpg"
+        first.write_bytes(data.tobytes())
+        for link in range(1, LINKS):
+            first.with_name(f"{number:05}-{link}.jpg").hardlink_to(first)
+
+
+def _bare_loop(folder: Path, run: Callable[..., object]) -> int:
+    """Reads, decodes, resizes and runs the bundle's graph, and does nothing else."""
+    photos = sorted(folder.iterdir())
+    for path in photos:
+        pixels = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+        assert pixels is not None
+        small = cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA)
+        run(np.asarray(small, np.uint8)[None], np.array([-1], np.int32))
+    return len(photos)
+
+
+def _session(settings: Settings, version: str) -> Callable[..., object]:
+    from cv_platform.serving.model.runtime_onnx import OnnxRuntime
+    from cv_platform.storage import CentralStorage
+
+    bundle, _ = CentralStorage(settings.storage_url).fetch_bundle("scale_classifier", version, settings.home / "cache")
+    return OnnxRuntime(bundle / "model.onnx", threads=1)
+
+
+def _of_tree(work: Callable[[], int]) -> Callable[[], Observation]:
+    """Returns a measurement of `work` with the CPU of this process and of all below it, also of those that end."""
+
+    def measure() -> Observation:
+        before, started = _tree_seconds(), time.perf_counter()
+        units = work()
+        wall = time.perf_counter() - started
+        return Observation(units=units, wall_seconds=wall, cpu_seconds=_tree_seconds() - before)
+
+    return measure
+
+
+def _tree_seconds() -> float:
+    here = os.times()
+    ended = here.children_user + here.children_system
+    running = [here.user + here.system]
+    for child in psutil.Process().children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.Error:
+            continue
+        running.append(times.user + times.system + times.children_user + times.children_system)
+    return ended + sum(running)
+
+
+@contextmanager
+def _two_nodes() -> Iterator[str]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        yield str(cluster.address)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

@@ -1,0 +1,188 @@
+"""The engine `ray`: tasks of a Ray cluster, one core each, on this machine or on many (extra `ray`).
+
+Ray brings shards back that a killed worker or node had, and spills results that do not fit into memory; one task waits
+for each core and two more. Workers see `CV_HOME` and `CV_STORAGE` at the same places as who gives out the shards.
+https://docs.ray.io/en/latest/ray-core/fault-tolerance.html
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call
+from cv_platform.cores import available_cores
+from cv_platform.errors import ComputeError
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("cv-platform", "ray", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "onnxruntime", "pyarrow")
+"""What decides the bytes that come of a shard, or whether it can be read at all."""
+_STARTS = 3
+"""On a busy machine, its agents may not be there within 15 s: https://github.com/ray-project/ray/issues/65983"""
+_START_SECONDS = "180"
+_INSTALL = "Install the extra: pip install 'cv-platform[ray]', or set CV_COMPUTE=local."
+
+
+class RayEngine:
+    """Works on shards by a Ray cluster, which is joined, or started, when the first shard comes.
+
+    Args:
+        address: of a running cluster; None: one is started on this machine, and ends with this process.
+        workers: most shards at a time; None: as many as the cluster has cores.
+
+    Raises:
+        ComputeError: Ray is not installed.
+    """
+
+    def __init__(self, address: str | None = None, *, workers: int | None = None) -> None:
+        self._address, self._most = address, workers
+        _ray()
+
+    @property
+    def workers(self) -> int:
+        """Returns how many shards it works on at a time."""
+        return self._most or max(1, int(self._joined().cluster_resources().get("CPU", 1)))
+
+    def run(
+        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
+    ) -> Iterator[Outcome[S, R]]:
+        """See `Engine.run`."""
+        ray = self._joined()
+        turns: Turns[S, R] = Turns(shards, ahead=self._most or AHEAD * self.workers, in_order=in_order)
+        task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_work)
+        shared = ray.put(function)
+        at_work: dict[Any, tuple[int, S]] = {}
+        try:
+            while True:
+                while (taken := turns.take()) is not None:
+                    at_work[task.remote(shared, taken[1])] = taken
+                if not at_work:
+                    return
+                done, _ = ray.wait(list(at_work), num_returns=1)
+                for reference in done:
+                    number, shard = at_work.pop(reference)
+                    turns.settle(number, _outcome(ray, reference, shard))
+                yield from turns.give()
+        finally:
+            for reference in at_work:
+                ray.cancel(reference, force=True)
+
+    def _joined(self) -> Any:
+        ray = _ray()
+        if not ray.is_initialized():
+            _join(ray, self._address)
+            _require_same(ray)
+        return ray
+
+
+def _ray() -> Any:
+    # It tells its maker how it is used, unless the environment says no, and gives a busy machine little time.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_SECONDS)
+    try:
+        import ray
+    except ImportError as err:
+        raise ComputeError(f"CV_COMPUTE=ray: expected the package ray. Received: {err}. {_INSTALL}") from err
+    return ray
+
+
+def _join(ray: Any, address: str | None, attempts: int = _STARTS) -> None:
+    own = {} if address else {"num_cpus": available_cores(), "include_dashboard": False}
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, configure_logging=False, **own)
+    # A cluster of another Ray or Python is a RuntimeError, none at all a ConnectionError, a slow start an Exception.
+    except Exception as err:
+        ray.shutdown()
+        if address is None and attempts > 1:
+            logger.warning("Ray has not started, and is started again: %s", err)
+            return _join(ray, address, attempts - 1)
+        where = f"a Ray cluster at {address}" if address else "Ray to start on this machine"
+        raise ComputeError(
+            f"Expected {where} that has Python {platform.python_version()} and Ray {ray.__version__}. Received: {err}. "
+            "Start it with these versions, or correct CV_RAY_ADDRESS."
+        ) from err
+
+
+def _require_same(ray: Any) -> None:
+    """Refuses a cluster of which a node has other packages than this process: its bytes could differ."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here, task = versions(), ray.remote(num_cpus=0)(versions)
+    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    asked = {
+        f"{name} ({node[:8]})": task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote()
+        for node, name in nodes.items()
+    }
+    try:
+        found = {name: ray.get(answer, timeout=60.0) for name, answer in asked.items()}
+    except (ray.exceptions.RayError, ImportError) as err:
+        ray.shutdown()
+        raise ComputeError(
+            f"Expected cv-platform on each node of the Ray cluster. Received: {str(err).strip().splitlines()[-1]}. "
+            "Install the same packages there as here."
+        ) from err
+    if differences := different_versions(here, found):
+        ray.shutdown()
+        raise ComputeError(
+            f"Expected a Ray cluster with the packages of this process. Received: {'; '.join(differences)}. "
+            "Install the same ones there: requirements.lock."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of what decides the bytes that come of a shard."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def different_versions(here: Mapping[str, str], nodes: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Says what nodes have otherwise than this process, by their names."""
+    return [
+        f"{node} has {name} {there.get(name, 'none')} instead of {version}"
+        for node, there in nodes.items()
+        for name, version in here.items()
+        if there.get(name, "none") != version
+    ]
+
+
+def _work(function: Callable[[Any], Any], shard: Any) -> tuple[Exception | None, Any]:
+    """Works on a shard in a worker, and returns `(error, result)`, of which one is None."""
+    _use_one_thread()
+    try:
+        return None, call(function, shard)
+    except Exception as err:
+        return err, None
+
+
+@functools.cache
+def _use_one_thread() -> None:
+    if opencv := sys.modules.get("cv2"):
+        opencv.setNumThreads(1)
+
+
+def _outcome(ray: Any, reference: Any, shard: Any) -> Outcome[Any, Any]:
+    errors = ray.exceptions
+    try:
+        error, result = ray.get(reference)
+    except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError, errors.ObjectLostError) as err:
+        why = type(err).__name__.removesuffix("Error")
+        return Outcome(shard, None, f"has ended {ATTEMPTS} processes, the last of which by {why}")
+    except errors.RayError as err:
+        raise ComputeError(f"{shard.name}: expected Ray to work on it. Received: {err}") from err
+    if error is not None:
+        raise error
+    return Outcome(shard, result)

@@ -1,0 +1,167 @@
+"""Scores all images of a source by a published model, batch by batch; what was scored before a kill stays."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Engine, Salvage
+from cv_platform.errors import BundleNotFoundError, LockHeldError
+from cv_platform.files import exclusive, whole_file
+from cv_platform.scoring.rows import Batch, Scorer, score_batch, scores_schema, unanswered
+from cv_platform.scoring.sources import Found, find_images
+from cv_platform.settings import Settings
+from cv_platform.storage import BundleMetadata, CentralStorage
+
+logger = logging.getLogger(__name__)
+
+_MOST_IMAGES = 1024
+_FEWEST_IMAGES = 64
+_BATCHES = 256
+"""Of a source, if they are of a size between the two above; more do not lie in a folder beside the output."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of a scoring.
+
+    Attributes:
+        images: rows of the output.
+        problems: of them, those without an answer.
+        unknown: of them, those that show nothing the model has learned.
+        computed: those that no earlier, killed scoring had done.
+        seconds: that these took.
+    """
+
+    images: int
+    problems: int
+    unknown: int
+    computed: int
+    seconds: float
+
+    def line(self) -> str:
+        """Says it."""
+        rate = f", {self.computed / max(self.seconds, 1e-9):,.0f} per second" if self.computed else ""
+        return (
+            f"{self.images:,} images: {self.problems:,} without an answer, {self.unknown:,} unknown; "
+            f"{self.computed:,} scored now{rate}"
+        )
+
+
+def score_images(
+    source: str, version: str, output: Path, *, settings: Settings, engine: Engine | None = None
+) -> Scored:
+    """Writes `output`, a Parquet file with exactly one row for each image of `source`; see `rows.scores_schema`.
+
+    Batches lie in a hidden folder beside `output` until all are done: the next call goes on with those of one that was
+    killed, if model and files are still the same.
+
+    Args:
+        source: see `sources.find_images`.
+        version: of a published model.
+        output: of the rows; replaced if it is there.
+        settings: storage, cache, and the most pixels of an image.
+        engine: who scores; None: processes of this machine.
+
+    Raises:
+        BundleNotFoundError, CorruptBundleError, StorageError: the model cannot be had.
+        DatasetError: there are no images.
+        LockHeldError: another process writes the same output.
+    """
+    metadata = _published(CentralStorage(settings.storage_url), version)
+    cache = settings.home / "cache" / "bundles"
+    scorer = Scorer(settings.storage_url, metadata.model_name, version, cache, settings.max_upload_pixels)
+    parts = output.absolute().with_name(f".{output.name}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    with _alone(parts, output):
+        found = find_images(source, parts)
+        started = time.perf_counter()
+        computed = _make_parts(found, scorer, metadata, parts, engine)
+        seconds = time.perf_counter() - started
+        problems, unknown = _join(found, metadata, parts, output)
+        shutil.rmtree(parts)
+    return Scored(len(found.paths), problems, unknown, computed, seconds)
+
+
+def _published(storage: CentralStorage, version: str) -> BundleMetadata:
+    for model_name, known in storage.stored_bundles():
+        if known == version and version in storage.bundle_versions(model_name):
+            return storage.read_metadata(model_name, version)
+    known = sorted(version for _, version in storage.stored_bundles())
+    raise BundleNotFoundError(
+        f"Expected a published version. Received: {version}. Published: {', '.join(known[-10:]) or 'none'}."
+    )
+
+
+@contextlib.contextmanager
+def _alone(parts: Path, output: Path) -> Iterator[None]:
+    try:
+        with exclusive(parts.with_name(f"{parts.name}.lock"), timeout_seconds=0.0):
+            yield
+    except LockHeldError as err:
+        raise LockHeldError(
+            f"Expected one scoring at a time to write {output}. Received: a second. Wait for the first, or stop it; "
+            "then this one goes on from there."
+        ) from err
+
+
+def _batches(found: Found, metadata: BundleMetadata) -> Iterator[Batch]:
+    """Yields the batches of a source, the same ones for the same files and the same model."""
+    size = min(_MOST_IMAGES, max(_FEWEST_IMAGES, len(found.paths) // _BATCHES))
+    model = [metadata.model_name, metadata.version, sorted(metadata.checksums.items())]
+    base = hashlib.sha256(json.dumps(model).encode())
+    for start in range(0, len(found.paths), size):
+        rows = slice(start, start + size)
+        digest = base.copy()
+        digest.update(json.dumps([found.paths[rows], found.stamps[rows]]).encode())
+        yield Batch(digest.hexdigest()[:32], found.root, tuple(found.paths[rows]))
+
+
+def _make_parts(found: Found, scorer: Scorer, metadata: BundleMetadata, parts: Path, engine: Engine | None) -> int:
+    """Scores the batches that have no part yet, and returns how many images these were."""
+    done = {path.stem for path in parts.glob("*.parquet")}
+    missing = sum(batch.images for batch in _batches(found, metadata) if batch.key not in done)
+    if missing < len(found.paths):
+        logger.info("%d of %d images were scored before", len(found.paths) - missing, len(found.paths))
+    salvage = Salvage(
+        divide=lambda batch: (replace(batch, paths=(path,)) for path in batch.paths),
+        join=pa.concat_tables,
+        lost=lambda batch, why: unanswered(metadata, batch, f"its decoding {why}"),
+    )
+    for batch, rows in map_shards(
+        partial(score_batch, scorer),
+        (batch for batch in _batches(found, metadata) if batch.key not in done),
+        engine=engine,
+        title="Scoring",
+        total=missing,
+        in_order=False,
+        salvage=salvage,
+    ):
+        with whole_file(parts / f"{batch.key}.parquet") as partial_file:
+            pq.write_table(rows, partial_file, compression="none", use_dictionary=False)  # It is read once.
+    return missing
+
+
+def _join(found: Found, metadata: BundleMetadata, parts: Path, output: Path) -> tuple[int, int]:
+    """Writes the parts, in order, as one file; returns how many images have a problem, and how many are unknown."""
+    problems = unknown = 0
+    schema = scores_schema(metadata)
+    with whole_file(output) as partial_file, pq.ParquetWriter(partial_file, schema, compression="zstd") as writer:
+        for batch in _batches(found, metadata):
+            rows = pq.read_table(parts / f"{batch.key}.parquet", schema=schema)
+            problems += len(rows) - rows["problem"].null_count
+            unknown += sum(filter(None, rows["is_unknown"].to_pylist()))
+            writer.write_table(rows)
+    return problems, unknown

@@ -1,0 +1,113 @@
+"""Where images to be scored come from, and how a process on any machine reads them: a folder, an archive, a URL."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cv_platform.datasets.sources.archives import is_archive, unpack
+from cv_platform.datasets.sources.tree import walk
+from cv_platform.errors import DatasetError, StorageError
+from cv_platform.files import whole_directory
+from cv_platform.images.files import IMAGE_SUFFIXES, is_litter
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images at one place, ordered by path.
+
+    Attributes:
+        root: a folder or URL that every process which works on them sees.
+        paths: of the images below it.
+        stamps: one for each, which changes when the file does.
+    """
+
+    root: str
+    paths: Sequence[str]
+    stamps: Sequence[str]
+
+
+def find_images(source: str, scratch: Path) -> Found:
+    """Lists the images of a source; what is none, by suffix or first bytes, is passed over.
+
+    Args:
+        source: a folder, a tar or zip, or a URL that fsspec knows, such as s3://bucket/prefix.
+        scratch: an archive is unpacked below it, once.
+
+    Raises:
+        DatasetError: there is nothing there, or no image.
+        InvalidDatasetError: a folder or archive that cannot be read.
+        StorageError: the URL cannot be reached.
+    """
+    found = _of_url(source) if "://" in source else _of_path(Path(source).expanduser().absolute(), scratch)
+    if not found.paths:
+        raise DatasetError(f"Expected images in {source}. Received: none. Name another folder, archive or URL.")
+    return found
+
+
+def read_file(root: str, path: str) -> bytes:
+    """Returns the bytes of an image.
+
+    Raises:
+        FileNotFoundError, PermissionError: it is gone, or may not be read.
+        StorageError: its place cannot be reached, which may pass.
+    """
+    try:
+        return _file_system(root).cat_file(f"{_root(root)}/{path}") if "://" in root else Path(root, path).read_bytes()
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError as err:
+        raise StorageError(f"Cannot read {path} at {root}: {err}. Check that it is reached from here.") from err
+
+
+def _of_path(path: Path, scratch: Path) -> Found:
+    if not path.exists():
+        raise DatasetError(f"Expected a folder, an archive or a URL. Received: {path}, where nothing is. Correct it.")
+    if path.is_file():
+        if not is_archive(path):
+            raise DatasetError(f"Expected a tar or zip of images. Received: {path}, which is neither. Name a folder.")
+        status = path.stat()
+        folder = scratch / f"unpacked-{status.st_size}-{status.st_mtime_ns}"
+        if not folder.is_dir():
+            with whole_directory(folder) as partial:
+                unpack(path, partial)
+        path = folder
+    tree = walk(path)
+    names = sorted(tree.image_paths(tree))
+    status_of = ((path / name).stat() for name in names)
+    return Found(str(path), names, [f"{status.st_size}-{status.st_mtime_ns}" for status in status_of])
+
+
+def _of_url(url: str) -> Found:
+    try:
+        listed: dict[str, dict[str, Any]] = _file_system(url).find(_root(url), detail=True)
+    except OSError as err:
+        raise StorageError(f"Expected images at {url}. Received: {err}. Check the URL and its rights.") from err
+    below = {path.removeprefix(f"{_root(url)}/"): facts for path, facts in listed.items()}
+    names = sorted(
+        name
+        for name in below
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES and not any(is_litter(part) for part in name.split("/"))
+    )
+    stamps = [str(below[name].get("ETag") or (below[name]["size"], str(below[name].get("mtime")))) for name in names]
+    return Found(url, names, stamps)
+
+
+@functools.cache
+def _file_system(url: str) -> Any:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)[0]
+    except (ImportError, ValueError) as err:
+        raise StorageError(
+            f"Expected a URL whose driver is installed. Received: {url} ({err}). "
+            "For s3:// install the extra: pip install 'cv-platform[s3]'."
+        ) from err
+
+
+def _root(url: str) -> str:
+    return str(_file_system(url)._strip_protocol(url)).rstrip("/")

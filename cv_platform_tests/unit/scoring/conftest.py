@@ -1,0 +1,3 @@
+from cv_platform_tests.support.app_fixtures import make_worker
+
+__all__ = ["make_worker"]

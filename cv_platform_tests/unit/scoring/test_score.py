@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cv_platform.cli import main
+from cv_platform.compute.engine import Outcome, R, S
+from cv_platform.compute.local import LocalEngine
+from cv_platform.errors import BundleNotFoundError, DatasetError, LockHeldError
+from cv_platform.files import exclusive
+from cv_platform.scoring import score
+from cv_platform.scoring.score import score_images
+from cv_platform.serving.app import create_app
+from cv_platform.serving.model.runtime import load_bundle
+from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage
+from cv_platform_tests.support.app_fixtures import MakeWorker
+from cv_platform_tests.support.http_client import Client, FixedModels
+from cv_platform_tests.support.pictures import picture, write_pictures
+from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny
+
+pytestmark = pytest.mark.xdist_group("tensorflow")
+
+VERSION = "20260101T000000Z-00000001"
+PROCESSES = LocalEngine(2, worth_seconds=0)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_export: TinyExport) -> Settings:
+    made = Settings.from_environment({"CV_HOME": str(tmp_path / "home")})
+    publish_tiny(CentralStorage(made.storage_url), tiny_export, VERSION)
+    return made
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Ten images in two folders, one that is cut off, and two files that are none."""
+    folder = write_pictures(tmp_path / "images", [f"{name}/{i}.png" for name in "ab" for i in range(5)])
+    (folder / "a/cut.png").write_bytes(picture(99)[:40])
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(picture(1))
+    return folder
+
+
+def read(path: Path) -> dict[str, list]:
+    return pq.read_table(path).to_pydict()
+
+
+def test_each_image_has_one_row_with_the_answer_of_the_service(
+    settings: Settings, images: Path, tmp_path: Path, make_worker: MakeWorker
+) -> None:
+    scored = score_images(str(images), VERSION, tmp_path / "scores.parquet", settings=settings)
+    assert (scored.images, scored.problems, scored.computed) == (11, 1, 11)
+    rows = read(tmp_path / "scores.parquet")
+    assert rows["path"] == [*(f"a/{i}.png" for i in range(5)), "a/cut.png", *(f"b/{i}.png" for i in range(5))]
+    assert rows["sha256"] == [hashlib.sha256((images / path).read_bytes()).hexdigest() for path in rows["path"]]
+    model = load_bundle(CentralStorage(settings.storage_url), MODEL_NAME, VERSION, cache=tmp_path / "cache", threads=1)
+    client = Client(create_app(make_worker(models=FixedModels(model))))
+    for row, path in enumerate(rows["path"]):
+        answer = client.predict((images / path).read_bytes()).json()
+        if path == "a/cut.png":
+            assert rows["problem"][row] == f"TruncatedImageError: {answer['message']}"
+            assert rows["predicted_class"][row] is rows["confidence"][row] is rows["is_unknown"][row] is None
+            assert np.isnan(rows["bbsd_feats"][row]).all()
+            continue
+        assert rows["problem"][row] is None
+        assert [float(f"{p:.7g}") for p in rows["bbsd_feats"][row]] == list(answer["prediction"].values())
+        assert rows["predicted_class"][row] == answer["predicted_class"]
+        assert rows["is_unknown"][row] == answer["is_unknown"]
+        assert rows["confidence"][row] == max(rows["bbsd_feats"][row])
+        assert (len(rows["uae_feats"][row]), len(rows["features"][row]), len(rows["properties"][row])) == (4, 5, 7)
+    assert set(rows["model_version"]) == {VERSION}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cv_platform.compute.local import LocalEngine
+from cv_platform.scoring import score
+from cv_platform.settings import Settings
+score._FEWEST_IMAGES = 2
+whole = score.map_shards
+def killed(*arguments, **options):
+    for number, made in enumerate(whole(*arguments, **options)):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield made
+score.map_shards = killed
+settings = Settings.from_environment({"CV_HOME": sys.argv[1]})
+engine = LocalEngine(2, worth_seconds=0)
+score.score_images(sys.argv[2], sys.argv[3], Path(sys.argv[4]), settings=settings, engine=engine)
+"""
+
+
+def test_a_killed_scoring_loses_only_what_was_not_finished(
+    settings: Settings, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "_FEWEST_IMAGES", 2)
+    whole, output = tmp_path / "whole.parquet", tmp_path / "scores.parquet"
+    assert score_images(str(images), VERSION, whole, settings=settings, engine=PROCESSES).computed == 11
+    arguments = [str(settings.home), str(images), VERSION, str(output)]
+    run = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=120)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not output.exists()
+    # Three of six batches, of two images but for the last, were finished.
+    assert score_images(str(images), VERSION, output, settings=settings).computed in {5, 6}
+    assert output.read_bytes() == whole.read_bytes(), "whoever scores it, and in how many goes"
+    assert [path.name for path in tmp_path.glob(".*.parts")] == []
+
+
+class DiesOf:
+    """An engine whose processes die of one image."""
+
+    workers = 1
+
+    def run(
+        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
+    ) -> Iterator[Outcome[S, R]]:
+        for shard in shards:
+            dies = "b/2.png" in getattr(shard, "paths", ())
+            yield Outcome(shard, None if dies else function(shard), "has ended 3 processes" if dies else None)
+
+
+def test_an_image_that_ends_its_process_has_a_row_that_says_so(
+    settings: Settings, images: Path, tmp_path: Path
+) -> None:
+    scored = score_images(str(images), VERSION, tmp_path / "scores.parquet", settings=settings, engine=DiesOf())
+    rows = read(tmp_path / "scores.parquet")
+    assert (scored.images, scored.problems, len(rows["path"])) == (11, 2, 11)
+    problems = dict(zip(rows["path"], rows["problem"], strict=True))
+    assert problems["b/2.png"] == "its decoding has ended 3 processes"
+    assert (
+        rows["sha256"][rows["path"].index("b/2.png")] == hashlib.sha256((images / "b/2.png").read_bytes()).hexdigest()
+    )
+
+
+def test_the_command_scores_an_archive(
+    settings: Settings,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CV_HOME", str(settings.home))
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", images)
+    outputs = [tmp_path / "folder.parquet", tmp_path / "archive.parquet"]
+    for source, output in zip((str(images), archive), outputs, strict=True):
+        assert main(["score", source, "--model", VERSION, "--output", str(output)]) == 0
+        assert "11 images: 1 without an answer, 0 unknown; 11 scored now" in capsys.readouterr().out
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_what_cannot_be_scored_is_said(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("no image")
+    output = tmp_path / "scores.parquet"
+    for source, message in (("gone", "where nothing is"), ("empty", "Expected images"), ("text.txt", "neither")):
+        with pytest.raises(DatasetError, match=message):
+            score_images(str(tmp_path / source), VERSION, output, settings=settings)
+    with pytest.raises(BundleNotFoundError, match=f"Received: other. Published: {VERSION}"):
+        score_images(str(tmp_path), "other", output, settings=settings)
+    with exclusive(tmp_path / ".scores.parquet.parts.lock"), pytest.raises(LockHeldError, match="Wait for the first"):
+        score_images(str(tmp_path), VERSION, output, settings=settings)
+    assert not list(tmp_path.glob("*.parquet"))
