@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from uuid import UUID
 
 import numpy as np
@@ -323,15 +324,15 @@ def _judge(
         return ()
     embeddings = embed_dataset(base.checkout, config.encoder, home=home, spare_bytes=spare_bytes)
     own = base.compared()[:_MOST_COMPARED]
-    rows = pd.DataFrame(
-        {"path": [str(files[upload.sha256]) for upload in wanted], "sha256": [upload.sha256 for upload in wanted]}
-    )
-    vectors = np.concatenate(
-        [
-            read_embeddings(embeddings, base.checkout.manifest, [image.path for image in own]),
-            embed_images(rows, Path("/"), open_encoder(config.encoder, home), home),
-        ]
-    ).astype(np.float32)
+    # Those that it has grown by come first in `wanted`, and have vectors.
+    there = [*own, *(base.grown[upload.sha256] for upload in wanted if upload.sha256 in base.grown)]
+    parts = [read_embeddings(embeddings, base.checkout.manifest, [image.path for image in there])]
+    if new := [upload.sha256 for upload in wanted if upload.sha256 not in base.grown]:
+        rows = pd.DataFrame({"path": [str(files[sha256]) for sha256 in new], "sha256": new})
+        # Vectors are kept of what becomes a version; a deletion is to reach all of the rest.
+        with TemporaryDirectory(prefix="cv-labels-") as folder:
+            parts.append(embed_images(rows, Path("/"), open_encoder(config.encoder, home), Path(folder)))
+    vectors = np.concatenate(parts).astype(np.float32)
     labels = [*(image.labels for image in own), *(upload.labels for upload in wanted)]
     sources = [*[None] * len(own), *(upload.source if upload.source in asked else None for upload in wanted)]
     usable = np.flatnonzero(np.isfinite(vectors).all(axis=1)).tolist()

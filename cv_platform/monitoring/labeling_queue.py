@@ -1,15 +1,20 @@
 """Fills the queue of images that people are asked to label, from the requests that came since it was filled last.
 
-Each request with a kept upload is in one window of the queue, which begins where the last one ended. The random share
-is drawn from all of them with a chance that is noted, whatever the other reasons choose: its inverse is the weight of
-what people say of it in `production_metrics`. The other reasons look at `labels.max_candidates`, an upload once.
+Each request with a kept upload is in one window of the queue, by the time when it reached the database, which begins
+where the last one ended: what an outage has kept in a spool is in the next. The random share is drawn from all of them
+with a chance that is noted, whatever the other reasons choose: its inverse is the weight of what people say of it in
+`production_metrics`. The other reasons look at `labels.max_candidates` and at what drives the drift report, an upload
+once. Vectors of uploads are not kept, as a deletion is to reach everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -30,6 +35,7 @@ from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import ImageError, StorageError
 from cv_platform.images import preprocess
 from cv_platform.monitoring.queue_choice import RANDOM, choose, novelty, uncertainty
+from cv_platform.monitoring.window import WindowBounds
 from cv_platform.predictions import LABELLER
 from cv_platform.records import DatasetVersion, DriftReport, Embeddings, LabelingQueue
 from cv_platform.serving.model.unknown import UNKNOWN, load_rule
@@ -56,6 +62,12 @@ class QueueSources:
     storage: CentralStorage
     settings: Settings
 
+    @property
+    def driving(self) -> dict[str, float]:
+        """How strongly uploads drive the report, by sha256."""
+        images = self.report.top_images if self.report else []
+        return {image["image_sha256"]: float(image["score"]) for image in images if image["image_sha256"]}
+
 
 def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, *, now: datetime) -> LabelingQueue:
     """Adds up to `labels.queue_size` images to the queue.
@@ -66,20 +78,18 @@ def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, 
     labels, quotas = config.labels, config.labels.quotas()
     with engine.connect() as connection:
         start = _last_end(connection, config) or now - timedelta(days=config.monitor.window_days)
-        inside = (
-            (predictions.c.model_name == config.model.model_name)
-            & predictions.c.image_sha256.is_not(None)
-            & (predictions.c.created_on >= start)
-            & (predictions.c.created_on < now)
-        )
+    bounds, upload = WindowBounds(start, now, "logged"), predictions.c.image_sha256
+    inside = (predictions.c.model_name == config.model.model_name) & upload.is_not(None) & bounds.holds()
+    by_hash = (
+        func.hashtextextended(cast(predictions.c.prediction_id, Text), config.monitor.seed),
+        predictions.c.prediction_id,
+    )
+    most = max(labels.max_candidates, quotas[RANDOM])
+    sample = select(predictions.c.prediction_id).where(inside).order_by(*by_hash).limit(most)
+    is_candidate = predictions.c.prediction_id.in_(sample) | upload.in_(list(sources.driving))
+    wanted = select(*(predictions.c[name] for name in _COLUMNS)).where(inside & is_candidate).order_by(*by_hash)
+    with bounds.snapshot(engine) as connection:
         requests = int(connection.execute(select(func.count()).select_from(predictions).where(inside)).scalar_one())
-        drawn = func.hashtextextended(cast(predictions.c.prediction_id, Text), config.monitor.seed)
-        wanted = (
-            select(*(predictions.c[name] for name in _COLUMNS))
-            .where(inside)
-            .order_by(drawn, predictions.c.prediction_id)
-            .limit(max(labels.max_candidates, quotas[RANDOM]))
-        )
         rows = pd.DataFrame([tuple(row) for row in connection.execute(wanted)], columns=pd.Index(_COLUMNS))
     problems: list[str] = []
     counts: dict[str, int] = {}
@@ -161,7 +171,8 @@ def _look(
         except ImageError:
             continue
         thumbnails[number] = thumbnail(pixels[number])
-    vectors = embed_files(uploads, lambda part: [pixels.get(at) for at in part], encoder, sources.settings.home)
+    with TemporaryDirectory(prefix="cv-queue-") as folder:
+        vectors = embed_files(uploads, lambda part: [pixels.get(at) for at in part], encoder, Path(folder))
     return vectors, thumbnails
 
 
@@ -172,28 +183,38 @@ def _scores(
     vectors: NDArray[np.float16],
     problems: list[str],
 ) -> dict[str, NDArray[np.float64]]:
-    is_multi_label = config.model.classifier_type == "multi-label"
     paths = read_manifest(sources.dataset.manifest_path)["path"]
     known = read_embeddings(sources.embeddings, sources.dataset.manifest, paths)
     known = known[np.isfinite(known).all(axis=1)]
-    top_images = sources.report.top_images if sources.report else []
-    driving = {str(image["prediction_id"]): float(image["score"]) for image in top_images}
+    driving = sources.driving
     first = ~rows["image_sha256"].duplicated().to_numpy()
     scores = {
         "unknown": _unknown(config, sources, rows, problems),
-        "drift": np.array([driving.get(str(name), np.nan) for name in rows["prediction_id"]]),
+        "drift": np.array([driving.get(sha256, np.nan) for sha256 in rows["image_sha256"]]),
         "novel": novelty(np.nan_to_num(vectors), known),
-        "uncertain": np.array(
-            [
-                uncertainty(np.array([list(said.values())]), is_multi_label=is_multi_label)[0] if said else np.nan
-                for said in rows["prediction_json"]
-            ]
-        ),
+        "uncertain": _uncertain(config, sources, rows),
     }
     for reason, score in scores.items():
         scores[reason] = np.where(first, score, np.nan)
     # They come in the order of a hash: the first of them are a random sample of all.
     return {RANDOM: -np.arange(len(rows), dtype=np.float64), **scores}
+
+
+def _uncertain(config: ExperimentConfig, sources: QueueSources, rows: pd.DataFrame) -> NDArray[np.float64]:
+    """Returns `(N,)`: how close the answers were to other ones, by the thresholds of their models."""
+    scores, model = np.full(len(rows), np.nan), config.model
+    for version, part in rows.groupby("model_version"):
+        limits: dict[str, float] = {}
+        with suppress(StorageError):  # What nobody has published has today's threshold.
+            facts = sources.storage.read_metadata(model.model_name, str(version))
+            each = np.broadcast_to(facts.threshold, len(facts.class_names)).tolist()
+            limits = dict(zip(facts.class_names, each, strict=True))
+        for at in part.index:
+            if said := rows["prediction_json"].iat[at]:
+                thresholds = np.array([limits.get(name, model.threshold) for name in said])
+                is_multi_label = model.classifier_type == "multi-label"
+                scores[at] = uncertainty(np.array([list(said.values())]), thresholds if is_multi_label else None)[0]
+    return scores
 
 
 def _unknown(

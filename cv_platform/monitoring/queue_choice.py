@@ -68,16 +68,18 @@ def choose(
     return chosen
 
 
-def uncertainty(probabilities: Floats, *, is_multi_label: bool = False) -> NDArray[np.float64]:
-    """Returns `(N,)` of 0 to 1: how close the two best classes are, or the label closest to its threshold of a half.
+def uncertainty(probabilities: Floats, thresholds: Floats | None = None) -> NDArray[np.float64]:
+    """Returns `(N,)` of 0 to 1: how close the two best classes are, or the closest label is to its threshold.
 
     Args:
         probabilities: `(N, C)`.
-        is_multi_label: each column is a decision of its own.
+        thresholds: `(C,)`, of labels, each a decision of its own; None: one of the classes is right.
     """
-    if is_multi_label:
-        return 1.0 - 2.0 * np.abs(np.asarray(probabilities, np.float64) - 0.5).min(axis=1)
-    best = np.sort(np.asarray(probabilities, np.float64), axis=1)[:, -2:]
+    shares = np.asarray(probabilities, np.float64)
+    if thresholds is not None:
+        room = np.where(shares < thresholds, thresholds, 1.0 - thresholds)
+        return 1.0 - (np.abs(shares - thresholds) / np.maximum(room, 1e-12)).min(axis=1)
+    best = np.sort(shares, axis=1)[:, -2:]
     return 1.0 - (best[:, -1] - (best[:, 0] if best.shape[1] > 1 else 0.0))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine, Row, select
 
@@ -23,6 +26,7 @@ from cv_platform.records import LabelingQueue
 from cv_platform.serving.log.deletion import delete_from_database
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
+from cv_platform_tests.support.drift_reports import make_report
 from cv_platform_tests.support.labelled_log import NOW, answer, drawing, experiment, home, origin, say
 
 __all__ = ["home", "origin"]
@@ -82,6 +86,26 @@ def test_the_queue_asks_for_the_uncertain_and_the_novel_once_and_goes_on_where_i
         assert connection.execute(select(deletions.c.prediction_id)).scalars().all() == [strange]
 
 
+def test_what_an_outage_kept_and_what_drives_the_drift_is_asked_for_too(engine: Engine, sources: QueueSources) -> None:
+    one = {"random_share": 0.0, "unknown_share": 0.0, "novel_share": 0.0, "max_candidates": 1}
+    config = experiment(queue_size=2, drift_share=0.5, **one)
+    driving = [answer(engine, drawing("cat", 700)) for _ in range(2)]
+    ids = {*driving, *(answer(engine, drawing("cat", 701 + at)) for at in range(20))}
+    sha256 = hashlib.sha256(drawing("cat", 700)).hexdigest()
+    top = [{"prediction_id": str(driving[0]), "image_sha256": sha256, "score": 2.0}]
+    sources = replace(sources, report=make_report(top_images=top))
+    made = fill(config, engine, sources, 1)
+    assert (made.requests, made.counts["drift"]) == (22, 1)
+    (asked,) = [item.prediction_id for item in queue_of(engine) if item.reason == "drift"]
+    assert asked in driving
+    late = answer(engine, drawing("dog", 800), logged_on=NOW + timedelta(minutes=1, seconds=30))
+    assert fill(config, engine, sources, 2).requests == 1, "answered before the last window ended, and logged after"
+    assert late in {item.prediction_id for item in queue_of(engine)} - ids
+    kept = [pq.read_table(path)["sha256"].to_pylist() for path in sources.settings.home.glob("cache/embeddings/*/*")]
+    assert kept
+    assert not any(sha256 in names for names in kept), "of uploads, no vectors are kept"
+
+
 def test_labels_of_random_requests_estimate_the_accuracy_on_all_while_comments_on_mistakes_do_not(
     engine: Engine, sources: QueueSources, tmp_path: Path
 ) -> None:
@@ -135,7 +159,9 @@ def test_images_are_chosen_apart_from_each_other_and_the_last_reason_takes_what_
 
 def test_scores_are_as_worked_by_hand() -> None:
     assert uncertainty(np.array([[0.7, 0.2, 0.1], [0.5, 0.5, 0.0]])).tolist() == pytest.approx([0.5, 1.0])
-    assert uncertainty(np.array([[0.9, 0.45]]), is_multi_label=True).tolist() == pytest.approx([0.9])
+    assert uncertainty(np.array([[0.9, 0.45]]), np.array([0.5, 0.5])).tolist() == pytest.approx([0.9])
+    # 0.4 is half of the way from the threshold down to 0, 0.6 a quarter of that up to 1.
+    assert uncertainty(np.array([[0.4, 0.6]]), np.array([0.8, 0.2])).tolist() == pytest.approx([0.5])
     known = np.array([[1.0, 0.0], [0.0, 2.0]])
     assert novelty(np.array([[3.0, 0.0], [1.0, 1.0]]), known).tolist() == pytest.approx([0.0, 1 - 2**-0.5])
     assert np.isnan(novelty(known, np.empty((0, 2)))).all()

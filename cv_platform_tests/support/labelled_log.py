@@ -87,6 +87,7 @@ def answer(engine: Engine, content: bytes | None, **changes: Any) -> UUID:
         "created_on": NOW,
         **changes,
     }
+    facts.setdefault("logged_on", facts["created_on"])
     with engine.begin() as connection:
         if content is not None and not connection.scalar(images.select().where(images.c.sha256 == sha256)):
             values = {"sha256": sha256, "content": content, "bytes": len(content), "media_type": "image/jpeg"}
