@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,9 @@ def _read(file: Path) -> Iterator[tuple[bytes, str]]:
     """Yields the bytes and the labels, joined by a bar, of each row."""
     with pq.ParquetFile(file) as parquet:
         image, label, names = _columns(file, parquet.schema_arrow)
+        known: dict[Any, str] | None = None
+        if names is not None:
+            known = {**{name: name for name in names}, **dict(enumerate(names)), -1: _NO_LABEL, None: _NO_LABEL}
         for group in range(parquet.num_row_groups):
             if (size := parquet.metadata.row_group(group).total_byte_size) > _MAX_GROUP_BYTES:
                 raise InvalidDatasetError(
@@ -91,18 +94,21 @@ def _read(file: Path) -> Iterator[tuple[bytes, str]]:
                         f"Expected the bytes of each image in the column {image} of {file}. Received: none in a row "
                         "(a path alone, say). Write the data set with its files embedded."
                     )
-                yield data, _label(value, names, file)
+                yield data, _label(value, known, file)
 
 
-def _label(value: Any, names: Sequence[str] | None, file: Path) -> str:
+def _label(value: Any, known: Mapping[Any, str] | None, file: Path) -> str:
+    """Returns the labels of a row; `known` has them by name and number, where the file names its numbers."""
     values: list[Any] = value if isinstance(value, list) else [value]
-    labels: list[str]
-    if names is None:
-        labels = ["" if one is None else str(one) for one in values]
-    elif any(one is not None and not -1 <= one < len(names) for one in values):
-        raise InvalidDatasetError(f"Expected labels of {len(names)} names in {file}. Received: {value}.")
-    else:
-        labels = [_NO_LABEL if one is None or one == -1 else str(names[one]) for one in values]
+    # pandas writes NaN for none, and the numbers beside it as floats.
+    values = [None if one is None or one != one else one for one in values]
+    if known is not None and any(isinstance(one, dict | list) or one not in known for one in values):
+        names = [name for name in known if isinstance(name, str)]
+        raise InvalidDatasetError(
+            f"Expected the labels {', '.join(names[:5])} ({len(names)} names), or their numbers, in {file}. "
+            f"Received: {str(value)[:80]}. Write the data set again."
+        )
+    labels = ["" if one is None else str(one) for one in values] if known is None else [known[one] for one in values]
     if wrong := [label for label in labels if LABEL_SEPARATOR in label]:
         raise InvalidDatasetError(f"Expected labels without {LABEL_SEPARATOR!r} in {file}. Received: {wrong[0]}.")
     return LABEL_SEPARATOR.join(labels)
@@ -110,7 +116,7 @@ def _label(value: Any, names: Sequence[str] | None, file: Path) -> str:
 
 def _columns(file: Path, schema: pa.Schema) -> tuple[str, str, tuple[str, ...] | None]:
     """Returns the columns of images and labels, and the labels' names where these are numbers."""
-    features: dict[str, Any] = {}
+    features: Any = {}
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
@@ -122,7 +128,8 @@ def _columns(file: Path, schema: pa.Schema) -> tuple[str, str, tuple[str, ...] |
         or pa.types.is_large_binary(column.type)
         or (pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0)
     ]
-    named = {name: found for name, feature in features.items() if (found := _names(feature)) is not None}
+    pairs = features.items() if isinstance(features, dict) else ()
+    named = {name: found for name, feature in pairs if (found := _names(feature)) is not None}
     usual = [name for name in schema.names if name.lower() in LABEL_COLUMNS]
     labels = usual[:1] or list(named)
     if len(images) != 1 or len(labels) != 1:

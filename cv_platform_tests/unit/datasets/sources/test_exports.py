@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from cv_platform.datasets.sources import exports
 from cv_platform.datasets.sources.entries import Layout
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import descend, read_layout
+from cv_platform.datasets.sources.parquet import unpack_parquet
 from cv_platform.datasets.sources.tree import walk
 from cv_platform.errors import InvalidDatasetError
 from cv_platform_tests.support.pictures import picture, write_pictures
@@ -204,6 +207,18 @@ def row(seed: int, label: object) -> dict[str, Any]:
     return {"image": {"bytes": picture(seed), "path": "../../out.png"}, "label": label}
 
 
+@pytest.mark.parametrize("labels", [["cat", "dog", None], [0.0, 1.0, math.nan]], ids=["text", "floats"])
+def test_labels_that_pandas_wrote_anew_keep_their_names(tmp_path: Path, labels: list[Any]) -> None:
+    names = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    table = pa.table({"image": [picture(seed) for seed in range(3)], "label": labels})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": names}})})
+    pq.write_table(table, tmp_path / "pets.parquet")
+    (tmp_path / "into").mkdir()
+    unpack_parquet([tmp_path / "pets.parquet"], tmp_path / "into", root=tmp_path)
+    written = list(csv.reader((tmp_path / "into/annotations.csv").read_text().splitlines()))
+    assert [label for _, label in written[1:]] == ["cat", "dog", "no_label"]
+
+
 def test_parquet_of_hugging_face_imports_with_splits_and_names(tmp_path: Path) -> None:
     source = tmp_path / "source"
     parquet(source / "data/train-00000-of-00002.parquet", [row(1, 0), row(2, 1)])
@@ -226,7 +241,7 @@ def test_parquet_of_hugging_face_imports_with_splits_and_names(tmp_path: Path) -
     ("rows", "message"),
     [
         ([{"image": {"bytes": None, "path": "/etc/hostname"}, "label": 0}], "with its files embedded"),
-        ([row(1, 0), row(2, 7)], "labels of 2 names"),
+        ([row(1, 0), row(2, 7)], r"the labels cat, dog \(2 names\), or their numbers"),
     ],
 )
 def test_parquet_that_cannot_be_taken_is_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
