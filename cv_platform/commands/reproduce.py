@@ -165,8 +165,10 @@ def _compare(
     say: Callable[[str], None],
 ) -> Reproduction:
     from cv_platform.evaluation.evaluate import evaluate_model, load_classifier
-    from cv_platform.training.trainer import train_model, weights_sha256
+    from cv_platform.training.trainer import train_model, weights_sha256, with_own_weights
 
+    # What it began with is no part of it: a name of a model in the home, which the folder here does not have.
+    config = with_own_weights(config, settings.home / "models")
     say(f"looking for {metadata.ds_name} {metadata.dvc_tag} …")
     packed, manifest = _pack(metadata, config, settings)
     say(f"training {config.model.architecture} on {packed.counts['train']} images …")

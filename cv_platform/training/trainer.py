@@ -93,7 +93,7 @@ def train_model(
             no epoch again.
     """
     _check(packed, config)
-    resolved = _with_own_weights(config, directory)
+    resolved = with_own_weights(config, directory)
     model_name = config.model.model_name
     train, valid = open_split(packed, "train"), open_split(packed, "valid")
     if run is not None:
@@ -147,8 +147,12 @@ def _check(packed: PackedImages, config: ExperimentConfig) -> None:
         )
 
 
-def _with_own_weights(config: ExperimentConfig, directory: Path) -> ExperimentConfig:
-    """Returns the config with the file of `model.weights`, where that names a model trained here."""
+def with_own_weights(config: ExperimentConfig, directory: Path) -> ExperimentConfig:
+    """Returns the config with the file of `model.weights`, where that names a model trained here.
+
+    Raises:
+        TrainingError: there is no such model in `directory`.
+    """
     weights = config.model.weights
     if (
         weights is None

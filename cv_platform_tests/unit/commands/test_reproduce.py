@@ -88,6 +88,13 @@ def test_what_is_gone_or_another_is_said_before_anything_is_trained(settings: Se
     storage.publish_bundle(folder, untagged)
     with pytest.raises(DatasetError, match=r"v9\.9\.9"):
         reproduce(settings, untagged.version, say=say, other_code=True)
+    from_gone = {**metadata.effective_config["model"], "weights": "digits_classifier/20260131T060000Z-1f3c9a2e"}
+    taught = moved.model_copy(
+        update={"version": new_version(), "effective_config": {**metadata.effective_config, "model": from_gone}}
+    )
+    storage.publish_bundle(folder, taught)
+    with pytest.raises(TrainingError, match=rf"1f3c9a2e, which is not in {settings.home / 'models'}\. Of"):
+        reproduce(settings, taught.version, say=say, other_code=True)
 
 
 def test_other_code_and_other_libraries_are_named(tmp_path: Path):

@@ -25,7 +25,7 @@ from cv_platform.tracking import start_run
 from cv_platform.training.calibration import scale_logits
 from cv_platform.training.callbacks import TrainingMonitor, read_state
 from cv_platform.training.network import build_model
-from cv_platform.training.trainer import _recipe, _with_own_weights, _work_folder, train_model
+from cv_platform.training.trainer import _recipe, _work_folder, train_model, with_own_weights
 from cv_platform_tests.support.processor import needs_bfloat16
 from cv_platform_tests.support.tiny_training import experiment
 from cv_platform_tests.support.waiting import wait_until
@@ -253,14 +253,14 @@ def test_a_killed_training_resumes_to_the_weights_it_would_have_had(
 
 def test_weights_may_be_those_of_a_version_that_was_trained_here(trained: TrainedModel) -> None:
     models, version = trained.directory.parent.parent, trained.model.version
-    named = _with_own_weights(experiment(model__weights=f"tiny_model/{version}"), models)
+    named = with_own_weights(experiment(model__weights=f"tiny_model/{version}"), models)
     assert named.model.weights == str(trained.keras_path)
     started = build_model(named.model, seed=9)
     for mine, theirs in zip(started.get_weights(), weights_of(trained), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     other = f"{version[:-1]}{'0' if version[-1] != '0' else '1'}"
     with pytest.raises(TrainingError, match=rf"Received: tiny_model/{other}.*Of tiny_model there is .*{version}"):
-        _with_own_weights(experiment(model__weights=f"tiny_model/{other}"), models)
+        with_own_weights(experiment(model__weights=f"tiny_model/{other}"), models)
 
 
 def test_what_decides_the_weights_decides_what_may_be_resumed(tiny_packed: PackedImages, tmp_path: Path) -> None:
