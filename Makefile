@@ -34,7 +34,7 @@ MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
     "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 
-.PHONY: help setup browser demo test test-whole test-ray test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-scale bench-serving soak prove-cifar
+.PHONY: help setup browser demo test test-whole test-ray test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-scale bench-serving soak demo-loop prove-cifar
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
@@ -152,6 +152,9 @@ soak: setup ## Swaps, kills, outages, a full disk and 20,000 hostile uploads und
 
 audit: setup ## Look the service's dependencies up in the database of known vulnerabilities (needs the network).
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r bentos/image_classifier/requirements.txt
+
+demo-loop: setup ## The closed loop on digits: drift, labels, a grown version, retraining, replay; poisoned labels (≤ 10 min).
+	$(BIN)/python -m trials.demo_loop
 
 prove-cifar: setup ## The same graph on CIFAR images: make prove-cifar ARCHIVE=cifar10.tar.gz
 	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of CIFAR-10 images. Received: nothing."; exit 2; }

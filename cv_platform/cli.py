@@ -71,6 +71,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from cv_platform.commands import datasets as dataset_commands
+    from cv_platform.commands import drift as drift_command
     from cv_platform.commands import import_dataset as import_command
     from cv_platform.commands import labels as label_commands
     from cv_platform.commands import predictions as prediction_commands
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("configs", type=Path, nargs="+", help="YAML files, or folders of them")
     import_command.add_command(command)
     dataset_commands.add_commands(command)
+    drift_command.add_commands(command)
     label_commands.add_commands(command)
     prediction_commands.add_commands(command)
     tune_command.add_command(command)

@@ -76,10 +76,10 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
     with database_url(settings) as url:
         migrate(url)
         environment = platform_environment(settings, database_url=url)
-        with _stage(summary, "graph", say):
+        with stage(summary, "graph", say):
             log = settings.home / "logs" / "demo-graph.log"
             materialize(f"key:{experiment.name}/*", environment, log=log, say=say)
-        evaluation = _record(settings, experiment.name, Evaluation)
+        evaluation = read_record(settings, experiment.name, Evaluation)
         version, accuracy = evaluation.model.version, evaluation.metrics["accuracy"]
         summary.expect(
             accuracy >= experiment.evaluate.min_accuracy,
@@ -87,8 +87,8 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
         )
         images = _test_images(settings, experiment.name)
         with ExitStack() as running:
-            with _stage(summary, "service start", say):
-                base_url = running.enter_context(_service(settings, environment))
+            with stage(summary, "service start", say):
+                base_url = running.enter_context(served(settings, environment))
             windows = _send_windows(base_url, url, images, summary, say)
             with httpx.Client(transport=direct_transport(base_url), timeout=10) as client:
                 health = client.get(f"{base_url}/health_check").json()
@@ -100,7 +100,7 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> int:
         summary.expect(health.get("model_version") == version, f"the service answered with version {version}")
         for title, verdict in (("unshifted", "no drift"), ("shifted", "drift")):
             start, end, _ = windows[title]
-            with _stage(summary, f"drift report, {title}", say):
+            with stage(summary, f"drift report, {title}", say):
                 report = _drift_report(settings, environment, experiment.name, start, end, title, say)
             moved = ", ".join(movement.class_name for movement in report.moved_classes[:3])
             detail = f"; classes that moved: {moved}" if report.verdict == "drift" and moved else ""
@@ -120,10 +120,10 @@ def _send_windows(
     """Sends the images as they are, then shifted; returns bounds and prediction ids per window, all of it logged."""
     windows = {}
     for title, pictures in (("unshifted", images), ("shifted", [shifted(i, n) for n, i in enumerate(images)])):
-        with _stage(summary, f"{len(pictures)} {title} requests", say):
+        with stage(summary, f"{len(pictures)} {title} requests", say):
             start = datetime.now(UTC)
-            ids = _send(base_url, pictures)
-            _wait_until_logged(database, ids)
+            ids = send_images(base_url, pictures)
+            wait_until_logged(database, ids)
             windows[title] = (start, datetime.now(UTC), ids)
     return windows
 
@@ -160,11 +160,11 @@ def _drift_report(
     config = {"resources": {f"{name}_config": {"config": {"monitor": window}}}}
     log = settings.home / "logs" / f"demo-drift-{title}.log"
     materialize(f"key:{name}/drift_report", environment, log=log, say=say, config=config)
-    return _record(settings, name, DriftReport)
+    return read_record(settings, name, DriftReport)
 
 
 @contextmanager
-def _service(settings: Settings, environment: dict[str, str]) -> Iterator[str]:
+def served(settings: Settings, environment: dict[str, str]) -> Iterator[str]:
     """Serves the production model on a free port; yields the base URL."""
     port = free_port()
     home = settings.home / "bentoml-demo"
@@ -185,10 +185,11 @@ def _service(settings: Settings, environment: dict[str, str]) -> Iterator[str]:
         except ServiceError as err:
             raise ServiceError(f"{err} The service's log: {log}\n{log.read_text(errors='replace')[-2000:]}") from err
         finally:
-            _stop(process)
+            stop_process(process)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process by SIGTERM, and its group by force where it does not go."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGTERM)
@@ -199,7 +200,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _send(base_url: str, images: list[bytes]) -> list[str]:
+def send_images(base_url: str, images: list[bytes]) -> list[str]:
     """Posts images, four at a time; returns the prediction ids, in order.
 
     Raises:
@@ -219,7 +220,7 @@ def _send(base_url: str, images: list[bytes]) -> list[str]:
             return list(pool.map(predict, images))
 
 
-def _wait_until_logged(url: str, prediction_ids: list[str]) -> None:
+def wait_until_logged(url: str, prediction_ids: list[str]) -> None:
     """Waits until the request log has brought the given predictions to PostgreSQL.
 
     Raises:
@@ -254,14 +255,15 @@ def _test_images(settings: Settings, name: str) -> list[bytes]:
 
     By class, as they lie, no user would send them, and drift detection that follows the order would take it for drift.
     """
-    dataset = _record(settings, name, DatasetVersion)
+    dataset = read_record(settings, name, DatasetVersion)
     manifest = pd.read_parquet(dataset.manifest_path)
     paths = manifest.loc[(manifest["split"] == "test") & (manifest["status"] == "used"), "path"]
     shuffled = np.random.default_rng(0).permutation(sorted(paths))
     return [(dataset.directory / path).read_bytes() for path in shuffled]
 
 
-def _record(settings: Settings, name: str, kind: type[_R]) -> _R:
+def read_record(settings: Settings, name: str, kind: type[_R]) -> _R:
+    """Returns the latest record of an experiment; one that has none is an error."""
     record = RecordStore(settings.home, name).latest(kind)
     if record is None:
         raise CvPlatformError(f"Expected a {kind.__name__} of {name}. Received: none. Look into the log of the graph.")
@@ -269,7 +271,8 @@ def _record(settings: Settings, name: str, kind: type[_R]) -> _R:
 
 
 @contextmanager
-def _stage(summary: Summary, title: str, say: Callable[[str], None]) -> Iterator[None]:
+def stage(summary: Summary, title: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Says a stage's title, and notes how long it takes."""
     say(f"{title} …")
     begin = time.monotonic()
     yield

@@ -6,6 +6,7 @@
     │   ├── DatasetNotFoundError        no repository of that name
     │   ├── UnknownDatasetVersionError  the repository has no such tag
     │   └── InvalidDatasetError         the images or annotations cannot make a manifest
+    │       └── SuspectLabelsError      labels contradict the images too often; `sources` says whose
     ├── ImageError                      bytes that are no usable image; `status_code` is the HTTP answer
     │   ├── EmptyImageError             400
     │   ├── TruncatedImageError         400
@@ -67,6 +68,14 @@ class UnknownDatasetVersionError(DatasetError):
 
 class InvalidDatasetError(DatasetError):
     """The images or annotations cannot make a manifest."""
+
+
+class SuspectLabelsError(InvalidDatasetError):
+    """Labels contradict what the other images show more often than they may; `sources` are those who gave them."""
+
+    def __init__(self, message: str, sources: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.sources = sources
 
 
 class ImageError(CvPlatformError):

@@ -826,6 +826,7 @@ class DriftReport(Record):
         repeated_rows: of the requests, those whose upload had been sent in the window before.
         is_sampled: `monitor.max_samples` were drawn from more, each with the same chance.
         reference_rows: rows of the reference.
+        reference: the report whose window was taken as the new normal (`drift accept`); empty: the reference split.
         verdict: "drift" when an adjusted p-value is at most `alpha`; "insufficient data" below `monitor.min_samples`.
         alpha: level of this report's test, see `monitoring.alarm_rate`.
         false_alarms_per_year: what all reports together keep to; None in reports of earlier versions, judged each at
@@ -862,6 +863,7 @@ class DriftReport(Record):
     # Reports of earlier versions have the latest rows, and another name for it.
     is_sampled: bool = Field(validation_alias=AliasChoices("is_sampled", "is_truncated"))
     reference_rows: int
+    reference: str = ""
     verdict: ReportVerdict = "insufficient data"
     alpha: float
     false_alarms_per_year: float | None = None
@@ -1036,6 +1038,40 @@ class BatchScores(Record):
         return cls(model=model, source=source, sha256=file_sha256(directory / cls.FILE), directory=directory)
 
 
+# labelled_version
+
+
+class LabelledVersion(Record):
+    """What the labels in the log have made of the dataset, see `monitoring.growth`.
+
+    Attributes:
+        base: the tag that it began with.
+        tag: the version with the labels; where they were refused, or nothing was stored, the one before.
+        dvc_md5: its data version.
+        statements: the log's last statement (`feedback.id`) that the version has looked at; 0: none.
+        looked_at: the last one that was there at this attempt, refused or not.
+        made_utc: when.
+        refused: why the labels made no version, in words; empty where they did.
+        suspects: whose labels contradict the images.
+        trust, without: the rules of the attempt.
+        summary: what changed and what was left out.
+    """
+
+    CIRCUMSTANCES = frozenset({"base", "statements", "looked_at", "made_utc", "summary"})
+
+    base: str
+    tag: str
+    dvc_md5: str
+    statements: int = 0
+    looked_at: int = 0
+    made_utc: datetime
+    refused: str = ""
+    suspects: tuple[str, ...] = ()
+    trust: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    summary: tuple[str, ...] = ()
+
+
 RECORDS: Mapping[str, type[Record]] = {
     "dataset": DatasetVersion,
     "embeddings": Embeddings,
@@ -1052,5 +1088,6 @@ RECORDS: Mapping[str, type[Record]] = {
     "production_metrics": ProductionMetrics,
     "labeling_queue": LabelingQueue,
     "batch_scores": BatchScores,
+    "labelled_version": LabelledVersion,
 }
 """By the name of the asset that hands it on, in the order of the graph."""

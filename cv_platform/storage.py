@@ -142,6 +142,23 @@ class WorkerHeartbeat(_Record):
     )
 
 
+class AcceptedReference(_Record):
+    """A window that somebody has taken as the new normal of a model version: what its requests are compared with."""
+
+    report_id: str = Field(pattern=r"^[0-9a-f-]{36}$")
+    rows: int
+    window_start_utc: datetime
+    window_end_utc: datetime
+    at_utc: datetime
+    by: str
+    because: str
+
+    def told(self) -> str:
+        """Returns it in words."""
+        window = f"{self.window_start_utc:%Y-%m-%d %H:%M} to {self.window_end_utc:%Y-%m-%d %H:%M} UTC"
+        return f"{self.rows} requests of {window}, taken as normal by {self.by}: {self.because}"
+
+
 class CentralStorage:
     """Reads and writes central storage at one URL.
 
@@ -411,6 +428,31 @@ class CentralStorage:
                     self._store.download(source, partial)
             return local
 
+    def accept_reference(self, parquet: Path, model_name: str, version: str, accepted: AcceptedReference) -> None:
+        """Makes a window's rows what requests of a version are compared with; the file first, then what names it."""
+        with self._store.errors(f"publish the accepted reference of {model_name} {version}"):
+            self._store.replace(self._accepted(model_name, version, accepted), parquet.read_bytes())
+            text = accepted.model_dump_json(indent=1)
+            self._store.replace(self._store.path("ref_data", model_name, version, "accepted.json"), text)
+
+    def read_accepted(self, model_name: str, version: str) -> AcceptedReference | None:
+        """Returns which window requests of a version are compared with; None: its reference split."""
+        path = self._store.path("ref_data", model_name, version, "accepted.json")
+        with self._store.errors(f"read the accepted reference of {model_name} {version}"):
+            return _parsed(AcceptedReference, path, self._store.read(path))
+
+    def fetch_accepted(self, model_name: str, version: str, accepted: AcceptedReference, cache: Path) -> Path:
+        """Returns a local path of the parquet of an accepted window."""
+        source = self._accepted(model_name, version, accepted)
+        with self._store.errors(f"fetch the accepted reference of {model_name} {version}"):
+            if self.is_local:
+                return Path(source)
+            local = cache / "ref_data" / model_name / version / Path(source).name
+            if not local.exists():
+                with whole_file(local) as partial:
+                    self._store.download(source, partial)
+            return local
+
     def publish_report(self, name: str, report_id: str, directory: Path) -> str:
         """Copies a report's folder to `reports/<name>/<report_id>/` and returns its URL."""
         target = self._store.path("reports", name, report_id)
@@ -426,6 +468,9 @@ class CentralStorage:
 
     def _reference(self, model_name: str, version: str) -> str:
         return self._store.path("ref_data", model_name, version, f"{model_name}_ref_data.parquet")
+
+    def _accepted(self, model_name: str, version: str, accepted: AcceptedReference) -> str:
+        return self._store.path("ref_data", model_name, version, f"{accepted.report_id}.parquet")
 
     def _pointer(self, service: str) -> str:
         return self._store.path("services", service, "production.json")

@@ -73,6 +73,7 @@ def _import(options: argparse.Namespace) -> int:
 
 @contextmanager
 def log_engine() -> Iterator[Engine]:
+    """Connects to the request log of this installation, whose schema has to be the one of this release."""
     """Yields an engine on the request log's database, which runs meanwhile.
 
     Raises:

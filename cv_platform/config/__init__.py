@@ -2,7 +2,7 @@
 
 The only place where a default of it is written down. Models are frozen and refuse unknown keys. The section names
 (`model`, `dataset`, `train`, `evaluate`, `deploy`) and the fields that the users of the original stack know are kept;
-`validate`, `monitor` and `alerts` are new.
+`validate`, `monitor`, `labels`, `loop` and `alerts` are new.
 
 A module for each group of sections; a new field stands in its section's class, with its description.
 """
@@ -24,6 +24,7 @@ from cv_platform.config.production import (
     DeployConfig,
     ExportFormat,
     LabelsConfig,
+    LoopConfig,
     MonitorConfig,
     ReplayConfig,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "ExportFormat",
     "InputSize",
     "LabelsConfig",
+    "LoopConfig",
     "MlflowConfig",
     "ModelConfig",
     "MonitorConfig",

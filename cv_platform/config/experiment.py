@@ -13,7 +13,14 @@ from pydantic import Field, ValidationError, model_validator
 from cv_platform.config.fields import ExperimentName, Section
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
 from cv_platform.config.model import PRETRAINED_ARCHITECTURES, ModelConfig
-from cv_platform.config.production import AlertsConfig, DeployConfig, LabelsConfig, MonitorConfig, ScoreConfig
+from cv_platform.config.production import (
+    AlertsConfig,
+    DeployConfig,
+    LabelsConfig,
+    LoopConfig,
+    MonitorConfig,
+    ScoreConfig,
+)
 from cv_platform.config.recipe import EvaluateConfig, TrainConfig, TransferConfig
 from cv_platform.config.search import Span, TuneConfig
 
@@ -38,6 +45,7 @@ class ExperimentConfig(Section):
     monitor: MonitorConfig = Field(default=MonitorConfig(), description="the drift report")
     labels: LabelsConfig = Field(default=LabelsConfig(), description="the next version of the dataset")
     score: ScoreConfig = Field(default=ScoreConfig(), description="images that are answered in one go")
+    loop: LoopConfig = Field(default=LoopConfig(), description="what follows drift and labels by itself")
     alerts: AlertsConfig = Field(default=AlertsConfig(), description="what is worth a message")
 
     @model_validator(mode="after")

@@ -1,4 +1,6 @@
-"""The sections `deploy`, `monitor`, `labels` and `alerts`: where a model serves, how it is watched, what comes back."""
+"""The sections `deploy`, `monitor`, `labels`, `loop` and `alerts`: where a model serves, how it is watched, what comes
+back.
+"""
 
 from __future__ import annotations
 
@@ -182,8 +184,25 @@ class ScoreConfig(Section):
     )
 
 
+class LoopConfig(Section):
+    """What follows drift, or enough new labels, by itself: a new data version, training, gate, replay, deployment."""
+
+    enabled: bool = Field(default=False, description="whether it acts; what it would do is shown in any case")
+    cool_down_hours: float = Field(default=24.0, ge=0.0, description="between two of its trainings, at least")
+    max_runs_per_week: int = Field(default=2, ge=1, le=100, description="its trainings in any seven days")
+    min_new_labels: int = Field(
+        default=200, ge=1, description="uploads labelled since the last version, which begin it without drift"
+    )
+    min_new_labels_in_drift: int = Field(
+        default=50, ge=1, description="those that a new version is worth while drift lasts"
+    )
+    trust: tuple[str, ...] = Field(default=(), description="sources whose labels count though they contradict images")
+    without: tuple[str, ...] = Field(default=(), description="sources whose labels do not count")
+
+
 class AlertsConfig(Section):
     """What is worth a message. The addresses (apprise URLs) hold secrets and come from `CV_ALERT_URLS`."""
 
     on_drift: bool = Field(default=True, description="drift that begins, changes or is over")
+    on_refused_labels: bool = Field(default=True, description="labels that the loop refuses: it has stopped")
     on_run_failure: bool = Field(default=True, description="a Dagster run that failed")

@@ -1,9 +1,8 @@
 """What runs by itself: jobs, the weekly drift report, and the sensors."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -11,8 +10,6 @@ import dagster as dg
 from cv_platform.config import ExperimentConfig
 from cv_platform.defs.branch import Branch
 from cv_platform.errors import TrackingError
-from cv_platform.record_store import RecordStore
-from cv_platform.records import TrainedModel
 from cv_platform.settings import Settings
 
 RUN = "Dagster run "
@@ -38,9 +35,10 @@ TRAINING_ASSETS = (
 
 
 def experiment_jobs(branch: Branch) -> list[Any]:
-    """Returns `<name>_experiment` (everything), `<name>_retrain` (up to the deployment) and `<name>_drift_report`.
+    """Returns `<name>_experiment` (everything), `<name>_retrain` (up to the deployment), `<name>_drift_report` and
+    `<name>_grow` (the version that the labels make).
 
-    The last one makes the production metrics and the labelling queue, too.
+    The report's makes the production metrics and the labelling queue, too.
     """
     name = branch.config.name
     selections = {
@@ -49,6 +47,7 @@ def experiment_jobs(branch: Branch) -> list[Any]:
         f"{name}_drift_report": dg.AssetSelection.assets(
             *(branch.key(asset) for asset in ("drift_report", "production_metrics", "labeling_queue"))
         ),
+        f"{name}_grow": dg.AssetSelection.assets(branch.key("labelled_version")),
     }
     return [
         # Alerts about a run name its experiment by the tag.
@@ -109,7 +108,7 @@ def new_predictions_sensor(branch: Branch) -> dg.SensorDefinition:
     @dg.sensor(
         name=sensor_name,
         job_name=f"{config.name}_drift_report",
-        minimum_interval_seconds=60,
+        minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Asks for a drift report after enough new predictions. The cursor is their largest log id.",
     )
@@ -140,56 +139,6 @@ def new_predictions_sensor(branch: Branch) -> dg.SensorDefinition:
         return dg.SensorResult(run_requests=[request], cursor=str(largest_id))
 
     return new_predictions
-
-
-def retrain_on_drift_sensor(branch: Branch) -> dg.SensorDefinition:
-    """Returns the sensor that retrains after a report with drift; shipped stopped, as only people know whether to."""
-
-    @dg.asset_sensor(
-        asset_key=branch.key("drift_report"),
-        name=f"{branch.config.name}_retrain_on_drift",
-        job_name=f"{branch.config.name}_retrain",
-        default_status=dg.DefaultSensorStatus.STOPPED,
-        description=(
-            "Retrains when a drift report says drift and the dataset has changed since the last training. "
-            "The promotion gate still decides about the deployment."
-        ),
-    )
-    def retrain_on_drift(
-        context: dg.SensorEvaluationContext, event: dg.EventLogEntry
-    ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-        materialization = event.asset_materialization
-        verdict = materialization.metadata["verdict"].value if materialization else None
-        if verdict != "drift":
-            yield dg.SkipReason(f"The latest report says: {verdict}.")
-        elif is_trained_on(branch.config, Settings.from_environment().home):
-            yield dg.SkipReason(
-                f"Drift, but the latest model has learned from {branch.config.dataset.ds_name} "
-                f"{branch.config.dataset.dvc_tag} as it is: the same images give the same model. Import images of what "
-                "has changed under a new tag, and name it in dataset.dvc_tag."
-            )
-        else:
-            yield dg.RunRequest(
-                run_key=f"{branch.config.name}-drift-{event.run_id}-{event.timestamp}", tags={"reason": "drift"}
-            )
-
-    return retrain_on_drift
-
-
-def is_trained_on(config: ExperimentConfig, home: Path) -> bool:
-    """Whether the latest training of an experiment had the recipe and the images that the next one would have."""
-    from cv_platform.datasets.versions import list_tags
-    from cv_platform.errors import DatasetError, StorageError
-
-    try:
-        trained = RecordStore(home, config.name).latest(TrainedModel)
-        tags = list_tags(config.dataset, home=home)
-    except (DatasetError, StorageError):
-        return False  # The run says what is wrong.
-    if trained is None or tags.get(config.dataset.dvc_tag) != trained.provenance.dvc_md5:
-        return False
-    today = config.model_dump(mode="json")
-    return all(trained.effective_config.get(section) == today[section] for section in ("model", "dataset", "train"))
 
 
 def new_dataset_version_sensor(branch: Branch) -> dg.SensorDefinition:

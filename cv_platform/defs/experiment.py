@@ -11,13 +11,13 @@ from cv_platform.defs.automation import (
     new_dataset_version_sensor,
     new_predictions_sensor,
     pointer_sensor,
-    retrain_on_drift_sensor,
 )
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.datasets import dataset_asset, embeddings_asset, packed_images_asset
 from cv_platform.defs.deployment import bento_asset, challenger_replay_asset, deployment_asset
 from cv_platform.defs.drift import drift_detectors_asset, reference_data_asset
 from cv_platform.defs.evaluation import evaluation_asset
+from cv_platform.defs.loop import labelled_version_asset, loop_page_asset, loop_sensor
 from cv_platform.defs.monitoring import drift_report_asset, labeling_queue_asset, production_metrics_asset
 from cv_platform.defs.observed import observed_assets, observed_sensor
 from cv_platform.defs.resources import experiment_resource
@@ -29,14 +29,15 @@ from cv_platform.defs.validation import validation_report_asset
 def experiment_definitions(config: ExperimentConfig) -> dg.Definitions:
     """Returns everything of one experiment."""
     branch = Branch(config)
+    jobs = experiment_jobs(branch)
     return dg.Definitions(
-        assets=[observed_assets(config), *experiment_assets(branch)],
-        jobs=experiment_jobs(branch),
+        assets=[observed_assets(config), loop_page_asset(config), *experiment_assets(branch)],
+        jobs=jobs,
         schedules=[drift_schedule(branch)],
         sensors=[
             observed_sensor(config),
             new_predictions_sensor(branch),
-            retrain_on_drift_sensor(branch),
+            loop_sensor(branch, jobs),
             new_dataset_version_sensor(branch),
             pointer_sensor(branch),
         ],
@@ -61,6 +62,7 @@ def experiment_assets(branch: Branch) -> list[dg.AssetsDefinition]:
         drift_report_asset(branch),
         production_metrics_asset(branch),
         labeling_queue_asset(branch),
+        labelled_version_asset(branch),
         *([batch_scores_asset(branch)] if branch.config.score.source else []),
     ]
 

@@ -72,10 +72,14 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         if pointer and pointer.model_name == run.config.model.model_name:
             model = ModelIdentity(model_name=pointer.model_name, version=pointer.version)
         reference_path = storage.fetch_reference_data(model.model_name, model.version, cache)
+        accepted = storage.read_accepted(model.model_name, model.version)
+        normal = storage.fetch_accepted(model.model_name, model.version, accepted, cache) if accepted else None
         evidently = run.settings.evidently_url or run.settings.home / "evidently"
         place = ReportPlace(storage, evidently, work_directory=cache / "drift_reports")
         with run.installation.engine() as engine:
-            report = make_drift_report(run.config, model, reference_path, engine=engine, place=place, now=run.asked)
+            report = make_drift_report(
+                run.config, model, reference_path, engine=engine, place=place, now=run.asked, accepted=normal
+            )
             change = what_changed(engine, report)
         summary = drift_summary(report)
         if change and run.config.alerts.on_drift:
@@ -85,7 +89,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         export_drift(run.settings.home, report)
         return run.result(
             report,
-            metadata=_drift_metadata(report),
+            metadata=_drift_metadata(report) | {"reference": accepted.told() if accepted else "the reference split"},
             checks=[
                 dg.AssetCheckResult(
                     check_name=no_drift.name,
@@ -226,6 +230,7 @@ def _drift_metadata(report: DriftReport) -> dict[str, Any]:
         "p_values": table([{"test": name, "p": p} for name, p in report.p_values.items()]),
         "moved_classes": table([movement.model_dump(include=columns) for movement in report.moved_classes]),
         "images": table(report.top_images[:20]),
+        "report_id": report.report_id,
         "report": report.report_url,
         "evidently_run_id": report.evidently_run_id or "",
     }

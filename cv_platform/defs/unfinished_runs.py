@@ -11,7 +11,7 @@ import sys
 
 import dagster as dg
 
-_UNFINISHED = [
+UNFINISHED = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.STARTING,
@@ -23,7 +23,7 @@ _UNFINISHED = [
 def main() -> None:
     """Asks the instance at DAGSTER_HOME."""
     with dg.DagsterInstance.get() as instance:
-        records = instance.get_run_records(dg.RunsFilter(statuses=_UNFINISHED))
+        records = instance.get_run_records(dg.RunsFilter(statuses=UNFINISHED))
         sys.stdout.write(json.dumps([record.dagster_run.run_id for record in records]) + "\n")
 
 

@@ -43,7 +43,7 @@ from cv_platform.datasets.splits import SPLITS, deal_additions
 from cv_platform.datasets.successors import SuccessorImage, store_successor
 from cv_platform.datasets.versions import check_out_images, checkout_version, open_repository
 from cv_platform.encoders.encoder import open_encoder
-from cv_platform.errors import ImageError, InvalidDatasetError
+from cv_platform.errors import ImageError, SuspectLabelsError
 from cv_platform.files import exclusive, require_free_space, scratch_directory
 from cv_platform.monitoring.labels import CollectedLabels, LabelledUpload, collect_labels, fates
 from cv_platform.predictions import LABEL_SEPARATOR
@@ -56,7 +56,8 @@ PROVENANCE_COLUMNS = (
     "predicted_class",
 )
 _NAME = re.compile(r"labelled-([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
-_SUFFIX = re.compile(r"-grown-[0-9a-f]{8}$")
+GROWN_SUFFIX = re.compile(r"-grown-[0-9a-f]{8}$")
+"""What the tag of a grown version adds to that of its origin."""
 _ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "TIFF": ".tif", "WEBP": ".webp", "BMP": ".bmp"}
 _FETCHED_AT_ONCE = 50
 _MOST_COMPARED = 5_000
@@ -166,8 +167,8 @@ def grow_dataset(
         spare_bytes: see `files.require_free_space`.
 
     Raises:
-        InvalidDatasetError: labels of a source are likely wrong, a class would lose its last image, or the tag is taken
-            by other content; nothing was changed.
+        SuspectLabelsError: labels of a source are likely wrong; nothing was changed.
+        InvalidDatasetError: a class would lose its last image, or the tag is taken by other content; likewise.
         DatasetError, DatabaseUnavailableError, SchemaMismatchError: see there.
     """
     repository = open_repository(config.dataset, home=home)
@@ -196,7 +197,7 @@ def grow_dataset(
         )
         if {image.key for image in after} == {_key(image) for image in base.grown.values()}:
             return GrownVersion(base.stored, base.stored, summary, sources)
-        tag = rules.new_tag or f"{_SUFFIX.sub('', base.stored.tag)}-grown-{_digest(after)}"
+        tag = rules.new_tag or f"{GROWN_SUFFIX.sub('', base.stored.tag)}-grown-{_digest(after)}"
         check_names(repository.name, tag)
         if rules.is_dry_run:
             return GrownVersion(base.stored, None, summary, sources)
@@ -369,10 +370,11 @@ def _refuse_suspects(
             said = LABEL_SEPARATOR.join(wanted[at].labels)
             lines.append(f"    prediction {wanted[at].prediction_id}: labelled {said}, looks like {name}")
     named = " ".join(f"--without {verdict.source!r}" for verdict in suspects)
-    raise InvalidDatasetError(
+    raise SuspectLabelsError(
         "Expected labels that fit what the other images show. Received:\n" + "\n".join(lines) + "\n"
         f"Nothing was changed. Look at these predictions, then leave the labels out ({named}), or, where they are "
-        "right and the images of a new kind, take them by --trust instead."
+        "right and the images of a new kind, take them by --trust instead.",
+        tuple(verdict.source for verdict in suspects),
     )
 
 

@@ -79,6 +79,7 @@ def make_drift_report(
     engine: Engine,
     place: ReportPlace,
     now: datetime,
+    accepted: Path | None = None,
 ) -> DriftReport:
     """Judges one window of requests and keeps the report in central storage, the database and Evidently.
 
@@ -91,6 +92,8 @@ def make_drift_report(
         engine: of the request log.
         place: where the report goes.
         now: end of the default window, with its zone.
+        accepted: local parquet of a window that was taken as the new normal (`<report id>.parquet`); requests are then
+            compared with that, and what needs labels stays with the split's.
 
     Raises:
         ConfigError: the window's bounds are wrong.
@@ -103,7 +106,10 @@ def make_drift_report(
     facts = _model_facts(place.storage, config, model)
     identity = {"model_name": model.model_name, "model_version": model.version}
     reference = read_reference(
-        reference_path, **identity, preprocessing_hash=facts.preprocessing_hash, encoder_hash=facts.encoder_hash
+        accepted or reference_path,
+        **identity,
+        preprocessing_hash=facts.preprocessing_hash,
+        encoder_hash=facts.encoder_hash,
     )
     window = read_window(engine, model, bounds, monitor)
     report_id = _report_id(config.name, model, bounds)
@@ -122,6 +128,7 @@ def make_drift_report(
         repeated_rows=window.repeats,
         is_sampled=window.is_sampled,
         reference_rows=len(reference),
+        reference=accepted.stem if accepted else "",
         alpha=level,
         false_alarms_per_year=monitor.false_alarms_per_year,
         min_samples=monitor.min_samples,
@@ -168,10 +175,12 @@ def _with_verdict(
     )
     scores = image_scores(reference, current, max_reference_rows=monitor.max_reference_rows, seed=monitor.seed)
     targets = label_targets(read_reference_labels(reference_path)[LABEL].tolist(), class_names)
+    labelled = read_reference(reference_path) if report.reference else reference
     causes = None
-    if verdict.drifted and facts.classifier_type == "multi-class":
+    # Told by labelled images of before, which an accepted window has not.
+    if verdict.drifted and facts.classifier_type == "multi-class" and not report.reference:
         causes = find_causes(
-            Labelled(reference, targets),
+            Labelled(labelled, targets),
             current,
             class_names=class_names,
             permutations=monitor.permutations,
@@ -179,7 +188,7 @@ def _with_verdict(
             seed=monitor.seed,
         )
     estimate = estimate_accuracy(
-        reference.bbsd,
+        labelled.bbsd,
         targets,
         current.bbsd,
         classifier_type=facts.classifier_type,

@@ -21,18 +21,17 @@ from sqlalchemy import Engine, text
 from cv_platform.config import AlertsConfig, ExperimentConfig, parse_experiment
 from cv_platform.datasets.importing import import_dataset
 from cv_platform.datasets.versions import list_tags
-from cv_platform.definitions import build_defs
 from cv_platform.defs.automation import (
     RUN,
     drift_schedule,
     new_dataset_version_sensor,
     new_predictions_sensor,
     pointer_sensor,
-    retrain_on_drift_sensor,
     run_failure_sensor,
 )
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.observed import observed_sensor, repository_key, request_log_key
+from cv_platform.monitoring.loop import is_trained_on
 from cv_platform.record_store import RecordStore
 from cv_platform.records import Provenance
 from cv_platform.settings import Settings
@@ -182,44 +181,20 @@ def test_what_others_write_is_reported_when_it_has_changed(
     assert [event.asset_key for event in tick(sensor, cursor=second.cursor).asset_events] == [of_log.asset_key]
 
 
-@pytest.mark.parametrize(("verdict", "runs"), [("drift", 1), ("no drift", 0), ("insufficient data", 0)])
-def test_retraining_follows_a_report_with_drift_only(
-    experiment: ExperimentConfig, home: Path, verdict: str, runs: int
-) -> None:
-    assert len(reported(experiment, verdict).run_requests or []) == runs
-
-
-def reported(experiment: ExperimentConfig, verdict: str) -> Tick:
-    """Returns what the sensor does after a report."""
-    branch = Branch(experiment)
-    sensor = retrain_on_drift_sensor(branch)
-    with dg.DagsterInstance.ephemeral() as instance:
-        instance.report_runless_asset_event(
-            dg.AssetMaterialization(branch.key("drift_report"), metadata={"verdict": verdict})
-        )
-        repository = build_defs(DIGITS).get_repository_def()
-        with dg.build_sensor_context(instance=instance, repository_def=repository) as context:
-            return Tick.of(sensor.evaluate_tick(context))
-
-
-def test_drift_does_not_train_the_same_model_of_the_same_images_again(
+def test_the_same_recipe_and_images_are_known_under_any_tag(
     experiment: ExperimentConfig, home: Path, tmp_path: Path
 ) -> None:
     md5 = import_dataset(write_images(tmp_path / "one", 1), ds_name="cats", tag="v1.0.0", ds_root=home / "datasets")
     provenance = Provenance(ds_name="cats", dvc_tag="v1.0.0", dvc_md5=md5.dvc_md5)
+    assert not is_trained_on(experiment, home)
     trained = trained_model(
         home / "models" / "cats", provenance=provenance, effective_config=experiment.model_dump(mode="json")
     )
     RecordStore(home, experiment.name).write("model", trained, run_id="a-run")
-    same = reported(experiment, "drift")
-    assert not same.run_requests
-    assert "the same images give the same model" in (same.skip_message or "")
-
-    other_seed = experiment.model_copy(update={"train": experiment.train.model_copy(update={"seed": 1})})
-    assert len(reported(other_seed, "drift").run_requests) == 1
+    assert is_trained_on(experiment, home)
+    assert not is_trained_on(experiment.with_fields({"train.seed": 1}), home)
     import_dataset(write_images(tmp_path / "two", 2), ds_name="cats", tag="v2.0.0", ds_root=home / "datasets")
-    newer = experiment.model_copy(update={"dataset": experiment.dataset.model_copy(update={"dvc_tag": "v2.0.0"})})
-    assert len(reported(newer, "drift").run_requests or []) == 1
+    assert not is_trained_on(experiment.with_fields({"dataset.dvc_tag": "v2.0.0"}), home)
 
 
 def test_what_people_do_to_the_pointer_is_shown_once_and_what_runs_do_is_not(

@@ -37,6 +37,7 @@ HEAVY = (
 
 
 REPORTS = ("drift_report", "production_metrics", "labeling_queue")
+GROWN = "labelled_version"
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,11 @@ def digits() -> dg.Definitions:
 
 def keys(definitions: dg.Definitions) -> set[str]:
     graph = definitions.resolve_asset_graph()
-    return {key.to_user_string() for key in graph.get_all_asset_keys() - graph.observable_asset_keys}
+    return {key.to_user_string() for key in graph.get_all_asset_keys() if key.path[0] != "observed"}
 
 
-def test_a_config_becomes_fourteen_assets_under_its_name(digits: dg.Definitions) -> None:
-    assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, *REPORTS)}
+def test_a_config_becomes_fifteen_assets_under_its_name(digits: dg.Definitions) -> None:
+    assert keys(digits) == {f"digits/{asset}" for asset in (*TRAINING_ASSETS, *REPORTS, GROWN)}
 
 
 def test_what_others_write_is_observed_beside_it(digits: dg.Definitions) -> None:
@@ -58,7 +59,7 @@ def test_what_others_write_is_observed_beside_it(digits: dg.Definitions) -> None
     repository, log = (dg.AssetKey(["observed", f"digits_{name}"]) for name in ("dataset_repository", "request_log"))
     assert graph.observable_asset_keys == {repository, log}
     assert graph.get(repository).child_keys == {dg.AssetKey(["digits", "dataset"])}
-    reports = {dg.AssetKey(["digits", name]) for name in REPORTS}
+    reports = {dg.AssetKey(["digits", name]) for name in (*REPORTS, GROWN)}
     assert graph.get(log).child_keys == reports
 
 
@@ -117,13 +118,13 @@ def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:
 
 def test_jobs_schedule_and_sensors_are_there(digits: dg.Definitions) -> None:
     repository = digits.get_repository_def()
-    assert {"digits_experiment", "digits_retrain", "digits_drift_report"} <= set(repository.job_names)
+    assert {"digits_experiment", "digits_retrain", "digits_drift_report", "digits_grow"} <= set(repository.job_names)
     report = repository.get_job("digits_drift_report").asset_layer.selected_asset_keys
     assert {key.path[-1] for key in report} == set(REPORTS)
     schedule = repository.get_schedule_def("digits_weekly_drift_report")
     assert schedule.cron_schedule == "0 6 * * 1"
     sensors = {sensor.name: sensor.default_status for sensor in repository.sensor_defs}
-    assert sensors["digits_retrain_on_drift"] is dg.DefaultSensorStatus.STOPPED
+    assert sensors["digits_loop"] is dg.DefaultSensorStatus.RUNNING  # It acts where loop.enabled says so.
     assert sensors["digits_new_dataset_version"] is dg.DefaultSensorStatus.STOPPED
     assert sensors["digits_new_predictions"] is dg.DefaultSensorStatus.RUNNING
     assert "run_failure" in sensors
@@ -173,7 +174,7 @@ def test_two_experiments_stand_side_by_side(tmp_path: Path) -> None:
     dg.Definitions.validate_loadable(definitions)
     names = keys(definitions)
     assert {"digits/model", "other/model"} <= names
-    assert len(names) == 28
+    assert len(names) == 30
 
 
 def run_config(definitions: dg.Definitions, override: dict[str, object]) -> Any:
@@ -242,8 +243,8 @@ def test_dg_lists_and_launches_what_there_is(tmp_path: Path) -> None:
     listed = cli("dg", "list", "defs", "--json")
     assert listed.returncode == 0, listed.stderr
     keys = {asset["asset_key"] for asset in json.loads(listed.stdout)["assets"]}
-    made = {f"digits/{asset}" for asset in (*TRAINING_ASSETS, *REPORTS)}
-    assert keys == made | {"observed/digits_dataset_repository", "observed/digits_request_log"}
+    made = {f"digits/{asset}" for asset in (*TRAINING_ASSETS, *REPORTS, GROWN)}
+    assert keys == made | {f"observed/digits_{name}" for name in ("dataset_repository", "request_log", "loop")}
     home, instance = tmp_path / "home", tmp_path / "dagster"
     instance.mkdir()
     environment = {"CV_HOME": str(home), "DAGSTER_HOME": str(instance)}

@@ -22,7 +22,8 @@ from cv_platform.defs.observed import observation, repository_key
 from cv_platform_tests.support.demo_run import REPOSITORY
 
 DIGITS = REPOSITORY / "configs" / "digits.yaml"
-MONITORING = {"drift_report", "production_metrics", "labeling_queue"}
+GROWN = {"labeling_queue", "labelled_version"}
+MONITORING = {"drift_report", "production_metrics", *GROWN}
 REPLAYED = {"challenger_replay", "deployment", *MONITORING}
 MADE_OF_DETECTORS = {"drift_detectors", "reference_data", "bento", *REPLAYED}
 MADE_OF_MODEL = {"model", "evaluation", *MADE_OF_DETECTORS}
@@ -95,7 +96,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
         ({"evaluate.min_accuracy": 0.5}, {"evaluation", "bento", *REPLAYED}),
         ({"model.drift_detection.uae_seed": 8}, MADE_OF_DETECTORS),
         ({"monitor.alpha": 0.01}, MADE_OF_DETECTORS),
-        ({"monitor.permutations": 99}, {"drift_report", "labeling_queue"}),
+        ({"monitor.permutations": 99}, {"drift_report", *GROWN}),
         ({"monitor.min_feedback": 99}, {"production_metrics"}),
         ({"deploy.replay": {"min_agreement": 0.9}}, REPLAYED),
         ({"deploy.runtime": "tensorflow"}, {"reference_data", "bento", *REPLAYED}),
@@ -118,7 +119,7 @@ def test_another_dataset_makes_stale_what_reads_it_and_the_same_one_under_anothe
         installation.make(edit, "dataset")
         assert installation.stale(edit) == set()
         installation.make(edit, "dataset", data="others")
-        reading = {"embeddings", "validation_report", "packed_images", "evaluation", "labeling_queue"}
+        reading = {"embeddings", "validation_report", "packed_images", "evaluation", *GROWN}
         assert installation.stale(edit) == reading
 
 
@@ -151,7 +152,7 @@ def test_a_moved_tag_makes_the_dataset_stale_before_it_is_looked_at(
         ("evaluation/gate.py", "\nPEAK = 2\n", {"evaluation", "bento", *REPLAYED}),
         ("drift/encoders.py", "\nPEAK = 2\n", MADE_OF_DETECTORS),
         ("serving/app.py", "\nPEAK = 2\n", {"bento", *REPLAYED}),
-        ("monitoring/report_page.py", "\nPEAK = 2\n", {"drift_report", "labeling_queue"}),
+        ("monitoring/report_page.py", "\nPEAK = 2\n", {"drift_report", *GROWN}),
         ("images.py", "\nPEAK = 2\n", ALL),
         ("tracking.py", "\nPEAK = 2\n", set()),
     ],

@@ -54,7 +54,7 @@ def test_the_demo_ends_with_zero_and_says_why(demo: Demo) -> None:
     assert "demo: everything held." in demo.output
     finished = re.findall(r"^    digits/(\w+): [0-9]", demo.output, re.MULTILINE)
     assert finished[:3] == ["dataset", "embeddings", "validation_report"]
-    assert len(finished) == 14 + 2, "fourteen assets, and a drift report for each window"
+    assert len(finished) == 15 + 2, "fifteen assets, and a drift report for each window"
     assert "unshifted window (359 requests): no drift" in demo.output
     assert demo.record(Evaluation).metrics["accuracy"] >= 0.985
     assert re.search(r"shifted window \(359 requests\): drift, .*classes that moved: ", demo.output)
@@ -226,7 +226,9 @@ def test_deployment_refuses_a_model_whose_latest_evaluation_failed(demo: Demo) -
 
 def test_the_deployment_names_the_records_that_it_was_made_from(demo: Demo) -> None:
     made_from = demo.record(Deployment).made_from
-    assert set(made_from) == RECORDS.keys() - {"deployment", "drift_report", "production_metrics", "labeling_queue"}
+    assert set(made_from) == RECORDS.keys() - {
+        *("deployment", "drift_report", "production_metrics", "labeling_queue", "labelled_version")
+    }
     used = RecordStore(demo.home, "digits").read("model", TrainedModel, made_from["model"])
     assert used.model == demo.record(Deployment).model
     kept = [path for path in (demo.home / "records").rglob("*.json") if str(demo.home) in path.read_text()]

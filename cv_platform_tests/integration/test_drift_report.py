@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,12 +16,15 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, insert, select
 
-from cv_platform.config import ExperimentConfig, parse_experiment
+from cv_platform.audit import AuditLog, Note
+from cv_platform.config import ExperimentConfig, MonitorConfig, parse_experiment
 from cv_platform.database.schema import drift_reports, feedback, images, predictions
 from cv_platform.drift.reference import ReferenceIdentity, write_reference
 from cv_platform.drift.sample import DriftSample
-from cv_platform.errors import InvalidSampleError, ReferenceMismatchError, StorageError
+from cv_platform.errors import DriftError, InvalidSampleError, ReferenceMismatchError, StorageError
 from cv_platform.images import preprocessing_hash
+from cv_platform.monitoring.accept import accept_window, find_report
+from cv_platform.monitoring.episodes import open_episode, what_changed
 from cv_platform.monitoring.report import ReportPlace, make_drift_report
 from cv_platform.records import DriftReport, ModelIdentity
 from cv_platform.storage import CentralStorage
@@ -29,6 +33,7 @@ from cv_platform_tests.support.drift_samples import CLASSES, draw_sample
 START = datetime(2026, 2, 1, tzinfo=UTC)
 NOW = datetime(2026, 2, 8, tzinfo=UTC)
 VERSION = "20260131T060000Z-1f3c9a2e"
+MONITOR = MonitorConfig(min_samples=100)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +51,7 @@ class Installation:
     storage: CentralStorage
     reference_path: Path
 
-    def report(self, *, version: str = VERSION, **changes: Any) -> DriftReport:
+    def report(self, *, version: str = VERSION, accepted: Path | None = None, **changes: Any) -> DriftReport:
         place = ReportPlace(self.storage, self.home / "evidently", self.home / "work")
         return make_drift_report(
             self.config,
@@ -55,9 +60,10 @@ class Installation:
             engine=self.engine,
             place=dataclasses.replace(place, **changes),
             now=NOW,
+            accepted=accepted,
         )
 
-    def log(self, sample: DriftSample, *, upload: bool = False) -> list[UUID]:
+    def log(self, sample: DriftSample, *, upload: bool = False, minutes: int = 0) -> list[UUID]:
         """Logs a sample as requests, a minute apart; with uploads of its own for each if asked for."""
         ids, rows = [uuid4() for _ in range(len(sample))], []
         with self.engine.begin() as connection:
@@ -80,7 +86,7 @@ class Installation:
                         "features": sample.features[i].tolist(),
                         "properties": sample.properties[i].tolist(),
                         "image_sha256": sha256,
-                        "created_on": START + timedelta(minutes=i),
+                        "created_on": START + timedelta(minutes=minutes + i),
                     }
                 )
             connection.execute(insert(predictions), rows)
@@ -173,6 +179,58 @@ def test_requests_class_by_class_are_no_drift_and_no_alarm(installation: Install
     page = Path(report.report_url.removeprefix("file://")).read_text()
     assert "The verdict, no drift, does not depend on the order." in page
     assert "sequential test alarms" not in page
+
+
+def test_an_accepted_window_is_what_later_requests_are_compared_with_and_ends_the_episode(
+    installation: Installation,
+) -> None:
+    model = ModelIdentity(model_name="insects", version=VERSION)
+    storage, engine, cache = installation.storage, installation.engine, installation.home / "cache"
+    storage.publish_reference_data(installation.reference_path, "insects", VERSION)
+    rng = np.random.default_rng(2)
+    installation.log(draw_sample(rng, 150, shift=2.0))
+    first = installation.report()
+    assert (first.verdict, what_changed(engine, first)) == ("drift", "drift")
+    assert open_episode(engine, experiment="insects", model=model)
+    with pytest.raises(DriftError, match="Expected a reason"):
+        accept_window(first.report_id, MONITOR, engine=engine, storage=storage, cache=cache, note=Note("ada", " "))
+    few = MonitorConfig(min_samples=1000)
+    with pytest.raises(DriftError, match="Expected at least 1000 usable requests"):
+        accept_window(first.report_id, few, engine=engine, storage=storage, cache=cache, note=Note("ada", "new lamp"))
+    with pytest.raises(DriftError, match="of which the log has none"):
+        find_report(engine, str(uuid4()))
+    with pytest.raises(DriftError, match="a UUID"):
+        find_report(engine, "latest")
+    assert storage.read_accepted("insects", VERSION) is None
+
+    accepted = accept_window(
+        first.report_id, MONITOR, engine=engine, storage=storage, cache=cache, note=Note("ada@lab", "new lamps")
+    )
+    assert storage.read_accepted("insects", VERSION) == accepted
+    assert accepted.told().endswith("taken as normal by ada@lab: new lamps")
+    (entry,) = AuditLog(storage.url).entries()
+    assert (entry.action, entry.by, entry.because) == ("accept", "ada@lab", "new lamps")
+    assert first.report_id in entry.subject
+    assert open_episode(engine, experiment="insects", model=model, reference=accepted.report_id) is None
+
+    installation.log(draw_sample(rng, 150, shift=2.0), minutes=3000)
+    installation.config = installation.config.with_fields({"monitor.window_start_utc": "2026-02-02T20:00:00+00:00"})
+    path = storage.fetch_accepted("insects", VERSION, accepted, cache)
+    second = installation.report(accepted=path)
+    assert (second.rows, second.verdict, second.reference) == (150, "no drift", first.report_id)
+    assert second.accuracy_estimate
+    assert second.accuracy_estimate.reference_accuracy == 1.0, "by the labelled reference split"
+    assert what_changed(engine, second) is None, "the episode ended when the window was accepted"
+    assert installation.report().verdict == "drift", "against the reference split it would go on"
+
+
+def test_two_reports_of_a_window_at_once_are_one_in_the_end(installation: Installation) -> None:
+    installation.log(draw_sample(np.random.default_rng(1), 120))
+    with ThreadPoolExecutor(2) as pool:
+        reports = [one.result() for one in [pool.submit(installation.report) for _ in range(2)]]
+    assert reports[0].adjusted_p_values == pytest.approx(reports[1].adjusted_p_values)
+    (row,) = installation.stored()
+    assert row.details["evidently_run_id"] in {report.evidently_run_id for report in reports}
 
 
 def test_a_second_report_of_the_same_window_replaces_the_first(installation: Installation) -> None:

@@ -45,6 +45,7 @@ ASSETS = (
     "drift_report",
     "production_metrics",
     "labeling_queue",
+    "labelled_version",
 )
 SIZE = 16
 THRESHOLD = 0.4

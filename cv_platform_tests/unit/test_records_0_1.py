@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> RecordStore:
     return store
 
 
-NEWER = {"embeddings", "challenger_replay", "labeling_queue", "batch_scores"}
+NEWER = {"embeddings", "challenger_replay", "labeling_queue", "batch_scores", "labelled_version"}
 
 
 @pytest.mark.parametrize("asset", [asset for asset in RECORDS if asset not in NEWER])

@@ -1,0 +1,192 @@
+"""The loop: the asset `labelled_version`, the sensor that decides what is next, and the asset that shows its page."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+
+from cv_platform.audit import AuditLog, Note
+from cv_platform.config import ExperimentConfig
+from cv_platform.defs.branch import Branch
+from cv_platform.defs.observed import request_log_key
+from cv_platform.defs.unfinished_runs import UNFINISHED
+from cv_platform.defs.versions import Reads
+from cv_platform.errors import CvPlatformError
+from cv_platform.record_store import RecordStore
+from cv_platform.records import LabelledVersion
+from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage
+
+_ACTION, _DATA = "cv-platform/loop", "cv-platform/loop_data"
+"""Tags of the runs that the loop has asked for: what for, and on which data and recipe."""
+
+
+def loop_key(experiment: str) -> dg.AssetKey:
+    """Returns the key of the asset that shows where an experiment's loop stands."""
+    return dg.AssetKey(["observed", f"{experiment}_loop"])
+
+
+def loop_page_asset(config: ExperimentConfig) -> dg.AssetSpec:
+    """Returns the asset that shows where the loop stands; each of its observations is a decision."""
+    return dg.AssetSpec(
+        loop_key(config.name),
+        description="Where the loop stands: its step and why, budget, open episode, labels, the latest model. Each "
+        "observation is a decision of the sensor `…_loop`.",
+        group_name=config.name,
+        owners=list(config.owners),
+        kinds={"dagster"},
+    )
+
+
+def labelled_version_asset(branch: Branch) -> dg.AssetsDefinition:
+    """Returns the asset `<name>/labelled_version`."""
+    fit = branch.check(
+        "labels_fit_the_images",
+        "labelled_version",
+        blocking=False,
+        description="The labels of no source contradict what the other images show; else they make no version.",
+    )
+
+    @branch.asset(
+        value=LabelledVersion,
+        is_retried=True,
+        kinds={"dvc", "postgres"},
+        reads=Reads(["labels.max_wrong_fraction", "labels.keep_expired", "loop.trust", "loop.without", "encoder"]),
+        deps=["labeling_queue"],
+        observes=[request_log_key(branch.config.name)],
+        checks=[fit],
+    )
+    def labelled_version(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        """The version that the labels in the log make of the dataset; unless `loop.enabled`, what it would be.
+
+        Labels that contradict the images make none: the check fails, and the version stays as it was.
+        """
+        from cv_platform.monitoring.alerts import send_alert
+        from cv_platform.monitoring.loop import grow_by_labels
+
+        run = branch.run(context)
+        settings, before = run.settings, RecordStore(run.settings.home, run.config.name).latest(LabelledVersion)
+        with run.installation.engine() as engine:
+            version = grow_by_labels(
+                run.config, engine, home=settings.home, now=datetime.now(UTC), spare_bytes=settings.spare_disk_bytes
+            )
+        is_told = before is not None and before.refused and before.suspects == version.suspects
+        if version.refused and run.config.loop.enabled and run.config.alerts.on_refused_labels and not is_told:
+            urls = [url.get_secret_value() for url in settings.alert_urls]
+            for failure in send_alert(
+                urls, f"{run.config.name}: labels refused, the loop has stopped", version.refused
+            ):
+                context.log.warning(failure)
+        return run.result(
+            version,
+            metadata={
+                **version.model_dump(include={"base", "tag", "dvc_md5", "refused"}),
+                "suspects": list(version.suspects),
+                "summary": dg.MetadataValue.md("\n".join(f"* {line}" for line in version.summary)),
+            },
+            checks=[
+                dg.AssetCheckResult(
+                    check_name=fit.name,
+                    passed=not version.refused,
+                    description=version.refused or " ".join(version.summary),
+                )
+            ],
+        )
+
+    return labelled_version
+
+
+def loop_sensor(branch: Branch, experiment_jobs: Sequence[Any]) -> dg.SensorDefinition:
+    """Returns the sensor that closes the loop, where `loop.enabled` says so; else it shows what it would do."""
+    config, loop = branch.config, branch.config.loop
+    jobs = {"grow": f"{config.name}_grow", "retrain": f"{config.name}_retrain"}
+
+    @dg.sensor(
+        name=f"{config.name}_loop",
+        jobs=[job for job in experiment_jobs if job.name in jobs.values()],
+        minimum_interval_seconds=30,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="After drift or enough new labels: grows the dataset and retrains, within its budget and never on "
+        "the same data twice. Acts where loop.enabled is set. The cursor is its last decision.",
+    )
+    def closes_the_loop(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        from cv_platform.monitoring.loop import decide, loop_page
+
+        settings = Settings.from_environment()
+        try:
+            facts = _facts(branch, settings, context.instance)
+        except CvPlatformError as err:
+            return dg.SkipReason(str(err))
+        if facts is None:
+            return dg.SkipReason("The request log is not running; `make up` starts it, or set DATABASE_URL.")
+        decision = decide(facts, loop)
+        said = f"{decision.step}: {decision.reason}"
+        page = dg.MetadataValue.md(loop_page(facts, decision, config))
+        is_new = context.cursor != json.dumps([loop.enabled, said])
+        told: dict[str, Any] = {
+            "page": page,
+            "step": decision.step,
+            "decision": decision.action,
+            "why": decision.reason,
+        }
+        events = [dg.AssetObservation(loop_key(config.name), metadata={**told, "enabled": loop.enabled})]
+        if not loop.enabled or decision.action == "wait":
+            off = "" if loop.enabled else "Off (loop.enabled). It would be "
+            return dg.SensorResult(
+                asset_events=events if is_new else [],
+                cursor=json.dumps([loop.enabled, said]),
+                skip_reason=f"{off}{said}",
+            )
+        try:
+            AuditLog(settings.storage_url).write(
+                "loop", f"{config.name}: {decision.action} {facts.target}", Note("the loop", decision.reason)
+            )
+        except CvPlatformError as err:
+            return dg.SkipReason(f"What cannot be noted is not done. {err}")
+        key = (
+            facts.target_key if decision.action == "retrain" else f"{facts.last_statement}-{loop.trust}-{loop.without}"
+        )
+        sections = {"dataset": {"dvc_tag": facts.target}} if decision.action == "retrain" else {}
+        request = dg.RunRequest(
+            run_key=f"{config.name}-loop-{decision.action}-{key}",
+            job_name=jobs[decision.action],
+            run_config=branch.overrides(sections),
+            tags={_ACTION: decision.action, _DATA: key, "reason": decision.reason[:200], "experiment": config.name},
+        )
+        return dg.SensorResult(run_requests=[request], asset_events=events, cursor=json.dumps([loop.enabled, said]))
+
+    return closes_the_loop
+
+
+def _facts(branch: Branch, settings: Settings, instance: dg.DagsterInstance) -> Any:
+    """Returns the facts with what Dagster knows of runs; None where no request log is running."""
+    from dataclasses import replace
+
+    from cv_platform.database.address import running_database_url
+    from cv_platform.database.connection import make_engine
+    from cv_platform.monitoring.loop import WEEK, read_facts
+
+    url, now, config = running_database_url(settings), datetime.now(UTC), branch.config
+    if url is None:
+        return None
+    engine = make_engine(url)
+    try:
+        facts = read_facts(config, engine, home=settings.home, storage=CentralStorage(settings.storage_url), now=now)
+    finally:
+        engine.dispose()
+    ours = {"experiment": config.name}
+    at_work = [
+        f"{run.job_name}, run {run.run_id[:8]},"
+        for run in instance.get_runs(dg.RunsFilter(tags=ours, statuses=UNFINISHED))
+        if not run.job_name.endswith("_drift_report")
+    ]
+    trainings = instance.get_run_records(dg.RunsFilter(tags={**ours, _ACTION: "retrain"}, created_after=now - WEEK))
+    tried = instance.get_runs(dg.RunsFilter(tags={**ours, _DATA: facts.target_key}), limit=1)
+    return replace(
+        facts,
+        unfinished=at_work[0] if at_work else "",
+        trainings=tuple(sorted((record.create_timestamp for record in trainings), reverse=True)),
+        tried=f"run {tried[0].run_id[:8]} on {facts.target} ended as {tried[0].status.value}" if tried else "",
+    )

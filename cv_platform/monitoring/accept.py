@@ -1,0 +1,106 @@
+"""Takes a window of requests as the new normal of the model version that answered them: `cv-platform drift accept`.
+
+The rows of the window become a reference version beside that of the reference split, which stays. They have the labels
+that people stated, and no others: what needs labels goes on with the reference split.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
+
+from sqlalchemy import Engine, select
+
+from cv_platform.audit import AuditLog, Note
+from cv_platform.config import MonitorConfig
+from cv_platform.database.schema import drift_reports
+from cv_platform.database.uploads import read_feedback
+from cv_platform.drift.reference import read_identity, write_reference
+from cv_platform.errors import DriftError
+from cv_platform.monitoring.window import WindowBounds, read_window
+from cv_platform.records import ModelIdentity
+from cv_platform.storage import AcceptedReference, CentralStorage
+
+
+def find_report(engine: Engine, report_id: str) -> tuple[str, ModelIdentity, WindowBounds]:
+    """Returns experiment, model version and window of a drift report.
+
+    Raises:
+        DriftError: there is no such report, or its id is none.
+        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
+    """
+    table = drift_reports.c
+    columns = (table.experiment, table.model_name, table.model_version, table.window_start_utc, table.window_end_utc)
+    try:
+        wanted = select(*columns, table.details["window_by"].astext.label("by")).where(
+            table.report_id == UUID(report_id)
+        )
+    except ValueError as err:
+        raise DriftError(
+            f"Expected the id of a drift report, a UUID. Received: {report_id!r}. Its page has it."
+        ) from err
+    with engine.connect() as connection:
+        found = connection.execute(wanted).one_or_none()
+    if found is None:
+        raise DriftError(f"Expected the id of a drift report. Received: {report_id}, of which the log has none.")
+    model = ModelIdentity(model_name=found.model_name, version=found.model_version)
+    by = "logged" if found.by == "logged" else "answered"
+    return found.experiment, model, WindowBounds(found.window_start_utc, found.window_end_utc, by)
+
+
+def accept_window(
+    report_id: str, monitor: MonitorConfig, *, engine: Engine, storage: CentralStorage, cache: Path, note: Note
+) -> AcceptedReference:
+    """Makes the requests of a report's window what later requests of that model version are compared with.
+
+    It is in the audit log before it is done, and ends an open episode: the next report begins anew.
+
+    Args:
+        report_id: of the report whose window it is.
+        monitor: `min_samples`, `max_samples`, `repeats` and `seed`, by which the window is read.
+        engine: of the request log.
+        storage: where the reference goes.
+        cache: folder for downloads.
+        note: who takes it as normal, and why; the reason may not be blank.
+
+    Raises:
+        DriftError: there is no such report, no reason, or the window has too few usable requests (any more).
+        BundleNotFoundError, DatabaseUnavailableError, SchemaMismatchError, StorageError: see there.
+    """
+    if not note.because.strip():
+        raise DriftError('Expected a reason, which is kept with the reference. Received: none. Say --because "…".')
+    experiment, model, bounds = find_report(engine, report_id)
+    window = read_window(engine, model, bounds, monitor)
+    if window.sample is None or len(window.sample) < monitor.min_samples:
+        raise DriftError(
+            f"Expected at least {monitor.min_samples} usable requests (monitor.min_samples) in the window of "
+            f"{report_id}. Received: {0 if window.sample is None else len(window.sample)}."
+        )
+    split = storage.fetch_reference_data(model.model_name, model.version, cache)
+    ids = window.rows["prediction_id"].tolist()
+    stated = read_feedback(engine, ids)
+    accepted = AcceptedReference(
+        report_id=str(UUID(report_id)),
+        rows=len(window.sample),
+        window_start_utc=bounds.start,
+        window_end_utc=bounds.end,
+        at_utc=datetime.now(UTC),
+        by=note.by,
+        because=note.because,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "accepted.parquet"
+        write_reference(
+            path,
+            read_identity(split),
+            window.sample,
+            paths=[str(one) for one in ids],
+            sha256=window.rows["image_sha256"].fillna("").tolist(),
+            labels=[stated.get(one, "") for one in ids],
+            predicted=window.rows["predicted_class"].tolist(),
+        )
+        with AuditLog(storage.url).noted("accept", f"{experiment}: {model}, report {accepted.report_id}", note):
+            storage.accept_reference(path, model.model_name, model.version, accepted)
+    return accepted
