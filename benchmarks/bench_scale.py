@@ -37,8 +37,7 @@ from cv_platform.compute.engine import Engine
 from cv_platform.compute.local import LocalEngine
 from cv_platform.settings import Settings
 
-PHOTOS, LINKS = 192, 5
-"""Different images, which are embedded; each lies under so many names, which are packed and scored."""
+PHOTOS = 960
 SIDE_PX, PACKED_PX = 224, 224
 LIBRARIES = ("ray", "numpy", "opencv-python-headless", "onnxruntime")
 SCALING, RAY_SHARE, BARE_SHARE = 1.8, 0.9, 0.9
@@ -94,7 +93,7 @@ def run(options: Options) -> Report:
         started_utc=clock.started_utc,
         seconds=clock.seconds,
         machine=machine_line(LIBRARIES),
-        settings={"photos": PHOTOS, "names": PHOTOS * LINKS, "input_px": SIDE_PX, "packed_px": PACKED_PX},
+        settings={"photos": PHOTOS, "input_px": SIDE_PX, "packed_px": PACKED_PX},
         observations=observations,
         ratios=ratios,
         checks=checks,
@@ -147,7 +146,7 @@ def _stages(folder: Path, settings: Settings, version: str) -> dict[str, Callabl
     def embed(engine: Engine) -> int:
         import pandas as pd
 
-        rows = pd.DataFrame({"path": paths[::LINKS], "sha256": sha256[::LINKS]})
+        rows = pd.DataFrame({"path": paths, "sha256": sha256})
         embed_images(rows, photos, encoder, home, engine=engine)
         shutil.rmtree(home / "cache" / "embeddings")
         return len(rows)
@@ -172,10 +171,7 @@ def _write_photos(folder: Path) -> None:
         crop = source[top : top + 400, left : left + 468].astype(np.int16)
         noisy = np.clip(crop + generator.integers(-6, 7, crop.shape), 0, 255).astype(np.uint8)
         _, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 90])
-        first = folder / f"{number:05}-0.jpg"
-        first.write_bytes(data.tobytes())
-        for link in range(1, LINKS):
-            first.with_name(f"{number:05}-{link}.jpg").hardlink_to(first)
+        (folder / f"{number:05}.jpg").write_bytes(data.tobytes())
 
 
 def _bare_loop(folder: Path, run: Callable[..., object]) -> int:

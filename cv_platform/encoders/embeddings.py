@@ -133,4 +133,4 @@ def _read(path: Path, features: int) -> Iterator[tuple[list[str], NDArray[np.flo
 def _write(folder: Path, sha256: list[str], vectors: NDArray[np.float16]) -> None:
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
     with whole_file(folder / f"{time.time_ns()}-{secrets.token_hex(4)}.parquet") as partial:
-        pq.write_table(pa.table({"sha256": sha256, "vector": column}), partial)
+        pq.write_table(pa.table({"sha256": sha256, "vector": column}), partial, use_dictionary=False)

@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Engine, insert, select
 
 from cv_platform.database.schema import feedback, labeling_items
+from cv_platform.database.uploads import read_feedback
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.monitoring.label_exchange import (
     import_labels,
@@ -24,7 +25,6 @@ from cv_platform.monitoring.label_exchange import (
     write_csv,
     write_tasks,
 )
-from cv_platform.monitoring.window import read_feedback
 from cv_platform_tests.support.labelled_log import NOW, answer, drawing, experiment
 
 CONFIG = experiment()
