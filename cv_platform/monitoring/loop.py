@@ -100,7 +100,8 @@ def decide(facts: LoopFacts, loop: LoopConfig) -> Decision:
     needed = loop.min_new_labels_in_drift if facts.episode else loop.min_new_labels
     counted = f"{facts.labels} of {needed} new labels"
     if facts.episode is None and facts.labels < needed and not (is_pending and attempt and attempt.statements):
-        return Decision("wait", "idle", f"no drift lasts, and there are {counted}")
+        failed = f"; its {facts.tried}" if facts.tried and not facts.is_trained else ""
+        return Decision("wait", "idle", f"no drift lasts, and there are {counted}{failed}")
     cause = f"drift since {facts.episode.window_end_utc:%Y-%m-%d %H:%M} UTC, " if facts.episode else ""
     if (until := facts.rests_until(loop)) is not None:
         budget = f"{facts.runs_left(loop)} of {loop.max_runs_per_week} trainings of this week are left"
