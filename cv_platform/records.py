@@ -998,7 +998,7 @@ class LabelingQueue(Record):
         requests: of the window, those whose upload is kept.
         candidates: of them, those that were looked at.
         counts: images added by reason.
-        waiting: of the whole queue, those that nobody has labelled.
+        waiting: of the whole queue, those that nobody has labelled, and whose upload is kept.
         problems: reasons that could not be judged, in sentences.
     """
 

@@ -170,8 +170,8 @@ class LabelsConfig(Section):
     def quotas(self) -> dict[str, int]:
         """Returns how many images of the queue have which reason, in the order in which they are chosen."""
         named = {reason: getattr(self, f"{reason}_share") for reason in ("random", "unknown", "drift", "novel")}
-        counts = {reason: round(share * self.queue_size) for reason, share in named.items()}
-        return {**counts, "uncertain": max(0, self.queue_size - sum(counts.values()))}
+        counts = {reason: int(share * self.queue_size + 1e-9) for reason, share in named.items()}
+        return {**counts, "uncertain": self.queue_size - sum(counts.values())}
 
 
 class ScoreConfig(Section):

@@ -100,8 +100,8 @@ def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, 
     with engine.connect() as connection:
         waiting = connection.execute(
             select(func.count())
-            .select_from(labeling_items)
-            .where((labeling_items.c.experiment == config.name) & ~is_labelled())
+            .select_from(labeling_items.join(predictions))
+            .where((labeling_items.c.experiment == config.name) & upload.is_not(None) & ~is_labelled())
         ).scalar_one()
     return LabelingQueue(
         experiment=config.name,

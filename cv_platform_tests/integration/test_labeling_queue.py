@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import Engine, Row, select
 
 from cv_platform.config import ExperimentConfig
-from cv_platform.database.schema import deletions, feedback, labeling_items
+from cv_platform.database.schema import deletions, feedback, labeling_items, predictions
 from cv_platform.datasets.embeddings import embed_dataset
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.monitoring.labeling_queue import QueueSources, fill_queue
@@ -101,6 +101,9 @@ def test_what_an_outage_kept_and_what_drives_the_drift_is_asked_for_too(engine: 
     late = answer(engine, drawing("dog", 800), logged_on=NOW + timedelta(minutes=1, seconds=30))
     assert fill(config, engine, sources, 2).requests == 1, "answered before the last window ended, and logged after"
     assert late in {item.prediction_id for item in queue_of(engine)} - ids
+    with engine.begin() as connection:  # As the retention of uploads does.
+        connection.execute(predictions.update().values(image_sha256=None))
+    assert fill(config, engine, sources, 3).waiting == 0, "what nobody can look at is not waited for"
     kept = [pq.read_table(path)["sha256"].to_pylist() for path in sources.settings.home.glob("cache/embeddings/*/*")]
     assert kept
     assert not any(sha256 in names for names in kept), "of uploads, no vectors are kept"
@@ -155,6 +158,12 @@ def test_images_are_chosen_apart_from_each_other_and_the_last_reason_takes_what_
     together = np.array([0, 0, 0, 1, 2, 3])
     assert len(choose(scores, {"uncertain": 6}, vectors, together)) == 4, "near-copies once"
     assert choose({}, {"uncertain": 3}, np.empty((0, 2)), np.empty(0, np.int64)) == []
+
+
+def test_the_reasons_share_the_queue_without_an_image_too_many() -> None:
+    shares: dict[str, Any] = {"random_share": 0.3, "unknown_share": 0.3, "drift_share": 0.3, "novel_share": 0.1}
+    quotas = experiment(queue_size=5, **shares).labels.quotas()
+    assert quotas == {"random": 1, "unknown": 1, "drift": 1, "novel": 0, "uncertain": 2}
 
 
 def test_scores_are_as_worked_by_hand() -> None:
