@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,13 @@ from numpy.typing import NDArray
 
 from cv_platform.compute.engine import Engine
 from cv_platform.config import EncoderConfig
+from cv_platform.datasets.image_files import ImageFiles
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.quarantine import used
 from cv_platform.encoders.embeddings import embed_files
 from cv_platform.encoders.encoder import Encoder, open_encoder
-from cv_platform.errors import DatasetError, ImageError, InvalidDatasetError
+from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.files import exclusive, require_free_space, whole_directory
-from cv_platform.images import MAX_LOCAL_PIXELS, preprocess
 from cv_platform.records import DatasetVersion, Embeddings
 
 logger = logging.getLogger(__name__)
@@ -87,30 +86,6 @@ def embed_dataset(
     )
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Image files whose pixels are read by who goes through them."""
-
-    directory: Path
-    paths: tuple[str, ...]
-    sha256: tuple[str, ...]
-    side_px: int
-
-    def __iter__(self) -> Iterator[NDArray[np.uint8] | None]:
-        for path, sha256 in zip(self.paths, self.sha256, strict=True):
-            data = (self.directory / path).read_bytes()
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise InvalidDatasetError(
-                    f"Expected {path} in {self.directory} as the manifest describes it. Received: other bytes. "
-                    "Materialise the dataset again."
-                )
-            try:
-                yield preprocess(data, (self.side_px, self.side_px), max_pixels=MAX_LOCAL_PIXELS)
-            except ImageError as err:
-                logger.warning("%s has no embedding: %s", path, err)
-                yield None
-
-
 def embed_images(
     rows: pd.DataFrame, directory: Path, encoder: Encoder, home: Path, *, engine: Engine | None = None
 ) -> NDArray[np.float16]:
@@ -128,8 +103,10 @@ def embed_images(
     """
     paths, sha256 = rows["path"].tolist(), rows["sha256"].tolist()
 
-    def files(part: Sequence[int]) -> _Files:
-        return _Files(directory, tuple(paths[at] for at in part), tuple(sha256[at] for at in part), encoder.input_px)
+    def files(part: Sequence[int]) -> ImageFiles:
+        return ImageFiles(
+            directory, tuple(paths[at] for at in part), tuple(sha256[at] for at in part), encoder.input_px
+        )
 
     try:
         return embed_files(sha256, files, encoder, home, engine=engine)

@@ -10,8 +10,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,49 +23,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Engine, Salvage
+from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
-from cv_platform.datasets.inspection import Inspected, describe_undecoded, inspect_file
+from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA, ONE_BY_ONE, Part, describe
 from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies
-from cv_platform.datasets.quarantine import judge, judge_duplicates
+from cv_platform.datasets.quarantine import judge_duplicates
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import read_layout
 from cv_platform.datasets.sources.tree import walk
-from cv_platform.datasets.splits import GIVEN, SPLITS, TAKEN, complete_splits
+from cv_platform.datasets.splits import SPLITS, TAKEN, complete_splits
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.files import whole_file
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 4
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("sha256", pa.string()),
-        ("split", pa.string()),
-        ("split_origin", pa.string()),
-        ("labels", pa.list_(pa.string())),
-        ("group", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("width_px", pa.int32()),
-        ("height_px", pa.int32()),
-        ("bytes", pa.int64()),
-        ("format", pa.string()),
-        ("channels", pa.int8()),
-        ("bit_depth", pa.int8()),
-        ("orientation", pa.int8()),
-        ("is_readable", pa.bool_()),
-        ("problem", pa.string()),
-        ("damage", pa.string()),
-        ("animated", pa.string()),
-        ("constant", pa.string()),
-        ("narrow_range", pa.string()),
-        ("wrong_suffix", pa.string()),
-        ("thumbnail", pa.binary(THUMBNAIL_PX**2)),
-    ]
-)
 _IMAGES_PER_PART = 128
 _PARTS_PER_GROUP = 16
 """2,048 images are what is written at a time: 3 MB of rows."""
@@ -140,63 +113,11 @@ def build_manifest(
     return path
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some consecutive images: what one process describes at a time."""
-
-    directory: Path
-    data_path: str
-    entries: tuple[ImageEntry, ...]
-    classes: frozenset[str]
-    dataset: DatasetConfig
-
-    @property
-    def name(self) -> str:
-        """Its first and its last image."""
-        return " to ".join(dict.fromkeys((self.entries[0].path, self.entries[-1].path)))
-
-    @property
-    def images(self) -> int:
-        """How many it has."""
-        return len(self.entries)
-
-    def file(self, entry: ImageEntry) -> Path:
-        """Returns where an image lies."""
-        return self.directory / self.data_path / entry.path
-
-    def table(self, files: Iterable[Inspected]) -> pa.Table:
-        """Returns the rows of its images, with the splits that are given."""
-        rows: list[dict[str, object]] = []
-        for entry, file in zip(self.entries, files, strict=True):
-            unknown = [label for label in entry.labels if label not in self.classes]
-            status, reason = judge(file, unknown, self.dataset.quarantine)
-            row = asdict(file) | {"path": f"{self.data_path}/{entry.path}", "labels": entry.labels}
-            row |= {"group": entry.group, "status": status, "reason": reason, "is_readable": file.problem is None}
-            rows.append(row | ({"split": entry.split, "split_origin": GIVEN} if status == "used" else {}))
-        return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
-
-
-def describe(part: Part) -> pa.Table:
-    """Returns the rows of a part's images, each of which is read once.
-
-    Raises:
-        InvalidDatasetError: a file is not there any more, or cannot be read.
-    """
-    return part.table(inspect_file(part.file(entry), part.dataset.max_image_pixels) for entry in part.entries)
-
-
-_ONE_BY_ONE = Salvage(
-    divide=lambda part: (replace(part, entries=(entry,)) for entry in part.entries),
-    join=pa.concat_tables,
-    lost=lambda part, why: part.table([describe_undecoded(part.file(part.entries[0]), why)]),
-)
-
-
 def _rows(whole: Part, engine: Engine | None) -> Iterator[pa.Table]:
     """Yields the rows of all images, a row group at a time."""
     starts = range(0, whole.images, _IMAGES_PER_PART)
     parts = (replace(whole, entries=whole.entries[start : start + _IMAGES_PER_PART]) for start in starts)
-    done = map_shards(describe, parts, engine=engine, title="Manifest", total=whole.images, salvage=_ONE_BY_ONE)
+    done = map_shards(describe, parts, engine=engine, title="Manifest", total=whole.images, salvage=ONE_BY_ONE)
     while tables := [table for _, table in islice(done, _PARTS_PER_GROUP)]:
         yield pa.concat_tables(tables).combine_chunks()
 

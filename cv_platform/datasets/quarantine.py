@@ -6,12 +6,13 @@ How to add a kind: a field in `QuarantineConfig`, whose place is its rank, and w
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Literal
 
 from cv_platform.config import QuarantineConfig
 from cv_platform.datasets.inspection import Inspected
+
+if TYPE_CHECKING:  # Each process that describes images imports this module, and has no need of pandas.
+    import pandas as pd
 
 Status = Literal["used", "quarantined", "refused"]
 """Of an image: in its split; in none; in none, and its kind's policy is `fail`."""

@@ -57,7 +57,7 @@ def test_what_is_there_is_used_again_and_only_new_images_are_computed(
     )
     decoded: list[int] = []
     monkeypatch.setattr(
-        "cv_platform.datasets.embeddings.preprocess",
+        "cv_platform.datasets.image_files.preprocess",
         lambda data, size, **limits: decoded.append(len(data)) or preprocess(data, size, **limits),
     )
     second = embed_dataset(changed, ENCODER, home=tmp_path)

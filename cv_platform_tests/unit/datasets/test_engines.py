@@ -20,11 +20,12 @@ from cv_platform.encoders import embeddings
 from cv_platform.files import file_sha256
 from cv_platform.records import DatasetVersion, Provenance
 from cv_platform_tests.support.pictures import class_folders
+from cv_platform_tests.unit.encoders.test_encoder import own_file
 
 from .conftest import dataset, model
 
 
-def prepare(directory: Path, home: Path, engine: Engine | None) -> dict[str, str]:
+def prepare(directory: Path, home: Path, encoder: EncoderConfig, engine: Engine | None) -> dict[str, str]:
     """Returns the sha256 of all that is made of the images in `directory`."""
     manifest = build_manifest(
         directory, data_path="images", annotations=None, model=model(), dataset=dataset(), engine=engine
@@ -36,7 +37,7 @@ def prepare(directory: Path, home: Path, engine: Engine | None) -> dict[str, str
         manifest=manifest.name,
         class_names=("cat", "dog"),
     )
-    vectors = embed_dataset(version, EncoderConfig(input_px=32), home=home, engine=engine)
+    vectors = embed_dataset(version, encoder, home=home, engine=engine)
     packed = pack_images(version, model(), quarantined=(), home=home, engine=engine)
     files = [manifest, vectors.path, *sorted(packed.directory.glob("*.*"))]
     return {path.name: file_sha256(path) for path in files if path.name not in {"packed.json", "verified.json"}}
@@ -50,9 +51,10 @@ def require_same_bytes(folder: Path, engine: Engine, monkeypatch: pytest.MonkeyP
     class_folders(folder / "alone" / "images", 20)
     (folder / "alone/images/dog/cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     shutil.copytree(folder / "alone", folder / "together")
-    alone = prepare(folder / "alone", folder / "home-alone", None)
+    encoder = own_file(folder, ["N", 3])
+    alone = prepare(folder / "alone", folder / "home-alone", encoder, None)
     assert len(alone) > 15
-    assert prepare(folder / "together", folder / "home-together", engine) == alone
+    assert prepare(folder / "together", folder / "home-together", encoder, engine) == alone
 
 
 def test_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

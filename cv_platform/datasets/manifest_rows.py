@@ -1,0 +1,100 @@
+"""The rows of a manifest, made of some images at a time: the work of the processes that describe them.
+
+Imports little, as each of them does it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from cv_platform.compute.engine import Salvage
+from cv_platform.config import DatasetConfig
+from cv_platform.datasets.inspection import Inspected, describe_undecoded, inspect_file
+from cv_platform.datasets.near_copies import THUMBNAIL_PX
+from cv_platform.datasets.quarantine import judge
+from cv_platform.datasets.sources.entries import ImageEntry
+from cv_platform.datasets.splits import GIVEN
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+        ("split", pa.string()),
+        ("split_origin", pa.string()),
+        ("labels", pa.list_(pa.string())),
+        ("group", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
+        ("bytes", pa.int64()),
+        ("format", pa.string()),
+        ("channels", pa.int8()),
+        ("bit_depth", pa.int8()),
+        ("orientation", pa.int8()),
+        ("is_readable", pa.bool_()),
+        ("problem", pa.string()),
+        ("damage", pa.string()),
+        ("animated", pa.string()),
+        ("constant", pa.string()),
+        ("narrow_range", pa.string()),
+        ("wrong_suffix", pa.string()),
+        ("thumbnail", pa.binary(THUMBNAIL_PX**2)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some consecutive images: what one process describes at a time."""
+
+    directory: Path
+    data_path: str
+    entries: tuple[ImageEntry, ...]
+    classes: frozenset[str]
+    dataset: DatasetConfig
+
+    @property
+    def name(self) -> str:
+        """Its first and its last image."""
+        return " to ".join(dict.fromkeys((self.entries[0].path, self.entries[-1].path)))
+
+    @property
+    def images(self) -> int:
+        """How many it has."""
+        return len(self.entries)
+
+    def file(self, entry: ImageEntry) -> Path:
+        """Returns where an image lies."""
+        return self.directory / self.data_path / entry.path
+
+    def table(self, files: Iterable[Inspected]) -> pa.Table:
+        """Returns the rows of its images, with the splits that are given."""
+        rows: list[dict[str, object]] = []
+        for entry, file in zip(self.entries, files, strict=True):
+            unknown = [label for label in entry.labels if label not in self.classes]
+            status, reason = judge(file, unknown, self.dataset.quarantine)
+            row = asdict(file) | {"path": f"{self.data_path}/{entry.path}", "labels": entry.labels}
+            row |= {"group": entry.group, "status": status, "reason": reason, "is_readable": file.problem is None}
+            rows.append(row | ({"split": entry.split, "split_origin": GIVEN} if status == "used" else {}))
+        return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+
+def describe(part: Part) -> pa.Table:
+    """Returns the rows of a part's images, each of which is read once.
+
+    Raises:
+        InvalidDatasetError: a file is not there any more, or cannot be read.
+    """
+    return part.table(inspect_file(part.file(entry), part.dataset.max_image_pixels) for entry in part.entries)
+
+
+ONE_BY_ONE = Salvage(
+    divide=lambda part: (replace(part, entries=(entry,)) for entry in part.entries),
+    join=pa.concat_tables,
+    lost=lambda part, why: part.table([describe_undecoded(part.file(part.entries[0]), why)]),
+)
