@@ -24,7 +24,7 @@ from cv_platform.object_store import ObjectStore
 
 BY_API = "the service's API, with CV_ADMIN_TOKEN"
 """As `by`, where the service knows of a person only the token."""
-Action = Literal["promote", "take-over", "rollback", "return", "override", "delete", "accept", "loop"]
+Action = Literal["promote", "take-over", "rollback", "return", "override", "delete", "accept", "loop", "probation"]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@
     │   └── PointerMovedError           somebody else has moved the production pointer since it was read
     ├── ExportError                     a trained model cannot become a bundle or a Bento
     ├── DeploymentError                 the production pointer was not moved
-    │   └── PromotionBusyError          another update is under way: worth trying again
+    │   ├── PromotionBusyError          another update is under way: worth trying again
+    │   └── ChallengerReturnedError     it was tried out on live traffic, and sent back
     ├── DatabaseError
     │   ├── DatabaseUnavailableError    cannot connect: worth trying again
     │   └── SchemaMismatchError         migrate first: trying again is useless
@@ -44,6 +45,8 @@ checks; `VerdictError` is only for what refuses to build upon them. The Python c
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class CvPlatformError(Exception):
@@ -176,6 +179,18 @@ class DeploymentError(CvPlatformError):
 
 class PromotionBusyError(DeploymentError):
     """Another update or rollback of this installation is under way; worth trying again."""
+
+
+class ChallengerReturnedError(DeploymentError):
+    """A challenger was tried out on live traffic and sent back; the champion goes on.
+
+    Attributes:
+        numbers: what was counted, as JSON values by name.
+    """
+
+    def __init__(self, message: str, numbers: Mapping[str, object]) -> None:
+        super().__init__(message)
+        self.numbers = numbers
 
 
 class DatabaseError(CvPlatformError):

@@ -5,6 +5,7 @@ A folder or any fsspec URL (`s3://bucket/prefix` with the `s3` extra). Layout:
     models/<model_name>/<version>/<model_name>.yaml      written last: a bundle without it does not exist
     services/<service>/production.json                   the pointer: which version a service serves
     services/<service>/workers/<worker_id>.json          what each worker runs, refreshed as it lives
+    services/<service>/probation/<worker>.json           what each has seen of a challenger that the pointer names
     ref_data/<model_name>/<version>/<model_name>_ref_data.parquet
     reports/<name>/<report_id>/…
     audit/<time>-<random>.json                           who did what, when and why (`audit`)
@@ -36,6 +37,7 @@ from cv_platform.errors import (
 )
 from cv_platform.files import file_sha256, require_free_space, whole_file
 from cv_platform.object_store import ObjectStore
+from cv_platform.probation import Probation, WorkerTally
 
 FORMAT_VERSION = 2
 # LibYAML, where the wheel has it, reads the same a dozen times as fast; a start waits for the metadata.
@@ -93,7 +95,7 @@ class BundleMetadata(_Record):
         return name if isinstance(name, str) else None
 
 
-_R = TypeVar("_R", bound=_Record)
+_R = TypeVar("_R", bound=BaseModel)
 
 
 class PointerMove(_Record):
@@ -119,8 +121,21 @@ class ProductionPointer(_Record):
         default=None, description="whose model it is; none in old pointers: the metadata of the bundle name it there"
     )
     history: tuple[PointerMove, ...] = Field(
-        default=(), description="the latest moves, this one first; the audit log has all"
+        default=(), description="the latest moves and probations, the last one first; the audit log has all"
     )
+    probation: Probation | None = Field(
+        default=None, description="the challenger that is tried out on live traffic, or the last one that was"
+    )
+
+    @property
+    def references(self) -> tuple[tuple[str | None, str | None], ...]:
+        """Model and version of all that may have to be loaded: now, for a rollback, on probation."""
+        tried = self.probation if self.probation and self.probation.is_running else None
+        return (
+            (self.model_name, self.version),
+            (self.previous_model_name, self.previous_version),
+            *([(tried.model_name, tried.version)] if tried else []),
+        )
 
 
 class WorkerHeartbeat(_Record):
@@ -398,6 +413,34 @@ class CentralStorage:
             if beat is not None:
                 beats.append(beat)
         return beats
+
+    # What workers see of a probation
+
+    def write_tally(self, service: str, name: str, tally: WorkerTally) -> None:
+        """Says what a worker has seen; `name` is of the worker's process."""
+        path = self._store.path("services", service, "probation", f"{name}.json")
+        with self._store.errors(f"write what {name} has seen of a probation"):
+            self._store.replace(path, tally.model_dump_json())
+
+    def read_tallies(self, service: str, probation_id: str) -> list[WorkerTally]:
+        """Lists what workers, live or not, have seen of a probation; what is unreadable is left out."""
+        folder = self._store.path("services", service, "probation")
+        with self._store.errors(f"list what the workers of {service} have seen"):
+            paths = [f"{folder}/{name}" for name in self._store.names(folder, "file") if name.endswith(".json")]
+        found = []
+        for path in paths:
+            try:
+                tally = _parsed(WorkerTally, path, self._store.read(path))
+            except StorageError:
+                continue
+            if tally is not None and tally.probation_id == probation_id:
+                found.append(tally)
+        return found
+
+    def remove_tallies(self, service: str) -> None:
+        """Forgets what was seen of former probations."""
+        with self._store.errors(f"remove what the workers of {service} have seen"):
+            self._store.remove(self._store.path("services", service, "probation"))
 
     # Reference data and reports
 

@@ -115,7 +115,7 @@ class Passport:
 
 @dataclass(frozen=True, kw_only=True)
 class Production:
-    """The production pointer."""
+    """The production pointer; `probation` is of a challenger that is tried out, or of the last one that was."""
 
     model_name: str
     version: str
@@ -123,6 +123,7 @@ class Production:
     previous_version: str | None = None
     since_utc: datetime
     experiment: str | None = None
+    probation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

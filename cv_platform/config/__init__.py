@@ -21,6 +21,7 @@ from cv_platform.config.images import DatasetConfig, EncoderConfig, QuarantineCo
 from cv_platform.config.model import DriftDetectionConfig, InputSize, ModelConfig
 from cv_platform.config.production import (
     AlertsConfig,
+    CanaryConfig,
     DeployConfig,
     ExportFormat,
     LabelsConfig,
@@ -34,6 +35,7 @@ from cv_platform.config.search import Span, TuneConfig
 __all__ = [
     "AlertsConfig",
     "AugmentConfig",
+    "CanaryConfig",
     "ClassifierType",
     "DatasetConfig",
     "DeployConfig",

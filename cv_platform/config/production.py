@@ -31,6 +31,44 @@ class ReplayConfig(Section):
     )
 
 
+class CanaryConfig(Section):
+    """How a challenger is tried out on live traffic before it takes the champion's place, and what sends it back."""
+
+    fraction: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=0.5,
+        description="share of the requests that it answers, drawn by a hash of the prediction's id; 0: none",
+    )
+    minutes: float = Field(
+        default=30.0, gt=0.0, le=100_000.0, description="of a running service, after which it is promoted"
+    )
+    min_requests: int = Field(default=100, ge=1, description="that it must have answered by then")
+    give_up_minutes: float = Field(
+        default=1440.0, gt=0.0, le=100_000.0, description="of a running service: with fewer by then it is sent back"
+    )
+    max_slowdown: float = Field(default=2.0, ge=1.0, description="of its seconds, beside the champion's")
+    max_unknown_ratio: float = Field(
+        default=2.0, ge=1.0, description="of its share of unknown images, beside the champion's"
+    )
+    alpha: float = Field(
+        default=0.01,
+        gt=0.0,
+        lt=0.5,
+        description="chance, at most, to send back one that fails no more often than the champion and is within both "
+        "limits, however often it is looked at",
+    )
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Self:
+        if self.give_up_minutes < self.minutes:
+            raise ValueError(
+                f"deploy.canary: expected give_up_minutes of at least minutes; received {self.give_up_minutes:g}, and "
+                f"{self.minutes:g} minutes"
+            )
+        return self
+
+
 class DeployConfig(Section):
     """Which service the model goes to, and how long its workers have to take it up."""
 
@@ -62,6 +100,18 @@ class DeployConfig(Section):
         description="until every running worker has taken the model up; else it goes back",
     )
     replay: ReplayConfig = Field(default=ReplayConfig(), description="the new model on logged requests")
+    canary: CanaryConfig = Field(
+        default=CanaryConfig(), description="a part of the live traffic first, instead of all of it at once"
+    )
+    shadow: bool = Field(
+        default=False,
+        description="ask the new model beside the champion first, in the service's spare time, for canary.minutes",
+    )
+
+    @property
+    def probation(self) -> CanaryConfig | None:
+        """How a challenger is tried out; None: not at all."""
+        return self.canary if self.canary.fraction or self.shadow else None
 
 
 class MonitorConfig(Section):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from sqlalchemy import (
     REAL,
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Double,
@@ -27,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 """Newest migration. It is written here too because the service checks it without importing Alembic."""
 
 metadata = MetaData(
@@ -151,6 +152,21 @@ labeling_items = Table(
     UniqueConstraint("experiment", "prediction_id"),
     Index(None, "prediction_id"),
     comment="One image that people are asked to label; what they say is feedback on its prediction",
+)
+
+shadow_answers = Table(
+    "shadow_answers",
+    metadata,
+    Column("prediction_id", Uuid, ForeignKey("predictions.prediction_id", ondelete="CASCADE"), primary_key=True),
+    Column("model_name", Text, nullable=False),
+    Column("model_version", Text, primary_key=True, comment="of the challenger"),
+    Column("predicted_class", Text, nullable=False, comment="multi-label: positive classes joined by |"),
+    Column("probabilities", ARRAY(REAL), nullable=False, comment="in the challenger's class order"),
+    Column("unknown_score", Double, comment="above 1: unknown; null where there is no rule"),
+    Column("agrees", Boolean, nullable=False, comment="with the class that the client was told"),
+    Column("seconds", Double, nullable=False, comment="in spare time: decoding and model"),
+    _created_on(),
+    comment="What a challenger says of an image that the champion has answered",
 )
 
 drift_reports = Table(

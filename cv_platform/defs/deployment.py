@@ -205,9 +205,11 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         """The production pointer, moved after a load test, and every running worker confirmed on the new version.
 
         A worker that cannot take the version moves the pointer back. With no service running, the next start serves it.
+        `deploy.canary` and `deploy.shadow` try it out on live traffic first: the service itself ends that, and this
+        asset waits for it.
         """
         from cv_platform.deployment.rollout import deploy
-        from cv_platform.errors import TrackingError
+        from cv_platform.errors import ChallengerReturnedError, TrackingError
         from cv_platform.evaluation.report import require_promotion
         from cv_platform.tracking import CHAMPION, set_alias
 
@@ -217,25 +219,31 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         require_replay(replay, bundle.model, override)
         by_run = Note(f"{RUN}{context.run_id}", "it has passed its promotion gate and its replay")
         storage = run.installation.storage()
-        result = deploy(
-            bundle.model,
-            run.config.deploy,
-            experiment=run.config.name,
-            storage=storage,
-            cache=run.settings.home / "cache",
-            note=Note(override.by, override.because) if override else by_run,
-        )
+        try:
+            result = deploy(
+                bundle.model,
+                run.config.deploy,
+                experiment=run.config.name,
+                storage=storage,
+                cache=run.settings.home / "cache",
+                note=Note(override.by, override.because) if override else by_run,
+            )
+        except ChallengerReturnedError as err:
+            raise dg.Failure(str(err), metadata={"probation": dict(err.numbers)}, allow_retries=False) from err
         try:
             set_alias(run.settings.mlflow_tracking_uri, bundle.model.model_name, CHAMPION, bundle.model.version)
         except TrackingError as err:  # The service serves the version already; MLflow only shows it.
             context.log.warning(f"MLflow's alias {CHAMPION} was not moved: {err}")
+        pointer = storage.read_pointer(result.service)
+        probation = pointer.probation if pointer else None
         return run.result(
             result,
             metadata={
+                **({"probation": probation.model_dump(mode="json")} if probation else {}),
                 "version": result.model.version,
                 "previous_version": result.previous_version or "",
                 "confirmed_workers": list(result.confirmed_workers),
-                "pointer_history": pointer_history(storage.read_pointer(result.service)),
+                "pointer_history": pointer_history(pointer),
                 **result.model_dump(include={"service", "seconds", "message"}),
             },
         )

@@ -273,7 +273,7 @@ class _Search:
 def _delete_bundle(storage: CentralStorage, model: str, version: str) -> bool:
     def is_served() -> bool:  # By another host's promotion, which no lock of this one keeps out.
         pointers = [storage.read_pointer(service) for service in storage.service_names()]
-        return any(version in (pointer.version, pointer.previous_version) for pointer in pointers if pointer)
+        return any((model, version) in pointer.references for pointer in pointers if pointer)
 
     note = Note(this_user(), "garbage: nothing refers to it")
     with AuditLog(storage.url).noted("delete", f"bundle {model} {version}", note):

@@ -79,9 +79,11 @@ def current_records(home: Path) -> list[Path]:
 
 def _references(storage: CentralStorage, service: str) -> list[tuple[str, str]]:
     pointer = storage.read_pointer(service)
-    found = [(beat.model_name, beat.version) for beat in storage.read_heartbeats(service)]
+    found: list[tuple[str | None, str | None]] = [
+        (beat.model_name, beat.version) for beat in storage.read_heartbeats(service)
+    ]
     if pointer is not None:
-        found += [(pointer.model_name, pointer.version), (pointer.previous_model_name, pointer.previous_version)]
+        found += pointer.references
     return [(model_name, version) for model_name, version in found if model_name and version]
 
 

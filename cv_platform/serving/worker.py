@@ -21,9 +21,11 @@ from cv_platform.serving.capacity.refusal_bounds import RefusalBounds
 from cv_platform.serving.capacity.worker_calls import WorkerCalls
 from cv_platform.serving.http.refusal_log import Refusals
 from cv_platform.serving.http.security import Guard
+from cv_platform.serving.log.shadow_log import ShadowLog
 from cv_platform.serving.log.worker_log import WorkerLog
 from cv_platform.serving.model.holder import ModelHolder, ModelSource, make_worker_id
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
+from cv_platform.serving.model.shadow import ShadowPlace
 from cv_platform.serving.model.worker_watch import WorkerWatch
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.serving.telemetry.metrics import ServingMetrics, process_metrics
@@ -78,6 +80,13 @@ def open_worker(
             bundled=bundled,
             threads=limits.model_threads,
             metrics=metrics,
+            shadows=ShadowPlace(
+                storage_url=storage.url,
+                cache=cache / "bundles",
+                max_pixels=settings.max_upload_pixels,
+                log=ShadowLog(lambda: log.opened.database()).write,
+                metrics=metrics,
+            ),
         )
         opened.callback(models.stop)
         models.start()

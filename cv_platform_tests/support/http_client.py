@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 from starlette.types import ASGIApp
 
+from cv_platform.serving.model.probation import LiveProbation
 from cv_platform.serving.model.runtime import LoadedModel, Prediction
 from cv_platform_tests.support.tiny_models import tiny_metadata
 
@@ -51,9 +52,13 @@ class FixedModels:
 
     model: LoadedModel | None = field(default_factory=brightness_model)
     last_swap_error: str | None = None
+    on_probation: LiveProbation | None = None
 
     def current(self) -> LoadedModel | None:
         return self.model
+
+    def probation(self) -> LiveProbation | None:
+        return self.on_probation
 
     def start(self) -> None:
         return None

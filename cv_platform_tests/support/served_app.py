@@ -2,7 +2,8 @@
 
 Settings come from the environment; LIMITS is JSON that replaces fields of `ServingLimits`, and of
 `BoundedProtocol`. Uvicorn is set up as BentoML sets it up in its workers. The model is the one that computes by hand,
-so the process starts in seconds and holds no model framework: what is looked at is everything around the model.
+so the process starts in seconds and holds no model framework: what is looked at is everything around the model. With
+`follows_pointer` it is the one that the production pointer names.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,18 @@ class ServedApp:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    killed: threading.Event = field(default_factory=threading.Event)
 
     @property
     def url(self) -> str:
         """Where it answers."""
         return f"http://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        """Ends it as a power cut would; then it need not be alive at the end of its block."""
+        self.killed.set()
+        self.process.kill()
+        self.process.wait()
 
     def connect(self, timeout_seconds: float = 10.0) -> socket.socket:
         """Opens a connection to write to by hand."""
@@ -93,8 +102,11 @@ def serve_app(limits: dict[str, float], **environment: str) -> Iterator[ServedAp
             wait_for_http(
                 f"http://127.0.0.1:{port}/health_check", seconds=START_SECONDS, alive=lambda: process.poll() is None
             )
-            yield ServedApp(process, port, log)
-            assert process.poll() is None, f"it ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+            served = ServedApp(process, port, log)
+            yield served
+            assert process.poll() is None or served.killed.is_set(), (
+                f"it ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+            )
         finally:
             process.terminate()
             try:
@@ -118,10 +130,11 @@ def main(port: int, changed_limits: dict[str, Any]) -> None:
     settings = Settings.from_environment()
     for name in ("head_seconds", "kept_seconds", "untaken_seconds"):
         setattr(BoundedProtocol, name, changed_limits.pop(name, getattr(BoundedProtocol, name)))
+    models = None if changed_limits.pop("follows_pointer", False) else FixedModels()
     limits = replace(ServingLimits.of(settings), **changed_limits)
     # As `_bentoml_impl/worker/service.py` of BentoML 1.4.39, whose "auto" is ours by then.
     bound_connections()
-    with open_worker(settings, limits=limits, models=FixedModels()) as worker:
+    with open_worker(settings, limits=limits, models=models) as worker:
         app = create_app(worker)
         config = uvicorn.Config(
             app, host="127.0.0.1", port=port, backlog=2048, log_config=None, timeout_keep_alive=5, server_header=False

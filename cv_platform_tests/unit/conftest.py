@@ -4,12 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.tiny_models import TinyExport, export_tiny
 
 
 @pytest.fixture(scope="session")
 def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
     return export_tiny(tmp_path_factory.mktemp("tiny") / "one", seed=1)
+
+
+@pytest.fixture(scope="session")
+def hand_made(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    """A bundle that needs no training framework to be made."""
+    return hand_made_export(tmp_path_factory.mktemp("hand") / "made")
 
 
 @pytest.fixture(scope="session")

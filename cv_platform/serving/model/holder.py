@@ -24,7 +24,9 @@ from typing import Any, Protocol
 from cv_platform.errors import CvPlatformError, StorageError
 from cv_platform.serving.machine import release_memory
 from cv_platform.serving.model.fallback import BUNDLED, load_fallback, write_fallback
+from cv_platform.serving.model.probation import LiveProbation, ProbationKeeper
 from cv_platform.serving.model.runtime import LoadedModel, fetch, load_bundle
+from cv_platform.serving.model.shadow import ShadowPlace
 from cv_platform.serving.model.worker_watch import HEARTBEAT_SECONDS, WorkerWatch
 from cv_platform.serving.telemetry.metrics import ServingMetrics, SwapOutcome
 from cv_platform.storage import ProductionPointer, WorkerHeartbeat
@@ -51,11 +53,13 @@ class Pace:
         retry_seconds: how long a version that failed is left alone while the pointer does not move.
         forget_seconds: workers that died without saying goodbye are taken off the list by the others, after watching
             them for so long.
+        tell_seconds: between two tellings of what was seen of a probation.
     """
 
     poll_seconds: float = 0.5
     retry_seconds: float = 60.0
     forget_seconds: float = 600.0
+    tell_seconds: float = 2.0
 
 
 class ModelSource(Protocol):
@@ -63,6 +67,10 @@ class ModelSource(Protocol):
 
     def current(self) -> LoadedModel | None:
         """Returns the model to answer a request with, or None while there is none."""
+        ...
+
+    def probation(self) -> LiveProbation | None:
+        """Returns the challenger that answers some of the requests, or None while there is none."""
         ...
 
     def start(self) -> None:
@@ -92,6 +100,7 @@ class ModelHolder:
         threads: see `runtime.load_bundle`.
         metrics: count the attempts to take up a model; None: nobody does.
         pace: how often it does what.
+        shadows: what a challenger that is asked beside the champion needs; None: none is.
     """
 
     def __init__(
@@ -104,6 +113,7 @@ class ModelHolder:
         threads: int | None = None,
         metrics: ServingMetrics | None = None,
         pace: Pace | None = None,
+        shadows: ShadowPlace | None = None,
     ) -> None:
         self.service = watch.service
         self.worker_id = worker_id
@@ -127,6 +137,14 @@ class ModelHolder:
         self._last_swap_error: str | None = None
         self._storage_errors: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._keeper = ProbationKeeper(
+            watch.storage,
+            watch.service,
+            f"{worker_id}-{self.public_id}",
+            self._load,
+            tell_seconds=self._pace.tell_seconds,
+            shadows=shadows,
+        )
         self._stopping = threading.Event()
         self._changed = threading.Event()
         self._threads_running: list[threading.Thread] = []
@@ -134,6 +152,10 @@ class ModelHolder:
     def current(self) -> LoadedModel | None:
         """Returns the model to answer a request with, or None while there is none. Take it once per request."""
         return self._current
+
+    def probation(self) -> LiveProbation | None:
+        """Returns the challenger that answers some of the requests, or None while there is none."""
+        return self._keeper.current()
 
     def start(self) -> None:
         """Loads the first model and begins to follow the pointer; without either, it goes on looking."""
@@ -153,6 +175,7 @@ class ModelHolder:
         for thread in self._threads_running:
             thread.join(timeout=30.0)
         self._threads_running.clear()
+        self._keeper.close()
         try:
             self._storage.remove_heartbeat(self.service, self.worker_id)
         except StorageError as err:
@@ -184,6 +207,7 @@ class ModelHolder:
             before = self._since_utc
             self._follow_pointer()
             self._keep_as_last_good()
+            self._keep_probation()
             if self._since_utc != before:
                 release_memory()
         self._keep_as_last_good()
@@ -214,12 +238,23 @@ class ModelHolder:
             self._answered = pointer.since_utc
             self._changed.set()
 
+    def _keep_probation(self) -> None:
+        try:
+            self._keeper.follow(self._pointer)
+        # As in `_follow_pointer`.
+        except Exception as err:
+            self._note_storage("take part in a probation", str(err) or type(err).__name__)
+        else:
+            self._note_storage("take part in a probation", None)
+
+    def _load(self, model_name: str, version: str) -> LoadedModel:
+        return load_bundle(self._storage, model_name, version, cache=self._cache / "bundles", threads=self._threads)
+
     def _take(self, pointer: ProductionPointer) -> None:
         started = time.monotonic()
         try:
-            model = load_bundle(
-                self._storage, pointer.model_name, pointer.version, cache=self._cache / "bundles", threads=self._threads
-            )
+            model = self._keeper.challenger(pointer.model_name, pointer.version)
+            model = model or self._load(pointer.model_name, pointer.version)
         except CvPlatformError as err:
             logger.error("Worker %s keeps its model: %s", self.worker_id, err)
             self._note_failure(pointer, str(err))

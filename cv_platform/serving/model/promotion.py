@@ -1,17 +1,22 @@
 """Moves a service's production pointer, after a load test: what `PUT /update_model` and deployments have in common.
 
+Beginning a probation and ending it are moves too, of the same pointer.
+
 Waiting for the workers is not done here: `deployment.rollout` does it where somebody has the time to wait.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 from cv_platform.audit import Action, AuditLog, Note, this_user
+from cv_platform.config import CanaryConfig
 from cv_platform.errors import (
     BundleNotFoundError,
     CorruptBundleError,
@@ -21,6 +26,7 @@ from cv_platform.errors import (
     PromotionBusyError,
 )
 from cv_platform.files import exclusive
+from cv_platform.probation import Probation
 from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.storage import BundleMetadata, CentralStorage, PointerMove, ProductionPointer
 
@@ -143,6 +149,57 @@ class Promoter:
                     return self._move(before, metadata, action, note)
         raise self._busy()
 
+    def begin_probation(
+        self, model_name: str, version: str, terms: CanaryConfig, *, is_shadow: bool, claim: Claim, note: Note
+    ) -> Move | None:
+        """Load-tests a version and lets it be tried out beside what the service serves; None: it serves no other one.
+
+        One that is on probation already goes on; another one's ends without a verdict.
+
+        Args:
+            model_name: the challenger.
+            version: its version.
+            terms: share, time and limits.
+            is_shadow: it is asked beside the champion, too.
+            claim: who promotes it.
+            note: by whom, and why.
+
+        Raises:
+            BundleNotFoundError, CorruptBundleError, DeploymentError, PromotionBusyError, StorageError: see `promote`.
+        """
+        with self._alone():
+            claim.require(self.storage, self.service, self.storage.read_pointer(self.service))
+            metadata = self._load(model_name, version)
+            for _ in range(_ATTEMPTS):
+                before = self.storage.read_pointer(self.service)
+                claim.require(self.storage, self.service, before)
+                if before is None or (before.model_name, before.version) == (model_name, version):
+                    return None
+                former = before.probation
+                if (
+                    former
+                    and former.state == "running"
+                    and (former.model_name, former.version) == (model_name, version)
+                ):
+                    return Move(before, before)
+                probation = Probation(
+                    probation_id=secrets.token_hex(8),
+                    model_name=model_name,
+                    version=version,
+                    experiment=metadata.experiment,
+                    is_shadow=is_shadow,
+                    since_utc=datetime.now(UTC),
+                    by=note.by,
+                    **terms.model_dump(),
+                )
+                move = _noted_move(probation, "probation", note)
+                pointer = before.model_copy(update={"probation": probation, "history": _history(move, before)})
+                with suppress(PointerMovedError):
+                    _change(self.storage, self.service, before, pointer, move)
+                    self.storage.remove_tallies(self.service)  # Of former ones; who has told already tells again.
+                    return Move(before, pointer)
+        raise self._busy()
+
     def roll_back(self, note: Note | None = None) -> Move:
         """Load-tests the version that the service served before, and makes it the one it serves.
 
@@ -206,14 +263,7 @@ class Promoter:
             previous_model_name, previous_version = before.model_name, before.version
             if (before.model_name, before.version) == (metadata.model_name, metadata.version):
                 previous_model_name, previous_version = before.previous_model_name, before.previous_version
-        move = PointerMove(
-            model_name=metadata.model_name,
-            version=metadata.version,
-            since_utc=datetime.now(UTC),
-            action=action,
-            by=note.by,
-            because=note.because,
-        )
+        move = _noted_move(metadata, action, note)
         pointer = ProductionPointer(
             model_name=move.model_name,
             version=move.version,
@@ -221,18 +271,77 @@ class Promoter:
             previous_version=previous_version,
             since_utc=move.since_utc,
             experiment=metadata.experiment,
-            history=(move, *(before.history if before else ()))[:_HISTORY],
+            history=_history(move, before),
         )
-        subject = f"{self.service}: {move.model_name} {move.version}"
-        with AuditLog(self.storage.url).noted(action, subject, note):
-            self._swap(before, pointer)
+        _change(self.storage, self.service, before, pointer, move)
         return Move(before, pointer)
 
-    def _swap(self, before: ProductionPointer | None, pointer: ProductionPointer) -> None:
-        self.storage.swap_pointer(self.service, before, pointer)
+
+def end_probation(
+    storage: CentralStorage, service: str, before: ProductionPointer, ended: Probation
+) -> ProductionPointer:
+    """Ends a probation, and returns the pointer: at the challenger if it is promoted, else at the champion as it was.
+
+    Args:
+        storage: central storage.
+        service: whose pointer.
+        before: the pointer as it was read, with the probation running.
+        ended: the same with its state, reason and tally.
+
+    Raises:
+        PointerMovedError: somebody has moved the pointer since, maybe to end it as well. Nothing was changed.
+        BundleNotFoundError: the challenger's bundle is gone.
+        StorageError: the storage cannot be reached or written.
+    """
+    note = Note(f"the probation on {service}", f"{ended.reason}. {ended}"[:2000])
+    if ended.state == "promoted":
+        move = _noted_move(ended, "promote", note)
+        pointer = ProductionPointer(
+            model_name=ended.model_name,
+            version=ended.version,
+            previous_model_name=before.model_name,
+            previous_version=before.version,
+            since_utc=move.since_utc,
+            experiment=ended.experiment,
+            history=_history(move, before),
+            probation=ended,
+        )
+    else:
+        move = _noted_move(before, "return", note)
+        pointer = before.model_copy(update={"probation": ended, "history": _history(move, before)})
+    _change(storage, service, before, pointer, move)
+    return pointer
+
+
+def _noted_move(to: Probation | ProductionPointer | BundleMetadata, action: Action, note: Note) -> PointerMove:
+    return PointerMove(
+        model_name=to.model_name,
+        version=to.version,
+        since_utc=datetime.now(UTC),
+        action=action,
+        by=note.by,
+        because=note.because,
+    )
+
+
+def _history(move: PointerMove, before: ProductionPointer | None) -> tuple[PointerMove, ...]:
+    return (move, *(before.history if before else ()))[:_HISTORY]
+
+
+def _change(
+    storage: CentralStorage,
+    service: str,
+    before: ProductionPointer | None,
+    pointer: ProductionPointer,
+    move: PointerMove,
+) -> None:
+    """Replaces the pointer, and notes it in the audit log; what it names anew has to be there afterwards."""
+    subject, note = f"{service}: {move.model_name} {move.version}", Note(move.by, move.because)
+    with AuditLog(storage.url).noted(cast(Action, move.action), subject, note):
+        storage.swap_pointer(service, before, pointer)
         try:
-            self.storage.read_metadata(pointer.model_name, pointer.version)
+            storage.read_metadata(move.model_name, move.version)
         except BundleNotFoundError:  # Another host has collected it as garbage; see `CentralStorage.delete_bundle`.
             with suppress(PointerMovedError):
-                self.storage.swap_pointer(self.service, pointer, before)
+                storage.swap_pointer(service, pointer, before)
             raise

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cv_platform.errors import CorruptBundleError, StorageError
 from cv_platform.images import KNOWN_VERSIONS, find_preprocessing
+from cv_platform.predictions import decide
 from cv_platform.serving.model.unknown import UNKNOWN, UnknownRule, load_rule
 from cv_platform.storage import MODEL_PATHS, BundleMetadata, CentralStorage
 
@@ -119,6 +120,14 @@ class LoadedModel:
                 f"Expected a class from 0 to {classes - 1} for each image, or −1. Received: {class_index.tolist()}."
             )
         return self._runtime(images, class_index.astype(np.int32, copy=False))
+
+
+def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetadata) -> tuple[str, ...]:
+    """Returns the most probable class, or for multi-label every class from the threshold on, in class order."""
+    if metadata.classifier_type == "multi-label":
+        decisions = decide(probabilities, metadata.threshold)
+        return tuple(name for name, chosen in zip(metadata.class_names, decisions, strict=True) if chosen)
+    return (metadata.class_names[int(np.argmax(probabilities))],)
 
 
 def load_bundle(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType
 from cv_platform.images import read_image, resize, seen_box
-from cv_platform.predictions import LABEL_SEPARATOR, decide
+from cv_platform.predictions import LABEL_SEPARATOR
 from cv_platform.properties import image_properties
 from cv_platform.serving.log.entry import LogEntry
 from cv_platform.serving.model.explain import (
@@ -32,7 +32,8 @@ from cv_platform.serving.model.explain import (
     small_map,
     to_base64,
 )
-from cv_platform.serving.model.runtime import LoadedModel, Prediction
+from cv_platform.serving.model.probation import LiveProbation
+from cv_platform.serving.model.runtime import LoadedModel, Prediction, predicted_classes
 from cv_platform.serving.telemetry.observation import RequestFacts, note_prediction, staged
 from cv_platform.storage import BundleMetadata
 
@@ -104,17 +105,27 @@ class Result:
         }
 
 
-def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predicted:
+def predict_upload(
+    model: LoadedModel, data: bytes, *, max_pixels: int, probation: LiveProbation | None = None
+) -> Predicted:
     """Predicts one upload.
 
     Args:
         model: the model to ask; the caller's own reference, so that a swap cannot change it half-way.
         data: the upload.
         max_pixels: largest height × width, judged before decoding.
+        probation: of a challenger that may be drawn for it.
 
     Raises:
         ImageError: the upload is no usable image.
     """
+    prediction_id = uuid4()
+    if probation is None:
+        return _predict(model, prediction_id, data, max_pixels)
+    return probation.ask(prediction_id, model, data, lambda asked: _predict(asked, prediction_id, data, max_pixels))
+
+
+def _predict(model: LoadedModel, prediction_id: UUID, data: bytes, max_pixels: int) -> Predicted:
     metadata = model.metadata
     with staged("decode"):
         made = model.preprocessing
@@ -128,7 +139,6 @@ def predict_upload(model: LoadedModel, data: bytes, *, max_pixels: int) -> Predi
         rule = model.unknown
         unknown_score = None if rule is None else float(rule.score(prediction.features[np.newaxis])[0])
     classes = predicted_classes(prediction.probabilities, metadata)
-    prediction_id = uuid4()
     note_prediction(
         prediction_id, metadata.model_name, metadata.version, classes, float(prediction.probabilities.max())
     )
@@ -174,14 +184,6 @@ def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: C
         unknown_score=predicted.unknown_score,
     )
     return result.fields()
-
-
-def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetadata) -> tuple[str, ...]:
-    """Returns the most probable class, or for multi-label every class from the threshold on, in class order."""
-    if metadata.classifier_type == "multi-label":
-        decisions = decide(probabilities, metadata.threshold)
-        return tuple(name for name, chosen in zip(metadata.class_names, decisions, strict=True) if chosen)
-    return (metadata.class_names[int(np.argmax(probabilities))],)
 
 
 def _number(probability: float | None) -> float | None:

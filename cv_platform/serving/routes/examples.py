@@ -62,6 +62,7 @@ POINTER_EXAMPLE: dict[str, Any] = {
         "previous_version": "20260124T060000Z-77ab01c4",
         "since_utc": "2026-01-31T06:01:12+00:00",
         "experiment": "digits",
+        "probation": None,
     },
     "message": "Every worker takes it up within seconds; GET /models/current shows them.",
 }

@@ -125,7 +125,7 @@ async def rollback(parts: Parts) -> Response:
 
 def _public(pointer: ProductionPointer) -> dict[str, object]:
     """Returns the pointer without its history, which names people."""
-    return pointer.model_dump(mode="json", exclude={"history"})
+    return pointer.model_dump(mode="json", exclude={"history": True, "probation": {"by"}})
 
 
 def _moved(parts: WorkerParts, pointer: ProductionPointer) -> Response:

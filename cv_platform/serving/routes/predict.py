@@ -111,7 +111,10 @@ async def answer_and_log(
     def work() -> tuple[_T, BegunEntry]:
         data = read_upload(upload, parts.settings.max_upload_bytes)
         with parts.admission.decoding(data):
-            predicted = predict_upload(model, data, max_pixels=parts.settings.max_upload_pixels)
+            predicted = predict_upload(
+                model, data, max_pixels=parts.settings.max_upload_pixels, probation=parts.models.probation()
+            )
+            facts.model_version = predicted.model.version
             entry = log_entry(predicted, data, facts, url=url, keep_images=parts.settings.log_images)
             if not claim.acquire(blocking=False):
                 raise TimeoutError("Nobody waits for this answer any more.")

@@ -18,6 +18,8 @@ from cv_platform.serving.telemetry.log_status import LogStatus
 Stage = Literal["receive", "wait", "decode", "model", "explain", "encode", "append"]
 """Of a prediction: read the body, wait for a thread, decode and resize, call the model, draw, render, make durable."""
 SwapOutcome = Literal["swapped", "refused", "fallback"]
+ShadowOutcome = Literal["agreed", "differed", "failed", "dropped"]
+"""Of a shadow, beside what the client was told; dropped: it was busy."""
 RefusalLogging = Literal["durable", "sampled", "counted"]
 """Of a refused prediction: an entry that the refusal waited for, one that it did not wait for, none."""
 
@@ -111,6 +113,18 @@ class ServingMetrics:
         self._swap_seconds = histogram(
             "cv_model_swap_duration_seconds", "Seconds of such an attempt.", "outcome", buckets=_SWAP_BUCKETS
         )
+        self._shadow_images = counter(
+            "cv_shadow_images", "Answered images that a shadow was to be asked about.", "version", "outcome"
+        )
+        self._shadow_unknown = counter(
+            "cv_shadow_unknown", "Those that are unknown to the shadow and not to who answered.", "version"
+        )
+        self._shadow_seconds = histogram(
+            "cv_shadow_duration_seconds",
+            "Seconds of a shadow's answer, in spare time.",
+            "version",
+            buckets=_STAGE_BUCKETS,
+        )
         self._info = gauge(
             MODEL_INFO, "1 for the model that a worker serves.", "model", "version", "runtime", mode="liveall"
         )
@@ -202,6 +216,16 @@ class ServingMetrics:
         """Counts an attempt to take up a model."""
         self._swaps.labels(outcome).inc()
         self._swap_seconds.labels(outcome).observe(seconds)
+
+    def shadow_answered(
+        self, version: str, outcome: ShadowOutcome, seconds: float | None = None, *, is_unknown: bool = False
+    ) -> None:
+        """Counts one image that a shadow was to be asked about, and what came of it."""
+        self._shadow_images.labels(version, outcome).inc()
+        if seconds is not None:
+            self._shadow_seconds.labels(version).observe(seconds)
+        if is_unknown:
+            self._shadow_unknown.labels(version).inc()
 
     def serves(self, model_name: str, version: str, runtime: str) -> None:
         """Says which model this worker serves from now on."""

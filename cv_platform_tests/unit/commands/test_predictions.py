@@ -32,8 +32,6 @@ from cv_platform_tests.support.http_client import png
 from cv_platform_tests.support.log_entries import append_to, wait_until_drained
 from cv_platform_tests.support.tiny_models import CLASS_NAMES, MODEL_NAME, TinyExport, tiny_images, tiny_metadata
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 UPLOAD = png(tiny_images(1, seed=77)[0])
 SHA256 = hashlib.sha256(UPLOAD).hexdigest()
 CONFIG: dict[str, Any] = {
@@ -99,9 +97,9 @@ def answer(home: Path, metadata: BundleMetadata, database_url: str, *, is_draine
 
 
 def test_a_passport_says_all_that_is_known_and_a_replay_comes_to_the_same(
-    home: Path, database_url: str, engine: Engine, tiny_export: TinyExport, run: Run
+    home: Path, database_url: str, engine: Engine, hand_made: TinyExport, run: Run
 ) -> None:
-    metadata = publish(home, tiny_export, UPLOAD)
+    metadata = publish(home, hand_made, UPLOAD)
     prediction_id = answer(home, metadata, database_url)
     status, text = run("passport", prediction_id, "--json")
     known = json.loads(text)
@@ -123,18 +121,18 @@ def test_a_passport_says_all_that_is_known_and_a_replay_comes_to_the_same(
 
 
 def test_an_answer_is_found_in_a_spool_that_no_database_has_drained(
-    home: Path, database_url: str, tiny_export: TinyExport, run: Run
+    home: Path, database_url: str, hand_made: TinyExport, run: Run
 ) -> None:
-    prediction_id = answer(home, publish(home, tiny_export, b"another"), database_url, is_drained=False)
+    prediction_id = answer(home, publish(home, hand_made, b"another"), database_url, is_drained=False)
     status, text = run("passport", prediction_id)
     assert (status, "has_learned: false" in text) == (0, True), text
     assert run("replay", prediction_id)[0] == 0
 
 
 def test_what_is_gone_is_named_and_is_no_verdict(
-    home: Path, database_url: str, engine: Engine, tiny_export: TinyExport, run: Run
+    home: Path, database_url: str, engine: Engine, hand_made: TinyExport, run: Run
 ) -> None:
-    metadata = publish(home, tiny_export, UPLOAD)
+    metadata = publish(home, hand_made, UPLOAD)
     prediction_id = answer(home, metadata, database_url)
     CentralStorage(home / "storage").delete_bundle(metadata.model_name, metadata.version)
     status, text = run("replay", prediction_id)
