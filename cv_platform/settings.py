@@ -430,6 +430,7 @@ def quiet_variables() -> dict[str, str]:
         "DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY": "True",
         "DVC_NO_ANALYTICS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "180",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TF_ENABLE_ONEDNN_OPTS": "1",
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call
 from cv_platform.cores import available_cores
 from cv_platform.errors import ComputeError
+from cv_platform.settings import prepare_process
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ PACKAGES = ("cv-platform", "ray", "numpy", "opencv-python-headless", "simplejpeg
 """What decides the bytes that come of a shard, or whether it can be read at all."""
 _STARTS = 3
 """On a busy machine, its agents may not be there within 15 s: https://github.com/ray-project/ray/issues/65983"""
-_START_SECONDS = "180"
 _INSTALL = "Install the extra: pip install 'cv-platform[ray]', or set CV_COMPUTE=local."
 
 
@@ -84,8 +83,7 @@ class RayEngine:
 
 def _ray() -> Any:
     # It tells its maker how it is used, unless the environment says no, and gives a busy machine little time.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", _START_SECONDS)
+    prepare_process()
     try:
         import ray
     except ImportError as err:
