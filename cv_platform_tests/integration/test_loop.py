@@ -102,7 +102,7 @@ def test_labels_become_a_version_and_the_version_a_training_each_once(
     assert told == [("pets: grow v1", "the loop"), (f"pets: retrain {made.tag}", "the loop")]
 
 
-def test_poisoned_labels_stop_it_without_a_crash_and_it_goes_on_without_their_source(
+def test_poisoned_labels_stop_it_without_a_crash_until_there_are_others_or_other_rules(
     engine: Engine, home: Path, instance: dg.DagsterInstance
 ) -> None:
     config = looping()
@@ -122,7 +122,4 @@ def test_poisoned_labels_stop_it_without_a_crash_and_it_goes_on_without_their_so
     assert len(tick(instance, config).run_requests) == 1
 
     without = looping(without=("labeller:mallory",))
-    assert len(tick(instance, without).run_requests) == 1
-    made = grow(without, engine, home)
-    assert not made.refused
-    assert made.summary[0].startswith("8 images added")
+    assert len(tick(instance, without).run_requests) == 1, "and by other rules at once"
