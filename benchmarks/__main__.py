@@ -29,6 +29,7 @@ BENCHMARKS = {
     "unknown": "benchmarks.bench_unknown",
     "scale": "benchmarks.bench_scale",
     "log-rows": "benchmarks.bench_log_rows",
+    "training": "benchmarks.bench_training",
 }
 DEFAULT = ("predict", "training-input")
 """What runs when nothing is named: the others have make targets of their own."""
@@ -42,9 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each comparison (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of image order, augmentation, bootstrap, uploads")
-    parser.add_argument("--archive", type=Path, help="images for training-input instead of the digits, and for data")
+    parser.add_argument(
+        "--archive", type=Path, help="images for training-input instead of the digits, and for data; training: a folder"
+    )
     parser.add_argument("--home", type=Path, help="CV_HOME with a deployed model, for predict (default: temporary)")
     parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")
+    parser.add_argument("--sets", type=_listed, default=(), help="of training: grocery-20,cifar (default: all)")
+    parser.add_argument("--budget", type=float, help="CPU seconds of a training (default: as each set has it)")
+    parser.add_argument("--images", type=_listed, default=(), help="training images of a learning curve: 100,300,1000")
+    parser.add_argument("--config", type=Path, help="config for training (default: as each set has it)")
     parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]
@@ -61,9 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         home=options.home.absolute() if options.home else None,
         uploads=options.uploads,
         seed=options.seed,
+        sets=options.sets,
+        budget=options.budget,
+        images=tuple(int(count) for count in options.images),
+        config=options.config.absolute() if options.config else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     return run_each({name: BENCHMARKS[name] for name in options.names or DEFAULT}, chosen, output)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,14 @@ class Options:
     """What is sent to the servers (predict): crops of scikit-learn's photographs, or its digits, enlarged."""
     seed: int
     """Of image order, augmentation and bootstrap."""
+    sets: tuple[str, ...]
+    """Image sets to train on (training); none: all."""
+    budget: float | None
+    """CPU seconds that a training may take (training); None: as each set has it."""
+    images: tuple[int, ...]
+    """Training images, for a learning curve (training); none: as each set has it."""
+    config: Path | None
+    """A config instead of each set's (training)."""
     say: Callable[[str], None]
 
 

@@ -30,9 +30,13 @@ VERSION_TAG = "cv_platform.version"
 """Tag of a registered model version: our version, as in storage; MLflow's own is a number."""
 CHAMPION = "champion"
 """Alias of the version in production."""
+CHALLENGER = "challenger"
+"""Alias of the version that was trained last, which the gate judges next."""
 
 _PARAM_LENGTH = 6000
 _BATCH = 100
+_CURVE_BATCH = 1000
+"""What MLflow takes in one request."""
 
 
 class MlflowRun:
@@ -85,6 +89,17 @@ class MlflowRun:
             for start in range(0, len(entries), _BATCH):
                 self._client.log_batch(self.run_id, metrics=entries[start : start + _BATCH])
 
+    def log_curve(self, name: str, points: Mapping[int, float]) -> None:
+        """Logs a number by step, a thousand steps in a request."""
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        entries = [Metric(name, value, now, step) for step, value in points.items()]
+        with _errors(f"log {name} of run {self.run_id}"):
+            for start in range(0, len(entries), _CURVE_BATCH):
+                self._client.log_batch(self.run_id, metrics=entries[start : start + _CURVE_BATCH])
+
     def log_artifact(self, path: Path, folder: str | None = None) -> str:
         """Copies a file into the run's artifacts and returns its path there."""
         with _errors(f"log {path.name} to run {self.run_id}"):
@@ -126,6 +141,10 @@ class MlflowRun:
     ) -> str:
         """Registers a logged artifact as a version of `model_name`; see `register_model_version`."""
         return register_model_version(self, model_name, version, artifact_path=artifact_path, tags=tags)
+
+    def set_alias(self, model_name: str, alias: str, version: str) -> None:
+        """Points `alias` at our `version` of `model_name`; see `set_alias`."""
+        set_alias(self.tracking_uri, model_name, alias, version)
 
 
 @contextmanager

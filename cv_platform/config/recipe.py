@@ -35,6 +35,11 @@ class TransferConfig(Section):
         description="stages before this one keep their weights, which makes a step cheaper; efficientnet_lite0: 0 is "
         "the stem, 1 to 7 are its stages, 8 is its last convolution",
     )
+    freeze_wide_kernels: bool = Field(
+        default=False,
+        description="depthwise kernels wider than 3 keep their weights, of all stages: few numbers, whose gradient "
+        "is a good part of a step on a CPU",
+    )
     rate_decay: float = Field(
         default=0.85, gt=0.0, le=1.0, description="learning rate of a stage, as a share of that of the stage after it"
     )
@@ -92,6 +97,12 @@ class TrainConfig(Section):
     )
     max_images: int | None = Field(
         default=None, ge=1, description="a seeded choice of so many training images, which is held in memory"
+    )
+    max_images_shown: int | None = Field(
+        default=None,
+        ge=1,
+        description="in all epochs together: a set with more images gets fewer epochs, at least one, and a schedule "
+        "that ends with them",
     )
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="epochs without a better validation loss"

@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 SELECTION_METRIC = "val_cross_entropy"
 """Chooses the best epoch: the validation loss without the weight penalty, which shrinks from epoch to epoch on its
 own."""
+PATIENCE_SECONDS = 60.0
+"""After a failed attempt MLflow is left alone for so long at least, and for ten times as long as the attempt took."""
+POINTS = 20
+"""Of the loss within an epoch."""
 
 
 class TrainingState(BaseModel):
@@ -53,6 +57,8 @@ class TrainingState(BaseModel):
     """By file: of the last and the best weights."""
     random_state: dict[str, list[int]]
     mlflow_run_id: str | None = None
+    mlflow_epochs: int = 0
+    """How many of the epochs that run has."""
 
     @property
     def best_epoch(self) -> int:
@@ -110,11 +116,15 @@ class TrainingMonitor:
         self.train = train
         self.epochs = epochs
         self.images_per_epoch = images_per_epoch
+        self.steps = max(1, images_per_epoch // train.batch_size)
         self.state = state
         self.on_epoch = on_epoch
         self.run = run
         self._epoch_started = time.perf_counter()
-        self._run_is_broken = False
+        self._try_again = -math.inf
+        """Time before which MLflow, which was away, is not asked."""
+        self._within_epoch: dict[int, float] = {}
+        """Loss by step, for MLflow."""
         self._has_average = state is not None and train.ema_decay > 0
         """Whether the model has the average of its weights now, and the optimizer's average the weights."""
 
@@ -170,6 +180,8 @@ class TrainingMonitor:
         if not math.isfinite(loss):
             epoch = self.state.epochs_done + 1 if self.state else 1
             raise TrainingError(self._divergence(f"{loss} at batch {batch + 1} of epoch {epoch}"))
+        if self.run is not None and batch % max(1, self.steps // POINTS) == 0:
+            self._within_epoch[(self.state.epochs_done if self.state else 0) * self.steps + batch + 1] = loss
 
     def _divergence(self, received: str) -> str:
         return (
@@ -219,7 +231,8 @@ class TrainingMonitor:
             best_weights=last,
             sha256={last: file_sha256(self.folder / last)},
             random_state=read_random_state(self.model),
-            mlflow_run_id=self.run.run_id if self.run else None,
+            mlflow_run_id=before.mlflow_run_id if before else None,
+            mlflow_epochs=before.mlflow_epochs if before else 0,
         )
         if before is not None and state.best_epoch != epoch:
             best = before.best_weights
@@ -246,14 +259,33 @@ class TrainingMonitor:
             metrics["images_per_second"],
             _duration(remaining),
         )
-        if self.run is None or self._run_is_broken:
+        if time.perf_counter() < self._try_again:
             return
+        started = time.perf_counter()
         try:
-            self.run.log_metrics(metrics, step=epoch + 1)
+            self.deliver()
         except TrackingError as err:
             # A tracking server that goes away must not cost hours of training: the history is on disk as well.
-            self._run_is_broken = True
-            logger.warning("MLflow gets no more metrics of this training: %s", err)
+            ended = time.perf_counter()
+            self._try_again = ended + max(PATIENCE_SECONDS, 10 * (ended - started))
+            logger.warning("training goes on, and MLflow gets its metrics later: %s", err)
+
+    def deliver(self) -> None:
+        """Gives MLflow the epochs that it lacks.
+
+        Raises:
+            TrackingError: it is away, or refuses them.
+        """
+        if self.run is None or self.state is None:
+            return
+        is_known = self.run.run_id == self.state.mlflow_run_id
+        for epoch in range(self.state.mlflow_epochs if is_known else 0, self.state.epochs_done):
+            self.run.log_metrics({name: values[epoch] for name, values in self.state.history.items()}, step=epoch + 1)
+            self.state = self.state.model_copy(update={"mlflow_epochs": epoch + 1, "mlflow_run_id": self.run.run_id})
+            write_file(self.folder / _record_name(self.state), self.state.model_dump_json())
+        if self._within_epoch:
+            self.run.log_curve("loss_so_far", self._within_epoch)
+            self._within_epoch = {}
 
 
 def _record_name(state: TrainingState) -> str:

@@ -26,6 +26,7 @@ from cv_platform.training.callbacks import (
     read_state,
     restore_random_state,
 )
+from cv_platform.training.depthwise import with_fast_kernels
 from cv_platform.training.imbalance import ClassBalance, balance_of, balanced_cross_entropy
 from cv_platform.training.mixing import Mixing
 from cv_platform.training.network import build_model, resolve_precision
@@ -85,11 +86,12 @@ def fit_model(
     Raises:
         TrainingError: the network cannot be built, the data cannot be read, or the loss is not finite.
         DiskSpaceError: the state of the training would fill the disk.
+        TrackingError: MLflow is away at the end; another call with the same folder trains no epoch again.
     """
     model, train, transfer = config.model, config.train, config.transfer
     precision = resolve_precision(train.precision)
     penalty = 0.0 if train.optimizer == "adamw" else train.weight_decay
-    network = build_model(model, weight_decay=penalty, seed=train.seed, precision=precision)
+    network = with_fast_kernels(build_model(model, weight_decay=penalty, seed=train.seed, precision=precision))
     rates = None if transfer is None else layer_rates(network, model.architecture, transfer)
     # Weights and two moments of the optimizer, of this epoch, the last two and the best; and the finished model.
     state_bytes = 13 * 4 * network.count_params()
@@ -106,14 +108,15 @@ def fit_model(
         draws=balance.draws,
         mixing=Mixing.of(train),
     )
-    optimizer = build_optimizer(train, total_steps=train.epochs * batches.steps, rates=rates)
+    epochs = epochs_of(train, batches.images_per_epoch)
+    optimizer = build_optimizer(train, total_steps=epochs * batches.steps, rates=rates)
     _compile(network, model, train, optimizer, balance)
     state = _resume(network, folder, run)
     monitor = TrainingMonitor(
         network,
         folder,
         train=train,
-        epochs=train.epochs + (transfer is not None),
+        epochs=epochs + (transfer is not None),
         images_per_epoch=batches.images_per_epoch,
         state=state,
         on_epoch=lambda epoch: setattr(batches, "epoch", epoch),
@@ -139,6 +142,7 @@ def fit_model(
         _fit_head(network, config, (train_split, valid_split), balance, monitor, validation)
     if not (monitor.state and _is_finished(monitor.state, monitor)):
         _run_epochs(network, batches, monitor, validation)
+    monitor.deliver()
     reached = monitor.state
     assert reached is not None
     network.load_weights(folder / reached.best_weights)
@@ -161,6 +165,13 @@ def fit_model(
         seconds=reached.seconds,
         images_per_second=float(np.median(reached.history["images_per_second"])),
     )
+
+
+def epochs_of(train: TrainConfig, images_per_epoch: int) -> int:
+    """Returns how many epochs a recipe has, without the one that fits a head: fewer where a set is large."""
+    if train.max_images_shown is None:
+        return train.epochs
+    return min(train.epochs, max(1, train.max_images_shown // images_per_epoch))
 
 
 def _chosen(split: PackedSplit, train: TrainConfig) -> PackedSplit:
@@ -207,7 +218,7 @@ def _compile(
 
 
 def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> TrainingState | None:
-    """Loads weights, optimizer and random state of a killed training, and gives `run` the epochs that it lacks."""
+    """Loads weights, optimizer and random state of a killed training, and ends its run."""
     state = read_state(folder)
     if state is None:
         return None
@@ -215,11 +226,8 @@ def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> Traini
     network.load_weights(folder / state.last_weights)
     restore_random_state(network, state.random_state)
     logger.info("going on after epoch %d", state.epochs_done)
-    if run is not None and run.run_id != state.mlflow_run_id:
-        for epoch in range(state.epochs_done):
-            run.log_metrics({name: values[epoch] for name, values in state.history.items()}, step=epoch + 1)
-        if state.mlflow_run_id is not None:
-            run.end_killed(state.mlflow_run_id)
+    if run is not None and state.mlflow_run_id not in (None, run.run_id):
+        run.end_killed(state.mlflow_run_id)
     return state
 
 

@@ -268,6 +268,13 @@ class _JudgedRun(MlflowRun):
         if self._trial.should_prune():
             raise optuna.TrialPruned("it fell behind")
 
+    def log_curve(self, name: str, points: Mapping[int, float]) -> None:
+        """Logs a number by step, where MLflow is there."""
+        try:
+            super().log_curve(name, points)
+        except TrackingError as err:
+            logger.warning("MLflow has not got %s of trial %d: %s", name, self._trial.number, err)
+
 
 def search_page(study: optuna.Study, config: ExperimentConfig) -> str:
     """Returns a page with the best values, every trial, and Optuna's plots; it loads nothing."""

@@ -37,7 +37,7 @@ from cv_platform.files import exclusive, file_sha256, whole_directory, write_fil
 from cv_platform.images import preprocessing_hash
 from cv_platform.records import ModelIdentity, PackedImages, TrainedModel
 from cv_platform.storage import VERSION_PATTERN, new_version
-from cv_platform.tracking import flatten
+from cv_platform.tracking import CHALLENGER, flatten
 from cv_platform.training.architectures._users import UsersArchitecture
 from cv_platform.training.augmentation import Augmenter, augmented_sheet
 from cv_platform.training.calibration import calibrate
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LOCK = Path(__file__).resolve().parents[2] / "requirements.lock"
 RECIPE = "recipe.json"
 """In the folder of the work under way: what decides the weights, by name."""
 AUGMENTED_IMAGES = "augmented_images.png"
@@ -97,7 +98,7 @@ def train_model(
     model_name = config.model.model_name
     train, valid = open_split(packed, "train"), open_split(packed, "valid")
     if run is not None:
-        run.set_tags({**_tags(packed), **({"git_commit": git_commit} if git_commit else {})})
+        run.set_tags({**_tags(packed), **_code_tags(git_commit)})
         run.log_params(config.model_dump(mode="json", include={"model", "dataset", "train"}))
     parent = directory / model_name
     parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +205,12 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
 def _tags(made_from: PackedImages | TrainedModel) -> dict[str, str]:
     """Returns what MLflow shows of the data, of a run and of a registered version."""
     return {**made_from.provenance.model_dump(), "preprocessing_hash": made_from.task.preprocessing_hash}
+
+
+def _code_tags(git_commit: str | None) -> dict[str, str]:
+    """Returns what MLflow shows of the code: its commit, and the digest of the versions that it is installed with."""
+    found = {"git_commit": git_commit} if git_commit else {}
+    return found | ({"requirements_sha256": file_sha256(_LOCK)} if _LOCK.is_file() else {})
 
 
 @contextmanager
@@ -346,3 +353,4 @@ def _log(run: MlflowRun, trained: TrainedModel) -> None:
     run.set_tags(trained.model.model_dump())
     model_name, version = trained.model.model_name, trained.model.version
     run.register_model_version(model_name, version, artifact_path=artifact_path, tags=_tags(trained))
+    run.set_alias(model_name, CHALLENGER, version)

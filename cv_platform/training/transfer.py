@@ -153,6 +153,8 @@ def layer_rates(network: keras.Model, architecture: str, transfer: TransferConfi
     Returns:
         By path of a variable: `rate_decay` to the power of its stages to the last one.
     """
+    import keras
+
     stage_of = find_architecture(architecture).stage_of
     stages = {layer.name: stage for layer in network.layers if (stage := stage_of(layer.name)) is not None}
     rates: dict[str, float] = {}
@@ -163,6 +165,8 @@ def layer_rates(network: keras.Model, architecture: str, transfer: TransferConfi
         if stage < transfer.freeze_until:
             layer.trainable = False
         else:
+            if transfer.freeze_wide_kernels and isinstance(layer, keras.layers.DepthwiseConv2D):
+                layer.kernel.trainable = max(layer.kernel_size) <= 3
             rate = transfer.rate_decay ** (max(stages.values()) - stage)
             rates |= {variable.path: rate for variable in layer.trainable_variables}
     return rates

@@ -15,7 +15,7 @@ from cv_platform.records import PackedImages
 from cv_platform.training.augmentation import Augmenter
 from cv_platform.training.batches import ShuffledBatches
 from cv_platform.training.callbacks import TrainingMonitor
-from cv_platform.training.fitting import _chosen, fit_model
+from cv_platform.training.fitting import _chosen, epochs_of, fit_model
 from cv_platform.training.imbalance import balance_of, balanced_cross_entropy
 from cv_platform.training.mixing import Mixing
 from cv_platform.training.schedules import build_optimizer
@@ -131,6 +131,12 @@ def test_the_average_of_the_weights_is_what_is_validated_and_goes_back_bit_by_bi
     np.testing.assert_allclose(network.get_weights()[0], expected, rtol=1e-5)
     monitor._take_average(False)
     np.testing.assert_array_equal(network.get_weights()[0], reached[2])
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(50, 16), (100, 10), (101, 9), (5000, 1)])
+def test_a_large_set_gets_fewer_epochs_but_one(images: int, epochs: int) -> None:
+    assert epochs_of(TrainConfig(epochs=16, max_images_shown=1000), images) == epochs
+    assert epochs_of(TrainConfig(epochs=16), images) == 16
 
 
 def test_a_choice_of_images_is_seeded_and_keeps_rows_together() -> None:

@@ -183,6 +183,12 @@ def test_mlflow_has_settings_curves_files_and_a_registered_version(trained: Trai
         "model/tiny_model.keras",
     }
     assert version.source == f"runs:/{run.info.run_id}/model/tiny_model.keras"
+    assert client.get_model_version_by_alias("tiny_model", "challenger").version == version.version
+    steps = [point.step for point in client.get_metric_history(trained.mlflow_run_id, "loss_so_far")]
+    assert steps[0] == 1
+    assert steps == sorted(set(steps))
+    assert len(steps) > 3
+    assert len(run.data.tags["requirements_sha256"]) == 64
     assert version.tags["cv_platform.version"] == trained.model.version
 
 
@@ -465,6 +471,12 @@ def test_a_tracking_server_that_goes_away_does_not_stop_training(
     assert monitor.state is not None
     assert monitor.state.epochs_done == 2
 
+    run.failing = False
+    monitor.deliver()
+    monitor.deliver()
+    assert [step for step, _ in run.metrics] == [1, 2]
+    assert read_state(tmp_path) == monitor.state
+
 
 def test_the_last_two_epochs_and_the_best_weights_are_kept_and_no_more(tmp_path: Path) -> None:
     monitor = monitor_with(None, tmp_path)
@@ -616,8 +628,12 @@ class ForgetfulRun:
             raise TrackingError("server gone")
         return path.name
 
+    def log_curve(self, name: str, points: dict[int, float]) -> None: ...
+
     def register_model_version(self, model_name: str, version: str, **options: Any) -> str:
         return "1"
+
+    def set_alias(self, model_name: str, alias: str, version: str) -> None: ...
 
 
 def test_a_server_that_is_away_at_the_end_costs_no_training(tiny_packed: PackedImages, tmp_path: Path) -> None:

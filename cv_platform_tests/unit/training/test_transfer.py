@@ -108,6 +108,17 @@ def test_frozen_stages_do_not_learn_and_early_ones_learn_slowly() -> None:
     assert "logits/kernel" not in rates
 
 
+def test_wide_kernels_stay_as_they_are_when_asked_and_their_biases_learn() -> None:
+    config = experiment(**LITE0).model
+    network = build_model(config, seed=1)
+    rates = layer_rates(network, config.architecture, TransferConfig(freeze_wide_kernels=True))
+
+    assert {"blocks.3._depthwise_conv/bias", "blocks.5._depthwise_conv/kernel"} <= set(rates)
+    wide = network.get_layer("blocks.3._depthwise_conv").kernel  # 5×5; that of block 5 is 3×3.
+    assert wide.path not in {variable.path for variable in network.trainable_variables}
+    assert wide.path not in rates
+
+
 @pytest.fixture(scope="module")
 def head_alone(packed: PackedImages, tmp_path_factory: pytest.TempPathFactory):
     return fit(packed, experiment(**{**LITE0, "train__epochs": 0}), tmp_path_factory.mktemp("head"))

@@ -1,0 +1,209 @@
+"""What a config reaches on real images, and the CPU time that it takes: test accuracy beside CPU seconds, for each set.
+
+`options.archive` is the folder of the sets' archives. Pixels are packed first, which is not counted, as no second
+training pays for it; then the platform's own fit runs on the train and valid splits, and the test split is classified.
+CPU seconds are those of this process and all its threads: other work on the machine lengthens them by tens of percent.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Check, Observation, Report, Stopwatch, machine_line
+from benchmarks.options import REPOSITORY, Options
+from cv_platform.config import ExperimentConfig, load_experiment
+from cv_platform.errors import DatasetError
+from cv_platform.evaluation.intervals import wilson
+
+LIBRARIES = ("tensorflow", "keras", "numpy", "opencv-python-headless")
+GROCERY, CIFAR = "grocery-5k.tar.gz", "cifar10-12k.tar.gz"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and what is promised of a config on them.
+
+    Attributes:
+        archive: of SPLIT/CLASS/image.
+        config: below configs/examples.
+        target: test accuracy.
+        budget_seconds: of CPU time, training and validation.
+        classes: those with most training images; None: all.
+        images: of training, a seeded choice; None: all.
+        changes: of fields, by dotted names, as the config's header says of this set.
+    """
+
+    archive: str
+    config: str
+    target: float
+    budget_seconds: float
+    classes: int | None = None
+    images: int | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+SETS = {
+    "grocery-20": ImageSet(GROCERY, "photos.yaml", 0.9, 600, classes=20),
+    "cifar-1500": ImageSet(CIFAR, "photos.yaml", 0.75, 600, images=1500),
+    "cifar-resnet9s": ImageSet(CIFAR, "cifar10.yaml", 0.7, 480),
+    "cifar": ImageSet(
+        CIFAR,
+        "photos.yaml",
+        0.86,
+        600,
+        changes={
+            "train.init_lr": 0.001,
+            "train.epochs": 6,
+            "train.batch_size": 64,
+            "train.transfer.freeze_until": 2,
+            "train.augment.flip_horizontal": 0.5,
+            "train.augment.rotate_degrees": 0.0,
+            "model.input_size": {"h": 96, "w": 96},
+        },
+    ),
+    "grocery": ImageSet(
+        GROCERY,
+        "photos.yaml",
+        0.82,
+        3600,
+        changes={
+            "train.init_lr": 0.001,
+            "train.augment.flip_horizontal": 0.5,
+            "model.input_size": {"h": 224, "w": 224},
+        },
+    ),
+}
+
+
+def run(options: Options) -> Report:
+    """Trains on each set of `options.sets`.
+
+    Raises:
+        DatasetError: there is no such set, or no folder with its archive.
+    """
+    strange = [name for name in options.sets if name not in SETS]
+    if strange or options.archive is None:
+        raise DatasetError(
+            f"Expected --sets of {', '.join(SETS)}, and --archive with the folder of {GROCERY} and {CIFAR}. "
+            f"Received: {', '.join(strange) or 'no --archive'}."
+        )
+    clock = Stopwatch()
+    observations: dict[str, list[Observation]] = {}
+    checks: list[Check] = []
+    notes: list[str] = []
+    for name in options.sets or SETS:
+        wanted = SETS[name]
+        if options.budget is not None:
+            wanted = replace(wanted, budget_seconds=options.budget)
+        counts = options.images or (None,)
+        for count in counts:
+            shown = name if count is None else f"{name}, {count} images"
+            with tempfile.TemporaryDirectory(prefix="cv-bench-training-") as folder:
+                seen, right, tested, note = _train(
+                    replace(wanted, images=count or wanted.images), options, Path(folder)
+                )
+            observations[shown] = [seen]
+            accuracy, interval = right / tested, wilson(right, tested) or (0.0, 1.0)
+            reached = f"{accuracy:.4f} ({interval[0]:.4f} to {interval[1]:.4f}) of {tested} test images"
+            notes.append(f"{shown}: {reached}; {note}")
+            options.say(notes[-1])
+            if count is None:
+                used = seen.cpu_seconds or 0.0
+                checks.append(
+                    Check(
+                        what=name,
+                        expected=f"≥ {wanted.target:g} in {wanted.budget_seconds:g} CPU seconds",
+                        received=f"{accuracy:.4f} in {used:.0f}",
+                        held=accuracy >= wanted.target and used <= wanted.budget_seconds,
+                    )
+                )
+    return Report(
+        name="training",
+        title="Accuracy and CPU time of trainings",
+        unit="image",
+        started_utc=clock.started_utc,
+        seconds=clock.seconds,
+        machine=machine_line(LIBRARIES),
+        settings={"config": str(options.config or "as each set has it")},
+        observations=observations,
+        ratios=[],
+        checks=checks,
+        notes=notes,
+    )
+
+
+def _train(wanted: ImageSet, options: Options, home: Path) -> tuple[Observation, int, int, str]:
+    """Returns what the training took, how many test images are right, of how many, and a line on how it went."""
+    from cv_platform.datasets.packing import open_split, pack_images
+    from cv_platform.datasets.versions import checkout_version
+    from cv_platform.training.fitting import fit_model
+
+    assert options.archive is not None
+    experiment = _experiment(wanted, options, home)
+    version = checkout_version(experiment.dataset, experiment.model, home=home)
+    packed = pack_images(version, experiment.model, quarantined=(), home=home)
+    train, valid, test = (open_split(packed, split) for split in ("train", "valid", "test"))
+    work = home / "work"
+    work.mkdir()
+    begun, cpu = time.perf_counter(), time.process_time()
+    fitted = fit_model(experiment, train, valid, folder=work)
+    epochs = len(fitted.history["loss"])
+    images = min(len(train.images), experiment.train.max_images or len(train.images))
+    seen = Observation(
+        units=images * epochs,
+        wall_seconds=time.perf_counter() - begun,
+        cpu_seconds=time.process_time() - cpu,
+    )
+    starts = range(0, len(test.images), 64)
+    probabilities = [
+        np.asarray(fitted.network.predict_on_batch(np.asarray(test.images[at : at + 64]))) for at in starts
+    ]
+    right = int((np.concatenate(probabilities).argmax(axis=1) == np.asarray(test.targets)).sum())
+    curve = ", ".join(f"{value:.3f}" for value in fitted.history["val_accuracy"])
+    note = f"{images} training images, {epochs} epochs, the best is {fitted.best_epoch}; accuracy on valid: {curve}"
+    return seen, right, len(test.images), note
+
+
+def _experiment(wanted: ImageSet, options: Options, home: Path) -> ExperimentConfig:
+    """Imports the set's images and returns its config, with the imported classes."""
+    from cv_platform.datasets.importing import import_dataset
+
+    assert options.archive is not None
+    imported = import_dataset(
+        _source(options.archive / wanted.archive, wanted.classes, home),
+        ds_name="images",
+        tag="v1.0.0",
+        ds_root=home / "datasets",
+    )
+    path = options.config or REPOSITORY / "configs" / "examples" / wanted.config
+    content = load_experiment(path).model_dump(mode="json")
+    content["train"]["max_images"] = wanted.images
+    content["model"]["classes"] = imported.class_names
+    content["dataset"] |= {"ds_name": "images", "dvc_tag": "v1.0.0"}
+    experiment = ExperimentConfig.model_validate(content)
+    return experiment if options.config else experiment.with_fields(wanted.changes)
+
+
+def _source(archive: Path, classes: int | None, home: Path) -> Path:
+    """Returns the archive, or a folder of its classes with most training images."""
+    if classes is None:
+        return archive
+    if not archive.is_file():
+        raise DatasetError(f"Expected an archive at {archive}. Received: none.")
+    folder = home / "source"
+    with tarfile.open(archive) as opened:
+        images = [member for member in opened.getmembers() if member.isfile() and len(Path(member.name).parts) == 4]
+        parts = {member.name: Path(member.name).parts for member in images}
+        counts = Counter(name for _, split, name, _ in parts.values() if split == "train")
+        kept = {name for name, _ in counts.most_common(classes)}
+        opened.extractall(folder, [member for member in images if parts[member.name][2] in kept], filter="data")
+    return folder
