@@ -13,7 +13,7 @@ import yaml
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
-from cv_platform.config import TuneConfig, load_experiment
+from cv_platform.config import LoopConfig, TuneConfig, load_experiment
 from cv_platform.definitions import build_defs
 from cv_platform.defs import versions
 from cv_platform.defs.branch import Branch
@@ -119,7 +119,7 @@ def test_another_dataset_makes_stale_what_reads_it_and_the_same_one_under_anothe
         installation.make(edit, "dataset")
         assert installation.stale(edit) == set()
         installation.make(edit, "dataset", data="others")
-        reading = {"embeddings", "validation_report", "packed_images", "evaluation", *GROWN}
+        reading = {"embeddings", "validation_report", "packed_images", "evaluation", "labeling_queue"}
         assert installation.stale(edit) == reading
 
 
@@ -196,6 +196,10 @@ ELSEWHERE = {
     "labels.keep_expired": "likewise",
     "deploy.takes_over": "whose service it may be",
     "deploy.confirm_timeout_seconds": "how long it may take",
+    "score": "of `batch_scores`, which is there where it names a source",
+    **{f"loop.{field}": "when" for field in LoopConfig.model_fields if field not in ("trust", "without")},
+    "deploy.canary": "how it gets there",
+    "deploy.shadow": "likewise",
 }
 """Fields that decide no asset's content, with what they do."""
 

@@ -28,7 +28,7 @@ UPLOAD = png(flat_image(10, 200, 30))
 
 
 class BrokenRuntime(BrightnessRuntime):
-    def __call__(self, *_: Any) -> Any:
+    def __call__(self, images: Any, class_index: Any) -> Any:
         raise RuntimeError("out of cheese")
 
 
