@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +34,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SELECTION_METRIC = "val_cross_entropy"
-"""Chooses the best epoch: the validation loss without the weight penalty, which shrinks from epoch to epoch on its
-own."""
 PATIENCE_SECONDS = 60.0
 """After a failed attempt MLflow is left alone for so long at least, and for ten times as long as the attempt took."""
 POINTS = 20
 """Of the loss within an epoch."""
+
+
+def selection_metric(history: Mapping[str, list[float]]) -> str:
+    """Returns what chooses the best epoch: the loss on `valid` without the weight penalty, which shrinks on its own.
+
+    At the best temperature, where the model that is kept gets one: see `calibration.calibrated_cross_entropy`.
+    """
+    calibrated = "val_calibrated_cross_entropy"
+    return calibrated if calibrated in history else "val_cross_entropy"
 
 
 class TrainingState(BaseModel):
@@ -62,8 +68,8 @@ class TrainingState(BaseModel):
 
     @property
     def best_epoch(self) -> int:
-        """The epoch (from 0) with the lowest `SELECTION_METRIC`; the first of equals."""
-        losses = self.history[SELECTION_METRIC]
+        """The epoch (from 0) with the lowest `selection_metric`; the first of equals."""
+        losses = self.history[selection_metric(self.history)]
         return losses.index(min(losses))
 
 
@@ -205,7 +211,7 @@ class TrainingMonitor:
         assert self.state is not None
         patience = self.train.early_stopping_patience
         if patience is not None and epoch - self.state.best_epoch >= patience:
-            logger.info("early stopping: no better %s for %d epochs", SELECTION_METRIC, patience)
+            logger.info("early stopping: no better %s for %d epochs", selection_metric(history), patience)
             self.model.stop_training = True
         if self.is_out_of_time and epoch + 1 < self.epochs:
             logger.info("stopping after epoch %d: another would end after train.max_seconds", epoch + 1)

@@ -19,12 +19,13 @@ from cv_platform.errors import TrainingError
 from cv_platform.files import require_free_space
 from cv_platform.training.augmentation import Augmenter
 from cv_platform.training.batches import ShuffledBatches, ordered_dataset
+from cv_platform.training.calibration import calibrated_cross_entropy
 from cv_platform.training.callbacks import (
-    SELECTION_METRIC,
     TrainingMonitor,
     TrainingState,
     read_state,
     restore_random_state,
+    selection_metric,
 )
 from cv_platform.training.depthwise import with_fast_kernels
 from cv_platform.training.imbalance import ClassBalance, balance_of, balanced_cross_entropy
@@ -151,8 +152,8 @@ def fit_model(
         reached.epochs_done,
         time.perf_counter() - started,
         reached.best_epoch + 1,
-        SELECTION_METRIC,
-        reached.history[SELECTION_METRIC][reached.best_epoch],
+        selection_metric(reached.history),
+        reached.history[selection_metric(reached.history)][reached.best_epoch],
     )
     # Evaluation, reference data and serving must compute alike, on CPUs without bfloat16 and in ONNX too: always
     # float32.
@@ -198,7 +199,7 @@ def _compile(
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=train.label_smoothing)
         if balance.changes_loss:
             loss = balanced_cross_entropy(balance, train.label_smoothing)
-        metrics = [
+        metrics: list[keras.metrics.Metric] = [
             keras.metrics.CategoricalAccuracy(name="accuracy"),
             keras.metrics.CategoricalCrossentropy(name="cross_entropy"),
         ]
@@ -208,6 +209,8 @@ def _compile(
             keras.metrics.BinaryAccuracy(name="accuracy", threshold=model.threshold),
             keras.metrics.BinaryCrossentropy(name="cross_entropy"),
         ]
+    if train.temperature_scaling:
+        metrics.append(calibrated_cross_entropy(model.classifier_type))
     network.compile(
         optimizer=optimizer,  # pyright: ignore[reportArgumentType] -- inferred from Keras's default, "rmsprop".
         loss=loss,
@@ -245,6 +248,8 @@ def _fit_head(
         network.optimizer.build(network.trainable_variables)
         metrics |= {"loss": head.loss, "accuracy": head.accuracy, "cross_entropy": head.loss}
         valid: Any = network.evaluate(validation, verbose=0, return_dict=True)  # pyright: ignore[reportArgumentType]
+        if "calibrated_cross_entropy" in valid:
+            metrics["calibrated_cross_entropy"] = head.loss
         metrics |= {f"val_{name}": value for name, value in valid.items()}
 
 

@@ -13,6 +13,7 @@ from cv_platform.training.calibration import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     calibrate,
+    calibrated_cross_entropy,
     fit_temperature,
     negative_log_likelihood,
     predict_logits,
@@ -28,6 +29,19 @@ def drawn(kind: ClassifierType, rows: int, seed: int = 0, classes: int = 5) -> t
         return logits, (generator.random(logits.shape) < expit(logits)).astype(np.float32)
     cumulated = softmax(logits, axis=1).cumsum(axis=1)
     return logits, (generator.random((rows, 1)) > cumulated).sum(axis=1)
+
+
+@pytest.mark.parametrize("kind", ["multi-class", "multi-label"])
+def test_an_epoch_is_judged_as_its_model_would_be_at_its_temperature(kind: ClassifierType) -> None:
+    logits, targets = drawn(kind, 4000)
+    truth = targets if kind == "multi-label" else np.eye(logits.shape[1])[targets]
+    best = negative_log_likelihood(logits / fit_temperature(logits, targets, kind), targets, kind)
+    for factor in (0.5, 1.0, 2.0):  # Timid, as with label smoothing; honest; bold.
+        probabilities = expit(logits * factor) if kind == "multi-label" else softmax(logits * factor, axis=1)
+        metric: Any = calibrated_cross_entropy(kind)
+        for start in range(0, 4000, 1500):
+            metric.update_state(truth[start : start + 1500], probabilities[start : start + 1500])
+        assert float(metric.result()) == pytest.approx(best, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["multi-class", "multi-label"])

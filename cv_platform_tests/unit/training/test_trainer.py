@@ -155,6 +155,7 @@ def test_the_record_says_what_was_trained_and_on_what(trained: TrainedModel, tin
     assert (trained.task.class_names, trained.task.classifier_type) == (("blue", "green", "red"), "multi-class")
     assert (trained.git_commit, trained.epochs_run) == ("c0ffee", 3)
     expected = {"loss", "accuracy", "cross_entropy", "val_loss", "val_accuracy", "val_cross_entropy"}
+    expected |= {"calibrated_cross_entropy", "val_calibrated_cross_entropy"}
     assert set(trained.history) == expected | {"learning_rate", "images_per_second"}
     assert {len(values) for values in trained.history.values()} == {3}
 
@@ -201,7 +202,7 @@ def test_it_learns_and_keeps_the_weights_of_the_best_epoch(trained: TrainedModel
 
     accuracy = float((probabilities.argmax(axis=1) == valid.targets).mean())
     cross_entropy = float(-np.log(probabilities[np.arange(len(valid.targets)), valid.targets]).mean())
-    best = int(np.argmin(trained.history["val_cross_entropy"]))
+    best = int(np.argmin(trained.history["val_calibrated_cross_entropy"]))
     assert trained.best_epoch == best + 1
     assert cross_entropy == pytest.approx(trained.history["val_cross_entropy"][best], abs=1e-5)
     assert accuracy == pytest.approx(trained.history["val_accuracy"][best])
@@ -347,7 +348,7 @@ def test_early_stopping_ends_when_validation_stops_improving(tiny_packed: Packed
 
     stopped = train_model(tiny_packed, config, directory=tmp_path)
 
-    losses = stopped.history["val_cross_entropy"]
+    losses = stopped.history["val_calibrated_cross_entropy"]
     assert stopped.epochs_run < 30
     assert stopped.epochs_run - stopped.best_epoch == 2
     assert min(losses) == losses[stopped.best_epoch - 1]
