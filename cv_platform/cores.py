@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -19,16 +17,3 @@ def available_cores(cgroup_limit: Path = _CPU_LIMIT) -> int:
     except (OSError, ValueError, ZeroDivisionError):
         return cores  # No such file outside of Linux, and "max" where there is no quota.
     return cores
-
-
-@contextmanager
-def one_blas_thread() -> Generator[None]:
-    """Keeps products of matrices in the calling thread, as a block or as a decorator: for many that are small.
-
-    OpenBLAS's other threads wait for the next product by spinning: thousands of small ones then take several times the
-    CPU time, and on a busy machine they take longer by the clock as well. The limit holds for the whole process.
-    """
-    from threadpoolctl import threadpool_limits  # Late: a service, which shares this module, has no need of it.
-
-    with threadpool_limits(1, user_api="blas"):
-        yield

@@ -24,7 +24,7 @@ COPY bentos /app/bentos
 # The slice that a Bento ships: cv_platform/deployment/bento.py names it, a test compares.
 COPY cv_platform/__init__.py cv_platform/audit.py cv_platform/cores.py cv_platform/errors.py cv_platform/files.py cv_platform/loopback.py \
      cv_platform/settings.py cv_platform/properties.py cv_platform/predictions.py \
-     cv_platform/object_store.py cv_platform/storage.py /app/cv_platform/
+     cv_platform/object_store.py cv_platform/probation.py cv_platform/storage.py /app/cv_platform/
 COPY cv_platform/client /app/cv_platform/client
 COPY cv_platform/config /app/cv_platform/config
 COPY cv_platform/images /app/cv_platform/images

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.cores import one_blas_thread
+from cv_platform.compute.blas import one_blas_thread
 from cv_platform.images import resize
 
 THUMBNAIL_PX = 32

@@ -32,6 +32,7 @@ SHIPPED: tuple[str, ...] = (
     "properties.py",
     "predictions.py",
     "object_store.py",
+    "probation.py",
     "storage.py",
     "client",
     "serving",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.cores import one_blas_thread
+from cv_platform.compute.blas import one_blas_thread
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.scipy_tests import wilson_interval
 from cv_platform.drift.verdict import judge

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.compute.blas import one_blas_thread
 from cv_platform.config import ClassifierType, ExperimentConfig, TransferConfig
-from cv_platform.cores import one_blas_thread
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.datasets.shards.reading import Images
 from cv_platform.training.architectures import find_architecture

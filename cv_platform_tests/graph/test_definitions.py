@@ -193,7 +193,12 @@ def test_an_override_changes_one_field_and_keeps_the_yaml_values(digits: dg.Defi
 def test_of_a_section_within_a_section_a_run_names_what_differs(digits: dg.Definitions) -> None:
     validated = run_config(digits, {"train": {"transfer": {"freeze_until": 2}}})
     train = validated["resources"]["digits_config"]["config"]["train"]  # type: ignore[index]
-    assert train["transfer"] == {"head": "auto", "freeze_until": 2, "rate_decay": 0.85}
+    assert train["transfer"] == {
+        "head": "auto",
+        "freeze_until": 2,
+        "rate_decay": 0.85,
+        "freeze_wide_kernels": False,
+    }
 
 
 @pytest.mark.parametrize(

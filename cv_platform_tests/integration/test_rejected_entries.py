@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, text
 
 from cv_platform import cli
-from cv_platform.errors import ServiceError
+from cv_platform.errors import DatabaseUnavailableError, ServiceError
 from cv_platform.serving.log.entry import LogEntry
 from cv_platform.serving.log.rejected_entries import find_rejected, requeue
 from cv_platform.serving.log.request_log import RequestLog
@@ -104,10 +105,18 @@ def test_a_backlog_that_is_refused_as_a_whole_stays_in_the_queue(log: RequestLog
 
 
 def test_our_own_mistake_rejects_no_backlog(log: RequestLog, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    are_all_there = threading.Event()
+
+    def decode(*_: object) -> object:
+        if not are_all_there.is_set():  # A backlog is what comes together, not one by one.
+            raise DatabaseUnavailableError("Expected a database. Received: none yet.")
+        return {}["entry_id"]
+
     with monkeypatch.context() as mistaken:
-        mistaken.setattr("cv_platform.serving.log.tables.decode", lambda *_: {}["entry_id"])
+        mistaken.setattr("cv_platform.serving.log.tables.decode", decode)
         for _ in range(30):
             log.spool.submit(answered())
+        are_all_there.set()
         wait_until(lambda: "KeyError" in (log.status().last_error or ""))
         assert log.status().rejected == 0
     wait_until_drained(log)

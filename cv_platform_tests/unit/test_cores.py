@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from cv_platform.cores import available_cores, one_blas_thread
+from cv_platform.compute.blas import one_blas_thread
+from cv_platform.cores import available_cores
 
 
 @pytest.mark.parametrize(("text", "cores"), [("100000 100000", 1), ("150000 100000", 1), ("50000 100000", 1)])

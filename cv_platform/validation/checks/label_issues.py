@@ -19,8 +19,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from cv_platform.compute.blas import one_blas_thread
 from cv_platform.config import ClassifierType
-from cv_platform.cores import one_blas_thread
 from cv_platform.validation.checks import Check, Finding, Subject
 from cv_platform.validation.label_review import write_review_page
 from cv_platform.validation.sample import ImageSample
