@@ -192,7 +192,7 @@ def test_heads_without_a_plain_form_are_refused_by_the_name_of_the_layer():
         ("small_cnn", 16, "multi-class"),
         ("small_cnn", 16, "multi-label"),
         ("resnet9s", 16, "multi-class"),
-        ("resnet50", 33, "multi-label"),
+        pytest.param("resnet50", 33, "multi-label", marks=pytest.mark.whole),  # A minute, for `make test-whole`.
         ("efficientnet_lite0", 64, "multi-class"),
     ],
 )

@@ -196,6 +196,7 @@ def test_published_resnet50_weights_are_turned_from_bgr_to_rgb(
     np.testing.assert_allclose(first_stage(network, images), theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.whole  # Half a minute, for `make test-whole`.
 def test_the_platforms_own_resnet50_says_the_same_after_it_was_loaded_again(tmp_path: Path) -> None:
     own = build_model(config("resnet50", 64), seed=1)
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
