@@ -12,10 +12,10 @@ import dagster as dg
 from cv_platform.config import config_files, load_experiments
 from cv_platform.defs.automation import run_failure_sensor
 from cv_platform.defs.experiment import broken_config_definitions, experiment_definitions
-from cv_platform.defs.interrupted_runs import interrupted_runs_sensor
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation, MlflowTracking
 from cv_platform.defs.retention import retention_definitions
+from cv_platform.defs.runs.interrupted import interrupted_runs_sensor
 from cv_platform.errors import ConfigError
 from cv_platform.settings import Settings
 

@@ -401,18 +401,7 @@ class CentralStorage:
 
     def read_heartbeats(self, service: str) -> list[WorkerHeartbeat]:
         """Lists the heartbeats of a service, live or stale, by worker id; unreadable ones are left out."""
-        folder = self._store.path("services", service, "workers")
-        with self._store.errors(f"list the workers of {service}"):
-            paths = [f"{folder}/{name}" for name in self._store.names(folder, "file") if name.endswith(".json")]
-        beats = []
-        for path in paths:
-            try:
-                beat = _parsed(WorkerHeartbeat, path, self._store.read(path))
-            except StorageError:
-                continue  # A worker that died while writing; its successor has a file of its own.
-            if beat is not None:
-                beats.append(beat)
-        return beats
+        return self._records_in(self._store.path("services", service, "workers"), WorkerHeartbeat)
 
     # What workers see of a probation
 
@@ -424,18 +413,8 @@ class CentralStorage:
 
     def read_tallies(self, service: str, probation_id: str) -> list[WorkerTally]:
         """Lists what workers, live or not, have seen of a probation; what is unreadable is left out."""
-        folder = self._store.path("services", service, "probation")
-        with self._store.errors(f"list what the workers of {service} have seen"):
-            paths = [f"{folder}/{name}" for name in self._store.names(folder, "file") if name.endswith(".json")]
-        found = []
-        for path in paths:
-            try:
-                tally = _parsed(WorkerTally, path, self._store.read(path))
-            except StorageError:
-                continue
-            if tally is not None and tally.probation_id == probation_id:
-                found.append(tally)
-        return found
+        tallies = self._records_in(self._store.path("services", service, "probation"), WorkerTally)
+        return [tally for tally in tallies if tally.probation_id == probation_id]
 
     def remove_tallies(self, service: str) -> None:
         """Forgets what was seen of former probations."""
@@ -463,13 +442,7 @@ class CentralStorage:
                 raise BundleNotFoundError(
                     f"Expected reference data of {model_name} {version}. Received: none. Materialise it first."
                 )
-            if self.is_local:
-                return Path(source)
-            local = cache / "ref_data" / model_name / version / Path(source).name
-            if not local.exists():
-                with whole_file(local) as partial:
-                    self._store.download(source, partial)
-            return local
+            return self._local(source, cache / "ref_data" / model_name / version)
 
     def accept_reference(self, parquet: Path, model_name: str, version: str, accepted: AcceptedReference) -> None:
         """Makes a window's rows what requests of a version are compared with; the file first, then what names it."""
@@ -488,13 +461,7 @@ class CentralStorage:
         """Returns a local path of the parquet of an accepted window."""
         source = self._accepted(model_name, version, accepted)
         with self._store.errors(f"fetch the accepted reference of {model_name} {version}"):
-            if self.is_local:
-                return Path(source)
-            local = cache / "ref_data" / model_name / version / Path(source).name
-            if not local.exists():
-                with whole_file(local) as partial:
-                    self._store.download(source, partial)
-            return local
+            return self._local(source, cache / "ref_data" / model_name / version)
 
     def publish_report(self, name: str, report_id: str, directory: Path) -> str:
         """Copies a report's folder to `reports/<name>/<report_id>/` and returns its URL."""
@@ -508,6 +475,30 @@ class CentralStorage:
 
     def _bundle(self, model_name: str, version: str) -> str:
         return self._store.path("models", model_name, version)
+
+    def _local(self, source: str, folder: Path) -> Path:
+        """Returns a path of this machine of a file that never changes, fetched into `folder` where it is elsewhere."""
+        if self.is_local:
+            return Path(source)
+        local = folder / Path(source).name
+        if not local.exists():
+            with whole_file(local) as partial:
+                self._store.download(source, partial)
+        return local
+
+    def _records_in(self, folder: str, kind: type[_R]) -> list[_R]:
+        """Reads the records in a folder by name, without what is unreadable: of a worker that died while writing."""
+        with self._store.errors(f"list {folder}"):
+            paths = [f"{folder}/{name}" for name in self._store.names(folder, "file") if name.endswith(".json")]
+        found = []
+        for path in paths:
+            try:
+                record = _parsed(kind, path, self._store.read(path))
+            except StorageError:
+                continue
+            if record is not None:
+                found.append(record)
+        return found
 
     def _reference(self, model_name: str, version: str) -> str:
         return self._store.path("ref_data", model_name, version, f"{model_name}_ref_data.parquet")

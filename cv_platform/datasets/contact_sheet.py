@@ -14,7 +14,7 @@ from cv_platform import images
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.quarantine import used
 from cv_platform.errors import ImageError
-from cv_platform.fonts import by_font
+from cv_platform.pages.fonts import by_font
 from cv_platform.records import DatasetVersion
 
 _CELL_PX = 64

@@ -11,7 +11,7 @@ from cv_platform.audit import AuditLog, Note
 from cv_platform.config import ExperimentConfig
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.observed import request_log_key
-from cv_platform.defs.unfinished_runs import UNFINISHED
+from cv_platform.defs.runs.unfinished import UNFINISHED
 from cv_platform.defs.versions import Reads
 from cv_platform.errors import CvPlatformError
 from cv_platform.record_store import RecordStore

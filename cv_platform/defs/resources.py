@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, create_model
 
 from cv_platform.audit import AuditLog
 from cv_platform.config import ExperimentConfig, MlflowConfig, parse_experiment
-from cv_platform.defs.interrupted_runs import at_work, end_dead_runs
+from cv_platform.defs.runs.interrupted import at_work, end_dead_runs
 from cv_platform.settings import Settings, prepare_process
 from cv_platform.storage import CentralStorage
 

@@ -20,7 +20,7 @@ from cv_platform.files import file_sha256
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("cv_platform", "bentos")
 _PLUMBING = (
-    *("client", "compute", "config", "containers", "cores", "database", "defs", "errors", "files", "fonts", "local"),
+    *("client", "compute", "config", "containers", "cores", "database", "defs", "errors", "files", "local"),
     *("loopback", "maintenance", "object_store", "record_store", "records", "records_0_1", "settings", "storage"),
     "tracking",
 )

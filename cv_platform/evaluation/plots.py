@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cv_platform.evaluation.metrics import ReliabilityBin
-from cv_platform.fonts import matplotlib_families
+from cv_platform.pages.fonts import matplotlib_families
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

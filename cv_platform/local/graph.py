@@ -27,7 +27,7 @@ def unfinished_runs(dagster_home: Path, environment: Mapping[str, str]) -> list[
     """
     if not (dagster_home / "dagster.yaml").is_file():
         return []  # Nothing was ever run here.
-    command = [sys.executable, "-m", "cv_platform.defs.unfinished_runs"]
+    command = [sys.executable, "-m", "cv_platform.defs.runs.unfinished"]
     result = subprocess.run(command, env=dict(environment), cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise CvPlatformError(

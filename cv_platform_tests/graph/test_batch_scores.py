@@ -10,10 +10,10 @@ import pytest
 
 from cv_platform.definitions import build_defs
 from cv_platform.record_store import RecordStore
-from cv_platform.records import BatchScores, Deployment
+from cv_platform.records import BatchScores
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.pictures import write_pictures
-from cv_platform_tests.support.record_samples import VERSION, identity
+from cv_platform_tests.support.record_samples import VERSION, deployment, identity
 from cv_platform_tests.support.tiny_models import export_tiny, publish_tiny
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -30,15 +30,7 @@ def test_the_images_of_a_folder_are_scored_by_the_model_in_production(
     config.write_text(f"{DIGITS.read_text()}\nscore: {{source: {images}}}\n")
     publish_tiny(CentralStorage(tmp_path / "home" / "storage"), export_tiny(tmp_path / "export", seed=1), VERSION)
     records = RecordStore(tmp_path / "home", "digits")
-    deployment = Deployment(
-        service="image_classifier",
-        model=identity(),
-        previous_version=None,
-        confirmed_workers=(),
-        seconds=1.0,
-        message="deployed",
-    )
-    records.write("deployment", deployment, run_id="0")
+    records.write("deployment", deployment(), run_id="0")
     assert KEY not in build_defs(DIGITS).resolve_asset_graph().get_all_asset_keys()
     job = build_defs(config).resolve_job_def("digits_experiment")
     materialized = job.execute_in_process(asset_selection=[KEY])

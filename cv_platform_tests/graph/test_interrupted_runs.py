@@ -13,7 +13,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from cv_platform.defs.interrupted_runs import GRPC_TAG, container_start, end_interrupted_runs, interrupted_runs_sensor
+from cv_platform.defs.runs.interrupted import GRPC_TAG, container_start, end_interrupted_runs, interrupted_runs_sensor
 
 RETRIES = {"run_retries": {"enabled": True, "max_retries": 3, "retry_on_asset_or_op_failure": False}}
 HOST = "dagster-code-location"
@@ -88,7 +88,7 @@ def test_reads_when_the_first_process_began(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from cv_platform.defs.interrupted_runs import at_work
+from cv_platform.defs.runs.interrupted import at_work
 with at_work(sys.argv[1], Path(sys.argv[2])):
     print("at work", flush=True)
     sys.stdin.read()

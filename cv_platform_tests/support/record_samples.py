@@ -7,6 +7,7 @@ from typing import Any
 
 from cv_platform.images import preprocessing_hash
 from cv_platform.records import (
+    Deployment,
     DriftDetectors,
     Evaluation,
     ModelBundle,
@@ -23,6 +24,17 @@ VERSION = "20260101T000000Z-00000001"
 
 def identity(model_name: str = MODEL_NAME, version: str = VERSION) -> ModelIdentity:
     return ModelIdentity(model_name=model_name, version=version)
+
+
+def deployment() -> Deployment:
+    return Deployment(
+        service="image_classifier",
+        model=identity(),
+        previous_version=None,
+        confirmed_workers=(),
+        seconds=1.0,
+        message="deployed",
+    )
 
 
 def provenance(**changes: Any) -> Provenance:

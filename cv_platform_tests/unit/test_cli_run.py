@@ -8,11 +8,10 @@ import pytest
 
 from cv_platform.cli import main
 from cv_platform.record_store import RecordStore
-from cv_platform.records import Deployment
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.support.drift_reports import make_report
-from cv_platform_tests.support.record_samples import evaluation, identity
+from cv_platform_tests.support.record_samples import deployment, evaluation
 
 URL = "file:///storage/reports/digits/1/report.html"
 
@@ -22,15 +21,7 @@ def write_records(environment: dict[str, str], *, report_url: str | None = None)
     home = Path(environment["CV_HOME"])
     store = RecordStore(home, "digits")
     store.write("evaluation", evaluation(home / "evaluation"), run_id="a-run")
-    deployment = Deployment(
-        service="image_classifier",
-        model=identity(),
-        previous_version=None,
-        confirmed_workers=(),
-        seconds=1.0,
-        message="deployed",
-    )
-    store.write("deployment", deployment, run_id="a-run")
+    store.write("deployment", deployment(), run_id="a-run")
     if report_url is not None:
         report = make_report(verdict="drift", rows=359, report_url=report_url)
         store.write("drift_report", report, run_id="a-run")

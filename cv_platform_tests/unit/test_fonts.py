@@ -12,8 +12,8 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-from cv_platform import fonts
 from cv_platform.evaluation.plots import save_confusion_matrix
+from cv_platform.pages import fonts
 
 
 def make_font(path: Path, letters: str) -> Path:
@@ -82,7 +82,7 @@ def test_pictures_show_the_letters(installed: list[Path], tmp_path: Path) -> Non
 def test_says_once_which_letters_no_font_has_and_what_to_install(
     installed: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger="cv_platform.fonts"):
+    with caplog.at_level(logging.WARNING, logger="cv_platform.pages.fonts"):
         for letters in ("猫鸟ぽ", "猫鸟ぽ", "鸟"):  # Each name in a contact sheet, and each plot, asks anew.
             fonts.fonts_for(frozenset(letters))
         assert len(fonts.fonts_for(frozenset("猫鸟ぽ"))) == 2

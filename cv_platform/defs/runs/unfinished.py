@@ -1,4 +1,4 @@
-"""`python -m cv_platform.defs.unfinished_runs`: prints the ids of the runs that have not ended, as JSON.
+"""`python -m cv_platform.defs.runs.unfinished`: prints the ids of the runs that have not ended, as JSON.
 
 A process of its own, so that commands need not import Dagster, by its public API, so that its storage may be SQLite or
 PostgreSQL.

@@ -1,0 +1,1 @@
+"""Runs that are at work, and those whose process is gone."""
