@@ -154,7 +154,8 @@ def _from_log(engine: Engine, stored: StoredPrediction) -> dict[str, Any]:
 
         def rows(query: Any) -> list[dict[str, Any]]:
             found = connection.execute(query).mappings().all()
-            return [{name: _plain(value) for name, value in row.items()} for row in found]
+            # SQLAlchemy's names are a kind of text of its own, which YAML refuses.
+            return [{str(name): _plain(value) for name, value in row.items()} for row in found]
 
         requests = rows(request)
         return {

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from sqlalchemy import Engine, update
 
 from cv_platform.cli import main
@@ -104,6 +105,7 @@ def test_a_passport_says_all_that_is_known_and_a_replay_comes_to_the_same(
     status, text = run("passport", prediction_id, "--json")
     known = json.loads(text)
     assert status == 0
+    assert yaml.safe_load(run("passport", prediction_id)[1]) == known
     assert known["prediction"]["image_sha256"] == SHA256
     assert sum(known["prediction"]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert known["request"]["request_url"] == "http://s/predict"
