@@ -84,8 +84,7 @@ def score_images(
     cache = settings.home / "cache" / "bundles"
     scorer = Scorer(settings.storage_url, metadata.model_name, version, cache, settings.max_upload_pixels)
     parts = output.absolute().with_name(f".{output.name}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    with _alone(parts, output):
+    with _alone(parts, output), _kept_unless_empty(parts):
         found = find_images(source, parts)
         started = time.perf_counter()
         computed = _make_parts(found, scorer, metadata, parts, engine)
@@ -115,6 +114,17 @@ def _alone(parts: Path, output: Path) -> Iterator[None]:
             f"Expected one scoring at a time to write {output}. Received: a second. Wait for the first, or stop it; "
             "then this one goes on from there."
         ) from err
+
+
+@contextlib.contextmanager
+def _kept_unless_empty(parts: Path) -> Iterator[None]:
+    """Makes the folder of the parts, and leaves none behind of a scoring whose source is not there."""
+    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            parts.rmdir()
 
 
 def _batches(found: Found, metadata: BundleMetadata) -> Iterator[Batch]:

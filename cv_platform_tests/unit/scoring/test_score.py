@@ -171,3 +171,4 @@ def test_what_cannot_be_scored_is_said(settings: Settings, tmp_path: Path) -> No
     with exclusive(tmp_path / ".scores.parquet.parts.lock"), pytest.raises(LockHeldError, match="Wait for the first"):
         score_images(str(tmp_path), VERSION, output, settings=settings)
     assert not list(tmp_path.glob("*.parquet"))
+    assert not (tmp_path / ".scores.parquet.parts").exists()
