@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from sqlalchemy import Engine, insert, select
 
 from cv_platform.database.connection import make_engine
@@ -178,12 +178,20 @@ def test_a_labeller_answers_by_keyboard_takes_back_and_a_second_one_is_compared(
     page.get_by_role("button", name="None of these").click()
     expect_image(page, NAMES[1], 2)
     other = enter(make_visit, service, BEN)
-    other.get_by_label("Asked").select_option("second")
     expect_image(other, NAMES[0], 3)
+    held: list[Route] = []
+    other.route("**/labels?mode=second*", lambda route: held.append(route))
+    other.get_by_label("Asked").select_option("second")
+    other.keyboard.press("Enter")
+    expect(other.locator("#status")).to_be_empty()
+    held[0].continue_()
+    other.unroute_all(behavior="wait")
     for at, key in enumerate(("Enter", "Enter", "n")):
         expect_image(other, NAMES[at], 3 - at)
         other.keyboard.press(key)
     expect(other.get_by_role("heading", name="Nothing is waiting")).to_be_visible()
+    ben = [(queue[at], name, "labeller:ben") for at, name in enumerate((NAMES[0], NAMES[1], ""))]
+    assert said(engine)[3:] == ben, "a key that is pressed before the other images have come answers nothing"
     other.get_by_text("Who has labelled").click()
     # Two of three agree; by chance 1/9 + 1/9 would: (2/3 - 2/9) / (1 - 2/9).
     expect(other.locator("#agreement-text")).to_contain_text("anna and ben366.7 %0.57")

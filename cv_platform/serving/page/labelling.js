@@ -31,6 +31,7 @@ let shown = null;
 let chosen = new Set();
 let wrong = new Set();
 let isBusy = false;
+let isLoading = false;
 let turn = 0;
 const done = [];
 const passed = new Set();
@@ -41,14 +42,18 @@ async function load() {
   const mine = turn += 1;
   quiet();
   const mode = $('mode').value;
+  shown = null; // No key answers what was asked before, for whoever presses it waits for what is asked now.
+  announce('');
+  isLoading = true;
   let answer;
   try {
     answer = await withKey(() => labelTasks(mode, AT_ONCE, [...passed].slice(-MOST_PASSED)));
   } catch (error) {
-    if (mine === turn) { complain(error); state('away', 'Not available'); show(null); }
+    if (mine === turn) { isLoading = false; complain(error); state('away', 'Not available'); show(null); }
     return;
   }
   if (mine !== turn) return;
+  isLoading = false;
   names = answer.class_names;
   isMultiLabel = answer.classifier_type === 'multi-label';
   // What was skipped long ago and is not in the queue comes again.
@@ -199,6 +204,7 @@ function undo() {
     count(last.length);
     announce('Taken back.');
     $('view').value = 'one';
+    isLoading = false;
     turn += 1;
     next();
   });
@@ -222,7 +228,7 @@ function count(change) {
 
 function settle() {
   turn += 1;
-  if (tasks.length) next(); else load();
+  if (tasks.length && !isLoading) next(); else load();
 }
 
 // Many at once
@@ -274,7 +280,7 @@ function confirmGrid() {
     announce(`${said.length} images labelled.`);
     if (wrong.size) $('view').value = 'one';
     turn += 1;
-    if (tasks.length && wrong.size) next(); else load();
+    if (tasks.length && wrong.size && !isLoading) next(); else load();
   });
 }
 
