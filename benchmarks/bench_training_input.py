@@ -80,7 +80,6 @@ def _run(options: Options, home: Path) -> Report:
             classes=classes,
             batch_size=BATCH_SIZE,
             augmenter=Augmenter(change, seed=options.seed),
-            seed=options.seed,
         )
         pipeline = batches.dataset()
 

@@ -39,8 +39,7 @@ class ShuffledBatches:
         targets: `(N,)` integer class indices or `(N, C)` float 0/1.
         classes: number of classes C.
         batch_size: images in a batch.
-        augmenter: changes the images.
-        seed: of the order.
+        augmenter: changes the images; its seed is the order's, too.
         workers: threads that make batches, which decides nothing about them; by default as many as there are cores.
         draws: `(C,)` how often an image is drawn, by its class, relative to others; None: each once an epoch.
         mixing: mixes the changed images; None: nothing is mixed.
@@ -54,7 +53,6 @@ class ShuffledBatches:
         classes: int,
         batch_size: int,
         augmenter: Augmenter,
-        seed: int,
         workers: int | None = None,
         draws: np.ndarray | None = None,
         mixing: Mixing | None = None,
@@ -68,7 +66,6 @@ class ShuffledBatches:
         self.classes = classes
         self.batch_size = min(batch_size, len(images))
         self.augmenter = augmenter
-        self.seed = seed
         self.workers = workers or min(MOST_WORKERS, available_cores())
         self.mixing = mixing
         drawn = None if draws is None else draws[np.asarray(targets)]
@@ -110,7 +107,7 @@ class ShuffledBatches:
 
         A permutation; with `draws`, some images come twice and others not at all.
         """
-        rng, rows = np.random.default_rng((self.seed, epoch)), np.arange(len(self.images), dtype=np.int32)
+        rng, rows = np.random.default_rng((self.augmenter.seed, epoch)), np.arange(len(self.images), dtype=np.int32)
         return rng.permutation(rows) if self._draws is None else rng.choice(rows, len(rows), p=self._draws)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

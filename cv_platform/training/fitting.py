@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,36 +89,22 @@ def fit_model(
         TrackingError: MLflow is away at the end; another call with the same folder trains no epoch again.
     """
     model, train, transfer = config.model, config.train, config.transfer
-    precision = resolve_precision(train.precision)
-    penalty = 0.0 if train.optimizer == "adamw" else train.weight_decay
-    network = with_fast_kernels(build_model(model, weight_decay=penalty, seed=train.seed, precision=precision))
-    rates = None if transfer is None else layer_rates(network, model.architecture, transfer)
+    network = _network(config)
     # Weights and two moments of the optimizer, of this epoch, the last two and the best; and the finished model.
     state_bytes = 13 * 4 * network.count_params()
     require_free_space(folder, state_bytes, purpose=f"training {model.architecture}", spare_bytes=spare_bytes)
     train_split = _chosen(train_split, train)
     balance = balance_of(train, train_split.targets, len(model.classes))
-    batches = ShuffledBatches(
-        train_split.images,
-        train_split.targets,
-        classes=len(model.classes),
-        batch_size=train.batch_size,
-        augmenter=Augmenter(train.augment, seed=train.seed),
-        seed=train.seed,
-        draws=balance.draws,
-        mixing=Mixing.of(train),
-    )
+    batches = _batches(config, train_split, balance)
     epochs = epochs_of(train, batches.images_per_epoch)
-    optimizer = build_optimizer(train, total_steps=epochs * batches.steps, rates=rates)
-    _compile(network, model, train, optimizer, balance)
-    state = _resume(network, folder, run)
+    _compile(network, config, balance, total_steps=epochs * batches.steps)
     monitor = TrainingMonitor(
         network,
         folder,
         train=train,
         epochs=epochs + (transfer is not None),
         images_per_epoch=batches.images_per_epoch,
-        state=state,
+        state=_resume(network, folder, run),
         on_epoch=lambda epoch: setattr(batches, "epoch", epoch),
         run=run,
     )
@@ -133,9 +118,8 @@ def fit_model(
         monitor.epochs,
         batches.steps,
         batches.batch_size,
-        precision,
+        resolve_precision(train.precision),
     )
-    started = time.perf_counter()
     validation = ordered_dataset(
         valid_split.images, valid_split.targets, classes=batches.classes, batch_size=max(256, batches.batch_size)
     )
@@ -144,20 +128,27 @@ def fit_model(
     if not (monitor.state and _is_finished(monitor.state, monitor)):
         _run_epochs(network, batches, monitor, validation)
     monitor.deliver()
+    return _best(network, model, monitor)
+
+
+def _best(network: keras.Model, model: ModelConfig, monitor: TrainingMonitor) -> FittedModel:
+    """Returns the best epoch's weights in a network for evaluation, reference data and serving.
+
+    They must compute alike, on CPUs without bfloat16 and in ONNX too: always float32.
+    """
     reached = monitor.state
     assert reached is not None
-    network.load_weights(folder / reached.best_weights)
+    network.load_weights(monitor.folder / reached.best_weights)
+    metric = selection_metric(reached.history)
     logger.info(
         "trained %d epochs in %.1f s; the best is epoch %d with %s %.4f",
         reached.epochs_done,
-        time.perf_counter() - started,
+        reached.seconds,
         reached.best_epoch + 1,
-        selection_metric(reached.history),
-        reached.history[selection_metric(reached.history)][reached.best_epoch],
+        metric,
+        reached.history[metric][reached.best_epoch],
     )
-    # Evaluation, reference data and serving must compute alike, on CPUs without bfloat16 and in ONNX too: always
-    # float32.
-    final = build_model(model.model_copy(update={"weights": None}), seed=train.seed)
+    final = build_model(model.model_copy(update={"weights": None}), seed=monitor.train.seed)
     final.set_weights(network.get_weights())
     return FittedModel(
         network=final,
@@ -185,15 +176,30 @@ def _chosen(split: PackedSplit, train: TrainConfig) -> PackedSplit:
     return PackedSplit(np.asarray(split.images[rows]), np.asarray(split.targets[rows]), paths, sha256)
 
 
-def _compile(
-    network: keras.Model,
-    model: ModelConfig,
-    train: TrainConfig,
-    optimizer: keras.optimizers.Optimizer,
-    balance: ClassBalance,
-) -> None:
+def _network(config: ExperimentConfig) -> keras.Model:
+    train = config.train
+    penalty = 0.0 if train.optimizer == "adamw" else train.weight_decay
+    precision = resolve_precision(train.precision)
+    return with_fast_kernels(build_model(config.model, weight_decay=penalty, seed=train.seed, precision=precision))
+
+
+def _batches(config: ExperimentConfig, split: PackedSplit, balance: ClassBalance) -> ShuffledBatches:
+    return ShuffledBatches(
+        split.images,
+        split.targets,
+        classes=len(config.model.classes),
+        batch_size=config.train.batch_size,
+        augmenter=Augmenter(config.train.augment, seed=config.train.seed),
+        draws=balance.draws,
+        mixing=Mixing.of(config.train),
+    )
+
+
+def _compile(network: keras.Model, config: ExperimentConfig, balance: ClassBalance, *, total_steps: int) -> None:
     import keras
 
+    model, train, transfer = config.model, config.train, config.transfer
+    rates = None if transfer is None else layer_rates(network, model.architecture, transfer)
     loss: Any
     if model.classifier_type == "multi-class":
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=train.label_smoothing)
@@ -212,7 +218,7 @@ def _compile(
     if train.temperature_scaling:
         metrics.append(calibrated_cross_entropy(model.classifier_type))
     network.compile(
-        optimizer=optimizer,  # pyright: ignore[reportArgumentType] -- inferred from Keras's default, "rmsprop".
+        optimizer=build_optimizer(train, total_steps=total_steps, rates=rates),  # pyright: ignore[reportArgumentType] -- inferred from Keras's default, "rmsprop".
         loss=loss,
         metrics=metrics,
         # XLA on the CPU was measured 1.7 times slower.

@@ -25,9 +25,7 @@ def numbered_images(count: int) -> np.ndarray:
 def batches_of(
     images: np.ndarray, targets: np.ndarray, *, batch_size: int = 8, augment: AugmentConfig = UNTOUCHED, seed: int = 1
 ) -> ShuffledBatches:
-    return ShuffledBatches(
-        images, targets, classes=5, batch_size=batch_size, augmenter=Augmenter(augment, seed=seed), seed=seed
-    )
+    return ShuffledBatches(images, targets, classes=5, batch_size=batch_size, augmenter=Augmenter(augment, seed=seed))
 
 
 def test_an_epoch_has_each_image_once_with_its_own_label() -> None:
@@ -88,7 +86,6 @@ def test_batches_that_threads_make_are_those_that_one_makes_bit_by_bit(engine: A
             classes=5,
             batch_size=4,
             augmenter=Augmenter(config, seed=3),
-            seed=3,
             workers=workers,
         )
         batches.epoch = 2
@@ -145,7 +142,7 @@ def test_batches_are_made_ahead_only_up_to_the_bound() -> None:
 
     images = numbered_images(200)
     batches = ShuffledBatches(
-        images, np.zeros(200, np.int64), classes=5, batch_size=2, augmenter=Counting(UNTOUCHED, seed=1), seed=1
+        images, np.zeros(200, np.int64), classes=5, batch_size=2, augmenter=Counting(UNTOUCHED, seed=1)
     )
     iterator = iter(batches.dataset())
     for _ in range(3):
@@ -171,7 +168,6 @@ def test_a_failing_batch_stops_the_epoch_and_keeps_its_error() -> None:
         classes=5,
         batch_size=8,
         augmenter=Failing(UNTOUCHED, seed=1),
-        seed=1,
     )
 
     with pytest.raises(tf.errors.OpError):
