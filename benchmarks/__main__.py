@@ -14,7 +14,7 @@ from cv_platform.settings import prepare_process
 # First the servers: they are measured in processes of their own, beside which no TensorFlow of ours should lie.
 BENCHMARKS = {
     "predict": "benchmarks.bench_predict",
-    "training-input": "benchmarks.bench_training_input",
+    "input-pipeline": "benchmarks.bench_input_pipeline",
     "data": "benchmarks.bench_data",
     "near-copies": "benchmarks.bench_near_copies",
     "serving": "benchmarks.bench_serving",
@@ -31,7 +31,7 @@ BENCHMARKS = {
     "log-rows": "benchmarks.bench_log_rows",
     "training": "benchmarks.bench_training",
 }
-DEFAULT = ("predict", "training-input")
+DEFAULT = ("predict", "input-pipeline")
 """What runs when nothing is named: the others have make targets of their own."""
 
 
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each comparison (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of image order, augmentation, bootstrap, uploads")
     parser.add_argument(
-        "--archive", type=Path, help="images for training-input instead of the digits, and for data; training: a folder"
+        "--archive",
+        type=Path,
+        help="images for input-pipeline (default: photographs) and data; training: a folder",
     )
     parser.add_argument("--home", type=Path, help="CV_HOME with a deployed model, for predict (default: temporary)")
     parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.bench_training_input import archive_experiment
+from benchmarks.bench_input_pipeline import archive_experiment
 from benchmarks.harness import Check, Report, Stopwatch, machine_line
 from benchmarks.options import Options
 from cv_platform.config import DeployConfig, ExperimentConfig, ExportFormat, InputSize, ModelConfig

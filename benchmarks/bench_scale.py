@@ -139,7 +139,7 @@ def _stages(folder: Path, settings: Settings, version: str) -> dict[str, Callabl
         target = folder / "pack"
         target.mkdir()
         form = PackForm((PACKED_PX, PACKED_PX))
-        write_shards(target, photos, [Rows("train", paths, sha256, "uint8")], form, engine=engine)
+        write_shards(target, photos, [Rows("train", paths, sha256, "uint8", form)], engine=engine)
         shutil.rmtree(target)
         return len(paths)
 

@@ -150,7 +150,7 @@ def _train(wanted: ImageSet, options: Options, home: Path) -> tuple[Observation,
     assert options.archive is not None
     experiment = _experiment(wanted, options, home)
     version = checkout_version(experiment.dataset, experiment.model, home=home)
-    packed = pack_images(version, experiment.model, quarantined=(), home=home)
+    packed = pack_images(version, experiment.model, quarantined=(), home=home, pack_scale=experiment.train.pack_scale)
     train, valid, test = (open_split(packed, split) for split in ("train", "valid", "test"))
     work = home / "work"
     work.mkdir()

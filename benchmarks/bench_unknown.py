@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.bench_training_input import archive_experiment
+from benchmarks.bench_input_pipeline import archive_experiment
 from benchmarks.harness import Check, Report, Stopwatch, machine_line
 from benchmarks.options import Options
 from cv_platform.config import InputSize

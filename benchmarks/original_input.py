@@ -11,7 +11,7 @@ What each stage of `dataset` stands for in the original:
 
 The operations and their ranges are those of the platform's `AugmentConfig`, so that both sides change images equally.
 imgaug is imported here, beside the platform's only door to it, because a replica must not profit from what that door
-does better.
+does better; only a set that is named by `operations` is read there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cv_platform.config import AugmentConfig
+from cv_platform.training.augmentation import build_imgaug, declared
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -79,6 +80,8 @@ def augmenter(config: AugmentConfig) -> Any:
     """Returns imgaug's augmenter: the operations of `config` in random order, for a share `sometimes` of the images."""
     import imgaug.augmenters
 
+    if config.operations:
+        return build_imgaug(declared(config))
     iaa: Any = imgaug.augmenters
     zoom, shift = config.scale_fraction, config.translate_fraction
     operations: list[Any] = []

@@ -281,6 +281,7 @@ class PackedImages(Record):
         directory: folder of the pack; its name stands for data version, preprocessing, splits and quarantine in one.
         counts: images per split: train, valid, test, reference.
         images_per_second: speed at which it was made.
+        pack_scale: sides of the training images, by those of the task: see `train.pack_scale`.
     """
 
     provenance: Provenance
@@ -289,6 +290,7 @@ class PackedImages(Record):
     counts: dict[str, int]
     bytes: int
     images_per_second: float
+    pack_scale: float = 1.0
 
     @override
     def content_version(self) -> str:

@@ -161,8 +161,9 @@ def start_run(
 ) -> Iterator[MlflowRun]:
     """Makes a run active while the block lasts: a new one, or the one that carries `run_key`.
 
-    Any run that is still active in this process is ended first, so that two experiments never mix. The run ends as
-    FINISHED, as FAILED when the block raises, as KILLED when it is interrupted.
+    MLflow notes what the machine does meanwhile, as metrics `system/…`. Any run that is still active in this process
+    is ended first, so that two experiments never mix. The run ends as FINISHED, as FAILED when the block raises, as
+    KILLED when it is interrupted.
 
     Args:
         tracking_uri: `sqlite:///…/mlflow.db` (its folder is made) or a server's address.
@@ -181,6 +182,7 @@ def start_run(
     """
     import mlflow
 
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # It tells of each start and end.
     with _errors(f"start the run {run_name} in {experiment}"):
         while mlflow.active_run() is not None:
             mlflow.end_run()
@@ -201,6 +203,8 @@ def start_run(
             run_name=None if existing else run_name,
             tags=all_tags or None,
             description=description or None,
+            # A thread of MLflow's: processor, memory, disk, network and GPUs every ten seconds.
+            log_system_metrics=True,
         )
         run = MlflowRun(tracking_uri, active.info.run_id, experiment_id)
     status = "FAILED"

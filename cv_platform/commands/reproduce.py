@@ -212,5 +212,6 @@ def _pack(metadata: BundleMetadata, config: ExperimentConfig, settings: Settings
         home=settings.home,
         spare_bytes=settings.spare_disk_bytes,
         uint8_budget_bytes=config.dataset.packed_uint8_bytes,
+        pack_scale=config.train.pack_scale,
     )
     return packed, version.manifest_path

@@ -117,6 +117,13 @@ class TrainConfig(Section):
     transfer: TransferConfig = Field(
         default=TransferConfig(), description="of networks that have learned from other images"
     )
+    pack_scale: float = Field(
+        default=1.0,
+        ge=1.0,
+        le=2.0,
+        description="above 1: training images are packed so many times as high and wide as the model's input, and each "
+        "epoch shows another part of them, the whole at most; all other splits stay as the service sees them",
+    )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes of the training images")
     mlflow: MlflowConfig = Field(default=MlflowConfig(), description="where the training's runs go")
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from cv_platform.datasets.shards.writing import Rows, remove_seals, write_shards
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError, VerdictError
 from cv_platform.files import exclusive, file_sha256, require_free_space, sync_file, whole_directory
+from cv_platform.images import preprocessing_hash
 from cv_platform.records import DatasetVersion, PackedImages, Task, TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -52,16 +53,23 @@ class PackedSplit:
     """One split of a pack; row i of everything is the same image, and rows are ordered by path.
 
     Attributes:
-        images: `(N, H, W, 3)` uint8 RGB, read from the shards as they are asked for.
+        images: `(N, H, W, 3)` uint8 RGB, as the model sees them, read from the shards as they are asked for.
         targets: `(N,)` int64 class indices, or `(N, C)` float32 of 0 and 1 for multi-label.
         paths: POSIX, as in the manifest.
         sha256: of the image files.
+        larger: the same, as they were packed by a `train.pack_scale` above 1; None: `images` are all there is.
     """
 
     images: Images
     targets: np.ndarray
     paths: list[str]
     sha256: list[str]
+    larger: Images | None = None
+
+    @property
+    def stored(self) -> Images:
+        """What training takes its parts from: the larger images, where there are some."""
+        return self.images if self.larger is None else self.larger
 
     def batches(self, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields `(images, targets)` in order, the last batch possibly smaller; the arrays are read-only views."""
@@ -72,9 +80,11 @@ class PackedSplit:
             yield np.asarray(self.images[rows]), np.asarray(self.targets[rows])
 
 
-def pack_form(model: ModelConfig) -> PackForm:
-    """Returns the form of the pixels that a model of this config is trained on."""
-    return PackForm(image_size=model.image_size, framing=model.resize)
+def pack_forms(model: ModelConfig, pack_scale: float = 1.0) -> dict[str, PackForm]:
+    """Returns the form of the pixels of each split: training images may be larger than what the model sees."""
+    seen = PackForm(image_size=model.image_size, framing=model.resize)
+    height, width = (round(side * pack_scale) for side in model.image_size)
+    return dict.fromkeys(SPLITS, seen) | {"train": replace(seen, image_size=(height, width))}
 
 
 def pack_images(
@@ -86,6 +96,7 @@ def pack_images(
     spare_bytes: int | None = None,
     uint8_budget_bytes: int = _UINT8_BUDGET_BYTES,
     engine: Engine | None = None,
+    pack_scale: float = 1.0,
 ) -> PackedImages:
     """Decodes the readable images that are not quarantined, or returns the pack that has them already.
 
@@ -97,6 +108,7 @@ def pack_images(
         spare_bytes: see `files.require_free_space`.
         uint8_budget_bytes: a larger training split is kept as JPEG; what judges a model stays as the service sees it.
         engine: who decodes; None: processes of this machine.
+        pack_scale: of the training split, see `train.pack_scale`; what judges a model stays as the service sees it.
 
     Raises:
         InvalidDatasetError: nothing is left to train on, quarantined paths are not in the manifest, or a file is not
@@ -117,23 +129,23 @@ def pack_images(
             f"Expected images to train on in {version.provenance}. Received: none that is readable and not "
             f"quarantined ({len(quarantined)} are). Look at the validation report."
         )
-    form = pack_form(model)
-    is_large = int((usable["split"] == "train").sum()) * form.bytes > uint8_budget_bytes
+    forms = pack_forms(model, pack_scale)
+    is_large = int((usable["split"] == "train").sum()) * forms["train"].bytes > uint8_budget_bytes
     encodings: dict[str, Encoding] = dict.fromkeys(SPLITS, "uint8")
     if is_large:
         encodings["train"] = "jpeg"
-    key = _key(manifest, model, form, quarantined, encodings)
+    key = _key(manifest, model, forms, quarantined, encodings)
     directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{key}"
     with exclusive(directory.parent / f".{directory.name}.lock"):
-        facts = _intact(directory) or _pack(version, model, usable, encodings, directory, spare_bytes, engine)
+        facts = _intact(directory) or _pack(version, model, usable, (forms, encodings), directory, spare_bytes, engine)
     task = Task(
         image_size=model.image_size,
-        preprocessing_hash=form.preprocessing_hash,
+        preprocessing_hash=preprocessing_hash(model.image_size, framing=model.resize),
         class_names=model.classes,
         classifier_type=model.classifier_type,
     )
     # Another tag of the same images shares the pack.
-    return PackedImages(provenance=version.provenance, task=task, directory=directory, **facts)
+    return PackedImages(provenance=version.provenance, task=task, directory=directory, pack_scale=pack_scale, **facts)
 
 
 def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None = None) -> PackedSplit:
@@ -163,12 +175,14 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
             raise ValueError(f"{damaged} is not the file that was written")
         rows = pq.read_table(directory / f"{split}.rows.parquet")
         shards = marker["shards"][split]
-        pixels = ShardedImages(
+        larger = tuple(marker.get("larger", {}).get(split, ()))
+        stored = (
             [directory / shard["file"] for shard in shards],
             [shard["images"] for shard in shards],
-            tuple(marker["shape"]),
+            larger or tuple(marker["shape"]),
             rows["bytes"].to_numpy() if marker["encodings"][split] == "jpeg" else None,
         )
+        pixels = ShardedImages(*stored, seen_as=task.image_size if larger else None)
         targets = np.load(directory / f"{split}.targets.npy")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as err:
         raise DatasetError(f"Expected a pack at {directory}. Received: {err}. {_REMEDY}") from err
@@ -180,21 +194,23 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
             f"Expected shapes and rows {expected} in {directory}. Received: {pixels.shape}, {targets.shape}, "
             f"{rows.num_rows}. {_REMEDY}"
         )
-    return PackedSplit(pixels, targets, rows["path"].to_pylist(), rows["sha256"].to_pylist())
+    paths, sha256 = rows["path"].to_pylist(), rows["sha256"].to_pylist()
+    return PackedSplit(pixels, targets, paths, sha256, ShardedImages(*stored) if larger else None)
 
 
 def _key(
     manifest: pd.DataFrame,
     model: ModelConfig,
-    form: PackForm,
+    forms: dict[str, PackForm],
     quarantined: Collection[str],
     encodings: dict[str, Encoding],
 ) -> str:
     """Returns 16 hex digits that change with every pixel, target or row of the pack, and not with how it is stored."""
     digest = hashlib.sha256()
     # The first number was that of the format in the days of format 1.
-    config = [1, form.preprocessing_hash, model.classes, model.classifier_type]
+    config = [1, forms["test"].preprocessing_hash, model.classes, model.classifier_type]
     config += [split for split, encoding in encodings.items() if encoding == "jpeg"]
+    config += [list(form.image_size) for form in forms.values() if form != forms["test"]]
     digest.update(json.dumps(config).encode())
     columns = [manifest[name].tolist() for name in ("path", "sha256", "split", "labels", "is_readable")]
     for row in zip(*columns, strict=True):
@@ -235,28 +251,33 @@ def _pack(
     version: DatasetVersion,
     model: ModelConfig,
     usable: pd.DataFrame,
-    encodings: dict[str, Encoding],
+    stored_as: tuple[dict[str, PackForm], dict[str, Encoding]],
     directory: Path,
     spare_bytes: int | None,
     engine: Engine | None,
 ) -> dict[str, Any]:
     """Makes the pack and returns its facts, which stand in its marker too."""
-    form, started = pack_form(model), time.perf_counter()
+    (forms, encodings), started = stored_as, time.perf_counter()
     of_split = {split: usable.loc[usable["split"] == split] for split in SPLITS}
-    splits = [Rows(s, rows["path"].tolist(), rows["sha256"].tolist(), encodings[s]) for s, rows in of_split.items()]
+    splits = [
+        Rows(split, rows["path"].tolist(), rows["sha256"].tolist(), encodings[split], forms[split])
+        for split, rows in of_split.items()
+    ]
     purpose = f"the decoded images of {version.provenance.ds_name}"
     with _disk_errors(directory, purpose), whole_directory(directory, resumes=True) as partial:
         shares = {"uint8": 1.0, "jpeg": _JPEG_SHARE}
-        needed = sum(int(len(rows.paths) * (form.bytes * shares[rows.encoding] + 256)) for rows in splits)
+        needed = sum(int(len(rows.paths) * (rows.form.bytes * shares[rows.encoding] + 256)) for rows in splits)
         needed += 4 * len(usable) * len(model.classes)
         needed -= sum(path.stat().st_size for path in partial.iterdir())
         require_free_space(directory.parent, max(0, needed), purpose=purpose, spare_bytes=spare_bytes)
-        shards = write_shards(partial, version.directory, splits, form, engine=engine)
+        shards = write_shards(partial, version.directory, splits, engine=engine)
         files = {shard.file: (shard.bytes, shard.sha256) for of in shards.values() for shard in of}
         for rows in splits:
             targets = _targets(of_split[rows.split]["labels"].tolist(), model)
             files |= _write(partial / f"{rows.split}.targets.npy", lambda path, targets=targets: np.save(path, targets))
-            sizes = [size for shard in shards[rows.split] for size in shard.sizes] or [form.bytes] * len(rows.paths)
+            sizes = [size for shard in shards[rows.split] for size in shard.sizes] or [rows.form.bytes] * len(
+                rows.paths
+            )
             table = pa.table({"path": rows.paths, "sha256": rows.sha256, "bytes": sizes}, schema=_ROWS)
             path = partial / f"{rows.split}.rows.parquet"
             files |= _write(path, lambda path, table=table: pq.write_table(table, path))
@@ -269,7 +290,8 @@ def _pack(
         }
         marker = {
             "format": PACK_FORMAT,
-            "shape": form.shape,
+            "shape": forms["test"].shape,
+            "larger": {split: form.shape for split, form in forms.items() if form != forms["test"]},
             "encodings": encodings,
             "shards": {s: [{"file": shard.file, "images": shard.images} for shard in of] for s, of in shards.items()},
             "files": files,

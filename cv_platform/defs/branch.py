@@ -137,6 +137,7 @@ class Branch:
                 tuple(read.source),
                 code_fingerprint(body, read.code),
                 tuple(self.recipes[name] for name in upstream),
+                tuple(read.functions),
             )
             self.recipes[body.__name__] = recipe
             return dg.asset(

@@ -127,7 +127,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=PackedImages,
         kinds={"numpy", "opencv"},
-        reads=["model.input_size", "dataset.packed_uint8_bytes"],
+        reads=["model.input_size", "dataset.packed_uint8_bytes", "train.pack_scale"],
         ins={"dataset": "dataset", "verdict": "validation_report"},
         checks=[complete],
     )
@@ -137,7 +137,8 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
         """Decoded and resized pixels per split: `(N, H, W, 3)` uint8 RGB, in the order of the paths.
 
         Made by the very function that the service calls on an upload, once per data version and preprocessing hash.
-        Quarantined images are left out.
+        Quarantined images are left out. Those of the training split may be larger than the model's input, see
+        `train.pack_scale`.
         """
         from cv_platform.datasets.packing import pack_images
         from cv_platform.validation.verdict import require_verdict
@@ -152,6 +153,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             spare_bytes=run.settings.spare_disk_bytes,
             uint8_budget_bytes=run.config.dataset.packed_uint8_bytes,
             engine=run.engine,
+            pack_scale=run.config.train.pack_scale,
         )
         expected = _usable(dataset, verdict)
         return run.result(

@@ -22,6 +22,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
             ["train", "model"],
             ignores=["train.mlflow", "model.threshold", "model.drift_detection"],
             code=["cv_platform.training.architectures"],
+            functions=["model.architecture"],
         ),
         pool=GPU,
         ins={"packed": "packed_images", "verdict": "validation_report"},

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
+from typing import Any
 
 from cv_platform.config import ExperimentConfig
 from cv_platform.files import file_sha256
+from cv_platform.training.architectures._users import find_source
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("cv_platform", "bentos")
@@ -36,12 +38,14 @@ class Reads:
         ignores: fields below those that decide nothing.
         source: fields that say where the data are, see `Recipe`.
         code: what the body does not import by name, see `code_fingerprint`.
+        functions: fields that may name a function of the user's, as `module:function`: its file counts.
     """
 
     fields: Sequence[str] = ()
     ignores: Sequence[str] = ()
     source: Sequence[str] = ()
     code: Sequence[str] = ()
+    functions: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Recipe:
         source: fields that say where the data are. They are not inherited: a data version says what was there.
         code: of the body and of the domain modules that it imports, see `code_fingerprint`.
         upstream: recipes of the assets that it is made from.
+        functions: fields that may name a function of the user's.
     """
 
     reads: tuple[str, ...]
@@ -61,6 +66,7 @@ class Recipe:
     source: tuple[str, ...]
     code: str
     upstream: tuple[Recipe, ...]
+    functions: tuple[str, ...] = ()
 
     def version(self, config: ExperimentConfig) -> str:
         """Returns the code version under a config."""
@@ -68,7 +74,9 @@ class Recipe:
 
     def _inherited(self, config: ExperimentConfig) -> str:
         own = config.fingerprint(*self.reads, without=self.ignores) if self.reads else ""
-        return _digest([own, self.code, *(recipe._inherited(config) for recipe in self.upstream)])
+        named = (functools.reduce(getattr, field.split("."), config) for field in self.functions)
+        users = [digest for name in named if (digest := _users_file(name))]
+        return _digest([own, self.code, *users, *(recipe._inherited(config) for recipe in self.upstream)])
 
 
 def code_fingerprint(body: FunctionType, packages: Sequence[str] = ()) -> str:
@@ -99,6 +107,12 @@ def code_fingerprint(body: FunctionType, packages: Sequence[str] = ()) -> str:
             seen[name], imported = _module(path)
             todo += imported
     return _digest([own, *(f"{name} {seen[name]}" for name in sorted(seen))])
+
+
+def _users_file(function: Any) -> str | None:
+    """Returns the digest of the file of `module:function`; None of a name without a colon, or without a file."""
+    source = find_source(function) if ":" in function else None
+    return None if source is None else file_sha256(source)
 
 
 @functools.cache

@@ -16,12 +16,13 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 
 from cv_platform.config import AugmentConfig
 from cv_platform.config.augmentation import Operation, parse_operations
 from cv_platform.datasets.contact_sheet import SheetRow, draw_sheet
-from cv_platform.datasets.shards.reading import Images
+from cv_platform.datasets.packing import PackedSplit
 from cv_platform.training.fused import FusedEngine
 
 
@@ -29,11 +30,18 @@ class Augmenter:
     """Applies `config` to batches, reproducibly: only the images and (seed, epoch, batch index) decide the result.
 
     The random state is set anew for each batch, so batches may be made in any order, by any thread or process.
+
+    Args:
+        config: the random changes.
+        seed: of all draws.
+        image_size: (height, width) that larger images are cropped to at random, before they are changed; None: all have
+            the size that they are to have.
     """
 
-    def __init__(self, config: AugmentConfig, *, seed: int) -> None:
+    def __init__(self, config: AugmentConfig, *, seed: int, image_size: tuple[int, int] | None = None) -> None:
         self.config = config
         self.seed = seed
+        self.image_size = image_size
         steps = declared(config)
         self._engine: Callable[[np.ndarray, np.random.SeedSequence], np.ndarray] | None = None
         if steps:
@@ -48,8 +56,10 @@ class Augmenter:
             batch_index: position of the batch in its epoch, from 0.
 
         Returns:
-            `(N, H, W, 3)` uint8, RGB.
+            `(N, H, W, 3)` uint8, RGB; of `image_size`, where that is given.
         """
+        if self.image_size is not None and images.shape[1:3] != self.image_size:
+            images = _random_parts(images, self.image_size, np.random.default_rng((self.seed, epoch, batch_index, 2)))
         if self._engine is None or not len(images):
             return images
         return self._engine(images, np.random.SeedSequence((self.seed, epoch, batch_index)))
@@ -115,23 +125,38 @@ def _auto(strength: str) -> list[Any]:
     return [{"SomeOf": {"n": at, "random_order": True, "children": members}}]
 
 
-def augmented_sheet(
-    images: Images, targets: np.ndarray, class_names: Sequence[str], augmenter: Augmenter, *, draws: int = 7
-) -> bytes:
-    """Draws the first image of each class as it is, then as `draws` epochs would show it, and returns a PNG.
+def _random_parts(images: np.ndarray, image_size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Shows a part of each image, of the images' own proportions, at `image_size`.
+
+    Its sides are drawn between `image_size` and the whole image, so that what the service shows, the whole, is among
+    what is learned from: with parts of one size, objects would be larger in training than anywhere else (Touvron et
+    al. 2019, "Fixing the train-test resolution discrepancy").
+    """
+    whole, least = np.array(images.shape[1:3]), np.array(image_size)
+    sides = np.rint(least + rng.random((len(images), 1)) * (whole - least)).astype(int)
+    corners = np.floor(rng.random((len(images), 2)) * (whole - sides + 1)).astype(int)
+    parts = np.empty((len(images), *image_size, 3), np.uint8)
+    for part, image, (height, width), (top, left) in zip(parts, images, sides.tolist(), corners.tolist(), strict=True):
+        box = image[top : top + height, left : left + width]
+        cv2.resize(box, image_size[::-1], dst=part, interpolation=cv2.INTER_LINEAR)
+    return parts
+
+
+def augmented_sheet(split: PackedSplit, class_names: Sequence[str], augmenter: Augmenter, *, draws: int = 7) -> bytes:
+    """Draws the first image of each class as the model sees it, then as `draws` epochs would, and returns a PNG.
 
     Args:
-        images: `(N, H, W, 3)` uint8, RGB; may be memory-mapped.
-        targets: `(N,)` class indices or `(N, C)` 0/1; the second kind has an image in the row of each of its classes.
+        split: the training images; with several labels an image is in the row of each of its classes.
         class_names: in the order of the indices.
         augmenter: changes the images.
         draws: columns beside the first.
     """
+    targets = split.targets
     members = targets > 0 if targets.ndim == 2 else targets[:, None] == np.arange(len(class_names))
     rows_of = {name: np.flatnonzero(members[:, index]) for index, name in enumerate(class_names)}
     found = [(name, rows[0]) for name, rows in rows_of.items() if len(rows)]
-    firsts = np.stack([images[row] for _, row in found])
-    epochs = [firsts, *(augmenter(firsts, epoch=epoch, batch_index=0) for epoch in range(draws))]
+    seen, stored = (np.stack([images[row] for _, row in found]) for images in (split.images, split.stored))
+    epochs = [seen, *(augmenter(stored, epoch=epoch, batch_index=0) for epoch in range(draws))]
     rows = [SheetRow(name, "as it is →", [epoch[at] for epoch in epochs]) for at, (name, _) in enumerate(found)]
     return draw_sheet(rows, columns=1 + draws, what="classes")
 

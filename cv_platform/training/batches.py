@@ -35,11 +35,11 @@ class ShuffledBatches:
     changes, other images are left out each time. Fewer images than `batch_size` make one batch.
 
     Args:
-        images: `(N, H, W, 3)` uint8, RGB; of a pack or in memory.
+        images: `(N, H, W, 3)` uint8, RGB; of a pack or in memory; maybe larger than those of the batches.
         targets: `(N,)` integer class indices or `(N, C)` float 0/1.
         classes: number of classes C.
         batch_size: images in a batch.
-        augmenter: changes the images; its seed is the order's, too.
+        augmenter: changes the images, and crops larger ones to the size of the batches; its seed is the order's, too.
         workers: threads that make batches, which decides nothing about them; by default as many as there are cores.
         draws: `(C,)` how often an image is drawn, by its class, relative to others; None: each once an epoch.
         mixing: mixes the changed images; None: nothing is mixed.
@@ -141,7 +141,7 @@ class ShuffledBatches:
         import tensorflow as tf
 
         signature = (
-            tf.TensorSpec((None, *self.images.shape[1:]), tf.uint8),
+            tf.TensorSpec((None, *(self.augmenter.image_size or self.images.shape[1:3]), 3), tf.uint8),
             tf.TensorSpec((None, self.classes), tf.float32),
         )
         dataset = tf.data.Dataset.from_generator(lambda: iter(self), output_signature=signature)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
 
 from cv_platform.config import TrainConfig
 from cv_platform.errors import TrackingError, TrainingError
@@ -129,6 +130,8 @@ class TrainingMonitor:
         self._epoch_started = time.perf_counter()
         self._try_again = -math.inf
         """Time before which MLflow, which was away, is not asked."""
+        self._bar: Any = None
+        """Of the batches of this epoch, in a terminal; in a log each epoch is a line."""
         self._within_epoch: dict[int, float] = {}
         """Loss by step, for MLflow."""
         self._has_average = state is not None and train.ema_decay > 0
@@ -183,11 +186,28 @@ class TrainingMonitor:
 
     def _check_loss(self, batch: int, logs: dict[str, float] | None = None) -> None:
         loss = (logs or {}).get("loss", 0.0)
+        self._draw(loss)
         if not math.isfinite(loss):
             epoch = self.state.epochs_done + 1 if self.state else 1
             raise TrainingError(self._divergence(f"{loss} at batch {batch + 1} of epoch {epoch}"))
         if self.run is not None and batch % max(1, self.steps // POINTS) == 0:
             self._within_epoch[(self.state.epochs_done if self.state else 0) * self.steps + batch + 1] = loss
+
+    def _draw(self, loss: float) -> None:
+        if self._bar is None:
+            epoch = self.state.epochs_done + 1 if self.state else 1
+            # None: drawn where it goes to a terminal.
+            self._bar = tqdm(
+                total=self.steps, desc=f"epoch {epoch}/{self.epochs}", unit="batch", leave=False, disable=None
+            )
+        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._bar.update()
+
+    def close_bar(self) -> None:
+        """Takes the bar of an epoch out of the terminal, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def _divergence(self, received: str) -> str:
         return (
@@ -198,6 +218,7 @@ class TrainingMonitor:
 
     def _end_epoch(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         seconds = time.perf_counter() - self._epoch_started
+        self.close_bar()
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         wrong = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if wrong:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,10 +125,11 @@ def fit_model(
     validation = ordered_dataset(
         valid_split.images, valid_split.targets, classes=batches.classes, batch_size=max(256, batches.batch_size)
     )
-    if transfer is not None and monitor.state is None:
-        _fit_head(network, config, (train_split, valid_split), balance, monitor, validation)
-    if not (monitor.state and _is_finished(monitor.state, monitor)):
-        _run_epochs(network, batches, monitor, validation)
+    with _memory_errors(train.batch_size):
+        if transfer is not None and monitor.state is None:
+            _fit_head(network, config, (train_split, valid_split), balance, monitor, validation)
+        if not (monitor.state and _is_finished(monitor.state, monitor)):
+            _run_epochs(network, batches, monitor, validation)
     monitor.deliver()
     return _best(network, model, monitor)
 
@@ -173,7 +176,8 @@ def _chosen(split: PackedSplit, train: TrainConfig) -> PackedSplit:
     rng = np.random.default_rng(train.seed)
     rows = np.sort(rng.choice(len(split.targets), train.max_images, replace=False))
     paths, sha256 = ([names[row] for row in rows] for names in (split.paths, split.sha256))
-    return PackedSplit(np.asarray(split.images[rows]), np.asarray(split.targets[rows]), paths, sha256)
+    larger = None if split.larger is None else np.asarray(split.larger[rows])
+    return PackedSplit(np.asarray(split.images[rows]), np.asarray(split.targets[rows]), paths, sha256, larger)
 
 
 def _network(config: ExperimentConfig) -> keras.Model:
@@ -185,11 +189,11 @@ def _network(config: ExperimentConfig) -> keras.Model:
 
 def _batches(config: ExperimentConfig, split: PackedSplit, balance: ClassBalance) -> ShuffledBatches:
     return ShuffledBatches(
-        split.images,
+        split.stored,
         split.targets,
         classes=len(config.model.classes),
         batch_size=config.train.batch_size,
-        augmenter=Augmenter(config.train.augment, seed=config.train.seed),
+        augmenter=Augmenter(config.train.augment, seed=config.train.seed, image_size=config.model.image_size),
         draws=balance.draws,
         mixing=Mixing.of(config.train),
     )
@@ -285,13 +289,25 @@ def _run_epochs(
             verbose=0,  # pyright: ignore[reportArgumentType] -- as above.
         )
     except Exception as err:
+        if isinstance(batches.error, MemoryError):
+            raise batches.error from err
         if batches.error is not None:
             raise TrainingError(f"Expected a batch of training images. Received: {batches.error}.") from batches.error
-        if isinstance(err, TrainingError | MemoryError):
-            raise
-        if type(err).__name__ == "ResourceExhaustedError":
+        raise
+    finally:
+        monitor.close_bar()
+
+
+@contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    """Says which settings to lower where memory runs out, the machine's or a GPU's."""
+    try:
+        yield
+    except Exception as err:
+        if isinstance(err, MemoryError) or type(err).__name__ == "ResourceExhaustedError":
+            received = str(err).partition("\n")[0] or type(err).__name__
             raise TrainingError(
-                f"Expected enough memory for batches of {batches.batch_size}. Received: {err}. "
+                f"Expected enough memory for batches of {batch_size}. Received: {received:.300}. "
                 "Lower train.batch_size or model.input_size."
             ) from err
         raise

@@ -93,11 +93,19 @@ class _Batch:
         self._tables[rows] = np.clip(changed, 0, 255).astype(np.uint8)
         self._has_table[rows] = True
 
-    def repaint(self, rows: np.ndarray, paint: Callable[[int, np.ndarray], np.ndarray]) -> None:
-        """Gives images new pixels: `paint` takes the place in `rows` and `(H, W, 3)` uint8, and returns such."""
+    def repaint(self, rows: np.ndarray, paint: Callable[[int, np.ndarray, np.ndarray], np.ndarray]) -> None:
+        """Gives images new pixels.
+
+        `paint` takes the place in `rows`, an image, `(H, W, 3)` uint8, and another (or the same) that may take the
+        result; it returns the result.
+        """
         self._settle(rows)
-        for place, row in enumerate(rows):
-            self._images[row] = paint(place, self._images[row] if self._is_written[row] else self._source[row])
+        written = self._is_written[rows].tolist()
+        for place, row in enumerate(rows.tolist()):
+            target = self._images[row]
+            painted = paint(place, target if written[place] else self._source[row], target)
+            if painted is not target:
+                target[:] = painted
         self._is_written[rows] = True
 
     def finish(self) -> np.ndarray:
@@ -342,7 +350,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 def _grayscale(batch: _Batch, operation: Operation, rows: np.ndarray) -> None:
     alpha = _draw(batch, operation.arguments.get("alpha", 1.0), len(rows))[:, None, None]
     mixes = (1 - alpha) * np.eye(3) + alpha * _LUMA
-    batch.repaint(rows, lambda place, image: cv2.transform(image, mixes[place]))
+    batch.repaint(rows, lambda place, image, target: cv2.transform(image, mixes[place]))
 
 
 def _brightness(name: str, default: Any, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Any:
@@ -352,29 +360,34 @@ def _brightness(name: str, default: Any, change: Callable[[np.ndarray, np.ndarra
         given, count = operation.arguments, len(rows)
         numbers = _draw(batch, given.get(name, default), count).astype(np.float32)
         spaces = [given["to_colorspace"]] if "to_colorspace" in given else list(_SPACES)
-        chosen = batch.rng.integers(len(spaces), size=count)
+        chosen = [_SPACES[spaces[index]] for index in batch.rng.integers(len(spaces), size=count).tolist()]
         tables = np.clip(change(_VALUES.astype(np.float32)[None], numbers[:, None]), 0, 255).astype(np.uint8)
-
-        def paint(place: int, image: np.ndarray) -> np.ndarray:
-            there, back, channel = _SPACES[spaces[chosen[place]]]
-            return _through(image, there, back, {channel: tables[place]})
-
-        batch.repaint(rows, paint)
+        _repaint_in(batch, rows, chosen, tables)
 
     return apply
 
 
-def _through(image: np.ndarray, there: int, back: int, tables: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Returns an image whose channels got new values in another colour space."""
-    table = np.stack([tables.get(channel, _VALUES) for channel in range(3)], axis=-1)[:, None]
-    converted = cv2.cvtColor(image, there)
-    return cv2.cvtColor(cv2.LUT(converted, table, dst=converted), back)
+def _repaint_in(batch: _Batch, rows: np.ndarray, spaces: Sequence[tuple[int, int, int]], changed: np.ndarray) -> None:
+    """Gives a channel new values in another colour space: there, back and channel for each image, `(n, 256)` tables."""
+    tables = np.tile(_VALUES[:, None, None], (len(rows), 1, 1, 3))
+    tables[np.arange(len(rows)), :, 0, [channel for _, _, channel in spaces]] = changed
+
+    def paint(place: int, image: np.ndarray, target: np.ndarray) -> np.ndarray:
+        there, back, _ = spaces[place]
+        converted = cv2.cvtColor(image, there)
+        return cv2.cvtColor(cv2.LUT(converted, tables[place], dst=converted), back, dst=target)
+
+    batch.repaint(rows, paint)
+
+
+def _in_hsv(channel: int, rows: np.ndarray) -> Sequence[tuple[int, int, int]]:
+    return [(cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB, channel)] * len(rows)
 
 
 def _add_to_hue(batch: _Batch, operation: Operation, rows: np.ndarray) -> None:
     turns = _draw(batch, operation.arguments.get("value", (-255, 255)), len(rows), is_whole=True) / 255 * 180
     tables = ((_VALUES[None].astype(np.int64) + turns.astype(np.int64)[:, None]) % 180).astype(np.uint8)
-    batch.repaint(rows, lambda place, image: _through(image, cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB, {0: tables[place]}))
+    _repaint_in(batch, rows, _in_hsv(0, rows), tables)
 
 
 def _saturation(
@@ -383,9 +396,7 @@ def _saturation(
     def apply(batch: _Batch, operation: Operation, rows: np.ndarray) -> None:
         numbers = _draw(batch, operation.arguments.get(name, default), len(rows), is_whole=is_whole)[:, None]
         tables = np.clip(change(_VALUES.astype(np.float64)[None], numbers), 0, 255).astype(np.uint8)
-        batch.repaint(
-            rows, lambda place, image: _through(image, cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB, {1: tables[place]})
-        )
+        _repaint_in(batch, rows, _in_hsv(1, rows), tables)
 
     return apply
 
@@ -395,7 +406,7 @@ def _noise(batch: _Batch, operation: Operation, rows: np.ndarray) -> None:
     loc, scale = _draw(batch, given.get("loc", 0), count), _draw(batch, given.get("scale", (0, 15)), count)
     is_apart = _hit(batch, float(given.get("per_channel", False)), count)
 
-    def paint(place: int, image: np.ndarray) -> np.ndarray:
+    def paint(place: int, image: np.ndarray, target: np.ndarray) -> np.ndarray:
         shape = image.shape if is_apart[place] else (*image.shape[:2], 1)
         drawn = batch.rng.standard_normal(shape, dtype=np.float32)
         drawn *= np.float32(scale[place])
@@ -417,7 +428,7 @@ def _cutout(batch: _Batch, operation: Operation, rows: np.ndarray) -> None:
         sides = sides * [batch.height, batch.width]
     fill = _draw(batch, given.get("cval", 128), count)
 
-    def paint(place: int, image: np.ndarray) -> np.ndarray:
+    def paint(place: int, image: np.ndarray, target: np.ndarray) -> np.ndarray:
         image = image.copy()
         for y, x in places[place, : holes[place]] * [batch.height, batch.width]:
             (high, wide) = sides[place] / 2
@@ -431,7 +442,7 @@ def _cutout(batch: _Batch, operation: Operation, rows: np.ndarray) -> None:
 def _blur(batch: _Batch, operation: Operation, rows: np.ndarray) -> None:
     sigmas = _draw(batch, operation.arguments.get("sigma", (0.0, 3.0)), len(rows))
 
-    def paint(place: int, image: np.ndarray) -> np.ndarray:
+    def paint(place: int, image: np.ndarray, target: np.ndarray) -> np.ndarray:
         sigma = float(sigmas[place])
         if sigma < 1e-3:
             return image

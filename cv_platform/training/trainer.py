@@ -38,7 +38,7 @@ from cv_platform.images import preprocessing_hash
 from cv_platform.records import ModelIdentity, PackedImages, TrainedModel
 from cv_platform.storage import VERSION_PATTERN, new_version
 from cv_platform.tracking import CHALLENGER, flatten
-from cv_platform.training.architectures._users import UsersArchitecture
+from cv_platform.training.architectures._users import find_source
 from cv_platform.training.augmentation import Augmenter, augmented_sheet
 from cv_platform.training.calibration import calibrate
 from cv_platform.training.callbacks import write_history
@@ -126,6 +126,7 @@ def mismatches(packed: PackedImages, config: ExperimentConfig) -> list[str]:
         ("model.classifier_type", model.classifier_type, task.classifier_type),
         ("model.input_size (height, width)", model.image_size, task.image_size),
         ("preprocessing", preprocessing_hash(model.image_size, framing=model.resize), task.preprocessing_hash),
+        ("train.pack_scale", config.train.pack_scale, packed.pack_scale),
         ("dataset.ds_name", config.dataset.ds_name, packed.provenance.ds_name),
     ]
     wrong = [
@@ -188,7 +189,7 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
     if config.model.weights and Path(config.model.weights).is_file():
         recipe["the content of model.weights"] = file_sha256(Path(config.model.weights))
     if ":" in config.model.architecture:
-        source = UsersArchitecture(config.model.architecture).source
+        source = find_source(config.model.architecture)
         recipe["the code of model.architecture"] = "" if source is None else file_sha256(source)
     return {
         **recipe,
@@ -298,8 +299,8 @@ def _publish(
             json.dumps(trained.effective_config, indent=1, ensure_ascii=False), encoding="utf-8"
         )
         learning_curves(fitted.history, best_epoch=fitted.best_epoch).savefig(beside / "learning_curves.png")
-        shown, augmenter = open_split(packed, "train"), Augmenter(config.train.augment, seed=config.train.seed)
-        sheet = augmented_sheet(shown.images, shown.targets, packed.task.class_names, augmenter)
+        augmenter = Augmenter(config.train.augment, seed=config.train.seed, image_size=packed.task.image_size)
+        sheet = augmented_sheet(open_split(packed, "train"), packed.task.class_names, augmenter)
         (beside / AUGMENTED_IMAGES).write_bytes(sheet)
         (beside / "trained_model.json").write_text(trained.local_json(), encoding="utf-8")
     return trained

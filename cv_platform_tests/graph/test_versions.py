@@ -88,6 +88,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
         ({"train.mlflow.exp_name": "elsewhere", "alerts.on_drift": False}, set()),
         ({"train.epochs": 3}, MADE_OF_MODEL),
         ({"train.augment.rotate_degrees": 44.0}, MADE_OF_MODEL),
+        ({"train.pack_scale": 1.25}, {"packed_images", *MADE_OF_MODEL}),
         ({"model.classes": [*map(str, range(9)), "nine"]}, ALL),
         ({"dataset.dvc_tag": "v9.0.0"}, {"dataset"}),
         ({"dataset.split_seed": 5}, ALL),
@@ -171,6 +172,24 @@ def test_a_line_of_code_makes_stale_what_runs_it(
     finally:
         monkeypatch.undo()
         clear_caches()
+
+
+def test_a_line_in_the_file_of_a_users_function_makes_stale_what_it_decides(
+    installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "my_networks.py"
+    source.write_text("raise RuntimeError('A definition of the graph runs no code of the user.')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def code_versions() -> dict[str, str | None]:
+        graph = installation.definitions({"model.architecture": "my_networks:tiny"}).resolve_asset_graph()
+        return {name: graph.get(dg.AssetKey(["digits", name])).code_version for name in ALL}
+
+    before = code_versions()
+    assert code_versions() == before
+    source.write_text("def tiny(image, model): ...\n")
+    after = code_versions()
+    assert {name for name in ALL if after[name] != before[name]} == MADE_OF_MODEL
 
 
 def clear_caches() -> None:

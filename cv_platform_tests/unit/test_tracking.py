@@ -22,6 +22,7 @@ from cv_platform.tracking import (
     set_alias,
     start_run,
 )
+from cv_platform_tests.support.waiting import wait_until
 
 # One worker: each would make the module's database anew.
 pytestmark = pytest.mark.xdist_group("tracking")
@@ -98,6 +99,17 @@ def test_a_run_has_what_was_logged(start: Start, uri: str, root: Path, tmp_path:
     assert found.data.tags["mlflow.note.content"] == "**why**"
     assert (found.info.status, found.info.run_name) == ("FINISHED", "digits model")
     assert (root / "artifacts" / "digits" / run.run_id / "artifacts" / path).read_text() == "{}"
+
+
+def test_a_run_has_mlflows_metrics_of_the_machine(start: Start, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    with start() as run:
+        wait_until(lambda: any(name.startswith("system/cpu_") for name in stored(uri, run).data.metrics))
+
+    found = stored(uri, run).data.metrics
+    assert 0 <= found["system/cpu_utilization_percentage"] <= 100
+    assert found["system/system_memory_usage_megabytes"] > 0
+    assert "system/disk_usage_percentage" in found
 
 
 def test_more_than_a_hundred_parameters_and_long_ones_fit(start: Start, uri: str) -> None:

@@ -14,6 +14,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from cv_platform.files import file_sha256, write_file
+from cv_platform.images import resize
 
 VERIFIED = "verified.json"
 
@@ -29,6 +30,7 @@ class ShardedImages:
         counts: images of each.
         shape: (H, W, 3) of one image.
         sizes: bytes of each image in JPEG shards; None: the shards are uint8.
+        seen_as: (height, width) that larger images are resized to as they are read; None: they are read as they are.
 
     Raises:
         OSError, ValueError: a shard is missing or of another size.
@@ -43,8 +45,11 @@ class ShardedImages:
         counts: Sequence[int],
         shape: tuple[int, int, int],
         sizes: NDArray[np.int64] | None = None,
+        *,
+        seen_as: tuple[int, int] | None = None,
     ) -> None:
-        self.shape = (sum(counts), *shape)
+        self.shape = (sum(counts), *(seen_as or shape[:2]), shape[2])
+        self._stored_shape = shape
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._shards = [
             _RawShard(file, (count, *shape))
@@ -65,7 +70,7 @@ class ShardedImages:
             start, stop, step = key.indices(len(self))
             at = int(np.searchsorted(self._starts, start, side="right")) - 1
             if step == 1 and start < stop <= self._starts[at + 1]:
-                return self._shards[at].slice(start - self._starts[at], stop - self._starts[at])
+                return self._seen(self._shards[at].slice(start - self._starts[at], stop - self._starts[at]))
         return self._rows(np.arange(len(self))[key])
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
@@ -78,12 +83,16 @@ class ShardedImages:
         of_row = np.searchsorted(self._starts, rows, side="right") - 1
         shards = np.unique(of_row)
         if len(shards) == 1:
-            return self._shards[shards[0]].rows(rows - self._starts[shards[0]])
-        images = np.empty((len(rows), *self.shape[1:]), np.uint8)
+            return self._seen(self._shards[shards[0]].rows(rows - self._starts[shards[0]]))
+        images = np.empty((len(rows), *self._stored_shape), np.uint8)
         for at in shards:
             chosen = of_row == at
             images[chosen] = self._shards[at].rows(rows[chosen] - self._starts[at])
-        return images
+        return self._seen(images)
+
+    def _seen(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        size = self.shape[1], self.shape[2]
+        return images if size == self._stored_shape[:2] else np.stack([resize(image, size) for image in images])
 
 
 Images: TypeAlias = np.ndarray | ShardedImages

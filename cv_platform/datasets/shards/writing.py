@@ -32,6 +32,7 @@ class Rows:
     paths: Sequence[str]
     sha256: Sequence[str]
     encoding: Encoding
+    form: PackForm
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,14 @@ class Plan:
 
 
 def write_shards(
-    folder: Path, source: Path, splits: Sequence[Rows], form: PackForm, *, engine: Engine | None = None
+    folder: Path, source: Path, splits: Sequence[Rows], *, engine: Engine | None = None
 ) -> dict[str, list[Shard]]:
     """Makes the shards of all splits in `folder`, and returns those of each split.
 
     Args:
         folder: of the unfinished pack; shards that are sealed there are kept if they are whole.
         source: what the paths are relative to.
-        splits: the images.
-        form: of their pixels.
+        splits: the images, and the form of their pixels.
         engine: who makes them; it sees both folders.
 
     Raises:
@@ -101,7 +101,7 @@ def write_shards(
         ShardError: see `compute.map_shards`.
         OSError: the disk is full, say.
     """
-    planned = {rows.split: list(_plan(folder, source, rows, form)) for rows in splits}
+    planned = {rows.split: list(_plan(folder, source, rows)) for rows in splits}
     everything = [plan for of_split in planned.values() for plan in of_split]
     finished = {plan.name: shard for plan in everything if (shard := _sealed(plan))}
     todo = [plan for plan in everything if plan.name not in finished]
@@ -143,9 +143,9 @@ def remove_seals(folder: Path) -> None:
         path.unlink()
 
 
-def _plan(folder: Path, source: Path, rows: Rows, form: PackForm) -> Iterator[Plan]:
-    even = len(rows.paths) * form.bytes // _SHARDS
-    per_shard = max(1, min(SHARD_BYTES, max(even, _LEAST_SHARD_BYTES)) // form.bytes)
+def _plan(folder: Path, source: Path, rows: Rows) -> Iterator[Plan]:
+    even = len(rows.paths) * rows.form.bytes // _SHARDS
+    per_shard = max(1, min(SHARD_BYTES, max(even, _LEAST_SHARD_BYTES)) // rows.form.bytes)
     for number, start in enumerate(range(0, len(rows.paths), per_shard)):
         part = slice(start, start + per_shard)
         yield Plan(
@@ -154,7 +154,7 @@ def _plan(folder: Path, source: Path, rows: Rows, form: PackForm) -> Iterator[Pl
             name=f"{rows.split}-{number:05}.{rows.encoding}",
             paths=tuple(rows.paths[part]),
             sha256=tuple(rows.sha256[part]),
-            form=form,
+            form=rows.form,
             encoding=rows.encoding,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     import keras
 
     from cv_platform.config import ModelConfig
+
+
+def find_source(name: str) -> Path | None:
+    """Returns the file of the module of `module:function`, which is not run; None: there is no such file."""
+    try:
+        found = importlib.util.find_spec(name.partition(":")[0])
+    except Exception:  # It imports the packages around the module, which may raise anything.
+        return None
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 
 class UsersArchitecture(Architecture):
@@ -33,18 +42,11 @@ class UsersArchitecture(Architecture):
         self.name = name
         module_name, _, function_name = name.partition(":")
         try:
-            self._module = importlib.import_module(module_name)
-            self._function: Any = getattr(self._module, function_name)
+            self._function: Any = getattr(importlib.import_module(module_name), function_name)
         except Exception as err:  # A user's module may raise anything.
             raise self._error(
                 f"{type(err).__name__}: {err}", "Install the module, or put its folder on PYTHONPATH"
             ) from err
-
-    @property
-    def source(self) -> Path | None:
-        """The module's file."""
-        file = sys.modules[self._module.__name__].__file__
-        return Path(file) if file else None
 
     @override
     def feature_map(self, image: keras.KerasTensor, model: ModelConfig) -> keras.KerasTensor:

@@ -19,5 +19,5 @@ def test_unknown_benchmark_is_refused_with_the_known_ones(capsys: pytest.Capture
     with pytest.raises(SystemExit, match="2"):
         main(["prediction"])
     said = capsys.readouterr().err
-    assert "names of predict, training-input, data, near-copies, serving" in said
+    assert "names of predict, input-pipeline, data, near-copies, serving" in said
     assert f"{', '.join(BENCHMARKS)}. Received: 5, ['prediction']" in said

@@ -139,6 +139,33 @@ def test_key_follows_size_classes_and_manifest(version: DatasetVersion, packed: 
     assert len(names) == 3
 
 
+def test_only_training_images_are_packed_larger_and_everyone_else_sees_them_as_the_service_does(
+    version: DatasetVersion, packed: PackedImages
+) -> None:
+    home, as_served = packed.directory.parents[1], open_split(packed, "train")
+    scaled = pack_images(version, model(size=12), quarantined=(), home=home, pack_scale=1.5)
+
+    assert scaled.directory != packed.directory
+    assert (scaled.pack_scale, scaled.task) == (1.5, packed.task)
+    for split in ("valid", "test", "reference"):
+        judged = open_split(scaled, split)
+        assert judged.larger is None
+        for row, path in enumerate(judged.paths):
+            served = images.preprocess((version.directory / path).read_bytes(), (12, 12))
+            np.testing.assert_array_equal(judged.images[row], served)
+    train = open_split(scaled, "train")
+    for row, path in enumerate(train.paths):
+        data = (version.directory / path).read_bytes()
+        np.testing.assert_array_equal(train.stored[row], images.preprocess(data, (18, 18)))
+    assert train.images.shape == as_served.images.shape
+    seen = np.asarray(train.images)
+    np.testing.assert_array_equal(train.images[[1, 3]], seen[[1, 3]])
+    np.testing.assert_array_equal(train.images[2], seen[2])
+    # A second interpolation, of noise: grey levels move, by much less than between two images.
+    moved = np.abs(seen.astype(int) - np.asarray(as_served.images)).mean()
+    assert moved < np.abs(seen.astype(int) - np.asarray(as_served.images)[::-1]).mean() / 2
+
+
 def test_pack_is_used_again(version: DatasetVersion, packed: PackedImages) -> None:
     inode = packed.directory.stat().st_ino
     again = pack_images(version, model(size=12), quarantined=(), home=packed.directory.parents[1])

@@ -14,6 +14,7 @@ import pytest
 
 from cv_platform.config import AugmentConfig
 from cv_platform.config.augmentation import AUGMENTERS
+from cv_platform.datasets.packing import PackedSplit
 from cv_platform.training.augmentation import Augmenter, augmented_sheet, declared
 from cv_platform.training.fused import FUSED
 
@@ -352,11 +353,36 @@ def test_the_originals_set_is_its_own() -> None:
     assert [child.name for child in sequence.children["children"]] == ["Sometimes", "OneOf", "OneOf"]
 
 
+def test_larger_images_are_cropped_to_parts_between_the_models_input_and_the_whole() -> None:
+    rows, columns = np.meshgrid(np.arange(60), np.arange(90), indexing="ij")
+    image = np.stack([rows * 4, columns * 2, np.zeros_like(rows)], axis=-1).astype(np.uint8)
+    larger = np.broadcast_to(image, (200, *image.shape))
+    augmenter = Augmenter(AugmentConfig(), seed=2, image_size=(40, 60))
+
+    parts = augmenter(larger, epoch=3, batch_index=1).astype(float)
+
+    assert parts.shape == (200, 40, 60, 3)
+    np.testing.assert_array_equal(parts, augmenter(larger, epoch=3, batch_index=1))
+    # Of the red ramp's 60 rows and the green one's 90 columns, first and last that are seen, within a pixel or two.
+    tops, bottoms = parts[:, 0, 0, 0] / 4, parts[:, -1, 0, 0] / 4
+    lefts, rights = parts[:, 0, 0, 1] / 2, parts[:, 0, -1, 1] / 2
+    heights, widths = bottoms - tops + 1, rights - lefts + 1
+    assert 38 <= heights.min() < 43
+    assert 57 < heights.max() <= 60
+    np.testing.assert_allclose(widths / heights, 1.5, atol=0.06)
+    assert tops.min() < 1
+    assert tops.max() > 15
+    assert lefts.max() > 22
+    whole = Augmenter(AugmentConfig(), seed=2, image_size=(60, 90))(larger, epoch=3, batch_index=1)
+    assert whole is larger
+
+
 def test_the_sheet_has_a_row_for_each_class_that_has_images() -> None:
     config = AugmentConfig(sometimes=1.0, flip_horizontal=1.0)
     targets = np.array([0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0])
 
-    png = augmented_sheet(pictures(), targets, ["a", "b", "c"], Augmenter(config, seed=1), draws=2)
+    split = PackedSplit(pictures(), targets, [], [])
+    png = augmented_sheet(split, ["a", "b", "c"], Augmenter(config, seed=1), draws=2)
 
     sheet = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
     assert sheet.shape[:2] == (2 * 68 + 4, 14 * 8 + 8 + 3 * 68)

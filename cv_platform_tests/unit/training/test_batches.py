@@ -153,6 +153,17 @@ def test_batches_are_made_ahead_only_up_to_the_bound() -> None:
     del iterator
 
 
+def test_batches_of_larger_images_have_the_size_of_the_models_input() -> None:
+    images = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None, None], (16, 6, 6, 3))
+    augmenter = Augmenter(UNTOUCHED, seed=1, image_size=(4, 4))
+    batches = ShuffledBatches(images, np.arange(16) % 5, classes=5, batch_size=8, augmenter=augmenter)
+    dataset = batches.dataset()
+    assert tuple(dataset.element_spec[0].shape) == (None, 4, 4, 3)
+    for seen, targets in dataset.as_numpy_iterator():
+        np.testing.assert_array_equal(seen[:, 0, 0, 0] % 5, targets.argmax(axis=1))
+        assert seen.shape == (8, 4, 4, 3)
+
+
 def test_a_failing_batch_stops_the_epoch_and_keeps_its_error() -> None:
     import tensorflow as tf
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -24,6 +25,7 @@ from cv_platform.storage import VERSION_PATTERN
 from cv_platform.tracking import start_run
 from cv_platform.training.calibration import scale_logits
 from cv_platform.training.callbacks import TrainingMonitor, read_state
+from cv_platform.training.fitting import _memory_errors
 from cv_platform.training.network import build_model
 from cv_platform.training.trainer import _recipe, _work_folder, train_model, with_own_weights
 from cv_platform_tests.support.processor import needs_bfloat16
@@ -385,14 +387,16 @@ def test_all_mismatches_between_data_and_config_are_named(tiny_packed: PackedIma
     )
     packed = tiny_packed.model_copy(update={"task": task, "counts": {"train": 3, "valid": 0}})
 
+    config = experiment(model__input_size={"h": 8, "w": 16}, train__pack_scale=1.25)
     with pytest.raises(TrainingError) as caught:
-        train_model(packed, experiment(model__input_size={"h": 8, "w": 16}), directory=tmp_path)
+        train_model(packed, config, directory=tmp_path)
 
     message = str(caught.value)
     for part in (
         "model.classes: config has ('blue', 'green', 'red'), packed images have ('red', 'green', 'blue')",
         "model.classifier_type: config has multi-class, packed images have multi-label",
         "model.input_size (height, width): config has (8, 16), packed images have (16, 16)",
+        "train.pack_scale: config has 1.25, packed images have 1.0",
         "split valid: expected at least one image",
         "Materialise packed_images again",
     ):
@@ -459,6 +463,41 @@ def test_metrics_reach_mlflow_once_per_epoch_counted_from_one(tmp_path: Path) ->
 
     assert [step for step, _ in run.metrics] == [1, 2]
     assert run.metrics[1][1]["val_cross_entropy"] == 0.5
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("kind", "is_drawn"), [(Terminal, True), (io.StringIO, False)])
+def test_an_epoch_has_a_bar_in_a_terminal_and_none_in_a_log(
+    kind: type[io.StringIO], is_drawn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = kind()
+    monkeypatch.setattr("sys.stderr", shown)
+    monitor = monitor_with(None, tmp_path)
+    monitor._check_loss(0, {"loss": 0.25})
+    monitor._end_epoch(0, LOGS)
+
+    assert ("epoch 1/3" in shown.getvalue()) is is_drawn
+    # It is taken away again: what is left of the line is blank.
+    assert shown.getvalue().rpartition("\r")[2] == ""
+
+
+@pytest.mark.parametrize("kind", ["TensorFlow", "NumPy"])
+def test_where_memory_runs_out_the_error_says_what_to_lower(kind: str) -> None:
+    import tensorflow as tf
+
+    def work() -> None:
+        if kind == "TensorFlow":
+            tf.zeros([2**46])
+        else:
+            np.zeros(2**46)
+
+    said = r"batches of 24\. Received: .+Lower train.batch_size or model.input_size"
+    with pytest.raises(TrainingError, match=said), _memory_errors(24):
+        work()
 
 
 def test_a_tracking_server_that_goes_away_does_not_stop_training(

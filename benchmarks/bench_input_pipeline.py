@@ -1,0 +1,317 @@
+"""Training input: the original's tf.data pipeline against packed pixels, by each engine; and what training adds to it.
+
+Both sides read the same version of the same DVC dataset, make the same batches of the same size with the same random
+operations, and are walked through without a training step. Packing happens once per dataset version; its cost is
+reported as a note and not counted, as no epoch pays it. Then `resnet9s` is trained on the smaller images: by a compiled
+loop of a few lines, which notes how long it waits for its batches, and by the platform's own fit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+
+from benchmarks import original_input
+from benchmarks.harness import (
+    Alternative,
+    Check,
+    Observation,
+    Ratio,
+    Report,
+    Stopwatch,
+    compare,
+    in_process,
+    machine_line,
+    measure_interleaved,
+)
+from benchmarks.options import REPOSITORY, Options
+from benchmarks.uploads import write_uploads
+from cv_platform.config import AugmentConfig, ExperimentConfig, InputSize, load_experiment
+from cv_platform.datasets.packing import PackedSplit
+
+BATCH_SIZE = 64
+MINIMUM_SECONDS = 1.0
+"""A measurement walks whole epochs until this has passed: short ones measure the clock."""
+LIBRARIES = ("tensorflow", "imgaug", "numpy", "opencv-python-headless")
+IMAGES = {32: 1000, 224: 420}
+"""By the side in pixels: photographs of scikit-learn's, as small as CIFAR's, and as large as phones send thumbnails."""
+TARGETS = {("fused", 32): 25.0, ("fused", 224): 5.0, ("imgaug", 32): 4.0, ("imgaug", 224): 4.0}
+"""Times the original's CPU time, at least."""
+MOST_STALL, LEAST_FIT = 0.03, 0.97
+STEPS = 40
+
+
+def run(options: Options) -> Report:
+    """Runs the comparison on crops of photographs, or on the images of `options.archive`."""
+    clock = Stopwatch()
+    observations: dict[str, list[Observation]] = {}
+    ratios, checks, notes = list[Ratio](), list[Check](), list[str]()
+    with tempfile.TemporaryDirectory(prefix="cv-bench-input-") as folder:
+        for side in IMAGES:
+            home = Path(folder) / str(side)
+            experiment = archive_experiment(options.archive or _photographs(side, home / "photos", options.seed), home)
+            train, paths, note = _packed(experiment, side, home)
+            notes.append(note)
+            for name, augment in _augmentations().items():
+                found = measure_interleaved(
+                    _ways(f"{side} px, {name}", train, paths, augment, options.seed),
+                    rounds=options.rounds,
+                    say=options.say,
+                )
+                observations |= found
+                for engine in ("fused", "imgaug"):
+                    ratio = compare(
+                        found,
+                        f"original, {side} px, {name}",
+                        f"{engine}, {side} px, {name}",
+                        "cpu_us_per_unit",
+                        seed=options.seed,
+                    )
+                    if ratio is not None:
+                        ratios.append(ratio)
+                        checks.append(_at_least(ratio, TARGETS[engine, side]))
+            if side == min(IMAGES):
+                trained, stall = _trained(experiment, train, options)
+                observations |= trained
+                ratio = compare(trained, "bare loop", "fit", "cpu_us_per_unit", seed=options.seed)
+                checks.append(_at_most("share of a step that waits for its batch", stall, MOST_STALL))
+                if ratio is not None:
+                    ratios.append(ratio)
+                    checks.append(_at_least(ratio, LEAST_FIT))
+    return Report(
+        name="input-pipeline",
+        title=f"Training input, batches of {BATCH_SIZE}, and a training of resnet9s",
+        unit="image",
+        started_utc=clock.started_utc,
+        seconds=clock.seconds,
+        machine=machine_line(LIBRARIES),
+        settings={
+            "images": str(options.archive or "crops of scikit-learn's photographs"),
+            "batch_size": BATCH_SIZE,
+            "rounds": options.rounds,
+            "seed": options.seed,
+        },
+        observations=observations,
+        ratios=ratios,
+        checks=checks,
+        notes=notes,
+    )
+
+
+def archive_experiment(archive: Path | None, home: Path) -> ExperimentConfig:
+    """Returns the digits experiment, or one over the classes and images of `archive`, imported into `home`."""
+    digits = load_experiment(REPOSITORY / "configs" / "digits.yaml")
+    if archive is None:
+        return digits
+    from cv_platform.datasets.importing import import_dataset
+
+    imported = import_dataset(archive, ds_name="archive", tag="v1.0.0", ds_root=home / "datasets")
+    return digits.model_copy(
+        update={
+            "model": digits.model.model_copy(update={"classes": imported.class_names}),
+            "dataset": digits.dataset.model_copy(update={"ds_name": "archive", "dvc_tag": "v1.0.0", "source": None}),
+        }
+    )
+
+
+def _photographs(side: int, folder: Path, seed: int) -> Path:
+    """Writes photographs of two classes that are a little larger than `side`, or as small."""
+    for index, path in enumerate(write_uploads("photos", folder, count=IMAGES[side], seed=seed)):
+        target = folder / ("building", "flower")[index % 2] / path.name
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        if side < 200:
+            small = cv2.resize(cast(Any, cv2.imread(str(target))), (side, side), interpolation=cv2.INTER_AREA)
+            cv2.imwrite(str(target), small)
+    return folder
+
+
+def _packed(experiment: ExperimentConfig, side: int, home: Path) -> tuple[PackedSplit, list[Path], str]:
+    """Returns the training split at `side` pixels, its files, and what packing took."""
+    from cv_platform.datasets.packing import open_split, pack_images
+    from cv_platform.datasets.versions import checkout_version
+
+    model = experiment.model.model_copy(update={"input_size": InputSize(h=side, w=side)})
+    version = checkout_version(experiment.dataset, model, home=home)
+    begin = time.process_time()
+    packed = pack_images(version, model, quarantined=(), home=home)
+    packing_us = 1e6 * (time.process_time() - begin) / sum(packed.counts.values())
+    train = open_split(packed, "train")
+    note = f"packing {len(train.paths)} images at {side} px, once per dataset version: {packing_us:.0f} CPU µs each"
+    return train, [version.directory / path for path in train.paths], note
+
+
+def _augmentations() -> Mapping[str, AugmentConfig]:
+    """Returns the random operations: of the original's experiment as it is shipped, and the original's own set."""
+    animals = load_experiment(REPOSITORY / "configs" / "examples" / "animals10.yaml")
+    return {"animals10": animals.train.augment, "the original's set": AugmentConfig(operations=("original",))}
+
+
+def _ways(what: str, train: PackedSplit, paths: list[Path], augment: AugmentConfig, seed: int) -> list[Alternative]:
+    from cv_platform.training.augmentation import Augmenter
+    from cv_platform.training.batches import ShuffledBatches
+
+    classes = int(train.targets.max()) + 1
+    pipeline = original_input.dataset(
+        paths,
+        train.targets,
+        classes=classes,
+        image_size=(train.images.shape[1], train.images.shape[2]),
+        batch_size=BATCH_SIZE,
+        augment=augment,
+        seed=seed,
+    )
+    ways = [Alternative(f"original, {what}", in_process(lambda: _walk(lambda epoch: pipeline)))]
+    for engine in ("fused", "imgaug"):
+        batches = ShuffledBatches(
+            train.images,
+            train.targets,
+            classes=classes,
+            batch_size=BATCH_SIZE,
+            augmenter=Augmenter(augment.model_copy(update={"engine": engine}), seed=seed),
+        )
+        ways.append(Alternative(f"{engine}, {what}", in_process(_epochs(batches, batches.dataset()))))
+    return ways
+
+
+def _epochs(batches: Any, pipeline: Iterable[Any]) -> Callable[[], int]:
+    def epoch(index: int) -> Iterable[Any]:
+        batches.epoch = index
+        return pipeline
+
+    return lambda: _walk(epoch)
+
+
+def _walk(epoch: Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]]) -> int:
+    """Walks whole epochs for at least `MINIMUM_SECONDS` and returns the number of images seen."""
+    images, index = 0, 0
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < MINIMUM_SECONDS:
+        for batch, _ in epoch(index):
+            images += int(batch.shape[0])
+        index += 1
+    return images
+
+
+class _Clock:
+    """Takes the place of an MLflow run, and notes the CPU time at the end of each epoch."""
+
+    run_id = "clock"
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, float]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+    def log_curve(self, name: str, points: Mapping[int, float]) -> None:
+        """Takes the loss within an epoch."""
+
+
+def _trained(
+    experiment: ExperimentConfig, train: PackedSplit, options: Options
+) -> tuple[dict[str, list[Observation]], float]:
+    """Trains by turns in a bare loop and by the platform's fit; returns both, and the share that the loop waits."""
+    from cv_platform.training.fitting import fit_model
+
+    side, count = train.images.shape[1], STEPS * BATCH_SIZE
+    rows = np.resize(np.arange(len(train.targets)), count)
+    # In memory and repeated: an epoch long enough that what comes once in one weighs nothing.
+    many = PackedSplit(np.asarray(train.images[np.arange(len(train.targets))])[rows], train.targets[rows], [], [])
+    few = PackedSplit(many.images[:BATCH_SIZE], many.targets[:BATCH_SIZE], [], [])
+    config = experiment.with_fields(
+        {
+            "model.input_size": {"h": side, "w": side},
+            "model.architecture": "resnet9s",
+            "train.epochs": options.rounds + 1,
+            "train.batch_size": BATCH_SIZE,
+            "train.augment": _augmentations()["animals10"].model_copy(update={"engine": "fused"}).model_dump(),
+        }
+    )
+    clock, loop = _Clock(), _BareLoop(config, many)
+    loop.epoch(0)
+    found: dict[str, list[Observation]] = {"bare loop": [], "fit": []}
+    with tempfile.TemporaryDirectory(prefix="cv-bench-fit-") as work:
+        fit_model(config, many, few, folder=Path(work), run=cast(Any, clock))
+    for (wall, cpu), (later, later_cpu) in zip(clock.ends[:-1], clock.ends[1:], strict=True):
+        found["fit"].append(Observation(units=count, wall_seconds=later - wall, cpu_seconds=later_cpu - cpu))
+    waited = 0.0
+    for index in range(options.rounds):
+        loop_found, waiting = loop.epoch(1 + index)
+        found["bare loop"].append(loop_found)
+        waited += waiting
+        options.say(f"  bare loop, round {index + 1}/{options.rounds}")
+    return found, waited / sum(one.wall_seconds for one in found["bare loop"])
+
+
+class _BareLoop:
+    """The same network, loss, optimizer and batches, in the shortest compiled loop."""
+
+    def __init__(self, config: ExperimentConfig, split: PackedSplit) -> None:
+        import keras
+        import tensorflow as tf
+
+        from cv_platform.training.augmentation import Augmenter
+        from cv_platform.training.batches import ShuffledBatches
+        from cv_platform.training.network import build_model
+        from cv_platform.training.schedules import build_optimizer
+
+        train = config.train
+        network = build_model(config.model, weight_decay=train.weight_decay, seed=train.seed)
+        optimizer = build_optimizer(train, total_steps=train.epochs * STEPS)
+        optimizer.build(network.trainable_variables)
+        loss: Any = keras.losses.CategoricalCrossentropy(label_smoothing=train.label_smoothing)
+        self._batches = ShuffledBatches(
+            split.images,
+            split.targets,
+            classes=len(config.model.classes),
+            batch_size=train.batch_size,
+            augmenter=Augmenter(train.augment, seed=train.seed),
+        )
+
+        @tf.function
+        def step(images: Any, targets: Any) -> Any:
+            with tf.GradientTape() as tape:
+                total = loss(targets, network(images, training=True)) + tf.add_n(network.losses)
+            variables: Any = network.trainable_variables
+            optimizer.apply(tape.gradient(total, variables), variables)
+            return total
+
+        self._step: Any = step
+
+    def epoch(self, index: int) -> tuple[Observation, float]:
+        """Returns what an epoch took, and the seconds of it that were spent waiting for batches."""
+        self._batches.epoch = index
+        iterator, waited, images = iter(self._batches.dataset()), 0.0, 0
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            float(self._step(*batch))
+            images += int(batch[0].shape[0])
+        seen = Observation(
+            units=images, wall_seconds=time.perf_counter() - begin, cpu_seconds=time.process_time() - begin_cpu
+        )
+        return seen, waited
+
+
+def _at_least(ratio: Ratio, least: float) -> Check:
+    return Check(
+        what=f"{ratio.numerator} / {ratio.denominator}, CPU time",
+        expected=f"≥ {least:g}",
+        received=f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
+        held=ratio.median >= least,
+    )
+
+
+def _at_most(what: str, value: float, most: float) -> Check:
+    return Check(what=what, expected=f"≤ {most:g}", received=f"{value:.4f}", held=value <= most)
