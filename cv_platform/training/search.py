@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
 from cv_platform.config import ExperimentConfig, Span
 from cv_platform.datasets.packing import open_split
-from cv_platform.errors import TrackingError, TrainingError
+from cv_platform.errors import DatabaseUnavailableError, TrackingError, TrainingError
 from cv_platform.pages import render
 from cv_platform.records import PackedImages
 from cv_platform.tracking import MlflowRun
@@ -68,7 +69,22 @@ def run_search(search: Search, config: ExperimentConfig) -> optuna.Study:
 
     Raises:
         TrainingError: not one trial could be trained; the message has the last reason.
+        DatabaseUnavailableError: the database that keeps the trials is away; the same call goes on when it is back.
     """
+    import optuna
+
+    try:
+        return _run_trials(search, config)
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as err:
+        cause = err.__cause__ if isinstance(err.__cause__, SQLAlchemyError) else err
+        raise DatabaseUnavailableError(
+            f"Expected the database that keeps the trials of {study_name(search.packed, config)}. Received: "
+            f"{str(cause).partition(chr(10))[0]:.300}. What was finished is kept: when the database is back, type the "
+            "command again, and the search goes on."
+        ) from err
+
+
+def _run_trials(search: Search, config: ExperimentConfig) -> optuna.Study:
     import optuna
 
     study = _open_study(search, config)

@@ -158,7 +158,8 @@ def test_batches_of_larger_images_have_the_size_of_the_models_input() -> None:
     augmenter = Augmenter(UNTOUCHED, seed=1, image_size=(4, 4))
     batches = ShuffledBatches(images, np.arange(16) % 5, classes=5, batch_size=8, augmenter=augmenter)
     dataset = batches.dataset()
-    assert tuple(dataset.element_spec[0].shape) == (None, 4, 4, 3)
+    signature: Any = dataset.element_spec
+    assert tuple(signature[0].shape) == (None, 4, 4, 3)
     for seen, targets in dataset.as_numpy_iterator():
         np.testing.assert_array_equal(seen[:, 0, 0, 0] % 5, targets.argmax(axis=1))
         assert seen.shape == (8, 4, 4, 3)

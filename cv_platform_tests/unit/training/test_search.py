@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from cv_platform.commands.tune import with_options, write_best
 from cv_platform.config import ExperimentConfig, load_experiment
-from cv_platform.errors import ConfigError, TrainingError
+from cv_platform.errors import ConfigError, DatabaseUnavailableError, TrainingError
 from cv_platform.records import PackedImages
 from cv_platform.tracking import start_run
 from cv_platform.training.search import Search, run_search, search_page, study_name
@@ -99,6 +99,26 @@ def test_trials_that_fail_are_a_part_of_the_budget(tiny_packed: PackedImages, tm
             run_search(search, config)
 
     assert len(study.trials) == 2
+
+
+def test_a_database_that_goes_away_ends_the_search_in_words_and_it_goes_on_afterwards(
+    tiny_packed: PackedImages, tmp_path: Path
+) -> None:
+    import optuna
+
+    config, database = searched(2), tmp_path / "studies.db"
+    storage = optuna.storages.RDBStorage(f"sqlite:///{database}")
+    study = optuna.create_study(storage=storage, study_name=study_name(tiny_packed, config), direction="maximize")
+    study.add_trials([optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL) for _ in range(2)])
+    search, content = Search(tiny_packed, storage, tmp_path / "work", cast(Any, None)), database.read_bytes()
+
+    database.write_bytes(b"no database " * 1000)
+    with pytest.raises(DatabaseUnavailableError, match=r"trials of tiny-.*type the command again"):
+        run_search(search, config)
+
+    database.write_bytes(content)
+    with pytest.raises(TrainingError, match="have failed before"):
+        run_search(search, config)
 
 
 @pytest.mark.filterwarnings("ignore:Choices for a categorical")

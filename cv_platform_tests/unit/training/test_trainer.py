@@ -521,6 +521,25 @@ def test_a_tracking_server_that_goes_away_does_not_stop_training(
     assert read_state(tmp_path) == monitor.state
 
 
+def test_a_real_mlflow_that_breaks_in_the_middle_gets_its_epochs_when_it_is_back(
+    tracking_uri: str, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    with start_run(tracking_uri, "breaks", run_name="model", artifact_root=tmp_path / "artifacts") as run:
+        monitor = monitor_with(run, tmp_path)
+        monitor._end_epoch(0, LOGS)
+        content = database.read_bytes()
+        database.write_bytes(b"no database " * 1000)
+        monitor._end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
+        database.write_bytes(content)
+        monitor.deliver()
+
+    found = MlflowClient(tracking_uri).get_metric_history(run.run_id, "val_cross_entropy")
+    assert [(metric.step, metric.value) for metric in found] == [(1, 1.0), (2, 0.5)]
+
+
 def test_the_last_two_epochs_and_the_best_weights_are_kept_and_no_more(tmp_path: Path) -> None:
     monitor = monitor_with(None, tmp_path)
     for epoch, loss in enumerate((1.0, 0.4, 0.6, 0.4)):
