@@ -132,7 +132,7 @@ docs: setup ## Build the documentation as a site, build/docs/index.html.
 	$(BIN)/mkdocs build
 
 lock: setup ## Compile requirements.lock anew (needs the network).
-	$(BIN)/uv pip compile $(LOCK_FLAGS) --group dev --extra s3 --extra docker --extra ray pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile $(LOCK_FLAGS) --group dev --extra s3 --extra docker --extra ray --extra lite2 pyproject.toml -o requirements.lock
 
 bench: setup ## Benchmarks against the original's way; each prints ratios.
 	$(BIN)/python -m benchmarks

@@ -96,17 +96,28 @@ def whole_directory(target: Path, *, resumes: bool = False) -> Generator[Path]:
 
 
 @contextmanager
-def scratch_directory(parent: Path, name: str) -> Generator[Path]:
-    """Yields an empty hidden folder below `parent` and removes it afterwards; call it under `exclusive`."""
+def scratch_directory(parent: Path, name: str, *, work: str = "") -> Generator[Path]:
+    """Yields a hidden folder below `parent` and removes it afterwards; call it under `exclusive`.
+
+    Args:
+        parent: of the folder.
+        name: whose folder it is; what killed processes left of that name is removed.
+        work: identifies what is done there. A process that was killed or interrupted at the same work has left its
+            folder to the next one, as it was; empty: the folder is always a new one.
+    """
     parent.mkdir(parents=True, exist_ok=True)
+    scratch = parent / f".{name}.scratch-{work or secrets.token_hex(4)}"
     for leftover in parent.glob(f".{name}.scratch-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    scratch = parent / f".{name}.scratch-{secrets.token_hex(4)}"
-    scratch.mkdir()
+        if leftover != scratch:
+            shutil.rmtree(leftover, ignore_errors=True)
+    scratch.mkdir(exist_ok=bool(work))
     try:
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except BaseException as err:
+        if not work or isinstance(err, Exception):  # An interruption says nothing against what is there.
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sync_tree(directory: Path) -> None:

@@ -55,6 +55,11 @@ def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) 
         metavar="FRACTION",
         help="of files that are no images (default: 0.1)",
     )
+    dataset.add_argument(
+        "--link",
+        action="store_true",
+        help="leave the images of a folder where they are; DVC keeps their sha256, and a change is an error",
+    )
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
 
 
@@ -87,6 +92,7 @@ def _import_dataset(options: argparse.Namespace) -> int:
         use_valid_as_test=options.use_valid_as_test,
         zip_encoding=options.zip_encoding,
         max_left_out_fraction=options.max_left_out,
+        links=options.link,
     )
     imported = import_dataset(
         options.source,

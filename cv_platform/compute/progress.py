@@ -1,13 +1,17 @@
-"""How far a work on shards is, said in the log every few seconds."""
+"""How far a work on many images is: said in the log every few seconds, or drawn as a bar on a terminal."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
 _EVERY_SECONDS = 10.0
+T = TypeVar("T")
 
 
 class Progress:
@@ -36,3 +40,21 @@ class Progress:
         left = max(0, self._total - self._done) / max(rate, 1e-9)
         share = f"{self._done:,} of {self._total:,} images"
         return f"{self._title}: {share}, {rate:,.0f} per second, {left:,.0f} s left"
+
+
+def watched(images: Sequence[T], title: str) -> Iterator[T]:
+    """Yields images, and shows how far it is: by a bar where standard error is a terminal, else by lines in the log.
+
+    Args:
+        images: of the work, or what stands for each of them.
+        title: of the work.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # Late: each process that works on shards imports this package.
+
+        yield from tqdm(images, desc=title, unit=" images", dynamic_ncols=True, file=sys.stderr)
+        return
+    progress = Progress(title, len(images))
+    for image in images:
+        yield image
+        progress.add(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import functools
+import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cv_platform.compute.progress import watched
 from cv_platform.config import DatasetConfig
 from cv_platform.datasets.dvc_store import store_images
 from cv_platform.datasets.repository import (
@@ -31,11 +33,12 @@ from cv_platform.datasets.sources.archives import is_archive, unpack
 from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, ImageEntry, Layout, LeftOut
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import descend, read_layout, write_annotations
-from cv_platform.datasets.sources.phone_photos import GROWTH, SUFFIX, is_phone_photo, to_jpeg
+from cv_platform.datasets.sources.phone_photos import SUFFIX, is_phone_photo
 from cv_platform.datasets.sources.tree import Folder, is_image, walk
 from cv_platform.datasets.splits import SPLITS
+from cv_platform.datasets.staging import Staging, Traits, filled_once
 from cv_platform.errors import DatasetError, InvalidDatasetError
-from cv_platform.files import exclusive, require_free_space, scratch_directory, whole_directory
+from cv_platform.files import exclusive, scratch_directory, whole_directory
 from cv_platform.images.files import IMAGE_SUFFIXES
 
 NO_SPLIT = "no split"
@@ -99,6 +102,7 @@ class ImportRules:
         use_valid_as_test: the valid split becomes test.
         zip_encoding: of the names in a zip that are not UTF-8.
         max_left_out_fraction: of the files in the images' places those that may be no images that can be decoded.
+        links: leave the images of a folder where they are, see `datasets.links`, instead of copying them into DVC.
     """
 
     classes: tuple[str, ...] | None = None
@@ -106,6 +110,7 @@ class ImportRules:
     use_valid_as_test: bool = False
     zip_encoding: str | None = None
     max_left_out_fraction: float = MAX_LEFT_OUT_FRACTION
+    links: bool = False
 
 
 def import_dataset(
@@ -119,9 +124,10 @@ def import_dataset(
 ) -> ImportedDataset:
     """Adds the images of `source` to the repository `ds_root/ds_name` as the version `tag`.
 
-    The repository is made when it is missing. Importing the same images under the same tag again changes nothing. The
-    source is only read, and of an existing repository neither branch nor working tree changes. How the source was
-    understood is the message of the version's commit.
+    The repository is made when it is missing. Importing the same images under the same tag again changes nothing, and
+    where an import of the same, unchanged source was killed or interrupted, the next one goes on with what it had
+    copied or unpacked. The source is only read, and of an existing repository neither branch nor working tree changes.
+    How the source was understood is the message of the version's commit.
 
     Args:
         source: a folder, or a tar or zip archive, in one of the layouts of docs/reference/import.md.
@@ -145,20 +151,25 @@ def import_dataset(
     if not source.is_dir() and not is_parquet and not is_archive(source):
         raise InvalidDatasetError(f"Expected a folder, tar or zip of images. Received: {source}, which is neither.")
     _make_root(repository.parent)
+    before = _traits(source)
+    labels = _traits(annotations) if annotations is not None and annotations.is_file() else {}
+    work = hashlib.sha256(repr((source, rules, sorted(before.items()), labels)).encode()).hexdigest()[:16]
     with (
         exclusive(repository.parent / f".{ds_name}.lock"),
-        scratch_directory(repository.parent, ds_name) as scratch,
+        scratch_directory(repository.parent, ds_name, work=work) as scratch,
     ):
         root, unpacked_from = _unpacked(source, scratch, rules)
-        folder, before = descend(walk(root)), _traits(root)
+        folder = descend(walk(root))
         layout = _read(folder, annotations, rules)
         converted = frozenset(entry.path for entry in layout.entries if is_phone_photo(folder.path / entry.path))
+        if rules.links:
+            _require_linkable(source, root, converted)
         entries = _canonical(layout, converted)
-        staging = _Staging(folder.path, scratch / DATA_FOLDER, converted, moves=root != source)
-        staging.fill(layout.entries, entries)
-        if root == source:
-            _require_unchanged(before, root)
+        staging = Staging(folder.path, scratch / DATA_FOLDER, converted, is_ours=root != source, stays=rules.links)
+        beside = staging.fill(layout.entries, entries)
+        _require_unchanged(before, source)
         classes = Counter(label for entry in entries for label in entry.labels)
+        left = (f"left in place, in {folder.path}: DVC holds the sha256 of each",) if rules.links else ()
         imported = ImportedDataset(
             ds_name=ds_name,
             tag=tag,
@@ -170,32 +181,50 @@ def import_dataset(
             ),
             counts=dict(Counter(entry.split or NO_SPLIT for entry in entries)),
             class_counts={name: classes[name] for name in layout.class_names},
-            notes=(*unpacked_from, f"understood as {layout.name}", *layout.notes, *_said_of(converted)),
+            notes=(*unpacked_from, f"understood as {layout.name}", *layout.notes, *_said_of(converted), *left),
             left_out=layout.left_out.counts(),
             directory=repository,
         )
         annotations_csv = write_annotations(entries) if layout.labels_from != "folders" else None
         message = "\n".join([f"Import {tag}", "", *imported.summary()])
         known = list_versions(repository) if (repository / ".git").exists() else {}
-        stored = store_version(repository, tag, scratch, annotations_csv, message)
+        stored = store_version(repository, tag, scratch, annotations_csv, message, beside)
     same = tuple(name for name, version in known.items() if version.dvc_md5 == stored.dvc_md5)
     return imported.model_copy(update={"dvc_md5": stored.dvc_md5, "same_as": same})
 
 
-def _traits(root: Path) -> dict[str, tuple[int, int]]:
-    """Returns size and time of every file of a source, by path."""
-    found = (folder.path / name for folder in walk(root).below() for name in folder.files)
-    return {str(path): ((status := path.stat()).st_size, status.st_mtime_ns) for path in found}
+def _traits(source: Path) -> Traits:
+    """Returns size and times (of the content, of the file's record) of every file of a source, by path."""
+    folders = walk(source).below() if source.is_dir() else ()
+    files = [folder.path / name for folder in folders for name in folder.files] or [source]
+    found = ((str(path), path.stat()) for path in files)
+    return {path: (status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found}
 
 
-def _require_unchanged(before: dict[str, tuple[int, int]], root: Path) -> None:
+def _require_unchanged(before: Traits, source: Path) -> None:
     """Refuses a source that somebody has changed since: what was judged would not be what is stored."""
-    after = _traits(root)
-    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    after = _traits(source)
+    paths = before.keys() | after.keys()
+    # The last time of the three changes with a file's links and rights, too, which are of no interest here.
+    changed = sorted(path for path in paths if before.get(path, ())[:2] != after.get(path, ())[:2])
     if changed:
         raise InvalidDatasetError(
-            f"Expected {root} to stay as it was while it was read. Received: {len(changed)} files that came, went or "
+            f"Expected {source} to stay as it was while it was read. Received: {len(changed)} files that came, went or "
             f"changed, such as {changed[0]}. Wait until it is complete, and import again."
+        )
+
+
+def _require_linkable(source: Path, root: Path, converted: frozenset[str]) -> None:
+    """Refuses to leave in place what has no place of its own, or is not stored as it is."""
+    if root != source:
+        raise InvalidDatasetError(
+            f"Expected a folder of image files for --link. Received: {source}, whose images are inside of other "
+            "files. Unpack it where the images are to stay, or import it without --link."
+        )
+    if converted:
+        raise InvalidDatasetError(
+            f"Expected images for --link that the platform reads as they are. Received: {len(converted)} HEIC or AVIF, "
+            f"such as {min(converted)}. Convert them in place, or import the folder without --link."
         )
 
 
@@ -204,14 +233,11 @@ def _unpacked(source: Path, scratch: Path, rules: ImportRules) -> tuple[Path, tu
     root = source
     files = [source] if source.suffix.lower() == parquet.SUFFIX and source.is_file() else []
     if not source.is_dir() and not files:
-        root = scratch / "unpacked"
-        root.mkdir()
-        unpack(source, root, encoding=rules.zip_encoding)
+        root = filled_once(scratch / "unpacked", functools.partial(unpack, source, encoding=rules.zip_encoding))
     above = root.parent if files else root
     if files := files or parquet.parquet_files(walk(root)):
-        (scratch / "parquet").mkdir()
-        parquet.unpack_parquet(files, scratch / "parquet", root=above)
-        return scratch / "parquet", (f"images taken out of {len(files)} Parquet files",)
+        taken_out = filled_once(scratch / "parquet", functools.partial(parquet.unpack_parquet, files, root=above))
+        return taken_out, (f"images taken out of {len(files)} Parquet files",)
     return root, ()
 
 
@@ -280,7 +306,8 @@ def _judge_images(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
     What is called an image and is none stays: the manifest quarantines it by name, with its reason.
     """
     try:
-        whole = {entry.path for entry in layout.entries if is_image(root.path / entry.path)}
+        entries = watched(layout.entries, "Images looked at")
+        whole = {entry.path for entry in entries if is_image(root.path / entry.path)}
     except OSError as err:
         raise InvalidDatasetError(f"Expected images that can be read. Received: {err}. Correct their rights.") from err
     broken = [entry.path for entry in layout.entries if entry.path not in whole]
@@ -359,52 +386,6 @@ def _canonical(layout: Layout, converted: frozenset[str]) -> tuple[ImageEntry, .
 
 def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
-
-
-@dataclass(frozen=True)
-class _Staging:
-    """Brings the images found in `root` below `images`.
-
-    Attributes:
-        root: the source.
-        images: what is to be stored.
-        converted: paths in `root` of those that become JPEG.
-        moves: whether `root` is what was unpacked here.
-    """
-
-    root: Path
-    images: Path
-    converted: frozenset[str]
-    moves: bool
-
-    def fill(self, found: tuple[ImageEntry, ...], named: tuple[ImageEntry, ...]) -> None:
-        """Copies, moves or converts each to its name.
-
-        Raises:
-            InvalidDatasetError: one cannot be read.
-        """
-        try:
-            copied = [entry.path for entry in found if not self.moves or entry.path in self.converted]
-            growth = {path: GROWTH if path in self.converted else 1 for path in copied}
-            needed = sum((self.root / path).stat().st_size * times for path, times in growth.items())
-            require_free_space(self.images.parent, needed, purpose=f"a copy of {self.root}")
-            for origin, entry in zip(found, named, strict=True):
-                self._bring(origin.path, self.images / entry.path)
-        except OSError as err:
-            raise InvalidDatasetError(
-                f"Cannot read the images of {self.root}: {err}. Check their rights and the disk."
-            ) from err
-
-    def _bring(self, path: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path in self.converted:
-            if not to_jpeg(self.root / path, target):
-                raise InvalidDatasetError(f"Expected {path} as it was a moment ago. Received: damaged. Import again.")
-        elif self.moves:
-            (self.root / path).rename(target)
-        else:
-            # Never a hard link: what happens to a stored file must not reach the source.
-            shutil.copyfile(self.root / path, target)
 
 
 def store_version(

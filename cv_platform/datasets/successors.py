@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cv_platform.datasets.importing import store_version
+from cv_platform.datasets.links import write_links
 from cv_platform.datasets.repository import DATA_FOLDER, StoredVersion
 from cv_platform.datasets.sources.entries import ImageEntry, Layout
 from cv_platform.datasets.sources.layouts import write_annotations
@@ -18,7 +19,10 @@ from cv_platform.files import exclusive, scratch_directory
 
 @dataclass(frozen=True)
 class SuccessorImage:
-    """An image of the new version: the read-only file that it comes from, and where and as what it is stored."""
+    """An image of the new version: the file of a checkout that it comes from, and where and as what it is stored.
+
+    One that the version before has left in place stays there: see `datasets.links`.
+    """
 
     file: Path
     entry: ImageEntry
@@ -59,7 +63,10 @@ def store_successor(
         scratch_directory(repository.parent, repository.name) as scratch,
     ):
         for image in images:
-            _link(image.file, scratch / DATA_FOLDER / image.entry.path)
+            if not image.file.is_symlink():
+                _link(image.file, scratch / DATA_FOLDER / image.entry.path)
+        left_in_place = {image.entry.path: image.file.readlink() for image in images if image.file.is_symlink()}
+        beside = {**beside, **write_links(scratch / DATA_FOLDER, left_in_place)}
         annotations = None
         if before.labels_from != "folders":
             annotations = write_annotations(image.entry for image in images)

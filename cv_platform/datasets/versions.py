@@ -17,11 +17,13 @@ from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.digits import make_digits_repository
 from cv_platform.datasets.dvc_store import check_out
+from cv_platform.datasets.links import PLACE, place_links
 from cv_platform.datasets.manifest import build_manifest, is_manifest, manifest_name
 from cv_platform.datasets.repository import (
     ANNOTATIONS,
     StoredVersion,
     list_versions,
+    read_file,
     read_version,
     require_repository,
 )
@@ -102,6 +104,8 @@ def check_out_images(repository: Path, tag: str, *, home: Path) -> tuple[StoredV
         if not _is_complete(directory, version):
             with whole_directory(directory) as partial:
                 check_out(version, partial, repository=repository)
+                place = read_file(repository, tag, PLACE)
+                place_links(partial / version.data_path, place, version=f"{repository.name} {tag}")
                 _seal(partial, version)
     return version, directory
 
@@ -145,25 +149,31 @@ def _require(dataset: DatasetConfig, home: Path) -> Path:
 
 
 def _seal(directory: Path, version: StoredVersion) -> None:
-    """Makes a checkout's files (not its folders: it can be deleted) read-only, and writes down what it holds."""
+    """Makes a checkout's files (neither its folders nor what it links to) read-only, and writes down what it holds."""
     if version.annotations is not None:
         (directory / ANNOTATIONS).write_bytes(version.annotations)
     for path in directory.rglob("*"):
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             path.chmod(0o444)
     marker = {"format": _MARKER_FORMAT, **_listing(directory / version.data_path)}
     (directory / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
 
 
 def _is_complete(directory: Path, version: StoredVersion) -> bool:
-    """Compares names, sizes and times with what was written down: cheap, and sees every honest accident."""
+    """Compares names, sizes and times with what was written down: cheap, and sees every honest accident.
+
+    Of images that were left in place, those of the files that the links lead to are compared.
+    """
     try:
         marker = json.loads((directory / _MARKER).read_bytes())
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
         marker = None
-    complete = marker == {"format": _MARKER_FORMAT, **_listing(directory / version.data_path)}
+    try:
+        complete = marker == {"format": _MARKER_FORMAT, **_listing(directory / version.data_path)}
+    except OSError:  # A link whose file is gone.
+        complete = False
     if not complete:
         logger.warning("The checkout %s has changed since it was made; making it again", directory)
     return complete

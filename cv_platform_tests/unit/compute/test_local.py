@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import io
 import os
+import re
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from cv_platform.compute import engine as engines
-from cv_platform.compute import map_shards
+from cv_platform.compute import map_shards, progress
 from cv_platform.compute.engine import AHEAD, Salvage
 from cv_platform.compute.local import LocalEngine
-from cv_platform.compute.progress import Progress
+from cv_platform.compute.progress import Progress, watched
 from cv_platform.errors import InvalidDatasetError, ShardError, StorageError
 
 from .tasks import Numbers, doubled, process_id, shards
@@ -79,6 +82,25 @@ def test_a_shard_waits_for_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(StorageError, match="at all"):
         list(map_shards(never, shards(1), engine=None, title="Reading", total=2))
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := _Terminal())
+    assert list(watched(range(30), "Images copied")) == list(range(30))
+    assert re.search(r"Images copied: 100%.* 30/30 \[", terminal.getvalue())
+    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
+    monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.0)
+    with caplog.at_level("INFO"):
+        assert list(watched("ab", "Images copied")) == ["a", "b"]
+    assert re.match(r"Images copied: 1 of 2 images, [\d,]+ per second, 0 s left", caplog.messages[0])
+    assert file.getvalue() == ""
 
 
 def test_progress_says_how_many_how_fast_and_how_long() -> None:

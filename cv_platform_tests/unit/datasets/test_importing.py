@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from cv_platform.datasets import importing
 from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.repository import list_versions
 from cv_platform.datasets.sources.entries import ImageEntry
+from cv_platform.datasets.staging import Staging
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
@@ -138,21 +140,96 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     source = class_folders(tmp_path / "pets", per_class=3)
-    fill = importing._Staging.fill
+    fill = Staging.fill
 
-    def fill_while_somebody_writes(staging: importing._Staging, *entries: tuple[ImageEntry, ...]) -> None:
+    def fill_while_somebody_writes(staging: Staging, *entries: tuple[ImageEntry, ...]) -> None:
         fill(staging, *entries)
         if change == "removed":
             (source / "cat/1.png").unlink()
         else:
             (source / ("cat/9.png" if change == "added" else "cat/1.png")).write_bytes(picture(77, (9, 9)))
 
-    monkeypatch.setattr(importing._Staging, "fill", fill_while_somebody_writes)
+    monkeypatch.setattr(Staging, "fill", fill_while_somebody_writes)
     with pytest.raises(
         InvalidDatasetError, match=r"1 files that came, went or changed, such as .*cat/[19]\.png\. Wait"
     ):
         import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
     assert not (tmp_path / "ds/pets").exists()
+
+
+_KILLED_AT_THE_FOURTH_COPY = """
+import os, shutil, signal, sys
+from pathlib import Path
+from cv_platform.datasets.importing import import_dataset
+
+copyfile, copied = shutil.copyfile, []
+
+def copy_three(origin, target):
+    if len(copied) == 3:
+        target.write_bytes(b"half an image")
+        os.kill(os.getpid(), signal.SIGKILL)
+    copied.append(origin)
+    return copyfile(origin, target)
+
+shutil.copyfile = copy_three
+import_dataset(Path(sys.argv[1]), ds_name="pets", tag="v1.0.0", ds_root=Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_import_leaves_no_version_and_the_next_one_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = class_folders(tmp_path / "pets", per_class=3)
+    killed = subprocess.run([sys.executable, "-c", _KILLED_AT_THE_FOURTH_COPY, source, tmp_path / "ds"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "ds/pets").exists()
+    copied = copies_of(monkeypatch)
+    imported = import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert copied == ["dog/0.png", "dog/1.png", "dog/2.png"]
+    assert sorted(p.name for p in (tmp_path / "ds").iterdir()) == [".pets.lock", "pets"]
+    version = checkout_version(dataset(ds_root=str(tmp_path / "ds")), model(), home=tmp_path / "home")
+    assert version.provenance.dvc_md5 == imported.dvc_md5
+    assert {path: (version.directory / "images" / path).read_bytes() for path in copied} == {
+        path: (source / path).read_bytes() for path in copied
+    }
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_interrupted_import_of_an_archive_unpacks_again_only_what_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, changed: bool
+) -> None:
+    def packed(per_class: int) -> Path:
+        with tarfile.open(tmp_path / "pets.tar", "w") as tar:
+            tar.add(class_folders(tmp_path / f"pets-{per_class}", per_class), "pets")
+        return tmp_path / "pets.tar"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    source = packed(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "fill", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    (scratch,) = (tmp_path / "ds").glob(".pets.scratch-*")
+    mark = scratch / "unpacked/pets/cat/mark.png"
+    mark.write_bytes(picture(99, (9, 9)))  # Seen only by an import that goes on with what is unpacked.
+    imported = import_dataset(packed(4) if changed else source, ds_name="pets", tag="v1.0.0", ds_root=tmp_path / "ds")
+    assert imported.class_counts == ({"cat": 4, "dog": 4} if changed else {"cat": 4, "dog": 3})
+
+
+def copies_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns a list that gets the path, with its class, of each file that is copied from now on."""
+    copied: list[str] = []
+    copyfile = shutil.copyfile
+
+    def copy(origin: Path | str, target: Path | str) -> Path | str:
+        if isinstance(origin, Path):  # DVC copies, too, where it cannot link.
+            copied.append(f"{origin.parent.name}/{origin.name}")
+        return copyfile(origin, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    return copied
 
 
 def test_ignores_the_environment_of_a_git_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

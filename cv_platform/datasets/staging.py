@@ -1,0 +1,98 @@
+"""What an import is about to store, gathered in one folder: copied, moved there, converted or left where it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cv_platform.compute.progress import watched
+from cv_platform.datasets.links import write_links
+from cv_platform.datasets.sources.entries import ImageEntry
+from cv_platform.datasets.sources.phone_photos import GROWTH, to_jpeg
+from cv_platform.errors import InvalidDatasetError
+from cv_platform.files import require_free_space
+
+Traits = dict[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Brings the images found in `root` below `images`; those that an interrupted import has brought are there already.
+
+    Attributes:
+        root: the source.
+        images: what is to be stored.
+        converted: paths in `root` of those that become JPEG.
+        is_ours: whether `root` is what was unpacked here, so that no copy is needed.
+        stays: whether the images are to be left in `root`.
+    """
+
+    root: Path
+    images: Path
+    converted: frozenset[str]
+    is_ours: bool
+    stays: bool = False
+
+    def fill(self, found: tuple[ImageEntry, ...], named: tuple[ImageEntry, ...]) -> dict[str, bytes]:
+        """Brings each to its name, and returns what the version's commit needs beside the labels.
+
+        Raises:
+            InvalidDatasetError: one cannot be read.
+            DiskSpaceError: there is no room for a copy.
+        """
+        pairs = list(zip((origin.path for origin in found), (entry.path for entry in named), strict=True))
+        try:
+            if self.stays:
+                return write_links(
+                    self.images, {name: self.root / path for path, name in watched(pairs, "Images read")}
+                )
+            todo = [(path, name) for path, name in pairs if not self._is_there(path, name)]
+            copied = [path for path, _ in todo if not self.is_ours or path in self.converted]
+            growth = {path: GROWTH if path in self.converted else 1 for path in copied}
+            needed = sum((self.root / path).stat().st_size * times for path, times in growth.items())
+            require_free_space(self.images.parent, needed, purpose=f"a copy of {self.root}")
+            for path, name in watched(todo, "Images copied"):
+                self._bring(path, self.images / name)
+        except OSError as err:
+            raise InvalidDatasetError(
+                f"Cannot read the images of {self.root}: {err}. Check their rights and the disk."
+            ) from err
+        return {}
+
+    def _is_there(self, path: str, name: str) -> bool:
+        """Tells whether an interrupted import of the same, unchanged files has brought one: it has its name last."""
+        target = self.images / name
+        if not target.exists():
+            return False
+        return path in self.converted or target.stat().st_size == (self.root / path).stat().st_size
+
+    def _bring(self, path: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.images.with_name("partial")
+        partial.unlink(missing_ok=True)
+        if path in self.converted:
+            if not to_jpeg(self.root / path, partial):
+                raise InvalidDatasetError(f"Expected {path} as it was a moment ago. Received: damaged. Import again.")
+        elif self.is_ours:
+            try:
+                os.link(self.root / path, partial)
+            except OSError:  # The file system has no hard links.
+                shutil.copyfile(self.root / path, partial)
+        else:
+            # Never a hard link: what happens to a stored file must not reach the source.
+            shutil.copyfile(self.root / path, partial)
+        partial.replace(target)
+
+
+def filled_once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Returns `folder` with what `fill` wrote into it, now or in an import that was interrupted later."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}-partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        fill(partial)
+        partial.rename(folder)
+    return folder
