@@ -1,4 +1,4 @@
-"""`python -m trials soak|stack`: plays the phases of a trial, prints each with what was expected and received."""
+"""`python -m trials soak|stack|bento`: plays the phases of a trial, prints each with what was expected and received."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.reports import run_each
 from cv_platform.settings import prepare_process
 from trials.options import SOAK_PHASES, STACK_EXTRA_PHASES, STACK_PHASES, Options
 
-TRIALS = {"soak": "trials.soak.run", "stack": "trials.stack.run"}
+TRIALS = {"soak": "trials.soak.run", "stack": "trials.stack.run", "bento": "trials.bento"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -55,6 +55,14 @@ class AssetRun:
         """Returns who works on shards in this installation."""
         return open_engine(self.settings)
 
+    def alert(self, title: str, body: str) -> None:
+        """Tells people; who could not be reached is named in the run's log."""
+        from cv_platform.monitoring.alerts import send_alert
+
+        urls = [url.get_secret_value() for url in self.settings.alert_urls]
+        for failure in send_alert(urls, f"{self.config.name}: {title}", body):
+            self.context.log.warning(failure)
+
     def result(
         self,
         record: Record,
@@ -185,6 +193,18 @@ class Branch:
             code_version=self.recipes[context.asset_key.path[-1]].version(config),
             asked=attempt.create_timestamp if attempt else datetime.now(UTC),
         )
+
+
+def checked(
+    check: dg.AssetCheckSpec, passed: bool, description: str | None = None, **metadata: Any
+) -> list[dg.AssetCheckResult]:
+    """Returns the result of an asset's only check: an error where it blocks, else a warning."""
+    severity = dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN
+    return [
+        dg.AssetCheckResult(
+            check_name=check.name, passed=passed, severity=severity, description=description, metadata=metadata
+        )
+    ]
 
 
 def _without_vain_retries(body: Callable[..., Any]) -> Callable[..., Any]:

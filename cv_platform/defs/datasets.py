@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from cv_platform.defs.branch import AssetRun, Branch
+from cv_platform.defs.branch import AssetRun, Branch, checked
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.observed import observation, repository_key
 from cv_platform.defs.versions import Reads
@@ -36,49 +36,46 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
         The manifest has a row per image: path, sha256, split (train, valid, test, reference), labels, group, size
         and what is odd about it. The data version is DVC's md5, so the same images leave everything downstream fresh.
         """
-        from cv_platform.datasets.contact_sheet import contact_sheet
-        from cv_platform.datasets.manifest import read_manifest, split_counts
-        from cv_platform.datasets.quarantine import quarantine_counts
         from cv_platform.datasets.versions import checkout_version
-        from cv_platform.files import write_file
 
         run = branch.run(context)
         previous = RecordStore(run.settings.home, run.config.name).latest(DatasetVersion)
         version = checkout_version(run.config.dataset, run.config.model, home=run.settings.home, engine=run.engine)
         md5 = version.provenance.dvc_md5
         context.log_event(observation(repository, md5, {"tag": version.provenance.dvc_tag, "dvc_md5": md5}))
-        manifest = read_manifest(version.manifest_path)
-        sheet = version.manifest_path.with_suffix(".png")
-        write_file(sheet, contact_sheet(version))
-        counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
-        return run.result(
-            version,
-            read={repository: md5},
-            metadata={
-                "dagster/row_count": len(manifest),
-                "tag": version.provenance.dvc_tag,
-                "dvc_md5": version.provenance.dvc_md5,
-                "git_commit": version.git_commit,
-                "directory": file_link(version.directory),
-                "manifest": file_link(version.manifest_path),
-                "unreadable": int((~manifest["is_readable"]).sum()),
-                "quarantined": table(quarantine_counts(manifest)),
-                "splits": table([{"split": s, "images": n} for s, n in split_counts(manifest).items()]),
-                "classes": table(
-                    [{"class": name, **{str(k): int(v) for k, v in row.items()}} for name, row in counts.iterrows()]
-                ),
-                "split_origin": table(
-                    [
-                        {"split": s, "origin": o}
-                        for s, o in manifest.groupby("split", observed=True)["split_origin"].first().items()
-                    ]
-                ),
-                "contact_sheet": file_link(sheet),
-                **_changes(run, previous, version),
-            },
-        )
+        metadata = {**_contents(version), **_changes(run, previous, version)}
+        return run.result(version, metadata, read={repository: md5})
 
     return dataset
+
+
+def _contents(version: DatasetVersion) -> dict[str, Any]:
+    from cv_platform.datasets.contact_sheet import contact_sheet
+    from cv_platform.datasets.manifest import read_manifest, split_counts
+    from cv_platform.datasets.quarantine import quarantine_counts
+    from cv_platform.files import write_file
+
+    manifest = read_manifest(version.manifest_path)
+    sheet = version.manifest_path.with_suffix(".png")
+    write_file(sheet, contact_sheet(version))
+    counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
+    origins = manifest.groupby("split", observed=True)["split_origin"].first()
+    return {
+        "dagster/row_count": len(manifest),
+        "tag": version.provenance.dvc_tag,
+        "dvc_md5": version.provenance.dvc_md5,
+        "git_commit": version.git_commit,
+        "directory": file_link(version.directory),
+        "manifest": file_link(version.manifest_path),
+        "unreadable": int((~manifest["is_readable"]).sum()),
+        "quarantined": table(quarantine_counts(manifest)),
+        "splits": table([{"split": s, "images": n} for s, n in split_counts(manifest).items()]),
+        "classes": table(
+            [{"class": name, **{str(k): int(v) for k, v in row.items()}} for name, row in counts.iterrows()]
+        ),
+        "split_origin": table([{"split": s, "origin": o} for s, o in origins.items()]),
+        "contact_sheet": file_link(sheet),
+    }
 
 
 def embeddings_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -94,22 +91,10 @@ def embeddings_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.datasets.embeddings import embed_dataset
 
         run = branch.run(context)
-        made = embed_dataset(
-            dataset,
-            run.config.encoder,
-            home=run.settings.home,
-            spare_bytes=run.settings.spare_disk_bytes,
-            engine=run.engine,
-        )
-        return run.result(
-            made,
-            metadata={
-                "dagster/row_count": made.images,
-                "file": file_link(made.path),
-                "features": made.features,
-                "encoder": made.encoder,
-            },
-        )
+        home, spare = run.settings.home, run.settings.spare_disk_bytes
+        made = embed_dataset(dataset, run.config.encoder, home=home, spare_bytes=spare, engine=run.engine)
+        figures = made.model_dump(include={"features", "encoder"})
+        return run.result(made, {"dagster/row_count": made.images, "file": file_link(made.path), **figures})
 
     return embeddings
 
@@ -155,25 +140,15 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             engine=run.engine,
             pack_scale=run.config.train.pack_scale,
         )
-        expected = _usable(dataset, verdict)
-        return run.result(
-            packed,
-            metadata={
-                "dagster/row_count": sum(packed.counts.values()),
-                "directory": file_link(packed.directory),
-                "bytes": packed.bytes,
-                "images_per_second": packed.images_per_second,
-                "preprocessing_hash": packed.task.preprocessing_hash,
-                "splits": table([{"split": split, "images": count} for split, count in packed.counts.items()]),
-            },
-            checks=[
-                dg.AssetCheckResult(
-                    check_name=complete.name,
-                    passed=expected == {split: n for split, n in packed.counts.items() if n},
-                    metadata={"expected": expected, "packed": dict(packed.counts)},
-                )
-            ],
-        )
+        expected, found = _usable(dataset, verdict), {split: n for split, n in packed.counts.items() if n}
+        metadata = {
+            "dagster/row_count": sum(packed.counts.values()),
+            "directory": file_link(packed.directory),
+            **packed.model_dump(include={"bytes", "images_per_second"}),
+            "preprocessing_hash": packed.task.preprocessing_hash,
+            "splits": table([{"split": split, "images": count} for split, count in packed.counts.items()]),
+        }
+        return run.result(packed, metadata, checked(complete, expected == found, expected=expected, packed=found))
 
     return packed_images
 

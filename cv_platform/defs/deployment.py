@@ -10,7 +10,7 @@ import dagster as dg
 
 from cv_platform.audit import AuditEntry, Note
 from cv_platform.defs.automation import RUN
-from cv_platform.defs.branch import Branch
+from cv_platform.defs.branch import AssetRun, Branch, checked
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.versions import Reads
 from cv_platform.errors import VerdictError
@@ -159,17 +159,8 @@ def challenger_replay_asset(branch: Branch) -> dg.AssetsDefinition:
                 replay = replay_challenger(model, champion, run.config, engine=engine, **places)
         override = run.installation.audit().override(model.model_name, model.version)
         overruled = "" if replay.passed or override is None else f"Overruled by {override.by}: {override.because}. "
-        return run.result(
-            replay,
-            _replay_metadata(replay),
-            checks=[
-                dg.AssetCheckResult(
-                    check_name=holds.name,
-                    passed=replay.passed or override is not None,
-                    description=overruled + "; ".join(replay.reasons),
-                )
-            ],
-        )
+        passed, reasons = replay.passed or override is not None, overruled + "; ".join(replay.reasons)
+        return run.result(replay, _replay_metadata(replay), checked(holds, passed, reasons))
 
     return challenger_replay
 
@@ -209,9 +200,8 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
         asset waits for it.
         """
         from cv_platform.deployment.rollout import deploy
-        from cv_platform.errors import ChallengerReturnedError, TrackingError
+        from cv_platform.errors import ChallengerReturnedError
         from cv_platform.evaluation.report import require_promotion
-        from cv_platform.tracking import CHAMPION, set_alias
 
         run = branch.run(context)
         override = run.installation.audit().override(bundle.model.model_name, bundle.model.version)
@@ -230,25 +220,32 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
             )
         except ChallengerReturnedError as err:
             raise dg.Failure(str(err), metadata={"probation": dict(err.numbers)}, allow_retries=False) from err
-        try:
-            set_alias(run.settings.mlflow_tracking_uri, bundle.model.model_name, CHAMPION, bundle.model.version)
-        except TrackingError as err:  # The service serves the version already; MLflow only shows it.
-            context.log.warning(f"MLflow's alias {CHAMPION} was not moved: {err}")
-        pointer = storage.read_pointer(result.service)
-        probation = pointer.probation if pointer else None
-        return run.result(
-            result,
-            metadata={
-                **({"probation": probation.model_dump(mode="json")} if probation else {}),
-                "version": result.model.version,
-                "previous_version": result.previous_version or "",
-                "confirmed_workers": list(result.confirmed_workers),
-                "pointer_history": pointer_history(pointer),
-                **result.model_dump(include={"service", "seconds", "message"}),
-            },
-        )
+        _move_alias(run, result.model)
+        return run.result(result, _deployment_metadata(result, storage.read_pointer(result.service)))
 
     return deployment
+
+
+def _move_alias(run: AssetRun, model: ModelIdentity) -> None:
+    from cv_platform.errors import TrackingError
+    from cv_platform.tracking import CHAMPION, set_alias
+
+    try:
+        set_alias(run.settings.mlflow_tracking_uri, model.model_name, CHAMPION, model.version)
+    except TrackingError as err:  # The service serves the version already; MLflow only shows it.
+        run.context.log.warning(f"MLflow's alias {CHAMPION} was not moved: {err}")
+
+
+def _deployment_metadata(result: Deployment, pointer: ProductionPointer | None) -> dict[str, Any]:
+    probation = pointer.probation if pointer else None
+    return {
+        **({"probation": probation.model_dump(mode="json")} if probation else {}),
+        "version": result.model.version,
+        "previous_version": result.previous_version or "",
+        "confirmed_workers": list(result.confirmed_workers),
+        "pointer_history": pointer_history(pointer),
+        **result.model_dump(include={"service", "seconds", "message"}),
+    }
 
 
 def pointer_history(pointer: ProductionPointer | None) -> dg.TableMetadataValue:

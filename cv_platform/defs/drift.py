@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from cv_platform.defs.branch import GPU, Branch
+from cv_platform.defs.branch import GPU, Branch, checked
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.records import DriftDetectors, PackedImages, ReferenceData, TrainedModel
 
@@ -45,27 +45,16 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
         detectors = build_detectors(trained, reference, open_split(packed, "test", beside=trained), run.config)
         alpha = run.config.monitor.alpha
         false = {f"false_alarms_{row.images}": row.rate for row in detectors.detection if row.shift == UNCHANGED}
-        return run.result(
-            detectors,
-            metadata={
-                "version": detectors.model.version,
-                "encoder": file_link(detectors.uae_path),
-                "encoder_hash": detectors.encoder_hash,
-                "uae_dims": detectors.uae_dims,
-                "feature_dims": detectors.feature_dims,
-                # Numbers of their own are what the page plots over time.
-                **false,
-                "detection": table([row.model_dump() for row in detectors.detection]),
-            },
-            checks=[
-                dg.AssetCheckResult(
-                    check_name=calibrated.name,
-                    passed=is_calibrated(detectors.detection, alpha),
-                    severity=dg.AssetCheckSeverity.WARN,
-                    description=false_alarm_summary(detectors.detection, alpha),
-                )
-            ],
-        )
+        metadata = {
+            "version": detectors.model.version,
+            "encoder": file_link(detectors.uae_path),
+            **detectors.model_dump(include={"encoder_hash", "uae_dims", "feature_dims"}),
+            **false,  # Numbers of their own are what the page plots over time.
+            "detection": table([row.model_dump() for row in detectors.detection]),
+        }
+        found = detectors.detection
+        checks = checked(calibrated, is_calibrated(found, alpha), false_alarm_summary(found, alpha))
+        return run.result(detectors, metadata, checks)
 
     return drift_detectors
 

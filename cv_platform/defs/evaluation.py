@@ -1,8 +1,10 @@
 """The asset `evaluation`: what the model reaches on the test split, and whether it may be promoted."""
 
+from typing import Any
+
 import dagster as dg
 
-from cv_platform.defs.branch import GPU, Branch
+from cv_platform.defs.branch import GPU, Branch, checked
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.versions import Reads
 from cv_platform.records import DatasetVersion, Embeddings, Evaluation, PackedImages, TrainedModel
@@ -53,43 +55,37 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
             cache=run.settings.home / "cache",
         )
         with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
-            directory = run.settings.home / "evaluation"
             result = evaluate_model(
                 trained,
                 packed,
                 run.config,
                 champion=champion,
-                directory=directory,
+                directory=run.settings.home / "evaluation",
                 run=mlflow_run,
                 manifest=version.manifest_path,
                 neighbours=Neighbours(open_split(packed, "train"), embeddings, version.manifest),
             )
-        return run.result(
-            result,
-            metadata={
-                "version": result.model.version,
-                "passed": result.passed,
-                **result.metrics,
-                "intervals": table(
-                    [{"metric": name, "low": low, "high": high} for name, (low, high) in result.intervals.items()]
-                ),
-                "per_class": table(
-                    [{key: cell for key, cell in row.items() if key != "intervals"} for row in result.per_class]
-                ),
-                "slices": table([part.model_dump() for part in result.slices[:20]]),
-                "robustness": table([row.model_dump() for row in result.robustness]),
-                "predictions": file_link(result.predictions_path),
-                "mlflow_run_id": result.mlflow_run_id or "",
-                "mlflow_url": dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages)),
-                **{name: file_link(path) for name, path in result.plots.items()},
-            },
-            checks=[
-                dg.AssetCheckResult(
-                    check_name=gate.name,
-                    passed=result.passed,
-                    description="; ".join(result.reasons) or "All limits hold.",
-                )
-            ],
-        )
+        url = dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages))
+        checks = checked(gate, result.passed, "; ".join(result.reasons) or "All limits hold.")
+        return run.result(result, {**_metadata(result), "mlflow_url": url}, checks)
 
     return evaluation
+
+
+def _metadata(result: Evaluation) -> dict[str, Any]:
+    return {
+        "version": result.model.version,
+        "passed": result.passed,
+        **result.metrics,
+        "intervals": table(
+            [{"metric": name, "low": low, "high": high} for name, (low, high) in result.intervals.items()]
+        ),
+        "per_class": table(
+            [{key: cell for key, cell in row.items() if key != "intervals"} for row in result.per_class]
+        ),
+        "slices": table([part.model_dump() for part in result.slices[:20]]),
+        "robustness": table([row.model_dump() for row in result.robustness]),
+        "predictions": file_link(result.predictions_path),
+        "mlflow_run_id": result.mlflow_run_id or "",
+        **{name: file_link(path) for name, path in result.plots.items()},
+    }

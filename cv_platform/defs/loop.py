@@ -63,7 +63,6 @@ def labelled_version_asset(branch: Branch) -> dg.AssetsDefinition:
 
         Labels that contradict the images make none: the check fails, and the version stays as it was.
         """
-        from cv_platform.monitoring.alerts import send_alert
         from cv_platform.monitoring.loop import grow_by_labels
 
         run = branch.run(context)
@@ -74,26 +73,15 @@ def labelled_version_asset(branch: Branch) -> dg.AssetsDefinition:
             )
         is_told = before is not None and before.refused and before.suspects == version.suspects
         if version.refused and run.config.loop.enabled and run.config.alerts.on_refused_labels and not is_told:
-            urls = [url.get_secret_value() for url in settings.alert_urls]
-            for failure in send_alert(
-                urls, f"{run.config.name}: labels refused, the loop has stopped", version.refused
-            ):
-                context.log.warning(failure)
-        return run.result(
-            version,
-            metadata={
-                **version.model_dump(include={"base", "tag", "dvc_md5", "refused"}),
-                "suspects": list(version.suspects),
-                "summary": dg.MetadataValue.md("\n".join(f"* {line}" for line in version.summary)),
-            },
-            checks=[
-                dg.AssetCheckResult(
-                    check_name=fit.name,
-                    passed=not version.refused,
-                    description=version.refused or " ".join(version.summary),
-                )
-            ],
-        )
+            run.alert("labels refused, the loop has stopped", version.refused)
+        metadata = {
+            **version.model_dump(include={"base", "tag", "dvc_md5", "refused"}),
+            "suspects": list(version.suspects),
+            "summary": dg.MetadataValue.md("\n".join(f"* {line}" for line in version.summary)),
+        }
+        said = version.refused or " ".join(version.summary)
+        check = dg.AssetCheckResult(check_name=fit.name, passed=not version.refused, description=said)
+        return run.result(version, metadata, [check])
 
     return labelled_version
 

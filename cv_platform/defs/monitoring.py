@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from cv_platform.defs.branch import Branch
+from cv_platform.defs.branch import Branch, checked
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.observed import request_log_key
 from cv_platform.defs.versions import Reads
@@ -17,7 +17,6 @@ from cv_platform.records import (
     DriftReport,
     Embeddings,
     LabelingQueue,
-    ModelIdentity,
     ProductionMetrics,
 )
 
@@ -58,47 +57,26 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         family-wise test decides (Holm over BBSD-KS, properties-KS and two MMD permutation tests). Kept in Postgres,
         in central storage and in the Evidently workspace.
         """
-        from cv_platform.monitoring.alerts import send_alert
         from cv_platform.monitoring.episodes import what_changed
         from cv_platform.monitoring.exported_metrics import export_drift
-        from cv_platform.monitoring.report import ReportPlace, make_drift_report
+        from cv_platform.monitoring.report import ReportPlace, report_on_service
         from cv_platform.monitoring.sentences import drift_summary
 
         run = branch.run(context)
-        storage, cache = run.installation.storage(), run.settings.home / "cache"
-        # The pointer, not the bundle: reports go on when the bundle is damaged.
-        pointer = storage.read_pointer(run.config.deploy.service)
-        model = deployment.model
-        if pointer and pointer.model_name == run.config.model.model_name:
-            model = ModelIdentity(model_name=pointer.model_name, version=pointer.version)
-        reference_path = storage.fetch_reference_data(model.model_name, model.version, cache)
-        accepted = storage.read_accepted(model.model_name, model.version)
-        normal = storage.fetch_accepted(model.model_name, model.version, accepted, cache) if accepted else None
-        evidently = run.settings.evidently_url or run.settings.home / "evidently"
-        place = ReportPlace(storage, evidently, work_directory=cache / "drift_reports")
+        home = run.settings.home
+        evidently, work = run.settings.evidently_url or home / "evidently", home / "cache" / "drift_reports"
+        place = ReportPlace(run.installation.storage(), evidently, work)
         with run.installation.engine() as engine:
-            report = make_drift_report(
-                run.config, model, reference_path, engine=engine, place=place, now=run.asked, accepted=normal
+            report, reference = report_on_service(
+                run.config, deployment.model, engine=engine, place=place, now=run.asked, cache=home / "cache"
             )
             change = what_changed(engine, report)
         summary = drift_summary(report)
         if change and run.config.alerts.on_drift:
-            urls = [url.get_secret_value() for url in run.settings.alert_urls]
-            for failure in send_alert(urls, f"{run.config.name}: {change}", summary):
-                context.log.warning(failure)
-        export_drift(run.settings.home, report)
-        return run.result(
-            report,
-            metadata=_drift_metadata(report) | {"reference": accepted.told() if accepted else "the reference split"},
-            checks=[
-                dg.AssetCheckResult(
-                    check_name=no_drift.name,
-                    passed=report.verdict != "drift",
-                    severity=dg.AssetCheckSeverity.WARN,
-                    description=summary,
-                )
-            ],
-        )
+            run.alert(change, summary)
+        export_drift(home, report)
+        metadata = {**_drift_metadata(report), "reference": reference}
+        return run.result(report, metadata, checked(no_drift, report.verdict != "drift", summary))
 
     return drift_report
 
@@ -146,18 +124,8 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
             with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
                 log_production(mlflow_run, metrics)
         export_production(run.settings.home, metrics)
-        return run.result(
-            metrics,
-            metadata=_production_metadata(metrics),
-            checks=[
-                dg.AssetCheckResult(
-                    check_name=as_on_the_test_split.name,
-                    passed=not metrics.worse_versions,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    description=production_summary(metrics),
-                )
-            ],
-        )
+        checks = checked(as_on_the_test_split, not metrics.worse_versions, production_summary(metrics))
+        return run.result(metrics, _production_metadata(metrics), checks)
 
     return production_metrics
 

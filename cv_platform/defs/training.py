@@ -1,6 +1,7 @@
 """The asset `model`: a Keras model trained on a dataset version whose validation passed."""
 
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
@@ -37,7 +38,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
         code was killed, it goes on after its last whole epoch.
         """
         from cv_platform.tracking import head_commit
-        from cv_platform.training.trainer import AUGMENTED_IMAGES, train_model
+        from cv_platform.training.trainer import train_model
         from cv_platform.validation.verdict import require_verdict
 
         run = branch.run(context)
@@ -52,22 +53,22 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 git_commit=head_commit(REPOSITORY, otherwise=run.settings.revision),
                 spare_bytes=run.settings.spare_disk_bytes,
             )
-        last = {name: values[-1] for name, values in trained.history.items()}
-        return run.result(
-            trained,
-            metadata={
-                "version": trained.model.version,
-                "keras": file_link(trained.keras_path),
-                "mlflow_run_id": trained.mlflow_run_id or "",
-                "mlflow_url": dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages)),
-                "epochs": trained.epochs_run,
-                "temperature": trained.temperature,
-                "seconds": trained.seconds,
-                "images_per_second": trained.images_per_second,
-                "last_epoch": table([{"metric": name, "value": value} for name, value in last.items()]),
-                "learning_curves": file_link(trained.directory / "learning_curves.png"),
-                "augmented_images": file_link(trained.directory / AUGMENTED_IMAGES),
-            },
-        )
+        url = dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages))
+        return run.result(trained, {**_metadata(trained), "mlflow_url": url})
 
     return model
+
+
+def _metadata(trained: TrainedModel) -> dict[str, Any]:
+    from cv_platform.training.trainer import AUGMENTED_IMAGES
+
+    return {
+        "version": trained.model.version,
+        "keras": file_link(trained.keras_path),
+        "mlflow_run_id": trained.mlflow_run_id or "",
+        "epochs": trained.epochs_run,
+        **trained.model_dump(include={"temperature", "seconds", "images_per_second"}),
+        "last_epoch": table([{"metric": name, "value": each[-1]} for name, each in trained.history.items()]),
+        "learning_curves": file_link(trained.directory / "learning_curves.png"),
+        "augmented_images": file_link(trained.directory / AUGMENTED_IMAGES),
+    }

@@ -1,5 +1,7 @@
 """The asset `validation_report` and its checks; a failed blocking check stops everything downstream."""
 
+from typing import Any
+
 import dagster as dg
 
 from cv_platform.defs.branch import Branch
@@ -38,7 +40,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
         What takes no part is named with its reason (`quarantine.html`). Training refuses a version whose latest
         verdict failed, in later runs too.
         """
-        from cv_platform.validation.validate import PAGES, validate_dataset
+        from cv_platform.validation.validate import validate_dataset
 
         run = branch.run(context)
         model = run.config.model
@@ -52,23 +54,24 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
             recipe=run.code_version,
         )
         outcomes = {outcome.name: outcome for outcome in verdict.outcomes}
-        return run.result(
-            verdict,
-            metadata={
-                "passed": verdict.passed,
-                "report": file_link(verdict.report_path),
-                **{
-                    page.stem: file_link(page) for name in PAGES.values() if (page := verdict.directory / name).exists()
-                },
-                "quarantined": table([{"image": path} for path in verdict.quarantined[:100]]),
-                "checks": table(
-                    [o.model_dump(include={"name", "passed", "severity", "summary"}) for o in verdict.outcomes]
-                ),
-            },
-            checks=[_check_result(spec.name, outcomes.get(spec.name)) for spec in specs],
-        )
+        checks = [_check_result(spec.name, outcomes.get(spec.name)) for spec in specs]
+        return run.result(verdict, _metadata(verdict), checks)
 
     return validation_report
+
+
+def _metadata(verdict: ValidationVerdict) -> dict[str, Any]:
+    from cv_platform.validation.validate import PAGES
+
+    pages = [page for name in PAGES.values() if (page := verdict.directory / name).exists()]
+    shown = {"name", "passed", "severity", "summary"}
+    return {
+        "passed": verdict.passed,
+        "report": file_link(verdict.report_path),
+        **{page.stem: file_link(page) for page in pages},
+        "quarantined": table([{"image": path} for path in verdict.quarantined[:100]]),
+        "checks": table([outcome.model_dump(include=shown) for outcome in verdict.outcomes]),
+    }
 
 
 def _check_result(name: str, outcome: CheckOutcome | None) -> dg.AssetCheckResult:

@@ -146,6 +146,38 @@ def make_drift_report(
     return report
 
 
+def report_on_service(
+    config: ExperimentConfig,
+    deployed: ModelIdentity,
+    *,
+    engine: Engine,
+    place: ReportPlace,
+    now: datetime,
+    cache: Path,
+) -> tuple[DriftReport, str]:
+    """Makes the report of the version that the experiment's service has now, and says what it was compared with.
+
+    Args:
+        config: see `make_drift_report`, as `engine`, `place` and `now`.
+        deployed: the version to report on where the service has none of this model.
+        cache: folder for downloads.
+
+    Raises:
+        StorageError: there are no reference data of that version. Else see `make_drift_report`.
+    """
+    storage = place.storage
+    # The pointer, not the bundle: reports go on when the bundle is damaged.
+    pointer = storage.read_pointer(config.deploy.service)
+    if pointer and pointer.model_name == config.model.model_name:
+        deployed = ModelIdentity(model_name=pointer.model_name, version=pointer.version)
+    name, version = deployed.model_name, deployed.version
+    reference = storage.fetch_reference_data(name, version, cache)
+    accepted = storage.read_accepted(name, version)
+    normal = storage.fetch_accepted(name, version, accepted, cache) if accepted else None
+    report = make_drift_report(config, deployed, reference, engine=engine, place=place, now=now, accepted=normal)
+    return report, accepted.told() if accepted else "the reference split"
+
+
 def _with_verdict(
     report: DriftReport,
     config: ExperimentConfig,

@@ -91,11 +91,9 @@ def create_app(parts: WorkerParts, *, bento: tuple[str, str] = ("image_classifie
     app.state.parts, app.state.guard = parts, parts.guard
     app.state.bento = {"service_name": bento[0], "service_version": bento[1]}
     modules = (predict, batch, feedback, predictions, labels, models, health, metrics, page)
-    routers = [module.router for module in modules]
-    for router in routers:
-        app.include_router(router)
-    app.router.routes.append(page.files)
-    routes += [r for router in (app, *routers) for r in router.routes if isinstance(r, Route | Mount)]
+    # Not `include_router`, by which FastAPI would make each route anew for this app, and look for it twice a request.
+    app.router.routes += [*(route for module in modules for route in module.router.routes), page.files]
+    routes += [route for route in app.router.routes if isinstance(route, Route | Mount)]
     app.router.routes.append(Mount("", app=_beyond(routes, parts.guard)))
 
     def openapi() -> dict[str, Any]:

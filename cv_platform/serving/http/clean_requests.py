@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from starlette.types import Scope
 
 from cv_platform.serving.problem import Problem
 
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 _CONTENT_TYPE = b"content-type"
-
-
-def has_control_characters(text: str) -> bool:
-    """Says whether there is a character below 0x20, or 0x7f."""
-    return any(character < " " or character == "\x7f" for character in text)
 
 
 def clean_request(scope: Scope) -> None:
@@ -23,7 +21,7 @@ def clean_request(scope: Scope) -> None:
     Raises:
         Problem: 400.
     """
-    if has_control_characters(scope["path"]):
+    if CONTROL_CHARACTER.search(scope["path"]):
         raise Problem(
             400,
             f"A path has no control characters. Received: {ascii(scope['path'])[:200]}.",

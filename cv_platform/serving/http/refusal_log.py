@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cv_platform.errors import CvPlatformError
 from cv_platform.serving.capacity.refusal_bounds import RefusalBounds
-from cv_platform.serving.http.clean_requests import has_control_characters
+from cv_platform.serving.http.clean_requests import CONTROL_CHARACTER
 from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.http.security import Guard
 from cv_platform.serving.log.entry import LogEntry
@@ -119,4 +119,4 @@ def _logged_parameter(parameter: str) -> str:
 def _path(scope: Scope) -> str:
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     # As a router's regular expression sees it: `$` matches before a newline.
-    return "".join(c for c in path if not has_control_characters(c))
+    return CONTROL_CHARACTER.sub("", path)

@@ -18,7 +18,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.params import Security
 from fastapi.security import APIKeyHeader, HTTPBearer
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
@@ -50,6 +50,8 @@ ANSWER_HEADERS = {
     "Cache-Control": "no-store",
 }
 """What every answer carries, unless a route has set it otherwise."""
+_ENCODED_HEADERS = [(name.lower().encode(), value.encode()) for name, value in ANSWER_HEADERS.items()]
+_REQUEST_ID = b"x-request-id"
 
 
 class RequestEnvelope:
@@ -67,10 +69,10 @@ class RequestEnvelope:
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = request_id
-                for name, value in ANSWER_HEADERS.items():
-                    headers.setdefault(name, value)
+                headers = [pair for pair in message["headers"] if pair[0] != _REQUEST_ID]
+                there = {name for name, _ in headers}
+                own = [pair for pair in _ENCODED_HEADERS if pair[0] not in there]
+                message["headers"] = [*headers, (_REQUEST_ID, request_id.encode()), *own]
             await send(message)
 
         await self.app(scope, receive, with_headers)

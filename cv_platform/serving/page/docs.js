@@ -1,6 +1,8 @@
 // Renders openapi.json: what each route takes, answers and costs in credentials, with an example to copy.
 
+import { Failure } from './api.js';
 import { $, element } from './dom.js';
+import { complain } from './notice.js';
 
 const LOCKS = { adminToken: 'admin token', apiKey: 'API key, if set' };
 
@@ -98,7 +100,4 @@ async function render() {
   $('routes').replaceChildren(...[...groups].map(([name, routes]) => element('section', {}, element('h2', { textContent: name }), ...routes)));
 }
 
-render().catch((error) => {
-  $('notice').hidden = false;
-  $('notice').textContent = `The description of the API cannot be shown: ${error.message}`;
-});
+render().catch((error) => complain(new Failure('The description of the API cannot be shown.', { detail: error.message })));

@@ -1,4 +1,6 @@
-"""What people look at: the page, the description of the API, and the files of both. Nothing comes from elsewhere.
+"""What people look at: the page, the labelling, the description of the API, and their files; nothing from elsewhere.
+
+`templates/frame.html` is the frame of all three: header, notice, dialog for the key.
 
 The description is rendered by `page/docs.js`. Swagger UI (5.12, as BentoML carries it) works under the same policy, but
 dozens of its texts are harder to read than WCAG allows and its pictures have no names
@@ -7,10 +9,12 @@ dozens of its texts are harder to read than WCAG allows and its pictures have no
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
+import jinja2
 from fastapi import APIRouter
-from starlette.responses import FileResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -20,6 +24,7 @@ from cv_platform.serving.http.security import PAGE_PERMISSIONS, PAGE_POLICY
 
 _READ = ("GET", "HEAD")
 PAGE = Path(__file__).parents[1] / "page"
+TEMPLATES = Path(__file__).parents[1] / "templates"
 # Browsers ask each time whether a file has changed, so that a new release is seen at once.
 _HEADERS = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
 
@@ -43,17 +48,28 @@ files = Mount("/page", _PageFiles(directory=PAGE, check_dir=False), name="page")
 @router.get("/")
 def page() -> Response:
     """Returns the page."""
-    headers = {**_HEADERS, "Permissions-Policy": PAGE_PERMISSIONS}
-    return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
+    return _page("index", {"Permissions-Policy": PAGE_PERMISSIONS})
 
 
 @router.get("/labelling")
 def labelling() -> Response:
     """Returns the page where people say what images show."""
-    return FileResponse(PAGE / "labelling.html", media_type="text/html", headers=_HEADERS)
+    return _page("labelling")
 
 
 @router.get("/docs")
 def docs() -> Response:
     """Returns the description of the API."""
-    return FileResponse(PAGE / "docs.html", media_type="text/html", headers=_HEADERS)
+    return _page("docs")
+
+
+def _page(name: str, headers: dict[str, str] | None = None) -> Response:
+    return HTMLResponse(_rendered(name), headers={**_HEADERS, **(headers or {})})
+
+
+@functools.cache
+def _rendered(name: str) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(f"{name}.html").render()

@@ -6,16 +6,17 @@ import pytest
 
 from cv_platform.errors import ConfigError
 from cv_platform.serving.app import create_app
-from cv_platform.serving.routes.page import PAGE
+from cv_platform.serving.routes.page import PAGE, TEMPLATES
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform.settings import Settings
 from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
 from cv_platform_tests.support.http_client import Client, FixedModels, brightness_model, flat_image, png
 
 FILES = sorted(path.name for path in PAGE.iterdir())
+PAGES = {"index": "/", "labelling": "/labelling", "docs": "/docs"}
 
 
-@pytest.mark.parametrize("path", ["/", "/docs"])
+@pytest.mark.parametrize("path", PAGES.values())
 def test_serves_its_pages_under_a_policy_without_exceptions(client: Client, path: str):
     response = client.get(path)
     assert response.status_code == 200
@@ -32,33 +33,33 @@ def test_serves_its_pages_under_a_policy_without_exceptions(client: Client, path
 def test_serves_every_file_of_the_page_with_its_type(client: Client, name: str):
     response = client.get(f"/page/{name}")
     assert response.status_code == 200
-    expected = {".html": "text/html", ".css": "text/css", ".js": "javascript", ".svg": "image/svg+xml"}
+    expected = {".css": "text/css", ".js": "javascript", ".svg": "image/svg+xml"}
     assert expected[Path(name).suffix] in response.headers["content-type"]
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["cache-control"] == "no-cache"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_page_loads_nothing_from_elsewhere_and_has_no_inline_code(name: str):
-    text = (PAGE / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", [*FILES, *TEMPLATES.iterdir()], ids=str)
+def test_the_page_loads_nothing_from_elsewhere_and_has_no_inline_code(path: str | Path):
+    path = PAGE / path
+    text = path.read_text(encoding="utf-8")
     addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+", text)) - {"http://www.w3.org"}
     assert addresses == set()
-    if name.endswith(".html"):
+    if path.suffix == ".html":
         assert re.findall(r"<script(?![^>]*src=)", text) == []
         assert re.findall(r"<style|\sstyle=|\son\w+=", text) == []
         for asset in re.findall(r'(?:src|href)="page/([^"]+)"', text):
             assert asset in FILES
-    if name.endswith(".js"):
+    if path.suffix == ".js":
         assert "innerHTML" not in text
         for module in re.findall(r"from '\./([^']+)'", text):
             assert module in FILES
 
 
-def test_every_element_that_a_script_looks_up_is_in_its_page():
+def test_every_element_that_a_script_looks_up_is_in_its_page(client: Client):
     for name in FILES:
         if name.endswith(".js"):
-            own = PAGE / name.replace(".js", ".html")
-            page = (own if own.is_file() else PAGE / "index.html").read_text()
+            page = client.get(PAGES.get(name.removesuffix(".js"), "/")).text
             wanted = set(re.findall(r"\$\('([\w-]+)'\)", (PAGE / name).read_text()))
             assert wanted - set(re.findall(r'\bid="([\w-]+)"', page)) == set(), name
 
