@@ -51,7 +51,7 @@ setup: .venv/.ready ## Install everything into .venv (done by the others when ne
 	  "found: make PYTHON=/path/to/python3.12 …, or let uv fetch one: make PYTHON=managed …" >&2; exit 1;; esac; \
 	$(CREATE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 

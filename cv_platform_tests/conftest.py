@@ -21,6 +21,16 @@ _GIVEN_TRACKING = os.environ.get(_TRACKING)
 os.environ.update(past_proxies(os.environ))  # Tests ask servers of their own, in children too.
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist looks for groups.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets one worker run a module, so that its libraries and fixtures load once; named groups, the longest, begin."""
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    alone = [item for item in items if not item.get_closest_marker("xdist_group")]
+    for item in alone:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items[:] = grouped + alone
+
+
 @pytest.fixture(autouse=True)
 def _process_as_found() -> Iterator[None]:
     """Gives the next test the environment and the handling of SIGTERM that this one found: children inherit both.

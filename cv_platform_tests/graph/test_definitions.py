@@ -231,12 +231,14 @@ VALIDATE = ("dagster", "definitions", "validate", "-w", "workspace.yaml")
 CHECK = ("dg", "check", "defs")
 
 
-@pytest.mark.parametrize("command", [VALIDATE, CHECK], ids=["dagster", "dg"])
-def test_a_check_of_the_definitions_passes_and_fails_on_a_broken_config(
-    tmp_path: Path, command: tuple[str, ...]
-) -> None:
-    whole = cli(*command, CV_STRICT_CONFIGS="1")
+def test_a_check_of_the_definitions_passes() -> None:
+    """`dg check defs` is in `make check`."""
+    whole = cli(*VALIDATE, CV_STRICT_CONFIGS="1")
     assert whole.returncode == 0, whole.stdout + whole.stderr
+
+
+@pytest.mark.parametrize("command", [VALIDATE, CHECK], ids=["dagster", "dg"])
+def test_a_check_of_the_definitions_fails_on_a_broken_config(tmp_path: Path, command: tuple[str, ...]) -> None:
     write(tmp_path, "digits.yaml", DIGITS.read_text())
     write(tmp_path, "broken.yaml", "name: x\nmodel: {}\n")
     broken = cli(*command, CV_STRICT_CONFIGS="1", CV_CONFIGS=str(tmp_path))

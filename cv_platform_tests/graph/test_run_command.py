@@ -17,7 +17,7 @@ from cv_platform_tests.support.demo_run import REPOSITORY, cli
 def config_without_dataset(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     config = yaml.safe_load((REPOSITORY / "configs" / "digits.yaml").read_text())
-    config["dataset"]["dvc_tag"] = "v9.9.9"
+    config["dataset"] |= {"dvc_tag": "v9.9.9", "source": None}
     path = folder / "digits.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

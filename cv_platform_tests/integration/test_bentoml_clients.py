@@ -44,7 +44,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("bentoml")
-    export = export_tiny(folder / "export", seed=3)
+    export = export_tiny(folder / "export", seed=1)
     storage = CentralStorage(folder / "storage")
     metadata = publish_tiny(storage, export)
     storage.write_pointer(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,10 +74,19 @@ def build_encoder(*, seed: int) -> Any:
 def export_tiny(
     directory: Path, *, seed: int, golden: int = 4, runtime: Literal["onnx", "tensorflow"] = "onnx"
 ) -> TinyExport:
-    """Builds and exports a model into `directory`, which is made."""
+    """Puts an exported model into `directory`, which is made; each is built once in a process."""
+    made = _exported(seed, golden, runtime)
+    shutil.copytree(made.folder, directory)
+    keras_path, uae_path = (directory / path.name for path in (made.keras_path, made.uae_path))
+    return TinyExport(directory, keras_path, uae_path, made.images.copy(), made.runtime)
+
+
+@functools.cache
+def _exported(seed: int, golden: int, runtime: Literal["onnx", "tensorflow"]) -> TinyExport:
     from cv_platform.deployment.export import export_bundle
 
-    directory.mkdir(parents=True)
+    directory = Path(tempfile.mkdtemp(prefix="cv-tiny-"))
+    atexit.register(shutil.rmtree, directory)
     keras_path, uae_path = directory / f"{MODEL_NAME}.keras", directory / f"{MODEL_NAME}_uae.keras"
     build_classifier(seed=seed).save(keras_path)
     build_encoder(seed=seed + 1).save(uae_path)
