@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "model_name"
 MODEL_VERSION = "model_version"
-CREATED_ON = "created_on"
 PREDICTED_CLASS = "predicted_class"
 LABEL = "label"
 UAE_FEATS = "uae_feats"

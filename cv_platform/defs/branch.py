@@ -112,7 +112,6 @@ class Branch:
         self,
         *,
         value: type[Record],
-        kinds: set[str],
         reads: Sequence[str] | Reads = (),
         ins: Mapping[str, str] | None = None,
         deps: Sequence[str] = (),
@@ -125,14 +124,13 @@ class Branch:
 
         Args:
             value: the record that the asset hands on.
-            kinds: what the page shows as icons.
             reads: the fields of the config that decide what it contains, or more than fields.
             ins: body argument → upstream asset of this branch, loaded as the type that the body annotates.
             deps: upstream assets that are not loaded.
             observes: what others write and the body reads (`observed`).
             checks: specs of the checks that the body returns results for.
             is_retried: after an error that may pass by itself, as servers that are away do.
-            **arguments: anything else that `dagster.asset` takes.
+            **arguments: anything else that `dagster.asset` takes, such as `kinds`.
         """
 
         read = reads if isinstance(reads, Reads) else Reads(reads)
@@ -154,7 +152,6 @@ class Branch:
                 owners=list(self.config.owners),
                 # Said here, as Dagster 1.13 takes MaterializeResult[X] on a body with checks for several outputs.
                 dagster_type=_dagster_type(value),
-                kinds=kinds,
                 code_version=recipe.version(self.config),
                 ins={argument: dg.AssetIn(key=self.key(name)) for argument, name in (ins or {}).items()},
                 deps=[*observes, *(self.key(name) for name in deps)],

@@ -12,15 +12,15 @@ from cv_platform.definitions import build_defs
 from cv_platform.record_store import RecordStore
 from cv_platform.records import BatchScores
 from cv_platform.storage import CentralStorage
+from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.pictures import write_pictures
 from cv_platform_tests.support.record_samples import VERSION, deployment, identity
-from cv_platform_tests.support.tiny_models import export_tiny, publish_tiny
+from cv_platform_tests.support.tiny_models import publish_tiny
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 KEY = dg.AssetKey(["digits", "batch_scores"])
 
 
-@pytest.mark.xdist_group("tensorflow")
 def test_the_images_of_a_folder_are_scored_by_the_model_in_production(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -28,7 +28,7 @@ def test_the_images_of_a_folder_are_scored_by_the_model_in_production(
     images = write_pictures(tmp_path / "images", ["a.png", "b.png"])
     config = tmp_path / "digits.yaml"
     config.write_text(f"{DIGITS.read_text()}\nscore: {{source: {images}}}\n")
-    publish_tiny(CentralStorage(tmp_path / "home" / "storage"), export_tiny(tmp_path / "export", seed=1), VERSION)
+    publish_tiny(CentralStorage(tmp_path / "home" / "storage"), hand_made_export(tmp_path / "export"), VERSION)
     records = RecordStore(tmp_path / "home", "digits")
     records.write("deployment", deployment(), run_id="0")
     assert KEY not in build_defs(DIGITS).resolve_asset_graph().get_all_asset_keys()

@@ -25,12 +25,12 @@ from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.serving.model.runtime import load_folder
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.support.app_fixtures import spooled_at
+from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.http_client import png
 from cv_platform_tests.support.tiny_models import (
     CLASS_NAMES,
     MODEL_NAME,
     TinyExport,
-    export_tiny,
     publish_tiny,
     tiny_images,
     tiny_metadata,
@@ -69,7 +69,7 @@ def bare_environment(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("alone")
-    export = export_tiny(folder / "export", seed=4)
+    export = hand_made_export(folder / "export")
     tag = build_bento(export.folder, tiny_metadata(), bentoml_home=folder / "bentoml")
     venv.create(folder / "venv")
     python = folder / "venv" / "bin" / "python"

@@ -19,12 +19,13 @@ from bentoml.exceptions import BentoMLException
 from cv_platform.serving.model.runtime import load_folder
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.support.app_fixtures import spooled_at
+from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.http_client import png
 from cv_platform_tests.support.served import serving
-from cv_platform_tests.support.tiny_models import CLASS_NAMES, MODEL_NAME, export_tiny, publish_tiny, tiny_images
+from cv_platform_tests.support.tiny_models import CLASS_NAMES, MODEL_NAME, publish_tiny, tiny_images
 
 KEY = "a-key-of-bentomls-client"
-pytestmark = [pytest.mark.xdist_group("tensorflow"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("bentoml")
-    export = export_tiny(folder / "export", seed=1)
+    export = hand_made_export(folder / "export")
     storage = CentralStorage(folder / "storage")
     metadata = publish_tiny(storage, export)
     storage.write_pointer(

@@ -18,8 +18,9 @@ from cv_platform.local.http import free_port
 from cv_platform.local.programs import service_command
 from cv_platform.settings import quiet_variables
 from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.http_client import flat_image, png
-from cv_platform_tests.support.tiny_models import MODEL_NAME, export_tiny, publish_tiny
+from cv_platform_tests.support.tiny_models import MODEL_NAME, publish_tiny
 
 REPOSITORY = Path(__file__).parents[2]
 SERVICE = "image_classifier"
@@ -37,14 +38,14 @@ include-name = "{name}"
 parameters = {{ prediction_id = "{id}" }}
 """
 
-pytestmark = [pytest.mark.xdist_group("tensorflow"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture
 def base_url(tmp_path: Path, database_url: str) -> Iterator[str]:
     home = tmp_path / "home"
     storage = CentralStorage(home / "storage")
-    metadata = publish_tiny(storage, export_tiny(tmp_path / "export", seed=1))
+    metadata = publish_tiny(storage, hand_made_export(tmp_path / "export"))
     storage.write_pointer(
         SERVICE, ProductionPointer(model_name=MODEL_NAME, version=metadata.version, since_utc=datetime.now(UTC))
     )

@@ -19,11 +19,10 @@ from cv_platform.errors import PointerMovedError, StorageError
 from cv_platform.object_store import ObjectStore
 from cv_platform.serving.model.promotion import PROMOTION_LOCK, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.pictures import class_folders, picture
-from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, export_tiny, publish_tiny
+from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny
 from cv_platform_tests.unit.datasets.conftest import dataset, model
-
-pytestmark = pytest.mark.xdist_group("tensorflow")
 
 SERVICE = "image_classifier"
 FIRST, SECOND, THIRD = "20260101T000000Z-00000001", "20260102T000000Z-00000002", "20260103T000000Z-00000003"
@@ -56,8 +55,8 @@ def url(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
-    return export_tiny(tmp_path_factory.mktemp("tiny") / "export", seed=1)
+def hand_made(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    return hand_made_export(tmp_path_factory.mktemp("tiny") / "export")
 
 
 def pointer(version: str) -> ProductionPointer:
@@ -186,10 +185,10 @@ def test_a_bucket_that_is_not_there_is_no_conflict(url: str):
 
 
 def test_promotions_on_two_hosts_forget_no_version(
-    here: HurriedStorage, elsewhere: CentralStorage, tmp_path: Path, tiny_export: TinyExport
+    here: HurriedStorage, elsewhere: CentralStorage, tmp_path: Path, hand_made: TinyExport
 ):
     for version in (FIRST, SECOND, THIRD):
-        publish_tiny(elsewhere, tiny_export, version)
+        publish_tiny(elsewhere, hand_made, version)
 
     def on(host: CentralStorage, folder: str) -> Promoter:
         return Promoter(host, SERVICE, tmp_path / folder, tmp_path / folder / PROMOTION_LOCK)
@@ -203,9 +202,9 @@ def test_promotions_on_two_hosts_forget_no_version(
 
 
 def test_images_of_a_bucket_are_scored_by_a_model_of_a_bucket(
-    url: str, tmp_path: Path, tiny_export: TinyExport, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, hand_made: TinyExport, monkeypatch: pytest.MonkeyPatch
 ):
-    publish_tiny(CentralStorage(url), tiny_export, FIRST)
+    publish_tiny(CentralStorage(url), hand_made, FIRST)
     source = f"{url.removesuffix('/storage')}/photos"
     for name, data in (("a/1.png", picture(1)), ("a/cut.png", picture(2)[:40]), ("b.png", picture(3)), ("b.txt", b"")):
         S3FileSystem().pipe_file(f"{source}/{name}", data)

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, tiny_images
 
 
-def hand_made_export(directory: Path) -> TinyExport:
+def hand_made_export(directory: Path, *, seed: int = 3) -> TinyExport:
     """Writes a model whose probabilities are the softmax of an image's mean colours, with its golden images."""
     directory.mkdir(parents=True)
-    onnx.save(_model(), str(directory / "model.onnx"))
+    onnx.save(_model(seed), str(directory / "model.onnx"))
     images = tiny_images(4, seed=9)
     np.savez(directory / "golden.npz", images=images, tolerance=[1e-4, 1e-3], **_answers(images, directory))
     unused = directory / f"{MODEL_NAME}.keras"
@@ -31,10 +31,10 @@ def _answers(images: np.ndarray, directory: Path) -> dict[str, Any]:
     return {"class_index": class_index, **{name: getattr(answer, name) for name in names}}
 
 
-def _model() -> onnx.ModelProto:
-    rng = np.random.default_rng(3)
+def _model(seed: int) -> onnx.ModelProto:
+    rng = np.random.default_rng(seed)
     constants = {
-        "scale": np.array(0.02, np.float32),
+        "scale": np.array(0.02 * seed / 3, np.float32),
         "whole": np.array(1 / 255, np.float32),
         "to_features": rng.normal(size=(3, 5)).astype(np.float32),
         "to_uae": rng.normal(size=(3, 4)).astype(np.float32),

@@ -20,6 +20,11 @@ def hand_made(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
 
 
 @pytest.fixture(scope="session")
+def other_hand_made(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    return hand_made_export(tmp_path_factory.mktemp("hand") / "other", seed=4)
+
+
+@pytest.fixture(scope="session")
 def tensorflow_export(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
     """The model of `tiny_export`, exported for TensorFlow."""
     return export_tiny(tmp_path_factory.mktemp("tiny") / "tf", seed=1, runtime="tensorflow")

@@ -14,19 +14,17 @@ from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 FIRST, SECOND = "20260101T000000Z-00000001", "20260201T000000Z-00000002"
 
 
 @pytest.fixture
-def storage(tmp_path: Path, tiny_export: TinyExport, monkeypatch: pytest.MonkeyPatch) -> CentralStorage:
+def storage(tmp_path: Path, hand_made: TinyExport, monkeypatch: pytest.MonkeyPatch) -> CentralStorage:
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("CV_CONFIGS", str(tmp_path / "configs"))
     (tmp_path / "configs").mkdir()
     storage = CentralStorage(Settings.from_environment().storage_url)
     for version in (FIRST, SECOND):
-        publish_tiny(storage, tiny_export, version)
+        publish_tiny(storage, hand_made, version)
     return storage
 
 

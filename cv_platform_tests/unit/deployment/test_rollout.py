@@ -22,8 +22,6 @@ from cv_platform_tests.support.record_samples import model_bundle
 from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 SERVICE = "image_classifier"
 
 
@@ -92,8 +90,8 @@ def pointer_version(storage: CentralStorage) -> str | None:
     return pointer.version if pointer else None
 
 
-def test_every_running_worker_confirms(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
-    first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+def test_every_running_worker_confirms(storage: CentralStorage, cache: Path, start, hand_made: TinyExport):
+    first, second = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     deploy(model_bundle(first).model, config(), experiment="tiny", storage=storage, cache=cache)
     workers = [start("a"), start("b")]
     done = deploy(model_bundle(second).model, config(), experiment="tiny", storage=storage, cache=cache)
@@ -105,9 +103,9 @@ def test_every_running_worker_confirms(storage: CentralStorage, cache: Path, sta
 
 @pytest.mark.usefixtures("_impatient")
 def test_without_a_running_service_the_next_start_serves_it(
-    storage: CentralStorage, cache: Path, start, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, start, hand_made: TinyExport
 ):
-    metadata = publish_tiny(storage, tiny_export)
+    metadata = publish_tiny(storage, hand_made)
     # A worker that died without a goodbye does not count, however fresh its last beat looks.
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC)))
     done = deploy(model_bundle(metadata).model, config(), experiment="tiny", storage=storage, cache=cache)
@@ -121,9 +119,9 @@ def test_without_a_running_service_the_next_start_serves_it(
 
 @pytest.mark.usefixtures("_impatient")
 def test_what_a_dead_worker_has_said_confirms_nothing(
-    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, hand_made: TinyExport
 ):
-    metadata = publish_tiny(storage, tiny_export)
+    metadata = publish_tiny(storage, hand_made)
     served: dict[str, Any] = {"model_name": metadata.model_name, "version": metadata.version}
     storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id="dead", beat_utc=datetime.now(UTC), **served))
     beating("b", **served)
@@ -133,9 +131,9 @@ def test_what_a_dead_worker_has_said_confirms_nothing(
 
 
 def test_a_worker_that_lives_by_another_clock_is_waited_for(
-    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, hand_made: TinyExport
 ):
-    good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    good, new = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
     beating("an-hour-behind", model_name="tiny", version=good.version)
     with pytest.raises(DeploymentError, match=f"an-hour-behind \\(runs {good.version}\\)"):
@@ -145,9 +143,9 @@ def test_a_worker_that_lives_by_another_clock_is_waited_for(
 
 @pytest.mark.usefixtures("_impatient")
 def test_a_version_that_kills_every_worker_is_not_taken_for_a_service_that_does_not_run(
-    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, hand_made: TinyExport
 ):
-    good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    good, new = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
 
     def beat_until_it_is_there() -> None:
@@ -165,9 +163,9 @@ def test_a_version_that_kills_every_worker_is_not_taken_for_a_service_that_does_
 
 
 def test_a_bundle_that_fails_its_load_test_moves_nothing(
-    storage: CentralStorage, cache: Path, tmp_path: Path, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, tmp_path: Path, hand_made: TinyExport
 ):
-    good, bad = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    good, bad = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
     (tmp_path / "storage" / "models" / "tiny" / bad.version / "golden.npz").write_bytes(b"")
     with pytest.raises(CorruptBundleError):
@@ -176,9 +174,9 @@ def test_a_bundle_that_fails_its_load_test_moves_nothing(
 
 
 def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back(
-    storage: CentralStorage, cache: Path, tmp_path: Path, start, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, tmp_path: Path, start, hand_made: TinyExport
 ):
-    good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    good, new = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
     start("a")
     # This worker reaches the same pointer and heartbeats, but another, broken copy of the bundles.
@@ -186,8 +184,8 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
     broken.mkdir()
     (broken / "services").symlink_to(tmp_path / "storage" / "services")
     other = CentralStorage(broken)
-    publish_tiny(other, tiny_export, good.version)
-    publish_tiny(other, tiny_export, new.version)
+    publish_tiny(other, hand_made, good.version)
+    publish_tiny(other, hand_made, new.version)
     (broken / "models" / "tiny" / new.version / "golden.npz").unlink()
     worker = start("b", broken)
     with pytest.raises(DeploymentError, match=r"b: .*golden\.npz"):
@@ -197,9 +195,9 @@ def test_a_worker_that_cannot_take_the_version_is_named_and_the_pointer_put_back
 
 
 def test_an_error_about_an_earlier_pointer_is_not_held_against_this_deployment(
-    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, hand_made: TinyExport
 ):
-    metadata = publish_tiny(storage, tiny_export)
+    metadata = publish_tiny(storage, hand_made)
     beating(
         "a",
         model_name=metadata.model_name,
@@ -213,9 +211,9 @@ def test_an_error_about_an_earlier_pointer_is_not_held_against_this_deployment(
 
 
 def test_a_worker_that_does_not_answer_in_time_puts_the_pointer_back(
-    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, hand_made: TinyExport
 ):
-    good, new = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    good, new = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     deploy(model_bundle(good).model, config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck", model_name="tiny", version=good.version)
     with pytest.raises(DeploymentError, match=f"stuck \\(runs {good.version}\\)"):
@@ -224,9 +222,9 @@ def test_a_worker_that_does_not_answer_in_time_puts_the_pointer_back(
 
 
 def test_a_first_deployment_that_fails_leaves_no_pointer(
-    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, hand_made: TinyExport
 ):
-    metadata = publish_tiny(storage, tiny_export)
+    metadata = publish_tiny(storage, hand_made)
     beating("stuck")
     with pytest.raises(DeploymentError, match="runs nothing"):
         deploy(model_bundle(metadata).model, config(0.3), experiment="tiny", storage=storage, cache=cache)
@@ -234,9 +232,9 @@ def test_a_first_deployment_that_fails_leaves_no_pointer(
 
 
 def test_an_update_while_a_deployment_waits_for_its_turn_is_what_a_failure_returns_to(
-    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, hand_made: TinyExport
 ):
-    first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
+    first, second, third = (publish_tiny(storage, hand_made) for _ in range(3))
     deploy(model_bundle(first).model, config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck")
     lock = cache / PROMOTION_LOCK
@@ -262,7 +260,7 @@ def _open_files(path: Path) -> int:
 
 
 def test_an_update_at_the_moment_of_putting_back_stays(
-    storage: CentralStorage, cache: Path, beating, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, beating, hand_made: TinyExport
 ):
     class Hurried(CentralStorage):
         """Lets somebody else promote `third` once this deployment has given up, before it puts the pointer back."""
@@ -272,7 +270,7 @@ def test_an_update_at_the_moment_of_putting_back_stays(
                 Promoter(storage, SERVICE, cache, cache / PROMOTION_LOCK).promote(third.model_name, third.version)
             super().swap_pointer(service, expected, new)
 
-    first, second, third = (publish_tiny(storage, tiny_export) for _ in range(3))
+    first, second, third = (publish_tiny(storage, hand_made) for _ in range(3))
     deploy(model_bundle(first).model, config(), experiment="tiny", storage=storage, cache=cache)
     beating("stuck")
     with pytest.raises(DeploymentError):
@@ -280,8 +278,8 @@ def test_an_update_at_the_moment_of_putting_back_stays(
     assert pointer_version(storage) == third.version
 
 
-def test_rollback_returns_to_the_version_before(storage: CentralStorage, cache: Path, start, tiny_export: TinyExport):
-    first, second = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+def test_rollback_returns_to_the_version_before(storage: CentralStorage, cache: Path, start, hand_made: TinyExport):
+    first, second = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     deploy(model_bundle(first).model, config(), experiment="tiny", storage=storage, cache=cache)
     worker = start("a")
     deploy(model_bundle(second).model, config(), experiment="tiny", storage=storage, cache=cache)

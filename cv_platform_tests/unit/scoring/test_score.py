@@ -28,16 +28,14 @@ from cv_platform_tests.support.http_client import Client, FixedModels
 from cv_platform_tests.support.pictures import picture, write_pictures
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 VERSION = "20260101T000000Z-00000001"
 PROCESSES = LocalEngine(2, worth_seconds=0)
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_export: TinyExport) -> Settings:
+def settings(tmp_path: Path, hand_made: TinyExport) -> Settings:
     made = Settings.from_environment({"CV_HOME": str(tmp_path / "home")})
-    publish_tiny(CentralStorage(made.storage_url), tiny_export, VERSION)
+    publish_tiny(CentralStorage(made.storage_url), hand_made, VERSION)
     return made
 
 

@@ -130,12 +130,11 @@ def test_a_rollback_to_a_version_that_is_gone_asks_for_none_by_name(admin: Clien
     assert storage.read_pointer(SERVICE) == pointer
 
 
-@pytest.mark.xdist_group("tensorflow")
 def test_moves_production_to_the_newest_version_to_a_named_one_and_back(
-    admin: Client, storage: CentralStorage, tiny_export: TinyExport
+    admin: Client, storage: CentralStorage, hand_made: TinyExport
 ):
     for version in VERSIONS:
-        publish_tiny(storage, tiny_export, version)
+        publish_tiny(storage, hand_made, version)
     response = admin.put("/update_model/tiny.yaml")
     assert response.status_code == 200
     assert response.json()["production"]["version"] == VERSIONS[1]
@@ -150,11 +149,10 @@ def test_moves_production_to_the_newest_version_to_a_named_one_and_back(
     assert admin.put("/update_model/tiny.yaml", params={"version": "20260103T000000Z-0000000c"}).status_code == 404
 
 
-@pytest.mark.xdist_group("tensorflow")
 def test_a_corrupt_model_is_refused_and_production_stays(
-    admin: Client, storage: CentralStorage, tiny_export: TinyExport, tmp_path: Path
+    admin: Client, storage: CentralStorage, hand_made: TinyExport, tmp_path: Path
 ):
-    publish_tiny(storage, tiny_export, VERSIONS[0])
+    publish_tiny(storage, hand_made, VERSIONS[0])
     (tmp_path / "storage" / "models" / "tiny" / VERSIONS[0] / "golden.npz").write_bytes(b"damaged")
     response = admin.put("/update_model/tiny.yaml")
     assert response.status_code == 409

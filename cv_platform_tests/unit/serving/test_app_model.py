@@ -4,7 +4,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from cv_platform.images import preprocess
 from cv_platform.serving.app import create_app
@@ -16,15 +15,13 @@ from cv_platform_tests.support.app_fixtures import MakeWorker
 from cv_platform_tests.support.http_client import Client, png
 from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny, tiny_metadata
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 
 def test_serves_the_probabilities_and_the_passport_of_the_model_in_production(
-    make_worker: MakeWorker, tiny_export: TinyExport, tmp_path: Path
+    make_worker: MakeWorker, hand_made: TinyExport, tmp_path: Path
 ):
     storage = CentralStorage(tmp_path / "storage")
     config = {"model": {"model_name": "tiny"}}
-    metadata = publish_tiny(storage, tiny_export, mlflow_run_id="0a1b2c", effective_config=config)
+    metadata = publish_tiny(storage, hand_made, mlflow_run_id="0a1b2c", effective_config=config)
     storage.write_pointer(
         "image_classifier",
         ProductionPointer(model_name="tiny", version=metadata.version, since_utc=datetime.now(UTC)),
@@ -34,7 +31,7 @@ def test_serves_the_probabilities_and_the_passport_of_the_model_in_production(
     data = png(np.random.default_rng(5).integers(0, 256, (50, 40, 3), dtype=np.uint8))
     body = client.predict(data, params={"explain": "cam"}).json()
 
-    expected = load_folder(tiny_export.folder, tiny_metadata()).predict(preprocess(data, (16, 16)))
+    expected = load_folder(hand_made.folder, tiny_metadata()).predict(preprocess(data, (16, 16)))
     np.testing.assert_allclose(list(body["prediction"].values()), expected.probabilities, atol=1e-6)
     np.testing.assert_allclose(body["cam"], expected.cam, atol=1e-4)
     assert body["predicted_class"] == metadata.class_names[int(expected.probabilities.argmax())]

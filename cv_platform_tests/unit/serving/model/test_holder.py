@@ -16,8 +16,6 @@ from cv_platform_tests.support.production import SERVICE, damage, point_to, vers
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny, tiny_images
 from cv_platform_tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
@@ -51,8 +49,8 @@ def start(storage: CentralStorage, cache: Path) -> Iterator[Callable[..., ModelH
         holder.stop()
 
 
-def test_starts_with_the_version_that_the_pointer_names(storage, start, tiny_export: TinyExport):
-    older, newer = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+def test_starts_with_the_version_that_the_pointer_names(storage, start, hand_made: TinyExport):
+    older, newer = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     point_to(storage, older)
     holder = start()
     assert version_of(holder) == older.version != newer.version
@@ -63,19 +61,19 @@ def test_starts_with_the_version_that_the_pointer_names(storage, start, tiny_exp
     json.dumps(status)
 
 
-def test_starts_without_a_model_and_takes_the_first_deployment(storage, start, tiny_export: TinyExport):
+def test_starts_without_a_model_and_takes_the_first_deployment(storage, start, hand_made: TinyExport):
     holder = start()
     assert holder.current() is None
-    metadata = publish_tiny(storage, tiny_export)
+    metadata = publish_tiny(storage, hand_made)
     point_to(storage, metadata)
     wait_until(lambda: version_of(holder) == metadata.version)
     assert holder.status()["model_source"] == "pointer"
 
 
 def test_swaps_under_load_without_a_failed_or_mixed_answer(
-    storage, start, tiny_export: TinyExport, other_export: TinyExport
+    storage, start, hand_made: TinyExport, other_hand_made: TinyExport
 ):
-    one, two = publish_tiny(storage, tiny_export), publish_tiny(storage, other_export)
+    one, two = publish_tiny(storage, hand_made), publish_tiny(storage, other_hand_made)
     point_to(storage, one)
     holder = start()
     image = tiny_images(1, seed=9)[0]
@@ -100,6 +98,8 @@ def test_swaps_under_load_without_a_failed_or_mixed_answer(
     for metadata in (two, one, two):
         point_to(storage, metadata)
         wait_until(lambda version=metadata.version: bool(answers) and answers[-1][0] == version)
+        # What came last may have been asked of the version before.
+        wait_until(lambda version=metadata.version: holder.status()["model_version"] == version)
     done.set()
     for thread in threads:
         thread.join(timeout=30)
@@ -111,8 +111,8 @@ def test_swaps_under_load_without_a_failed_or_mixed_answer(
     assert all(np.allclose(probabilities, expected[version], atol=1e-6) for version, probabilities in answers)
 
 
-def test_a_corrupt_bundle_leaves_the_last_good_model_serving(storage, root, start, tiny_export: TinyExport):
-    good, bad = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+def test_a_corrupt_bundle_leaves_the_last_good_model_serving(storage, root, start, hand_made: TinyExport):
+    good, bad = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     damage(root, bad)
     point_to(storage, good)
     holder = start()
@@ -129,8 +129,8 @@ def test_a_corrupt_bundle_leaves_the_last_good_model_serving(storage, root, star
     assert holder.status()["last_swap_error"] is None
 
 
-def test_a_version_that_failed_is_left_alone_until_the_pointer_moves(storage, root, start, tiny_export: TinyExport):
-    bad = publish_tiny(storage, tiny_export)
+def test_a_version_that_failed_is_left_alone_until_the_pointer_moves(storage, root, start, hand_made: TinyExport):
+    bad = publish_tiny(storage, hand_made)
     path = root / "models" / MODEL_NAME / bad.version / "golden.npz"
     whole = path.read_bytes()
     damage(root, bad)
@@ -145,8 +145,8 @@ def test_a_version_that_failed_is_left_alone_until_the_pointer_moves(storage, ro
     assert (holder.status()["failed_version"], holder.status()["last_swap_error"]) == (None, None)
 
 
-def test_a_version_that_failed_is_tried_again_after_a_while(storage, root, start, tiny_export: TinyExport):
-    bad = publish_tiny(storage, tiny_export)
+def test_a_version_that_failed_is_tried_again_after_a_while(storage, root, start, hand_made: TinyExport):
+    bad = publish_tiny(storage, hand_made)
     path = root / "models" / MODEL_NAME / bad.version / "golden.npz"
     whole = path.read_bytes()
     damage(root, bad)
@@ -158,8 +158,8 @@ def test_a_version_that_failed_is_tried_again_after_a_while(storage, root, start
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"model_name": "tiny"}', b"\xff\xfe"])
-def test_an_unreadable_pointer_changes_nothing(storage, root, start, tiny_export: TinyExport, content: bytes):
-    metadata = publish_tiny(storage, tiny_export)
+def test_an_unreadable_pointer_changes_nothing(storage, root, start, hand_made: TinyExport, content: bytes):
+    metadata = publish_tiny(storage, hand_made)
     point_to(storage, metadata)
     holder = start()
     (root / "services" / SERVICE / "production.json").write_bytes(content)
@@ -167,10 +167,8 @@ def test_an_unreadable_pointer_changes_nothing(storage, root, start, tiny_export
     assert version_of(holder) == metadata.version
 
 
-def test_storage_that_goes_away_changes_nothing_and_its_return_is_noticed(
-    storage, root, start, tiny_export: TinyExport
-):
-    metadata = publish_tiny(storage, tiny_export)
+def test_storage_that_goes_away_changes_nothing_and_its_return_is_noticed(storage, root, start, hand_made: TinyExport):
+    metadata = publish_tiny(storage, hand_made)
     point_to(storage, metadata)
     holder = start()
     away = root.with_name("away")
@@ -184,8 +182,8 @@ def test_storage_that_goes_away_changes_nothing_and_its_return_is_noticed(
     assert version_of(holder) == metadata.version
 
 
-def test_a_pointer_that_vanishes_is_noticed_and_changes_nothing(storage, root, start, tiny_export: TinyExport):
-    metadata = publish_tiny(storage, tiny_export)
+def test_a_pointer_that_vanishes_is_noticed_and_changes_nothing(storage, root, start, hand_made: TinyExport):
+    metadata = publish_tiny(storage, hand_made)
     point_to(storage, metadata)
     holder = start()
     away = root.with_name("away")
@@ -217,8 +215,8 @@ class FlakyStorage(CentralStorage):
         return super().read_pointer(service)
 
 
-def test_an_error_of_the_storage_driver_does_not_end_the_following(storage, root, cache, tiny_export: TinyExport):
-    one, two = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+def test_an_error_of_the_storage_driver_does_not_end_the_following(storage, root, cache, hand_made: TinyExport):
+    one, two = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     point_to(storage, one)
     flaky = FlakyStorage(root)
     holder = ModelHolder(WorkerWatch(flaky, SERVICE), worker_id="w", cache=cache, pace=Pace(poll_seconds=0.02))
@@ -235,9 +233,9 @@ def test_an_error_of_the_storage_driver_does_not_end_the_following(storage, root
 
 
 def test_starts_from_the_last_good_version_when_the_pointer_names_a_corrupt_one(
-    storage, root, start, tiny_export: TinyExport
+    storage, root, start, hand_made: TinyExport
 ):
-    good, bad = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+    good, bad = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     damage(root, bad)
     point_to(storage, good)
     start().stop()
@@ -248,8 +246,8 @@ def test_starts_from_the_last_good_version_when_the_pointer_names_a_corrupt_one(
     assert holder.status()["failed_version"] == bad.version
 
 
-def test_starts_from_the_last_good_version_when_storage_is_gone(storage, root, start, tiny_export: TinyExport):
-    metadata = publish_tiny(storage, tiny_export)
+def test_starts_from_the_last_good_version_when_storage_is_gone(storage, root, start, hand_made: TinyExport):
+    metadata = publish_tiny(storage, hand_made)
     point_to(storage, metadata)
     start().stop()
     shutil.rmtree(root)
@@ -263,11 +261,11 @@ def test_starts_from_the_last_good_version_when_storage_is_gone(storage, root, s
 
 
 def test_a_corrupt_last_good_version_falls_back_to_the_bundled_model(
-    storage, root, start, cache, tmp_path, tiny_export: TinyExport, other_export: TinyExport
+    storage, root, start, cache, tmp_path, hand_made: TinyExport, other_hand_made: TinyExport
 ):
-    good = publish_tiny(storage, tiny_export)
-    bundled = publish_tiny(storage, other_export)
-    write_fallback(other_export.folder, bundled, tmp_path / "bundled")
+    good = publish_tiny(storage, hand_made)
+    bundled = publish_tiny(storage, other_hand_made)
+    write_fallback(other_hand_made.folder, bundled, tmp_path / "bundled")
     point_to(storage, good)
     start().stop()
     damage(root, good)
@@ -278,22 +276,22 @@ def test_a_corrupt_last_good_version_falls_back_to_the_bundled_model(
 
 
 def test_a_bundled_model_serves_until_a_version_is_deployed_and_is_not_kept_as_last_good(
-    storage, start, cache, tmp_path, tiny_export: TinyExport, other_export: TinyExport
+    storage, start, cache, tmp_path, hand_made: TinyExport, other_hand_made: TinyExport
 ):
-    bundled = publish_tiny(storage, other_export)
-    write_fallback(other_export.folder, bundled, tmp_path / "bundled")
+    bundled = publish_tiny(storage, other_hand_made)
+    write_fallback(other_hand_made.folder, bundled, tmp_path / "bundled")
     holder = start(bundled=tmp_path / "bundled")
     assert version_of(holder) == bundled.version
     assert not (cache / "last_good").exists()
-    deployed = publish_tiny(storage, tiny_export)
+    deployed = publish_tiny(storage, hand_made)
     point_to(storage, deployed)
     wait_until((cache / "last_good" / "models" / MODEL_NAME / deployed.version).exists)
     assert version_of(holder) == deployed.version
     assert not (cache / "last_good" / "models" / MODEL_NAME / bundled.version).exists()
 
 
-def test_only_the_last_good_version_is_kept(storage, start, cache, tiny_export: TinyExport):
-    versions = [publish_tiny(storage, tiny_export) for _ in range(3)]
+def test_only_the_last_good_version_is_kept(storage, start, cache, hand_made: TinyExport):
+    versions = [publish_tiny(storage, hand_made) for _ in range(3)]
     point_to(storage, versions[0])
     holder = start()
     kept = cache / "last_good" / "models" / MODEL_NAME
@@ -305,8 +303,8 @@ def test_only_the_last_good_version_is_kept(storage, start, cache, tiny_export: 
     assert len(storage.bundle_versions(MODEL_NAME)) == 3  # In storage all of them stay.
 
 
-def test_workers_of_one_host_start_together(storage, cache, tiny_export: TinyExport):
-    metadata = publish_tiny(storage, tiny_export)
+def test_workers_of_one_host_start_together(storage, cache, hand_made: TinyExport):
+    metadata = publish_tiny(storage, hand_made)
     point_to(storage, metadata)
     holders = [
         ModelHolder(WorkerWatch(storage, SERVICE), worker_id=f"w{n}", cache=cache, pace=Pace(poll_seconds=0.02))
@@ -325,8 +323,8 @@ def test_workers_of_one_host_start_together(storage, cache, tiny_export: TinyExp
             holder.stop()
 
 
-def test_heartbeat_says_what_the_worker_runs_and_goes_with_it(storage, start, tiny_export: TinyExport):
-    metadata = publish_tiny(storage, tiny_export)
+def test_heartbeat_says_what_the_worker_runs_and_goes_with_it(storage, start, hand_made: TinyExport):
+    metadata = publish_tiny(storage, hand_made)
     point_to(storage, metadata)
     holder = start()
     wait_until(lambda: [beat.version for beat in storage.read_heartbeats(SERVICE)] == [metadata.version])
@@ -337,8 +335,8 @@ def test_heartbeat_says_what_the_worker_runs_and_goes_with_it(storage, start, ti
     assert storage.read_heartbeats(SERVICE) == []
 
 
-def test_can_be_started_again_after_a_stop(storage, start, tiny_export: TinyExport):
-    one, two = publish_tiny(storage, tiny_export), publish_tiny(storage, tiny_export)
+def test_can_be_started_again_after_a_stop(storage, start, hand_made: TinyExport):
+    one, two = publish_tiny(storage, hand_made), publish_tiny(storage, hand_made)
     point_to(storage, one)
     holder = start()
     holder.stop()

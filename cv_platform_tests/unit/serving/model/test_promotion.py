@@ -11,17 +11,15 @@ from cv_platform.serving.model.promotion import PROMOTION_LOCK, Claim, Promoter
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny
 
-pytestmark = pytest.mark.xdist_group("tensorflow")
-
 SERVICE = "image_classifier"
 FIRST, SECOND, THIRD = "20260101T000000Z-00000001", "20260102T000000Z-00000002", "20260103T000000Z-00000003"
 
 
 @pytest.fixture
-def storage(tmp_path: Path, tiny_export: TinyExport) -> CentralStorage:
+def storage(tmp_path: Path, hand_made: TinyExport) -> CentralStorage:
     storage = CentralStorage(tmp_path / "storage")
     for version in (FIRST, SECOND, THIRD):
-        publish_tiny(storage, tiny_export, version)
+        publish_tiny(storage, hand_made, version)
     return storage
 
 
@@ -180,10 +178,10 @@ CATS, DOGS = "20260201T000000Z-00000001", "20260202T000000Z-00000002"
 
 
 def test_another_experiment_takes_the_place_of_one_only_where_it_says_so(
-    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, hand_made: TinyExport
 ):
-    owned(storage, tiny_export, "cats", CATS)
-    owned(storage, tiny_export, "dogs", DOGS)
+    owned(storage, hand_made, "cats", CATS)
+    owned(storage, hand_made, "dogs", DOGS)
     promoter(storage, cache).promote(MODEL_NAME, CATS, claim=Claim("cats"))
     for claim in (Claim("dogs"), Claim("dogs", takes_over="owls")):
         with pytest.raises(DeploymentError, match=r"belongs to the experiment cats.*service: dogs.*takes_over: cats"):
@@ -200,9 +198,9 @@ def test_another_experiment_takes_the_place_of_one_only_where_it_says_so(
 
 
 def test_an_old_pointer_belongs_to_the_experiment_that_trained_its_bundle(
-    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, hand_made: TinyExport
 ):
-    owned(storage, tiny_export, "cats", CATS)
+    owned(storage, hand_made, "cats", CATS)
     old = {"model_name": MODEL_NAME, "version": CATS, "since_utc": "2026-01-01T00:00:00Z"}
     storage.write_pointer(SERVICE, ProductionPointer.model_validate(old))
     with pytest.raises(DeploymentError, match="belongs to the experiment cats"):
@@ -213,9 +211,9 @@ def test_an_old_pointer_belongs_to_the_experiment_that_trained_its_bundle(
 
 
 def test_the_experiment_is_known_even_when_its_bundle_is_gone(
-    storage: CentralStorage, cache: Path, tiny_export: TinyExport
+    storage: CentralStorage, cache: Path, hand_made: TinyExport
 ):
-    owned(storage, tiny_export, "cats", CATS)
+    owned(storage, hand_made, "cats", CATS)
     move(storage, cache, CATS)
     storage.delete_bundle(MODEL_NAME, CATS)
     with pytest.raises(DeploymentError, match="belongs to the experiment cats"):
@@ -223,9 +221,9 @@ def test_the_experiment_is_known_even_when_its_bundle_is_gone(
 
 
 def test_whoever_takes_a_service_during_the_load_test_is_not_replaced_either(
-    hurried: HurriedStorage, cache: Path, tiny_export: TinyExport
+    hurried: HurriedStorage, cache: Path, hand_made: TinyExport
 ):
-    owned(hurried, tiny_export, "cats", CATS)
+    owned(hurried, hand_made, "cats", CATS)
     hurried.moves = [CATS]  # After the first look, which saw a free service.
     with pytest.raises(DeploymentError, match="belongs to the experiment cats"):
         promoter(hurried, cache).promote(MODEL_NAME, FIRST, claim=Claim("dogs"))

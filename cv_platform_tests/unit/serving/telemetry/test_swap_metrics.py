@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import prometheus_client
-import pytest
 
 from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform.serving.worker import note_load, open_worker
@@ -13,8 +12,6 @@ from cv_platform_tests.support.metrics_text import Samples, shown, value
 from cv_platform_tests.support.production import damage, point_to
 from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.support.waiting import wait_until
-
-pytestmark = pytest.mark.xdist_group("tensorflow")
 
 
 def swaps(metrics: ServingMetrics) -> dict[str, float | None]:
@@ -26,20 +23,20 @@ def serving(samples: Samples) -> list[str]:
     return [dict(labels)["version"] for name, labels in samples if name == "cv_model_info"]
 
 
-def test_swaps_refusals_and_fallbacks_are_counted(tmp_path: Path, tiny_export: TinyExport):
+def test_swaps_refusals_and_fallbacks_are_counted(tmp_path: Path, hand_made: TinyExport):
     root = tmp_path / "storage"
     storage = CentralStorage(root)
     settings = Settings.from_environment({"CV_HOME": str(tmp_path / "home"), "CV_STORAGE": str(root)})
     metrics = ServingMetrics(prometheus_client.CollectorRegistry())
-    first = publish_tiny(storage, tiny_export)
+    first = publish_tiny(storage, hand_made)
     point_to(storage, first)
     assert swaps(metrics) == {"swapped": 0, "refused": 0, "fallback": 0}
     with open_worker(settings, metrics=metrics) as worker:
         assert swaps(metrics) == {"swapped": 1, "refused": 0, "fallback": 0}
-        second = publish_tiny(storage, tiny_export)
+        second = publish_tiny(storage, hand_made)
         point_to(storage, second)
         wait_until(lambda: swaps(metrics)["swapped"] == 2)
-        broken = publish_tiny(storage, tiny_export)
+        broken = publish_tiny(storage, hand_made)
         damage(root, broken)
         point_to(storage, broken)
         wait_until(lambda: swaps(metrics)["refused"] == 1)
