@@ -2,6 +2,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -176,8 +177,15 @@ def test_storage_that_goes_away_changes_nothing_and_its_return_is_noticed(storag
     root.write_text("a file where the folder was")
     wait_until(lambda: holder.status()["storage_error"] is not None)
     assert version_of(holder) == metadata.version
+
+    def is_back() -> bool:
+        shutil.rmtree(root, ignore_errors=True)  # A heartbeat may have made it anew.
+        with suppress(OSError):
+            away.rename(root)
+        return not away.exists()
+
     root.unlink()
-    away.rename(root)
+    wait_until(is_back)
     wait_until(lambda: holder.status()["storage_error"] is None)
     assert version_of(holder) == metadata.version
 
