@@ -53,6 +53,7 @@ setup: .venv/.ready ## Install everything into .venv (done by the others when ne
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	$(BIN)/python -m compileall -q cv_platform bentos
 	@touch $@
 
 browser: ## Install Chromium for the tests of the service's page, where there is none (Debian, Ubuntu).
