@@ -41,7 +41,7 @@ def image_properties(image: NDArray[np.uint8]) -> NDArray[np.float32]:
         raise ValueError(f"Expected one (H, W, 3) uint8 RGB image. Received: {image.dtype} {image.shape}.")
     luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     luma_mean, luma_std = (float(value[0, 0]) for value in cv2.meanStdDev(luma))
-    laplacian_variance, laplacian_mad = _spread(np.asarray(cv2.Laplacian(luma, cv2.CV_16S), dtype=np.int16))
+    laplacian_variance, laplacian_mad = _spread(luma)
     channels = cv2.split(image)
     red, green, blue = (cv2.mean(channel)[0] for channel in channels)
     high, low = (pick(pick(channels[0], channels[1]), channels[2]) for pick in (cv2.max, cv2.min))
@@ -59,25 +59,32 @@ def image_properties(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     )
 
 
-def _spread(laplacian: NDArray[np.int16]) -> tuple[float, float]:
-    """Returns variance and median absolute deviation of `(H, W)` int16 Laplacians of grey levels, exactly.
+def _spread(luma: NDArray[np.uint8] | cv2.typing.MatLike) -> tuple[float, float]:
+    """Returns variance and median absolute deviation of the Laplacian of `(H, W)` uint8 grey levels, exactly.
 
-    They are whole numbers within ±4·255, so counting them once takes the place of sorting the pixels twice.
+    It has whole numbers within ±4·255, so counting them once takes the place of sorting the pixels twice.
     """
-    counts = np.bincount((laplacian.ravel() + _LAPLACIAN_MAX).astype(np.intp), minlength=2 * _LAPLACIAN_MAX + 1)
-    mean = float(counts @ _LAPLACIANS) / laplacian.size
-    variance = float(counts @ (_LAPLACIANS - mean) ** 2) / laplacian.size
-    deviations = np.abs(_LAPLACIANS - _median(_LAPLACIANS, counts))
-    order = np.argsort(deviations, kind="stable")
-    return variance, _median(deviations[order], counts[order])
+    shifted = np.asarray(cv2.Laplacian(luma, cv2.CV_16S, delta=_LAPLACIAN_MAX), dtype=np.int16).view(np.uint16)
+    levels = len(_LAPLACIANS)
+    counts = cv2.calcHist([shifted], [0], None, [levels], [0, levels]).ravel().astype(np.float64)
+    mean = float(counts @ _LAPLACIANS) / luma.size
+    variance = float(counts @ (_LAPLACIANS - mean) ** 2) / luma.size
+    # Twice the median, which may lie between two numbers; as often as each number below it, that above it deviates.
+    twice = sum(_middle(counts))
+    at = twice // 2
+    deviations = np.zeros(levels + 1)
+    deviations[: at + 1] = counts[at::-1]
+    above, first = counts[at + 1 :], 1 - twice % 2
+    deviations[first : first + len(above)] += above
+    return variance, sum(_middle(deviations)) / 2 + (twice % 2) / 2
 
 
-def _median(values: NDArray[np.float64], counts: NDArray[np.intp]) -> float:
-    """Returns the median of ascending `values`, each of which occurs `counts` times."""
-    occurred = np.cumsum(counts)
+def _middle(counts: NDArray[np.float64]) -> tuple[int, int]:
+    """Returns where the two middle ones are of things that are counted in order; twice the same, if they are odd."""
+    occurred = counts.cumsum()
     total = int(occurred[-1])
-    lower, upper = values[np.searchsorted(occurred, [(total - 1) // 2, total // 2], side="right")]
-    return float(lower + upper) / 2
+    lower, upper = occurred.searchsorted([(total - 1) // 2, total // 2], side="right")
+    return int(lower), int(upper)
 
 
 def batch_properties(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:

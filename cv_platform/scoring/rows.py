@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ from cv_platform.serving.routes.answer import Predicted, predict_upload
 from cv_platform.storage import BundleMetadata, CentralStorage
 
 _VECTORS = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
+_SAID = ("sha256", PREDICTED_CLASS, "problem", "confidence", "unknown_score", "is_unknown")
+"""Columns that come with each answer."""
 
 
 @dataclass(frozen=True)
@@ -107,59 +108,80 @@ def score_batch(scorer: Scorer, batch: Batch) -> pa.Table:
         BundleNotFoundError, CorruptBundleError, StorageError: the model, or the place of the images, is away.
     """
     model = scorer.model
-    return _table(batch, [_answer(model, scorer, batch.root, path) for path in batch.paths], model.metadata)
+    rows = _Rows(batch, model.metadata)
+    for path in batch.paths:
+        _answer(model, scorer, batch.root, path, rows)
+    return rows.table()
 
 
 def unanswered(metadata: BundleMetadata, batch: Batch, problem: str) -> pa.Table:
     """Returns the rows of images that nobody can score, and why."""
-    answers = [(hashlib.sha256(read_file(batch.root, path)).hexdigest(), problem) for path in batch.paths]
-    return _table(batch, answers, metadata)
+    rows = _Rows(batch, metadata)
+    for path in batch.paths:
+        rows.add(hashlib.sha256(read_file(batch.root, path)).hexdigest(), problem)
+    return rows.table()
 
 
-def _answer(model: LoadedModel, scorer: Scorer, root: str, path: str) -> tuple[str | None, Predicted | str]:
-    """Returns an image's sha256, and what the model says of it, or why it says nothing."""
+def _answer(model: LoadedModel, scorer: Scorer, root: str, path: str, rows: _Rows) -> None:
+    """Adds an image's row: its sha256, and what the model says of it, or why it says nothing."""
     try:
         data = read_file(root, path)
     except OSError as err:
-        return None, f"{type(err).__name__}: {err.strerror or err}"
+        return rows.add(None, f"{type(err).__name__}: {err.strerror or err}")
     digest = hashlib.sha256(data).hexdigest()
     try:
-        return digest, predict_upload(model, data, max_pixels=scorer.max_pixels)
+        rows.add(digest, predict_upload(model, data, max_pixels=scorer.max_pixels))
     except ImageError as err:
-        return digest, f"{type(err).__name__}: {err}"
+        rows.add(digest, f"{type(err).__name__}: {err}")
 
 
-def _table(batch: Batch, answers: Sequence[tuple[str | None, Predicted | str]], metadata: BundleMetadata) -> pa.Table:
-    said = [None if isinstance(answer, str) else answer for _, answer in answers]
-    schema, count = scores_schema(metadata), len(answers)
-    columns: dict[str, Any] = {
-        "path": batch.paths,
-        "sha256": [digest for digest, _ in answers],
-        MODEL_NAME: [metadata.model_name] * count,
-        MODEL_VERSION: [metadata.version] * count,
-        PREDICTED_CLASS: [one and LABEL_SEPARATOR.join(one.predicted_classes) for one in said],
-        "problem": [answer if isinstance(answer, str) else None for _, answer in answers],
-        "confidence": [one and one.prediction.probabilities.max() for one in said],
-        "unknown_score": [one and one.unknown_score for one in said],
-        "is_unknown": [None if one is None or one.unknown_score is None else one.unknown_score > 1 for one in said],
-    }
-    arrays = {name: pa.array(values, schema.field(name).type) for name, values in columns.items()}
-    for name in _VECTORS:
-        width = schema.field(name).type.list_size
-        # Parquet cannot give back lists of a fixed size of which some are null.
-        matrix = np.full((count, width), np.nan, np.float32)
-        for row, one in enumerate(said):
-            if one is not None:
-                matrix[row] = _vector(one, name)
-        values = pa.array(matrix.ravel(), pa.float32())
-        arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=schema.field(name).type)
-    return pa.table([arrays[name] for name in schema.names], schema=schema)
+class _Rows:
+    """The rows of a batch, image after image.
 
+    Of an answer only the row is kept: where decoded images stay until the batch is done, each is decoded into memory
+    that has to be fetched from the system, and out of every cache.
+    """
 
-def _vector(one: Predicted, name: str) -> np.ndarray:
-    prediction = one.prediction
-    vectors = {UAE_FEATS: prediction.uae, BBSD_FEATS: prediction.probabilities, FEATURES: prediction.features}
-    return vectors.get(name, one.properties)
+    def __init__(self, batch: Batch, metadata: BundleMetadata) -> None:
+        self._schema, self._count = scores_schema(metadata), batch.images
+        self._vectors = {
+            # Parquet cannot give back lists of a fixed size of which some are null.
+            name: np.full((self._count, self._schema.field(name).type.list_size), np.nan, np.float32)
+            for name in _VECTORS
+        }
+        self._columns: dict[str, list[Any]] = {
+            "path": list(batch.paths),
+            MODEL_NAME: [metadata.model_name] * self._count,
+            MODEL_VERSION: [metadata.version] * self._count,
+            **{name: [] for name in _SAID},
+        }
+
+    def add(self, digest: str | None, said: Predicted | str) -> None:
+        """Adds the next image's row, with its sha256 and the answer, or why there is none."""
+        row = len(self._columns["sha256"])
+        values: dict[str, Any] = {"sha256": digest}
+        if isinstance(said, str):
+            values["problem"] = said
+        else:
+            prediction, score = said.prediction, said.unknown_score
+            values[PREDICTED_CLASS] = LABEL_SEPARATOR.join(said.predicted_classes)
+            values["confidence"] = prediction.probabilities.max()
+            values |= {"unknown_score": score, "is_unknown": None if score is None else score > 1}
+            self._vectors[UAE_FEATS][row] = prediction.uae
+            self._vectors[BBSD_FEATS][row] = prediction.probabilities
+            self._vectors[FEATURES][row] = prediction.features
+            self._vectors[PROPERTIES][row] = said.properties
+        for name in _SAID:
+            self._columns[name].append(values.get(name))
+
+    def table(self) -> pa.Table:
+        """Returns them."""
+        schema = self._schema
+        arrays = {name: pa.array(values, schema.field(name).type) for name, values in self._columns.items()}
+        for name, matrix in self._vectors.items():
+            values = pa.array(matrix.ravel(), pa.float32())
+            arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=schema.field(name).type)
+        return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import feather
 
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine, Salvage
@@ -28,7 +30,8 @@ from cv_platform.storage import BundleMetadata, CentralStorage
 logger = logging.getLogger(__name__)
 
 _MOST_IMAGES = 1024
-_FEWEST_IMAGES = 64
+_FEWEST_IMAGES = 128
+_PART = ".arrow"
 _BATCHES = 256
 """Of a source, if they are of a size between the two above; more do not lie in a folder beside the output."""
 
@@ -141,7 +144,7 @@ def _batches(found: Found, metadata: BundleMetadata) -> Iterator[Batch]:
 
 def _make_parts(found: Found, scorer: Scorer, metadata: BundleMetadata, parts: Path, engine: Engine | None) -> int:
     """Scores the batches that have no part yet, and returns how many images these were."""
-    done = {path.stem for path in parts.glob("*.parquet")}
+    done = {path.stem for path in parts.glob(f"*{_PART}")}
     missing = sum(batch.images for batch in _batches(found, metadata) if batch.key not in done)
     if missing < len(found.paths):
         logger.info("%d of %d images were scored before", len(found.paths) - missing, len(found.paths))
@@ -159,8 +162,8 @@ def _make_parts(found: Found, scorer: Scorer, metadata: BundleMetadata, parts: P
         in_order=False,
         salvage=salvage,
     ):
-        with whole_file(parts / f"{batch.key}.parquet") as partial_file:
-            pq.write_table(rows, partial_file, compression="none", use_dictionary=False)  # It is read once.
+        with whole_file(parts / f"{batch.key}{_PART}") as partial_file:
+            feather.write_feather(rows, str(partial_file), compression="uncompressed")  # It is read once.
     return missing
 
 
@@ -168,10 +171,15 @@ def _join(found: Found, metadata: BundleMetadata, parts: Path, output: Path) -> 
     """Writes the parts, in order, as one file; returns how many images have a problem, and how many are unknown."""
     problems = unknown = 0
     schema = scores_schema(metadata)
-    with whole_file(output) as partial_file, pq.ParquetWriter(partial_file, schema, compression="zstd") as writer:
+    # Numbers hardly repeat: a dictionary of them would be made only to be thrown away.
+    options: dict[str, Any] = {"use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)]}
+    with (
+        whole_file(output) as partial_file,
+        pq.ParquetWriter(partial_file, schema, compression="zstd", **options) as writer,
+    ):
         for batch in _batches(found, metadata):
-            rows = pq.read_table(parts / f"{batch.key}.parquet", schema=schema)
+            rows = feather.read_table(str(parts / f"{batch.key}{_PART}")).replace_schema_metadata(schema.metadata)
             problems += len(rows) - rows["problem"].null_count
-            unknown += sum(filter(None, rows["is_unknown"].to_pylist()))
+            unknown += rows.filter(rows["is_unknown"]).num_rows  # Null, where there is no rule, is no.
             writer.write_table(rows)
     return problems, unknown

@@ -56,7 +56,10 @@ def read_file(root: str, path: str) -> bytes:
         StorageError: its place cannot be reached, which may pass.
     """
     try:
-        return _file_system(root).cat_file(f"{_root(root)}/{path}") if "://" in root else Path(root, path).read_bytes()
+        if "://" in root:
+            return _file_system(root).cat_file(f"{_root(root)}/{path}")
+        with open(f"{root}/{path}", "rb") as file:  # noqa: PTH123 -- Path takes as long as the reading.
+            return file.read()
     except (FileNotFoundError, PermissionError):
         raise
     except OSError as err:
