@@ -21,7 +21,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Engine, delete, exists, func, select, text, update
+from sqlalchemy import Connection, Engine, Table, delete, exists, func, select, text, true, update
 
 from cv_platform.database.schema import api_log, deletions, feedback, images, predictions
 from cv_platform.errors import DatabaseError
@@ -173,14 +173,19 @@ def _delete(engine: Engine, limits: Retention, batch_rows: int) -> dict[str, int
 
     before = limits.log_before_utc
     if before is not None:
-        repeat(lambda connection: _delete_requests(connection, before, batch_rows))
+        for slice_ in _slices(engine, api_log, true(), before, batch_rows):
+            with engine.begin() as connection:
+                counts["requests"] += connection.execute(delete(api_log).where(slice_)).rowcount
         with engine.connect() as connection:
             versions = connection.execute(
                 select(predictions.c.model_name, predictions.c.model_version).distinct()
             ).all()
         for model_name, version in versions:
             key = (predictions.c.model_name == model_name) & (predictions.c.model_version == version)
-            repeat(lambda connection, key=key: _delete_predictions(connection, key, before, batch_rows))
+            for slice_ in _slices(engine, predictions, key, before, batch_rows):
+                with engine.begin() as connection:
+                    for name, count in _delete_predictions(connection, slice_).items():
+                        counts[name] += count
         repeat(lambda connection: _delete_feedback_of_none(connection, before, batch_rows))
         with engine.begin() as connection:  # What would still arrive of these is too old itself.
             connection.execute(delete(deletions).where(deletions.c.created_on < before))
@@ -198,23 +203,30 @@ def _delete(engine: Engine, limits: Retention, batch_rows: int) -> dict[str, int
                 counts[name] += count
 
 
-def _delete_requests(connection: Connection, before: datetime, batch_rows: int) -> dict[str, int]:
-    ids = select(api_log.c.id).where(api_log.c.created_on < before).order_by(api_log.c.created_on).limit(batch_rows)
-    return {"requests": connection.execute(delete(api_log).where(api_log.c.id.in_(ids))).rowcount}
+def _slices(engine: Engine, table: Table, key: Any, before: datetime, rows: int) -> Iterator[Any]:
+    """Yields what holds for the next `rows` of a table by time, slice after slice, up to a moment.
+
+    Each slice begins where the last one ended: a search for the oldest rows would walk over all that are deleted
+    already, until PostgreSQL has cleaned up behind them.
+    """
+    moment, inside = table.c.created_on, table.c.created_on < before
+    with engine.connect() as connection:
+        start = connection.execute(select(func.min(moment)).where(key & inside)).scalar_one()
+    while start is not None:
+        following = select(moment).where(key & (moment >= start) & inside).order_by(moment).offset(rows).limit(1)
+        with engine.connect() as connection:
+            end = connection.execute(following).scalar_one_or_none()
+        if end == start:  # More than these have one time.
+            end = start + timedelta(microseconds=1)
+        yield key & (moment >= start) & (inside if end is None else moment < end)
+        start = end
 
 
-def _delete_predictions(connection: Connection, key: Any, before: datetime, batch_rows: int) -> dict[str, int]:
-    ids = list(
-        connection.execute(
-            select(predictions.c.prediction_id)
-            .where(key & (predictions.c.created_on < before))
-            .order_by(predictions.c.created_on)
-            .limit(batch_rows)
-        ).scalars()
-    )
+def _delete_predictions(connection: Connection, slice_: Any) -> dict[str, int]:
     # Feedback first, as in `DELETE /predictions/{id}`: in another order the two could wait for each other.
-    said = connection.execute(delete(feedback).where(feedback.c.prediction_id.in_(ids))).rowcount
-    gone = connection.execute(delete(predictions).where(predictions.c.prediction_id.in_(ids))).rowcount
+    old = select(predictions.c.prediction_id).where(slice_)
+    said = connection.execute(delete(feedback).where(feedback.c.prediction_id.in_(old))).rowcount
+    gone = connection.execute(delete(predictions).where(slice_)).rowcount
     return {"feedback": said, "predictions": gone}
 
 

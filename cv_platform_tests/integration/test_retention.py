@@ -324,6 +324,13 @@ def test_twenty_thousand_rows_go_in_bounded_batches(engine: Engine, large: list[
     assert set(expire(engine, log_retention_days=300, image_retention_days=100).counts().values()) == {0}
 
 
+def test_more_rows_of_one_time_than_a_batch_has_go_together(engine: Engine) -> None:
+    for days in (40, *[35] * 5, 34, 33, 20):
+        predict(engine, days)
+    done = expire(engine, batch_rows=2)
+    assert (done.requests, done.predictions, count(engine, predictions)) == (8, 8, 1)
+
+
 @pytest.mark.parametrize("statement_number", [2, 9, 16, 30])
 def test_a_run_that_is_stopped_anywhere_is_completed_by_the_next(
     engine: Engine, large: list[dict[str, Any]], statement_number: int
