@@ -477,16 +477,31 @@ def test_runs_in_containers_change_the_launcher_and_nothing_else() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["dagster.yaml", "dagster-runs.yaml"])
+def test_runs_as_jobs_of_ray_change_the_launcher_and_nothing_else() -> None:
+    stack = yaml.safe_load((DOCKER / "dagster" / "dagster.yaml").read_text())
+    runs = yaml.safe_load((DOCKER / "dagster" / "dagster-ray.yaml").read_text())
+    assert runs.pop("run_launcher")["class"] == "RayRunLauncher"
+    assert runs == stack
+
+
+LAUNCHERS = {
+    "dagster.yaml": "DefaultRunLauncher",
+    "dagster-runs.yaml": "DockerRunLauncher",
+    "dagster-ray.yaml": "RayRunLauncher",
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_dagster_loads_the_stacks_instances(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dagster as dg
     from dagster._core.instance.ref import InstanceRef  # What an instance is before it connects: no public way.
 
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", "postgresql+psycopg2://dagster:x@127.0.0.1:1/dagster")
+    monkeypatch.setenv("CV_RAY_JOBS_URL", "http://127.0.0.1:1")
     ref = InstanceRef.from_dir(str(DOCKER / "dagster"), config_filename=name)
     launcher = ref.run_launcher
     assert launcher is not None
-    assert type(launcher).__name__ == ("DockerRunLauncher" if "runs" in name else "DefaultRunLauncher")
+    assert type(launcher).__name__ == LAUNCHERS[name]
     retries = {"enabled": True, "max_retries": 3, "retry_on_asset_or_op_failure": False}
     assert ref.settings["run_retries"] == retries
     overrides = {key: ref.settings[key] for key in ("run_monitoring", "run_retries")}
