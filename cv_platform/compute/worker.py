@@ -28,7 +28,7 @@ def serve(connection: Connection[Any, Any], *, parent: int) -> None:
         parent: its process id.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who gives out the shards.
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     function = connection.recv()
     if opencv := sys.modules.get("cv2"):
         opencv.setNumThreads(1)  # The other cores are the other processes'.
@@ -51,8 +51,12 @@ def serve(connection: Connection[Any, Any], *, parent: int) -> None:
             connection.send((ComputeError(f"{shard.name}: {type(said).__name__}: {said}"), None))
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process when the one that has started it has ended, however it did."""
-    while os.getppid() == parent:
-        time.sleep(_LOOK_SECONDS)
-    os._exit(1)
+def end_with(parent: int) -> None:
+    """Has this process end soon after the one that has started it, however that ends."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()

@@ -58,6 +58,15 @@ class ExperimentConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _require_equal_shares(self) -> Self:
+        if self.train.batch_size % self.train.workers:
+            raise ValueError(
+                f"train.batch_size: expected a multiple of train.workers, which share each batch. Received: "
+                f"{self.train.batch_size} for {self.train.workers}. Correct one of them."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _require_one_class_for_balance(self) -> Self:
         if self.train.imbalance != "none" and self.model.classifier_type == "multi-label":
             raise ValueError(

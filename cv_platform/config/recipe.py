@@ -56,6 +56,12 @@ class TrainConfig(Section):
         "leaves the pretrained network as it is",
     )
     batch_size: int = Field(default=64, ge=1, le=8192, description="images of one step")
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="processes that take a share of each batch; 1: none besides the one that trains",
+    )
     init_lr: float = Field(default=1e-3, gt=0.0, le=10.0, description="peak learning rate")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         default="adam", description="sgd uses Nesterov momentum 0.9; adamw keeps the weights' decay out of its moments"

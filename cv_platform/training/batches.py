@@ -72,6 +72,8 @@ class ShuffledBatches:
         self._draws = None if drawn is None else drawn / drawn.sum()
         self.epoch = 0
         """The epoch that the next iteration walks; the training loop sets it."""
+        self.share: tuple[int, int] = (0, 1)
+        """Which part of each batch is made here, and of how many: others make the rest."""
         self.error: Exception | None = None
         """What stopped the last iteration: TensorFlow passes on its text only."""
 
@@ -96,6 +98,10 @@ class ShuffledBatches:
         order = self.order(epoch) if order is None else order
         # Sorted, so that a memory-mapped file is read forwards; which images meet in a batch stays random.
         chosen = np.sort(order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size])
+        part, parts = self.share
+        # As many in each part: their gradients count the same.
+        chosen = chosen[part::parts][: self.batch_size // parts]
+        batch_index = batch_index * parts + part
         images = self.augmenter(self.images[chosen], epoch=epoch, batch_index=batch_index)
         targets = as_probabilities(self.targets[chosen], self.classes)
         if self.mixing is None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import keras
 
     from cv_platform.tracking import MlflowRun
+    from cv_platform.training.together import Member
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class TrainingMonitor:
         state: what an earlier, killed training has reached.
         on_epoch: called with the epoch (from 0) before it begins.
         run: MLflow run that gets each epoch's metrics.
+        member: this process's place among several that train together, of which the first one writes; None: alone.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class TrainingMonitor:
         state: TrainingState | None,
         on_epoch: Callable[[int], None],
         run: MlflowRun | None,
+        member: Member | None = None,
     ) -> None:
         self.model = model
         self.folder = folder
@@ -127,6 +130,7 @@ class TrainingMonitor:
         self.state = state
         self.on_epoch = on_epoch
         self.run = run
+        self.member = member
         self._epoch_started = time.perf_counter()
         self._try_again = -math.inf
         """Time before which MLflow, which was away, is not asked."""
@@ -217,14 +221,16 @@ class TrainingMonitor:
         )
 
     def _end_epoch(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        seconds = time.perf_counter() - self._epoch_started
         self.close_bar()
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         wrong = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if wrong:
             raise TrainingError(self._divergence(f"{', '.join(wrong)} after epoch {epoch + 1}"))
         metrics["learning_rate"] = float(self.model.optimizer.learning_rate)
-        metrics["images_per_second"] = self.images_per_epoch / seconds
+        metrics["images_per_second"] = self.images_per_epoch / (time.perf_counter() - self._epoch_started)
+        if self.member is not None:
+            metrics = self.member.agree(metrics)
+        seconds = self.images_per_epoch / metrics["images_per_second"]
         before = self.state
         history = {name: [*(before.history[name] if before else []), value] for name, value in metrics.items()}
         self._save(epoch, history, seconds=seconds + (before.seconds if before else 0.0))
@@ -248,15 +254,17 @@ class TrainingMonitor:
 
     def _save(self, epoch: int, history: dict[str, list[float]], *, seconds: float) -> None:
         before, last = self.state, f"epoch-{epoch + 1:05d}.weights.h5"
-        with whole_file(self.folder / last, suffix=".weights.h5") as partial:
-            self.model.save_weights(partial)
+        is_writer = self.member is None or self.member.index == 0
+        if is_writer:
+            with whole_file(self.folder / last, suffix=".weights.h5") as partial:
+                self.model.save_weights(partial)
         state = TrainingState(
             epochs_done=epoch + 1,
             seconds=seconds,
             history=history,
             last_weights=last,
             best_weights=last,
-            sha256={last: file_sha256(self.folder / last)},
+            sha256={last: file_sha256(self.folder / last) if is_writer else ""},
             random_state=read_random_state(self.model),
             mlflow_run_id=before.mlflow_run_id if before else None,
             mlflow_epochs=before.mlflow_epochs if before else 0,
@@ -265,8 +273,10 @@ class TrainingMonitor:
             best = before.best_weights
             sha256 = {**state.sha256, best: before.sha256[best]}
             state = state.model_copy(update={"best_weights": best, "sha256": sha256})
-        write_file(self.folder / _record_name(state), state.model_dump_json())
         self.state = state
+        if not is_writer:
+            return
+        write_file(self.folder / _record_name(state), state.model_dump_json())
         needed = {name for kept in (before, state) if kept for name in (*kept.sha256, _record_name(kept))}
         for path in self.folder.glob("epoch-*"):
             if path.name not in needed:

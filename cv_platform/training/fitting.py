@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from cv_platform.tracking import MlflowRun
+    from cv_platform.training.together import Member
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,32 @@ def fit_model(
         DiskSpaceError: the state of the training would fill the disk.
         TrackingError: MLflow is away at the end; another call with the same folder trains no epoch again.
     """
+    network, monitor = _train(config, train_split, valid_split, folder, run=run, spare_bytes=spare_bytes)
+    monitor.deliver()
+    return _best(network, config.model, monitor)
+
+
+def fit_share(
+    config: ExperimentConfig, train_split: PackedSplit, valid_split: PackedSplit, *, folder: Path, member: Member
+) -> None:
+    """Trains a network together with other processes, which call the same; see `fit_model`, which finds the result.
+
+    The same weights as by one process, but for rounding, if nothing is drawn at random in a step; batch normalisation
+    sees the share's images, and its averages are the means of all.
+    """
+    _train(config, train_split, valid_split, folder, member=member)
+
+
+def _train(
+    config: ExperimentConfig,
+    train_split: PackedSplit,
+    valid_split: PackedSplit,
+    folder: Path,
+    *,
+    run: MlflowRun | None = None,
+    spare_bytes: int | None = None,
+    member: Member | None = None,
+) -> tuple[keras.Model, TrainingMonitor]:
     model, train, transfer = config.model, config.train, config.transfer
     network = _network(config)
     # Weights and two moments of the optimizer, of this epoch, the last two and the best; and the finished model.
@@ -100,6 +127,9 @@ def fit_model(
     batches = _batches(config, train_split, balance)
     epochs = epochs_of(train, batches.images_per_epoch)
     _compile(network, config, balance, total_steps=epochs * batches.steps)
+    if member is not None:
+        batches.share = member.index, member.count
+        member.share_steps(network)
     monitor = TrainingMonitor(
         network,
         folder,
@@ -109,6 +139,7 @@ def fit_model(
         state=_resume(network, folder, run),
         on_epoch=lambda epoch: setattr(batches, "epoch", epoch),
         run=run,
+        member=member,
     )
     logger.info(
         "training %s (%d parameters) on %d images of %d×%d, %d valid; %d epochs of %d steps of %d, %s",
@@ -130,8 +161,7 @@ def fit_model(
             _fit_head(network, config, (train_split, valid_split), balance, monitor, validation)
         if not (monitor.state and _is_finished(monitor.state, monitor)):
             _run_epochs(network, batches, monitor, validation)
-    monitor.deliver()
-    return _best(network, model, monitor)
+    return network, monitor
 
 
 def _best(network: keras.Model, model: ModelConfig, monitor: TrainingMonitor) -> FittedModel:

@@ -44,6 +44,7 @@ from cv_platform.training.calibration import calibrate
 from cv_platform.training.callbacks import write_history
 from cv_platform.training.fitting import FittedModel, fit_model
 from cv_platform.training.network import resolve_precision
+from cv_platform.training.together import train_together
 
 if TYPE_CHECKING:
     import keras
@@ -103,6 +104,8 @@ def train_model(
     parent = directory / model_name
     parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(parent, _recipe(packed, resolved)) as work:
+        if resolved.train.workers > 1:
+            train_together(packed, resolved, work)
         fitted = fit_model(resolved, train, valid, folder=work, run=run, spare_bytes=spare_bytes)
         # On a network that was only just read from the work folder, which a retry finds as it was: never twice.
         temperature = (

@@ -1,0 +1,215 @@
+"""Trains one network by several processes, on one machine or on many (`train.workers`): one step, shared.
+
+Each process has the whole network, takes its share of every batch, and applies the mean of all gradients, so that the
+weights stay the same in all of them. The mean is TensorFlow's, by the collectives that `MultiWorkerMirroredStrategy`
+sets up from TF_CONFIG: https://www.tensorflow.org/guide/distributed_training. Keras 3's `fit` does not work in that
+strategy's scope; here it trains an ordinary model whose optimizer asks the others first.
+
+`train_together` starts the processes on this machine, and starts all of them again from the last whole epoch when one
+dies. On other machines each is started by hand with a TF_CONFIG that names all of them:
+`python -m cv_platform.training.together FOLDER`, FOLDER being the training's own, on a file system that all share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+from typing import TYPE_CHECKING, Any
+
+from cv_platform.compute.worker import end_with
+from cv_platform.cores import available_cores
+from cv_platform.errors import CvPlatformError, TrainingError
+from cv_platform.files import write_file
+from cv_platform.settings import process_environment
+
+if TYPE_CHECKING:
+    import keras
+
+    from cv_platform.config import ExperimentConfig
+    from cv_platform.records import PackedImages
+
+logger = logging.getLogger(__name__)
+
+TASK, PROBLEM = "together.pickle", "together.problem"
+"""In the training's folder: what its processes train, and why they cannot."""
+ATTEMPTS = 3
+"""Times in a row that a process may die without an epoch being done since."""
+_LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Member:
+    """This process's place among those that train together.
+
+    Attributes:
+        index: from 0, which is the one that writes.
+        count: how many they are.
+        strategy: TensorFlow's, which connects them.
+    """
+
+    index: int
+    count: int
+    strategy: Any
+
+    @classmethod
+    def join(cls) -> Member:
+        """Waits for the others that TF_CONFIG names; before anything else is done with TensorFlow.
+
+        Raises:
+            TrainingError: TF_CONFIG names nobody.
+        """
+        import tensorflow as tf
+
+        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        count = len(resolver.cluster_spec().as_dict().get("worker", []))
+        if not count:
+            raise TrainingError(
+                'Expected TF_CONFIG to name all workers: {"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": '
+                '"worker", "index": 0}}. Received: none. Set it for each process, with its own index.'
+            )
+        return cls(int(resolver.task_id or 0), count, tf.distribute.MultiWorkerMirroredStrategy())
+
+    def mean(self, values: Any) -> Any:
+        """Returns the mean of all members' `(N,)` float32 tensors; each has to call it as often as the others."""
+        import tensorflow as tf
+
+        def one(mine: Any) -> Any:
+            with tf.device(self.strategy.extended.worker_devices[0]):
+                return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, tf.identity(mine))
+
+        return self.strategy.run(one, args=(values,))
+
+    def agree(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns the means of all members' metrics, by name, so that all of them decide alike."""
+        import tensorflow as tf
+
+        means = tf.function(self.mean)(tf.constant(list(metrics.values()), tf.float32))
+        return dict(zip(metrics, means.numpy().tolist(), strict=True))
+
+    def share_steps(self, network: keras.Model) -> None:
+        """Makes each step of a compiled network that of all members: gradients, and batch normalisation's averages."""
+        import tensorflow as tf
+
+        optimizer: Any = network.optimizer
+        apply_own = optimizer.apply
+
+        def apply(gradients: list[Any], variables: Any = None) -> None:
+            averages = [one for one in network.non_trainable_variables if one.dtype == "float32"]
+            parts = [*(tf.convert_to_tensor(one) for one in gradients), *(one.value for one in averages)]
+            flat = self.mean(tf.concat([tf.reshape(tf.cast(part, tf.float32), [-1]) for part in parts], axis=0))
+            pieces = tf.split(flat, [part.shape.num_elements() for part in parts])
+            shaped = [tf.reshape(piece, part.shape) for piece, part in zip(pieces, parts, strict=True)]
+            apply_own(shaped[: len(gradients)], variables)
+            for variable, value in zip(averages, shaped[len(gradients) :], strict=True):
+                variable.assign(value)
+
+        optimizer.apply = apply
+
+
+def train_together(packed: PackedImages, config: ExperimentConfig, folder: Path) -> None:
+    """Trains by `config.train.workers` processes to the end; what `fitting.fit_model` finds is then in `folder`.
+
+    Args:
+        packed: the pixels.
+        config: the experiment.
+        folder: the training's own; see `fitting.fit_model`.
+
+    Raises:
+        TrainingError: a process says that it cannot train, or processes die time and again.
+    """
+    write_file(folder / TASK, pickle.dumps((packed, config)))
+    died = 0
+    while True:
+        before = _epochs(folder)
+        (folder / PROBLEM).unlink(missing_ok=True)
+        with _processes(folder, config.train.workers) as processes:
+            death = _first_death(processes)
+        if death is None:
+            return
+        if (folder / PROBLEM).is_file():
+            raise TrainingError((folder / PROBLEM).read_text(encoding="utf-8"))
+        died = 1 if _epochs(folder) > before else died + 1
+        if died == ATTEMPTS:
+            raise TrainingError(
+                f"Expected {config.train.workers} processes to train together. Received: {ATTEMPTS} times in a row one "
+                f"that {death}, without an epoch in between. Look at what it has said, and at the machine's memory."
+            )
+        logger.warning("a process of the training %s; all go on from epoch %d", death, _epochs(folder) + 1)
+
+
+def _epochs(folder: Path) -> int:
+    return max((int(path.stem.removeprefix("epoch-")) for path in folder.glob("epoch-*.json")), default=0)
+
+
+@contextlib.contextmanager
+def _processes(folder: Path, count: int) -> Iterator[list[Popen[bytes]]]:
+    """Starts the members on shares of the cores; none is left behind."""
+    workers = [f"127.0.0.1:{port}" for port in _free_ports(count)]
+    cores = sorted(os.sched_getaffinity(0))[: available_cores()]
+    each = max(1, len(cores) // count)
+    started: list[Popen[bytes]] = []
+    try:
+        for index in range(count):
+            share = [cores[(index * each + core) % len(cores)] for core in range(each)]
+            place = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
+            environment = {**process_environment(), "TF_CONFIG": json.dumps(place)}
+            arguments = [sys.executable, "-m", __name__, str(folder), str(os.getpid()), *map(str, share)]
+            started.append(Popen(arguments, env=environment, stdin=DEVNULL))
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _first_death(processes: list[Popen[bytes]]) -> str | None:
+    """Waits until all have ended well, or one has not; returns how that one ended."""
+    while True:
+        codes = [process.poll() for process in processes]
+        wrong = next((code for code in codes if code), None)
+        if wrong is not None:
+            return f"was ended by {signal.Signals(-wrong).name}" if wrong < 0 else f"ended with status {wrong}"
+        if None not in codes:
+            return None
+        time.sleep(_LOOK_SECONDS)
+
+
+def main(folder: Path) -> None:
+    """Trains as one of several, as the folder's task and TF_CONFIG say."""
+    from cv_platform.datasets.packing import open_split
+    from cv_platform.training.fitting import fit_share
+
+    member = Member.join()
+    packed, config = pickle.loads((folder / TASK).read_bytes())
+    try:
+        fit_share(config, open_split(packed, "train"), open_split(packed, "valid"), folder=folder, member=member)
+    except CvPlatformError as err:
+        (folder / PROBLEM).write_text(str(err), encoding="utf-8")
+        raise
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:  # By `train_together`, which must not leave two crews to write in one folder.
+        end_with(int(sys.argv[2]))
+        os.sched_setaffinity(0, map(int, sys.argv[3:]))  # Before TensorFlow counts the cores.
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(Path(sys.argv[1]))
