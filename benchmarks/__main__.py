@@ -29,6 +29,7 @@ BENCHMARKS = {
     "unknown": "benchmarks.bench_unknown",
     "scale": "benchmarks.bench_scale",
     "log-rows": "benchmarks.bench_log_rows",
+    "data-speed": "benchmarks.bench_data_speed",
     "training": "benchmarks.bench_training",
 }
 DEFAULT = ("predict", "input-pipeline")
@@ -52,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")
     parser.add_argument("--sets", type=_listed, default=(), help="of training: grocery-20,cifar (default: all)")
     parser.add_argument("--budget", type=float, help="CPU seconds of a training (default: as each set has it)")
-    parser.add_argument("--images", type=_listed, default=(), help="training images of a learning curve: 100,300,1000")
+    parser.add_argument(
+        "--images",
+        type=_listed,
+        default=(),
+        help="training images of a learning curve: 100,300,1000; near-copies: how many",
+    )
     parser.add_argument("--config", type=Path, help="config for training (default: as each set has it)")
     parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")
     options = parser.parse_args(arguments)

@@ -2,8 +2,9 @@
 
 Images of `options.archive` (…/CLASS/image) are divided into the four splits. Planted are: near-copies and exact copies
 across every pair of splits, wrong labels, one class with a fortieth of the largest one's images, and files of twelve
-kinds that are no good images. Then everything runs as for a user: import, manifest with its quarantine, embeddings,
-and what validation looks for.
+kinds that are no good images, and handwritten digits under the photographs' labels. Then everything runs as for a user:
+import, manifest with its quarantine, embeddings, and what validation looks for. Wrong labels are looked for among the
+digits alone, too.
 """
 
 from __future__ import annotations
@@ -15,19 +16,28 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations, cycle
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.harness import Check, Report, Stopwatch, machine_line
 from benchmarks.options import Options
 from benchmarks.spoilt_files import BAD_FILES
 from cv_platform.config import EncoderConfig, ExperimentConfig, parse_experiment
+from cv_platform.datasets.importing import ImportedDataset
+from cv_platform.datasets.manifest import read_manifest, read_thumbnails
+from cv_platform.datasets.near_copies import find_near_copies
 from cv_platform.errors import DatasetError
 from cv_platform.images.files import IMAGE_SUFFIXES
+from cv_platform.records import DatasetVersion
+from cv_platform.validation.checks.label_issues import probe_labels
+from cv_platform.validation.checks.outliers import MAX_DEVIATION, outlier_deviations
+from cv_platform.validation.sample import read_sample
 
-NEAR_COPIES, LEAKS, BAD_EACH = 240, 40, 5
+NEAR_COPIES, LEAKS, BAD_EACH, STRANGERS = 240, 40, 5, 20
 WRONG_FRACTION, RATIO = 0.05, 40
 MAX_IMAGES = 6000
 SPLITS = {"train": 0.7, "valid": 0.1, "test": 0.1, "reference": 0.1}
@@ -63,6 +73,8 @@ class Spoilt:
     wrong: set[str] = field(default_factory=set[str])
     bad: dict[str, str] = field(default_factory=dict[str, str])
     """The kind of each bad file."""
+    strangers: set[str] = field(default_factory=set[str])
+    """What is of none of the classes."""
 
 
 def run(options: Options) -> Report:
@@ -78,6 +90,8 @@ def run(options: Options) -> Report:
         spoilt = _spoil(options.archive, Path(name), np.random.default_rng(options.seed))
         options.say(f"{spoilt.honest} images, {len(spoilt.copies)} copies, {len(spoilt.wrong)} wrong labels …")
         checks, notes = _look(spoilt, Path(name) / "home")
+        options.say("wrong labels among the digits …")
+        checks += _look_at_digits(Path(name) / "digits", np.random.default_rng(options.seed))
     return Report(
         name="data",
         title="What is found in a dataset that was spoilt, and what is accused",
@@ -122,8 +136,39 @@ def _spoil(archive: Path, folder: Path, generator: np.random.Generator) -> Spoil
             placed = f"train/{classes[-1]}/bad {kind} {number}{suffix}"
             _place(spoilt.folder / placed, make(generator))
             spoilt.bad[placed] = kind
+    for number, (digit, _) in enumerate(_digits(generator, STRANGERS)):
+        placed = f"{generator.choice(list(SPLITS))}/{generator.choice(classes)}/digit {number}.png"
+        _place(spoilt.folder / placed, digit)
+        spoilt.strangers.add(placed)
     shutil.rmtree(folder / "unpacked")
     return spoilt
+
+
+def _digits(generator: np.random.Generator, count: int | None = None) -> list[tuple[bytes, str]]:
+    """Returns PNGs of scikit-learn's digits with their labels, in a random order; None: all."""
+    from sklearn.datasets import load_digits
+
+    found: Any = load_digits()
+    chosen = generator.permutation(len(found.target))[:count]
+    pictures = (np.asarray(found.images[at] * 255 / 16, np.uint8) for at in chosen)
+    return [
+        (cv2.imencode(".png", picture)[1].tobytes(), str(found.target[at]))
+        for at, picture in zip(chosen, pictures, strict=True)
+    ]
+
+
+def _look_at_digits(folder: Path, generator: np.random.Generator) -> list[Check]:
+    digits, classes = _digits(generator), tuple(map(str, range(10)))
+    spoilt = Spoilt(folder / "source", classes, len(digits))
+    for number, (content, label) in enumerate(digits):
+        is_wrong = generator.random() < WRONG_FRACTION
+        given = str(generator.choice([name for name in classes if name != label])) if is_wrong else label
+        placed = f"{given}/{number}.png"
+        _place(spoilt.folder / placed, content)
+        if is_wrong:
+            spoilt.wrong.add(placed)
+    version, rows, vectors, _ = _prepared(spoilt, folder / "home", "digits")
+    return _label_checks("digits: ", spoilt, rows, version.directory, vectors, least=0.9)
 
 
 def _with_a_rare_class(files: list[Path], rare: str) -> list[Path]:
@@ -157,34 +202,49 @@ def _place(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _look(spoilt: Spoilt, home: Path) -> tuple[list[Check], list[str]]:
-    from sklearn.metrics import average_precision_score
-
+def _prepared(
+    spoilt: Spoilt, home: Path, name: str
+) -> tuple[DatasetVersion, pd.DataFrame, NDArray[np.float16], ImportedDataset]:
+    """Imports, checks out and embeds what was spoilt: the version, its rows that are used, and their vectors."""
     from cv_platform.datasets.embeddings import embed_dataset, read_embeddings
     from cv_platform.datasets.importing import ImportRules, import_dataset
-    from cv_platform.datasets.manifest import read_manifest, read_thumbnails
-    from cv_platform.datasets.near_copies import find_near_copies
     from cv_platform.datasets.versions import checkout_version
-    from cv_platform.validation.checks.label_issues import probe_labels
-    from cv_platform.validation.sample import read_sample
 
     rules = ImportRules(max_left_out_fraction=0.2)
-    imported = import_dataset(spoilt.folder, ds_name="spoilt", tag="v1", ds_root=home / "datasets", rules=rules)
-    config = _config(spoilt.classes)
+    imported = import_dataset(spoilt.folder, ds_name=name, tag="v1", ds_root=home / "datasets", rules=rules)
+    config = _config(spoilt.classes, name)
     version = checkout_version(config.dataset, config.model, home=home)
     embeddings = embed_dataset(version, EncoderConfig(), home=home)
+    every = _rows(version)
+    rows = every.loc[every["status"] == "used"].reset_index(drop=True)
+    return version, rows, read_embeddings(embeddings, version.manifest, rows["path"].tolist()), imported
+
+
+def _rows(version: DatasetVersion) -> pd.DataFrame:
     every = read_manifest(version.manifest_path).reset_index(drop=True)
     every["name"] = every["path"].str.removeprefix("images/")
-    is_used = (every["status"] == "used").to_numpy()
+    return every
+
+
+def _look(spoilt: Spoilt, home: Path) -> tuple[list[Check], list[str]]:
+    version, rows, vectors, imported = _prepared(spoilt, home, "spoilt")
+    every = _rows(version)
     reasons = dict(zip(every["name"], every["reason"].fillna(""), strict=True))
     checks = [_bad_files(spoilt, reasons, imported.left_out)]
+    copies, notes = _copies(spoilt, rows, read_thumbnails(version.manifest_path)[every["status"] == "used"], vectors)
+    checks += copies
+    strangers = rows["name"].isin(list(spoilt.strangers)).to_numpy()
+    checks.append(_outliers(strangers, outlier_deviations(vectors, rows["labels"].tolist())))
+    kept = rows.loc[~strangers]
+    return [*checks, *_label_checks("", spoilt, kept, version.directory, vectors[~strangers], least=0.55)], notes
 
-    rows = every.loc[is_used].reset_index(drop=True)
-    vectors = read_embeddings(embeddings, version.manifest, rows["path"].tolist())
+
+def _copies(
+    spoilt: Spoilt, rows: pd.DataFrame, thumbnails: NDArray[np.uint8], vectors: NDArray[np.float16]
+) -> tuple[list[Check], list[str]]:
     first = ~rows["sha256"].duplicated().to_numpy()
-    distinct = rows.loc[first, ["name", "sha256"]]
-    found = find_near_copies(read_thumbnails(version.manifest_path)[is_used][first], vectors[first])
-    names, hashes = distinct["name"].to_numpy(), dict(zip(rows["name"], rows["sha256"], strict=True))
+    found = find_near_copies(thumbnails[first], vectors[first])
+    names, hashes = rows.loc[first, "name"].to_numpy(), dict(zip(rows["name"], rows["sha256"], strict=True))
     pairs = {frozenset((str(names[a]), str(names[b]))) for a, b in found.pairs}
     near = {copy: (original, kind) for copy, (original, kind) in spoilt.copies.items() if kind != "the same"}
     hits = Counter(kind for copy, (original, kind) in near.items() if frozenset((copy, original)) in pairs)
@@ -192,34 +252,48 @@ def _look(spoilt: Spoilt, home: Path) -> tuple[list[Check], list[str]]:
         hashes.get(copy) == hashes.get(original) for copy, (original, _) in spoilt.copies.items() if copy not in near
     ]
     planted = {frozenset((copy, original)) for copy, (original, _) in near.items()}
-    accused = {name for pair in pairs - planted for name in pair} - set(near)
+    accused = {name for pair in pairs - planted for name in pair} - set(near) - spoilt.strangers
     share, honest = sum(hits.values()) / len(near), len(accused) / spoilt.honest
-    checks += [
+    totals = Counter(kind for _, kind in near.values())
+    return [
         _check("copies byte for byte", f"{LEAKS} found", f"{sum(same)}", sum(same) == LEAKS),
         _check("near-copies", "≥ 95 % found", f"{share:.1%}", share >= 0.95),
         _check("honest images", "≤ 0.5 % accused", f"{honest:.2%}", honest <= 0.005),
-    ]
+    ], [f"{kind}: {hits[kind]} of {totals[kind]} found" for kind in NEAR]
 
-    sample = read_sample(rows, version.directory, vectors)
+
+def _outliers(strangers: NDArray[np.bool_], deviations: NDArray[np.float64]) -> Check:
+    from sklearn.metrics import average_precision_score
+
+    precision = float(average_precision_score(strangers, deviations))
+    named = deviations > MAX_DEVIATION
+    return _check(
+        f"{STRANGERS} digits among the photographs, average precision",
+        "≥ 0.9",
+        f"{precision:.3f}; named: {(named & strangers).sum()} of them, {(named & ~strangers).sum()} others",
+        precision >= 0.9,
+    )
+
+
+def _label_checks(
+    what: str, spoilt: Spoilt, rows: pd.DataFrame, directory: Path, vectors: NDArray[np.float16], *, least: float
+) -> list[Check]:
+    from sklearn.metrics import average_precision_score
+
+    sample = read_sample(rows, directory, vectors)
     probe = probe_labels(sample, spoilt.classes, "multi-class")
     of_sample = sample.rows["path"].str.removeprefix("images/").to_numpy()
-    scores = np.zeros(len(of_sample))
-    for suspicion in probe.suspicions:
-        scores[suspicion.position] = suspicion.confidence
     truth = np.isin(of_sample, list(spoilt.wrong))
-    precision = float(average_precision_score(truth, scores))
-    rate = float(truth.mean())
-    checks += [
-        _check("wrong labels, average precision", "≥ 0.55", f"{precision:.2f}", precision >= 0.55),
+    precision, rate = float(average_precision_score(truth, probe.chances)), float(truth.mean())
+    return [
+        _check(f"{what}wrong labels, average precision", f"≥ {least}", f"{precision:.2f}", precision >= least),
         _check(
-            "share of wrong labels, as estimated",
+            f"{what}share of wrong labels, as estimated",
             f"{rate:.1%} ± 2 points",
             f"{probe.wrong_fraction:.1%} ({probe.wrong_interval[0]:.1%} to {probe.wrong_interval[1]:.1%})",
             abs(probe.wrong_fraction - rate) <= 0.02,
         ),
     ]
-    totals = Counter(kind for _, kind in near.values())
-    return checks, [f"{kind}: {hits[kind]} of {totals[kind]} found" for kind in NEAR]
 
 
 def _bad_files(spoilt: Spoilt, reasons: dict[str, str], left_out: dict[str, int]) -> Check:
@@ -240,13 +314,13 @@ def _check(what: str, expected: str, received: str, held: bool) -> Check:
     return Check(what=what, expected=expected, received=received, held=held)
 
 
-def _config(classes: tuple[str, ...]) -> ExperimentConfig:
+def _config(classes: tuple[str, ...], name: str) -> ExperimentConfig:
     return parse_experiment(
         {
             "name": "spoilt",
             "model": {"model_name": "spoilt", "classes": list(classes), "input_size": {"h": 32, "w": 32}},
             "dataset": {
-                "ds_name": "spoilt",
+                "ds_name": name,
                 "dvc_tag": "v1",
                 "quarantine": dict.fromkeys(POLICIES, "quarantine"),
             },

@@ -25,10 +25,11 @@ LIBRARIES = ("numpy", "faiss-cpu", "scikit-learn", "opencv-python-headless")
 
 
 def run(options: Options) -> Report:
-    """Searches `IMAGES` synthetic thumbnails."""
+    """Searches synthetic thumbnails: `IMAGES`, or as many as `--images` says."""
     clock, generator = Stopwatch(), np.random.default_rng(options.seed)
-    options.say(f"drawing {IMAGES:,} thumbnails …")
-    images, planted = _draw(generator)
+    count = options.images[0] if options.images else IMAGES
+    options.say(f"drawing {count:,} thumbnails …")
+    images, planted = _draw(generator, count)
     baseline = _peak_mib()
     options.say("searching …")
     begun = _cpu_seconds()
@@ -42,7 +43,7 @@ def run(options: Options) -> Report:
     whole = _exact_cpu_seconds(images) * 2
     return Report(
         name="near-copies",
-        title=f"Near-copies among {IMAGES:,} images",
+        title=f"Near-copies among {count:,} images",
         unit="image",
         started_utc=clock.started_utc,
         seconds=clock.seconds,
@@ -69,10 +70,10 @@ def run(options: Options) -> Report:
     )
 
 
-def _draw(generator: np.random.Generator) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
+def _draw(generator: np.random.Generator, count: int) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
     """Returns the thumbnails, and the pairs that were planted."""
-    images = np.empty((IMAGES, near_copies.THUMBNAIL_PX, near_copies.THUMBNAIL_PX), np.uint8)
-    honest = IMAGES - IMAGES // EVERY
+    images = np.empty((count, near_copies.THUMBNAIL_PX, near_copies.THUMBNAIL_PX), np.uint8)
+    honest = count - count // EVERY
     side = (near_copies.THUMBNAIL_PX, near_copies.THUMBNAIL_PX)
     for at in range(honest):
         field = sum(
@@ -82,7 +83,7 @@ def _draw(generator: np.random.Generator) -> tuple[NDArray[np.uint8], list[tuple
             for cells in (2, 4, 8, 16)
         )
         images[at] = np.clip(np.asarray(field) + 128, 0, 255)
-    planted = list(zip(range(0, honest, EVERY), range(honest, IMAGES), strict=False))
+    planted = list(zip(range(0, honest, EVERY), range(honest, count), strict=False))
     kinds = (
         lambda image: image[:, ::-1],
         lambda image: np.clip(image * 1.1, 0, 255),

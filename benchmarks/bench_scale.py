@@ -50,7 +50,7 @@ def run(options: Options) -> Report:
     clock = Stopwatch()
     with scratch_folder("scale") as folder:
         settings = isolated_settings(folder / "home", folder)
-        _write_photos(folder / "photos")
+        write_photos(folder / "photos", PHOTOS)
         environment = isolated_environment(settings, database_url="")
         (version,) = deploy_untrained(
             settings, environment, folder / "export", name="scale", architecture="resnet9s", side_px=SIDE_PX
@@ -158,14 +158,14 @@ def _stages(folder: Path, settings: Settings, version: str) -> dict[str, Callabl
     return {"packing": pack, "embedding": embed, "scoring": score}
 
 
-def _write_photos(folder: Path) -> None:
-    """Writes JPEGs of about 110 KB: crops of scikit-learn's two photographs, each with noise of its own."""
+def write_photos(folder: Path, count: int) -> None:
+    """Writes `count` JPEGs of about 110 KB: crops of scikit-learn's two photographs, each with noise of its own."""
     from sklearn.datasets import load_sample_images
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     sources = list(load_sample_images().images)
-    for number in range(PHOTOS):
+    for number in range(count):
         source = sources[number % len(sources)]
         top, left = (int(generator.integers(0, most)) for most in (427 - 400, 640 - 468))
         crop = source[top : top + 400, left : left + 468].astype(np.int16)

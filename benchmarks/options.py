@@ -31,7 +31,7 @@ class Options:
     budget: float | None
     """CPU seconds that a training may take (training); None: as each set has it."""
     images: tuple[int, ...]
-    """Training images, for a learning curve (training); none: as each set has it."""
+    """Training images, for a learning curve (training); how many are searched (near-copies); none: as each has it."""
     config: Path | None
     """A config instead of each set's (training)."""
     say: Callable[[str], None]

@@ -95,7 +95,10 @@ class DatasetConfig(Section):
 class EncoderConfig(Section):
     """The pretrained network whose vectors say what images show: validation compares images by it."""
 
-    name: Literal["lite0"] = Field(default="lite0", description="EfficientNet-Lite0, trained on ImageNet-1k")
+    name: Literal["lite0", "lite2"] = Field(
+        default="lite0",
+        description="EfficientNet-Lite0, trained on ImageNet-1k; lite2 (extra `lite2`): larger, at twice the cost",
+    )
     input_px: int = Field(
         default=128, ge=32, le=512, description="sides of the square that images are resized to; costs its square"
     )
@@ -182,6 +185,10 @@ class ValidateConfig(Section):
         default=0.02, description="labels that the other images contradict, by what the encoder sees in them"
     )
     label_issues: Severity = "warn"
+    max_outlier_fraction: Fraction = Field(
+        default=0.002, description="images far from every class, by what the encoder sees in them: other things, scans"
+    )
+    outliers: Severity = "warn"
     deepchecks_suites: Severity = Field(
         default="warn", description="Deepchecks' data_integrity and train_test_validation suites"
     )

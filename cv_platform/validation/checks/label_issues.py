@@ -70,6 +70,7 @@ class LabelProbe:
         wrong_fraction: how many of these labels are wrong, as expected of their probabilities; 0–1.
         wrong_interval: of that, 95 %: what other images of the same kind would have given.
         suspicions: most confident first.
+        chances: `(N,)` that a label of each image of the sample is wrong; 0 of those that are not judged.
     """
 
     accuracy: float | None
@@ -77,6 +78,7 @@ class LabelProbe:
     wrong_fraction: float
     wrong_interval: tuple[float, float]
     suspicions: tuple[Suspicion, ...]
+    chances: NDArray[np.float64]
 
     def confusion(self) -> list[tuple[str, str, int]]:
         """Returns which label is suspected to be which, and how often; most often first."""
@@ -129,6 +131,7 @@ def probe_labels(sample: ImageSample, class_names: Sequence[str], classifier_typ
     suspicions: list[Suspicion] = []
     judged: set[int] = set()
     wrong = np.zeros(RESAMPLES + 1)
+    likely = np.zeros(len(sample.rows))
     questions = 0
     labelled: list[tuple[str, ...]] = [tuple(row) for row in sample.rows["labels"]]
     for positions, given, names in label_questions(labelled, class_names, classifier_type):
@@ -147,6 +150,7 @@ def probe_labels(sample: ImageSample, class_names: Sequence[str], classifier_typ
         suggested = probabilities.argmax(axis=1)
         chances, suggested = chances[copies], suggested[copies]
         judged.update(positions.tolist())
+        likely[positions] = np.maximum(likely[positions], chances)
         suspicions += [
             Suspicion(
                 int(positions[at]),
@@ -166,6 +170,7 @@ def probe_labels(sample: ImageSample, class_names: Sequence[str], classifier_typ
             float(np.quantile(wrong[1:], 0.975)) / max(1, questions),
         ),
         tuple(sorted(suspicions, key=lambda s: (-s.confidence, s.position))),
+        likely,
     )
 
 

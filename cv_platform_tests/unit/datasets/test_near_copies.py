@@ -52,6 +52,25 @@ def test_a_copy_is_found_among_honest_images_and_nothing_else(kind: str) -> None
     assert found.limit == MAX_DISTANCE
 
 
+def test_a_crop_by_less_than_a_pixel_of_the_thumbnail_hides_no_copy_of_fine_detail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shelf(seed: int) -> NDArray[np.uint8]:
+        generator = np.random.default_rng(seed)
+        image = np.zeros((160, 160, 3), np.uint8)
+        for _ in range(900):
+            centre = tuple(int(at) for at in generator.integers(0, 160, 2))
+            colour = tuple(int(level) for level in generator.integers(0, 255, 3))
+            cv2.circle(image, centre, int(generator.integers(5, 10)), colour, -1)
+        return image
+
+    shelves, others = [shelf(seed) for seed in range(4)], [scene(seed) for seed in range(40)]
+    images = thumbnails([*shelves, *(image[7:, 7:] for image in shelves), *others])
+    assert find_near_copies(images).pairs.tolist() == [[at, 4 + at] for at in range(4)]
+    monkeypatch.setattr(near_copies, "_DOUBT", 1.0)
+    assert find_near_copies(images).pairs.tolist() == []
+
+
 def test_an_index_of_many_images_finds_the_copies_that_a_search_of_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (3000, 6, 6), dtype=np.uint8)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -33,13 +34,25 @@ def noise(count: int, side: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def test_it_knows_what_photographs_show(home: Path) -> None:
+# The larger one takes its time: it is tested where whole installations are.
+EACH = pytest.mark.parametrize("name", ["lite0", pytest.param("lite2", marks=pytest.mark.whole)])
+
+
+@EACH
+def test_it_knows_what_photographs_show(home: Path, name: Literal["lite0", "lite2"]) -> None:
     from sklearn.datasets import load_sample_images
 
-    encoder = open_encoder(EncoderConfig(input_px=224), home)
-    tensors = read_state_dict(pretrained_weights("lite0"))
-    palace, daisy = 698, 985
-    for picture, right in zip(load_sample_images().images, (palace, daisy), strict=True):
+    encoder = open_encoder(EncoderConfig(name=name, input_px=224), home)
+    tensors = read_state_dict(pretrained_weights(name))
+    scikit_image = importlib.util.find_spec("skimage")
+    assert scikit_image is not None
+    folder = Path(str(scikit_image.origin)).with_name("data")
+    pictures = {698: load_sample_images().images[0]}  # A palace.
+    for right, file in ((285, "chelsea.png"), (967, "coffee.png"), (657, "rocket.jpg")):
+        pixels = cv2.imread(str(folder / file))
+        assert pixels is not None
+        pictures[right] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    for right, picture in pictures.items():
         side = min(picture.shape[:2])
         top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
         square = cv2.resize(picture[top : top + side, left : left + side], (224, 224), interpolation=cv2.INTER_AREA)
@@ -48,15 +61,17 @@ def test_it_knows_what_photographs_show(home: Path) -> None:
         assert right in np.argsort(-logits[0])[:5]
 
 
-def test_keras_and_onnx_compute_the_same(lite0: Encoder) -> None:
+@EACH
+def test_keras_and_onnx_compute_the_same(home: Path, name: Literal["lite0", "lite2"]) -> None:
     import keras
 
-    tensors = read_state_dict(pretrained_weights("lite0"))
+    encoder = open_encoder(EncoderConfig(name=name, input_px=64), home)
+    tensors = read_state_dict(pretrained_weights(name))
     images = noise(4, 64)
     image = keras.Input((64, 64, 3))
-    feature_map = keras_feature_map(image, tensors, PRETRAINED["lite0"].repeats)
+    feature_map = keras_feature_map(image, tensors, PRETRAINED[name].repeats)
     network: Any = keras.Model(image, keras.layers.GlobalAveragePooling2D()(feature_map))
-    np.testing.assert_allclose(network.predict(images, verbose=0), lite0.embed(images), atol=1e-4)
+    np.testing.assert_allclose(network.predict(images, verbose=0), encoder.embed(images), atol=1e-4)
 
 
 def test_weights_of_another_network_are_refused() -> None:
@@ -90,7 +105,7 @@ def test_pixels_of_another_form_are_refused(images: NDArray[np.uint8], lite0: En
 
 
 def test_it_is_converted_once(home: Path, lite0: Encoder) -> None:
-    (graph,) = (home / "cache" / "encoders").iterdir()
+    (graph,) = (home / "cache" / "encoders").glob(f"{PRETRAINED['lite0'].sha256[:16]}-*")
     made = graph.stat().st_mtime_ns
     again = open_encoder(EncoderConfig(input_px=64), home)
     assert (again.key, graph.stat().st_mtime_ns) == (lite0.key, made)

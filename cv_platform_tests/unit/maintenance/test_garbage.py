@@ -71,6 +71,7 @@ def home(settings: Settings, tmp_path: Path) -> Path:
         "packed/used-pack",
         "packed/old-pack",
         "validation/x/old",
+        "datasets/.tiny.scratch-0123456789abcdef",
     ):
         folder(home / path)
     folder(home / "worktrees" / "tiny" / "young", age=NOW.timestamp() - 60)
@@ -123,6 +124,7 @@ def test_garbage_is_what_nobody_refers_to(settings: Settings, home: Path) -> Non
         "cache/embeddings/old-encoder",
         "packed/old-pack",
         "validation/x/old",
+        "datasets/.tiny.scratch-0123456789abcdef",
         f"logs/{RUN_LOG}",
         "logs/service.log.1",
         "dagster/logs/a-run",

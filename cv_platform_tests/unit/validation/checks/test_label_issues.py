@@ -173,10 +173,11 @@ def test_finds_wrong_labels_of_digits_with_the_encoder(tmp_path: Path) -> None:
         _sample(principal_components(images), [[str(label)] for label in labels]), embeddings=vectors.astype(np.float16)
     )
     probe = probe_labels(sample, [str(digit) for digit in range(10)], "multi-class")
-    chances = np.zeros(1000)
-    chances[[s.position for s in probe.suspicions]] = [s.confidence for s in probe.suspicions]
-    assert wrong[chances > 0.5].mean() >= 0.9, "of those suspected, that many are wrong"
-    assert average_precision_score(wrong, chances) >= 0.7, "those that are not suspected count as missed"
+    suspected = [suspicion.position for suspicion in probe.suspicions]
+    assert suspected == sorted(suspected, key=lambda at: (-probe.chances[at], at))
+    assert sorted(suspected) == np.flatnonzero(probe.chances > 0.5).tolist()
+    assert wrong[suspected].mean() >= 0.9, "of those suspected, that many are wrong"
+    assert average_precision_score(wrong, probe.chances) >= 0.9
     assert abs(probe.wrong_fraction - wrong.mean()) <= 0.03
     low, high = probe.wrong_interval
     assert low <= wrong.mean() <= high
