@@ -10,8 +10,7 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -32,6 +31,7 @@ from benchmarks.harness import (
 )
 from benchmarks.installation import isolated_environment, isolated_settings, scratch_folder
 from benchmarks.options import Options
+from benchmarks.ray_nodes import ray_nodes
 from benchmarks.untrained import deploy_untrained
 from cv_platform.compute.engine import Engine
 from cv_platform.compute.local import LocalEngine
@@ -68,7 +68,8 @@ def run(options: Options) -> Report:
             rounds=options.rounds,
             say=options.say,
         )
-        with _two_nodes() as address:
+        with ray_nodes(2) as cluster:
+            address = str(cluster.address)
             engines: dict[str, Engine] = {
                 "local, one": LocalEngine(1, worth_seconds=0),
                 "local, two": LocalEngine(2, worth_seconds=0),
@@ -216,17 +217,3 @@ def _tree_seconds() -> float:
             continue
         running.append(times.user + times.system + times.children_user + times.children_system)
     return ended + sum(running)
-
-
-@contextmanager
-def _two_nodes() -> Iterator[str]:
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        cluster.add_node(num_cpus=1)
-        yield str(cluster.address)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()

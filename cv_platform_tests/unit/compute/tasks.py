@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cv_platform.errors import InvalidDatasetError
+from cv_platform.errors import InvalidDatasetError, StorageError
 
 
 @dataclass(frozen=True)
@@ -55,4 +55,19 @@ def noted(shard: Noted) -> int:
     (shard.folder / f"{shard.values[0]}-{time.time_ns()}").touch()
     if shard.dies and len(list(shard.folder.glob(f"{shard.values[0]}-*"))) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    return shard.images
+
+
+def noted_slowly(shard: Noted) -> int:
+    """Takes long enough that its node is ended meanwhile."""
+    noted(shard)
+    time.sleep(0.5)
+    return shard.images
+
+
+def read_back(shard: Noted) -> int:
+    """Needs a storage that is away at first, and says that somebody looked for it."""
+    (shard.folder / f"asked-{shard.values[0]}").touch()
+    if not (shard.folder / "storage").is_dir():
+        raise StorageError("Expected the storage. Received: nothing.")
     return shard.images

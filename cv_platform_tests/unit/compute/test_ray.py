@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.ray_nodes import ray_nodes
 from cv_platform.compute import map_shards, open_engine, ray_engine
 from cv_platform.compute.ray_engine import RayEngine, different_versions
 from cv_platform.errors import ComputeError, InvalidDatasetError, ShardError
 from cv_platform.settings import Settings
+from cv_platform_tests.support.waiting import wait_until
 from cv_platform_tests.unit.datasets.test_engines import require_same_bytes
 
-from .tasks import Noted, Numbers, doubled, noted, shards
+from .tasks import Noted, Numbers, doubled, noted, noted_slowly, read_back, shards
 
 
 def test_without_ray_the_error_says_which_extra_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,10 +38,15 @@ def test_what_nodes_have_otherwise_is_named() -> None:
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[RayEngine]:
-    ray = pytest.importorskip("ray", reason="Ray, of the extra ray")
-    yield RayEngine()
-    ray.shutdown()
+def cluster() -> Iterator[Any]:
+    pytest.importorskip("ray", reason="Ray, of the extra ray")
+    with ray_nodes(2) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def ray(cluster: Any) -> RayEngine:
+    return RayEngine(str(cluster.address))
 
 
 @pytest.mark.ray
@@ -75,3 +84,35 @@ def test_a_cluster_with_other_packages_is_refused(ray: RayEngine, monkeypatch: p
     monkeypatch.setattr(ray_engine.importlib.metadata, "version", lambda name: "1.0" if name == "numpy" else real(name))
     with pytest.raises(ComputeError, match=rf"has numpy {real('numpy')} instead of 1\.0\. Install the same ones"):
         ray_engine._require_same(sys.modules["ray"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_shards_wait_for_a_storage_that_is_away(ray: RayEngine, tmp_path: Path) -> None:
+    def come_back() -> None:
+        wait_until(lambda: list(tmp_path.glob("asked-*")))
+        (tmp_path / "storage").mkdir()
+
+    returning = threading.Thread(target=come_back)
+    returning.start()
+    work = [Noted((number,), tmp_path) for number in range(6)]
+    assert [images for _, images in map_shards(read_back, work, engine=ray, title="Reading", total=6)] == [1] * 6
+    returning.join()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_killed_node_costs_the_shards_that_it_worked_on(ray: RayEngine, cluster: Any, tmp_path: Path) -> None:
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    work = [Noted((number,), tmp_path) for number in range(12)]
+    done: list[tuple[Noted, int]] = []
+    for outcome in map_shards(noted_slowly, work, engine=ray, title="Noting", total=12):
+        if not done:
+            for process in node.all_processes["raylet"]:
+                process.process.kill()
+        done.append(outcome)
+    assert done == [(shard, 1) for shard in work]
+    counts = [len(list(tmp_path.glob(f"{number}-*"))) for number in range(12)]
+    assert min(counts) == 1
+    assert sum(counts) <= 12 + 2, "what another node had finished is not done again"

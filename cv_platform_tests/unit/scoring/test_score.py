@@ -82,6 +82,7 @@ def test_each_image_has_one_row_with_the_answer_of_the_service(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from cv_platform.compute import open_engine
 from cv_platform.compute.local import LocalEngine
 from cv_platform.scoring import score
 from cv_platform.settings import Settings
@@ -93,20 +94,21 @@ def killed(*arguments, **options):
             os.kill(os.getpid(), signal.SIGKILL)
         yield made
 score.map_shards = killed
-settings = Settings.from_environment({"CV_HOME": sys.argv[1]})
-engine = LocalEngine(2, worth_seconds=0)
+settings = Settings.from_environment({"CV_HOME": sys.argv[1], "CV_COMPUTE": sys.argv[5]})
+engine = open_engine(settings) if sys.argv[5] == "ray" else LocalEngine(2, worth_seconds=0)
 score.score_images(sys.argv[2], sys.argv[3], Path(sys.argv[4]), settings=settings, engine=engine)
 """
 
 
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(900)])])
 def test_a_killed_scoring_loses_only_what_was_not_finished(
-    settings: Settings, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     monkeypatch.setattr(score, "_FEWEST_IMAGES", 2)
     whole, output = tmp_path / "whole.parquet", tmp_path / "scores.parquet"
     assert score_images(str(images), VERSION, whole, settings=settings, engine=PROCESSES).computed == 11
-    arguments = [str(settings.home), str(images), VERSION, str(output)]
-    run = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=120)
+    arguments = [str(settings.home), str(images), VERSION, str(output), engine]
+    run = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert not output.exists()
     # Three of six batches, of two images but for the last, were finished.

@@ -1,0 +1,43 @@
+"""A Ray cluster of nodes of one core each, all on this machine: what there is to try several machines by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cv_platform.settings import prepare_process
+
+_STARTS = 5
+"""A node's agents have 15 s to be there, which is little on a busy machine: see `compute.ray_engine`."""
+
+
+@contextmanager
+def ray_nodes(count: int = 2) -> Iterator[Any]:
+    """Yields Ray's `Cluster`, whose `address` `RayEngine` takes; it ends, and this process leaves it, afterwards."""
+    prepare_process()
+    import ray
+
+    cluster = _started(count, _STARTS)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def _started(count: int, attempts: int) -> Any:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        cluster.add_node(num_cpus=1, include_dashboard=False)
+        for _ in range(count - 1):
+            cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes(timeout=60)
+    except Exception:  # Ray has no class of its own for it.
+        cluster.shutdown()
+        if attempts == 1:
+            raise
+        return _started(count, attempts - 1)
+    return cluster
