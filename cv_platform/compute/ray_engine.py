@@ -11,8 +11,10 @@ import functools
 import importlib.metadata
 import logging
 import platform
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call
@@ -49,6 +51,10 @@ class RayEngine:
         """Returns how many shards it works on at a time."""
         return self._most or max(1, int(self._joined().cluster_resources().get("CPU", 1)))
 
+    def one_each(self) -> RayEngine:
+        """Returns one that gives a shard out when there is a core for it, and none ahead."""
+        return RayEngine(self._address, workers=self.workers)
+
     def run(
         self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
     ) -> Iterator[Outcome[S, R]]:
@@ -73,12 +79,69 @@ class RayEngine:
             for reference in at_work:
                 ray.cancel(reference, force=True)
 
+    @contextmanager
+    def together(self, function: Callable[[int, list[str]], None], count: int) -> Iterator[Callable[[], str | None]]:
+        """Calls a function in several processes at the same time, on as many nodes as there are; leaves none behind.
+
+        Args:
+            function: of a module; gets its place, from 0, and an address that is free for each place, HOST:PORT.
+            count: of the processes.
+
+        Yields:
+            What waits until all calls have returned, or one has not, and returns how that one ended.
+
+        Raises:
+            ComputeError: the cluster has fewer cores.
+        """
+        ray = self._joined()
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if cores < count:
+            raise ComputeError(
+                f"Expected a Ray cluster with a core for each of {count} processes that work together. Received: "
+                f"{cores}. Add nodes, or lower train.workers."
+            )
+        member = ray.remote(num_cpus=1, max_restarts=0)(_Member).options(scheduling_strategy="SPREAD")
+        members = [member.remote() for _ in range(count)]
+        try:
+            addresses = ray.get([one.address.remote() for one in members])
+            calls = [one.work.remote(function, index, addresses) for index, one in enumerate(members)]
+            yield functools.partial(_first_death, ray, calls)
+        finally:
+            for one in members:
+                ray.kill(one)
+
     def _joined(self) -> Any:
         ray = _ray()
         if not ray.is_initialized():
             _join(ray, self._address)
             _require_same(ray)
         return ray
+
+
+class _Member:
+    """A process of those that work together: an actor, which Ray does not start again by itself."""
+
+    def address(self) -> str:
+        import ray
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def work(self, function: Callable[[int, list[str]], None], index: int, addresses: list[str]) -> None:
+        function(index, addresses)
+
+
+def _first_death(ray: Any, calls: list[Any]) -> str | None:
+    while calls:
+        ended, calls = ray.wait(calls, num_returns=1)
+        try:
+            ray.get(ended)
+        except ray.exceptions.RayActorError:
+            return "was ended, or its node"
+        except ray.exceptions.RayError as err:
+            return f"ended with {str(err).strip().splitlines()[-1]}"
+    return None
 
 
 def _ray() -> Any:

@@ -52,6 +52,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 run=mlflow_run,
                 git_commit=head_commit(REPOSITORY, otherwise=run.settings.revision),
                 spare_bytes=run.settings.spare_disk_bytes,
+                engine=run.engine,
             )
         url = dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages))
         return run.result(trained, {**_metadata(trained), "mlflow_url": url})

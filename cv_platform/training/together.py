@@ -5,8 +5,8 @@ weights stay the same in all of them. The mean is TensorFlow's, by the collectiv
 sets up from TF_CONFIG: https://www.tensorflow.org/guide/distributed_training. Keras 3's `fit` does not work in that
 strategy's scope; here it trains an ordinary model whose optimizer asks the others first.
 
-`train_together` starts the processes on this machine, and starts all of them again from the last whole epoch when one
-dies. On other machines each is started by hand with a TF_CONFIG that names all of them:
+`train_together` starts the processes, on this machine or by Ray on others, and starts all of them again from the last
+whole epoch when one dies. By hand each is started with a TF_CONFIG that names all of them:
 `python -m cv_platform.training.together FOLDER`, FOLDER being the training's own, on a file system that all share.
 """
 
@@ -23,10 +23,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, Any
 
+from cv_platform.compute.ray_engine import RayEngine
 from cv_platform.compute.worker import end_with
 from cv_platform.cores import available_cores
 from cv_platform.errors import CvPlatformError, TrainingError
@@ -36,6 +38,7 @@ from cv_platform.settings import process_environment
 if TYPE_CHECKING:
     import keras
 
+    from cv_platform.compute.engine import Engine
     from cv_platform.config import ExperimentConfig
     from cv_platform.records import PackedImages
 
@@ -117,13 +120,16 @@ class Member:
         optimizer.apply = apply
 
 
-def train_together(packed: PackedImages, config: ExperimentConfig, folder: Path) -> None:
+def train_together(
+    packed: PackedImages, config: ExperimentConfig, folder: Path, *, engine: Engine | None = None
+) -> None:
     """Trains by `config.train.workers` processes to the end; what `fitting.fit_model` finds is then in `folder`.
 
     Args:
         packed: the pixels.
         config: the experiment.
         folder: the training's own; see `fitting.fit_model`.
+        engine: Ray places the processes; any other: they are this machine's.
 
     Raises:
         TrainingError: a process says that it cannot train, or processes die time and again.
@@ -133,8 +139,12 @@ def train_together(packed: PackedImages, config: ExperimentConfig, folder: Path)
     while True:
         before = _epochs(folder)
         (folder / PROBLEM).unlink(missing_ok=True)
-        with _processes(folder, config.train.workers) as processes:
-            death = _first_death(processes)
+        if isinstance(engine, RayEngine):
+            with engine.together(partial(_work, folder), config.train.workers) as first_death:
+                death = first_death()
+        else:
+            with _processes(folder, config.train.workers) as processes:
+                death = _first_death(processes)
         if death is None:
             return
         if (folder / PROBLEM).is_file():
@@ -162,8 +172,7 @@ def _processes(folder: Path, count: int) -> Iterator[list[Popen[bytes]]]:
     try:
         for index in range(count):
             share = [cores[(index * each + core) % len(cores)] for core in range(each)]
-            place = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
-            environment = {**process_environment(), "TF_CONFIG": json.dumps(place)}
+            environment = {**process_environment(), "TF_CONFIG": _place(index, workers)}
             arguments = [sys.executable, "-m", __name__, str(folder), str(os.getpid()), *map(str, share)]
             started.append(Popen(arguments, env=environment, stdin=DEVNULL))
         yield started
@@ -171,6 +180,16 @@ def _processes(folder: Path, count: int) -> Iterator[list[Popen[bytes]]]:
         for process in started:
             process.kill()
             process.wait()
+
+
+def _place(index: int, workers: list[str]) -> str:
+    return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
+
+
+def _work(folder: Path, index: int, workers: list[str]) -> None:
+    """Trains in a process of Ray's."""
+    os.environ["TF_CONFIG"] = _place(index, workers)
+    main(folder)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     import keras
     from matplotlib.figure import Figure
 
+    from cv_platform.compute.engine import Engine
     from cv_platform.tracking import MlflowRun
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def train_model(
     run: MlflowRun | None = None,
     git_commit: str | None = None,
     spare_bytes: int | None = None,
+    engine: Engine | None = None,
 ) -> TrainedModel:
     """Trains `config.model` with `config.train` on the split `train`.
 
@@ -84,6 +86,7 @@ def train_model(
         run: active MLflow run; gets parameters, metrics, files, and the registered model version.
         git_commit: of the code and configs, for the record.
         spare_bytes: see `files.require_free_space`.
+        engine: of `train.workers`, see `together.train_together`.
 
     Returns:
         The trained model, whose folder exists.
@@ -105,7 +108,7 @@ def train_model(
     parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(parent, _recipe(packed, resolved)) as work:
         if resolved.train.workers > 1:
-            train_together(packed, resolved, work)
+            train_together(packed, resolved, work, engine=engine)
         fitted = fit_model(resolved, train, valid, folder=work, run=run, spare_bytes=spare_bytes)
         # On a network that was only just read from the work folder, which a retry finds as it was: never twice.
         temperature = (
