@@ -52,6 +52,10 @@ class MlflowRun:
         self.experiment_id = experiment_id
         self._client = _client(tracking_uri)
 
+    def __reduce__(self) -> tuple[type[MlflowRun], tuple[str, str, str]]:
+        """Travels to other processes by its address: a client does not."""
+        return MlflowRun, (self.tracking_uri, self.run_id, self.experiment_id)
+
     def url(self, base_url: str) -> str:
         """Returns the run's page below the address of an MLflow server."""
         return run_url(base_url, self.experiment_id, self.run_id)

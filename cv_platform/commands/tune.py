@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cv_platform.compute import open_engine
 from cv_platform.config import ExperimentConfig, load_beside_others, load_experiment, parse_experiment
 from cv_platform.errors import ConfigError, LockHeldError, StorageError, TrainingError
 from cv_platform.files import exclusive, whole_file, write_file
@@ -94,7 +95,8 @@ def _search(settings: Settings, config: ExperimentConfig, folder: Path, *, outpu
             artifact_root=settings.home / "mlflow" / "artifacts",
         ) as run,
     ):
-        study = run_search(Search(packed, storage, folder / name, run, settings.spare_disk_bytes), config)
+        search = Search(packed, storage, folder / name, run, settings.spare_disk_bytes)
+        study = run_search(search, config, open_engine(settings))
         write_best(study, config, output)
         page = folder / "search.html"
         write_file(page, search_page(study, config))

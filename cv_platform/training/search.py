@@ -15,14 +15,17 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
+from cv_platform.compute import map_shards
+from cv_platform.compute.ray_engine import RayEngine
 from cv_platform.config import ExperimentConfig, Span
 from cv_platform.datasets.packing import open_split
 from cv_platform.errors import DatabaseUnavailableError, TrackingError, TrainingError
@@ -33,6 +36,8 @@ from cv_platform.training.fitting import fit_model
 
 if TYPE_CHECKING:
     import optuna
+
+    from cv_platform.compute.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +69,11 @@ def study_name(packed: PackedImages, config: ExperimentConfig) -> str:
     return f"{config.name}-{digest[:10]}"
 
 
-def run_search(search: Search, config: ExperimentConfig) -> optuna.Study:
+def run_search(search: Search, config: ExperimentConfig, engine: Engine | None = None) -> optuna.Study:
     """Trains trials until the budget is used, and returns the study.
+
+    By Ray, as many at a time as it has workers, which reach Optuna's storage and MLflow by the same addresses; by any
+    other engine one after the other, in this process.
 
     Raises:
         TrainingError: not one trial could be trained; the message has the last reason.
@@ -74,7 +82,7 @@ def run_search(search: Search, config: ExperimentConfig) -> optuna.Study:
     import optuna
 
     try:
-        return _run_trials(search, config)
+        return _run_trials(search, config, engine)
     except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as err:
         cause = err.__cause__ if isinstance(err.__cause__, SQLAlchemyError) else err
         raise DatabaseUnavailableError(
@@ -84,34 +92,87 @@ def run_search(search: Search, config: ExperimentConfig) -> optuna.Study:
         ) from err
 
 
-def _run_trials(search: Search, config: ExperimentConfig) -> optuna.Study:
+def _run_trials(search: Search, config: ExperimentConfig, engine: Engine | None) -> optuna.Study:
     import optuna
 
     study = _open_study(search, config)
     _take_up(study)
     last_error = "as many as tune.trials have failed before"
-    while (rest := _budget(study, config)) is not None:
-        trial = study.ask()
-        changes = {field: _suggest(trial, config, field, said) for field, said in config.tune.spans.items()}
-        try:
-            value = _train(search, config, trial, changes, deadline=time.monotonic() + rest)
-        except optuna.TrialPruned:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            logger.info("trial %d: stopped early", trial.number)
+    proposals = _proposals(study, config)
+    work = partial(_outcome, search, config)
+    outcomes: Iterable[tuple[Proposal, tuple[str, Any]]] = ((one, work(one)) for one in proposals)
+    if isinstance(engine, RayEngine):
+        single = engine.one_each()
+        outcomes = map_shards(
+            work, proposals, engine=single, title="Searching", total=config.tune.trials, in_order=False
+        )
+    for one, (state, found) in outcomes:
+        if state == "COMPLETE":
+            study.tell(one.number, found)
+            logger.info("%s: %s %.4f with %s", one.name, config.tune.metric, found, one.changes)
             continue
-        except (TrainingError, ValidationError, TrackingError) as err:
-            # Values that do not go together, or a rate that diverges: a finding, and no reason to end the search.
-            last_error = str(err)
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            logger.warning("trial %d failed: %s", trial.number, err)
-            if _failed_alone(study):
-                break
+        study.tell(one.number, state=optuna.trial.TrialState[state])
+        if state == "PRUNED":
+            logger.info("%s: stopped early", one.name)
             continue
-        study.tell(trial, value)
-        logger.info("trial %d: %s %.4f with %s", trial.number, config.tune.metric, value, changes)
+        last_error = str(found)
+        logger.warning("%s failed: %s", one.name, found)
+        if _failed_alone(study):
+            break
     if not _finished(study, optuna.trial.TrialState.COMPLETE):
         raise TrainingError(f"Expected a trial that could be trained to its end. Received none: {last_error}")
     return study
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial that is to be trained, by this process or by another one: a shard of a search.
+
+    Attributes:
+        number: in its study.
+        id: in Optuna's storage.
+        changes: the values that it tries, by field.
+        seconds: that are left of the search's time.
+    """
+
+    number: int
+    id: int
+    changes: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def images(self) -> int:
+        """One, for the progress."""
+        return 1
+
+    @property
+    def name(self) -> str:
+        """How the log calls it."""
+        return f"trial {self.number}"
+
+
+def _proposals(study: optuna.Study, config: ExperimentConfig) -> Iterator[Proposal]:
+    while (rest := _budget(study, config)) is not None:
+        trial = study.ask()
+        changes = {field: _suggest(trial, config, field, said) for field, said in config.tune.spans.items()}
+        yield Proposal(trial.number, trial._trial_id, changes, rest)  # No public name has it.
+
+
+def _outcome(search: Search, config: ExperimentConfig, proposal: Proposal) -> tuple[str, Any]:
+    """Trains a trial, and returns the name of Optuna's state for it, with its value or why there is none."""
+    import optuna
+
+    name = study_name(search.packed, config)
+    study = optuna.load_study(study_name=name, storage=search.storage, pruner=_pruner(config))
+    trial = optuna.trial.Trial(study, proposal.id)
+    try:
+        deadline = time.monotonic() + proposal.seconds
+        return "COMPLETE", _train(search, config, trial, proposal.changes, deadline=deadline)
+    except optuna.TrialPruned:
+        return "PRUNED", None
+    except (TrainingError, ValidationError, TrackingError) as err:
+        # Values that do not go together, or a rate that diverges: a finding, and no reason to end the search.
+        return "FAIL", str(err)
 
 
 def _open_study(search: Search, config: ExperimentConfig) -> optuna.Study:
@@ -119,15 +180,8 @@ def _open_study(search: Search, config: ExperimentConfig) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     name, direction = study_name(search.packed, config), "minimize" if "entropy" in config.tune.metric else "maximize"
-    epochs = config.tune.spans.get("train.epochs", [config.train.epochs])
-    most = int(epochs.high if isinstance(epochs, Span) else max(epochs)) + (config.transfer is not None)
-    pruner = (
-        optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max(1, most), reduction_factor=3)
-        if config.tune.pruning == "hyperband"
-        else optuna.pruners.NopPruner()
-    )
     study = optuna.create_study(
-        storage=search.storage, study_name=name, direction=direction, pruner=pruner, load_if_exists=True
+        storage=search.storage, study_name=name, direction=direction, pruner=_pruner(config), load_if_exists=True
     )
     # Drawn anew where a search goes on, or it would propose what it has tried.
     study.sampler = optuna.samplers.TPESampler(
@@ -137,6 +191,18 @@ def _open_study(search: Search, config: ExperimentConfig) -> optuna.Study:
     if not study.trials and own is not None:
         study.enqueue_trial(own)  # The recipe as it is: what is found is never worse than it.
     return study
+
+
+def _pruner(config: ExperimentConfig) -> optuna.pruners.BasePruner:
+    import optuna
+
+    epochs = config.tune.spans.get("train.epochs", [config.train.epochs])
+    most = int(epochs.high if isinstance(epochs, Span) else max(epochs)) + (config.transfer is not None)
+    return (
+        optuna.pruners.HyperbandPruner(min_resource=1, max_resource=max(1, most), reduction_factor=3)
+        if config.tune.pruning == "hyperband"
+        else optuna.pruners.NopPruner()
+    )
 
 
 def _own_values(config: ExperimentConfig) -> dict[str, Any] | None:
@@ -185,7 +251,8 @@ def _budget(study: optuna.Study, config: ExperimentConfig) -> float | None:
     interrupted = {trial.user_attrs.get("goes_on_with") for trial in study.get_trials(deepcopy=False)}
     ended = _finished(study, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     done = [trial for trial in ended if trial.number not in interrupted]
-    if len(done) >= config.tune.trials:
+    under_way = len(_finished(study, TrialState.RUNNING))
+    if len(done) + under_way >= config.tune.trials:
         return None
     if config.tune.max_seconds is None:
         return math.inf

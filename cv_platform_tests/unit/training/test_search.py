@@ -10,7 +10,9 @@ from typing import Any, cast
 import pytest
 import yaml
 
+from benchmarks.ray_nodes import ray_nodes
 from cv_platform.commands.tune import with_options, write_best
+from cv_platform.compute.ray_engine import RayEngine
 from cv_platform.config import ExperimentConfig, load_experiment
 from cv_platform.errors import ConfigError, DatabaseUnavailableError, TrainingError
 from cv_platform.records import PackedImages
@@ -75,6 +77,26 @@ def test_a_killed_search_goes_on_and_writes_the_best_config(tiny_packed: PackedI
     # Booleans: to show where a text of megabytes differs takes minutes.
     assert bool("Plotly.newPlot" in page)
     assert re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=[\"']?(?:https?:)?//[^\"'> ]*", page) == []
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_trials_are_trained_by_ray_as_many_at_a_time_as_it_has_cores(tiny_packed: PackedImages, tmp_path: Path) -> None:
+    import optuna
+
+    uri, storage = f"sqlite:///{tmp_path}/mlflow.db", optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/studies.db")
+    with (
+        start_run(uri, "tiny", run_name="tune", artifact_root=tmp_path / "artifacts") as run,
+        ray_nodes(2) as cluster,
+    ):
+        search = Search(tiny_packed, storage, tmp_path / "work", run)
+        study = run_search(search, searched(4), RayEngine(str(cluster.address)))
+
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    begun = [trial.datetime_start for trial in study.trials if trial.datetime_start]
+    ended = [trial.datetime_complete for trial in study.trials if trial.datetime_complete]
+    assert begun[1] < ended[0], "two at a time"
+    assert begun[2] > min(ended[:2]), "the third when there is a core for it"
 
 
 def test_other_data_or_another_space_is_another_study_and_a_larger_budget_is_not(tiny_packed: PackedImages) -> None:
