@@ -34,7 +34,7 @@ MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
     "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 
-.PHONY: help setup browser demo test test-whole test-ray test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-data-speed bench-scale bench-serving bench-training soak demo-loop prove-cifar
+.PHONY: help setup browser demo test test-whole test-ray test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-data-speed bench-scale bench-serving bench-training soak demo-loop prove-cifar prove-ray
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
@@ -167,6 +167,10 @@ demo-loop: setup ## The closed loop on digits: drift, labels, a grown version, r
 prove-cifar: setup ## The same graph on CIFAR images: make prove-cifar ARCHIVE=cifar10.tar.gz
 	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of CIFAR-10 images. Received: nothing."; exit 2; }
 	$(BIN)/python -m trials.prove_cifar "$$ARCHIVE"
+
+prove-ray: setup ## The graph on 1,000 CIFAR images by Ray on two nodes, with the hashes of local: make prove-ray ARCHIVE=cifar10.tar.gz
+	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of CIFAR-10 images. Received: nothing."; exit 2; }
+	$(BIN)/python -m trials.prove_ray "$$ARCHIVE"
 
 secrets: ## Write docker/.env with random passwords; what it has stays.
 	@$(STACK) secrets

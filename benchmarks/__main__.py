@@ -28,6 +28,7 @@ BENCHMARKS = {
     "exports": "benchmarks.bench_exports",
     "unknown": "benchmarks.bench_unknown",
     "scale": "benchmarks.bench_scale",
+    "together": "benchmarks.bench_together",
     "log-rows": "benchmarks.bench_log_rows",
     "data-speed": "benchmarks.bench_data_speed",
     "training": "benchmarks.bench_training",

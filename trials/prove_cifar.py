@@ -57,7 +57,7 @@ def prove(archive: Path, settings: Settings, say: Callable[[str], None]) -> int:
     clock = Stopwatch()
     dataset = load_experiment(CONFIG).dataset
     say(f"importing {archive.name} into {settings.home} …")
-    if _import(archive, dataset.ds_name, dataset.dvc_tag, settings) != 0:
+    if import_archive(archive, dataset.ds_name, dataset.dvc_tag, settings) != 0:
         raise DatasetError(f"Expected `cv-platform import-dataset` to import {archive}. Received: its error above.")
     status = run_demo(settings, say)
     say(f"prove-cifar: {'proved' if status == 0 else 'NOT proved'} in {clock.seconds:.0f} s; {machine_line(LIBRARIES)}")
@@ -65,7 +65,8 @@ def prove(archive: Path, settings: Settings, say: Callable[[str], None]) -> int:
     return status
 
 
-def _import(archive: Path, ds_name: str, tag: str, settings: Settings) -> int:
+def import_archive(archive: Path, ds_name: str, tag: str, settings: Settings) -> int:
+    """Imports an archive or a folder by the command, and returns its exit status."""
     command = [sys.executable, "-m", "cv_platform.cli", "import-dataset", str(archive), "--name", ds_name, "--tag", tag]
     environment = {**os.environ, "CV_HOME": str(settings.home)}
     return subprocess.run(command, env=environment, cwd=REPOSITORY, check=False).returncode
