@@ -3,6 +3,10 @@
 `options.archive` is the folder of the sets' archives. Pixels are packed first, which is not counted, as no second
 training pays for it; then the platform's own fit runs on the train and valid splits, and the test split is classified.
 CPU seconds are those of this process and all its threads: other work on the machine lengthens them by tens of percent.
+
+With `options.images` it is a learning curve: each number of images, and beside it, unless a config is named, `resnet9s`
+from random weights, by the recipe of `configs/examples/cifar10.yaml`, which sees `SHOWN` images in all, however few
+there are.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ from cv_platform.errors import DatasetError
 from cv_platform.evaluation.intervals import wilson
 
 LIBRARIES = ("tensorflow", "keras", "numpy", "opencv-python-headless")
+SHOWN = 20_000
+"""Images of all epochs of a training from random weights."""
 GROCERY, CIFAR = "grocery-5k.tar.gz", "cifar10-12k.tar.gz"
 
 
@@ -104,13 +110,9 @@ def run(options: Options) -> Report:
         wanted = SETS[name]
         if options.budget is not None:
             wanted = replace(wanted, budget_seconds=options.budget)
-        counts = options.images or (None,)
-        for count in counts:
-            shown = name if count is None else f"{name}, {count} images"
+        for shown, count, tried in _tried(name, wanted, options):
             with tempfile.TemporaryDirectory(prefix="cv-bench-training-") as folder:
-                seen, right, tested, note = _train(
-                    replace(wanted, images=count or wanted.images), options, Path(folder)
-                )
+                seen, right, tested, note = _train(tried, options, Path(folder))
             observations[shown] = [seen]
             accuracy, interval = right / tested, wilson(right, tested) or (0.0, 1.0)
             reached = f"{accuracy:.4f} ({interval[0]:.4f} to {interval[1]:.4f}) of {tested} test images"
@@ -139,6 +141,23 @@ def run(options: Options) -> Report:
         checks=checks,
         notes=notes,
     )
+
+
+def _tried(name: str, wanted: ImageSet, options: Options) -> Iterator[tuple[str, int | None, ImageSet]]:
+    """Yields what is trained, its name, and how many images a learning curve has there; None: it is none."""
+    if not options.images:
+        yield name, None, wanted
+    for count in options.images:
+        few = replace(wanted, images=count)
+        yield f"{name}, {count} images", count, few
+        if options.config is not None:
+            continue
+        epochs = {"train.epochs": max(8, SHOWN // count)}
+        # A batch of the recipe's is more than the smallest sets have.
+        batch = {"train.batch_size": min(128, max(16, count // 8))}
+        side = 32 if wanted.archive == CIFAR else 64
+        changes = {"model.input_size": {"h": side, "w": side}, **epochs, **batch}
+        yield f"{name}, {count} images, from scratch", count, replace(few, config="cifar10.yaml", changes=changes)
 
 
 def _train(wanted: ImageSet, options: Options, home: Path) -> tuple[Observation, int, int, str]:

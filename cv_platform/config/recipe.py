@@ -114,7 +114,12 @@ class TrainConfig(Section):
         default=None, ge=1, description="epochs without a better validation loss"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="float32", description="auto takes bfloat16 where the CPU has it; weights stay float32"
+        default="float32", description="auto takes bfloat16 where the GPU has it, or else the CPU; weights stay float32"
+    )
+    devices: Literal["one", "all"] = Field(
+        default="one",
+        description="all: each GPU takes a part of every batch, which their number must divide; layers that normalise "
+        "by batches see their part alone",
     )
     seed: int = Field(default=42, ge=0, le=2**31 - 1, description="of weights, order and augmentation")
     temperature_scaling: bool = Field(

@@ -10,7 +10,7 @@ from cv_platform.config.fields import Section
 
 SEARCHABLE = ("train", "model.architecture", "model.dropout")
 """What a search may change: nothing that decides pixels, classes or seeds, so that trials share data and compare."""
-FIXED = ("train.seed", "train.pack_scale", "train.mlflow", "train.temperature_scaling")
+FIXED = ("train.seed", "train.pack_scale", "train.devices", "train.mlflow", "train.temperature_scaling")
 
 
 class Span(Section):

@@ -155,18 +155,25 @@ class ShuffledBatches:
         return dataset.prefetch(PREFETCHED_BATCHES)
 
 
-def ordered_dataset(images: Images, targets: np.ndarray, *, classes: int, batch_size: int) -> tf.data.Dataset:
-    """Returns all images once, in order and unchanged, as a `tf.data.Dataset` of `(images uint8, targets float32)`."""
+def ordered_dataset(
+    images: Images, targets: np.ndarray, *, classes: int, batch_size: int, multiple_of: int = 1
+) -> tf.data.Dataset:
+    """Returns all images once, in order and unchanged, as a `tf.data.Dataset` of `(images uint8, targets float32)`.
+
+    With `multiple_of`, a divisor of `batch_size`, each batch has a multiple of images: fewer at the end are left out.
+    """
     import tensorflow as tf
 
+    count = len(images) - len(images) % multiple_of
+
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(images), batch_size):
-            stop = start + batch_size
+        for start in range(0, count, batch_size):
+            stop = min(start + batch_size, count)
             yield np.asarray(images[start:stop]), as_probabilities(np.asarray(targets[start:stop]), classes)
 
     signature = (tf.TensorSpec((None, *images.shape[1:]), tf.uint8), tf.TensorSpec((None, classes), tf.float32))
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
-    steps = -(-len(images) // batch_size)
+    steps = -(-count // batch_size)
     return dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(PREFETCHED_BATCHES)
 
 

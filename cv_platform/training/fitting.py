@@ -29,6 +29,7 @@ from cv_platform.training.callbacks import (
     selection_metric,
 )
 from cv_platform.training.depthwise import with_fast_kernels
+from cv_platform.training.devices import devices_of, require_equal_parts, sharing
 from cv_platform.training.imbalance import ClassBalance, balance_of, balanced_cross_entropy
 from cv_platform.training.mixing import Mixing
 from cv_platform.training.network import build_model, resolve_precision
@@ -118,15 +119,20 @@ def _train(
     member: Member | None = None,
 ) -> tuple[keras.Model, TrainingMonitor]:
     model, train, transfer = config.model, config.train, config.transfer
-    network = _network(config)
+    devices = devices_of(train)
+    shared = sharing(devices)
+    with shared():
+        network = _network(config)
     # Weights and two moments of the optimizer, of this epoch, the last two and the best; and the finished model.
     state_bytes = 13 * 4 * network.count_params()
     require_free_space(folder, state_bytes, purpose=f"training {model.architecture}", spare_bytes=spare_bytes)
     train_split = _chosen(train_split, train)
     balance = balance_of(train, train_split.targets, len(model.classes))
     batches = _batches(config, train_split, balance)
+    require_equal_parts(devices, batch_size=batches.batch_size, valid_images=len(valid_split.images))
     epochs = epochs_of(train, batches.images_per_epoch)
-    _compile(network, config, balance, total_steps=epochs * batches.steps)
+    with shared():
+        _compile(network, config, balance, total_steps=epochs * batches.steps)
     if member is not None:
         batches.share = member.index, member.count
         member.share_steps(network)
@@ -142,7 +148,7 @@ def _train(
         member=member,
     )
     logger.info(
-        "training %s (%d parameters) on %d images of %d×%d, %d valid; %d epochs of %d steps of %d, %s",
+        "training %s (%d parameters) on %d images of %d×%d, %d valid; %d epochs of %d steps of %d, %s%s",
         model.architecture,
         network.count_params(),
         len(train_split.images),
@@ -152,9 +158,14 @@ def _train(
         batches.steps,
         batches.batch_size,
         resolve_precision(train.precision),
+        f", on {len(devices)} devices" if devices else "",
     )
     validation = ordered_dataset(
-        valid_split.images, valid_split.targets, classes=batches.classes, batch_size=max(256, batches.batch_size)
+        valid_split.images,
+        valid_split.targets,
+        classes=batches.classes,
+        batch_size=batches.batch_size * -(-256 // batches.batch_size) if devices else max(256, batches.batch_size),
+        multiple_of=max(1, len(devices)),
     )
     with _memory_errors(train.batch_size):
         if transfer is not None and monitor.state is None:
@@ -258,6 +269,7 @@ def _compile(network: keras.Model, config: ExperimentConfig, balance: ClassBalan
         # XLA on the CPU was measured 1.7 times slower.
         jit_compile=False,  # pyright: ignore[reportArgumentType] -- inferred from Keras's default, "auto".
     )
+    network.optimizer.build(network.trainable_variables)
 
 
 def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> TrainingState | None:
@@ -265,7 +277,6 @@ def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> Traini
     state = read_state(folder)
     if state is None:
         return None
-    network.optimizer.build(network.trainable_variables)
     network.load_weights(folder / state.last_weights)
     restore_random_state(network, state.random_state)
     logger.info("going on after epoch %d", state.epochs_done)
@@ -285,7 +296,6 @@ def _fit_head(
     """Gives the network its head, as the first epoch."""
     with monitor.epoch_beside_fit(0) as metrics:
         head = start_head(network, *splits, config, balance)
-        network.optimizer.build(network.trainable_variables)
         metrics |= {"loss": head.loss, "accuracy": head.accuracy, "cross_entropy": head.loss}
         valid: Any = network.evaluate(validation, verbose=0, return_dict=True)  # pyright: ignore[reportArgumentType]
         if "calibrated_cross_entropy" in valid:

@@ -29,6 +29,7 @@ import numpy as np
 from cv_platform.config import ModelConfig
 from cv_platform.errors import TrainingError
 from cv_platform.training.architectures import Architecture, find_architecture
+from cv_platform.training.devices import gpus_have_bfloat16
 
 if TYPE_CHECKING:
     import keras
@@ -79,11 +80,15 @@ def build_model(
 
 
 def resolve_precision(precision: Literal["auto", "float32", "bfloat16"]) -> Precision:
-    """Returns what `auto` means here: bfloat16 where the CPU multiplies it natively, else float32."""
-    native = _has_bfloat16()
+    """Returns what `auto` means here: bfloat16 where the GPUs, or else the CPU, multiply it natively, else float32."""
+    if precision == "float32":
+        return precision
+    by_gpus = gpus_have_bfloat16()
+    native = _has_bfloat16() if by_gpus is None else by_gpus
     if precision == "bfloat16" and not native:
         logger.warning(
-            "train.precision is bfloat16, which this CPU only emulates: expect it to be slower than float32."
+            "train.precision is bfloat16, which this %s only emulates: expect it to be slower than float32.",
+            "CPU" if by_gpus is None else "machine's GPU",
         )
     if precision == "auto":
         return "bfloat16" if native else "float32"

@@ -6,6 +6,7 @@ Upstream: https://keras.io/api/optimizers/learning_rate_schedules/cosine_decay/.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,9 @@ def build_optimizer(
     # Keras has one rate for all variables.
     class Layerwise(kind):
         def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-            rate = (rates or {}).get(variable.name.split(":")[0], 1.0)  # TensorFlow's own variable.
+            # TensorFlow's own variable; of several devices, the copy of one.
+            path = re.sub(r"(/replica_\d+)?(:\d+)?$", "", variable.name)
+            rate = (rates or {}).get(path, 1.0)
             super().update_step(gradient, variable, learning_rate * rate)
 
     optimizer = (Layerwise if rates else kind)(schedule, **options)

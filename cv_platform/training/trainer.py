@@ -42,6 +42,7 @@ from cv_platform.training.architectures._users import find_source
 from cv_platform.training.augmentation import Augmenter, augmented_sheet
 from cv_platform.training.calibration import calibrate
 from cv_platform.training.callbacks import write_history
+from cv_platform.training.devices import devices_of
 from cv_platform.training.fitting import FittedModel, fit_model
 from cv_platform.training.network import resolve_precision
 from cv_platform.training.together import train_together
@@ -199,7 +200,8 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
         recipe["the code of model.architecture"] = "" if source is None else file_sha256(source)
     return {
         **recipe,
-        "what train.precision auto means on this CPU": resolve_precision("auto"),
+        "what train.precision auto means on this machine": resolve_precision("auto"),
+        "the devices that share a batch": ", ".join(devices_of(config.train)) or "none",
         # Named after the data version and everything else that decides a pixel or target, the quarantine included.
         "the packed images": packed.directory.name,
         "the code in cv_platform/training and cv_platform/encoders": code.hexdigest()[:12],
