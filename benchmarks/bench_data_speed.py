@@ -181,8 +181,8 @@ def _pack(folder: Path, side: int) -> int:
     target = folder / "pack"
     target.mkdir()
     paths = [path.relative_to(folder).as_posix() for path in files]
-    rows = Rows("train", paths, _hashes(folder), "uint8")
-    write_shards(target, folder, [rows], PackForm((side, side)), engine=LocalEngine(1))
+    rows = Rows("train", paths, _hashes(folder), "uint8", PackForm((side, side)))
+    write_shards(target, folder, [rows], engine=LocalEngine(1))
     shutil.rmtree(target)
     return len(files)
 
