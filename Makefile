@@ -34,7 +34,7 @@ MANAGED := uv=$$(command -v uv) || { uv=.uv/bin/uv; test -x $$uv; } || \
   { echo "Expected uv to fetch Python $(MANAGED_VERSION). Received: the error above. It comes from github.com, or from" \
     "UV_PYTHON_INSTALL_MIRROR. Let it through, or install Python 3.11 or 3.12 yourself." >&2; exit 1; }
 
-.PHONY: help setup browser demo test test-whole test-ray test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-data-speed bench-scale bench-serving bench-training soak demo-loop prove-cifar prove-ray
+.PHONY: help setup browser demo test test-whole test-ray test-portable run up down status backup restore gc check format lock schema reference docs audit bench bench-data bench-data-speed bench-drift bench-scale bench-serving bench-training soak demo-loop prove-cifar prove-ray
 .PHONY: secrets stack-preflight stack-build stack-up stack-down stack-roll stack-certificate stack-reload stack-backup stack-restore stack-gc stack-test stack-status lock-images
 
 help: ## Show this list.
@@ -150,6 +150,9 @@ bench-data: setup ## What is found in a dataset that was spoilt on purpose: make
 
 bench-data-speed: setup ## What the data's stages cost, each against its promise: manifest, packing, Deepchecks, memory, unchanged data.
 	$(BIN)/python -m benchmarks data-speed --rounds 3
+
+bench-drift: setup ## False alarms, power and cost of drift verdicts: make bench-drift [ARCHIVE=images.tar.gz] (SPLIT/CLASS/image)
+	$(BIN)/python -m benchmarks drift $(if $(ARCHIVE),--archive "$$ARCHIVE")
 
 bench-training: setup ## Accuracy and CPU time of trainings: make bench-training DATA=folder [SETS=grocery-20,cifar] [BUDGET=600]
 	@test -n "$$DATA" || { echo "Expected DATA=a folder of grocery-5k.tar.gz and cifar10-12k.tar.gz. Received: nothing."; exit 2; }

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "startup": "benchmarks.bench_startup",
     "gate": "benchmarks.bench_gate",
     "labels": "benchmarks.bench_labels",
+    "drift": "benchmarks.bench_drift",
     "false-alarms": "benchmarks.bench_false_alarms",
     "exports": "benchmarks.bench_exports",
     "unknown": "benchmarks.bench_unknown",

@@ -356,7 +356,9 @@ def _retention(options: argparse.Namespace) -> int:
     from cv_platform.database.connection import database_url, make_engine
     from cv_platform.database.migrate import check_schema
     from cv_platform.database.retention import delete_expired
+    from cv_platform.monitoring.accept import forget_deleted
     from cv_platform.monitoring.window import monitored_since
+    from cv_platform.storage import CentralStorage
 
     settings, now = _installation(), datetime.now(UTC)
     experiments, broken = load_experiments(config_files(settings.configs))
@@ -372,6 +374,9 @@ def _retention(options: argparse.Namespace) -> int:
         check_schema(url)
         engine = make_engine(url)
         try:
+            if not options.dry_run:
+                names_of_models = [one.model.model_name for one in experiments.values()]
+                forget_deleted(engine, CentralStorage(settings.storage_url), names_of_models, settings.home / "cache")
             result = delete_expired(
                 engine,
                 now=now,

@@ -814,6 +814,22 @@ class DriftCauses(Value):
 ReportVerdict = Literal["drift", "no drift", "insufficient data"]
 
 
+SliceColumn = Literal["client", "tag"]
+"""Of the request log: the API key that a request came with, or the tag that the client gave it."""
+
+
+class MovedSlice(Value):
+    """The requests of one API key or tag beside the reference, see `drift.slices`."""
+
+    column: SliceColumn
+    value: str
+    rows: int = Field(description="of the window's judged rows")
+    test: str = Field(description="the clearer one, in words")
+    ks_distance: float = Field(description="of that test, 0 to 1")
+    adjusted_p_value: float = Field(description="corrected for both tests and for all slices that were looked at")
+    has_moved: bool
+
+
 class DriftReport(Record):
     """The verdict on one window of requests of one model version, and what explains it.
 
@@ -824,6 +840,7 @@ class DriftReport(Record):
         requests: answered requests in the window.
         late_rows: of them, those that were answered before it, and reached the log in it.
         rows: of them, those that were judged.
+        encoded_rows: of those, the ones whose image the pretrained encoder looked at, where a detector needs it.
         unusable_rows: read but left out, because an embedding is not finite or of another width.
         repeated_rows: of the requests, those whose upload had been sent in the window before.
         is_sampled: `monitor.max_samples` were drawn from more, each with the same chance.
@@ -837,6 +854,7 @@ class DriftReport(Record):
         drifted_detectors: those that fired, clearest first.
         causes: what explains drift; None without it, and for several labels an image.
         classes: every class, the most significant movement first.
+        slices: the requests by API key and by tag, as far as there are enough, the clearest movement first.
         top_images: images that drive the difference, strongest first: prediction_id, created_on, predicted_class,
             score, image_sha256.
         accuracy_estimate: without labels; not reliable while drift fires.
@@ -860,6 +878,7 @@ class DriftReport(Record):
     requests: int
     late_rows: int = 0
     rows: int
+    encoded_rows: int = 0
     unusable_rows: int
     repeated_rows: int = 0
     # Reports of earlier versions have the latest rows, and another name for it.
@@ -877,6 +896,7 @@ class DriftReport(Record):
     effects: EffectSizes | None = None
     causes: DriftCauses | None = None
     classes: tuple[ClassMovement, ...] = ()
+    slices: tuple[MovedSlice, ...] = ()
     top_images: list[dict[str, Any]] = []
     accuracy_estimate: AccuracyEstimate | None = None
     feedback_rows: int = 0
@@ -885,6 +905,11 @@ class DriftReport(Record):
     report_url: HomeUrl = ""
     evidently_run_id: str | None = None
     problems: tuple[str, ...] = ()
+
+    @property
+    def worst_slice(self) -> MovedSlice | None:
+        """The slice whose movement is clearest, if one has moved."""
+        return next((one for one in self.slices if one.has_moved), None)
 
     @property
     def moved_classes(self) -> tuple[ClassMovement, ...]:
@@ -897,6 +922,18 @@ class DriftReport(Record):
 FeedbackVerdict = Literal[
     "worse than on the test split", "as on the test split", "insufficient feedback", "not comparable"
 ]
+
+
+class SliceAccuracy(Value):
+    """What people said of the predictions of one API key or tag, beside the others of the version."""
+
+    column: SliceColumn
+    value: str
+    with_feedback: int
+    right_share: float
+    rest_share: float = Field(description="of all others with feedback")
+    adjusted_p_value: float = Field(description="that it is no worse than the rest; corrected for all that were judged")
+    is_worse: bool
 
 
 class VersionMetrics(Value):
@@ -927,6 +964,7 @@ class VersionMetrics(Value):
         estimated_share: of all predictions of the window that are right, as estimated from those by their inverse
             chances; None without any.
         estimated_interval: of that, at level 1 − alpha.
+        slices: by API key and by tag, as far as there is enough feedback, the clearest loss first.
     """
 
     model_version: str
@@ -949,6 +987,12 @@ class VersionMetrics(Value):
     random_labels: int = 0
     estimated_share: float | None = None
     estimated_interval: tuple[float, float] | None = None
+    slices: tuple[SliceAccuracy, ...] = ()
+
+    @property
+    def worst_slice(self) -> SliceAccuracy | None:
+        """The slice that is most clearly worse than the rest, if one is."""
+        return next((one for one in self.slices if one.is_worse), None)
 
 
 class ProductionMetrics(Illustrated):

@@ -167,6 +167,12 @@ class AcceptedReference(_Record):
     at_utc: datetime
     by: str
     because: str
+    forgotten: int = Field(default=0, description="rows that left it, as their predictions were deleted")
+
+    @property
+    def file(self) -> str:
+        """Its rows; another name after each deletion, so that no copy of the former ones is read."""
+        return f"{self.report_id}{f'.{self.forgotten}' if self.forgotten else ''}.parquet"
 
     def told(self) -> str:
         """Returns it in words."""
@@ -451,6 +457,24 @@ class CentralStorage:
             text = accepted.model_dump_json(indent=1)
             self._store.replace(self._store.path("ref_data", model_name, version, "accepted.json"), text)
 
+    def forget_accepted(
+        self, parquet: Path | None, model_name: str, version: str, before: AcceptedReference, after: AcceptedReference
+    ) -> None:
+        """Puts fewer rows in an accepted window's place; None: it is no reference any more. The former file goes."""
+        with self._store.errors(f"publish the accepted reference of {model_name} {version}"):
+            if parquet is None:
+                self._store.remove(self._store.path("ref_data", model_name, version, "accepted.json"))
+            else:
+                self.accept_reference(parquet, model_name, version, after)
+            self._store.remove(self._accepted(model_name, version, before))
+
+    def accepted_versions(self, model_name: str) -> list[str]:
+        """Returns the versions of a model whose requests are compared with an accepted window."""
+        folder = self._store.path("ref_data", model_name)
+        with self._store.errors(f"list the references of {model_name}"):
+            versions = self._store.names(folder, "directory")
+        return [version for version in versions if self.read_accepted(model_name, version) is not None]
+
     def read_accepted(self, model_name: str, version: str) -> AcceptedReference | None:
         """Returns which window requests of a version are compared with; None: its reference split."""
         path = self._store.path("ref_data", model_name, version, "accepted.json")
@@ -504,7 +528,7 @@ class CentralStorage:
         return self._store.path("ref_data", model_name, version, f"{model_name}_ref_data.parquet")
 
     def _accepted(self, model_name: str, version: str, accepted: AcceptedReference) -> str:
-        return self._store.path("ref_data", model_name, version, f"{accepted.report_id}.parquet")
+        return self._store.path("ref_data", model_name, version, accepted.file)
 
     def _pointer(self, service: str) -> str:
         return self._store.path("services", service, "production.json")

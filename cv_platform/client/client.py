@@ -120,20 +120,27 @@ class Client:
         """Closes the connections."""
         self._http.close()
 
-    def predict(self, image: Image, *, explain: ExplainChoice = "jpeg") -> PredictionResult:
+    def predict(self, image: Image, *, explain: ExplainChoice = "jpeg", tag: str | None = None) -> PredictionResult:
         """Returns the prediction of one image; it is in the service's log for good.
+
+        Args:
+            image: what is asked about.
+            explain: what to add to the probabilities.
+            tag: where it is from, such as a line or camera: 1 to 64 letters, digits, dots, dashes or underscores.
 
         Raises:
             UnusableImageError: the service cannot use the image.
         """
         files = {"file": _part(image, 1)}
-        return self._send(PredictionResult, "POST", "/predict", params={"explain": explain}, files=files)
+        return self._send(PredictionResult, "POST", "/predict", params=_query(explain, tag), files=files)
 
-    def predict_batch(self, images: Sequence[Image], *, explain: ExplainChoice = "jpeg") -> list[BatchAnswer]:
+    def predict_batch(
+        self, images: Sequence[Image], *, explain: ExplainChoice = "jpeg", tag: str | None = None
+    ) -> list[BatchAnswer]:
         """Returns an answer for each image, in their order; one that cannot be used does not lose the others."""
         parts = [_part(image, number) for number, image in enumerate(images, start=1)]
         files = [("files", part) for part in parts]
-        response = self._attempt("POST", "/predict/batch", params={"explain": explain}, files=files)
+        response = self._attempt("POST", "/predict/batch", params=_query(explain, tag), files=files)
         # When all images are refused the status is theirs, and the items are there all the same.
         if response.status_code != 200 and "results" not in _fields(response):
             raise _error(response)
@@ -246,6 +253,10 @@ class Client:
 
 class _NotSentError(ServiceUnavailableError):
     """No connection: the service has seen nothing of the request."""
+
+
+def _query(explain: ExplainChoice, tag: str | None) -> dict[str, str]:
+    return {"explain": explain} if tag is None else {"explain": explain, "tag": tag}
 
 
 def _part(image: Image, number: int) -> tuple[str, bytes]:

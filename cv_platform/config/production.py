@@ -114,6 +114,11 @@ class DeployConfig(Section):
         return self.canary if self.canary.fraction or self.shadow else None
 
 
+DetectorName = Literal[
+    "bbsd_ks", "properties_ks", "features_mmd", "uae_mmd", "classifier", "encoder_mmd", "encoder_classifier"
+]
+
+
 class MonitorConfig(Section):
     """The window of requests that the drift report judges, and how."""
 
@@ -162,11 +167,25 @@ class MonitorConfig(Section):
     max_reference_rows: int = Field(
         default=2000, ge=100, description="seeded subsample of the reference in kernel tests"
     )
+    detectors: tuple[DetectorName, ...] = Field(
+        default=("bbsd_ks", "properties_ks", "features_mmd", "uae_mmd"),
+        min_length=1,
+        description="tests that make the verdict together; each more costs the others a little, and those of the "
+        "encoder also compute vectors of the window's stored images when the report is made",
+    )
+    max_encoded: int = Field(
+        default=500, ge=20, description="images of a window that the encoder looks at, a seeded sample, for its tests"
+    )
     schedule_cron: str = Field(default="0 6 * * 1", description="when the report runs (UTC)")
     new_rows_trigger: int = Field(
         default=1000, ge=1, description="new requests that make the sensor run a report on them; min_samples at least"
     )
     seed: int = Field(default=0, ge=0, description="of subsamples and permutations")
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether a detector looks at the vectors of the pretrained encoder."""
+        return any(name.startswith("encoder_") for name in self.detectors)
 
     @field_validator("window_start_utc", "window_end_utc")
     @classmethod
@@ -174,6 +193,9 @@ class MonitorConfig(Section):
         if value is not None and datetime.fromisoformat(value).tzinfo is None:
             raise ValueError(f"Expected a time with its zone, such as 2026-01-31T06:00:00+00:00. Received: {value}")
         return value
+
+
+_REASONS = ("random", "unknown", "drift", "novel", "unlabelled")
 
 
 class LabelsConfig(Section):
@@ -196,7 +218,7 @@ class LabelsConfig(Section):
         default=2000, ge=1, description="requests that it looks at; of more since its last run, a seeded sample"
     )
     random_share: Fraction = Field(
-        default=0.2,
+        default=0.1,
         description="of the queue: drawn from all requests, with the same chance, by which production_metrics "
         "estimates the accuracy on all of them",
     )
@@ -205,12 +227,18 @@ class LabelsConfig(Section):
     )
     drift_share: Fraction = Field(default=0.1, description="of the queue: those that drive the latest drift report")
     novel_share: Fraction = Field(
-        default=0.1, description="of the queue: those least like any image of the dataset, as the encoder sees it"
+        default=0.05, description="of the queue: those least like any image of the dataset, as the encoder sees it"
+    )
+
+    unlabelled_share: Fraction = Field(
+        default=0.0,
+        description="of the queue: images of score.source, a folder or archive that nobody has labelled, of those that "
+        "the model is least sure of",
     )
 
     @model_validator(mode="after")
     def _within_the_queue(self) -> Self:
-        total = self.random_share + self.unknown_share + self.drift_share + self.novel_share
+        total = self.random_share + self.unknown_share + self.drift_share + self.novel_share + self.unlabelled_share
         if total > 1.0 + 1e-9:
             raise ValueError(
                 f"labels: expected shares of at most 1 together (the rest is uncertain); received {total:g}"
@@ -219,7 +247,7 @@ class LabelsConfig(Section):
 
     def quotas(self) -> dict[str, int]:
         """Returns how many images of the queue have which reason, in the order in which they are chosen."""
-        named = {reason: getattr(self, f"{reason}_share") for reason in ("random", "unknown", "drift", "novel")}
+        named = {reason: getattr(self, f"{reason}_share") for reason in _REASONS}
         counts = {reason: int(share * self.queue_size + 1e-9) for reason, share in named.items()}
         return {**counts, "uncertain": self.queue_size - sum(counts.values())}
 

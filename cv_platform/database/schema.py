@@ -12,6 +12,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     DateTime,
     Double,
     ForeignKey,
@@ -28,7 +29,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-SCHEMA_REVISION = "0005"
+FOLDER = "folder"
+"""`predictions.client` of what nobody sent: an image of `score.source` that people are asked to label."""
+SCHEMA_REVISION = "0007"
 """Newest migration. It is written here too because the service checks it without importing Alembic."""
 
 metadata = MetaData(
@@ -56,6 +59,16 @@ images = Table(
     comment="One upload, kept once however often it was sent",
 )
 
+upload_vectors = Table(
+    "upload_vectors",
+    metadata,
+    Column("sha256", Text, ForeignKey("images.sha256", ondelete="CASCADE"), primary_key=True),
+    Column("encoder", Text, primary_key=True, comment="its key; another key, other vectors"),
+    Column("vector", LargeBinary, nullable=False, comment="little-endian float16; empty: the upload does not decode"),
+    _created_on(),
+    comment="What an upload shows, as the monitor has computed it; gone with the upload",
+)
+
 predictions = Table(
     "predictions",
     metadata,
@@ -72,6 +85,8 @@ predictions = Table(
     Column("raw_hm", ARRAY(REAL), comment="Grad-CAM map in 0-1, row by row"),
     Column("hm_height", Integer),
     Column("hm_width", Integer),
+    Column("client", Text, comment="8 hex digits of the SHA-256 of the API key that it came with"),
+    Column("tag", Text, comment="where the client says that the image is from"),
     _created_on(),
     Column(
         "logged_on",
@@ -84,6 +99,12 @@ predictions = Table(
     Index(None, "image_sha256"),
     comment="One answered prediction",
 )
+
+
+def is_request() -> ColumnElement[bool]:
+    """Returns the SQL condition on `predictions` that somebody sent the image."""
+    return predictions.c.client.is_distinct_from(FOLDER)
+
 
 api_log = Table(
     "api_log",
@@ -132,7 +153,7 @@ labeling_items = Table(
     Column("item_id", Uuid, primary_key=True),
     Column("experiment", Text, nullable=False),
     Column("prediction_id", Uuid, ForeignKey("predictions.prediction_id", ondelete="CASCADE"), nullable=False),
-    Column("reason", Text, nullable=False, comment="random, unknown, drift, novel or uncertain"),
+    Column("reason", Text, nullable=False, comment="random, unknown, drift, novel, unlabelled or uncertain"),
     Column("score", Double, nullable=False, comment="of the reason: higher was asked for first"),
     Column(
         "chance",

@@ -25,6 +25,8 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
             "model.drift_detection.uae_seed",
             "monitor.alpha",
             "monitor.seed",
+            "monitor.detectors",
+            *(["encoder"] if branch.config.monitor.needs_encoder else []),
         ],
         ins={"trained": "model", "packed": "packed_images"},
         checks=[calibrated],
@@ -42,7 +44,8 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
 
         run = branch.run(context)
         reference = open_split(packed, "reference", beside=trained)
-        detectors = build_detectors(trained, reference, open_split(packed, "test", beside=trained), run.config)
+        test = open_split(packed, "test", beside=trained)
+        detectors = build_detectors(trained, reference, test, run.config, home=run.settings.home)
         alpha = run.config.monitor.alpha
         false = {f"false_alarms_{row.images}": row.rate for row in detectors.detection if row.shift == UNCHANGED}
         metadata = {

@@ -12,6 +12,7 @@ from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.observed import request_log_key
 from cv_platform.defs.versions import Reads
 from cv_platform.records import (
+    BatchScores,
     DatasetVersion,
     Deployment,
     DriftReport,
@@ -29,6 +30,8 @@ JUDGING = (
     "permutations",
     "max_reference_rows",
     "seed",
+    "detectors",
+    "max_encoded",
 )
 """Fields of `monitor` that decide the verdict on given requests; the others say when, and on which."""
 
@@ -44,7 +47,10 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         is_retried=True,
         freshness_policy=_freshness(branch),
         kinds={"evidently", "postgres"},
-        reads=[f"monitor.{field}" for field in JUDGING],
+        reads=[
+            *(f"monitor.{field}" for field in JUDGING),
+            *(["encoder"] if branch.config.monitor.needs_encoder else []),
+        ],
         ins={"deployment": "deployment"},
         deps=["reference_data"],
         observes=[request_log_key(branch.config.name)],
@@ -54,8 +60,8 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         """The verdict on a window of requests of one model version, with what moved.
 
         The window is half-open, in UTC: the schedule's, the config's, or the last days until the run was asked for. One
-        family-wise test decides (Holm over BBSD-KS, properties-KS and two MMD permutation tests). Kept in Postgres,
-        in central storage and in the Evidently workspace.
+        family-wise test decides (Holm over `monitor.detectors`). Kept in Postgres, in central storage and in the
+        Evidently workspace.
         """
         from cv_platform.monitoring.episodes import what_changed
         from cv_platform.monitoring.exported_metrics import export_drift
@@ -64,11 +70,11 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
 
         run = branch.run(context)
         home = run.settings.home
-        evidently, work = run.settings.evidently_url or home / "evidently", home / "cache" / "drift_reports"
-        place = ReportPlace(run.installation.storage(), evidently, work)
+        evidently = run.settings.evidently_url or home / "evidently"
+        place = ReportPlace(run.installation.storage(), evidently, home)
         with run.installation.engine() as engine:
             report, reference = report_on_service(
-                run.config, deployment.model, engine=engine, place=place, now=run.asked, cache=home / "cache"
+                run.config, deployment.model, engine=engine, place=place, now=run.asked
             )
             change = what_changed(engine, report)
         summary = drift_summary(report)
@@ -152,10 +158,13 @@ def labeling_queue_asset(branch: Branch) -> dg.AssetsDefinition:
         """
         from cv_platform.monitoring.labeling_queue import QueueSources, fill_queue
         from cv_platform.record_store import RecordStore
+        from cv_platform.scoring.unlabelled import UnlabelledImages
 
         run = branch.run(context)
-        report = RecordStore(run.settings.home, run.config.name).latest(DriftReport)
-        sources = QueueSources(dataset, embeddings, report, run.installation.storage(), run.settings)
+        records = RecordStore(run.settings.home, run.config.name)
+        report, scores = records.latest(DriftReport), records.latest(BatchScores)
+        folder = UnlabelledImages(scores, run.settings.home / "cache" / "unlabelled") if scores else None
+        sources = QueueSources(dataset, embeddings, report, run.installation.storage(), run.settings, folder)
         with run.installation.engine() as engine:
             queue = fill_queue(run.config, engine, sources, now=run.asked)
         return run.result(
@@ -197,6 +206,8 @@ def _drift_metadata(report: DriftReport) -> dict[str, Any]:
         **{f"adjusted_p_{name}": p for name, p in report.adjusted_p_values.items()},
         "p_values": table([{"test": name, "p": p} for name, p in report.p_values.items()]),
         "moved_classes": table([movement.model_dump(include=columns) for movement in report.moved_classes]),
+        "slices": table([one.model_dump() for one in report.slices]),
+        "encoded_rows": report.encoded_rows,
         "images": table(report.top_images[:20]),
         "report_id": report.report_id,
         "report": report.report_url,
@@ -215,6 +226,11 @@ def _production_metadata(metrics: ProductionMetrics) -> dict[str, Any]:
         "with_feedback": metrics.with_feedback,
         "versions": table([version_row(version) for version in metrics.versions]),
         **{f"per_class_{v.model_version}": table(v.per_class) for v in metrics.versions if v.per_class},
+        **{
+            f"slices_{v.model_version}": table([one.model_dump() for one in v.slices])
+            for v in metrics.versions
+            if v.slices
+        },
         **{name: file_link(path) for name, path in metrics.plots.items()},
         "problems": list(metrics.problems),
     }

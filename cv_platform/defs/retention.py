@@ -34,6 +34,7 @@ def retention_definitions(experiments: Sequence[ExperimentConfig], broken: Colle
         from datetime import UTC, datetime
 
         from cv_platform.database.retention import delete_expired
+        from cv_platform.monitoring.accept import forget_deleted
         from cv_platform.monitoring.exported_metrics import export_retention
         from cv_platform.monitoring.window import monitored_since
 
@@ -45,6 +46,9 @@ def retention_definitions(experiments: Sequence[ExperimentConfig], broken: Colle
         installation, now = context.resources.installation, datetime.now(UTC)
         settings: Settings = installation.settings()
         with installation.engine() as engine:
+            if not config.is_dry_run:
+                names = [experiment.model.model_name for experiment in experiments]
+                forget_deleted(engine, installation.storage(), names, settings.home / "cache")
             result = delete_expired(
                 engine,
                 now=now,

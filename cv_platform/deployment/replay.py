@@ -21,7 +21,7 @@ from sqlalchemy import Engine, select
 
 from cv_platform import images
 from cv_platform.config import EvaluateConfig, ExperimentConfig, ReplayConfig
-from cv_platform.database.schema import predictions
+from cv_platform.database.schema import is_request, predictions
 from cv_platform.database.uploads import read_feedback, read_images
 from cv_platform.deployment.bundle import TRAINED_ON
 from cv_platform.deployment.champion import class_difference, images_seen
@@ -156,7 +156,7 @@ def _last_uploads(engine: Engine, champion: ModelIdentity, count: int) -> tuple[
     table = predictions.c
     latest = (
         select(table.prediction_id, table.image_sha256)
-        .where(table.model_name == champion.model_name, table.model_version == champion.version)
+        .where(table.model_name == champion.model_name, table.model_version == champion.version, is_request())
         .order_by(table.created_on.desc(), table.prediction_id)
         .limit(count * _ROWS_PER_UPLOAD)
     )

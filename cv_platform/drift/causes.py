@@ -13,12 +13,13 @@ Sources:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.drift.family import DEFAULT_DETECTORS
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.drift.scipy_tests import binomial_at_least
 from cv_platform.drift.verdict import judge
@@ -58,6 +59,7 @@ def find_causes(
     permutations: int,
     max_reference_rows: int,
     seed: int,
+    detectors: Collection[str] = DEFAULT_DETECTORS,
 ) -> DriftCauses:
     """Says what explains that `current` has drifted from the reference; of a multi-class model.
 
@@ -65,7 +67,7 @@ def find_causes(
         reference: held-out rows of the model that made `current`.
         current: rows that are judged to have drifted.
         class_names: of the columns of `bbsd`.
-        permutations, max_reference_rows, seed: of the second judgements, as in `verdict.judge`.
+        permutations, max_reference_rows, seed, detectors: of the second judgements, as in `verdict.judge`.
 
     Raises:
         InvalidSampleError: the samples cannot be compared.
@@ -75,7 +77,7 @@ def find_causes(
         if len(left) < _FEWEST_ROWS or len(right) < _FEWEST_ROWS:
             return None
         effort = {"permutations": permutations, "max_reference_rows": max_reference_rows, "seed": seed}
-        return judge(left, right, alpha=_ALPHA, **effort).drifted
+        return judge(left, right, alpha=_ALPHA, detectors=detectors, **effort).drifted
 
     mix = estimate_mix(reference.sample, current, seed=seed)
     labels = reference.targets.argmax(axis=1)

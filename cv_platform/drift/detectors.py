@@ -24,8 +24,10 @@ from cv_platform.drift.extraction import extract
 from cv_platform.drift.power import UNCHANGED, detection_rates
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.drift.scipy_tests import binomial_quantile
+from cv_platform.encoders.encoder import Encoder, open_encoder
 from cv_platform.errors import InvalidSampleError
 from cv_platform.files import whole_file
+from cv_platform.images import resize
 from cv_platform.images.corruptions import corruptions
 from cv_platform.properties import batch_properties
 from cv_platform.records import DetectionRate, DriftDetectors, TrainedModel
@@ -75,7 +77,7 @@ class HeldOutImages(Protocol):
 
 
 def build_detectors(
-    trained: TrainedModel, held_out: HeldOutImages, test: HeldOutImages, config: ExperimentConfig
+    trained: TrainedModel, held_out: HeldOutImages, test: HeldOutImages, config: ExperimentConfig, *, home: Path
 ) -> DriftDetectors:
     """Makes and saves the encoder, and measures what the verdict notices: see `power.py`.
 
@@ -83,10 +85,12 @@ def build_detectors(
         trained: the model; the encoder is written beside it, complete or not at all.
         held_out: the reference split; at most 1,000 of its images, seeded, take part.
         test: the test split; 1,000 likewise as they are, and 200 made worse.
-        config: `model` has the encoder's width and seed, `monitor` the level and seed of the trials.
+        config: `model` has the encoder's width and seed, `monitor` the level, seed and detectors of the trials.
+        home: `Settings.home`: has the pretrained encoder, where a detector needs it. It sees the packed images here.
 
     Raises:
         InvalidModelError: the model has no layers "features" and "probabilities".
+        EncoderError: the pretrained encoder cannot be used.
     """
     drift, monitor = config.model.drift_detection, config.monitor
     encoder = build_uae(trained.task.image_size, drift.uae_encoding_dims, drift.uae_seed)
@@ -99,11 +103,13 @@ def build_detectors(
         worse = ((*shift, _MOST_CHANGED) for shift in _made_worse(test, monitor.seed))
         wanted += [(UNCHANGED, "", test, _MOST_TEST), *worse]
     chosen = [(split, seeded_rows(len(split.paths), most, monitor.seed)) for _, _, split, most in wanted]
-    reference, *samples = extract_samples(trained.keras_path, uae_path, chosen)
+    is_encoded = len(wanted) > 1 and monitor.needs_encoder
+    pretrained = open_encoder(config.encoder, home) if is_encoded else None
+    reference, *samples = extract_samples(trained.keras_path, uae_path, chosen, encoder=pretrained)
     shifted = {(name, strength): sample for (name, strength, _, _), sample in zip(wanted[1:], samples, strict=True)}
     if shifted:
         shifted |= _without_a_class(test, samples[0], monitor.seed)
-    detection = detection_rates(reference, shifted, alpha=monitor.alpha, seed=monitor.seed)
+    detection = detection_rates(reference, shifted, alpha=monitor.alpha, seed=monitor.seed, detectors=monitor.detectors)
     logger.info("%s", false_alarm_summary(detection, monitor.alpha))
     return DriftDetectors(
         model=trained.model,
@@ -201,10 +207,12 @@ def extract_samples(
     uae_path: Path,
     wanted: Sequence[tuple[HeldOutImages, NDArray[np.intp]]],
     answer: Answer | None = None,
+    encoder: Encoder | None = None,
 ) -> list[DriftSample]:
     """Returns a sample for each split and its rows, in one ordered pass over the pixels of all.
 
-    Where `answer` is given, it answers for the Keras files; there is at least one row then.
+    Where `answer` is given, it answers for the Keras files; there is at least one row then. Where `encoder` is given,
+    the samples have its vectors, of the pixels as they are, resized.
 
     Raises:
         InvalidModelError: see `extract`.
@@ -218,12 +226,16 @@ def extract_samples(
                 "again."
             )
     properties: list[NDArray[np.float32]] = []
+    encoded: list[NDArray[np.float32]] = []
 
     def batches() -> Iterator[NDArray[np.uint8]]:
         for split, rows in wanted:
             for start in range(0, len(rows), BATCH_ROWS):
                 images = np.asarray(split.images[rows[start : start + BATCH_ROWS]])
                 properties.append(batch_properties(images))
+                if encoder is not None:
+                    side = (encoder.input_px, encoder.input_px)
+                    encoded.append(encoder.embed(np.stack([resize(image, side) for image in images])))
                 yield images
 
     if answer is None:
@@ -232,6 +244,8 @@ def extract_samples(
         answers = [answer(images) for images in batches()]
         probabilities, features, uae = (np.concatenate(part) for part in zip(*answers, strict=True))
     whole = DriftSample(probabilities, features, uae, np.concatenate([batch_properties([]), *properties]))
+    if encoder is not None:
+        whole = whole.with_encoded(np.concatenate(encoded))
     parts = np.split(np.arange(len(whole)), np.cumsum([len(rows) for _, rows in wanted])[:-1])
     return [whole.take(part) for part in parts]
 

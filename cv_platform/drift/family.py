@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from typing_extensions import override
 
+from cv_platform.config import DetectorName, MonitorConfig
+from cv_platform.drift.classifier_test import MAX_ROWS, classifier_test
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.drift.two_sample import ks_bonferroni, mmd_permutation_test
 
@@ -52,8 +54,9 @@ class Tested:
 class Detector(ABC):
     """One test of whether two samples come from one distribution.
 
-    How to add one: another instance of a subclass, or a subclass of your own, in `DETECTORS`. The verdict's correction,
-    the measured false-alarm rate, records and the report's table follow from there.
+    How to add one: another instance of a subclass, or a subclass of your own, in `DETECTORS`, and its name in
+    `config.DetectorName`. The verdict's correction, the measured rates, records and the report's table follow from
+    there; `monitor.detectors` names those that take part.
 
     Attributes:
         name: in records, metrics and alerts.
@@ -61,9 +64,13 @@ class Detector(ABC):
         columns: what it looks at, `(N, d)`.
     """
 
-    name: str
+    name: DetectorName
     title: str
     columns: Callable[[DriftSample], Float32Matrix]
+
+    def can_test(self, reference: DriftSample, current: DriftSample) -> bool:
+        """Whether both sides have the two rows that any test needs; an image may be gone."""
+        return min(len(self.columns(reference)), len(self.columns(current))) >= 2
 
     @abstractmethod
     def test(self, reference: DriftSample, current: DriftSample, effort: Effort) -> Tested:
@@ -103,6 +110,28 @@ class MmdDetector(Detector):
         return Tested(result.p_value, result.mmd_squared, result.standardised)
 
 
+@dataclass(frozen=True)
+class ClassifierDetector(Detector):
+    """The classifier two-sample test; its statistic is the held-out share of pairs that are told apart, 0–1.
+
+    Attributes:
+        stream: of random numbers, see `MmdDetector`.
+    """
+
+    stream: int
+
+    @override
+    def test(self, reference: DriftSample, current: DriftSample, effort: Effort) -> Tested:
+        result = classifier_test(
+            self.columns(reference),
+            self.columns(current),
+            permutations=effort.permutations,
+            seed=(effort.seed, self.stream),
+            max_rows=min(MAX_ROWS, effort.max_reference_rows),
+        )
+        return Tested(result.p_value, result.told_apart)
+
+
 def settle_saturated(probabilities: Float32Matrix) -> Float32Matrix:
     """Merges probabilities that saturate, so that a last bit cannot look like drift.
 
@@ -117,5 +146,11 @@ DETECTORS: tuple[Detector, ...] = (
     KsDetector("properties_ks", "Pixel statistics (KS per statistic)", lambda sample: sample.properties),
     MmdDetector("features_mmd", "Penultimate features (MMD)", lambda sample: sample.features, stream=0),
     MmdDetector("uae_mmd", "Untrained embedding (MMD)", lambda sample: sample.uae, stream=1),
+    ClassifierDetector("classifier", "Penultimate features (classifier)", lambda sample: sample.features, stream=2),
+    MmdDetector("encoder_mmd", "Pretrained encoder (MMD)", lambda sample: sample.encoded_rows, stream=3),
+    ClassifierDetector(
+        "encoder_classifier", "Pretrained encoder (classifier)", lambda sample: sample.encoded_rows, stream=4
+    ),
 )
 DETECTOR_NAMES = tuple(detector.name for detector in DETECTORS)
+DEFAULT_DETECTORS = MonitorConfig().detectors

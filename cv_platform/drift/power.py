@@ -7,12 +7,13 @@ other, windows of the test split are drift, and the rate says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.compute.blas import one_blas_thread
+from cv_platform.drift.family import DEFAULT_DETECTORS
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.scipy_tests import wilson_interval
 from cv_platform.drift.verdict import judge
@@ -30,7 +31,12 @@ _PERMUTATIONS, _MMD_ROWS = 99, 200
 
 @one_blas_thread()
 def detection_rates(
-    reference: DriftSample, shifted: dict[tuple[str, str], DriftSample], *, alpha: float, seed: int
+    reference: DriftSample,
+    shifted: dict[tuple[str, str], DriftSample],
+    *,
+    alpha: float,
+    seed: int,
+    detectors: Collection[str] = DEFAULT_DETECTORS,
 ) -> tuple[DetectionRate, ...]:
     """Judges windows of each sample against the reference, and returns how often they are drift.
 
@@ -39,6 +45,7 @@ def detection_rates(
         shifted: other rows of it by name and strength of what has been done to them; `UNCHANGED`: nothing.
         alpha: family-wise false-alarm rate of a verdict.
         seed: of the windows.
+        detectors: those that make the verdict.
 
     Returns:
         A row for each sample and size of window of which the sample has four without a common image.
@@ -59,6 +66,7 @@ def detection_rates(
                     permutations=_PERMUTATIONS,
                     max_reference_rows=_MMD_ROWS,
                     seed=trial,
+                    detectors=detectors,
                 ).drifted
             low, high = wilson_interval(alarms, trials)
             rows.append(

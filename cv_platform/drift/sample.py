@@ -1,12 +1,14 @@
 """One sample of images as the detectors see it: four aligned float32 matrices, checked once at the door.
 
-Everything downstream may rely on: two dimensions, the same number of rows, at least one column, finite values.
+Everything downstream may rely on: two dimensions, the same number of rows, at least one column, finite values. A fifth
+matrix, the pretrained encoder's vectors, is there where somebody asked for it, and has gaps where an image is gone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,8 @@ class DriftSample:
         features: `(N, F)` float32, the penultimate layer.
         uae: `(N, D)` float32, the untrained encoder's embedding.
         properties: `(N, 7)` float32, pixel statistics in the order of `PROPERTY_NAMES`.
+        encoded: `(N, E)` float32, the pretrained encoder's vectors; NaN in the rows whose image is not there or was not
+            looked at. None: nobody asked for them.
 
     Raises:
         InvalidSampleError: a matrix has another rank, no column, another number of rows, a value that is not finite
@@ -37,6 +41,7 @@ class DriftSample:
     features: Float32Matrix
     uae: Float32Matrix
     properties: Float32Matrix
+    encoded: Float32Matrix | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -51,6 +56,8 @@ class DriftSample:
                     problems.append(f"{name}: {broken.size} rows are not finite float32 (first: {rows})")
             if arrays["properties"].shape[1] != len(PROPERTY_NAMES):
                 problems.append(f"properties: {arrays['properties'].shape[1]} columns instead of {len(PROPERTY_NAMES)}")
+            if self.encoded is not None and (self.encoded.ndim != 2 or len(self.encoded) != len(arrays["bbsd"])):
+                problems.append(f"encoded: shape {self.encoded.shape}")
             probabilities = arrays["bbsd"]
             if ((probabilities < -1e-3) | (probabilities > 1 + 1e-3)).any():  # Not true of NaN, reported above.
                 problems.append("bbsd: values outside 0–1, which are no probabilities")
@@ -87,7 +94,19 @@ class DriftSample:
 
     def take(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> DriftSample:
         """Returns the sample of these rows (indices or a mask)."""
-        return DriftSample(self.bbsd[rows], self.features[rows], self.uae[rows], self.properties[rows])
+        encoded = None if self.encoded is None else self.encoded[rows]
+        return DriftSample(self.bbsd[rows], self.features[rows], self.uae[rows], self.properties[rows], encoded)
+
+    def with_encoded(self, vectors: NDArray[Any]) -> DriftSample:
+        """Returns the sample with the encoder's vectors, `(N, E)`, NaN in rows without one."""
+        return replace(self, encoded=np.asarray(vectors, dtype=np.float32))
+
+    @property
+    def encoded_rows(self) -> Float32Matrix:
+        """The encoder's vectors of the rows that have one, `(M, E)`; without any, none of width 1."""
+        if self.encoded is None:
+            return np.empty((0, 1), dtype=np.float32)
+        return self.encoded[np.isfinite(self.encoded).all(axis=1)]
 
     def describe(self) -> dict[str, int]:
         """Returns the number of columns of each representation."""

@@ -37,11 +37,11 @@ def fisher_exact(table: list[list[int]]) -> float:
     return float(cast(Any, stats).fisher_exact(table).pvalue)
 
 
-def pairwise_distances(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the n(n−1)/2 Euclidean distances between the rows of `(n, d)`."""
-    from scipy.spatial import distance
+def column_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the ranks from 1 of each column of `(n, k)`; equal values share the mean of theirs."""
+    from scipy import stats
 
-    return np.asarray(distance.pdist(rows), dtype=np.float64)
+    return np.asarray(cast(Any, stats).rankdata(values, axis=0), dtype=np.float64)
 
 
 def binomial_quantile(probability: float, trials: int, rate: float) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.drift.sample import Float32Matrix
-from cv_platform.drift.scipy_tests import ks_two_sample, pairwise_distances
+from cv_platform.drift.scipy_tests import ks_two_sample
 
 Float64Vector = NDArray[np.float64]
 MAX_CURRENT_ROWS = 5000
@@ -30,7 +30,8 @@ _BLOCK = 500
 _FARTHEST_BANDWIDTHS = 1e6
 # Sums of float32 products differ in their last bits with the order of addition. A permutation that ties with the
 # observed split must count as reaching it, whatever the rounding: the error is on the side of a larger p.
-_TIE_TOLERANCE = 1e-6
+TIE_TOLERANCE = 1e-6
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def mmd_permutation_test(
         return MmdResult(0.0, 1.0, 0.0, 0.0, n, m)
     pooled = np.concatenate([reference, current])
     # The rows' order within the pool must not matter: the permutations are drawn over the sorted pool.
-    order = _sorted_order(pooled)
+    order = sorted_order(pooled)
     kernel = gaussian_kernel(pooled[order], bandwidth=sigma, centre=np.median(reference, axis=0))
     np.fill_diagonal(kernel, 0.0)
     row_sums = kernel.sum(axis=1, dtype=np.float64)
@@ -137,11 +138,11 @@ def mmd_permutation_test(
     observed = _mmd_squared(kernel, row_sums, split, n, m)[0]
     null = np.concatenate(
         [
-            _mmd_squared(kernel, row_sums, _random_splits(rng, min(_BLOCK, permutations - start), n, m), n, m)
+            _mmd_squared(kernel, row_sums, random_splits(rng, min(_BLOCK, permutations - start), n, m), n, m)
             for start in range(0, permutations, _BLOCK)
         ]
     )
-    p_value = (1 + int(np.count_nonzero(null >= observed - _TIE_TOLERANCE))) / (permutations + 1)
+    p_value = (1 + int(np.count_nonzero(null >= observed - TIE_TOLERANCE))) / (permutations + 1)
     spread = float(null.std())
     standardised = float((observed - null.mean()) / spread) if spread > 0 else 0.0
     return MmdResult(float(observed), p_value, standardised, sigma, n, m)
@@ -154,9 +155,9 @@ def median_bandwidth(reference: Float32Matrix, current: Float32Matrix | None = N
     rows take part, evenly spaced in sorted order.
     """
     for rows in (reference, reference if current is None else np.concatenate([reference, current])):
-        ordered = rows[_sorted_order(rows)]
+        ordered = rows[sorted_order(rows)]
         spaced = ordered[np.linspace(0, len(rows) - 1, min(len(rows), _MAX_BANDWIDTH_ROWS)).astype(np.intp)]
-        distances = pairwise_distances(spaced.astype(np.float64))
+        distances = _distances(spaced)
         positive = distances[distances > 0]
         if positive.size:
             return float(np.median(positive))
@@ -186,7 +187,7 @@ def subsample(rows: Float32Matrix, max_rows: int, rng: np.random.Generator) -> F
     if len(rows) <= max_rows:
         return rows
     chosen = np.sort(rng.choice(len(rows), size=max_rows, replace=False))
-    return rows[_sorted_order(rows)[chosen]]
+    return rows[sorted_order(rows)[chosen]]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -220,7 +221,7 @@ def _mmd_squared(
     return within_reference / (n * (n - 1)) + within_current / (m * (m - 1)) - 2 * between / (n * m)
 
 
-def _random_splits(rng: np.random.Generator, count: int, n: int, m: int) -> Float32Matrix:
+def random_splits(rng: np.random.Generator, count: int, n: int, m: int) -> Float32Matrix:
     """Returns `(count, n + m)` float32 0/1, each row with m ones at random places."""
     indicator = np.zeros((count, n + m), dtype=np.float32)
     for split in indicator:
@@ -234,6 +235,21 @@ def _scaled(rows: Float32Matrix, bandwidth: float, centre: Float64Vector) -> Flo
     return np.clip(scaled, -_FARTHEST_BANDWIDTHS, _FARTHEST_BANDWIDTHS).astype(np.float32)
 
 
-def _sorted_order(rows: Float32Matrix) -> NDArray[np.intp]:
-    """Returns the order that sorts the rows lexicographically."""
-    return np.lexsort(rows.T[::-1])
+def sorted_order(rows: Float32Matrix) -> NDArray[np.intp]:
+    """Returns an order of the rows that does not depend on the one that they are in: by their bytes.
+
+    A hundredth of the time of a sort by columns, where there are a thousand of them.
+    """
+    contiguous = np.ascontiguousarray(rows + np.float32(0.0))  # Without the sign of −0, which equals 0.
+    whole_rows = contiguous.view(np.dtype((np.void, contiguous.itemsize * contiguous.shape[1])))
+    return np.argsort(whole_rows.ravel(), kind="stable")
+
+
+def _distances(rows: Float32Matrix) -> Float64Vector:
+    """Returns the distances between all pairs of different rows; 0 where nothing but rounding tells them apart."""
+    centred = rows.astype(np.float64) - np.median(rows, axis=0)
+    norms = np.square(centred).sum(axis=1)
+    left, right = np.triu_indices(len(rows), 1)
+    lengths = (norms[:, None] + norms[None, :])[left, right]
+    squares = lengths - 2.0 * (centred @ centred.T)[left, right]
+    return np.sqrt(np.where(squares > _ROUNDING * lengths, squares, 0.0))

@@ -7,12 +7,14 @@ are in `localisation.py`; they explain a verdict and never make one.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from pydantic import BaseModel, ConfigDict
 
-from cv_platform.drift.family import DETECTORS, Effort
+from cv_platform.drift.family import DEFAULT_DETECTORS, DETECTORS, Effort
 from cv_platform.drift.sample import DriftSample, require_comparable
 from cv_platform.drift.two_sample import MAX_CURRENT_ROWS, holm
+from cv_platform.errors import InvalidSampleError
 
 _MOST_PERMUTATIONS = 19_999
 MIN_ROWS = 2
@@ -27,7 +29,8 @@ class DriftVerdict(BaseModel):
         alpha: family-wise false-alarm rate.
         p_values: per detector; for the KS detectors with Bonferroni's correction over their dimensions.
         adjusted_p_values: Holm's, over the detectors.
-        statistics: per detector: the largest KS distance (0–1), the unbiased MMD².
+        statistics: per detector: the largest KS distance (0–1), the unbiased MMD²; of a classifier the
+            held-out share of pairs that it tells apart.
         standardised: per MMD detector: standard deviations of its permutation null above that null's mean.
         reference_rows, current_rows: rows given.
         permutations: of the MMD tests, as used.
@@ -61,6 +64,7 @@ def judge(
     max_reference_rows: int,
     seed: int,
     max_current_rows: int = MAX_CURRENT_ROWS,
+    detectors: Collection[str] = DEFAULT_DETECTORS,
 ) -> DriftVerdict:
     """Tests whether `current` still comes from the distribution of `reference`.
 
@@ -75,19 +79,24 @@ def judge(
         max_reference_rows: seeded subsample of the reference in the MMD tests (the KS tests take all rows).
         seed: of subsamples and permutations.
         max_current_rows: the same for the current rows; bounds memory.
+        detectors: names of those that take part. One whose rows are not there, as images are gone, is left out; which
+            it is does not depend on what the rows say, so that the correction for the others holds.
 
     Raises:
-        InvalidSampleError: the samples have different columns, or fewer than two rows.
+        InvalidSampleError: the samples have different columns, fewer than two rows, or none for these detectors.
         ValueError: `alpha` is not between 0 and 1.
     """
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"Expected alpha between 0 and 1. Received: {alpha}.")
     require_comparable(reference, current, min_rows=MIN_ROWS)
-    needed = math.ceil(len(DETECTORS) / alpha) - 1
+    family = [one for one in DETECTORS if one.name in detectors and one.can_test(reference, current)]
+    if not family:
+        raise InvalidSampleError(f"Expected rows for one of the detectors {', '.join(detectors)}. Received: none.")
+    needed = math.ceil(len(family) / alpha) - 1
     if needed <= _MOST_PERMUTATIONS:
         permutations = max(permutations, needed)
     effort = Effort(permutations, max_reference_rows, max_current_rows, seed)
-    tested = {detector.name: detector.test(reference, current, effort) for detector in DETECTORS}
+    tested = {detector.name: detector.test(reference, current, effort) for detector in family}
     p_values = {name: result.p_value for name, result in tested.items()}
     adjusted = holm(p_values)
     return DriftVerdict(

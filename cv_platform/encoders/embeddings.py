@@ -75,14 +75,8 @@ def embed_files(
     """
     folder = home / "cache" / "embeddings" / encoder.key
     folder.mkdir(parents=True, exist_ok=True)
-    positions = dict(zip(reversed(sha256), range(len(sha256) - 1, -1, -1), strict=True))  # The first of copies.
-    vectors = np.empty((len(sha256), encoder.features), np.float16)
-    missing = dict(positions)
-    for path in sorted(folder.glob("*.parquet")):
-        for names, values in _read(path, encoder.features):
-            for row, name in enumerate(names):
-                if (at := missing.pop(name, None)) is not None:
-                    vectors[at] = values[row]
+    positions = _first_of_copies(sha256)
+    vectors, missing = _kept(sha256, encoder, folder)
     started, todo = time.perf_counter(), sorted(missing.values())
     size = min(_PART_IMAGES, _FILE_IMAGES)
     chosen = (todo[start : start + size] for start in range(0, len(todo), size))
@@ -108,6 +102,13 @@ def embed_files(
     return vectors[[positions[name] for name in sha256]]
 
 
+def kept_vectors(sha256: Sequence[str], encoder: Encoder, home: Path) -> NDArray[np.float16]:
+    """Returns `(N, features)` float16 of image files as earlier calls have kept them; NaN of those that none has."""
+    vectors, _ = _kept(sha256, encoder, home / "cache" / "embeddings" / encoder.key)
+    positions = _first_of_copies(sha256)
+    return vectors[[positions[name] for name in sha256]]
+
+
 def embed_part(encoder: Encoder, part: Part) -> NDArray[np.float16]:
     """Returns `(images, features)` float16 of a part, NaN where a file has no pixels."""
     vectors = np.full((part.images, encoder.features), np.nan, np.float16)
@@ -116,6 +117,22 @@ def embed_part(encoder: Encoder, part: Part) -> NDArray[np.float16]:
         if known := [(at, image) for at, image in batch if image is not None]:
             vectors[[at for at, _ in known]] = encoder.embed(np.stack([image for _, image in known]))
     return vectors
+
+
+def _first_of_copies(sha256: Sequence[str]) -> dict[str, int]:
+    return dict(zip(reversed(sha256), range(len(sha256) - 1, -1, -1), strict=True))
+
+
+def _kept(sha256: Sequence[str], encoder: Encoder, folder: Path) -> tuple[NDArray[np.float16], dict[str, int]]:
+    """Returns the vectors at the first of copies, NaN elsewhere, and the positions of those that are not kept."""
+    vectors = np.full((len(sha256), encoder.features), np.nan, np.float16)
+    missing = _first_of_copies(sha256)
+    for path in sorted(folder.glob("*.parquet")):
+        for names, values in _read(path, encoder.features):
+            for row, name in enumerate(names):
+                if (at := missing.pop(name, None)) is not None:
+                    vectors[at] = values[row]
+    return vectors, missing
 
 
 def _read(path: Path, features: int) -> Iterator[tuple[list[str], NDArray[np.float16]]]:

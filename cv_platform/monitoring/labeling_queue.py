@@ -5,18 +5,21 @@ where the last one ended: what an outage has kept in a spool is in the next. The
 with a chance that is noted, whatever the other reasons choose: its inverse is the weight of what people say of it in
 `production_metrics`. The other reasons look at `labels.max_candidates` and at what drives the drift report, an upload
 once. Vectors of uploads are not kept, as a deletion is to reach everything.
+
+Images of a folder that nobody has labelled (`QueueSources.unlabelled`) are a reason of their own. Those that are chosen
+get an upload and a prediction in the log, as labels belong to these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-from uuid import uuid4
+from typing import Any, Protocol
+from uuid import UUID, uuid4
 
 import numpy as np
 import pandas as pd
@@ -25,7 +28,7 @@ from sqlalchemy import Connection, Engine, Text, cast, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from cv_platform.config import ExperimentConfig
-from cv_platform.database.schema import feedback, labeling_items, predictions
+from cv_platform.database.schema import deletions, feedback, images, is_request, labeling_items, predictions
 from cv_platform.database.uploads import read_images
 from cv_platform.datasets.embeddings import read_embeddings
 from cv_platform.datasets.manifest import read_manifest
@@ -34,15 +37,30 @@ from cv_platform.encoders.embeddings import embed_files
 from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import ImageError, StorageError
 from cv_platform.images import preprocess
-from cv_platform.monitoring.queue_choice import RANDOM, choose, novelty, uncertainty
+from cv_platform.images.files import format_by_signature
+from cv_platform.monitoring.queue_choice import POOL, RANDOM, choose, novelty, uncertainty
 from cv_platform.monitoring.window import WindowBounds
 from cv_platform.predictions import LABELLER
 from cv_platform.records import DatasetVersion, DriftReport, Embeddings, LabelingQueue
+from cv_platform.serving.log.deletion import DELETION_LOCK
 from cv_platform.serving.model.unknown import UNKNOWN, load_rule
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 
+UNLABELLED = "unlabelled"
 _COLUMNS = ("prediction_id", "model_version", "prediction_json", "features", "image_sha256")
+
+
+class UnlabelledFolder(Protocol):
+    """Images with what a model said of them, see `scoring.unlabelled`."""
+
+    def least_sure(self, most: int) -> pd.DataFrame:
+        """Returns rows of `predictions`, with a `path`."""
+        ...
+
+    def read(self, path: str, sha256: str) -> bytes:
+        """Returns an image."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,7 @@ class QueueSources:
         report: the latest drift report; None without any.
         storage: has the bundles' rules for unknown images.
         settings: `home` keeps vectors and bundles.
+        unlabelled: images of a folder that were scored; None without any.
     """
 
     dataset: DatasetVersion
@@ -61,12 +80,28 @@ class QueueSources:
     report: DriftReport | None
     storage: CentralStorage
     settings: Settings
+    unlabelled: UnlabelledFolder | None = None
 
     @property
     def driving(self) -> dict[str, float]:
         """How strongly uploads drive the report, by sha256."""
         images = self.report.top_images if self.report else []
         return {image["image_sha256"]: float(image["score"]) for image in images if image["image_sha256"]}
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Images that may be asked about.
+
+    Attributes:
+        rows: of `predictions`, those of a folder last.
+        contents: of the folder's, by sha256.
+        requests: of the window, of which `rows` may have a sample.
+    """
+
+    rows: pd.DataFrame
+    contents: Mapping[str, bytes]
+    requests: int
 
 
 def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, *, now: datetime) -> LabelingQueue:
@@ -79,7 +114,7 @@ def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, 
     with engine.connect() as connection:
         start = _last_end(connection, config) or now - timedelta(days=config.monitor.window_days)
     bounds, upload = WindowBounds(start, now, "logged"), predictions.c.image_sha256
-    inside = (predictions.c.model_name == config.model.model_name) & upload.is_not(None) & bounds.holds()
+    inside = (predictions.c.model_name == config.model.model_name) & upload.is_not(None) & bounds.holds() & is_request()
     by_hash = (
         func.hashtextextended(cast(predictions.c.prediction_id, Text), config.monitor.seed),
         predictions.c.prediction_id,
@@ -93,9 +128,13 @@ def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, 
         rows = pd.DataFrame([tuple(row) for row in connection.execute(wanted)], columns=pd.Index(_COLUMNS))
     problems: list[str] = []
     counts: dict[str, int] = {}
+    folder, contents = _of_folder(config, engine, sources, problems)
+    if len(folder):
+        rows = pd.concat([part for part in (rows, folder) if len(part)], ignore_index=True)
     if len(rows) and labels.queue_size:
-        items = _chosen(config, engine, sources, rows, requests, problems)
+        items = _chosen(config, engine, sources, _Candidates(rows, contents, requests), problems)
         with engine.begin() as connection:
+            _log_folder(connection, rows, contents, {item["prediction_id"] for item in items}, now)
             counts = _add(connection, config, items, now)
     with engine.connect() as connection:
         waiting = connection.execute(
@@ -115,6 +154,51 @@ def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, 
     )
 
 
+def _of_folder(
+    config: ExperimentConfig, engine: Engine, sources: QueueSources, problems: list[str]
+) -> tuple[pd.DataFrame, dict[str, bytes]]:
+    """Returns rows of a folder's images that are neither in the dataset nor in the log, and their bytes by sha256."""
+    quota = config.labels.quotas()["unlabelled"]
+    if sources.unlabelled is None or not quota:
+        return pd.DataFrame(), {}
+    known = set(read_manifest(sources.dataset.manifest_path)["sha256"])
+    rows = sources.unlabelled.least_sure(config.labels.max_candidates)
+    with engine.connect() as connection:
+        upload, gone = predictions.c.image_sha256, deletions.c.prediction_id
+        known |= set(connection.execute(select(upload).where(upload.in_(rows["image_sha256"].tolist()))).scalars())
+        deleted = set(connection.execute(select(gone).where(gone.in_(rows["prediction_id"].tolist()))).scalars())
+    is_new = ~rows["image_sha256"].isin(list(known)) & ~rows["prediction_id"].isin(list(deleted))
+    rows = rows.loc[is_new].head(POOL * quota)
+    contents: dict[str, bytes] = {}
+    for path, sha256 in zip(rows["path"], rows["image_sha256"], strict=True):
+        try:
+            contents[sha256] = sources.unlabelled.read(path, sha256)
+        except StorageError as err:
+            problems.append(str(err))
+    return rows.loc[rows["image_sha256"].isin(list(contents))], contents
+
+
+def _log_folder(
+    connection: Connection, rows: pd.DataFrame, contents: Mapping[str, bytes], chosen: set[UUID], now: datetime
+) -> None:
+    """Gives the chosen images of a folder an upload and a prediction, unless it was deleted meanwhile."""
+    connection.execute(select(func.pg_advisory_xact_lock_shared(DELETION_LOCK)))
+    gone = set(
+        connection.execute(
+            select(deletions.c.prediction_id).where(deletions.c.prediction_id.in_(list(chosen)))
+        ).scalars()
+    )
+    columns = [column.name for column in predictions.c if column.name in rows.columns]
+    for row in rows.loc[:, columns].to_dict(orient="records"):
+        content = contents.get(row["image_sha256"])
+        if content is None or row["prediction_id"] not in chosen - gone:
+            continue
+        upload = {"sha256": row["image_sha256"], "content": content, "bytes": len(content), "created_on": now}
+        media_type = f"image/{format_by_signature(content[:16]) or 'octet-stream'}".lower()
+        connection.execute(insert(images).values(**upload, media_type=media_type).on_conflict_do_nothing())
+        connection.execute(insert(predictions).values(**row, created_on=now).on_conflict_do_nothing())
+
+
 def is_labelled() -> Any:
     """Returns the SQL condition on `labeling_items` that a labeller has said what it shows."""
     said = (feedback.c.prediction_id == labeling_items.c.prediction_id) & feedback.c.source.startswith(LABELLER)
@@ -130,13 +214,13 @@ def _chosen(
     config: ExperimentConfig,
     engine: Engine,
     sources: QueueSources,
-    rows: pd.DataFrame,
-    requests: int,
+    candidates: _Candidates,
     problems: list[str],
 ) -> list[dict[str, Any]]:
     """Returns the rows of `labeling_items`."""
+    rows = candidates.rows
     uploads = list(dict.fromkeys(rows["image_sha256"]))
-    vectors, thumbnails = _look(config, engine, uploads, sources)
+    vectors, thumbnails = _look(config, engine, uploads, sources, candidates.contents)
     row_of = {sha256: number for number, sha256 in enumerate(uploads)}
     at = np.array([row_of[sha256] for sha256 in rows["image_sha256"]])
     groups = find_near_copies(thumbnails).sets(len(uploads))[at]
@@ -145,7 +229,10 @@ def _chosen(
     quotas = config.labels.quotas()
     for reason in scores.keys() - {RANDOM}:
         scores[reason] = np.where(readable, scores[reason], np.nan)
-    chance = min(1.0, quotas[RANDOM] / requests)
+    is_sent = ~rows["image_sha256"].isin(list(candidates.contents)).to_numpy()
+    for reason, score in scores.items():
+        scores[reason] = np.where(is_sent == (reason != UNLABELLED), score, np.nan)
+    chance = min(1.0, quotas[RANDOM] / max(candidates.requests, 1))
     return [
         {
             "prediction_id": rows["prediction_id"].iat[choice.position],
@@ -153,19 +240,23 @@ def _chosen(
             "score": choice.score,
             "chance": chance if choice.reason == RANDOM else None,
         }
-        for choice in choose(scores, quotas, np.nan_to_num(vectors[at]), groups)
+        for choice in choose(scores, quotas, np.nan_to_num(vectors[at]), groups, seed=config.monitor.seed)
     ]
 
 
 def _look(
-    config: ExperimentConfig, engine: Engine, uploads: Sequence[str], sources: QueueSources
+    config: ExperimentConfig,
+    engine: Engine,
+    uploads: Sequence[str],
+    sources: QueueSources,
+    contents: Mapping[str, bytes],
 ) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
     """Returns vectors of uploads, NaN of those that do not decode, and their thumbnails."""
     encoder = open_encoder(config.encoder, sources.settings.home)
     thumbnails = np.zeros((len(uploads), THUMBNAIL_PX, THUMBNAIL_PX), np.uint8)
     pixels: dict[int, NDArray[np.uint8]] = {}
     for number, sha256 in enumerate(uploads):
-        content = read_images(engine, [sha256]).get(sha256, b"")
+        content = contents.get(sha256) or read_images(engine, [sha256]).get(sha256, b"")
         try:
             pixels[number] = preprocess(content, (encoder.input_px, encoder.input_px))
         except ImageError:
@@ -194,6 +285,7 @@ def _scores(
         "novel": novelty(np.nan_to_num(vectors), known),
         "uncertain": _uncertain(config, sources, rows),
     }
+    scores[UNLABELLED] = scores["uncertain"]
     for reason, score in scores.items():
         scores[reason] = np.where(first, score, np.nan)
     # They come in the order of a hash: the first of them are a random sample of all.

@@ -11,6 +11,7 @@ only where those are a random sample (a labelling campaign, say) are they of all
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -23,19 +24,23 @@ from scipy.stats import binomtest, fisher_exact
 from sqlalchemy import Engine, func, select
 
 from cv_platform.config import ExperimentConfig
-from cv_platform.database.schema import feedback, labeling_items, predictions
+from cv_platform.database.schema import feedback, is_request, labeling_items, predictions
 from cv_platform.drift.reference import label_targets
+from cv_platform.drift.slices import SLICE_COLUMNS, frequent
+from cv_platform.drift.two_sample import holm
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
 from cv_platform.evaluation.plots import Interval, save_confusion_matrix, save_intervals
 from cv_platform.files import write_file
 from cv_platform.monitoring.sentences import production_figures, production_summary
 from cv_platform.monitoring.window import WindowBounds, default_window, window_bounds
 from cv_platform.predictions import LABEL_SEPARATOR, LABELLER, NONE_OF_THESE
-from cv_platform.records import FeedbackVerdict, ProductionMetrics, VersionMetrics
+from cv_platform.records import FeedbackVerdict, ProductionMetrics, SliceAccuracy, SliceColumn, VersionMetrics
 from cv_platform.storage import BundleMetadata, CentralStorage
 from cv_platform.tracking import MlflowRun
 
 logger = logging.getLogger(__name__)
+
+_STATEMENT = ["version", "predicted", "true", "source", *SLICE_COLUMNS, "count"]
 
 
 def measure_production(
@@ -115,7 +120,7 @@ def log_production(run: MlflowRun, metrics: ProductionMetrics) -> None:
 
 def _read(engine: Engine, model_name: str, bounds: WindowBounds) -> tuple[dict[str, int], int, pd.DataFrame]:
     """Returns the predictions per version, the newest first; how many are late; and how often each pair was said."""
-    inside = (predictions.c.model_name == model_name) & bounds.holds()
+    inside = (predictions.c.model_name == model_name) & bounds.holds() & is_request()
     totals = (
         select(predictions.c.model_version, func.count(), func.count().filter(bounds.is_late()))
         .where(inside)
@@ -123,7 +128,13 @@ def _read(engine: Engine, model_name: str, bounds: WindowBounds) -> tuple[dict[s
         .order_by(predictions.c.model_version.desc())  # Versions sort by time.
     )
     latest = (
-        select(predictions.c.model_version, predictions.c.predicted_class, feedback.c.true_class, feedback.c.source)
+        select(
+            predictions.c.model_version,
+            predictions.c.predicted_class,
+            feedback.c.true_class,
+            feedback.c.source,
+            *(predictions.c[name] for name in SLICE_COLUMNS),
+        )
         .join(feedback, feedback.c.prediction_id == predictions.c.prediction_id)
         .where(inside)
         .distinct(feedback.c.prediction_id)
@@ -134,7 +145,7 @@ def _read(engine: Engine, model_name: str, bounds: WindowBounds) -> tuple[dict[s
     with bounds.snapshot(engine) as connection:
         known = [tuple(row) for row in connection.execute(totals)]
         rows = [tuple(row) for row in connection.execute(counted)]
-    statements = pd.DataFrame(rows, columns=pd.Index(["version", "predicted", "true", "source", "count"]))
+    statements = pd.DataFrame(rows, columns=pd.Index(_STATEMENT))
     return {version: count for version, count, _ in known}, sum(late for *_, late in known), statements
 
 
@@ -215,7 +226,8 @@ def _measure(
         return VersionMetrics(**facts)
     weights = usable["count"].to_numpy(dtype=np.int64)
     truth, predicted = label_targets(usable["true"], names), label_targets(usable["predicted"], names)
-    right = int(weights[(truth == predicted).all(axis=1)].sum())
+    is_right = (truth == predicted).all(axis=1)
+    right = int(weights[is_right].sum())
     interval = binomtest(right, rows).proportion_ci(confidence_level=1 - config.monitor.alpha, method="wilson")
     cells = _cells(truth, predicted, weights)
     is_multi_class = kind == "multi-class"
@@ -229,8 +241,41 @@ def _measure(
             for name, row in zip(names, cells.tolist(), strict=True)
         ],
         confusion=((truth * weights[:, None]).T @ predicted).tolist() if is_multi_class else cells.tolist(),
+        slices=_slices(usable.assign(right=weights * is_right), config.monitor.alpha),
         sources={str(name): int(count) for name, count in usable.groupby("source")["count"].sum().items()},
     )
+
+
+def _slices(statements: pd.DataFrame, alpha: float) -> tuple[SliceAccuracy, ...]:
+    """Compares the share of right predictions by API key and by tag with that of all others, by Fisher's exact test."""
+    rows, right = int(statements["count"].sum()), int(statements["right"].sum())
+    counted: dict[tuple[SliceColumn, str], tuple[int, int]] = {}
+    for column in SLICE_COLUMNS:
+        said, hits = Counter[str](), Counter[str]()
+        for value, count, is_right in zip(*(statements[name] for name in (column, "count", "right")), strict=True):
+            if isinstance(value, str):
+                said[value] += int(count)
+                hits[value] += int(is_right)
+        counted |= {(column, value): (said[value], hits[value]) for value in frequent(said, rows)}
+    p_values: dict[str, float] = {}
+    for name, (count, hits) in counted.items():
+        table = [[hits, count - hits], [right - hits, rows - count - right + hits]]
+        result: Any = fisher_exact(table, alternative="less")
+        p_values["/".join(name)] = float(min(1.0, result.pvalue))
+    adjusted = holm(p_values)
+    found = [
+        SliceAccuracy(
+            column=column,
+            value=value,
+            with_feedback=count,
+            right_share=hits / count,
+            rest_share=(right - hits) / (rows - count),
+            adjusted_p_value=adjusted[f"{column}/{value}"],
+            is_worse=adjusted[f"{column}/{value}"] <= alpha,
+        )
+        for (column, value), (count, hits) in counted.items()
+    ]
+    return tuple(sorted(found, key=lambda one: (one.adjusted_p_value, one.right_share, one.column, one.value)))
 
 
 def _judged(versions: list[VersionMetrics], alpha: float, min_feedback: int) -> tuple[VersionMetrics, ...]:

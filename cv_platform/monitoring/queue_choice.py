@@ -1,6 +1,8 @@
 """Which images people are asked to label next: by reasons with quotas, near-copies once, and unlike each other.
 
-The random ones come first and are left as they are drawn, so that they stay a sample of all. Of each other reason the
+The random ones come first and are left as they are drawn, so that they stay a sample of all. The uncertain ones are
+drawn, too, with a chance that grows with the cube of their uncertainty: the most uncertain ones alone are much alike,
+and often such that no label of theirs teaches much (`python -m benchmarks labels` compares). Of each other reason the
 images that score highest are a pool, out of which those are taken that lie farthest from all that were taken before
 (greedy k-center: Sener and Savarese 2018, "Active Learning for Convolutional Neural Networks: A Core-Set Approach").
 """
@@ -13,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-RANDOM = "random"
+RANDOM, UNCERTAIN = "random", "uncertain"
+_POWER = 3.0
+"""Of the uncertainty: 0 would draw at random, much more would take the highest."""
 POOL = 3
 """A reason's pool is so many times its quota: 1 would ask for the highest scores only, however alike they are."""
 
@@ -30,7 +34,12 @@ class Choice:
 
 
 def choose(
-    scores: Mapping[str, Floats], quotas: Mapping[str, int], vectors: Floats, groups: NDArray[np.int64]
+    scores: Mapping[str, Floats],
+    quotas: Mapping[str, int],
+    vectors: Floats,
+    groups: NDArray[np.int64],
+    *,
+    seed: int = 0,
 ) -> list[Choice]:
     """Chooses images by reason.
 
@@ -39,6 +48,7 @@ def choose(
         quotas: images by reason, in the order in which the reasons choose.
         vectors: `(N, D)`, finite: what the images show; of any length, as they are compared by angle.
         groups: `(N,)`: near-copies share a number.
+        seed: of what is drawn by its uncertainty.
 
     Returns:
         Each image once. Fewer than the quotas where a reason has not enough; the last reason then gets what is left.
@@ -52,11 +62,12 @@ def choose(
     for number, (reason, quota) in enumerate(quotas.items()):
         quota = left if number == len(quotas) - 1 else min(quota, left)
         score = np.asarray(scores.get(reason, np.full(len(unit), np.nan)), dtype=np.float64)
-        order = np.argsort(-score, kind="stable")
+        is_drawn = reason in (RANDOM, UNCERTAIN)
+        order = _drawn_order(score, seed) if reason == UNCERTAIN else np.argsort(-score, kind="stable")
         order = order[np.isfinite(score[order]) & free[order]]
-        pool = order[:quota] if reason == RANDOM else _once(order, groups)[: POOL * quota]
+        pool = order[:quota] if reason == RANDOM else _once(order, groups)[: quota if is_drawn else POOL * quota]
         for _ in range(min(quota, len(pool))):
-            at = 0 if reason == RANDOM else int(np.argmax(distances[pool]))
+            at = 0 if is_drawn else int(np.argmax(distances[pool]))
             position = int(pool[at])
             pool = np.delete(pool, at)
             chosen.append(Choice(position, reason, float(score[position])))
@@ -95,6 +106,16 @@ def novelty(vectors: Floats, known: Floats) -> NDArray[np.float64]:
     unit, targets = _unit(vectors), _unit(known)
     nearest = [(unit @ targets[start : start + 4096].T).max(axis=1) for start in range(0, len(targets), 4096)]
     return 1.0 - np.max(nearest, axis=0).astype(np.float64)
+
+
+def _drawn_order(score: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
+    """Returns an order in which each image comes first with a chance that goes by its score to the power of three.
+
+    By exponential waiting times (Efraimidis & Spirakis 2006, "Weighted random sampling with a reservoir").
+    """
+    weights = np.nan_to_num(np.clip(score, 0.0, 1.0)) ** _POWER
+    waits = np.random.default_rng(seed).exponential(size=len(score)) / np.maximum(weights, 1e-12)
+    return np.argsort(waits, kind="stable")
 
 
 def _once(order: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -25,10 +25,13 @@ from cv_platform.drift.localisation import class_movements, effect_sizes, image_
 from cv_platform.drift.reference import label_targets, read_identity, read_reference, read_reference_labels
 from cv_platform.drift.sample import DriftSample, require_comparable
 from cv_platform.drift.sequential import judge_stream
+from cv_platform.drift.slices import SLICE_COLUMNS, moved_slices, named_slices
 from cv_platform.drift.verdict import judge
 from cv_platform.errors import BundleNotFoundError, ServiceError
 from cv_platform.images import preprocessing_hash
+from cv_platform.monitoring.accept import current_normal
 from cv_platform.monitoring.alarm_rate import alarm_level
+from cv_platform.monitoring.encoded import Encoded, with_encoded
 from cv_platform.monitoring.evidently_figures import evidently_run
 from cv_platform.monitoring.evidently_report import delete_run, publish_run
 from cv_platform.monitoring.report_page import render_page, thumbnails
@@ -63,12 +66,17 @@ class ReportPlace:
     Attributes:
         storage: where the HTML and JSON go.
         evidently: workspace folder, or URL of a server.
-        work_directory: for the files until they are in storage.
+        home: `Settings.home`: for the files until they are in storage, and of the encoder.
     """
 
     storage: CentralStorage
     evidently: Path | str
-    work_directory: Path
+    home: Path
+
+    @property
+    def work_directory(self) -> Path:
+        """For the files until they are in storage."""
+        return self.home / "cache" / "drift_reports"
 
 
 def make_drift_report(
@@ -92,8 +100,8 @@ def make_drift_report(
         engine: of the request log.
         place: where the report goes.
         now: end of the default window, with its zone.
-        accepted: local parquet of a window that was taken as the new normal (`<report id>.parquet`); requests are then
-            compared with that, and what needs labels stays with the split's.
+        accepted: local parquet of a window that was taken as the new normal, see `accept.current_normal`; requests are
+            then compared with that, and what needs labels stays with the split's.
 
     Raises:
         ConfigError: the window's bounds are wrong.
@@ -128,7 +136,7 @@ def make_drift_report(
         repeated_rows=window.repeats,
         is_sampled=window.is_sampled,
         reference_rows=len(reference),
-        reference=accepted.stem if accepted else "",
+        reference=accepted.name.partition(".")[0] if accepted else "",
         alpha=level,
         false_alarms_per_year=monitor.false_alarms_per_year,
         min_samples=monitor.min_samples,
@@ -140,7 +148,11 @@ def make_drift_report(
         stream = {"stream": judge_stream(reference, window.sample, alpha=level, seed=monitor.seed)}
         report = _with_feedback(report.model_copy(update=stream), engine, window, class_names, facts)
         if report.rows >= monitor.min_samples:
-            report = _with_verdict(report, config, reference, reference_path, window, facts)
+            encoded = with_encoded(
+                config, engine, place.home, reference, accepted or reference_path, window, is_accepted=bool(accepted)
+            )
+            seen = {"encoded_rows": encoded.rows, "problems": (*report.problems, *encoded.problems)}
+            report = _with_verdict(report.model_copy(update=seen), config, encoded, reference_path, window, facts)
     report = _publish(report, engine, place, reference, window)
     logger.info("%s (%.1f s)", drift_summary(report), time.monotonic() - started)
     return report
@@ -153,14 +165,12 @@ def report_on_service(
     engine: Engine,
     place: ReportPlace,
     now: datetime,
-    cache: Path,
 ) -> tuple[DriftReport, str]:
     """Makes the report of the version that the experiment's service has now, and says what it was compared with.
 
     Args:
         config: see `make_drift_report`, as `engine`, `place` and `now`.
         deployed: the version to report on where the service has none of this model.
-        cache: folder for downloads.
 
     Raises:
         StorageError: there are no reference data of that version. Else see `make_drift_report`.
@@ -170,24 +180,23 @@ def report_on_service(
     pointer = storage.read_pointer(config.deploy.service)
     if pointer and pointer.model_name == config.model.model_name:
         deployed = ModelIdentity(model_name=pointer.model_name, version=pointer.version)
-    name, version = deployed.model_name, deployed.version
+    name, version, cache = deployed.model_name, deployed.version, place.home / "cache"
     reference = storage.fetch_reference_data(name, version, cache)
-    accepted = storage.read_accepted(name, version)
-    normal = storage.fetch_accepted(name, version, accepted, cache) if accepted else None
+    normal = current_normal(engine, storage, deployed, cache)
     report = make_drift_report(config, deployed, reference, engine=engine, place=place, now=now, accepted=normal)
+    accepted = storage.read_accepted(name, version)
     return report, accepted.told() if accepted else "the reference split"
 
 
 def _with_verdict(
     report: DriftReport,
     config: ExperimentConfig,
-    reference: DriftSample,
+    compared: Encoded,
     reference_path: Path,
     window: Window,
     facts: _ModelFacts,
 ) -> DriftReport:
-    current, monitor = window.sample, config.monitor
-    assert current is not None
+    reference, current, monitor = compared.reference, compared.current, config.monitor
     class_names = read_identity(reference_path).class_names
     verdict = judge(
         reference,
@@ -196,6 +205,7 @@ def _with_verdict(
         permutations=monitor.permutations,
         max_reference_rows=monitor.max_reference_rows,
         seed=monitor.seed,
+        detectors=monitor.detectors,
     )
     classes = class_movements(
         reference,
@@ -218,6 +228,7 @@ def _with_verdict(
             permutations=monitor.permutations,
             max_reference_rows=monitor.max_reference_rows,
             seed=monitor.seed,
+            detectors=monitor.detectors,
         )
     estimate = estimate_accuracy(
         labelled.bbsd,
@@ -237,6 +248,12 @@ def _with_verdict(
             "effects": effect_sizes(reference, current, verdict, class_names=class_names),
             "causes": causes,
             "classes": classes,
+            "slices": moved_slices(
+                reference,
+                current,
+                named_slices({name: window.rows[name].tolist() for name in SLICE_COLUMNS}),
+                alpha=report.alpha,
+            ),
             "top_images": _top_images(window, scores),
             "accuracy_estimate": estimate,
         }

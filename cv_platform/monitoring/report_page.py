@@ -11,7 +11,7 @@ import numpy as np
 from cv_platform.drift.family import DETECTORS
 from cv_platform.errors import ImageError
 from cv_platform.images import decode
-from cv_platform.monitoring.sentences import cause_note, stream_note
+from cv_platform.monitoring.sentences import SLICE_NAMES, cause_note, stream_note
 from cv_platform.pages import render
 from cv_platform.records import DriftReport
 
@@ -56,6 +56,7 @@ def render_page(report: DriftReport, pictures: Mapping[str, str]) -> str:
         stream_note=stream_note(report) if report.stream is not None else None,
         cause_note=cause_note(report.causes) if report.causes is not None else None,
         detectors=_detectors(report),
+        slice_names=SLICE_NAMES,
         pictures=pictures,
     )
 
@@ -72,6 +73,8 @@ def _detectors(report: DriftReport) -> list[tuple[str, str, str]]:
         elif effects is not None and name in effects.mmd:
             standardised = effects.mmd_standardised[name]
             effect = f"MMD {effects.mmd[name]:.3f}, {standardised:+.1f} standard deviations of its null"
+        elif name in {"classifier", "encoder_classifier"}:
+            effect = f"tells {report.statistics[name]:.0%} of pairs apart; by chance half of them"
         else:
             effect = f"{report.statistics[name]:.3f}"
         rows.append((name, titles.get(name, name), effect))

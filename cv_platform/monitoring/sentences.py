@@ -6,6 +6,8 @@ from typing import Any
 
 from cv_platform.records import DriftCauses, DriftReport, EffectSizes, ProductionMetrics, VersionMetrics
 
+SLICE_NAMES = {"client": "API key", "tag": "tag"}
+
 
 def drift_summary(report: DriftReport) -> str:
     """Returns the report in a few sentences, for alerts, logs and check descriptions."""
@@ -24,6 +26,11 @@ def drift_summary(report: DriftReport) -> str:
         if report.moved_classes:
             moved = ", ".join(movement.class_name for movement in report.moved_classes[:5])
             parts.append(f"Classes that moved: {moved}.")
+    if worst := report.worst_slice:
+        parts.append(
+            f"Clearest in the {worst.rows} requests of {SLICE_NAMES[worst.column]} {worst.value} "
+            f"(p {worst.adjusted_p_value:.2g}, corrected for {len(report.slices)} slices)."
+        )
     if report.stream is not None and not is_agreed(report):
         parts.append(stream_note(report))
     if report.feedback_accuracy is not None:
@@ -120,7 +127,7 @@ def version_row(version: VersionMetrics) -> dict[str, Any]:
     """Returns the version's line in a table."""
     low, high = version.interval or (None, None)
     elsewhere = {"class_names", "classifier_type", "confusion", "interval", "model_version", "per_class", "test_images"}
-    elsewhere |= {"estimated_interval"}
+    elsewhere |= {"estimated_interval", "slices"}
     return {
         "version": version.model_version,
         **version.model_dump(exclude=elsewhere | {"sources"}),
@@ -175,6 +182,13 @@ def _sentence(version: VersionMetrics, min_feedback: int) -> str:
         measured += (
             f", of all predictions an estimated {version.estimated_share:.3f} ({low:.3f} to {high:.3f}, by "
             f"{version.random_labels} labels of random ones)"
+        )
+    if worst := version.worst_slice:
+        name = f"{SLICE_NAMES[worst.column]} {worst.value}"
+        measured += (
+            f", worst with {name}: {worst.right_share:.3f} of {worst.with_feedback}, "
+            f"{worst.rest_share:.3f} of the others (p {worst.adjusted_p_value:.2g}, corrected for "
+            f"{len(version.slices)} slices)"
         )
     verdict = version.verdict
     if verdict == "insufficient feedback":

@@ -25,14 +25,14 @@ import pandas as pd
 from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, func, select, text
 
 from cv_platform.config import ExperimentConfig, MonitorConfig
-from cv_platform.database.schema import api_log, predictions
+from cv_platform.database.schema import api_log, is_request, predictions
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.errors import ConfigError
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.records import ModelIdentity
 
 _VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
-_ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256")
+_ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256", "client", "tag")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Window:
 
     Attributes:
         sample: the usable rows; None where there is none.
-        rows: a row per row of `sample`, in order of time: prediction_id, created_on, predicted_class, image_sha256.
+        rows: a row per row of `sample`, in order of time: prediction_id, created_on, predicted_class, image_sha256,
+            client, tag.
         requests: answered requests in the window, read or not.
         late: of them, those that were answered before it.
         repeats: of them, those whose upload had been sent in the window before.
@@ -169,7 +170,10 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
     """
     inside = (
-        (predictions.c.model_name == model.model_name) & (predictions.c.model_version == model.version) & bounds.holds()
+        (predictions.c.model_name == model.model_name)
+        & (predictions.c.model_version == model.version)
+        & bounds.holds()
+        & is_request()
     )
     name = cast(predictions.c.prediction_id, Text)
     order = [predictions.c.created_on, predictions.c.prediction_id]
@@ -225,7 +229,9 @@ def count_predictions(engine: Engine, *, model_name: str) -> tuple[int, datetime
     Raises:
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
     """
-    logged = select(func.count(), func.max(predictions.c.created_on)).where(predictions.c.model_name == model_name)
+    logged = select(func.count(), func.max(predictions.c.created_on)).where(
+        (predictions.c.model_name == model_name) & is_request()
+    )
     with engine.connect() as connection:
         count, last = connection.execute(logged).one()
     return int(count), last

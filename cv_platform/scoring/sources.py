@@ -42,10 +42,20 @@ def find_images(source: str, scratch: Path) -> Found:
         InvalidDatasetError: a folder or archive that cannot be read.
         StorageError: the URL cannot be reached.
     """
-    found = _of_url(source) if "://" in source else _of_path(Path(source).expanduser().absolute(), scratch)
+    root = open_source(source, scratch)
+    found = _of_url(root) if "://" in source else _of_path(Path(root))
     if not found.paths:
         raise DatasetError(f"Expected images in {source}. Received: none. Name another folder, archive or URL.")
     return found
+
+
+def open_source(source: str, scratch: Path) -> str:
+    """Returns the root of a source's images without listing them, see `Found`.
+
+    Raises:
+        DatasetError, InvalidDatasetError: as `find_images`.
+    """
+    return source if "://" in source else str(_unpacked(Path(source).expanduser().absolute(), scratch))
 
 
 def read_file(root: str, path: str) -> bytes:
@@ -66,7 +76,7 @@ def read_file(root: str, path: str) -> bytes:
         raise StorageError(f"Cannot read {path} at {root}: {err}. Check that it is reached from here.") from err
 
 
-def _of_path(path: Path, scratch: Path) -> Found:
+def _unpacked(path: Path, scratch: Path) -> Path:
     if not path.exists():
         raise DatasetError(f"Expected a folder, an archive or a URL. Received: {path}, where nothing is. Correct it.")
     if path.is_file():
@@ -78,6 +88,10 @@ def _of_path(path: Path, scratch: Path) -> Found:
             with whole_directory(folder) as partial:
                 unpack(path, partial)
         path = folder
+    return path
+
+
+def _of_path(path: Path) -> Found:
     tree = walk(path)
     names = sorted(tree.image_paths(tree))
     status_of = ((path / name).stat() for name in names)

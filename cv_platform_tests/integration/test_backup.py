@@ -198,6 +198,7 @@ def test_the_backup_says_what_it_holds(used: Used) -> None:
         "images": contents.database.rows["images"],
         "labeling_items": 0,
         "shadow_answers": 0,
+        "upload_vectors": 0,
         "predictions": IN_DATABASE,
     }
     assert contents.files["spool"] == 2

@@ -16,17 +16,22 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, insert, select
 
-from cv_platform.audit import AuditLog, Note
+from cv_platform.audit import AuditLog, Note, this_user
+from cv_platform.cli import main
 from cv_platform.config import ExperimentConfig, MonitorConfig, parse_experiment
-from cv_platform.database.schema import drift_reports, feedback, images, predictions
-from cv_platform.drift.reference import ReferenceIdentity, write_reference
+from cv_platform.database.schema import deletions, drift_reports, feedback, images, predictions, upload_vectors
+from cv_platform.drift.reference import ReferenceIdentity, read_reference_labels, write_reference
 from cv_platform.drift.sample import DriftSample
+from cv_platform.encoders.embeddings import embed_files
+from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import DriftError, InvalidSampleError, ReferenceMismatchError, StorageError
 from cv_platform.images import preprocessing_hash
-from cv_platform.monitoring.accept import accept_window, find_report
+from cv_platform.monitoring.accept import accept_window, current_normal, find_report, forget_deleted
 from cv_platform.monitoring.episodes import open_episode, what_changed
 from cv_platform.monitoring.report import ReportPlace, make_drift_report
+from cv_platform.monitoring.sentences import drift_summary
 from cv_platform.records import DriftReport, ModelIdentity
+from cv_platform.serving.log.deletion import delete_from_database
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.drift_samples import CLASSES, draw_sample
 
@@ -52,7 +57,7 @@ class Installation:
     reference_path: Path
 
     def report(self, *, version: str = VERSION, accepted: Path | None = None, **changes: Any) -> DriftReport:
-        place = ReportPlace(self.storage, self.home / "evidently", self.home / "work")
+        place = ReportPlace(self.storage, self.home / "evidently", self.home)
         return make_drift_report(
             self.config,
             ModelIdentity(model_name="insects", version=version),
@@ -63,7 +68,7 @@ class Installation:
             accepted=accepted,
         )
 
-    def log(self, sample: DriftSample, *, upload: bool = False, minutes: int = 0) -> list[UUID]:
+    def log(self, sample: DriftSample, *, upload: bool = False, minutes: int = 0, tag: str | None = None) -> list[UUID]:
         """Logs a sample as requests, a minute apart; with uploads of its own for each if asked for."""
         ids, rows = [uuid4() for _ in range(len(sample))], []
         with self.engine.begin() as connection:
@@ -87,6 +92,7 @@ class Installation:
                         "properties": sample.properties[i].tolist(),
                         "image_sha256": sha256,
                         "created_on": START + timedelta(minutes=minutes + i),
+                        "tag": tag,
                     }
                 )
             connection.execute(insert(predictions), rows)
@@ -166,7 +172,7 @@ def test_shifted_requests_are_drift_explained_and_kept_everywhere(installation: 
     assert json.loads(page.with_name("report.json").read_text())["report_id"] == report.report_id
     runs = list((installation.home / "evidently").glob("*/snapshots/*.json"))
     assert [path.stem for path in runs] == [report.evidently_run_id]
-    assert list((installation.home / "work").iterdir()) == []
+    assert list((installation.home / "cache" / "drift_reports").iterdir()) == []
 
 
 def test_requests_class_by_class_are_no_drift_and_no_alarm(installation: Installation) -> None:
@@ -181,14 +187,30 @@ def test_requests_class_by_class_are_no_drift_and_no_alarm(installation: Install
     assert "sequential test alarms" not in page
 
 
+def test_a_part_of_the_traffic_that_moved_is_named(installation: Installation) -> None:
+    rng = np.random.default_rng(4)
+    for at, (tag, shift) in enumerate([("line-1", 0.0), ("line-2", 2.0), (None, 0.0)]):
+        installation.log(draw_sample(rng, 50, shift=shift), minutes=at * 60, tag=tag)
+    report = installation.report()
+    assert [one.value for one in report.slices] == ["line-2", "line-1"]
+    worst = report.worst_slice
+    assert worst
+    assert (worst.column, worst.rows, worst.adjusted_p_value < 0.01) == ("tag", 50, True)
+    assert "Clearest in the 50 requests of tag line-2" in drift_summary(report)
+    assert "<code>line-2</code>" in Path(report.report_url.removeprefix("file://")).read_text()
+
+
 def test_an_accepted_window_is_what_later_requests_are_compared_with_and_ends_the_episode(
     installation: Installation,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = ModelIdentity(model_name="insects", version=VERSION)
     storage, engine, cache = installation.storage, installation.engine, installation.home / "cache"
     storage.publish_reference_data(installation.reference_path, "insects", VERSION)
     rng = np.random.default_rng(2)
-    installation.log(draw_sample(rng, 150, shift=2.0))
+    ids = installation.log(draw_sample(rng, 150, shift=2.0))
     first = installation.report()
     assert (first.verdict, what_changed(engine, first)) == ("drift", "drift")
     assert open_episode(engine, experiment="insects", model=model)
@@ -203,13 +225,21 @@ def test_an_accepted_window_is_what_later_requests_are_compared_with_and_ends_th
         find_report(engine, "latest")
     assert storage.read_accepted("insects", VERSION) is None
 
-    accepted = accept_window(
-        first.report_id, MONITOR, engine=engine, storage=storage, cache=cache, note=Note("ada@lab", "new lamps")
-    )
-    assert storage.read_accepted("insects", VERSION) == accepted
-    assert accepted.told().endswith("taken as normal by ada@lab: new lamps")
+    for name, value in {
+        "DATABASE_URL": database_url,
+        "CV_HOME": str(installation.home),
+        "CV_STORAGE": str(installation.home / "storage"),
+        "CV_CONFIGS": str(installation.home / "configs"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    (installation.home / "configs").mkdir()
+    assert main(["drift", "accept", first.report_id, "--because", "new lamps"]) == 0
+    accepted = storage.read_accepted("insects", VERSION)
+    assert accepted
+    assert f"insects {VERSION}: the next report compares with {accepted.told()}" in capsys.readouterr().out
+    assert accepted.told().endswith(f"taken as normal by {this_user()}: new lamps")
     (entry,) = AuditLog(storage.url).entries()
-    assert (entry.action, entry.by, entry.because) == ("accept", "ada@lab", "new lamps")
+    assert (entry.action, entry.by, entry.because) == ("accept", this_user(), "new lamps")
     assert first.report_id in entry.subject
     assert open_episode(engine, experiment="insects", model=model, reference=accepted.report_id) is None
 
@@ -222,6 +252,64 @@ def test_an_accepted_window_is_what_later_requests_are_compared_with_and_ends_th
     assert second.accuracy_estimate.reference_accuracy == 1.0, "by the labelled reference split"
     assert what_changed(engine, second) is None, "the episode ended when the window was accepted"
     assert installation.report().verdict == "drift", "against the reference split it would go on"
+
+    delete_from_database(engine, ids[3])
+    left = current_normal(engine, storage, model, cache)
+    assert left
+    assert not path.exists()
+    assert str(ids[3]) not in read_reference_labels(left)["path"].tolist()
+    assert installation.report(accepted=left).reference_rows == 149
+    assert current_normal(engine, storage, model, cache) == left, "nothing else was deleted"
+    with engine.begin() as connection:
+        connection.execute(insert(deletions), [{"prediction_id": one} for one in ids[4:140]])
+    forget_deleted(engine, storage, ["insects"], cache)
+    assert storage.read_accepted("insects", VERSION) is None, "13 rows are too few to compare with"
+    assert not left.exists()
+
+
+def encode_reference(installation: Installation, config: ExperimentConfig) -> None:
+    """Keeps vectors of grey pictures as those of the reference's images, as the asset `embeddings` does."""
+    encoder = open_encoder(config.encoder, installation.home)
+    greys = [np.full((32, 32, 3), at % 256, dtype=np.uint8) for at in range(250)]
+    embed_files([f"{at}.png" for at in range(250)], lambda part: [greys[at] for at in part], encoder, installation.home)
+
+
+def kept(engine: Engine) -> dict[str, int]:
+    with engine.connect() as connection:
+        return {row.sha256: len(row.vector) for row in connection.execute(select(upload_vectors))}
+
+
+def test_the_encoder_s_tests_look_at_stored_images_once_and_forget_those_that_are_deleted(
+    installation: Installation,
+) -> None:
+    detectors = ["bbsd_ks", "encoder_mmd", "encoder_classifier"]
+    installation.config = installation.config.with_fields({"monitor.detectors": detectors, "encoder.input_px": 32})
+    ids = installation.log(draw_sample(np.random.default_rng(4), 120), upload=True)
+    with installation.engine.begin() as connection:
+        connection.execute(
+            predictions.update().where(predictions.c.prediction_id.in_(ids[100:])).values(image_sha256=None)
+        )
+    without = installation.report()
+    assert (set(without.p_values), without.encoded_rows) == ({"bbsd_ks"}, 99)
+    assert any("took no part: they have 0 images of the reference" in problem for problem in without.problems)
+
+    encode_reference(installation, installation.config)
+    sizes = kept(installation.engine)
+    assert (len(sizes), sizes.pop(f"{0:064x}")) == (100, 0), "the first does not decode, and is not asked again"
+    with installation.engine.begin() as connection:
+        connection.execute(images.update().values(content=b"what is kept is not computed again"))
+    report = installation.report()
+    assert (set(report.p_values), report.encoded_rows) == (set(detectors), 99)
+    assert any("looked at 99 of 120 images of the window" in problem for problem in report.problems)
+    assert report.verdict == "drift", "the darkest hundred greys of 250"
+    page = Path(report.report_url.removeprefix("file://")).read_text()
+    assert "Pretrained encoder (classifier)" in page
+
+    delete_from_database(installation.engine, ids[7])
+    assert f"{7:064x}" not in kept(installation.engine)
+    few = installation.config.with_fields({"monitor.max_encoded": 20, "monitor.min_samples": 50})
+    installation.config = few
+    assert 10 <= installation.report().encoded_rows <= 20
 
 
 def test_two_reports_of_a_window_at_once_are_one_in_the_end(installation: Installation) -> None:

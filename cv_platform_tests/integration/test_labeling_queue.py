@@ -11,23 +11,29 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine, Row, select
 
 from cv_platform.config import ExperimentConfig
-from cv_platform.database.schema import deletions, feedback, labeling_items, predictions
+from cv_platform.database.schema import deletions, feedback, images, is_request, labeling_items, predictions
 from cv_platform.datasets.embeddings import embed_dataset
+from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.monitoring.labeling_queue import QueueSources, fill_queue
+from cv_platform.monitoring.labels import collect_labels
 from cv_platform.monitoring.production_metrics import measure_production
 from cv_platform.monitoring.queue_choice import choose, novelty, uncertainty
-from cv_platform.records import LabelingQueue
+from cv_platform.records import BatchScores, LabelingQueue, ModelIdentity
+from cv_platform.scoring.rows import scores_schema
+from cv_platform.scoring.unlabelled import UnlabelledImages
 from cv_platform.serving.log.deletion import delete_from_database
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.drift_reports import make_report
 from cv_platform_tests.support.labelled_log import NOW, answer, drawing, experiment, home, origin, say
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 __all__ = ["home", "origin"]
 
@@ -109,6 +115,68 @@ def test_what_an_outage_kept_and_what_drives_the_drift_is_asked_for_too(engine: 
     assert not any(sha256 in names for names in kept), "of uploads, no vectors are kept"
 
 
+def scored_folder(folder: Path, cats: dict[str, tuple[bytes, float | None]]) -> UnlabelledImages:
+    """Writes images and what a model said of them, the share of cats, as `batch_scores` does."""
+    metadata = tiny_metadata(model_name="pets", class_names=("cat", "dog"))
+    schema = scores_schema(metadata)
+    rows: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for path, (content, share) in cats.items():
+        (folder / path).write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        said = {"predicted_class": "cat", "confidence": max(share, 1 - share)} if share is not None else {}
+        vectors = {"bbsd_feats": [share or 0.0, 1 - (share or 0.0)], "uae_feats": [0.0] * 4, "features": [0.0] * 5}
+        row = {"path": path, "sha256": sha256, "model_name": "pets", "model_version": "v", **said, **vectors}
+        row |= {"properties": [0.0] * 7, "problem": None if said else "broken"}
+        for name in rows:
+            rows[name].append(row.get(name))
+    pq.write_table(pa.table(rows, schema=schema), folder / BatchScores.FILE)
+    model = ModelIdentity(model_name="pets", version="v")
+    return UnlabelledImages(BatchScores.of_file(model, str(folder), folder), folder / "scratch")
+
+
+def test_a_folder_s_unlabelled_images_are_asked_for_once_and_are_no_requests(
+    engine: Engine, sources: QueueSources, tmp_path: Path
+) -> None:
+    others: dict[str, Any] = {"random_share": 0.5, "unknown_share": 0.0, "drift_share": 0.0, "novel_share": 0.0}
+    config = experiment(queue_size=4, unlabelled_share=0.5, **others)
+    doubtful, sure, gone = drawing("dog", 900), drawing("cat", 901), drawing("cat", 902)
+    known = (sources.dataset.directory / read_manifest(sources.dataset.manifest_path)["path"].iloc[0]).read_bytes()
+    cats = {"a.jpg": (sure, 0.99), "b.jpg": (doubtful, 0.52), "copy.jpg": (doubtful, 0.52), "known.jpg": (known, 0.5)}
+    folder = scored_folder(tmp_path, {**cats, "gone.jpg": (gone, 0.5), "broken.jpg": (b"no image", None)})
+    (tmp_path / "gone.jpg").unlink()
+    sources = replace(sources, unlabelled=folder)
+    sent = answer(engine, drawing("cat", 903))
+    made = fill(config, engine, sources, 1)
+    assert (made.requests, made.counts) == (1, {"random": 1, "unlabelled": 2})
+    assert any("gone.jpg" in problem for problem in made.problems)
+    asked = {item.reason: item for item in queue_of(engine)}
+    assert asked["random"].prediction_id == sent
+    assert asked["random"].chance == 1.0
+    folder_items = [item for item in queue_of(engine) if item.reason == "unlabelled"]
+    second, first = sorted(folder_items, key=lambda item: item.score)
+    assert (first.score, second.score) == (pytest.approx(0.96), pytest.approx(0.02))
+    with engine.connect() as connection:
+        found = connection.execute(select(predictions, images.c.content).join(images).where(~is_request())).all()
+    assert {row.content for row in found} == {doubtful, sure}
+    assert sorted(row.prediction_json["cat"] for row in found) == pytest.approx([0.52, 0.99])
+
+    say(engine, first.prediction_id, "dog", "labeller:anna")
+    metrics = measure_production(
+        config,
+        model_name="pets",
+        engine=engine,
+        storage=sources.storage,
+        now=NOW + timedelta(minutes=5),
+        directory=tmp_path / "metrics",
+    )
+    assert (metrics.predictions, metrics.with_feedback) == (1, 0)
+    (upload,) = collect_labels(engine, config.model).uploads
+    assert (upload.labels, upload.sha256) == (("dog",), hashlib.sha256(doubtful).hexdigest())
+    delete_from_database(engine, second.prediction_id)
+    again = fill(config, engine, sources, 2)
+    assert (again.requests, again.counts.get("unlabelled", 0)) == (0, 0), "nor the one that was deleted"
+
+
 def test_labels_of_random_requests_estimate_the_accuracy_on_all_while_comments_on_mistakes_do_not(
     engine: Engine, sources: QueueSources, tmp_path: Path
 ) -> None:
@@ -148,22 +216,33 @@ def test_images_are_chosen_apart_from_each_other_and_the_last_reason_takes_what_
     # Three clusters on the circle; the scores alone would take all of the first.
     angles = np.array([0.0, 0.01, 0.02, 1.5, 1.51, 3.0])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    scores = {"unknown": np.full(6, np.nan), "uncertain": np.array([0.9, 0.89, 0.88, 0.5, 0.4, 0.3])}
-    chosen = choose(scores, {"unknown": 2, "uncertain": 1}, vectors, np.arange(6))
+    scores = {"unknown": np.full(6, np.nan), "novel": np.array([0.9, 0.89, 0.88, 0.5, 0.4, 0.3])}
+    chosen = choose(scores, {"unknown": 2, "novel": 1}, vectors, np.arange(6))
     assert [(choice.position, choice.reason) for choice in chosen] == [
-        (0, "uncertain"),
-        (5, "uncertain"),
-        (3, "uncertain"),
+        (0, "novel"),
+        (5, "novel"),
+        (3, "novel"),
     ]
     together = np.array([0, 0, 0, 1, 2, 3])
-    assert len(choose(scores, {"uncertain": 6}, vectors, together)) == 4, "near-copies once"
+    assert len(choose(scores, {"novel": 6}, vectors, together)) == 4, "near-copies once"
     assert choose({}, {"uncertain": 3}, np.empty((0, 2)), np.empty(0, np.int64)) == []
+
+
+def test_the_uncertain_are_drawn_with_chances_that_go_by_the_cube_of_their_uncertainty() -> None:
+    scores = {"uncertain": np.array([1.0, 0.5, np.nan, 0.0])}
+    vectors, apart = np.eye(4), np.arange(4)
+    first = [choose(scores, {"uncertain": 1}, vectors, apart, seed=seed)[0].position for seed in range(900)]
+    # 1 and 1/8: eight of nine. Three standard errors of 900 draws are 0.03.
+    assert first.count(0) / 900 == pytest.approx(8 / 9, abs=0.035)
+    assert set(first) == {0, 1}
+    near = np.array([0, 0, 1, 2])
+    assert len(choose(scores, {"uncertain": 4}, vectors, near)) == 2, "near-copies once"
 
 
 def test_the_reasons_share_the_queue_without_an_image_too_many() -> None:
     shares: dict[str, Any] = {"random_share": 0.3, "unknown_share": 0.3, "drift_share": 0.3, "novel_share": 0.1}
     quotas = experiment(queue_size=5, **shares).labels.quotas()
-    assert quotas == {"random": 1, "unknown": 1, "drift": 1, "novel": 0, "uncertain": 2}
+    assert quotas == {"random": 1, "unknown": 1, "drift": 1, "novel": 0, "unlabelled": 0, "uncertain": 2}
 
 
 def test_scores_are_as_worked_by_hand() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from scipy.stats import fisher_exact
 from sqlalchemy import Engine, insert
 
 from cv_platform.config import ExperimentConfig, parse_experiment
@@ -63,7 +64,9 @@ def publish(storage: CentralStorage, folder: Path, version: str, metrics: dict[s
     storage.publish_bundle(folder / version, BundleMetadata(**{**facts, "metrics": metrics, **changes}))
 
 
-def predict(engine: Engine, predicted: str, count: int = 1, *, version: str = NEW, age_days: float = 1.0) -> list[UUID]:
+def predict(
+    engine: Engine, predicted: str, count: int = 1, *, version: str = NEW, age_days: float = 1.0, **columns: str
+) -> list[UUID]:
     rows = [
         {
             "prediction_id": uuid4(),
@@ -76,6 +79,7 @@ def predict(engine: Engine, predicted: str, count: int = 1, *, version: str = NE
             "features": [],
             "properties": [],
             "created_on": NOW - timedelta(days=age_days),
+            **columns,
         }
         for _ in range(count)
     ]
@@ -238,6 +242,29 @@ def test_a_version_that_is_right_less_often_than_on_its_test_split_is_named(
     assert [v.model_version for v in metrics.worse_versions] == [NEW]
     assert f"{NEW}: 0.600 right" in production_summary(metrics)
     assert "0.980 on the test split: worse than on the test split" in production_summary(metrics)
+
+
+def test_the_tag_that_is_less_often_right_than_the_others_is_named(
+    engine: Engine, storage: CentralStorage, tmp_path: Path
+) -> None:
+    publish(storage, tmp_path, NEW, {"accuracy": 0.98, "images": 500.0})
+    for tag, right in (("line-1", 39), ("line-2", 28), ("line-3", 39)):
+        ids = predict(engine, "cat", 40, tag=tag, client="0a1b2c3d")
+        say(engine, ids[:right], "cat")
+        say(engine, ids[right:], "dog")
+    say(engine, predict(engine, "cat", 5, tag="rare"), "dog")
+    (version,) = measure(engine, storage, tmp_path).versions
+    assert {one.value for one in version.slices} == {"line-1", "line-2", "line-3", "0a1b2c3d"}
+    worst = version.worst_slice
+    assert worst
+    assert (worst.value, worst.with_feedback, worst.right_share) == ("line-2", 40, pytest.approx(0.7))
+    # 39 and 39 of 80, and none of the five, are right of the others; of four slices the p-value is four times its own.
+    assert worst.rest_share == pytest.approx(78 / 85)
+    result: Any = fisher_exact([[28, 12], [78, 7]], alternative="less")
+    assert worst.adjusted_p_value == pytest.approx(4 * result.pvalue)
+    assert "worst with tag line-2: 0.700 of 40, 0.918 of the others" in production_summary(
+        measure(engine, storage, tmp_path)
+    )
 
 
 def test_a_flawless_small_test_split_does_not_condemn_the_first_mistake(

@@ -11,6 +11,7 @@ https://developer.mozilla.org/en-US/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Si
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -164,6 +165,13 @@ class Guard:
         if self._api_keys:
             return b"key:" + _given_key(request)
         return client_of_address(request.client.host if request.client else None)
+
+    def name_of(self, request: Request) -> str | None:
+        """Returns what the log calls the API key of a request that was let pass: 8 hex digits of its SHA-256.
+
+        They tell keys apart, and do not tell the key. None without keys: no address is kept.
+        """
+        return hashlib.sha256(_given_key(request)).hexdigest()[:8] if self._api_keys else None
 
     def require_labeller(self, request: HTTPConnection) -> str:
         """Returns whose key a request carries; `admin` with the admin token.

@@ -56,6 +56,8 @@ class LogEntry:
         raw_hm: `(h, w)` float32 Grad-CAM map in 0–1 at its own small size.
         image: the upload as received; null keeps no image.
         media_type: such as `image/jpeg`.
+        client: which API key it came with, see `Guard.name_of`.
+        tag: where the client says that the image is from.
     """
 
     request_method: str
@@ -78,6 +80,8 @@ class LogEntry:
     raw_hm: FloatArray | None = None
     image: bytes | None = None
     media_type: str | None = None
+    client: str | None = None
+    tag: str | None = None
 
     def __post_init__(self) -> None:
         _require_time_zone(self.created_on)
@@ -206,6 +210,7 @@ def encode(entry: LogEntry | FeedbackEntry) -> SpooledEntry:
         record["predicted_class"] = _clean_optional(entry.predicted_class)
         record["prediction_json"] = {_clean(k): _finite(v) for k, v in (entry.prediction_json or {}).items()}
         record["image_sha256"] = image.sha256 if image else None
+        record["client"], record["tag"] = _clean_optional(entry.client), _clean_optional(entry.tag)
         vectors = [np.asarray(getattr(entry, name), dtype=_FLOAT) for name in VECTOR_COLUMNS]
         record["dims"] = [vector.size for vector in vectors]
         if entry.raw_hm is not None:
@@ -246,6 +251,8 @@ def decode(record: str, vectors: bytes) -> dict[str, Any]:
         for name, size in zip(VECTOR_COLUMNS, values.pop("dims"), strict=True):
             values[name] = numbers[start : start + size]
             start += size
+        values.setdefault("client", None)  # Not in what a former release has spooled.
+        values.setdefault("tag", None)
         has_heat_map = values.setdefault("hm_height", None) is not None
         values.setdefault("hm_width", None)
         values["raw_hm"] = numbers[start:] if has_heat_map else None

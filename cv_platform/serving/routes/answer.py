@@ -203,6 +203,8 @@ def log_entry(
         response_message=OK,
         timespan=facts.seconds(),
         created_on=facts.created_on,
+        client=facts.client,
+        tag=facts.tag,
         model_name=predicted.model.model_name,
         model_version=predicted.model.version,
         prediction_id=predicted.prediction_id,

@@ -31,7 +31,7 @@ from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.problem import RETRY_SECONDS, Problem, try_later
 from cv_platform.serving.routes.examples import BATCH_DESCRIPTION, BATCH_EXAMPLE, predict_responses
 from cv_platform.serving.routes.parts import ImageRoute, Parts, WorkerParts
-from cv_platform.serving.routes.predict import PREDICT_PATH, answer_and_log, begin
+from cv_platform.serving.routes.predict import PREDICT_PATH, TAG_QUERY, answer_and_log, begin
 from cv_platform.serving.telemetry.log_format import escaped
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,13 @@ def form_of(max_files: int) -> UploadForm:
     responses=predict_responses(BatchResult, BATCH_EXAMPLE),
 )
 async def predict_batch(
-    parts: Parts, request: Request, explain: Annotated[str | None, Query(description=EXPLAIN_QUERY)] = None
+    parts: Parts,
+    request: Request,
+    explain: Annotated[str | None, Query(description=EXPLAIN_QUERY)] = None,
+    tag: Annotated[str | None, Query(description=TAG_QUERY)] = None,
 ) -> Response:
     """Answers several images."""
-    model = begin(parts, request)  # Counts one image of the client's, whatever the form holds.
+    model = begin(parts, request, tag)  # Counts one image of the client's, whatever the form holds.
     form = form_of(parts.limits.max_batch_files)
     async with received(parts.admission, request, form, explain, places=BATCH_UPLOADS) as (uploads, wished):
         return await answer_batch(parts, request, model, uploads, wished)

@@ -60,9 +60,9 @@ Parts = Annotated[WorkerParts, Depends(_parts_of)]
 
 
 class ImageRoute(APIRoute):
-    """A route `(parts, request, explain)` that takes images: it asks for the key and hands on these three by itself.
+    """A route `(parts, request, explain, tag)` that takes images: it asks for the key and hands on these by itself.
 
-    FastAPI's resolving of the same three, which /docs goes on to show, takes as long as reading the form.
+    FastAPI's resolving of the same four, which /docs goes on to show, takes as long as reading the form.
     https://fastapi.tiangolo.com/how-to/custom-request-and-route/
     """
 
@@ -72,6 +72,7 @@ class ImageRoute(APIRoute):
         async def handle(request: Request) -> Response:
             parts = await _parts_of(request)
             parts.guard.require_api_key(request)
-            return await self.endpoint(parts, request, request.query_params.get("explain"))
+            query = request.query_params
+            return await self.endpoint(parts, request, query.get("explain"), query.get("tag"))
 
         return handle

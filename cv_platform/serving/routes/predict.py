@@ -7,6 +7,7 @@ Its upload takes memory until it is answered, and its image from its decoding to
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -25,7 +26,7 @@ from cv_platform.serving.http.upload_form import EXPLAIN_QUERY, UploadForm, read
 from cv_platform.serving.log.spool import BegunEntry
 from cv_platform.serving.model.explain import Explain
 from cv_platform.serving.model.runtime import LoadedModel
-from cv_platform.serving.problem import try_later
+from cv_platform.serving.problem import Problem, try_later
 from cv_platform.serving.routes.answer import OK, answer_body, log_entry, predict_upload
 from cv_platform.serving.routes.examples import PREDICT_DESCRIPTION, PREDICTION_EXAMPLE, predict_responses
 from cv_platform.serving.routes.parts import ImageRoute, Parts, WorkerParts
@@ -38,6 +39,8 @@ _FORM = UploadForm(
     expected="multipart/form-data with one image in the field 'file', or the image itself as image/*",
 )
 
+_TAG = re.compile(r"[A-Za-z0-9._-]{1,64}")
+TAG_QUERY = "where the image is from, such as line-3 (letters, digits, `.`, `-`, `_`): drift is told by it too"
 _T = TypeVar("_T")
 
 
@@ -53,10 +56,13 @@ router = APIRouter(tags=["predictions"], route_class=ImageRoute)
     openapi_extra={"requestBody": _FORM.request_body()},
 )
 async def predict(
-    parts: Parts, request: Request, explain: Annotated[str | None, Query(description=EXPLAIN_QUERY)] = None
+    parts: Parts,
+    request: Request,
+    explain: Annotated[str | None, Query(description=EXPLAIN_QUERY)] = None,
+    tag: Annotated[str | None, Query(description=TAG_QUERY)] = None,
 ) -> Response:
     """Answers one image."""
-    model = begin(parts, request)
+    model = begin(parts, request, tag)
     async with received(parts.admission, request, _FORM, explain) as ((upload,), wished):
         parts.admission.admit()
         response = await answer_and_log(parts, request, model, upload, wished, json_response)
@@ -64,18 +70,23 @@ async def predict(
     return response
 
 
-def begin(parts: WorkerParts, request: Request) -> LoadedModel:
+def begin(parts: WorkerParts, request: Request, tag: str | None = None) -> LoadedModel:
     """Returns the model that answers a request, before its body is read: when there is no use in reading it, it is not.
 
     Raises:
-        Problem: 503 without a model, 429 when the worker is full or the client has sent too many images.
+        Problem: 422 for a tag that is none, 503 without a model, 429 when the worker is full or the client has sent too
+            many images.
     """
+    if tag is not None and not _TAG.fullmatch(tag):
+        expected = "tag=1 to 64 letters, digits, dots, dashes or underscores, or no tag"
+        raise Problem(422, f"Expected {expected}. Received: {len(tag)} characters of others.", expected=expected)
     model = parts.models.current()
     if model is None:
         raise try_later(
             503, "No model is deployed yet. Materialise the experiment's deployment.", expected="a deployed model"
         )
-    facts_of(request.scope).model_version = model.metadata.version
+    facts = facts_of(request.scope)
+    facts.model_version, facts.client, facts.tag = model.metadata.version, parts.guard.name_of(request), tag
     if parts.admission.in_flight.is_full:
         raise overloaded("predictions", parts.admission.in_flight.limit)
     parts.admission.charge(parts.guard.client_of(request), 1)

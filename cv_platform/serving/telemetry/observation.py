@@ -29,6 +29,8 @@ class RequestFacts:
         message: of the refusal, if it is one.
         is_logged: whether nobody else needs to log it.
         model_version: of the model that answers.
+        client: by which API key, as `Guard.name_of` tells it.
+        tag: where the client says that the image is from.
     """
 
     request_id: str
@@ -37,6 +39,8 @@ class RequestFacts:
     message: str = ""
     is_logged: bool = False
     model_version: str | None = None
+    client: str | None = None
+    tag: str | None = None
     prediction_ids: list[str] = field(default_factory=list[str])
 
     def seconds(self) -> float:

@@ -18,7 +18,7 @@ def test_the_written_revision_is_alembics_only_head() -> None:
 def test_every_time_has_a_time_zone() -> None:
     kinds = [column.type for table in metadata.tables.values() for column in table.columns]
     times = [kind for kind in kinds if isinstance(kind, DateTime)]
-    assert len(times) == 12
+    assert len(times) == 13
     assert all(kind.timezone for kind in times)
 
 

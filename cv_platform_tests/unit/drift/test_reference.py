@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cv_platform.config import DatasetConfig, ExperimentConfig, MonitorConfig
+from cv_platform.config import DatasetConfig, EncoderConfig, ExperimentConfig, MonitorConfig
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.drift.detectors import (
     FEWEST_FALSE_ALARM_IMAGES,
     build_detectors,
+    extract_samples,
     false_alarm_bound,
     false_alarm_summary,
     is_calibrated,
@@ -27,8 +28,9 @@ from cv_platform.drift.reference import (
     read_reference,
     read_reference_labels,
 )
+from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import InvalidSampleError, ReferenceMismatchError
-from cv_platform.images import preprocessing_hash
+from cv_platform.images import preprocessing_hash, resize
 from cv_platform.predictions import reference_schema
 from cv_platform.properties import image_properties
 from cv_platform.records import DetectionRate, DriftDetectors, ReferenceData, TrainedModel
@@ -46,7 +48,7 @@ def shared_model(classifier_path: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def detectors(shared_model: TrainedModel, config: ExperimentConfig) -> DriftDetectors:
-    return build_detectors(shared_model, make_split(60), make_split(80), config)
+    return build_detectors(shared_model, make_split(60), make_split(80), config, home=shared_model.directory.parent)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def reference(shared_model: TrainedModel, detectors: DriftDetectors, config: Exp
 
 
 def test_the_encoder_is_saved_complete_beside_the_model(trained: TrainedModel, config: ExperimentConfig) -> None:
-    made = build_detectors(trained, make_split(20), make_split(20), config)
+    made = build_detectors(trained, make_split(20), make_split(20), config, home=trained.directory.parent)
     assert made.uae_path.name == f"{MODEL_NAME}_uae.keras"
     assert {path.name for path in trained.directory.iterdir()} == {made.uae_path.name, trained.keras_path.name}
     assert (made.model, made.uae_dims, made.feature_dims) == (trained.model, 6, 5)
@@ -74,12 +76,22 @@ def test_false_alarms_and_power_are_measured_on_windows_of_the_test_split(detect
     assert rows["a class missing", 10].independent < 8
 
 
+def test_with_an_encoder_the_samples_have_its_vectors_of_the_same_images(
+    shared_model: TrainedModel, detectors: DriftDetectors, tmp_path: Path
+) -> None:
+    encoder, split = open_encoder(EncoderConfig(input_px=32), tmp_path), make_split(6)
+    rows = np.array([4, 0, 5])
+    (sample,) = extract_samples(shared_model.keras_path, detectors.uae_path, [(split, rows)], encoder=encoder)
+    expected = encoder.embed(np.stack([resize(image, (32, 32)) for image in np.asarray(split.images)[rows]]))
+    np.testing.assert_allclose(sample.encoded_rows, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_too_few_images_of_either_split_have_no_false_alarm_rate(
     trained: TrainedModel, config: ExperimentConfig
 ) -> None:
     few, enough = make_split(39), make_split(40)
-    assert build_detectors(trained, few, enough, config).detection == ()
-    assert build_detectors(trained, enough, few, config).detection == ()
+    assert build_detectors(trained, few, enough, config, home=trained.directory.parent).detection == ()
+    assert build_detectors(trained, enough, few, config, home=trained.directory.parent).detection == ()
     assert not is_calibrated((), 0.05)
     assert false_alarm_summary((), 0.05).startswith("Not measured: at least 40 images are needed in the test split")
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from cv_platform.drift.family import DETECTOR_NAMES, settle_saturated
+from cv_platform.config import DetectorName
+from cv_platform.drift.family import DEFAULT_DETECTORS, DETECTOR_NAMES, settle_saturated
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.two_sample import holm
 from cv_platform.drift.verdict import DriftVerdict, judge
@@ -37,10 +38,11 @@ def test_false_alarms_stay_within_alpha() -> None:
 
 
 def test_each_detector_alone_stays_within_alpha() -> None:
-    rejections = dict.fromkeys(DETECTOR_NAMES, 0)
+    judged = [name for name in DETECTOR_NAMES if not name.startswith("encoder_")]
+    rejections = dict.fromkeys(judged, 0)
     for trial in range(TRIALS):
         rng = np.random.default_rng((7, trial))
-        result = verdict(draw_sample(rng, 80), draw_sample(rng, 50), seed=trial)
+        result = verdict(draw_sample(rng, 80), draw_sample(rng, 50), seed=trial, detectors=judged)
         for name, p in result.p_values.items():
             rejections[name] += p <= ALPHA
     bound = stats.binom.ppf(0.9999, TRIALS, ALPHA)
@@ -68,13 +70,37 @@ def test_the_same_rows_in_any_order_give_the_same_verdict() -> None:
 def test_reports_every_detector_with_holm_over_them() -> None:
     rng = np.random.default_rng(1)
     result = verdict(draw_sample(rng, 200), draw_sample(rng, 150, shift=1.0))
-    assert set(result.p_values) == set(result.adjusted_p_values) == set(result.statistics) == set(DETECTOR_NAMES)
+    assert set(result.p_values) == set(result.adjusted_p_values) == set(result.statistics) == set(DEFAULT_DETECTORS)
     assert result.drifted
-    assert set(result.drifted_detectors) <= set(DETECTOR_NAMES)
+    assert set(result.drifted_detectors) <= set(DEFAULT_DETECTORS)
     assert result.drifted_detectors[0] == min(result.adjusted_p_values, key=lambda d: result.adjusted_p_values[d])
     assert result.adjusted_p_values == holm(result.p_values)
     assert (result.reference_rows, result.current_rows, result.permutations) == (200, 150, 99)
     assert DriftVerdict.model_validate_json(result.model_dump_json()) == result
+
+
+def test_a_config_can_name_each_detector() -> None:
+    assert get_args(DetectorName) == DETECTOR_NAMES
+
+
+def test_the_encoder_s_tests_take_part_where_both_sides_have_images_and_holm_corrects_for_those_alone() -> None:
+    rng = np.random.default_rng(1)
+    reference, current = draw_sample(rng, 60), draw_sample(rng, 40)
+    vectors = rng.normal(size=(100, 6))
+    vectors[60:] += 2.0
+    gone = np.full((40, 6), np.nan)
+    names = ("bbsd_ks", "encoder_mmd", "encoder_classifier")
+    left = reference.with_encoded(vectors[:60])
+    few = np.where(np.arange(40)[:, None] < 15, vectors[60:], np.nan)
+    found = verdict(left, current.with_encoded(few), detectors=names)
+    assert set(found.p_values) == set(names)
+    assert set(found.drifted_detectors) == {"encoder_mmd", "encoder_classifier"}
+    without = verdict(left, current.with_encoded(gone), detectors=names)
+    assert without.adjusted_p_values == {"bbsd_ks": found.p_values["bbsd_ks"]}
+    with pytest.raises(InvalidSampleError, match="encoder_mmd"):
+        verdict(left, current, detectors=("encoder_mmd",))
+    with pytest.raises(InvalidSampleError, match="encoded: shape"):
+        current.with_encoded(vectors)
 
 
 def test_raises_permutations_until_one_detector_alone_can_reach_alpha() -> None:

@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import struct
 import zlib
 from uuid import UUID
@@ -101,6 +102,27 @@ def test_the_entry_is_in_the_spool_when_the_answer_arrives(client: Client, worke
     assert record["predicted_class"] == "cat"
     assert record["prediction_json"] == {"cat": 0.5, "dog": 0.25, "owl": 0.25}
     assert spooled_images(worker) == [REDDISH]
+
+
+def test_the_log_has_the_tag_and_which_key_it_was_but_not_the_key(make_worker: MakeWorker):
+    worker = make_worker(CV_API_KEYS="first-key,second-key")
+    closed = Client(create_app(worker))
+    for key, tag in (("first-key", "line-3"), ("second-key", "A.b_c-9"), ("first-key", None)):
+        params = {"explain": "none"} | ({"tag": tag} if tag else {})
+        assert closed.predict(REDDISH, params=params, headers={"X-API-Key": key}).status_code == 200
+    records = spooled(worker)
+    assert [record["tag"] for record in records] == ["line-3", "A.b_c-9", None]
+    first = hashlib.sha256(b"first-key").hexdigest()[:8]
+    assert [record["client"] == first for record in records] == [True, False, True]
+    assert not any("-key" in str(record) for record in records)
+    assert [record["request_url"] for record in records][2] == "/predict?explain=none"
+
+
+@pytest.mark.parametrize("tag", ["", "a" * 65, "two words", "line/3", "<b>", "\u0661"])
+def test_a_tag_that_is_none_is_refused_before_the_body_is_read(client: Client, worker: WorkerParts, tag: str):
+    response = client.predict(REDDISH, params={"tag": tag})
+    assert (response.status_code, response.json()["expected"].startswith("tag=1 to 64 letters")) == (422, True)
+    assert not any(record["prediction_id"] for record in spooled(worker))
 
 
 @pytest.mark.parametrize("upload", [REDDISH, b"no image"], ids=["answered", "refused"])

@@ -30,6 +30,15 @@ def test_a_prediction_comes_back_as_it_was() -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(entry, name))
 
 
+def test_what_a_former_release_has_spooled_came_by_no_known_key_and_with_no_tag() -> None:
+    spooled = encode(answered(client="0a1b2c3d", tag="line-3"))
+    values = decode(spooled.record, spooled.vectors)
+    assert (values["client"], values["tag"]) == ("0a1b2c3d", "line-3")
+    record = {name: value for name, value in json.loads(spooled.record).items() if name not in {"client", "tag"}}
+    values = decode(json.dumps(record), spooled.vectors)
+    assert (values["client"], values["tag"]) == (None, None)
+
+
 def test_a_refused_request_has_no_prediction_and_keeps_no_image() -> None:
     spooled = encode(
         LogEntry(request_method="POST", request_url="/predict", response_status_code=415, image=b"not an image")

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cv_platform.drift.classifier_test import classifier_test
+
+
+def draw(rng: np.random.Generator, rows: int, width: int, shift: float = 0.0) -> np.ndarray:
+    return (rng.normal(size=(rows, width)) + shift).astype(np.float32)
+
+
+def told_apart_by_fitting_anew(reference: np.ndarray, current: np.ndarray) -> float:
+    """The same statistic the long way: a ridge regression without each row, and all pairs of held-out scores."""
+    rows = np.concatenate([reference, current]).astype(np.float64)
+    rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
+    labels = np.repeat([0.0, 1.0], [len(reference), len(current)])
+    scores = np.empty(len(rows))
+    for row in range(len(rows)):
+        others = np.arange(len(rows)) != row
+        # Weights and a mean, of which only the weights are penalised; the rows' mean is 0 over all.
+        design = np.column_stack([rows[others], np.ones(len(rows) - 1)])
+        penalty = np.diag([float(len(rows))] * rows.shape[1] + [0.0])
+        solved = np.linalg.solve(design.T @ design + penalty, design.T @ labels[others])
+        scores[row] = np.append(rows[row], 1.0) @ solved
+    pairs = scores[labels == 1][:, None] - scores[labels == 0][None, :]
+    return float((pairs > 0).mean())
+
+
+@pytest.mark.parametrize("width", [4, 90], ids=["more rows than columns", "more columns than rows"])
+def test_the_closed_form_is_a_classifier_that_has_not_seen_the_row(width: int) -> None:
+    rng = np.random.default_rng(3)
+    reference, current = draw(rng, 40, width), draw(rng, 25, width, 0.2)
+    found = classifier_test(reference, current, permutations=19, seed=0)
+    assert found.told_apart == pytest.approx(told_apart_by_fitting_anew(reference, current), abs=2e-3)
+
+
+def test_false_alarms_stay_within_the_level_and_a_shift_of_one_column_is_found() -> None:
+    alarms = 0
+    for trial in range(100):
+        rng = np.random.default_rng((5, trial))
+        null = classifier_test(draw(rng, 60, 20), draw(rng, 30, 20), permutations=39, seed=trial)
+        alarms += null.p_value <= 0.05
+    assert alarms <= stats.binom.ppf(0.999, 100, 0.05)
+    rng = np.random.default_rng(1)
+    moved = draw(rng, 80, 20)
+    moved[:, 3] += 1.5
+    found = classifier_test(draw(rng, 200, 20), moved, permutations=99, seed=0)
+    assert found.p_value == pytest.approx(0.01)
+    assert found.told_apart > 0.7
+
+
+def test_rows_that_are_all_the_same_are_told_apart_by_nothing() -> None:
+    same = np.ones((30, 5), np.float32)
+    assert classifier_test(same, same[:10], permutations=19, seed=0).p_value == 1.0
