@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ def reference() -> Labelled:
 
 
 def causes(reference: Labelled, current: DriftSample) -> DriftCauses:
-    effort = {"permutations": 99, "max_reference_rows": 600, "seed": 0}
+    effort: dict[str, Any] = {"permutations": 99, "max_reference_rows": 600, "seed": 0}
     assert judge(reference.sample, current, alpha=0.05, **effort).drifted
     return find_causes(reference, current, class_names=CLASSES, **effort)
 
