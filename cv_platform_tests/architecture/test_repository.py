@@ -117,6 +117,7 @@ def test_only_the_settings_module_reads_the_environment() -> None:
     # To the processes that they start; they read no setting.
     pass_it_on = {f"cv_platform/local/{name}.py" for name in ("environment", "mlflow_server", "run_program")}
     pass_it_on |= {"cv_platform/containers/engine.py", "cv_platform/serving/model/shadow.py"}
+    pass_it_on |= {"cv_platform/training/together.py"}  # TensorFlow takes its place among several from TF_CONFIG.
     readers = {
         path.relative_to(REPOSITORY).as_posix()
         for path in (REPOSITORY / "cv_platform").rglob("*.py")
