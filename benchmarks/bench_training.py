@@ -60,7 +60,7 @@ class ImageSet:
 SETS = {
     "grocery-20": ImageSet(GROCERY, "photos.yaml", 0.9, 600, classes=20),
     "cifar-1500": ImageSet(CIFAR, "photos.yaml", 0.75, 600, images=1500),
-    "cifar-resnet9s": ImageSet(CIFAR, "cifar10.yaml", 0.7, 480),
+    "cifar-resnet9s": ImageSet(CIFAR, "cifar10.yaml", 0.7, 480, changes={"train.epochs": 24}),
     "cifar": ImageSet(
         CIFAR,
         "photos.yaml",
