@@ -34,9 +34,9 @@ from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, ImageEntry, Layou
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import descend, read_layout, write_annotations
 from cv_platform.datasets.sources.phone_photos import SUFFIX, is_phone_photo
+from cv_platform.datasets.sources.staging import Staging, Traits, filled_once
 from cv_platform.datasets.sources.tree import Folder, is_image, walk
 from cv_platform.datasets.splits import SPLITS
-from cv_platform.datasets.staging import Staging, Traits, filled_once
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.files import exclusive, scratch_directory, whole_directory
 from cv_platform.images.files import IMAGE_SUFFIXES

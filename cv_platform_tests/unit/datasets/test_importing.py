@@ -14,7 +14,7 @@ from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.repository import list_versions
 from cv_platform.datasets.sources.entries import ImageEntry
-from cv_platform.datasets.staging import Staging
+from cv_platform.datasets.sources.staging import Staging
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
