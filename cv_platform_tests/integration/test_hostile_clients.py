@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import select
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -192,18 +194,29 @@ def test_a_client_that_never_reads_does_not_hold_up_the_stop() -> None:
 
 
 def test_a_client_that_reads_slowly_but_steadily_gets_everything() -> None:
-    answers = 6  # Each takes longer than a client may take nothing.
-    with (
-        serve_app({"untaken_seconds": 1.0}) as served,
-        connect_without_room(served) as connection,
-    ):
-        connection.sendall(LONG_ANSWER * (answers - 1) + LAST_LONG_ANSWER)
-        received = bytearray()
-        while part := connection.recv(4_096):
-            received += part
-            time.sleep(0.15)  # What this client does: no wait for anything.
+    answers, untaken_seconds = 6, 1.0  # Each takes longer than a client may take nothing.
+    received, longest_pause = bytearray(), untaken_seconds
+    for _ in range(5):
+        received, longest_pause = _read_slowly(LONG_ANSWER * (answers - 1) + LAST_LONG_ANSWER, untaken_seconds)
+        if longest_pause < untaken_seconds / 2:
+            break  # Where a busy machine keeps the client from reading for longer, it may well be cut off.
+    assert longest_pause < untaken_seconds / 2, "the machine is too busy for this client"
     assert received.count(b"HTTP/1.1 200 ") == answers
     assert received.endswith(b"}")
+
+
+def _read_slowly(requests: bytes, untaken_seconds: float) -> tuple[bytearray, float]:
+    """Returns what a slow client gets, and the longest time in which it took nothing."""
+    received, moments = bytearray(), list[float]()
+    with serve_app({"untaken_seconds": untaken_seconds}) as served, connect_without_room(served) as connection:
+        connection.sendall(requests)
+        with suppress(ConnectionResetError):
+            while part := connection.recv(4_096):
+                received += part
+                moments.append(time.monotonic())
+                time.sleep(0.15)  # What this client does: no wait for anything.
+        moments.append(time.monotonic())
+    return received, max(after - before for before, after in itertools.pairwise(moments))
 
 
 def test_a_half_closed_connection_with_half_a_body_is_ended(served: ServedApp) -> None:
