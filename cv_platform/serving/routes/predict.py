@@ -40,7 +40,7 @@ _FORM = UploadForm(
 )
 
 _TAG = re.compile(r"[A-Za-z0-9._-]{1,64}")
-TAG_QUERY = "where the image is from, such as line-3 (letters, digits, `.`, `-`, `_`): drift is told by it too"
+TAG_QUERY = "where the image is from, such as line-3 (letters, digits, dots, dashes, underscores): drift is told by tag"
 _T = TypeVar("_T")
 
 
