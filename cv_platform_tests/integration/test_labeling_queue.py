@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from cv_platform.records import BatchScores, LabelingQueue, ModelIdentity
 from cv_platform.scoring.rows import scores_schema
 from cv_platform.scoring.unlabelled import UnlabelledImages
 from cv_platform.serving.log.deletion import delete_from_database
+from cv_platform.serving.log.labels import Wish, tasks
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.drift_reports import make_report
@@ -160,6 +163,10 @@ def test_a_folder_s_unlabelled_images_are_asked_for_once_and_are_no_requests(
     assert {row.content for row in found} == {doubtful, sure}
     assert sorted(row.prediction_json["cat"] for row in found) == pytest.approx([0.52, 0.99])
 
+    wish = Wish("anna", tiny_metadata(model_name="pets", class_names=("cat", "dog")))
+    reviewed, _ = tasks(engine, wish, "review", limit=10)
+    assert [task.prediction_id for task in reviewed] == [sent], "nobody was answered about the others"
+
     say(engine, first.prediction_id, "dog", "labeller:anna")
     metrics = measure_production(
         config,
@@ -175,6 +182,12 @@ def test_a_folder_s_unlabelled_images_are_asked_for_once_and_are_no_requests(
     delete_from_database(engine, second.prediction_id)
     again = fill(config, engine, sources, 2)
     assert (again.requests, again.counts.get("unlabelled", 0)) == (0, 0), "nor the one that was deleted"
+
+
+def test_the_page_says_of_each_reason_why_an_image_is_asked_about() -> None:
+    page = (files("cv_platform.serving") / "page" / "labelling.js").read_text(encoding="utf-8")
+    told = set(re.findall(r"^  (\w+): 'Asked ", page, re.MULTILINE))
+    assert told == set(experiment(queue_size=1).labels.quotas())
 
 
 def test_labels_of_random_requests_estimate_the_accuracy_on_all_while_comments_on_mistakes_do_not(

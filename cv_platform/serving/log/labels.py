@@ -141,10 +141,11 @@ def _labelled_by_one_other(shown: Any, wish: Wish) -> Any:
 def _unsure(shown: Any, wish: Wish) -> Any:
     from sqlalchemy import func, literal, select
 
-    from cv_platform.database.schema import predictions
+    from cv_platform.database.schema import is_request, predictions
 
     answer = predictions.c
-    latest = shown.with_only_columns(answer.prediction_id).order_by(answer.created_on.desc()).limit(_MOST_REVIEWED)
+    answers = shown.with_only_columns(answer.prediction_id).where(is_request())
+    latest = answers.order_by(answer.created_on.desc()).limit(_MOST_REVIEWED)
     share = func.unnest(answer.bbsd_feats).column_valued("share")
     # Of several labels the least certain decides: none of them is what an image mostly shows.
     sure = func.min(func.abs(share - 0.5)) if wish.model.classifier_type == "multi-label" else func.max(share)
