@@ -201,11 +201,11 @@ function undo() {
     }
     done.pop();
     $('undo').disabled = !done.length;
+    if (isLoading) { load(); return; } // Another list was chosen meanwhile.
     tasks = [...last, ...tasks];
     count(last.length);
     announce('Taken back.');
     $('view').value = 'one';
-    isLoading = false;
     turn += 1;
     next();
   });
