@@ -189,7 +189,7 @@ def _explain(error: Any) -> str:
             f"  {place}: expected text. Received: {getattr(received, 'text', received)}, which YAML takes for {kind}. "
             'Put it in quotes, as it is meant: "1.10", "yes", "2024-01-31".'
         )
-    if error["type"] == "value_error" and "received" in error["msg"]:
+    if error["type"] == "value_error" and "received" in error["msg"].lower():
         return f"  {place}: {error['msg'].removeprefix('Value error, ')}"
     return f"  {place}: {error['msg']}. Received: {str(received)[:200]!r}"
 

@@ -55,6 +55,27 @@ def test_every_mistake_is_reported_at_once_with_its_path() -> None:
     assert "modle: unknown key. Expected one of: name, description" in message
 
 
+@pytest.mark.parametrize(
+    ("train", "mistake"),
+    [
+        (
+            {"workers": 2, "batch_size": 33},
+            "train.batch_size: expected a multiple of train.workers, which share each batch. Received: 33 for 2. "
+            "Correct one of them.",
+        ),
+        (
+            {"workers": 2, "devices": "all"},
+            "train.devices: expected one, as each of the 2 train.workers computes on one. Received: all. Take one of "
+            "the two.",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other_are_told_without_the_whole_file(train: dict[str, Any], mistake: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        experiment(train=train)
+    assert str(caught.value).splitlines()[1:] == [f"  (top level): {mistake}"]
+
+
 @pytest.mark.parametrize("name", ["Cats", "cats-v1", "cats.v1", "1cats", ""])
 def test_names_that_dagster_cannot_carry_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="name: String should match pattern"):
