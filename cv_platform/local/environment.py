@@ -37,6 +37,8 @@ def platform_environment(settings: Settings, *, database_url: str | None = None)
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
     }
+    # Dagster gives up the start of a run after a minute, which a machine that trains may need to load the code.
+    environment.setdefault("DAGSTER_GRPC_TIMEOUT_SECONDS", "300")
     # The service cannot tell by itself: a Bento elsewhere has the same defaults, and no MLflow beside it.
     if settings.mlflow_tracking_uri.startswith("sqlite:"):
         environment["MLFLOW_PUBLIC_URL"] = settings.mlflow_pages

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dagster._grpc.utils import default_grpc_timeout
 
 from cv_platform.errors import ConfigError
 from cv_platform.local.environment import platform_environment, prepare_home
 from cv_platform.local.programs import programs
 from cv_platform.settings import Settings
+from cv_platform_tests.support.stack_files import SERVICES
 
 
 def settings(home: Path, **variables: str) -> Settings:
@@ -88,6 +90,13 @@ def test_mlflow_answers_to_the_name_by_which_people_open_it(
     assert environment.get("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS") == origins
     monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine")
     assert platform_environment(settings(tmp_path, **given))["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine"
+
+
+def test_a_run_may_take_minutes_to_load_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in platform_environment(settings(tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    assert default_grpc_timeout() >= 300
+    assert SERVICES["dagster-daemon"]["environment"]["DAGSTER_GRPC_TIMEOUT_SECONDS"] == "300"
 
 
 def test_postgres_is_stopped_by_its_fast_shutdown(tmp_path: Path) -> None:
