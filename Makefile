@@ -113,6 +113,7 @@ check: setup ## ruff, pyright, import-linter, deptry, generated files, documenta
 	$(RUN) reference augmentation | diff docs/reference/augmentation.md -
 	$(RUN) reference environment | diff .env.example -
 	$(BIN)/mkdocs build
+	$(BIN)/kubernetes-validate --strict --quiet -k 1.34 $(filter-out %/kustomization.yaml,$(wildcard k8s/base/*.yaml))
 	$(RUN) validate-config configs configs/examples
 	CV_STRICT_CONFIGS=1 VIRTUAL_ENV="$$(cd .venv && pwd)" $(BIN)/dg check defs
 
