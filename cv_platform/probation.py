@@ -145,23 +145,48 @@ class Probation(_Record):
         digest = hashlib.sha256(f"{self.probation_id}:{prediction_id}".encode()).digest()
         return int.from_bytes(digest[:8]) < self.fraction * 2**64
 
-    def __str__(self) -> str:
-        """Returns its numbers for people."""
-        champion, challenger, shadow = self.tally.champion, self.tally.challenger, self.tally.shadow
-        parts = [
-            f"{name}: {arm.asked} requests, {arm.failed} failed, {arm.unknown} unknown, "
-            f"{arm.slow} of {arm.timed} slow, {1e3 * arm.seconds / max(1, arm.asked - arm.failed):.1f} ms on average"
-            for name, arm in (("champion", champion), ("challenger", challenger))
+    @property
+    def figures(self) -> list[dict[str, str]]:
+        """Champion and challenger beside each other, in words: a row for each and for how it was asked; empty: not yet.
+
+        A shadow is asked about images that the champion has answered, in spare time: its seconds are no client's.
+        """
+        rows = [
+            _row(who, arm.asked, arm.failed, arm.unknown, arm.seconds, {"slow": f"{arm.slow} of {arm.timed}"})
+            for who, arm in (("champion", self.tally.champion), ("challenger, canary", self.tally.challenger))
             if arm.asked
         ]
+        shadow = self.tally.shadow
         if shadow.asked or shadow.dropped:
-            answered = max(1, shadow.asked - shadow.failed)
-            parts.append(
-                f"shadow: {shadow.asked} images, {shadow.failed} failed, {shadow.agreed / answered:.1%} agreed, "
-                f"unknown to both {shadow.unknown_both}, to the challenger alone {shadow.unknown_challenger}, to the "
-                f"champion alone {shadow.unknown_champion}; {shadow.dropped} left out"
-            )
-        return "; ".join(parts) or "no requests"
+            answered = shadow.asked - shadow.failed
+            compared = {
+                "same answer": _share(shadow.agreed, answered),
+                "changed": str(answered - shadow.agreed),
+                "not asked": str(shadow.dropped),
+            }
+            unknown = shadow.unknown_both + shadow.unknown_challenger
+            rows.append(_row("challenger, shadow", shadow.asked, shadow.failed, unknown, shadow.seconds, compared))
+            unknown = shadow.unknown_both + shadow.unknown_champion
+            rows.append({"model": "champion, on the shadow's images", "unknown": _share(unknown, answered)})
+        names = dict.fromkeys(name for row in rows for name in row)
+        return [{name: row.get(name, "") for name in names} for row in rows]
+
+    def __str__(self) -> str:
+        """Returns its numbers for people."""
+        rows = [[f"{name} {said}" for name, said in row.items() if said and name != "model"] for row in self.figures]
+        named = zip(self.figures, rows, strict=True)
+        return "; ".join(f"{row['model']}: {', '.join(said)}" for row, said in named) or "no requests"
+
+
+def _row(who: str, asked: int, failed: int, unknown: int, seconds: float, more: dict[str, str]) -> dict[str, str]:
+    answered = asked - failed
+    mean = f"{1e3 * seconds / answered:.1f}" if answered else ""
+    facts = {"answers": str(answered), "failed": _share(failed, asked), "unknown": _share(unknown, answered)}
+    return {"model": who, **facts, "mean ms": mean, **more}
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count / of:.1%} ({count})" if of else ""
 
 
 class WorkerTally(_Record):

@@ -37,7 +37,7 @@ from cv_platform.errors import (
 )
 from cv_platform.files import file_sha256, require_free_space, whole_file
 from cv_platform.object_store import ObjectStore
-from cv_platform.probation import Probation, WorkerTally
+from cv_platform.probation import Probation, Tally, WorkerTally
 
 FORMAT_VERSION = 2
 # LibYAML, where the wheel has it, reads the same a dozen times as fast; a start waits for the metadata.
@@ -421,6 +421,15 @@ class CentralStorage:
         """Lists what workers, live or not, have seen of a probation; what is unreadable is left out."""
         tallies = self._records_in(self._store.path("services", service, "probation"), WorkerTally)
         return [tally for tally in tallies if tally.probation_id == probation_id]
+
+    def read_probation(self, service: str) -> Probation | None:
+        """Returns the probation on a service with what was counted until now, or the last one; None: there was none."""
+        pointer = self.read_pointer(service)
+        probation = pointer.probation if pointer else None
+        if probation is None or not probation.is_running:
+            return probation
+        told = [each.tally for each in self.read_tallies(service, probation.probation_id)]
+        return probation.model_copy(update={"tally": sum(told, Tally())})
 
     def remove_tallies(self, service: str) -> None:
         """Forgets what was seen of former probations."""

@@ -14,6 +14,7 @@ from cv_platform.defs.branch import AssetRun, Branch, checked
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.versions import Reads
 from cv_platform.errors import VerdictError
+from cv_platform.probation import Probation
 from cv_platform.records import (
     Deployment,
     DriftDetectors,
@@ -219,7 +220,8 @@ def deployment_asset(branch: Branch) -> dg.AssetsDefinition:
                 note=Note(override.by, override.because) if override else by_run,
             )
         except ChallengerReturnedError as err:
-            raise dg.Failure(str(err), metadata={"probation": dict(err.numbers)}, allow_retries=False) from err
+            numbers = _probation_metadata(Probation.model_validate(err.numbers))
+            raise dg.Failure(str(err), metadata=numbers, allow_retries=False) from err
         _move_alias(run, result.model)
         return run.result(result, _deployment_metadata(result, storage.read_pointer(result.service)))
 
@@ -239,13 +241,18 @@ def _move_alias(run: AssetRun, model: ModelIdentity) -> None:
 def _deployment_metadata(result: Deployment, pointer: ProductionPointer | None) -> dict[str, Any]:
     probation = pointer.probation if pointer else None
     return {
-        **({"probation": probation.model_dump(mode="json")} if probation else {}),
+        **(_probation_metadata(probation) if probation else {}),
         "version": result.model.version,
         "previous_version": result.previous_version or "",
         "confirmed_workers": list(result.confirmed_workers),
         "pointer_history": pointer_history(pointer),
         **result.model_dump(include={"service", "seconds", "message"}),
     }
+
+
+def _probation_metadata(probation: Probation) -> dict[str, Any]:
+    shown = probation.model_dump(mode="json")
+    return {"probation": shown, "champion_and_challenger": table(probation.figures)}
 
 
 def pointer_history(pointer: ProductionPointer | None) -> dg.TableMetadataValue:

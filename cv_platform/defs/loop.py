@@ -32,8 +32,8 @@ def loop_page_asset(config: ExperimentConfig) -> dg.AssetSpec:
     """Returns the asset that shows where the loop stands; each of its observations is a decision."""
     return dg.AssetSpec(
         loop_key(config.name),
-        description="Where the loop stands: its step and why, budget, open episode, labels, the latest model. Each "
-        "observation is a decision of the sensor `…_loop`.",
+        description="Where the loop stands: its step and why, budget, open episode, labels, the latest model, and its "
+        "figures beside the champion's on live traffic. Each observation is a decision of the sensor `…_loop`.",
         group_name=config.name,
         owners=list(config.owners),
         kinds={"dagster"},
@@ -112,7 +112,8 @@ def loop_sensor(branch: Branch, experiment_jobs: Sequence[Any]) -> dg.SensorDefi
         decision = decide(facts, loop)
         said = f"{decision.step}: {decision.reason}"
         page = dg.MetadataValue.md(loop_page(facts, decision, config))
-        is_new = context.cursor != json.dumps([loop.enabled, said])
+        cursor = json.dumps([loop.enabled, said, facts.progress])
+        is_new = context.cursor != cursor
         told: dict[str, Any] = {
             "page": page,
             "step": decision.step,
@@ -124,7 +125,7 @@ def loop_sensor(branch: Branch, experiment_jobs: Sequence[Any]) -> dg.SensorDefi
             off = "" if loop.enabled else "Off (loop.enabled). It would be "
             return dg.SensorResult(
                 asset_events=events if is_new else [],
-                cursor=json.dumps([loop.enabled, said]),
+                cursor=cursor,
                 skip_reason=f"{off}{said}",
             )
         try:
@@ -143,7 +144,7 @@ def loop_sensor(branch: Branch, experiment_jobs: Sequence[Any]) -> dg.SensorDefi
             run_config=branch.overrides(sections),
             tags={_ACTION: decision.action, _DATA: key, "reason": decision.reason[:200], "experiment": config.name},
         )
-        return dg.SensorResult(run_requests=[request], asset_events=events, cursor=json.dumps([loop.enabled, said]))
+        return dg.SensorResult(run_requests=[request], asset_events=events, cursor=cursor)
 
     return closes_the_loop
 

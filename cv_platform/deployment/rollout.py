@@ -159,8 +159,7 @@ def _wait_for_end(
 def _give_up(storage: CentralStorage, service: str, probation_id: str) -> None:
     """Sends a challenger back that nobody waits for any more, if it is still on probation."""
     try:
-        pointer = storage.read_pointer(service)
-        found = pointer.probation if pointer else None
+        pointer, found = storage.read_pointer(service), storage.read_probation(service)
         if pointer and found and found.probation_id == probation_id and found.is_running:
             reason = "Who deployed it did not wait for its end"
             ended = found.model_copy(update={"state": "returned", "reason": reason})

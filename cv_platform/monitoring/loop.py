@@ -7,7 +7,8 @@ are refused, until they or the rules about them have changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from cv_platform.datasets.versions import list_tags
 from cv_platform.errors import DatasetError, InvalidDatasetError, StorageError, SuspectLabelsError
 from cv_platform.monitoring.episodes import OpenEpisode, open_episode
 from cv_platform.monitoring.growth import GROWN_SUFFIX, GrowthRules, grow_dataset
+from cv_platform.probation import Probation
 from cv_platform.record_store import RecordStore
 from cv_platform.records import Deployment, Evaluation, LabelledVersion, ModelIdentity, Replay, TrainedModel
 from cv_platform.storage import CentralStorage
@@ -48,6 +50,7 @@ class LoopFacts:
         tried: what became of the loop's own run with `target_key`; empty: there was none.
         trainings: when its trainings of the last week were asked for, the latest first.
         challenger: what became of the latest model, in words, by stage.
+        probation: the one under way on live traffic, as counted now, or the last one; None without.
     """
 
     now: datetime
@@ -63,6 +66,16 @@ class LoopFacts:
     tried: str = ""
     trainings: tuple[datetime, ...] = ()
     challenger: Mapping[str, str] = field(default_factory=dict[str, str])
+    probation: Probation | None = None
+
+    @property
+    def progress(self) -> str:
+        """Names what the page shows of a probation under way: another word when there is a tenth more of it."""
+        one = self.probation
+        if one is None:
+            return ""
+        seen = one.tally.champion.asked + one.tally.challenger.asked + one.tally.shadow.asked
+        return f"{one.probation_id} {one.state} {int(math.log(1 + seen, 1.1))}"
 
     def runs_left(self, loop: LoopConfig) -> int:
         """Returns how many trainings the budget of the last seven days leaves."""
@@ -146,6 +159,7 @@ def read_facts(
         episode = open_episode(
             engine, experiment=config.name, model=model, reference=reference.report_id if reference else ""
         )
+    probation = storage.read_probation(config.deploy.service)
     tags = list_tags(config.dataset, home=home)
     recipe = target.fingerprint("model", "dataset", "train", without=("dataset.dvc_tag",))
     return LoopFacts(
@@ -159,6 +173,7 @@ def read_facts(
         target_key=f"{tags.get(target.dataset.dvc_tag, 'none')}-{recipe}",
         is_trained=is_trained_on(target, home),
         challenger=_challenger(records, pointer.version if pointer else ""),
+        probation=probation if probation and probation.model_name == config.model.model_name else None,
     )
 
 
@@ -280,5 +295,15 @@ def loop_page(facts: LoopFacts, decision: Decision, config: ExperimentConfig) ->
         + (f", rests until {rests:%Y-%m-%d %H:%M} UTC" if rests else ""),
         **{f"latest {stage}" if stage == "model" else stage: said for stage, said in facts.challenger.items()},
     }
-    cells = [f"| **{name}** | {' '.join(str(value).split()).replace('|', '/')} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *cells])
+    if (tried := facts.probation) is not None:
+        said = f": {tried.reason}" if tried.reason else ""
+        rows["on live traffic"] = f"{tried.version} since {tried.since_utc:%Y-%m-%d %H:%M} UTC, {tried.state}{said}"
+    page = _markdown_table([["", ""], *([f"**{name}**", value] for name, value in rows.items())])
+    if not (figures := tried.figures if tried else []):
+        return page
+    return f"{page}\n\n{_markdown_table([list(figures[0]), *(list(row.values()) for row in figures)])}"
+
+
+def _markdown_table(rows: Sequence[Sequence[Any]]) -> str:
+    head, *rest = [f"| {' | '.join(' '.join(str(cell).split()).replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])

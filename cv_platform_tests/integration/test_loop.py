@@ -12,15 +12,17 @@ import pytest
 from sqlalchemy import Engine
 
 from cv_platform.audit import AuditLog
-from cv_platform.config import ExperimentConfig
+from cv_platform.config import CanaryConfig, ExperimentConfig
 from cv_platform.datasets.repository import list_tag_names
 from cv_platform.defs.automation import experiment_jobs
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.loop import loop_key, loop_sensor
 from cv_platform.monitoring.loop import grow_by_labels
+from cv_platform.probation import ArmTally, Probation, Tally, WorkerTally
 from cv_platform.record_store import RecordStore
 from cv_platform.records import LabelledVersion
 from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.support.labelled_log import CLASSES, answer, drawing, experiment, home, label, origin, say
 
 __all__ = ["home", "origin"]
@@ -123,3 +125,37 @@ def test_poisoned_labels_stop_it_without_a_crash_until_there_are_others_or_other
 
     without = looping(without=("labeller:mallory",))
     assert len(tick(instance, without).run_requests) == 1, "and by other rules at once"
+
+
+def test_what_a_challenger_does_on_live_traffic_is_told_while_it_does(home: Path, instance: dg.DagsterInstance) -> None:
+    config = looping()
+    storage, service = CentralStorage(Settings.from_environment().storage_url), config.deploy.service
+    probation = Probation(
+        probation_id="0123456789abcdef",
+        model_name=config.model.model_name,
+        version="new",
+        since_utc=NOW,
+        **CanaryConfig(fraction=0.1).model_dump(),
+    )
+    pointer = ProductionPointer(
+        model_name=config.model.model_name, version="old", since_utc=NOW, probation=probation, experiment=config.name
+    )
+    storage.write_pointer(service, pointer)
+
+    def told(champion: int, challenger: int, cursor: str | None) -> tuple[str, str]:
+        tally = Tally(champion=ArmTally(asked=champion, failed=1), challenger=ArmTally(asked=challenger, failed=3))
+        storage.write_tally(service, "a", WorkerTally(probation_id=probation.probation_id, worker_id="a", tally=tally))
+        said = tick(instance, config, cursor)
+        return "".join(event.metadata["page"].value for event in said.asset_events), said.cursor
+
+    page, cursor = told(90, 10, None)
+    assert "| **on live traffic** | new since 2026-03-02 00:00 UTC, running |" in page
+    assert "| challenger, canary | 7 | 30.0% (3) |" in page
+    page, cursor = told(91, 10, cursor)
+    assert page == "", "an answer more is no news"
+    page, cursor = told(180, 20, cursor)
+    assert "| challenger, canary | 17 | 15.0% (3) |" in page
+    ended = probation.model_copy(update={"state": "returned", "reason": "It fails more often than the champion"})
+    storage.write_pointer(service, pointer.model_copy(update={"probation": ended}))
+    page, cursor = told(180, 20, cursor)
+    assert "new since 2026-03-02 00:00 UTC, returned: It fails more often than the champion" in page

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from cv_platform.config import DeployConfig
+from cv_platform.defs.deployment import _probation_metadata
 from cv_platform.deployment import rollout
 from cv_platform.deployment.rollout import deploy
 from cv_platform.errors import ChallengerReturnedError, DeploymentError
+from cv_platform.probation import Probation
 from cv_platform.records import Deployment
 from cv_platform.serving.model.holder import ModelHolder, Pace
 from cv_platform.serving.model.runtime import LoadedModel
@@ -91,7 +93,7 @@ def test_a_canary_that_stands_is_promoted_and_confirmed_by_every_worker(
     assert done.confirmed_workers == ("a", "b")
     assert (done.model.version, done.previous_version) == (second.version, first.version)
     assert "On probation, champion: " in done.message
-    assert "challenger: " in done.message
+    assert "challenger, canary: answers " in done.message
     assert [version_of(worker) for worker in workers] == [second.version] * 2
     pointer = storage.read_pointer(SERVICE)
     assert pointer is not None
@@ -108,6 +110,10 @@ def test_a_canary_that_fails_leaves_the_champion_and_its_numbers(
     assert [version_of(worker) for worker in workers] == [first.version] * 2
     tally: Any = raised.value.numbers["tally"]
     assert tally["challenger"]["failed"] >= 5
+    shown = _probation_metadata(Probation.model_validate(raised.value.numbers))["champion_and_challenger"]
+    rows = {str(row.data["model"]): row.data for row in shown.records}
+    assert rows["challenger, canary"]["failed"] == f"100.0% ({tally['challenger']['failed']})"
+    assert rows["champion"]["failed"] == "0.0% (0)"
 
 
 def test_a_deployment_that_is_interrupted_sends_the_challenger_back(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cv_platform.config import LoopConfig
+from cv_platform.config import CanaryConfig, LoopConfig
 from cv_platform.monitoring.episodes import OpenEpisode
-from cv_platform.monitoring.loop import Decision, LoopFacts, decide
+from cv_platform.monitoring.loop import Decision, LoopFacts, decide, loop_page
+from cv_platform.probation import ArmTally, Probation, ShadowTally, Tally, WorkerTally
 from cv_platform.records import LabelledVersion
+from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.support.production import SERVICE
+from cv_platform_tests.support.tiny_training import experiment
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DRIFT = OpenEpisode("an-id", NOW - timedelta(hours=1), "file:///report")
@@ -78,3 +83,49 @@ def test_refused_labels_stop_it_until_they_or_the_rules_have_changed() -> None:
     assert after(replace(stopped, fresh_labels=50)) == ("grow", "growing")
     soon = replace(stopped, fresh_labels=50, attempt=refused.model_copy(update={"made_utc": NOW - timedelta(hours=2)}))
     assert after(soon) == ("wait", "stopped")
+
+
+def test_its_page_shows_challenger_and_champion_on_live_traffic(tmp_path: Path) -> None:
+    storage = CentralStorage(tmp_path)
+    probation = Probation(
+        probation_id="0123456789abcdef",
+        model_name="digits",
+        version="new",
+        is_shadow=True,
+        since_utc=NOW - timedelta(hours=1),
+        **CanaryConfig(fraction=0.1).model_dump(),
+    )
+    pointer = ProductionPointer(model_name="digits", version="old", since_utc=NOW, probation=probation)
+    storage.write_pointer(SERVICE, pointer)
+    tallies = [
+        Tally(
+            champion=ArmTally(asked=90, failed=1, unknown=4, timed=80, slow=8, seconds=1.78),
+            challenger=ArmTally(asked=10, unknown=1, timed=8, slow=2, seconds=0.5),
+            shadow=ShadowTally(
+                asked=30, failed=2, dropped=60, agreed=20, unknown_both=1, unknown_challenger=2, seconds=1.5
+            ),
+        ),
+        Tally(champion=ArmTally(asked=10, seconds=0.2), shadow=ShadowTally(asked=2, agreed=1, unknown_champion=1)),
+    ]
+    for name, tally in zip("ab", tallies, strict=True):
+        told = WorkerTally(probation_id=probation.probation_id, worker_id=name, tally=tally)
+        storage.write_tally(SERVICE, name, told)
+    counted = storage.read_probation(SERVICE)
+    assert counted is not None
+    facts = replace(TRAINED, probation=counted)
+    page = loop_page(facts, decide(facts, LOOP), experiment())
+    assert "| **on live traffic** | new since 2026-03-01 11:00 UTC, running |" in page
+    assert page.splitlines()[-5:] == [
+        "|---" * 9 + "|",
+        "| champion | 99 | 1.0% (1) | 4.0% (4) | 20.0 | 8 of 80 |  |  |  |",
+        "| challenger, canary | 10 | 0.0% (0) | 10.0% (1) | 50.0 | 2 of 8 |  |  |  |",
+        "| challenger, shadow | 30 | 6.2% (2) | 10.0% (3) | 50.0 |  | 70.0% (21) | 9 | 60 |",
+        "| champion, on the shadow's images |  |  | 6.7% (2) |  |  |  |  |  |",
+    ]
+    # A few answers more are no news for Dagster's timeline, a tenth more are, and the end is.
+    more = [
+        counted.model_copy(update={"tally": counted.tally + Tally(champion=ArmTally(asked=many))}) for many in (1, 20)
+    ]
+    ended = counted.model_copy(update={"state": "returned", "reason": "It is slower"})
+    heard = [replace(facts, probation=one).progress for one in (*more, ended)]
+    assert [told == facts.progress for told in heard] == [True, False, False]
