@@ -195,7 +195,7 @@ class MonitorConfig(Section):
         return value
 
 
-_REASONS = ("random", "unknown", "drift", "novel", "unlabelled")
+_REASONS = ("random", "unknown", "drift", "novel", "disagreeing", "unlabelled")
 
 
 class LabelsConfig(Section):
@@ -229,7 +229,11 @@ class LabelsConfig(Section):
     novel_share: Fraction = Field(
         default=0.05, description="of the queue: those least like any image of the dataset, as the encoder sees it"
     )
-
+    disagreeing_share: Fraction = Field(
+        default=0.05,
+        description="of the queue: those that a challenger answers otherwise than the champion, as a shadow on live "
+        "traffic or in the latest replay; those first of which it is surest",
+    )
     unlabelled_share: Fraction = Field(
         default=0.0,
         description="of the queue: images of score.source, a folder or archive that nobody has labelled, of those that "
@@ -238,7 +242,7 @@ class LabelsConfig(Section):
 
     @model_validator(mode="after")
     def _within_the_queue(self) -> Self:
-        total = self.random_share + self.unknown_share + self.drift_share + self.novel_share + self.unlabelled_share
+        total = sum(getattr(self, f"{reason}_share") for reason in _REASONS)
         if total > 1.0 + 1e-9:
             raise ValueError(
                 f"labels: expected shares of at most 1 together (the rest is uncertain); received {total:g}"

@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 FOLDER = "folder"
 """`predictions.client` of what nobody sent: an image of `score.source` that people are asked to label."""
-SCHEMA_REVISION = "0007"
+SCHEMA_REVISION = "0008"
 """Newest migration. It is written here too because the service checks it without importing Alembic."""
 
 metadata = MetaData(
@@ -153,7 +153,7 @@ labeling_items = Table(
     Column("item_id", Uuid, primary_key=True),
     Column("experiment", Text, nullable=False),
     Column("prediction_id", Uuid, ForeignKey("predictions.prediction_id", ondelete="CASCADE"), nullable=False),
-    Column("reason", Text, nullable=False, comment="random, unknown, drift, novel, unlabelled or uncertain"),
+    Column("reason", Text, nullable=False, comment="random or uncertain, or what else of labels.…_share"),
     Column("score", Double, nullable=False, comment="of the reason: higher was asked for first"),
     Column(
         "chance",

@@ -19,6 +19,7 @@ from cv_platform.records import (
     Embeddings,
     LabelingQueue,
     ProductionMetrics,
+    Replay,
 )
 
 JUDGING = (
@@ -154,7 +155,8 @@ def labeling_queue_asset(branch: Branch) -> dg.AssetsDefinition:
         """What people are asked to label next, of the requests that came since they were asked last.
 
         A random share, what the model does not know, what drives the drift report, what the dataset has nothing like,
-        and what the model is least sure of. The items are in Postgres, each with its reason.
+        what a challenger answers otherwise, and what the model is least sure of. The items are in Postgres, each with
+        its reason.
         """
         from cv_platform.monitoring.labeling_queue import QueueSources, fill_queue
         from cv_platform.record_store import RecordStore
@@ -162,9 +164,9 @@ def labeling_queue_asset(branch: Branch) -> dg.AssetsDefinition:
 
         run = branch.run(context)
         records = RecordStore(run.settings.home, run.config.name)
-        report, scores = records.latest(DriftReport), records.latest(BatchScores)
+        report, replay, scores = records.latest(DriftReport), records.latest(Replay), records.latest(BatchScores)
         folder = UnlabelledImages(scores, run.settings.home / "cache" / "unlabelled") if scores else None
-        sources = QueueSources(dataset, embeddings, report, run.installation.storage(), run.settings, folder)
+        sources = QueueSources(dataset, embeddings, report, run.installation.storage(), run.settings, replay, folder)
         with run.installation.engine() as engine:
             queue = fill_queue(run.config, engine, sources, now=run.asked)
         return run.result(

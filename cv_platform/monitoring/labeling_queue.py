@@ -3,8 +3,9 @@
 Each request with a kept upload is in one window of the queue, by the time when it reached the database, which begins
 where the last one ended: what an outage has kept in a spool is in the next. The random share is drawn from all of them
 with a chance that is noted, whatever the other reasons choose: its inverse is the weight of what people say of it in
-`production_metrics`. The other reasons look at `labels.max_candidates` and at what drives the drift report, an upload
-once. Vectors of uploads are not kept, as a deletion is to reach everything.
+`production_metrics`. The other reasons look at `labels.max_candidates`, at what drives the drift report and at what a
+challenger answers otherwise than the champion, an upload once. Vectors of uploads are not kept, as a deletion is to
+reach everything.
 
 Images of a folder that nobody has labelled (`QueueSources.unlabelled`) are a reason of their own. Those that are chosen
 get an upload and a prediction in the log, as labels belong to these.
@@ -28,7 +29,15 @@ from sqlalchemy import Connection, Engine, Text, cast, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from cv_platform.config import ExperimentConfig
-from cv_platform.database.schema import deletions, feedback, images, is_request, labeling_items, predictions
+from cv_platform.database.schema import (
+    deletions,
+    feedback,
+    images,
+    is_request,
+    labeling_items,
+    predictions,
+    shadow_answers,
+)
 from cv_platform.database.uploads import read_images
 from cv_platform.datasets.embeddings import read_embeddings
 from cv_platform.datasets.manifest import read_manifest
@@ -41,7 +50,7 @@ from cv_platform.images.files import format_by_signature
 from cv_platform.monitoring.queue_choice import POOL, RANDOM, choose, novelty, uncertainty
 from cv_platform.monitoring.window import WindowBounds
 from cv_platform.predictions import LABELLER
-from cv_platform.records import DatasetVersion, DriftReport, Embeddings, LabelingQueue
+from cv_platform.records import DatasetVersion, DriftReport, Embeddings, LabelingQueue, Replay
 from cv_platform.serving.log.deletion import DELETION_LOCK
 from cv_platform.serving.model.unknown import UNKNOWN, load_rule
 from cv_platform.settings import Settings
@@ -72,6 +81,7 @@ class QueueSources:
         report: the latest drift report; None without any.
         storage: has the bundles' rules for unknown images.
         settings: `home` keeps vectors and bundles.
+        replay: the latest replay of a challenger; None without any.
         unlabelled: images of a folder that were scored; None without any.
     """
 
@@ -80,6 +90,7 @@ class QueueSources:
     report: DriftReport | None
     storage: CentralStorage
     settings: Settings
+    replay: Replay | None = None
     unlabelled: UnlabelledFolder | None = None
 
     @property
@@ -87,6 +98,12 @@ class QueueSources:
         """How strongly uploads drive the report, by sha256."""
         images = self.report.top_images if self.report else []
         return {image["image_sha256"]: float(image["score"]) for image in images if image["image_sha256"]}
+
+    @property
+    def replayed(self) -> dict[str, float]:
+        """How sure the replayed challenger was of another answer, by upload; without those whose class is stated."""
+        changed = self.replay.changed if self.replay else ()
+        return {one.image_sha256: one.new_confidence for one in changed if one.stated is None}
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,18 @@ def fill_queue(config: ExperimentConfig, engine: Engine, sources: QueueSources, 
     )
     most = max(labels.max_candidates, quotas[RANDOM])
     sample = select(predictions.c.prediction_id).where(inside).order_by(*by_hash).limit(most)
-    is_candidate = predictions.c.prediction_id.in_(sample) | upload.in_(list(sources.driving))
+    disputed = (
+        select(predictions.c.prediction_id)
+        .join(shadow_answers)
+        .where(inside & ~shadow_answers.c.agrees)
+        .order_by(*by_hash)
+        .limit(labels.max_candidates)
+    )
+    is_candidate = (
+        predictions.c.prediction_id.in_(sample)
+        | predictions.c.prediction_id.in_(disputed)
+        | upload.in_([*sources.driving, *sources.replayed])
+    )
     wanted = select(*(predictions.c[name] for name in _COLUMNS)).where(inside & is_candidate).order_by(*by_hash)
     with bounds.snapshot(engine) as connection:
         requests = int(connection.execute(select(func.count()).select_from(predictions).where(inside)).scalar_one())
@@ -225,6 +253,9 @@ def _chosen(
     at = np.array([row_of[sha256] for sha256 in rows["image_sha256"]])
     groups = find_near_copies(thumbnails).sets(len(uploads))[at]
     scores = _scores(config, sources, rows, vectors[at], problems)
+    disputed = {**sources.replayed, **_shadowed(engine, rows)}
+    surest = np.array([disputed.get(sha256, np.nan) for sha256 in rows["image_sha256"]])
+    scores["disagreeing"] = np.where(rows["image_sha256"].duplicated(), np.nan, surest)
     readable = np.isfinite(vectors[at]).all(axis=1)
     quotas = config.labels.quotas()
     for reason in scores.keys() - {RANDOM}:
@@ -290,6 +321,18 @@ def _scores(
         scores[reason] = np.where(first, score, np.nan)
     # They come in the order of a hash: the first of them are a random sample of all.
     return {RANDOM: -np.arange(len(rows), dtype=np.float64), **scores}
+
+
+def _shadowed(engine: Engine, rows: pd.DataFrame) -> dict[str, float]:
+    """Returns how sure a shadow was of another answer than the client was told, by upload."""
+    ids = rows["prediction_id"].tolist()
+    said = (
+        select(predictions.c.image_sha256, shadow_answers.c.probabilities)
+        .join(shadow_answers)
+        .where(predictions.c.prediction_id.in_(ids) & ~shadow_answers.c.agrees)
+    )
+    with engine.connect() as connection:
+        return {str(sha256): float(max(probabilities)) for sha256, probabilities in connection.execute(said)}
 
 
 def _uncertain(config: ExperimentConfig, sources: QueueSources, rows: pd.DataFrame) -> NDArray[np.float64]:

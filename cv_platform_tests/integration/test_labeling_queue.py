@@ -27,11 +27,13 @@ from cv_platform.monitoring.labeling_queue import QueueSources, fill_queue
 from cv_platform.monitoring.labels import collect_labels
 from cv_platform.monitoring.production_metrics import measure_production
 from cv_platform.monitoring.queue_choice import choose, novelty, uncertainty
-from cv_platform.records import BatchScores, LabelingQueue, ModelIdentity
+from cv_platform.probation import ShadowAnswer
+from cv_platform.records import BatchScores, ChangedAnswer, LabelingQueue, ModelIdentity, Replay
 from cv_platform.scoring.rows import scores_schema
 from cv_platform.scoring.unlabelled import UnlabelledImages
 from cv_platform.serving.log.deletion import delete_from_database
 from cv_platform.serving.log.labels import Wish, tasks
+from cv_platform.serving.log.shadow_log import ShadowLog
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.drift_reports import make_report
@@ -39,6 +41,7 @@ from cv_platform_tests.support.labelled_log import NOW, answer, drawing, experim
 from cv_platform_tests.support.tiny_models import tiny_metadata
 
 __all__ = ["home", "origin"]
+NO_OTHERS: dict[str, Any] = {"unknown_share": 0.0, "drift_share": 0.0, "novel_share": 0.0, "disagreeing_share": 0.0}
 
 
 def queue_of(engine: Engine) -> list[Row[Any]]:
@@ -118,6 +121,44 @@ def test_what_an_outage_kept_and_what_drives_the_drift_is_asked_for_too(engine: 
     assert not any(sha256 in names for names in kept), "of uploads, no vectors are kept"
 
 
+def test_what_champion_and_challenger_answer_differently_is_asked_for(engine: Engine, sources: QueueSources) -> None:
+    others = {**NO_OTHERS, "random_share": 0.0, "max_candidates": 2}
+    config = experiment(queue_size=4, **{**others, "disagreeing_share": 0.5})
+    quiet = [answer(engine, drawing("cat", 900 + at)) for at in range(20)]
+    differs, agrees, repeated, stated = (answer(engine, drawing("dog", 930 + at)) for at in range(4))
+    differs_again = answer(engine, drawing("dog", 930))
+    said: dict[str, Any] = {
+        "model_name": "pets",
+        "model_version": "new",
+        "classes": ("dog",),
+        "probabilities": (0.2, 0.8),
+    }
+    said |= {"unknown_score": None, "seconds": 0.01, "answered_on": NOW}
+    shadow = [ShadowAnswer(prediction_id=one, agrees=one == agrees, **said) for one in (differs_again, agrees)]
+    assert ShadowLog(lambda: engine).write(shadow) == 0
+    changed = [
+        ChangedAnswer(
+            prediction_id=str(one),
+            image_sha256=hashlib.sha256(drawing("dog", seed)).hexdigest(),
+            old="cat",
+            old_confidence=0.6,
+            new="dog",
+            new_confidence=0.9,
+            stated=label,
+        )
+        for one, seed, label in ((repeated, 932, None), (stated, 933, "cat"))
+    ]
+    model = ModelIdentity(model_name="pets", version="new")
+    replay = Replay(model=model, champion=None, directory=sources.settings.home, changed=tuple(changed))
+    made = fill(config, engine, replace(sources, replay=replay), 1)
+    assert made.counts["disagreeing"] == 2
+    asked = {item.prediction_id: item.score for item in queue_of(engine) if item.reason == "disagreeing"}
+    assert asked.keys() & {differs, differs_again}, "an upload once, whichever of its requests the shadow saw"
+    assert asked[repeated] == pytest.approx(0.9)
+    assert asked.keys() <= {differs, differs_again, repeated}
+    assert not asked.keys() & {*quiet, agrees, stated}
+
+
 def scored_folder(folder: Path, cats: dict[str, tuple[bytes, float | None]]) -> UnlabelledImages:
     """Writes images and what a model said of them, the share of cats, as `batch_scores` does."""
     metadata = tiny_metadata(model_name="pets", class_names=("cat", "dog"))
@@ -140,7 +181,7 @@ def scored_folder(folder: Path, cats: dict[str, tuple[bytes, float | None]]) -> 
 def test_a_folder_s_unlabelled_images_are_asked_for_once_and_are_no_requests(
     engine: Engine, sources: QueueSources, tmp_path: Path
 ) -> None:
-    others: dict[str, Any] = {"random_share": 0.5, "unknown_share": 0.0, "drift_share": 0.0, "novel_share": 0.0}
+    others: dict[str, Any] = {"random_share": 0.5, **NO_OTHERS}
     config = experiment(queue_size=4, unlabelled_share=0.5, **others)
     doubtful, sure, gone = drawing("dog", 900), drawing("cat", 901), drawing("cat", 902)
     known = (sources.dataset.directory / read_manifest(sources.dataset.manifest_path)["path"].iloc[0]).read_bytes()
@@ -194,7 +235,7 @@ def test_labels_of_random_requests_estimate_the_accuracy_on_all_while_comments_o
     engine: Engine, sources: QueueSources, tmp_path: Path
 ) -> None:
     """Two windows of unlike size and accuracy; all that is labelled besides is what the model got wrong."""
-    config = experiment(queue_size=10, random_share=1.0, unknown_share=0.0, drift_share=0.0, novel_share=0.0)
+    config = experiment(queue_size=10, random_share=1.0, **NO_OTHERS)
     truth: dict[Any, str] = {}
     for window, (count, wrong) in enumerate([(40, 0), (10, 10)]):
         for at in range(count):
@@ -253,9 +294,23 @@ def test_the_uncertain_are_drawn_with_chances_that_go_by_the_cube_of_their_uncer
 
 
 def test_the_reasons_share_the_queue_without_an_image_too_many() -> None:
-    shares: dict[str, Any] = {"random_share": 0.3, "unknown_share": 0.3, "drift_share": 0.3, "novel_share": 0.1}
+    shares: dict[str, Any] = {
+        **NO_OTHERS,
+        "random_share": 0.3,
+        "unknown_share": 0.3,
+        "drift_share": 0.3,
+        "novel_share": 0.1,
+    }
     quotas = experiment(queue_size=5, **shares).labels.quotas()
-    assert quotas == {"random": 1, "unknown": 1, "drift": 1, "novel": 0, "unlabelled": 0, "uncertain": 2}
+    assert quotas == {
+        "random": 1,
+        "unknown": 1,
+        "drift": 1,
+        "novel": 0,
+        "disagreeing": 0,
+        "unlabelled": 0,
+        "uncertain": 2,
+    }
 
 
 def test_scores_are_as_worked_by_hand() -> None:

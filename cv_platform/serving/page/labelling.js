@@ -15,6 +15,7 @@ const REASONS = {
   novel: 'Asked because the dataset has nothing like it.',
   unknown: 'Asked because the model does not know it.',
   drift: 'Asked because it drives the drift report.',
+  disagreeing: 'Asked because champion and challenger disagree.',
   unlabelled: 'Asked because it lies in a folder that nobody has labelled.',
   'second opinion': 'Somebody else has labelled it.',
   'low confidence': 'One of the latest answers of low confidence.',
