@@ -856,7 +856,7 @@ class DriftReport(Record):
         classes: every class, the most significant movement first.
         slices: the requests by API key and by tag, as far as there are enough, the clearest movement first.
         top_images: images that drive the difference, strongest first: prediction_id, created_on, predicted_class,
-            score, image_sha256.
+            score, image_sha256; nearest: image_sha256 and label of the images of the reference that are most like it.
         accuracy_estimate: without labels; not reliable while drift fires.
         feedback_rows: judged requests whose true class somebody stated.
         feedback_accuracy: of those; multi-label: mean accuracy of the single decisions.

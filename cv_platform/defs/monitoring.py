@@ -18,6 +18,7 @@ from cv_platform.records import (
     DriftReport,
     Embeddings,
     LabelingQueue,
+    PackedImages,
     ProductionMetrics,
     Replay,
 )
@@ -68,11 +69,13 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.monitoring.exported_metrics import export_drift
         from cv_platform.monitoring.report import ReportPlace, report_on_service
         from cv_platform.monitoring.sentences import drift_summary
+        from cv_platform.record_store import RecordStore
 
         run = branch.run(context)
         home = run.settings.home
         evidently = run.settings.evidently_url or home / "evidently"
-        place = ReportPlace(run.installation.storage(), evidently, home)
+        packed = RecordStore(home, run.config.name).latest(PackedImages)
+        place = ReportPlace(run.installation.storage(), evidently, home, packed)
         with run.installation.engine() as engine:
             report, reference = report_on_service(
                 run.config, deployment.model, engine=engine, place=place, now=run.asked

@@ -142,18 +142,42 @@ def image_scores(
         InvalidSampleError: the samples cannot be compared.
     """
     require_comparable(reference, current)
+    scores = [
+        _witness(left, right, max_reference_rows=max_reference_rows, seed=(seed, stream))
+        for stream, (left, right) in enumerate(_spaces(reference, current))
+    ]
+    return np.mean(scores, axis=0)
+
+
+def nearest_rows(reference: DriftSample, current: DriftSample, *, count: int) -> NDArray[np.intp]:
+    """Returns for each current image the rows of the reference that are most like it, the nearest first.
+
+    In the spaces of `image_scores`: squared distances, each in units of the median distance between reference rows.
+
+    Returns:
+        `(M, count)`, or fewer columns where the reference has fewer rows.
+
+    Raises:
+        InvalidSampleError: the samples cannot be compared.
+    """
+    require_comparable(reference, current, min_rows=1)
+    distances = np.zeros((len(current), len(reference)))
+    for left, right in _spaces(reference, current):
+        bandwidth = median_bandwidth(left, right) or 1.0
+        for row, image in enumerate(right):
+            distances[row] += np.square((left - image) / bandwidth).sum(axis=1)
+    return np.argsort(distances, axis=1, kind="stable")[:, :count]
+
+
+def _spaces(reference: DriftSample, current: DriftSample) -> tuple[tuple[Float32Matrix, Float32Matrix], ...]:
+    """Returns features, untrained embedding and pixel statistics, these in reference standard deviations."""
     spread = reference.properties.std(axis=0)
     scale = np.where(spread > 0, spread, 1.0).astype(np.float32)
-    pairs = (
+    return (
         (reference.features, current.features),
         (reference.uae, current.uae),
         (reference.properties / scale, current.properties / scale),
     )
-    scores = [
-        _witness(left, right, max_reference_rows=max_reference_rows, seed=(seed, stream))
-        for stream, (left, right) in enumerate(pairs)
-    ]
-    return np.mean(scores, axis=0)
 
 
 def _witness(

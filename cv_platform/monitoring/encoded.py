@@ -33,12 +33,14 @@ class Encoded:
 
     Attributes:
         reference, current: the samples.
+        path: parquet of the reference.
         rows: of the current one, those that have a vector.
         problems: in sentences.
     """
 
     reference: DriftSample
     current: DriftSample
+    path: Path
     rows: int = 0
     problems: tuple[str, ...] = ()
 
@@ -70,7 +72,7 @@ def with_encoded(
     """
     assert window.sample is not None
     if not config.monitor.needs_encoder:
-        return Encoded(reference, window.sample)
+        return Encoded(reference, window.sample, reference_path)
     encoder, monitor = open_encoder(config.encoder, home), config.monitor
 
     def of_uploads(sha256s: Sequence[str | None]) -> NDArray[np.float16]:
@@ -98,7 +100,7 @@ def with_encoded(
             f"The encoder's tests took no part: they have {len(reference.encoded_rows)} images of the reference and "
             f"{rows} of the window. Materialise embeddings, and keep uploads (CV_LOG_IMAGES=all)."
         )
-    return Encoded(reference, current, rows, tuple(problems))
+    return Encoded(reference, current, reference_path, rows, tuple(problems))
 
 
 def _vectors(engine: Engine, encoder: Encoder, sha256s: Sequence[str]) -> dict[str, NDArray[np.float16]]:

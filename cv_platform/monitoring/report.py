@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from cv_platform.config import ClassifierType, ExperimentConfig, MonitorConfig, Threshold
 from cv_platform.database.schema import drift_reports
-from cv_platform.database.uploads import read_feedback, read_images
+from cv_platform.database.uploads import read_feedback
 from cv_platform.drift.accuracy import estimate_accuracy
 from cv_platform.drift.causes import Labelled, find_causes
 from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
@@ -34,16 +34,16 @@ from cv_platform.monitoring.alarm_rate import alarm_level
 from cv_platform.monitoring.encoded import Encoded, with_encoded
 from cv_platform.monitoring.evidently_figures import evidently_run
 from cv_platform.monitoring.evidently_report import delete_run, publish_run
-from cv_platform.monitoring.report_page import render_page, thumbnails
+from cv_platform.monitoring.report_page import render_page
 from cv_platform.monitoring.sentences import drift_summary
+from cv_platform.monitoring.top_images import pictures_of, top_images
 from cv_platform.monitoring.window import Window, WindowBounds, read_window, window_bounds
 from cv_platform.predictions import LABEL, predicted_flags
-from cv_platform.records import DriftReport, ModelIdentity
+from cv_platform.records import DriftReport, ModelIdentity, PackedImages
 from cv_platform.storage import CentralStorage
 
 logger = logging.getLogger(__name__)
 
-TOP_IMAGES = 12
 _MOST_REPEATED = 0.1
 _NAMESPACE = uuid.UUID("0d7a7bb2-6c6e-4b7b-9d83-1b8f2f3f0c55")
 _COLUMNS = ("report_id", "experiment", "window_start_utc", "window_end_utc", "rows", "verdict")
@@ -67,11 +67,13 @@ class ReportPlace:
         storage: where the HTML and JSON go.
         evidently: workspace folder, or URL of a server.
         home: `Settings.home`: for the files until they are in storage, and of the encoder.
+        packed: the images of the reference split, for the page; None: they are not here.
     """
 
     storage: CentralStorage
     evidently: Path | str
     home: Path
+    packed: PackedImages | None = None
 
     @property
     def work_directory(self) -> Path:
@@ -254,7 +256,7 @@ def _with_verdict(
                 named_slices({name: window.rows[name].tolist() for name in SLICE_COLUMNS}),
                 alpha=report.alpha,
             ),
-            "top_images": _top_images(window, scores),
+            "top_images": top_images(window, scores, reference, current, compared.path),
             "accuracy_estimate": estimate,
         }
     )
@@ -274,24 +276,6 @@ def _with_feedback(
     return report.model_copy(update={"feedback_rows": int(known.sum()), "feedback_accuracy": float(np.mean(is_right))})
 
 
-def _top_images(window: Window, scores: np.ndarray) -> list[dict[str, Any]]:
-    """Returns the strongest images, each upload once."""
-    ranked = window.rows.assign(score=scores).sort_values("score", ascending=False, kind="stable")
-    # Without a kept upload, each prediction stands for itself.
-    identity = ranked["image_sha256"].where(ranked["image_sha256"].notna(), ranked["prediction_id"].astype(str))
-    top = ranked[~identity.duplicated()].head(TOP_IMAGES)
-    return [
-        {
-            "prediction_id": str(row["prediction_id"]),
-            "created_on": str(row["created_on"]),
-            "predicted_class": row["predicted_class"],
-            "score": float(row["score"]),
-            "image_sha256": row["image_sha256"],
-        }
-        for _, row in top.iterrows()
-    ]
-
-
 def _publish(
     report: DriftReport,
     engine: Engine,
@@ -303,8 +287,7 @@ def _publish(
 
     Where storage or database refuse, the run already in Evidently is taken away again.
     """
-    wanted = [row["image_sha256"] for row in report.top_images if row["image_sha256"]]
-    pictures, unreadable = thumbnails(read_images(engine, wanted))
+    pictures, unreadable = pictures_of(report, engine, place.packed)
     problems = [*report.problems, *unreadable]
     earlier_run_id = _earlier_run(engine, report.report_id)
     try:

@@ -15,7 +15,7 @@ from cv_platform.monitoring.sentences import SLICE_NAMES, cause_note, stream_not
 from cv_platform.pages import render
 from cv_platform.records import DriftReport
 
-_THUMBNAIL_PX = 160
+PICTURE_PX = 160
 
 
 def thumbnails(uploads: Mapping[str, bytes]) -> tuple[dict[str, str], list[str]]:
@@ -33,7 +33,7 @@ def thumbnails(uploads: Mapping[str, bytes]) -> tuple[dict[str, str], list[str]]
             problems.append(f"Image {sha256[:12]} cannot be shown: {err}")
             continue
         height, width = image.shape[:2]
-        scale = _THUMBNAIL_PX / max(height, width)
+        scale = PICTURE_PX / max(height, width)
         if scale < 1:
             size = (max(1, round(width * scale)), max(1, round(height * scale)))
             image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)

@@ -20,7 +20,14 @@ from cv_platform.audit import AuditLog, Note, this_user
 from cv_platform.cli import main
 from cv_platform.config import ExperimentConfig, MonitorConfig, parse_experiment
 from cv_platform.database.schema import deletions, drift_reports, feedback, images, predictions, upload_vectors
-from cv_platform.drift.reference import ReferenceIdentity, read_reference_labels, write_reference
+from cv_platform.datasets.packing import open_split
+from cv_platform.drift.reference import (
+    ReferenceIdentity,
+    read_identity,
+    read_reference,
+    read_reference_labels,
+    write_reference,
+)
 from cv_platform.drift.sample import DriftSample
 from cv_platform.encoders.embeddings import embed_files
 from cv_platform.encoders.encoder import open_encoder
@@ -34,6 +41,7 @@ from cv_platform.records import DriftReport, ModelIdentity
 from cv_platform.serving.log.deletion import delete_from_database
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.drift_samples import CLASSES, draw_sample
+from cv_platform_tests.support.tiny_training import pack_tiny
 
 START = datetime(2026, 2, 1, tzinfo=UTC)
 NOW = datetime(2026, 2, 8, tzinfo=UTC)
@@ -173,6 +181,31 @@ def test_shifted_requests_are_drift_explained_and_kept_everywhere(installation: 
     runs = list((installation.home / "evidently").glob("*/snapshots/*.json"))
     assert [path.stem for path in runs] == [report.evidently_run_id]
     assert list((installation.home / "cache" / "drift_reports").iterdir()) == []
+
+
+def test_images_that_drive_it_stand_beside_the_most_similar_of_the_reference(
+    installation: Installation, tmp_path: Path
+) -> None:
+    packed, path = pack_tiny(tmp_path), installation.reference_path
+    kept = open_split(packed, "reference").sha256
+    names = [kept[at % len(kept)] for at in range(250)]
+    labels = [f"of {name[:4]}" for name in names]
+    write_reference(
+        path, read_identity(path), read_reference(path), paths=names, sha256=names, labels=labels, predicted=labels
+    )
+    installation.log(draw_sample(np.random.default_rng(2), 150, shift=2.0), upload=True)
+    report = installation.report(packed=packed)
+    uploads = {row["image_sha256"] for row in report.top_images}
+    for row in report.top_images:
+        assert [one["label"] for one in row["nearest"]] == [f"of {one['image_sha256'][:4]}" for one in row["nearest"]]
+        assert len(row["nearest"]) == 3
+    page = Path(report.report_url.removeprefix("file://")).read_text()
+    assert page.count("<img") == len(uploads - {f"{0:064x}"}) + 36, "all but the upload that does not decode"
+    assert "not here" not in page
+    (packed.directory / "packed.json").unlink()
+    page = Path(installation.report(packed=packed).report_url.removeprefix("file://")).read_text()
+    assert page.count("not here") == 36
+    assert "Images of the reference cannot be shown: Expected a pack" in page
 
 
 def test_requests_class_by_class_are_no_drift_and_no_alarm(installation: Installation) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
+from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores, nearest_rows
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.verdict import DriftVerdict, judge
 from cv_platform.predictions import predicted_flags
@@ -113,6 +115,18 @@ def test_scores_follow_their_images() -> None:
         scores[order],
         atol=100 * np.finfo(np.float32).eps * np.abs(scores).max(),
     )
+
+
+def test_the_nearest_reference_rows_are_those_that_an_image_is_like_in_all_spaces() -> None:
+    reference = draw_sample(np.random.default_rng(7), 60)
+    nearest = nearest_rows(reference, reference.take(np.array([5, 17])), count=3)
+    assert nearest.shape == (2, 3)
+    assert nearest[:, 0].tolist() == [5, 17]
+    # By hand: distances of 1, 2 and 3 in one space and none in the others.
+    flat = DriftSample(*(np.full((3, width), 0.5, np.float32) for width in (2, 1, 1, 7)))
+    line = dataclasses.replace(flat, features=np.array([[3.0], [1.0], [2.0]], np.float32))
+    origin = dataclasses.replace(flat, features=np.zeros((3, 1), np.float32)).take(np.array([0]))
+    assert nearest_rows(line, origin, count=9).tolist() == [[1, 2, 0]]
 
 
 def test_scores_of_samples_without_variation_are_zero() -> None:
