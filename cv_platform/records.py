@@ -486,6 +486,11 @@ class DriftDetectors(Record):
         """The encoder."""
         return self.directory / f"{self.model.model_name}_uae.keras"
 
+    @property
+    def plot_path(self) -> Path:
+        """`detection` as a picture, an SVG; records of earlier versions have none."""
+        return self.directory / "detection.svg"
+
 
 # reference_data
 

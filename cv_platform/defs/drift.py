@@ -53,6 +53,7 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
             "encoder": file_link(detectors.uae_path),
             **detectors.model_dump(include={"encoder_hash", "uae_dims", "feature_dims"}),
             **false,  # Numbers of their own are what the page plots over time.
+            "detection_by_window_size": file_link(detectors.plot_path),
             "detection": table([row.model_dump() for row in detectors.detection]),
         }
         found = detectors.detection

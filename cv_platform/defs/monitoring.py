@@ -15,6 +15,7 @@ from cv_platform.records import (
     BatchScores,
     DatasetVersion,
     Deployment,
+    DriftDetectors,
     DriftReport,
     Embeddings,
     LabelingQueue,
@@ -74,8 +75,9 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         run = branch.run(context)
         home = run.settings.home
         evidently = run.settings.evidently_url or home / "evidently"
-        packed = RecordStore(home, run.config.name).latest(PackedImages)
-        place = ReportPlace(run.installation.storage(), evidently, home, packed)
+        records = RecordStore(home, run.config.name)
+        shown = records.latest(PackedImages), records.latest(DriftDetectors)
+        place = ReportPlace(run.installation.storage(), evidently, home, *shown)
         with run.installation.engine() as engine:
             report, reference = report_on_service(
                 run.config, deployment.model, engine=engine, place=place, now=run.asked

@@ -22,6 +22,7 @@ from cv_platform.config import ExperimentConfig
 from cv_platform.drift.encoders import build_uae, encoder_hash
 from cv_platform.drift.extraction import extract
 from cv_platform.drift.power import UNCHANGED, detection_rates
+from cv_platform.drift.power_plot import save_power
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.drift.scipy_tests import binomial_quantile
 from cv_platform.encoders.encoder import Encoder, open_encoder
@@ -111,7 +112,7 @@ def build_detectors(
         shifted |= _without_a_class(test, samples[0], monitor.seed)
     detection = detection_rates(reference, shifted, alpha=monitor.alpha, seed=monitor.seed, detectors=monitor.detectors)
     logger.info("%s", false_alarm_summary(detection, monitor.alpha))
-    return DriftDetectors(
+    detectors = DriftDetectors(
         model=trained.model,
         directory=trained.directory,
         encoder_hash=encoder_hash(encoder),
@@ -119,6 +120,8 @@ def build_detectors(
         feature_dims=reference.features.shape[1],
         detection=detection,
     )
+    save_power(detectors.plot_path, detection, monitor.alpha)
+    return detectors
 
 
 @dataclass(frozen=True)

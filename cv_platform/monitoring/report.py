@@ -39,7 +39,7 @@ from cv_platform.monitoring.sentences import drift_summary
 from cv_platform.monitoring.top_images import pictures_of, top_images
 from cv_platform.monitoring.window import Window, WindowBounds, read_window, window_bounds
 from cv_platform.predictions import LABEL, predicted_flags
-from cv_platform.records import DriftReport, ModelIdentity, PackedImages
+from cv_platform.records import DriftDetectors, DriftReport, ModelIdentity, PackedImages
 from cv_platform.storage import CentralStorage
 
 logger = logging.getLogger(__name__)
@@ -68,12 +68,14 @@ class ReportPlace:
         evidently: workspace folder, or URL of a server.
         home: `Settings.home`: for the files until they are in storage, and of the encoder.
         packed: the images of the reference split, for the page; None: they are not here.
+        detectors: the latest; those of the model that is reported on show what the verdict notices.
     """
 
     storage: CentralStorage
     evidently: Path | str
     home: Path
     packed: PackedImages | None = None
+    detectors: DriftDetectors | None = None
 
     @property
     def work_directory(self) -> Path:
@@ -320,7 +322,9 @@ def _keep(
     place.work_directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.work_directory) as folder:
         directory = Path(folder)
-        (directory / "report.html").write_text(render_page(report, pictures), encoding="utf-8")
+        detectors = place.detectors
+        power = detectors.plot_path if detectors and detectors.model == report.model else None
+        (directory / "report.html").write_text(render_page(report, pictures, power), encoding="utf-8")
         (directory / "report.json").write_text(report.local_json(), encoding="utf-8")
         url = place.storage.publish_report(report.experiment, report.report_id, directory)
     report = report.model_copy(update={"report_url": f"{url}/report.html"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -42,13 +43,15 @@ def thumbnails(uploads: Mapping[str, bytes]) -> tuple[dict[str, str], list[str]]
     return pictures, problems
 
 
-def render_page(report: DriftReport, pictures: Mapping[str, str]) -> str:
+def render_page(report: DriftReport, pictures: Mapping[str, str], power: Path | None = None) -> str:
     """Returns the report as HTML.
 
     Args:
         report: the report.
         pictures: data URL by sha256, for those of its top images that were kept.
+        power: SVG of how often windows are noticed; None, or gone: it is left out.
     """
+    svg = power.read_bytes() if power and power.exists() else None
     return render(
         "monitoring/report.html",
         title=f"{report.experiment}: drift report",
@@ -58,6 +61,7 @@ def render_page(report: DriftReport, pictures: Mapping[str, str]) -> str:
         detectors=_detectors(report),
         slice_names=SLICE_NAMES,
         pictures=pictures,
+        power=f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" if svg else None,
     )
 
 

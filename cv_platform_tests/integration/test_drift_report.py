@@ -37,7 +37,7 @@ from cv_platform.monitoring.accept import accept_window, current_normal, find_re
 from cv_platform.monitoring.episodes import open_episode, what_changed
 from cv_platform.monitoring.report import ReportPlace, make_drift_report
 from cv_platform.monitoring.sentences import drift_summary
-from cv_platform.records import DriftReport, ModelIdentity
+from cv_platform.records import DriftDetectors, DriftReport, ModelIdentity
 from cv_platform.serving.log.deletion import delete_from_database
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.drift_samples import CLASSES, draw_sample
@@ -194,16 +194,29 @@ def test_images_that_drive_it_stand_beside_the_most_similar_of_the_reference(
         path, read_identity(path), read_reference(path), paths=names, sha256=names, labels=labels, predicted=labels
     )
     installation.log(draw_sample(np.random.default_rng(2), 150, shift=2.0), upload=True)
-    report = installation.report(packed=packed)
+    detectors = DriftDetectors(
+        model=ModelIdentity(model_name="insects", version=VERSION),
+        directory=tmp_path / "insects",
+        encoder_hash="0" * 16,
+        uae_dims=6,
+        feature_dims=12,
+    )
+    detectors.plot_path.parent.mkdir()
+    detectors.plot_path.write_text("<svg/>")
+    report = installation.report(packed=packed, detectors=detectors)
     uploads = {row["image_sha256"] for row in report.top_images}
     for row in report.top_images:
         assert [one["label"] for one in row["nearest"]] == [f"of {one['image_sha256'][:4]}" for one in row["nearest"]]
         assert len(row["nearest"]) == 3
     page = Path(report.report_url.removeprefix("file://")).read_text()
-    assert page.count("<img") == len(uploads - {f"{0:064x}"}) + 36, "all but the upload that does not decode"
+    assert page.count("<img") == len(uploads - {f"{0:064x}"}) + 36 + 1, "all but the upload that does not decode"
+    assert "What a window of 150 images can show" in page
     assert "not here" not in page
     (packed.directory / "packed.json").unlink()
-    page = Path(installation.report(packed=packed).report_url.removeprefix("file://")).read_text()
+    other = detectors.model_copy(update={"model": ModelIdentity(model_name="insects", version="another")})
+    report = installation.report(packed=packed, detectors=other)
+    page = Path(report.report_url.removeprefix("file://")).read_text()
+    assert "can show" not in page, "what another version's detectors notice"
     assert page.count("not here") == 36
     assert "Images of the reference cannot be shown: Expected a pack" in page
 

@@ -60,7 +60,11 @@ def reference(shared_model: TrainedModel, detectors: DriftDetectors, config: Exp
 def test_the_encoder_is_saved_complete_beside_the_model(trained: TrainedModel, config: ExperimentConfig) -> None:
     made = build_detectors(trained, make_split(20), make_split(20), config, home=trained.directory.parent)
     assert made.uae_path.name == f"{MODEL_NAME}_uae.keras"
-    assert {path.name for path in trained.directory.iterdir()} == {made.uae_path.name, trained.keras_path.name}
+    assert {path.name for path in trained.directory.iterdir()} == {
+        made.uae_path.name,
+        made.plot_path.name,
+        trained.keras_path.name,
+    }
     assert (made.model, made.uae_dims, made.feature_dims) == (trained.model, 6, 5)
 
 
@@ -91,6 +95,7 @@ def test_too_few_images_of_either_split_have_no_false_alarm_rate(
 ) -> None:
     few, enough = make_split(39), make_split(40)
     assert build_detectors(trained, few, enough, config, home=trained.directory.parent).detection == ()
+    assert build_detectors(trained, few, enough, config, home=trained.directory.parent).plot_path.exists()
     assert build_detectors(trained, enough, few, config, home=trained.directory.parent).detection == ()
     assert not is_calibrated((), 0.05)
     assert false_alarm_summary((), 0.05).startswith("Not measured: at least 40 images are needed in the test split")
