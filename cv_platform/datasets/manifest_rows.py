@@ -6,7 +6,7 @@ Imports little, as each of them does it anew.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,6 +47,8 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 
+_INSPECTED = tuple(one.name for one in fields(Inspected))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -78,7 +80,10 @@ class Part:
         for entry, file in zip(self.entries, files, strict=True):
             unknown = [label for label in entry.labels if label not in self.classes]
             status, reason = judge(file, unknown, self.dataset.quarantine)
-            row = asdict(file) | {"path": f"{self.data_path}/{entry.path}", "labels": entry.labels}
+            row: dict[str, object] = {name: getattr(file, name) for name in _INSPECTED} | {
+                "path": f"{self.data_path}/{entry.path}",
+                "labels": entry.labels,
+            }
             row |= {"group": entry.group, "status": status, "reason": reason, "is_readable": file.problem is None}
             rows.append(row | ({"split": entry.split, "split_origin": GIVEN} if status == "used" else {}))
         return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)

@@ -78,8 +78,8 @@ class NearCopies:
 
 def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Returns `(32, 32)` uint8 grey levels of `(H, W, 3)` uint8 RGB: what near-copies have in common."""
-    small = resize(pixels, (THUMBNAIL_PX, THUMBNAIL_PX))
-    return np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), dtype=np.uint8)
+    # Grey first: there is a third to resize, and the levels are the same but for rounding.
+    return resize(np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), dtype=np.uint8), (THUMBNAIL_PX, THUMBNAIL_PX))
 
 
 @one_blas_thread()

@@ -41,7 +41,14 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import EmptyImageError, ImageTooLargeError, TruncatedImageError, UnsupportedImageError
-from cv_platform.images.decoders import DAMAGES, OTHER_BREAKS, decode_jpeg, decode_with_opencv, decode_with_pillow
+from cv_platform.images.decoders import (
+    DAMAGES,
+    OTHER_BREAKS,
+    decode_jpeg,
+    decode_sound_jpeg,
+    decode_with_opencv,
+    decode_with_pillow,
+)
 from cv_platform.images.files import (
     SUPPORTED_FORMATS,
     TILE_LENGTH,
@@ -49,6 +56,7 @@ from cv_platform.images.files import (
     GifStream,
     essential_png,
     format_by_signature,
+    plain_jpeg_header,
     refuse_costly_jpeg,
     refuse_costly_png,
     refuse_patient_tiff,
@@ -185,6 +193,8 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREP
     """
     if version not in KNOWN_VERSIONS:
         raise ValueError(f"Expected one of the versions {KNOWN_VERSIONS}. Received: {version}.")
+    if (plain := _read_plain_jpeg(data, max_pixels)) is not None:
+        return plain
     with _open(data) as picture:
         image_format, height_px, width_px = _judge(picture, data, max_pixels)
         refuse_truncated(data, image_format)
@@ -198,6 +208,22 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREP
     if pixels.shape[:2] != (-(-height_px // reduction), -(-width_px // reduction)):
         height_px, width_px = width_px, height_px
     return DecodedImage(image_format, pixels, height_px, width_px, bits, damage, channels, orientation)
+
+
+def _read_plain_jpeg(data: bytes, max_pixels: int) -> DecodedImage | None:
+    """Reads a whole JPEG of a plain header, without Pillow, which would say the same and take a tenth of the time.
+
+    None: it is another file, or there is something to say of it: damage, EXIF, a size.
+    """
+    if not data.startswith(b"\xff\xd8\xff") or (header := plain_jpeg_header(data)) is None:
+        return None
+    height_px, width_px, channels = header
+    if not 1 <= height_px * width_px <= min(max_pixels, MAX_PIXELS) or max(height_px, width_px) > MAX_SIDE_PX:
+        return None
+    refuse_costly_jpeg(data)
+    if (pixels := decode_sound_jpeg(data)) is None or pixels.shape != (height_px, width_px, 3):
+        return None
+    return DecodedImage("JPEG", pixels, height_px, width_px, 8, None, channels, 1)
 
 
 def _decode(

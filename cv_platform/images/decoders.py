@@ -49,6 +49,14 @@ if hasattr(_pillow := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):
     _pillow.TIFFSetErrorHandler(None)
 
 
+def decode_sound_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+    """Decodes a JPEG to RGB; None: its end is missing, or its decoder has something to say."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB") if has_jpeg_end(data) else None
+    except (ValueError, KeyError):
+        return None
+
+
 def decode_jpeg(
     picture: ImageFile.ImageFile, data: bytes, reduction: int
 ) -> tuple[NDArray[np.uint8], str | None] | None:
@@ -82,7 +90,9 @@ def decode_jpeg(
             pixels = simplejpeg.decode_jpeg(data, **options)
         except ValueError as err:
             damage = f"its decoder goes on after: {err}"
-            pixels = simplejpeg.decode_jpeg(data, strict=False, **options)
+            # Black where it stops: simplejpeg would leave what the memory held before.
+            shape = (options["min_height"], options["min_width"], len(options["colorspace"]))
+            pixels = simplejpeg.decode_jpeg(data, strict=False, buffer=np.zeros(shape, np.uint8), **options)
     except (ValueError, KeyError):  # A KeyError for a rare subsampling.
         return None
     if not has_end:

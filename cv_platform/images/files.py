@@ -60,6 +60,11 @@ _TIFF_COMPRESSIONS = {
 """Those whose decoder ends at the first damage. One for fax pages goes on, and tells stderr of every row."""
 _BARE_JPEG_MARKERS = frozenset({0x00, 0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
 """Those that no length follows, or that Pillow treats so."""
+_PLAIN_FRAMES = frozenset({b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"})
+"""Baseline, extended and progressive, compressed by Huffman's code."""
+_PLAIN_MARKERS = frozenset({b"\xff\xe0", b"\xff\xdb", b"\xff\xc4", b"\xff\xdd", b"\xff\xfe"})
+"""JFIF's, tables, the interval of restarts, a comment."""
+_PLAIN_SEGMENTS = 32
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """What ends a run of compressed data: neither an escaped 0xFF, nor a restart, nor padding."""
 
@@ -110,6 +115,28 @@ def no_end(data: bytes, image_format: str) -> TruncatedImageError:
         f"Expected a complete {image_format}. Received: {len(data)} bytes without its end, or damaged on the way. "
         "Send the file again."
     )
+
+
+def plain_jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """Returns height, width and components of a JPEG whose header holds what its pixels need, and no more.
+
+    None: there is something else in it, as EXIF, another colour space or a preview, or it is not whole.
+    """
+    at, found = 2, None
+    for _ in range(_PLAIN_SEGMENTS):
+        marker, end = data[at : at + 2], _next_jpeg_segment(data, at) if at + 4 <= len(data) else len(data) + 1
+        if end > len(data):
+            return None
+        if marker == b"\xff\xda":
+            return found
+        if marker in _PLAIN_FRAMES and found is None and end >= at + 10 and data[at + 4] == 8:
+            found = struct.unpack_from(">HHB", data, at + 5)
+            if found[2] not in {1, 3}:
+                return None
+        elif marker not in _PLAIN_MARKERS:
+            return None
+        at = end
+    return None
 
 
 def has_jpeg_end(data: bytes) -> bool:

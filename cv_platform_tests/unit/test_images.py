@@ -774,9 +774,77 @@ def test_decoding_reads_the_header_once(image_format: str, monkeypatch: pytest.M
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(1) or original(*args, **options))
     found = images.read_image(data)
-    assert (found.format, len(opened)) == (image_format, 1)
+    # Of a JPEG with nothing in its header but what its pixels need, Pillow knows nothing more.
+    assert (found.format, len(opened)) == (image_format, int(image_format != "JPEG"))
     assert (found.height_px, found.width_px, found.sample_bits, found.damage) == (60, 80, 8, None)
     np.testing.assert_array_equal(found.pixels, images.decode(data))
+
+
+def read_or_error(data: bytes, **options: Any) -> tuple[Any, ...]:
+    """What `read_image` says, by fields, or the type of its error."""
+    try:
+        found = images.read_image(data, **options)
+    except ImageError as err:
+        return (type(err).__name__,)
+    fields = (found.format, found.height_px, found.width_px, found.sample_bits, found.channels, found.orientation)
+    return (*fields, found.damage, found.pixels.shape, found.pixels.tobytes())
+
+
+PLAIN = {
+    "baseline": {},
+    "all the colours": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "a comment": {"comment": b"by hand"},
+    "grey": {},
+    "with EXIF": {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
+    "CMYK": {},
+}
+OTHERS = {"with EXIF", "CMYK"}
+
+
+def jpeg_of_kind(kind: str) -> bytes:
+    picture = Image.fromarray(scene(20, 32)).convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
+    return encode("JPEG", picture, quality=90, **PLAIN[kind])
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_plain_jpeg_is_read_without_pillow_and_as_with_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg_of_kind(kind)
+    assert (image_files.plain_jpeg_header(data) is None) == (kind in OTHERS)
+    found = read_or_error(data)
+    monkeypatch.setattr(images, "plain_jpeg_header", lambda data: None)
+    assert found == read_or_error(data)
+
+
+@given(
+    kind=st.sampled_from(sorted(PLAIN)),
+    damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3),
+    kept=st.one_of(st.just(1.0), st.floats(0.02, 1.0)),
+    max_pixels=st.sampled_from([600, 10_000]),
+)
+def test_a_damaged_jpeg_is_judged_without_pillow_as_with_it(
+    kind: str, damage: list[tuple[float, int]], kept: float, max_pixels: int
+) -> None:
+    data = bytearray(jpeg_of_kind(kind))
+    for place, value in damage:
+        data[int(place * (len(data) - 1))] = value
+    data = bytes(data[: int(len(data) * kept)])
+    found = read_or_error(data, max_pixels=max_pixels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "plain_jpeg_header", lambda data: None)
+        assert found == read_or_error(data, max_pixels=max_pixels)
+
+
+def test_what_a_decoder_did_not_reach_is_black_and_not_what_the_memory_held() -> None:
+    data = jpeg_of_kind("progressive")
+    scan = data.index(b"\xff\xda")
+    damaged = data[: scan + 16] + b"\xff" + data[scan + 17 :]  # A marker that no decoder knows, in the first scan.
+    held = [np.full((20, 32, 3), 93, np.uint8) for _ in range(50)]
+    del held
+    found = images.read_image(damaged)
+    assert found.damage is not None
+    assert not found.pixels.any()
 
 
 def test_errors_carry_their_http_status() -> None:
