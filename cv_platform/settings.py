@@ -95,6 +95,13 @@ class Settings(BaseModel):
         examples=["s3://bucket/prefix"],
         description="Central storage: a folder, or `s3://bucket/prefix` (extra `s3`). By default `$CV_HOME/storage`.",
     )
+    share_packs: bool = Field(
+        default=False,
+        validation_alias="CV_SHARE_PACKS",
+        description="Packed images are published to `CV_STORAGE` (below `shards/`), and taken from there if another "
+        "installation has made them: the index at once, a shard when it is first used, and verified then. In a folder "
+        "they are read where they lie. `cv-platform gc` leaves them alone.",
+    )
     dagster_home: Folder = Field(
         validation_alias="DAGSTER_HOME",
         default_factory=lambda data: data["home"] / "dagster",

@@ -29,6 +29,14 @@ from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.shards.pixels import Encoding, PackForm
 from cv_platform.datasets.shards.reading import Images, ShardedImages, find_damage, note_verified
+from cv_platform.datasets.shards.sharing import (
+    absent_shards,
+    bring_shards,
+    drop_shard,
+    is_still_shared,
+    publish_pack,
+    take_pack,
+)
 from cv_platform.datasets.shards.writing import Rows, remove_seals, write_shards
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError, VerdictError
@@ -97,8 +105,11 @@ def pack_images(
     uint8_budget_bytes: int = _UINT8_BUDGET_BYTES,
     engine: Engine | None = None,
     pack_scale: float = 1.0,
+    shared_in: str | None = None,
 ) -> PackedImages:
     """Decodes the readable images that are not quarantined, or returns the pack that has them already.
+
+    A pack that central storage has is taken from there, its shards when they are first used.
 
     Args:
         version: the checkout.
@@ -109,12 +120,14 @@ def pack_images(
         uint8_budget_bytes: a larger training split is kept as JPEG; what judges a model stays as the service sees it.
         engine: who decodes; None: processes of this machine.
         pack_scale: of the training split, see `train.pack_scale`; what judges a model stays as the service sees it.
+        shared_in: URL of central storage, that gives and gets packs; None: packs are this installation's own.
 
     Raises:
         InvalidDatasetError: nothing is left to train on, quarantined paths are not in the manifest, or a file is not
             the one that the manifest describes.
         DiskSpaceError: there is not enough disk space.
         ShardError: an image ends each process that decodes it.
+        StorageError: packs are shared, and central storage cannot be reached or written.
     """
     manifest = read_manifest(version.manifest_path)
     unknown = sorted(set(quarantined) - set(manifest["path"]))
@@ -137,7 +150,12 @@ def pack_images(
     key = _key(manifest, model, forms, quarantined, encodings)
     directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{key}"
     with exclusive(directory.parent / f".{directory.name}.lock"):
-        facts = _intact(directory) or _pack(version, model, usable, (forms, encodings), directory, spare_bytes, engine)
+        facts = _intact(directory)
+        if not facts and shared_in and take_pack(directory, shared_in):
+            facts = _intact(directory)
+        facts = facts or _pack(version, model, usable, (forms, encodings), directory, spare_bytes, engine)
+        if shared_in:
+            publish_pack(directory, [*_read_marker(directory)["files"], _MARKER], shared_in)
     task = Task(
         image_size=model.image_size,
         preprocessing_hash=preprocessing_hash(model.image_size, framing=model.resize),
@@ -158,7 +176,8 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
 
     Raises:
         VerdictError: the model was trained with another pack.
-        DatasetError: the pack is incomplete; materialising packed_images makes it again.
+        DatasetError: the pack is incomplete, and materialising packed_images makes it again; or it was taken from
+            central storage, which cannot be reached or has other bytes.
     """
     if beside is not None and beside.pack != packed.directory.name:
         raise VerdictError(
@@ -171,7 +190,9 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
     try:
         marker = _read_marker(directory)
         files = {name: entry for name, entry in marker["files"].items() if name.startswith((f"{split}.", f"{split}-"))}
+        bring_shards(directory, files)
         if damaged := find_damage(directory, files):
+            drop_shard(directory, damaged)
             raise ValueError(f"{damaged} is not the file that was written")
         rows = pq.read_table(directory / f"{split}.rows.parquet")
         shards = marker["shards"][split]
@@ -236,7 +257,11 @@ def _intact(directory: Path) -> dict[str, Any] | None:
     try:
         marker = _read_marker(directory)
         facts = {name: marker["packed"][name] for name in _FACTS}
-        if damaged := find_damage(directory, marker["files"]):
+        absent = absent_shards(directory, marker["files"])
+        if absent and not is_still_shared(directory):
+            logger.warning("Central storage has no shards of %s any more; packing again", directory)
+            return None
+        if damaged := find_damage(directory, {name: it for name, it in marker["files"].items() if name not in absent}):
             logger.warning("%s in %s is damaged; packing again", damaged, directory)
             return None
     except FileNotFoundError:

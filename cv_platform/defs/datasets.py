@@ -139,6 +139,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             uint8_budget_bytes=run.config.dataset.packed_uint8_bytes,
             engine=run.engine,
             pack_scale=run.config.train.pack_scale,
+            shared_in=run.settings.storage_url if run.settings.share_packs else None,
         )
         expected, found = _usable(dataset, verdict), {split: n for split, n in packed.counts.items() if n}
         metadata = {

@@ -9,6 +9,8 @@ A pack's folder has
     packed.json           the index, written last: shape, shards, sizes and sha256 of the files above
     verified.json         which of them were found to be those, by size, time and inode, and need no hashing again
 
+A pack of another machine, taken from central storage (`sharing`), has `origin.json`, and a shard when it is first used.
+
 Only what was written whole has its name in the index. Shards of a killed packing stay in its unfinished folder and are
 taken over by the next one. Importing this package is cheap, as each process that decodes does it.
 """
