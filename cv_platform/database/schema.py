@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 FOLDER = "folder"
 """`predictions.client` of what nobody sent: an image of `score.source` that people are asked to label."""
-SCHEMA_REVISION = "0008"
+SCHEMA_REVISION = "0009"
 """Newest migration. It is written here too because the service checks it without importing Alembic."""
 
 metadata = MetaData(
@@ -56,6 +56,7 @@ images = Table(
     Column("bytes", Integer, nullable=False),
     Column("media_type", Text, nullable=False),
     _created_on(),
+    Index(None, "created_on"),
     comment="One upload, kept once however often it was sent",
 )
 
