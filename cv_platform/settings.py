@@ -99,8 +99,8 @@ class Settings(BaseModel):
         default=False,
         validation_alias="CV_SHARE_PACKS",
         description="Packed images are published to `CV_STORAGE`, in its folder shards, and taken from there if "
-        "another installation has made them: the index at once, a shard when it is first used, and verified then. In a folder "
-        "they are read where they lie. `cv-platform gc` leaves them alone.",
+        "another installation has made them: the index at once, a shard when it is first used, and verified then. In "
+        "a folder they are read where they lie. `cv-platform gc` leaves them alone.",
     )
     dagster_home: Folder = Field(
         validation_alias="DAGSTER_HOME",
