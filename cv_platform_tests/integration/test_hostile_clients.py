@@ -473,3 +473,15 @@ def test_pipelined_requests_are_answered_in_their_order(served: ServedApp) -> No
         )
         answers = read_until(connection, b"There is nothing at")
     assert re.findall(rb"HTTP/1\.1 (\d{3}) ", answers) == [b"200", b"200", b"404"]
+
+
+def test_who_says_to_speak_for_others_is_not_believed_on_this_machine_either() -> None:
+    files = {"file": ("image.png", PICTURE, "image/png")}
+    with serve_app({}, CV_RATE_LIMIT_PER_MINUTE="1") as served:
+        statuses = [
+            httpx.post(
+                f"{served.url}/predict", files=files, headers={"X-Forwarded-For": f"192.0.2.{number}"}
+            ).status_code
+            for number in range(2)
+        ]
+    assert statuses == [200, 429]

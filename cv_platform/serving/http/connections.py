@@ -20,6 +20,7 @@ from typing import Any
 
 import h11
 from uvicorn import config as uvicorn_config
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -42,6 +43,9 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        # Uvicorn believes the X-Forwarded-For of whoever is on this machine; who believes whom is `Guard`'s affair.
+        if isinstance(self.app, ProxyHeadersMiddleware):
+            self.app = self.app.app
         # Else a connection whose client asks for websockets goes to a protocol without bounds.
         self.ws_protocol_class = None
         self._deadline: asyncio.TimerHandle | None = None
