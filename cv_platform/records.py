@@ -819,12 +819,12 @@ class DriftCauses(Value):
 ReportVerdict = Literal["drift", "no drift", "insufficient data"]
 
 
-SliceColumn = Literal["client", "tag"]
-"""Of the request log: the API key that a request came with, or the tag that the client gave it."""
+SliceColumn = Literal["client", "tag", "network"]
+"""Of the request log: the API key of a request, the tag that the client gave it, or the client's network."""
 
 
 class MovedSlice(Value):
-    """The requests of one API key or tag beside the reference, see `drift.slices`."""
+    """The requests of one API key, tag or network beside the reference, see `drift.slices`."""
 
     column: SliceColumn
     value: str
@@ -859,7 +859,7 @@ class DriftReport(Record):
         drifted_detectors: those that fired, clearest first.
         causes: what explains drift; None without it, and for several labels an image.
         classes: every class, the most significant movement first.
-        slices: the requests by API key and by tag, as far as there are enough, the clearest movement first.
+        slices: the requests by API key, tag and network, as far as there are enough, the clearest movement first.
         top_images: images that drive the difference, strongest first: prediction_id, created_on, predicted_class,
             score, image_sha256; nearest: image_sha256 and label of the images of the reference that are most like it.
         accuracy_estimate: without labels; not reliable while drift fires.
@@ -930,7 +930,7 @@ FeedbackVerdict = Literal[
 
 
 class SliceAccuracy(Value):
-    """What people said of the predictions of one API key or tag, beside the others of the version."""
+    """What people said of the predictions of one API key, tag or network, beside the others of the version."""
 
     column: SliceColumn
     value: str
@@ -969,7 +969,7 @@ class VersionMetrics(Value):
         estimated_share: of all predictions of the window that are right, as estimated from those by their inverse
             chances; None without any.
         estimated_interval: of that, at level 1 − alpha.
-        slices: by API key and by tag, as far as there is enough feedback, the clearest loss first.
+        slices: by API key, tag and network, as far as there is enough feedback, the clearest loss first.
     """
 
     model_version: str

@@ -6,6 +6,7 @@ are `config`'s part. `reference` writes `.env.example` and a page of the documen
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -237,6 +238,14 @@ class Settings(BaseModel):
         validation_alias="CV_RATE_LIMIT_PER_MINUTE",
         description="Images per minute of each API key; more get 429. By default there is no limit.",
     )
+    trusted_proxies: Annotated[tuple[str, ...], Listed] = Field(
+        default=(),
+        validation_alias="CV_TRUSTED_PROXIES",
+        examples=["172.16.0.0/12"],
+        description="Comma-separated addresses or networks of proxies whose `X-Real-IP` is the client's address. Then "
+        "the client's network, its /24 (IPv4) or /48 (IPv6) and never the address, is in the request log, for drift "
+        "and accuracy by part of the traffic. By default nobody is believed, and no network is kept.",
+    )
     allowed_hosts: Annotated[tuple[str, ...], Listed] = Field(
         default=(),
         validation_alias="CV_ALLOWED_HOSTS",
@@ -332,6 +341,16 @@ class Settings(BaseModel):
                     f"Expected origins such as https://app.example.org, without a path. Received: {origin}"
                 )
         return tuple(origin.lower() for origin in origins)
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as err:
+                raise ValueError(f"Expected addresses or networks such as 172.16.0.0/12. Received: {err}") from err
+        return proxies
 
     @field_validator("labeller_keys")
     @classmethod

@@ -88,6 +88,7 @@ predictions = Table(
     Column("hm_width", Integer),
     Column("client", Text, comment="8 hex digits of the SHA-256 of the API key that it came with"),
     Column("tag", Text, comment="where the client says that the image is from"),
+    Column("network", Text, comment="of the client, as a trusted proxy tells: its /24 or /48, never an address"),
     _created_on(),
     Column(
         "logged_on",

@@ -1,4 +1,4 @@
-"""Which part of a window has moved: the requests of one API key or of one tag, each compared with the reference.
+"""Which part of a window has moved: the requests of one API key, tag or network, each compared with the reference.
 
 It explains a verdict, and never makes one. The parts that have most requests are looked at, a bounded number however
 many names clients think of, and the p-values are corrected for how many that were.
@@ -17,7 +17,7 @@ from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.two_sample import holm
 from cv_platform.records import MovedSlice, SliceColumn
 
-SLICE_COLUMNS: tuple[SliceColumn, ...] = ("client", "tag")
+SLICE_COLUMNS: tuple[SliceColumn, ...] = ("client", "tag", "network")
 FEWEST_ROWS = 20
 MOST_SLICES = 10
 """Of one column."""
@@ -34,7 +34,7 @@ def frequent(counts: Counter[str], total: int) -> list[str]:
 
 
 def named_slices(columns: Mapping[SliceColumn, Sequence[str | None]]) -> Slices:
-    """Returns which rows each frequent API key and tag has, from the values of the rows."""
+    """Returns which rows each frequent API key, tag and network has, from the values of the rows."""
     found: Slices = {}
     for column, values in columns.items():
         for value in frequent(Counter(one for one in values if one), len(values)):

@@ -247,7 +247,7 @@ def _measure(
 
 
 def _slices(statements: pd.DataFrame, alpha: float) -> tuple[SliceAccuracy, ...]:
-    """Compares the share of right predictions by API key and by tag with that of all others, by Fisher's exact test."""
+    """Compares the share of right predictions of each part of the traffic with that of all others, by Fisher's test."""
     rows, right = int(statements["count"].sum()), int(statements["right"].sum())
     counted: dict[tuple[SliceColumn, str], tuple[int, int]] = {}
     for column in SLICE_COLUMNS:

@@ -6,7 +6,7 @@ from typing import Any
 
 from cv_platform.records import DriftCauses, DriftReport, EffectSizes, ProductionMetrics, VersionMetrics
 
-SLICE_NAMES = {"client": "API key", "tag": "tag"}
+SLICE_NAMES = {"client": "API key", "tag": "tag", "network": "network"}
 
 
 def drift_summary(report: DriftReport) -> str:

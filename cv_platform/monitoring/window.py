@@ -27,12 +27,13 @@ from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, func, sele
 from cv_platform.config import ExperimentConfig, MonitorConfig
 from cv_platform.database.schema import api_log, is_request, predictions
 from cv_platform.drift.sample import DriftSample, Float32Matrix
+from cv_platform.drift.slices import SLICE_COLUMNS
 from cv_platform.errors import ConfigError
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.records import ModelIdentity
 
 _VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
-_ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256", "client", "tag")
+_ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256", *SLICE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Window:
     Attributes:
         sample: the usable rows; None where there is none.
         rows: a row per row of `sample`, in order of time: prediction_id, created_on, predicted_class, image_sha256,
-            client, tag.
+            and the columns of `SLICE_COLUMNS`.
         requests: answered requests in the window, read or not.
         late: of them, those that were answered before it.
         repeats: of them, those whose upload had been sent in the window before.

@@ -76,7 +76,7 @@ class Installation:
             accepted=accepted,
         )
 
-    def log(self, sample: DriftSample, *, upload: bool = False, minutes: int = 0, tag: str | None = None) -> list[UUID]:
+    def log(self, sample: DriftSample, *, upload: bool = False, minutes: int = 0, **origin: Any) -> list[UUID]:
         """Logs a sample as requests, a minute apart; with uploads of its own for each if asked for."""
         ids, rows = [uuid4() for _ in range(len(sample))], []
         with self.engine.begin() as connection:
@@ -100,7 +100,7 @@ class Installation:
                         "properties": sample.properties[i].tolist(),
                         "image_sha256": sha256,
                         "created_on": START + timedelta(minutes=minutes + i),
-                        "tag": tag,
+                        **origin,
                     }
                 )
             connection.execute(insert(predictions), rows)
@@ -233,16 +233,17 @@ def test_requests_class_by_class_are_no_drift_and_no_alarm(installation: Install
     assert "sequential test alarms" not in page
 
 
-def test_a_part_of_the_traffic_that_moved_is_named(installation: Installation) -> None:
+@pytest.mark.parametrize("column", ["tag", "network"])
+def test_a_part_of_the_traffic_that_moved_is_named(installation: Installation, column: str) -> None:
     rng = np.random.default_rng(4)
     for at, (tag, shift) in enumerate([("line-1", 0.0), ("line-2", 2.0), (None, 0.0)]):
-        installation.log(draw_sample(rng, 50, shift=shift), minutes=at * 60, tag=tag)
+        installation.log(draw_sample(rng, 50, shift=shift), minutes=at * 60, **{column: tag})
     report = installation.report()
     assert [one.value for one in report.slices] == ["line-2", "line-1"]
     worst = report.worst_slice
     assert worst
-    assert (worst.column, worst.rows, worst.adjusted_p_value < 0.01) == ("tag", 50, True)
-    assert "Clearest in the 50 requests of tag line-2" in drift_summary(report)
+    assert (worst.column, worst.rows, worst.adjusted_p_value < 0.01) == (column, 50, True)
+    assert f"Clearest in the 50 requests of {column} line-2" in drift_summary(report)
     assert "<code>line-2</code>" in Path(report.report_url.removeprefix("file://")).read_text()
 
 

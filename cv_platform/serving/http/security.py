@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -120,7 +121,7 @@ class Guard:
     """Checks the secrets of a request.
 
     Args:
-        settings: `admin_token`, `api_keys` and `labeller_keys`.
+        settings: `admin_token`, `api_keys`, `labeller_keys` and `trusted_proxies`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -130,6 +131,7 @@ class Guard:
             for name, _, key in (pair.get_secret_value().partition("=") for pair in settings.labeller_keys)
         }
         self._api_keys = tuple(key.get_secret_value().encode() for key in settings.api_keys)
+        self._proxies = tuple(ipaddress.ip_network(proxy) for proxy in settings.trusted_proxies)
 
     def require_api_key(self, request: HTTPConnection) -> None:
         """Lets a request pass when there are no API keys, or when it has one of them.
@@ -172,6 +174,19 @@ class Guard:
         They tell keys apart, and do not tell the key. None without keys: no address is kept.
         """
         return hashlib.sha256(_given_key(request)).hexdigest()[:8] if self._api_keys else None
+
+    def network_of(self, request: Request) -> str | None:
+        """Returns the network of the client, /24 or /48, as a trusted proxy tells its address; None: none does."""
+        told = request.headers.getlist("x-real-ip")
+        if not self._proxies or request.client is None or len(told) != 1:
+            return None
+        try:
+            proxy, client = _address(request.client.host), _address(told[0].strip())
+        except ValueError:
+            return None
+        if not any(proxy in network for network in self._proxies):
+            return None
+        return str(ipaddress.ip_network((client, 24 if client.version == 4 else 48), strict=False))
 
     def require_labeller(self, request: HTTPConnection) -> str:
         """Returns whose key a request carries; `admin` with the admin token.
@@ -280,3 +295,9 @@ ADMIN = Security(
     _RequiredAdminToken(scheme_name="adminToken", description="The value of CV_ADMIN_TOKEN.", auto_error=False)
 )
 """Dependency of the routes that need the admin token."""
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Reads an address; one of IPv4 that comes over IPv6 is one of IPv4."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address

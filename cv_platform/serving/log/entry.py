@@ -30,6 +30,8 @@ _FLOAT = np.dtype("<f4")
 FloatArray = NDArray[np.float32]
 EntryKind = Literal["request", "feedback"]
 
+_ORIGINS = ("client", "tag", "network")
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LogEntry:
@@ -58,6 +60,7 @@ class LogEntry:
         media_type: such as `image/jpeg`.
         client: which API key it came with, see `Guard.name_of`.
         tag: where the client says that the image is from.
+        network: the client's, such as 203.0.113.0/24, see `Guard.network_of`.
     """
 
     request_method: str
@@ -82,6 +85,7 @@ class LogEntry:
     media_type: str | None = None
     client: str | None = None
     tag: str | None = None
+    network: str | None = None
 
     def __post_init__(self) -> None:
         _require_time_zone(self.created_on)
@@ -210,7 +214,7 @@ def encode(entry: LogEntry | FeedbackEntry) -> SpooledEntry:
         record["predicted_class"] = _clean_optional(entry.predicted_class)
         record["prediction_json"] = {_clean(k): _finite(v) for k, v in (entry.prediction_json or {}).items()}
         record["image_sha256"] = image.sha256 if image else None
-        record["client"], record["tag"] = _clean_optional(entry.client), _clean_optional(entry.tag)
+        record |= {name: _clean_optional(getattr(entry, name)) for name in _ORIGINS}
         vectors = [np.asarray(getattr(entry, name), dtype=_FLOAT) for name in VECTOR_COLUMNS]
         record["dims"] = [vector.size for vector in vectors]
         if entry.raw_hm is not None:
@@ -251,8 +255,8 @@ def decode(record: str, vectors: bytes) -> dict[str, Any]:
         for name, size in zip(VECTOR_COLUMNS, values.pop("dims"), strict=True):
             values[name] = numbers[start : start + size]
             start += size
-        values.setdefault("client", None)  # Not in what a former release has spooled.
-        values.setdefault("tag", None)
+        for name in _ORIGINS:  # Not in what a former release has spooled.
+            values.setdefault(name, None)
         has_heat_map = values.setdefault("hm_height", None) is not None
         values.setdefault("hm_width", None)
         values["raw_hm"] = numbers[start:] if has_heat_map else None

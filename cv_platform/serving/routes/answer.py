@@ -205,6 +205,7 @@ def log_entry(
         created_on=facts.created_on,
         client=facts.client,
         tag=facts.tag,
+        network=facts.network,
         model_name=predicted.model.model_name,
         model_version=predicted.model.version,
         prediction_id=predicted.prediction_id,

@@ -87,6 +87,7 @@ def begin(parts: WorkerParts, request: Request, tag: str | None = None) -> Loade
         )
     facts = facts_of(request.scope)
     facts.model_version, facts.client, facts.tag = model.metadata.version, parts.guard.name_of(request), tag
+    facts.network = parts.guard.network_of(request)
     if parts.admission.in_flight.is_full:
         raise overloaded("predictions", parts.admission.in_flight.limit)
     parts.admission.charge(parts.guard.client_of(request), 1)

@@ -31,6 +31,7 @@ class RequestFacts:
         model_version: of the model that answers.
         client: by which API key, as `Guard.name_of` tells it.
         tag: where the client says that the image is from.
+        network: of the client, as `Guard.network_of` tells it.
     """
 
     request_id: str
@@ -41,6 +42,7 @@ class RequestFacts:
     model_version: str | None = None
     client: str | None = None
     tag: str | None = None
+    network: str | None = None
     prediction_ids: list[str] = field(default_factory=list[str])
 
     def seconds(self) -> float:

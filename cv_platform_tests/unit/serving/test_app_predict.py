@@ -118,6 +118,30 @@ def test_the_log_has_the_tag_and_which_key_it_was_but_not_the_key(make_worker: M
     assert [record["request_url"] for record in records][2] == "/predict?explain=none"
 
 
+@pytest.mark.parametrize(
+    ("proxies", "told", "network"),
+    [
+        ("", ["203.0.113.77"], None),
+        ("10.0.0.0/8", ["203.0.113.77"], None),
+        ("10.0.0.0/8,127.0.0.1", ["203.0.113.77"], "203.0.113.0/24"),
+        ("127.0.0.0/8", ["2001:db8:1:2::3"], "2001:db8:1::/48"),
+        ("127.0.0.0/8", ["::ffff:203.0.113.77"], "203.0.113.0/24"),
+        ("127.0.0.0/8", [], None),
+        ("127.0.0.0/8", ["unknown"], None),
+        ("127.0.0.0/8", ["203.0.113.77", "198.51.100.1"], None),
+    ],
+)
+def test_the_log_has_the_network_that_a_trusted_proxy_tells_and_never_the_address(
+    make_worker: MakeWorker, proxies: str, told: list[str], network: str | None
+):
+    worker = make_worker(CV_TRUSTED_PROXIES=proxies)
+    headers = [("X-Real-IP", address) for address in told]
+    assert Client(create_app(worker)).predict(REDDISH, headers=headers).status_code == 200
+    (record,) = spooled(worker)
+    assert record["network"] == network
+    assert not any(address in str(record) for address in told)
+
+
 @pytest.mark.parametrize("tag", ["", "a" * 65, "two words", "line/3", "<b>", "\u0661"])
 def test_a_tag_that_is_none_is_refused_before_the_body_is_read(client: Client, worker: WorkerParts, tag: str):
     response = client.predict(REDDISH, params={"tag": tag})

@@ -30,13 +30,15 @@ def test_a_prediction_comes_back_as_it_was() -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(entry, name))
 
 
-def test_what_a_former_release_has_spooled_came_by_no_known_key_and_with_no_tag() -> None:
-    spooled = encode(answered(client="0a1b2c3d", tag="line-3"))
+def test_what_a_former_release_has_spooled_came_from_nobody_knows_where() -> None:
+    spooled = encode(answered(client="0a1b2c3d", tag="line-3", network="203.0.113.0/24"))
     values = decode(spooled.record, spooled.vectors)
-    assert (values["client"], values["tag"]) == ("0a1b2c3d", "line-3")
-    record = {name: value for name, value in json.loads(spooled.record).items() if name not in {"client", "tag"}}
+    assert (values["client"], values["tag"], values["network"]) == ("0a1b2c3d", "line-3", "203.0.113.0/24")
+    record = {
+        name: value for name, value in json.loads(spooled.record).items() if name not in {"client", "tag", "network"}
+    }
     values = decode(json.dumps(record), spooled.vectors)
-    assert (values["client"], values["tag"]) == (None, None)
+    assert (values["client"], values["tag"], values["network"]) == (None, None, None)
 
 
 def test_a_refused_request_has_no_prediction_and_keeps_no_image() -> None:
