@@ -155,7 +155,7 @@ labeling_items = Table(
     Column("item_id", Uuid, primary_key=True),
     Column("experiment", Text, nullable=False),
     Column("prediction_id", Uuid, ForeignKey("predictions.prediction_id", ondelete="CASCADE"), nullable=False),
-    Column("reason", Text, nullable=False, comment="random or uncertain, or what else of labels.…_share"),
+    Column("reason", Text, nullable=False, comment="random or uncertain, or what else of labels.*_share"),
     Column("score", Double, nullable=False, comment="of the reason: higher was asked for first"),
     Column(
         "chance",

@@ -19,6 +19,7 @@ from sqlalchemy import Engine, inspect, make_url, text
 
 from cv_platform.database.connection import make_engine
 from cv_platform.database.migrate import alembic_config, check_schema, migrate, read_revision
+from cv_platform.database.migrations import versions
 from cv_platform.database.pg_binaries import find_binaries, server_user
 from cv_platform.database.schema import SCHEMA_REVISION, metadata
 from cv_platform.errors import DatabaseUnavailableError, SchemaMismatchError
@@ -39,6 +40,12 @@ def test_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> Non
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, metadata) == []
         assert read_revision(connection) == SCHEMA_REVISION
+
+
+def test_migrations_send_ascii_as_databases_of_the_locale_c_take_nothing_else() -> None:
+    modules = sorted(Path(versions.__path__[0]).glob("*.py"))
+    assert len(modules) > 5
+    assert [path.name for path in modules if not path.read_text(encoding="utf-8").isascii()] == []
 
 
 def test_a_database_without_tables_is_named_as_such_until_it_is_migrated(unmigrated_url: str) -> None:

@@ -11,7 +11,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.alter_column("labeling_items", "reason", comment="random or uncertain, or what else of labels.…_share")
+    op.alter_column("labeling_items", "reason", comment="random or uncertain, or what else of labels.*_share")
 
 
 def downgrade() -> None:
