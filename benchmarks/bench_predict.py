@@ -1,8 +1,9 @@
 """POST /predict: a replica of the original's request path against the platform's service.
 
-Both servers run at the same time with one worker, hold the same trained model, get the same 320×240 JPEG files from the
-same load generator, explain every prediction and log it to the same PostgreSQL; their measurements alternate. Rows are
-counted at the end: speed that loses the log would be no speed.
+Both servers run at the same time, each with the processes that it starts by default (the original one, ours those of
+`make up`). They hold the same trained model, get the same 320×240 JPEG files from the same load generator, explain
+every prediction and log it to the same PostgreSQL; their measurements alternate. Rows are counted at the end: speed
+that loses the log would be no speed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _run(options: Options, scratch: Path) -> Report:
     clock = Stopwatch()
     experiment = quick_experiment()
     configs = write_config(experiment, scratch / "configs")
-    settings = isolated_settings(options.home or scratch / "home", configs, service_workers=1)
+    settings = isolated_settings(options.home or scratch / "home", configs)
     with database_url(settings) as url:
         migrate(url)
         environment = isolated_environment(settings, database_url=url)
@@ -96,7 +97,7 @@ def _run(options: Options, scratch: Path) -> Report:
         name="predict",
         title=(
             f"POST /predict, {options.uploads} of 320×240 px, {network} at {height}×{width} px ({metadata.runtime}), "
-            "1 worker, explained and logged"
+            f"{settings.service_workers} workers, explained and logged"
         ),
         unit="request",
         started_utc=clock.started_utc,

@@ -84,7 +84,7 @@ def run(options: Options) -> Report:
     notes.append("resnet50 and the networks behind the ceiling and the log's cost have random weights")
     return Report(
         name="serving",
-        title="The service's promises of speed; one worker, 320×240 JPEG, explained",
+        title="The service's promises of speed, as `make up` starts it; 320×240 JPEG, explained",
         unit="request",
         started_utc=clock.started_utc,
         seconds=clock.seconds,
@@ -273,10 +273,10 @@ def _log_on_and_off(options: Options, scratch: Path) -> Part:
 
 
 def _installation(scratch: Path, name: str) -> tuple[Settings, Path]:
-    """Returns settings of an installation with one worker in a folder of its own, and that folder."""
+    """Returns settings of an installation in a folder of its own, and that folder."""
     place = scratch / name
     place.mkdir(exist_ok=True)
-    return isolated_settings(place / "home", place / "configs", service_workers=1), place
+    return isolated_settings(place / "home", place / "configs"), place
 
 
 def _require_log_of(url: str, answered: Mapping[str, int]) -> None:

@@ -65,7 +65,7 @@ def run(options: Options) -> Report:
     clock = Stopwatch()
     rounds = min(options.rounds, ROUNDS)
     with scratch_folder("bench-short") as place, ExitStack() as stack:
-        settings = isolated_settings(place / "home", place / "configs", service_workers=1)
+        settings = isolated_settings(place / "home", place / "configs")
         images = write_uploads(options.uploads, place / "uploads", count=bench_predict.UPLOADS, seed=options.seed)
         url = stack.enter_context(database_url(settings))
         migrate(url)
@@ -98,7 +98,7 @@ def run(options: Options) -> Report:
     ratios, checks = _judge(observations, fastest(observations, ways), options.seed)
     return Report(
         name="serving-short",
-        title="The service's promises of speed, in short; small_cnn, one worker, 320×240 JPEG, explained",
+        title="The service's promises of speed, in short, as `make up` starts it; small_cnn, 320×240 JPEG, explained",
         unit="request",
         started_utc=clock.started_utc,
         seconds=clock.seconds,
