@@ -1,10 +1,11 @@
 """Which images people are asked to label next: by reasons with quotas, near-copies once, and unlike each other.
 
-The random ones come first and are left as they are drawn, so that they stay a sample of all. The uncertain ones are
-drawn, too, with a chance that grows with the cube of their uncertainty: the most uncertain ones alone are much alike,
-and often such that no label of theirs teaches much (`python -m benchmarks labels` compares). Of each other reason the
-images that score highest are a pool, out of which those are taken that lie farthest from all that were taken before
-(greedy k-center: Sener and Savarese 2018, "Active Learning for Convolutional Neural Networks: A Core-Set Approach").
+The random ones come first and are left as they are drawn, so that they stay a sample of all. Of each other reason the
+images that score highest are a pool. Of the uncertain ones it is put into clusters, by what the images show and weighted
+by their uncertainty, and each cluster gives the image in its middle: the most uncertain ones alone are much alike
+(Zhdanov 2019, "Diverse mini-batch Active Learning"; `python -m benchmarks labels` compares). Of the other reasons those
+are taken that lie farthest from all that were taken before (greedy k-center: Sener and Savarese 2018, "Active Learning
+for Convolutional Neural Networks: A Core-Set Approach").
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RANDOM, UNCERTAIN = "random", "uncertain"
-_POWER = 3.0
-"""Of the uncertainty: 0 would draw at random, much more would take the highest."""
+UNCERTAIN_POOL, _CLUSTERS = 4, 200
+"""The pool of the uncertain ones is so many times their quota; so many clusters at most, of which each then gives more."""
 POOL = 3
 """A reason's pool is so many times its quota: 1 would ask for the highest scores only, however alike they are."""
 
@@ -46,9 +47,9 @@ def choose(
     Args:
         scores: by reason, `(N,)`; NaN: not for this reason.
         quotas: images by reason, in the order in which the reasons choose.
-        vectors: `(N, D)`, finite: what the images show; of any length, as they are compared by angle.
+        vectors: `(N, D)`, finite: what the images show; k-center compares them by angle, clusters as they are.
         groups: `(N,)`: near-copies share a number.
-        seed: of what is drawn by its uncertainty.
+        seed: of the clusters.
 
     Returns:
         Each image once. Fewer than the quotas where a reason has not enough; the last reason then gets what is left.
@@ -62,12 +63,17 @@ def choose(
     for number, (reason, quota) in enumerate(quotas.items()):
         quota = left if number == len(quotas) - 1 else min(quota, left)
         score = np.asarray(scores.get(reason, np.full(len(unit), np.nan)), dtype=np.float64)
-        is_drawn = reason in (RANDOM, UNCERTAIN)
-        order = _drawn_order(score, seed) if reason == UNCERTAIN else np.argsort(-score, kind="stable")
+        order = np.argsort(-score, kind="stable")
         order = order[np.isfinite(score[order]) & free[order]]
-        pool = order[:quota] if reason == RANDOM else _once(order, groups)[: quota if is_drawn else POOL * quota]
+        if reason == RANDOM:
+            pool = order[:quota]
+        elif reason == UNCERTAIN:
+            pool = _once(order, groups)[: UNCERTAIN_POOL * quota]
+            pool = _from_clusters(vectors, score, pool, quota, seed)
+        else:
+            pool = _once(order, groups)[: POOL * quota]
         for _ in range(min(quota, len(pool))):
-            at = 0 if is_drawn else int(np.argmax(distances[pool]))
+            at = 0 if reason in (RANDOM, UNCERTAIN) else int(np.argmax(distances[pool]))
             position = int(pool[at])
             pool = np.delete(pool, at)
             chosen.append(Choice(position, reason, float(score[position])))
@@ -108,14 +114,24 @@ def novelty(vectors: Floats, known: Floats) -> NDArray[np.float64]:
     return 1.0 - np.max(nearest, axis=0).astype(np.float64)
 
 
-def _drawn_order(score: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
-    """Returns an order in which each image comes first with a chance that goes by its score to the power of three.
+def _from_clusters(
+    vectors: Floats, score: NDArray[np.float64], pool: NDArray[np.int64], count: int, seed: int
+) -> NDArray[np.int64]:
+    """Returns `count` positions of a pool, by score: of each cluster first the image nearest to its middle."""
+    if len(pool) <= count or not count:
+        return pool
+    # It takes seconds to import, and Dagster loads this module with its definitions.
+    from sklearn.cluster import KMeans
 
-    By exponential waiting times (Efraimidis & Spirakis 2006, "Weighted random sampling with a reservoir").
-    """
-    weights = np.nan_to_num(np.clip(score, 0.0, 1.0)) ** _POWER
-    waits = np.random.default_rng(seed).exponential(size=len(score)) / np.maximum(weights, 1e-12)
-    return np.argsort(waits, kind="stable")
+    weights = np.maximum(score[pool], 1e-6)
+    clusters = KMeans(min(count, _CLUSTERS), n_init=1, max_iter=20, random_state=seed)
+    distances = clusters.fit_transform(vectors[pool], sample_weight=weights)
+    member = distances.argmin(axis=1)
+    nearest = np.lexsort((distances.min(axis=1), member))
+    starts = np.flatnonzero(np.diff(member[nearest], prepend=-1))
+    rank = np.empty(len(pool), np.int64)
+    rank[nearest] = np.arange(len(pool)) - np.repeat(starts, np.diff(starts, append=len(pool)))
+    return pool[np.sort(np.argsort(rank, kind="stable")[:count])]
 
 
 def _once(order: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:

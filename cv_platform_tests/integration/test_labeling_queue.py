@@ -282,15 +282,18 @@ def test_images_are_chosen_apart_from_each_other_and_the_last_reason_takes_what_
     assert choose({}, {"uncertain": 3}, np.empty((0, 2)), np.empty(0, np.int64)) == []
 
 
-def test_the_uncertain_are_drawn_with_chances_that_go_by_the_cube_of_their_uncertainty() -> None:
+def test_the_uncertain_are_unlike_each_other_where_the_scores_alone_would_take_what_is_alike() -> None:
+    # Two heaps of five images that look alike; the first has all of the highest scores.
+    vectors = np.concatenate([np.full((5, 2), 1.0), np.full((5, 2), 9.0)]) + np.linspace(0, 0.1, 10)[:, np.newaxis]
+    uncertain = np.concatenate([np.linspace(1.0, 0.9, 5), np.linspace(0.8, 0.7, 5)])
+    for seed in range(5):
+        chosen = choose({"uncertain": uncertain}, {"uncertain": 3}, vectors, np.arange(10), seed=seed)
+        assert len({choice.position for choice in chosen}) == 3
+        assert {choice.position // 5 for choice in chosen} == {0, 1}
+        assert [choice.score for choice in chosen] == sorted((choice.score for choice in chosen), reverse=True)
     scores = {"uncertain": np.array([1.0, 0.5, np.nan, 0.0])}
-    vectors, apart = np.eye(4), np.arange(4)
-    first = [choose(scores, {"uncertain": 1}, vectors, apart, seed=seed)[0].position for seed in range(900)]
-    # 1 and 1/8: eight of nine. Three standard errors of 900 draws are 0.03.
-    assert first.count(0) / 900 == pytest.approx(8 / 9, abs=0.035)
-    assert set(first) == {0, 1}
     near = np.array([0, 0, 1, 2])
-    assert len(choose(scores, {"uncertain": 4}, vectors, near)) == 2, "near-copies once"
+    assert len(choose(scores, {"uncertain": 4}, np.eye(4), near)) == 2, "near-copies once"
 
 
 def test_the_reasons_share_the_queue_without_an_image_too_many() -> None:
