@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 FOLDER = "folder"
 """`predictions.client` of what nobody sent: an image of `score.source` that people are asked to label."""
-SCHEMA_REVISION = "0009"
+SCHEMA_REVISION = "0010"
 """Newest migration. It is written here too because the service checks it without importing Alembic."""
 
 metadata = MetaData(
