@@ -149,8 +149,8 @@ bench-data: setup ## What is found in a dataset that was spoilt on purpose: make
 	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of images. Received: nothing."; exit 2; }
 	$(BIN)/python -m benchmarks data --archive "$$ARCHIVE"
 
-bench-data-speed: setup ## What the data's stages cost, each against its promise: manifest, packing, Deepchecks, memory, unchanged data.
-	$(BIN)/python -m benchmarks data-speed --rounds 3
+bench-data-speed: setup ## What the data's stages cost, each against its promise: manifest, packing, Deepchecks, memory, unchanged data: make bench-data-speed [PARTS=stages,deepchecks,again,memory]
+	$(BIN)/python -m benchmarks data-speed --rounds 3 $(if $(PARTS),--parts $(PARTS))
 
 bench-drift: setup ## False alarms, power and cost of drift verdicts: make bench-drift [ARCHIVE=images.tar.gz] (SPLIT/CLASS/image)
 	$(BIN)/python -m benchmarks drift $(if $(ARCHIVE),--archive "$$ARCHIVE")

@@ -54,12 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, help="CV_HOME with a deployed model, for predict (default: temporary)")
     parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")
     parser.add_argument("--sets", type=_listed, default=(), help="of training: grocery-20,cifar (default: all)")
+    parser.add_argument("--parts", type=_listed, default=(), help="of data-speed: stages,deepchecks,again,memory")
     parser.add_argument("--budget", type=float, help="CPU seconds of a training (default: as each set has it)")
     parser.add_argument(
         "--images",
         type=_listed,
         default=(),
-        help="training images of a learning curve: 100,300,1000; near-copies: how many",
+        help="training images of a learning curve: 100,300,1000; near-copies: how many; data-speed: memory of few,many",
     )
     parser.add_argument("--config", type=Path, help="config for training (default: as each set has it)")
     parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         uploads=options.uploads,
         seed=options.seed,
         sets=options.sets,
+        parts=options.parts,
         budget=options.budget,
         images=tuple(int(count) for count in options.images),
         config=options.config.absolute() if options.config else None,

@@ -110,7 +110,7 @@ def _exact_cpu_seconds(images: NDArray[np.uint8]) -> float:
 
 
 def _vectors(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return near_copies.unit_rows(np.stack([near_copies.coarse(image) for image in images]))
+    return near_copies.unit_rows(near_copies.coarse(images))
 
 
 def _cpu_seconds() -> float:

@@ -28,10 +28,13 @@ class Options:
     """Of image order, augmentation and bootstrap."""
     sets: tuple[str, ...]
     """Image sets to train on (training); none: all."""
+    parts: tuple[str, ...]
+    """What to measure (data-speed); none: all."""
     budget: float | None
     """CPU seconds that a training may take (training); None: as each set has it."""
     images: tuple[int, ...]
-    """Training images, for a learning curve (training); how many are searched (near-copies); none: as each has it."""
+    """Training images, for a learning curve (training); how many are searched (near-copies), or few and many (memory of
+    data-speed); none: as each has it."""
     config: Path | None
     """A config instead of each set's (training)."""
     say: Callable[[str], None]

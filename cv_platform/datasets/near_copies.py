@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import cv2
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.compute.blas import one_blas_thread
+from cv_platform.cores import available_cores
 from cv_platform.images import resize
 
 THUMBNAIL_PX = 32
@@ -35,6 +38,10 @@ _POINTS_PER_CELL = 64
 """That the centres of the cells are made of."""
 _PROBES = 32
 """Cells that are looked into: 98 % of the nearest neighbours were in them, and every near-copy."""
+_MEMBERS = 32
+"""Images whose parts are made at a time: a megabyte, which stays in the cache."""
+_TRAINING_ROUNDS = 10
+"""Of the centres of the cells; more move them by little."""
 _TENTH = 9
 _COARSE_PX = 8
 _PART_PX = 16
@@ -106,7 +113,7 @@ def _candidates(thumbnails: NDArray[np.uint8], vectors: NDArray[np.floating] | N
     count = len(thumbnails)
     if count < 2:
         return np.empty((0, 2), np.int64)
-    small = np.stack([coarse(image) for image in thumbnails])
+    small = coarse(thumbnails)
     upright, mirrored = unit_rows(small), unit_rows(small[:, :, ::-1])
     found = _neighbours(upright, upright, mirrored)
     if vectors is not None:
@@ -142,14 +149,15 @@ def exact_neighbours(targets: Floats, *queries: Floats) -> list[NDArray[np.int64
 
 
 def indexed_neighbours(targets: Floats, *queries: Floats) -> list[NDArray[np.int64]]:
-    """Returns what `exact_neighbours` does, of the targets in the nearest cells of an inverted file.
+    """Returns what `exact_neighbours` does, of the targets in the nearest cells of an inverted file, in half precision.
 
     https://github.com/facebookresearch/faiss/wiki/Guidelines-to-choose-an-index
     """
     import faiss
 
-    index = faiss.index_factory(targets.shape[1], f"IVF{int(4 * len(targets) ** 0.5)},Flat")
-    faiss.extract_index_ivf(index).cp.max_points_per_centroid = _POINTS_PER_CELL
+    index = faiss.index_factory(targets.shape[1], f"IVF{int(4 * len(targets) ** 0.5)},SQfp16")
+    clustering = faiss.extract_index_ivf(index).cp
+    clustering.max_points_per_centroid, clustering.niter = _POINTS_PER_CELL, _TRAINING_ROUNDS
     index.train(targets)
     index.add(targets)
     faiss.ParameterSpace().set_index_parameter(index, "nprobe", _PROBES)
@@ -198,10 +206,18 @@ def _leading(symmetric: NDArray[np.floating], count: int) -> tuple[Floats, Float
     return np.asarray(values, np.float32), np.asarray(vectors, np.float32)
 
 
-def coarse(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Returns `(8, 8)` uint8 of a thumbnail."""
-    blurred = cv2.GaussianBlur(image, (0, 0), THUMBNAIL_PX / 16)
-    return np.asarray(cv2.resize(blurred, (_COARSE_PX, _COARSE_PX), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+def coarse(images: NDArray[np.uint8]) -> Floats:
+    """Returns `(N, 8, 8)` float32 of `(N, 32, 32)` thumbnails: blurred, then averaged."""
+    blurs = _blurs()
+    parts = (images[at : at + _ROWS].astype(np.float32) for at in range(0, len(images), _ROWS))
+    return np.concatenate([np.swapaxes(np.swapaxes(part @ blurs.T, 1, 2) @ blurs.T, 1, 2) for part in parts])
+
+
+@functools.cache
+def _blurs() -> Floats:
+    """Returns `(8, 32)`: what makes of a row of pixels the means of its eighths, after a Gaussian blur."""
+    sides = cv2.GaussianBlur(np.eye(THUMBNAIL_PX, dtype=np.float32), (1, 13), sigmaX=0.1, sigmaY=THUMBNAIL_PX / 16)
+    return np.asarray(sides, np.float32).reshape(_COARSE_PX, -1, THUMBNAIL_PX).mean(axis=1)
 
 
 def unit_rows(images: NDArray[np.uint8] | Floats) -> Floats:
@@ -223,38 +239,70 @@ def _distances(thumbnails: NDArray[np.uint8], pairs: NDArray[np.int64], crops: t
     length = np.concatenate(spread) * whole.shape[1] ** 0.5
     length[length == 0] = np.inf
     best = np.full(len(pairs), -1.0, np.float32)
-    for one, other in ((0, 1), (1, 0)):
-        order = np.argsort(pairs[:, one], kind="stable")
-        members, starts = np.unique(pairs[order, one], return_index=True)
-        for member, rows in zip(members, np.split(order, starts[1:]), strict=True):
-            others = pairs[rows, other]
-            # The parts' mean is 0, so that the others' need not be.
-            correlations = (
-                _parts(thumbnails[member], crops)
-                @ whole[others].astype(np.float32).T
-                / length[others].astype(np.float32)
-            )
-            best[rows] = np.maximum(best[rows], correlations.max(axis=0))
+    with ThreadPoolExecutor(available_cores()) as threads:
+        for one, other in ((0, 1), (1, 0)):
+            order = np.argsort(pairs[:, one], kind="stable")
+            starts = np.flatnonzero(np.diff(pairs[order, one], prepend=-1))
+            bounds = [*starts[::_MEMBERS], len(order)]
+
+            def compare(rows: NDArray[np.int64], one: int = one, other: int = other) -> None:
+                found = _best_of_parts(thumbnails, whole, length, pairs[rows][:, [one, other]], crops)
+                best[rows] = np.maximum(best[rows], found)
+
+            list(threads.map(compare, [order[start:end] for start, end in pairwise(bounds)]))
     return np.maximum(1.0 - best, 0.0)
 
 
-def _parts(image: NDArray[np.uint8], crops: tuple[float, ...]) -> Floats:
-    """Returns `(P, 256)` unit rows: of the image, of its parts, and of the mirror images of these."""
-    down, across = _windows(crops)
-    parts = unit_rows(down @ image.astype(np.float32) @ across)
-    mirrored = parts.reshape(-1, _PART_PX, _PART_PX)[:, :, ::-1]
-    return np.concatenate([parts, mirrored.reshape(len(parts), -1)])
+def _best_of_parts(
+    thumbnails: NDArray[np.uint8],
+    whole: NDArray[np.uint8],
+    length: NDArray[np.floating],
+    pairs: NDArray[np.int64],
+    crops: tuple[float, ...],
+) -> Floats:
+    """Returns `(P,)`: the best correlation of a part of the first with the second, or its mirror image.
+
+    Args:
+        thumbnails: of all images.
+        whole: `(N, 256)` of all images.
+        length: of the rows of `whole`.
+        pairs: `(P, 2)`, ordered by the first.
+        crops: of the parts.
+    """
+    members, starts = np.unique(pairs[:, 0], return_index=True)
+    # The parts' mean is 0, so that the others' need not be.
+    upright = whole[pairs[:, 1]].astype(np.float32) / length[pairs[:, 1], None].astype(np.float32)
+    mirrored = upright.reshape(-1, _PART_PX, _PART_PX)[:, :, ::-1].reshape(upright.shape)
+    best = np.empty(len(pairs), np.float32)
+    for parts, start, end in zip(_parts(thumbnails[members], crops), starts, [*starts[1:], len(pairs)], strict=True):
+        products = parts @ np.concatenate([upright[start:end], mirrored[start:end]]).T
+        best[start:end] = products.max(axis=0).reshape(2, -1).max(axis=0)
+    return best
+
+
+def _parts(images: NDArray[np.uint8], crops: tuple[float, ...]) -> Floats:
+    """Returns `(N, P, 256)` unit rows: of each image, and of its parts."""
+    pixels = images.astype(np.float32)
+    found = list[Floats]()
+    for windows in _windows(crops):
+        count = len(windows) // _PART_PX
+        across = (pixels @ windows.T).swapaxes(1, 2)
+        both = (across @ windows.T).reshape(len(images), count, _PART_PX, count, _PART_PX)
+        found.append(both.transpose(0, 3, 1, 4, 2).reshape(len(images), count**2, -1))
+    parts = np.concatenate(found, axis=1)
+    return unit_rows(parts.reshape(-1, _PART_PX**2)).reshape(parts.shape)
 
 
 @functools.cache
-def _windows(crops: tuple[float, ...]) -> tuple[Floats, Floats]:
-    """Returns `(P, 16, 32)` and `(P, 32, 16)`: what averages the pixels of each cell of a part, down and across.
+def _windows(crops: tuple[float, ...]) -> list[Floats]:
+    """Returns for the whole, and for each crop, `(16 × places, 32)`: what averages the pixels of each cell of a part.
 
-    The parts are the whole, and for each crop nine: at either end and in the middle, of height and of width.
+    A crop's parts are nine: at either end and in the middle, of height and of width.
     """
-    places = [(crop, top, left) for crop in crops for top in (0, crop / 2, crop) for left in (0, crop / 2, crop)]
-    windows = [(_averages(crop, top), _averages(crop, left).T) for crop, top, left in [(0.0, 0.0, 0.0), *places]]
-    return np.stack([down for down, _ in windows]), np.stack([across for _, across in windows])
+    return [
+        _averages(0.0, 0.0),
+        *(np.concatenate([_averages(crop, at) for at in (0, crop / 2, crop)]) for crop in crops),
+    ]
 
 
 def _averages(crop: float, start: float) -> Floats:
