@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RANDOM, UNCERTAIN = "random", "uncertain"
-UNCERTAIN_POOL, _CLUSTERS = 4, 200
+UNCERTAIN_POOL, _CLUSTERS = 5, 200
 """The pool of the uncertain ones is so many times their quota; so many clusters at most, of which each then gives more."""
 POOL = 3
 """A reason's pool is so many times its quota: 1 would ask for the highest scores only, however alike they are."""
