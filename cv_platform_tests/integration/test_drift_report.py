@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -76,7 +77,14 @@ class Installation:
             accepted=accepted,
         )
 
-    def log(self, sample: DriftSample, *, upload: bool = False, minutes: int = 0, **origin: Any) -> list[UUID]:
+    def log(
+        self,
+        sample: DriftSample,
+        *,
+        upload: bool = False,
+        minutes: int = 0,
+        origin: Mapping[str, str | None] | None = None,
+    ) -> list[UUID]:
         """Logs a sample as requests, a minute apart; with uploads of its own for each if asked for."""
         ids, rows = [uuid4() for _ in range(len(sample))], []
         with self.engine.begin() as connection:
@@ -100,7 +108,7 @@ class Installation:
                         "properties": sample.properties[i].tolist(),
                         "image_sha256": sha256,
                         "created_on": START + timedelta(minutes=minutes + i),
-                        **origin,
+                        **(origin or {}),
                     }
                 )
             connection.execute(insert(predictions), rows)
@@ -237,7 +245,7 @@ def test_requests_class_by_class_are_no_drift_and_no_alarm(installation: Install
 def test_a_part_of_the_traffic_that_moved_is_named(installation: Installation, column: str) -> None:
     rng = np.random.default_rng(4)
     for at, (tag, shift) in enumerate([("line-1", 0.0), ("line-2", 2.0), (None, 0.0)]):
-        installation.log(draw_sample(rng, 50, shift=shift), minutes=at * 60, **{column: tag})
+        installation.log(draw_sample(rng, 50, shift=shift), minutes=at * 60, origin={column: tag})
     report = installation.report()
     assert [one.value for one in report.slices] == ["line-2", "line-1"]
     worst = report.worst_slice
