@@ -756,26 +756,6 @@ class AccuracyEstimate(Value):
     is_reliable: bool
 
 
-StreamState = Literal["alarm", "no alarm", "not judged: requests come in blocks"]
-
-
-class StreamVerdict(Value):
-    """What the sequential test says about one stream.
-
-    Attributes:
-        state: "alarm" when the e-value has reached 1/`alpha`; not judged when `order_p_value` is at most
-            `sequential.ORDER_ALPHA`.
-        e_value: the largest wealth over the stream; of a stream in blocks it says nothing about drift.
-        alpha: the chance of an alarm while nothing has changed, however often it is looked at.
-        order_p_value: of the repeats of the predicted class, see `sequential.order_p_value`.
-    """
-
-    state: StreamState
-    e_value: float
-    alpha: float
-    order_p_value: float
-
-
 class ClassMix(Value):
     """A class's share of the images, 0–1.
 
@@ -865,8 +845,7 @@ class DriftReport(Record):
         accuracy_estimate: without labels; not reliable while drift fires.
         feedback_rows: judged requests whose true class somebody stated.
         feedback_accuracy: of those; multi-label: mean accuracy of the single decisions.
-        stream: of the sequential test over the window's requests in order of time; a hint, which never makes the
-            verdict. None without any request.
+        order_p_value: of the order of the predicted classes, see `drift.order`. None without any request.
         report_url: of the HTML page in central storage.
         evidently_run_id: run in the experiment's Evidently project.
         problems: what could not be done or shown, in sentences.
@@ -906,7 +885,7 @@ class DriftReport(Record):
     accuracy_estimate: AccuracyEstimate | None = None
     feedback_rows: int = 0
     feedback_accuracy: float | None = None
-    stream: StreamVerdict | None = None
+    order_p_value: float | None = None
     report_url: HomeUrl = ""
     evidently_run_id: str | None = None
     problems: tuple[str, ...] = ()

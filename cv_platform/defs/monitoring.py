@@ -198,12 +198,9 @@ def _freshness(branch: Branch) -> dg.FreshnessPolicy:
 
 
 def _drift_metadata(report: DriftReport) -> dict[str, Any]:
-    from cv_platform.monitoring.sentences import stream_note
-
     columns = {"class_name", "ks_distance", "reference_share", "current_share", "adjusted_p_value"}
     return {
         "verdict": report.verdict,
-        "sequential_test": stream_note(report),
         "dagster/row_count": report.rows,
         "late_rows": report.late_rows,
         "model_version": report.model.version,

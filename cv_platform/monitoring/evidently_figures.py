@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from cv_platform.drift.sample import DriftSample
 from cv_platform.monitoring.evidently_report import EvidentlyRun, Figure
-from cv_platform.monitoring.sentences import stream_note
 from cv_platform.records import DriftReport
 
 _SMALLEST_P = 1e-6
-_LARGEST_E_VALUE = 1e12
 
 
 def evidently_run(report: DriftReport, reference: DriftSample, current: DriftSample | None) -> EvidentlyRun:
     """Returns the run that shows `report`; `current` are the judged rows, none without any."""
     figures = [Figure("WindowFigure", "rows", float(report.rows))]
-    stream = report.stream
-    if stream is not None and stream.state in {"alarm", "no alarm"}:  # Else the number says nothing about drift.
-        figures.append(Figure("WindowFigure", "largest e-value", min(stream.e_value, _LARGEST_E_VALUE)))
     if report.feedback_accuracy is not None:
         figures.append(Figure("EstimatedAccuracy", "feedback", report.feedback_accuracy))
     if report.adjusted_p_values:
@@ -50,7 +45,6 @@ def evidently_run(report: DriftReport, reference: DriftSample, current: DriftSam
             "model_name": report.model.model_name,
             "model_version": report.model.version,
             "verdict": report.verdict,
-            "sequential_test": stream_note(report),
             "report_id": report.report_id,
             "window_start_utc": report.window_start_utc.isoformat(),
             "window_end_utc": report.window_end_utc.isoformat(),

@@ -22,9 +22,9 @@ from cv_platform.database.uploads import read_feedback
 from cv_platform.drift.accuracy import estimate_accuracy
 from cv_platform.drift.causes import Labelled, find_causes
 from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
+from cv_platform.drift.order import ORDER_ALPHA, order_p_value
 from cv_platform.drift.reference import label_targets, read_identity, read_reference, read_reference_labels
 from cv_platform.drift.sample import DriftSample, require_comparable
-from cv_platform.drift.sequential import judge_stream
 from cv_platform.drift.slices import SLICE_COLUMNS, moved_slices, named_slices
 from cv_platform.drift.verdict import judge
 from cv_platform.errors import BundleNotFoundError, ServiceError
@@ -149,8 +149,7 @@ def make_drift_report(
     if window.sample is not None:
         class_names = read_identity(reference_path).class_names
         require_comparable(reference, window.sample, min_rows=1)
-        stream = {"stream": judge_stream(reference, window.sample, alpha=level, seed=monitor.seed)}
-        report = _with_feedback(report.model_copy(update=stream), engine, window, class_names, facts)
+        report = _with_feedback(_with_order(report, window.sample, monitor.seed), engine, window, class_names, facts)
         if report.rows >= monitor.min_samples:
             encoded = with_encoded(
                 config, engine, place.home, reference, accepted or reference_path, window, is_accepted=bool(accepted)
@@ -262,6 +261,18 @@ def _with_verdict(
             "accuracy_estimate": estimate,
         }
     )
+
+
+def _with_order(report: DriftReport, sample: DriftSample, seed: int) -> DriftReport:
+    """Says where requests come in blocks of one class."""
+    p_value = order_p_value(sample.bbsd.argmax(axis=1), seed=seed)
+    said = (
+        f"Requests come in blocks of one predicted class (runs test, p {p_value:.2g}). The verdict does not depend on "
+        "their order, but takes requests as independent: a window of few blocks can look like drift. Judge a longer "
+        "one."
+    )
+    problems = (*report.problems, said) if p_value <= ORDER_ALPHA else report.problems
+    return report.model_copy(update={"order_p_value": p_value, "problems": problems})
 
 
 def _with_feedback(

@@ -12,7 +12,7 @@ import numpy as np
 from cv_platform.drift.family import DETECTORS
 from cv_platform.errors import ImageError
 from cv_platform.images import decode
-from cv_platform.monitoring.sentences import SLICE_NAMES, cause_note, stream_note
+from cv_platform.monitoring.sentences import SLICE_NAMES, cause_note
 from cv_platform.pages import render
 from cv_platform.records import DriftReport
 
@@ -56,7 +56,6 @@ def render_page(report: DriftReport, pictures: Mapping[str, str], power: Path | 
         "monitoring/report.html",
         title=f"{report.experiment}: drift report",
         report=report,
-        stream_note=stream_note(report) if report.stream is not None else None,
         cause_note=cause_note(report.causes) if report.causes is not None else None,
         detectors=_detectors(report),
         slice_names=SLICE_NAMES,

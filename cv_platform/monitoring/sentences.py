@@ -31,8 +31,6 @@ def drift_summary(report: DriftReport) -> str:
             f"Clearest in the {worst.rows} requests of {SLICE_NAMES[worst.column]} {worst.value} "
             f"(p {worst.adjusted_p_value:.2g}, corrected for {len(report.slices)} slices)."
         )
-    if report.stream is not None and not is_agreed(report):
-        parts.append(stream_note(report))
     if report.feedback_accuracy is not None:
         parts.append(f"Accuracy on {report.feedback_rows} requests with feedback: {report.feedback_accuracy:.3f}.")
     if report.report_url:
@@ -67,43 +65,6 @@ def cause_note(causes: DriftCauses) -> str:
     return (
         "Another mix of classes is not told from other images: the reference has too few images of the classes that "
         "came."
-    )
-
-
-def is_agreed(report: DriftReport) -> bool:
-    """Whether the sequential test says the same as the verdict; without a verdict, whether it raises no alarm."""
-    return report.stream is not None and report.stream.state == ("alarm" if report.verdict == "drift" else "no alarm")
-
-
-def stream_note(report: DriftReport) -> str:
-    """Returns what the sequential test says, which verdict decides, and why the two differ where they do."""
-    stream = report.stream
-    if stream is None:
-        return "The sequential test had no request to look at."
-    numbers = f"e-value {stream.e_value:.3g}, alarm from {1 / stream.alpha:.3g}"
-    if stream.state == "not judged: requests come in blocks":
-        note = (
-            "The sequential test is not judged: requests come in blocks of one predicted class "
-            f"(runs test, p {stream.order_p_value:.2g}), an order that it would take for drift."
-        )
-        decides = f" The verdict, {report.verdict}, does not depend on the order."
-        return note if report.verdict == "insufficient data" else note + decides
-    if report.verdict == "insufficient data":
-        says = "alarms: look at the latest requests" if stream.state == "alarm" else "does not alarm"
-        return f"The sequential test {says} ({numbers})."
-    if is_agreed(report):
-        return f"The sequential test agrees ({numbers})."
-    if stream.state == "alarm":
-        return (
-            f"The sequential test alarms ({numbers}). The verdict, no drift, decides: it compares the window as a "
-            "whole. The sequential test also sees what has changed within the window, such as in its last hours, "
-            f"and alarms by chance in up to {100 * stream.alpha:.2g} % of the windows without a change. "
-            "To see which it is, judge a shorter window that ends now (monitor.window_days)."
-        )
-    return (
-        f"The sequential test does not alarm ({numbers}). The verdict, drift, decides: it also compares the "
-        "probabilities of all classes and the features, where the sequential test sees pixel statistics and "
-        "confidences alone, and needs more requests."
     )
 
 

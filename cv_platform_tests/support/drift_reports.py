@@ -14,7 +14,6 @@ from cv_platform.records import (
     EffectSizes,
     LargestDistance,
     PropertyShift,
-    StreamVerdict,
 )
 
 
@@ -108,11 +107,6 @@ def drift_report(**changes: object) -> DriftReport:
         ),
         "feedback_rows": 12,
         "feedback_accuracy": 0.5,
-        "stream": stream("alarm"),
         "problems": ("Image <b>bb</b> cannot be shown",),
     }
     return make_report(**{**values, **changes})
-
-
-def stream(state: str) -> StreamVerdict:
-    return StreamVerdict.model_validate({"state": state, "e_value": 123.4, "alpha": 0.05, "order_p_value": 0.001})
