@@ -846,6 +846,7 @@ class DriftReport(Record):
         feedback_rows: judged requests whose true class somebody stated.
         feedback_accuracy: of those; multi-label: mean accuracy of the single decisions.
         order_p_value: of the order of the predicted classes, see `drift.order`. None without any request.
+        stream: of records of earlier versions.
         report_url: of the HTML page in central storage.
         evidently_run_id: run in the experiment's Evidently project.
         problems: what could not be done or shown, in sentences.
@@ -886,6 +887,7 @@ class DriftReport(Record):
     feedback_rows: int = 0
     feedback_accuracy: float | None = None
     order_p_value: float | None = None
+    stream: dict[str, Any] | None = Field(default=None, exclude=True)
     report_url: HomeUrl = ""
     evidently_run_id: str | None = None
     problems: tuple[str, ...] = ()
