@@ -17,7 +17,7 @@ from cv_platform.errors import ImageError
 from cv_platform.pages.fonts import by_font
 from cv_platform.records import DatasetVersion
 
-_CELL_PX = 64
+_CELL_PX = 96
 _GAP_PX = 4
 _LETTER_PX = 8
 _MAX_ROWS = 50
@@ -97,7 +97,7 @@ def _cell(image: Path | np.ndarray) -> np.ndarray:
 
 
 def _fit(image: np.ndarray) -> np.ndarray:
-    """Returns `(64, 64, 3)` uint8 with the whole image centred in it."""
+    """Returns `(96, 96, 3)` uint8 with the whole image centred in it."""
     height, width = image.shape[:2]
     scale = _CELL_PX / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))

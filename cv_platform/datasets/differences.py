@@ -144,7 +144,11 @@ class Difference:
         ordered = sorted(rows, key=lambda key: (KINDS.index(key[0]), -len(rows[key]), key[1]))
         return draw_sheet(
             [
-                SheetRow(title, f"{kind}, {len(rows[kind, title]):,}", _files(rows[kind, title]))
+                SheetRow(
+                    title,
+                    f"{kind}, {len(rows[kind, title]):,}" + (": before, after" if kind == "changed" else ""),
+                    _files(rows[kind, title]),
+                )
                 for kind, title in ordered
             ],
             letters=30,

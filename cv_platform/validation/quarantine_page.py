@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def write_quarantine(subject: Subject) -> Path:
         "validation/quarantine.html",
         title=f"Images of {subject.version} that take no part",
         table=TABLE,
-        facts=[(kind, f"{len(found)} images") for kind, found in sorted(kinds.items())],
+        facts=[(kind, f"{len(found)} image{'s' if len(found) > 1 else ''}") for kind, found in sorted(kinds.items())],
         kinds={kind: [_card(row, subject.root) for row in found[:most]] for kind, found in sorted(kinds.items())},
         more={kind: len(found) - most for kind, found in kinds.items()},
     )
@@ -52,5 +53,5 @@ def write_quarantine(subject: Subject) -> Path:
 def _card(row: dict[str, Any], root: Path) -> dict[str, Any]:
     # What does not decode, or would take gigabytes to, is not tried again.
     picture = thumbnail(root / row["path"], _THUMBNAIL_PX) if row["is_readable"] else None
-    words = row["reason"].partition(": ")[2]
+    words = re.sub(r"^\w+Error: ", "", row["reason"].partition(": ")[2])
     return {"path": row["path"], "words": words, "labels": LABEL_SEPARATOR.join(row["labels"]), "picture": picture}

@@ -61,13 +61,16 @@ class _Remarks(Check):
 
     column: str
     words: str
+    advice = ""
+    """What to do where there are any."""
 
     @override
     def look(self, subject: Subject) -> Finding:
         rows = zip(subject.manifest["path"], subject.manifest[self.column], strict=True)
         remarked = [f"{path}: {remark}" for path, remark in rows if pd.notna(remark)]
         count = len(subject.manifest)
-        return Finding(f"{len(remarked)} of {count} images {self.words}", share(len(remarked), count), remarked)
+        words = f"{len(remarked)} of {count} images {self.words}{self.advice if remarked else ''}"
+        return Finding(words, share(len(remarked), count), remarked)
 
 
 class DamagedImages(_Remarks):
@@ -109,7 +112,5 @@ class NarrowRange(_Remarks):
     """Images of 16-bit samples that become few grey levels, such as 12-bit data stored as they are."""
 
     name, limit, column = "narrow_range", "max_narrow_range_fraction", "narrow_range"
-    words = (
-        "have 16-bit samples in less than a quarter of their range, and models see the upper 8 bits. Scale the samples "
-        "to 0–65535 before the import: all images alike, and what is predicted, too."
-    )
+    words = "have 16-bit samples in less than a quarter of their range, and models see the upper 8 bits."
+    advice = " Scale the samples to 0–65535 before the import: all images alike, and what is predicted, too."

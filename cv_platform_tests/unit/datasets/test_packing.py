@@ -245,10 +245,10 @@ def test_contact_sheet_shows_readable_images_in_a_row_per_class(version: Dataset
     png = contact_sheet(version, per_class=3)
     assert png.startswith(b"\x89PNG")
     sheet = images.decode(png)
-    # 2 rows and 3 columns of 64 px with gaps of 4 px, beside 120 px for the labels.
-    assert sheet.shape == (2 * 68 + 4, 120 + 3 * 68, 3)
+    # 2 rows and 3 columns of 96 px with gaps of 4 px, beside 120 px for the labels.
+    assert sheet.shape == (2 * 100 + 4, 120 + 3 * 100, 3)
     manifest = read_manifest(version.manifest_path)
     rows = [row for _, row in manifest.sort_values("sha256").iterrows()]
     cats = [row["path"] for row in rows if bool(row["is_readable"]) and row["labels"][0] == "cat"]
     first = images.decode((version.directory / cats[0]).read_bytes())
-    np.testing.assert_array_equal(sheet[4:68, 120:184], first.repeat(8, axis=0).repeat(8, axis=1))
+    np.testing.assert_array_equal(sheet[4:100, 120:216], first.repeat(12, axis=0).repeat(12, axis=1))
