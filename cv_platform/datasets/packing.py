@@ -130,18 +130,7 @@ def pack_images(
         StorageError: packs are shared, and central storage cannot be reached or written.
     """
     manifest = read_manifest(version.manifest_path)
-    unknown = sorted(set(quarantined) - set(manifest["path"]))
-    if unknown:
-        raise InvalidDatasetError(
-            f"Expected quarantined paths of {version.provenance}. Received: {', '.join(unknown[:5])}, "
-            "not in its manifest. Validate this version again."
-        )
-    usable = manifest.loc[manifest["is_readable"] & ~manifest["path"].isin(list(quarantined))]
-    if not (usable["split"] == "train").any():
-        raise InvalidDatasetError(
-            f"Expected images to train on in {version.provenance}. Received: none that is readable and not "
-            f"quarantined ({len(quarantined)} are). Look at the validation report."
-        )
+    usable = _usable(version, manifest, quarantined)
     forms = pack_forms(model, pack_scale)
     is_large = int((usable["split"] == "train").sum()) * forms["train"].bytes > uint8_budget_bytes
     encodings: dict[str, Encoding] = dict.fromkeys(SPLITS, "uint8")
@@ -217,6 +206,23 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
         )
     paths, sha256 = rows["path"].to_pylist(), rows["sha256"].to_pylist()
     return PackedSplit(pixels, targets, paths, sha256, ShardedImages(*stored) if larger else None)
+
+
+def _usable(version: DatasetVersion, manifest: pd.DataFrame, quarantined: Collection[str]) -> pd.DataFrame:
+    """Returns the rows of the images that are packed."""
+    unknown = sorted(set(quarantined) - set(manifest["path"]))
+    if unknown:
+        raise InvalidDatasetError(
+            f"Expected quarantined paths of {version.provenance}. Received: {', '.join(unknown[:5])}, "
+            "not in its manifest. Validate this version again."
+        )
+    usable = manifest.loc[manifest["is_readable"] & ~manifest["path"].isin(list(quarantined))]
+    if not (usable["split"] == "train").any():
+        raise InvalidDatasetError(
+            f"Expected images to train on in {version.provenance}. Received: none that is readable and not "
+            f"quarantined ({len(quarantined)} are). Look at the validation report."
+        )
+    return usable
 
 
 def _key(
