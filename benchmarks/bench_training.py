@@ -67,8 +67,10 @@ SETS = {
         0.86,
         600,
         changes={
+            "dataset.valid_fraction": 0.05,
+            "dataset.reference_fraction": 0.05,
             "train.init_lr": 0.001,
-            "train.epochs": 6,
+            "train.epochs": 5,
             "train.batch_size": 64,
             "train.transfer.freeze_until": 2,
             "train.augment.flip_horizontal": 0.5,
