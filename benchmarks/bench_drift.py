@@ -219,7 +219,7 @@ def _alone(found: Found) -> str:
 
 
 def _cost(samples: Samples, options: Options, checks: list[Check], notes: list[str]) -> None:
-    """Measures the whole verdict as a report makes it, and the cheapest of Evidently's metrics on the same rows."""
+    """Measures the whole verdict as a report makes it, and what the original system runs on the same rows, once."""
     order = np.random.default_rng(options.seed).permutation(len(samples.held_out))
     reference, window = samples.held_out.take(order[:5000]), samples.held_out.take(order[5000:5500])
     monitor = MonitorConfig()
@@ -242,8 +242,10 @@ def _cost(samples: Samples, options: Options, checks: list[Check], notes: list[s
         for name in DETECTOR_NAMES
     }
     notes.append("CPU s of each detector: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in each.items()))
-    theirs = _seconds(lambda: _evidently(reference.bbsd, window.bbsd))
-    notes.append(f"CPU s of one of Evidently's embedding metrics in a report: {theirs:.1f}")
+    options.say("Evidently's six embedding metrics, in a report and in a test suite …")
+    parts = {part: _seconds(lambda part=part: _evidently(part, reference, window)) for part in ("report", "test suite")}
+    theirs = sum(parts.values())
+    notes.append("CPU s of Evidently's six: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items()))
     checks += [
         Check(
             what="whole verdict of 500 images, reference of 5,000, CPU s",
@@ -252,10 +254,10 @@ def _cost(samples: Samples, options: Options, checks: list[Check], notes: list[s
             held=ours <= 2.5,
         ),
         Check(
-            what="12 × Evidently's cheapest embedding metric (six in report and test suite) / whole verdict, CPU",
+            what="Evidently's six embedding metrics, in report and test suite / whole verdict, CPU",
             expected="≥ 50",
-            received=f"{12 * theirs / ours:.0f}",
-            held=12 * theirs >= 50 * ours,
+            received=f"{theirs / ours:.0f}",
+            held=theirs >= 50 * ours,
         ),
     ]
 
@@ -266,17 +268,36 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.process_time() - begun
 
 
-def _evidently(reference: np.ndarray, current: np.ndarray) -> None:
+def _evidently(part: str, reference: DriftSample, current: DriftSample) -> None:
+    """Does what the original system does: four methods on the untrained embedding, two on the probabilities."""
     from evidently.legacy.metrics import EmbeddingsDriftMetric
-    from evidently.legacy.metrics.data_drift.embedding_drift_methods import distance
+    from evidently.legacy.metrics.data_drift.embedding_drift_methods import distance, mmd, model, ratio
     from evidently.legacy.pipeline.column_mapping import ColumnMapping
     from evidently.legacy.report import Report as EvidentlyReport
+    from evidently.legacy.test_suite import TestSuite
+    from evidently.legacy.tests import TestEmbeddingsDrift
 
-    columns = [f"c{at}" for at in range(reference.shape[1])]
-    frames = [pd.DataFrame(rows, columns=pd.Index(columns)) for rows in (reference, current)]
-    method: Any = distance(dist="euclidean")
-    metrics: Any = [EmbeddingsDriftMetric("bbsd", drift_method=method)]
-    report = EvidentlyReport(metrics=metrics)
-    mapping = ColumnMapping(embeddings={"bbsd": columns})
-    report.run(reference_data=frames[0], current_data=frames[1], column_mapping=mapping)
-    report.as_dict()
+    def six(make: Any) -> Any:
+        methods: list[tuple[str, Any]] = [
+            (name, method)
+            for name in ("uae", "bbsd")
+            for method in (
+                mmd(threshold=0.015, quantile_probability=0.95),
+                ratio(component_stattest="ks", threshold=0.05),
+            )
+        ]
+        methods += [("uae", distance(dist="euclidean", threshold=0.2)), ("uae", model(threshold=0.75))]
+        return [make(name, drift_method=method) for name, method in methods]
+
+    columns = {name: [f"{name}{at}" for at in range(getattr(reference, name).shape[1])] for name in ("uae", "bbsd")}
+    frames = [
+        pd.concat(
+            [pd.DataFrame(getattr(sample, name), columns=pd.Index(named)) for name, named in columns.items()], axis=1
+        )
+        for sample in (reference, current)
+    ]
+    judged: Any = (
+        EvidentlyReport(six(EmbeddingsDriftMetric)) if part == "report" else TestSuite(six(TestEmbeddingsDrift))
+    )
+    judged.run(reference_data=frames[0], current_data=frames[1], column_mapping=ColumnMapping(embeddings=columns))
+    judged.as_dict()
