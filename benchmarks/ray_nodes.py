@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +14,17 @@ _STARTS = 5
 
 
 @contextmanager
-def ray_nodes(count: int = 2) -> Iterator[Any]:
-    """Yields Ray's `Cluster`, whose `address` `RayEngine` takes; it ends, and this process leaves it, afterwards."""
+def ray_nodes(count: int = 2, *, takes_jobs: bool = False) -> Iterator[Any]:
+    """Yields Ray's `Cluster`, whose `address` `RayEngine` takes; it ends, and this process leaves it, afterwards.
+
+    Args:
+        count: of nodes.
+        takes_jobs: there is a dashboard, at `cluster.head_node.webui_url`.
+    """
     prepare_process()
     import ray
 
-    cluster = _started(count, _STARTS)
+    cluster = _started(count, takes_jobs, _STARTS)
     try:
         yield cluster
     finally:
@@ -26,12 +32,15 @@ def ray_nodes(count: int = 2) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def _started(count: int, attempts: int) -> Any:
+def _started(count: int, takes_jobs: bool, attempts: int) -> Any:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
     try:
-        cluster.add_node(num_cpus=1, include_dashboard=False)
+        with socket.socket() as free:  # A port of its own for each start: the last one's server may still have its.
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        cluster.add_node(num_cpus=1, include_dashboard=takes_jobs, dashboard_port=port)
         for _ in range(count - 1):
             cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes(timeout=60)
@@ -39,5 +48,5 @@ def _started(count: int, attempts: int) -> Any:
         cluster.shutdown()
         if attempts == 1:
             raise
-        return _started(count, attempts - 1)
+        return _started(count, takes_jobs, attempts - 1)
     return cluster

@@ -121,6 +121,13 @@ class Settings(BaseModel):
         description="With `CV_COMPUTE=ray`: a running cluster, whose nodes see `CV_HOME` and `CV_STORAGE` where this "
         "machine does. Without it, one is started on this machine.",
     )
+    ray_jobs_url: str | None = Field(
+        default=None,
+        validation_alias="CV_RAY_JOBS_URL",
+        examples=["http://192.168.1.10:8265"],
+        description="The server of jobs of a Ray cluster, where its dashboard is: for `train.job_gpus`, and for runs "
+        "as jobs (`docker/dagster/dagster-ray.yaml`).",
+    )
     database_url: SecretStr | None = Field(
         default=None,
         validation_alias="DATABASE_URL",
@@ -457,6 +464,7 @@ def quiet_variables() -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "180",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TF_ENABLE_ONEDNN_OPTS": "1",
     }

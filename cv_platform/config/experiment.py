@@ -64,6 +64,11 @@ class ExperimentConfig(Section):
                 f"train.batch_size: expected a multiple of train.workers, which share each batch. Received: "
                 f"{self.train.batch_size} for {self.train.workers}. Correct one of them."
             )
+        if self.train.workers > 1 and self.train.job_gpus is not None:
+            raise ValueError(
+                f"train.job_gpus: expected null, as CV_COMPUTE=ray places the {self.train.workers} train.workers. "
+                f"Received: {self.train.job_gpus}. Correct one of them."
+            )
         if self.train.workers > 1 and self.train.devices == "all":
             raise ValueError(
                 f"train.devices: expected one, as each of the {self.train.workers} train.workers computes on one. "

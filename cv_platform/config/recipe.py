@@ -62,6 +62,13 @@ class TrainConfig(Section):
         le=256,
         description="processes that take a share of each batch; 1: none besides the one that trains",
     )
+    job_gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="trains in a job of the Ray cluster at CV_RAY_JOBS_URL, on a node with a core and so many GPUs to "
+        "spare, and decides nothing about the weights; null: in the process of the run",
+    )
     init_lr: float = Field(default=1e-3, gt=0.0, le=10.0, description="peak learning rate")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         default="adam", description="sgd uses Nesterov momentum 0.9; adamw keeps the weights' decay out of its moments"

@@ -7,6 +7,7 @@ import dagster as dg
 
 from cv_platform.defs.branch import GPU, Branch
 from cv_platform.defs.metadata import file_link, table
+from cv_platform.defs.runs.ray_job import ray_job
 from cv_platform.defs.versions import Reads
 from cv_platform.records import PackedImages, TrainedModel, ValidationVerdict
 
@@ -21,7 +22,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
         kinds={"keras", "tensorflow", "mlflow"},
         reads=Reads(
             ["train", "model"],
-            ignores=["train.mlflow", "model.threshold", "model.drift_detection"],
+            ignores=["train.mlflow", "train.job_gpus", "model.threshold", "model.drift_detection"],
             code=["cv_platform.training.architectures"],
             functions=["model.architecture"],
         ),
@@ -53,6 +54,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
                 git_commit=head_commit(REPOSITORY, otherwise=run.settings.revision),
                 spare_bytes=run.settings.spare_disk_bytes,
                 engine=run.engine,
+                launch=ray_job(context, run.settings, run.config.train.job_gpus),
             )
         url = dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages))
         return run.result(trained, {**_metadata(trained), "mlflow_url": url})

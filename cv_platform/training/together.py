@@ -5,6 +5,8 @@ weights stay the same in all of them. The mean is TensorFlow's, by the collectiv
 sets up from TF_CONFIG: https://www.tensorflow.org/guide/distributed_training. Keras 3's `fit` does not work in that
 strategy's scope; here it trains an ordinary model whose optimizer asks the others first.
 
+`train_elsewhere` leaves a training to one process, wherever that is (`train.job_gpus`).
+
 `train_together` starts the processes, on this machine or by Ray on others, and starts all of them again from the last
 whole epoch when one dies. By hand each is started with a TF_CONFIG that names all of them:
 `python -m cv_platform.training.together FOLDER`, FOLDER being the training's own, on a file system that all share.
@@ -21,7 +23,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,7 @@ TASK, PROBLEM = "together.pickle", "together.problem"
 ATTEMPTS = 3
 """Times in a row that a process may die without an epoch being done since."""
 _LOOK_SECONDS = 0.2
+_SAID = 1000
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,35 @@ def train_together(
         logger.warning("a process of the training %s; all go on from epoch %d", death, _epochs(folder) + 1)
 
 
+def train_elsewhere(
+    packed: PackedImages, config: ExperimentConfig, folder: Path, launch: Callable[[Path], None]
+) -> None:
+    """Has a process elsewhere train to the end; what `fitting.fit_model` finds is then in `folder`.
+
+    Args:
+        packed: the pixels.
+        config: the experiment.
+        folder: the training's own, where that process finds it too; see `fitting.fit_model`.
+        launch: has `main` called with the folder, and returns when that has ended well.
+
+    Raises:
+        TrainingError: the process says that it cannot train, or has ended in another way.
+    """
+    write_file(folder / TASK, pickle.dumps((packed, config)))
+    (folder / PROBLEM).unlink(missing_ok=True)
+    try:
+        launch(folder)
+    except Exception as err:  # Of whoever launches it.
+        if (folder / PROBLEM).is_file():
+            raise TrainingError((folder / PROBLEM).read_text(encoding="utf-8")) from err
+        said = str(err)  # With what the process has printed, which may be long.
+        said = said if len(said) <= 2 * _SAID else f"{said[:_SAID]} … {said[-_SAID:]}"
+        raise TrainingError(
+            f"Expected a process elsewhere to train to the end. Received: {said}. Its {_epochs(folder)} whole epochs "
+            "are kept: another run goes on from there."
+        ) from err
+
+
 def _epochs(folder: Path) -> int:
     return max((int(path.stem.removeprefix("epoch-")) for path in folder.glob("epoch-*.json")), default=0)
 
@@ -213,14 +245,18 @@ def _first_death(processes: list[Popen[bytes]]) -> str | None:
 
 
 def main(folder: Path) -> None:
-    """Trains as one of several, as the folder's task and TF_CONFIG say."""
+    """Trains as one of several, as the folder's task and TF_CONFIG say; alone where the task is for one."""
     from cv_platform.datasets.packing import open_split
-    from cv_platform.training.fitting import fit_share
+    from cv_platform.training.fitting import fit_model, fit_share
 
-    member = Member.join()
     packed, config = pickle.loads((folder / TASK).read_bytes())
+    member = Member.join() if config.train.workers > 1 else None
     try:
-        fit_share(config, open_split(packed, "train"), open_split(packed, "valid"), folder=folder, member=member)
+        splits = open_split(packed, "train"), open_split(packed, "valid")
+        if member is None:
+            fit_model(config, *splits, folder=folder)
+        else:
+            fit_share(config, *splits, folder=folder, member=member)
     except CvPlatformError as err:
         (folder / PROBLEM).write_text(str(err), encoding="utf-8")
         raise

@@ -21,7 +21,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +45,7 @@ from cv_platform.training.callbacks import write_history
 from cv_platform.training.devices import devices_of
 from cv_platform.training.fitting import FittedModel, fit_model
 from cv_platform.training.network import resolve_precision
-from cv_platform.training.together import train_together
+from cv_platform.training.together import train_elsewhere, train_together
 
 if TYPE_CHECKING:
     import keras
@@ -72,6 +72,7 @@ def train_model(
     git_commit: str | None = None,
     spare_bytes: int | None = None,
     engine: Engine | None = None,
+    launch: Callable[[Path], None] | None = None,
 ) -> TrainedModel:
     """Trains `config.model` with `config.train` on the split `train`.
 
@@ -88,6 +89,7 @@ def train_model(
         git_commit: of the code and configs, for the record.
         spare_bytes: see `files.require_free_space`.
         engine: of `train.workers`, see `together.train_together`.
+        launch: of `train.job_gpus`, see `together.train_elsewhere`.
 
     Returns:
         The trained model, whose folder exists.
@@ -108,7 +110,9 @@ def train_model(
     parent = directory / model_name
     parent.mkdir(parents=True, exist_ok=True)
     with _work_folder(parent, _recipe(packed, resolved)) as work:
-        if resolved.train.workers > 1:
+        if launch is not None:
+            train_elsewhere(packed, resolved, work, launch)
+        elif resolved.train.workers > 1:
             train_together(packed, resolved, work, engine=engine)
         fitted = fit_model(resolved, train, valid, folder=work, run=run, spare_bytes=spare_bytes)
         # On a network that was only just read from the work folder, which a retry finds as it was: never twice.
@@ -186,7 +190,7 @@ def _recipe(packed: PackedImages, config: ExperimentConfig) -> dict[str, str]:
 
     sections = {
         "model": config.model.model_dump(mode="json", exclude={"drift_detection"}),
-        "train": config.train.model_dump(mode="json", exclude={"mlflow"}),
+        "train": config.train.model_dump(mode="json", exclude={"mlflow", "job_gpus"}),
     }
     code = hashlib.sha256()
     for folder in (training, encoders):

@@ -1,0 +1,104 @@
+"""Runs and trainings as jobs of a Ray cluster: `make test-ray` starts one of two nodes, with its server of jobs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import dagster as dg
+import psutil
+import pytest
+
+from benchmarks.ray_nodes import ray_nodes
+from cv_platform.config import ExperimentConfig
+from cv_platform.defs.runs import ray_job as jobs
+from cv_platform.errors import ComputeError, ConfigError, TrainingError
+from cv_platform.records import PackedImages, TrainedModel
+from cv_platform.settings import Settings
+from cv_platform.training.trainer import train_model
+from cv_platform_tests.support.tiny_training import experiment, pack_tiny
+from cv_platform_tests.support.waiting import wait_until
+
+Server = Callable[[], AbstractContextManager[Settings]]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Returns what starts the cluster: after a test has set the environment, which its nodes take over."""
+
+    @contextmanager
+    def started() -> Iterator[Settings]:
+        pytest.importorskip("ray", reason="Ray, of the extra ray")
+        with ray_nodes(2, takes_jobs=True) as cluster:
+            monkeypatch.setenv("CV_RAY_JOBS_URL", f"http://{cluster.head_node.webui_url}")
+            yield Settings.from_environment()
+
+    return started
+
+
+def trained(
+    packed: PackedImages, config: ExperimentConfig, home: Path, settings: Settings | None = None
+) -> TrainedModel:
+    """Trains in an asset, as the platform's does; in a job of the cluster, if there is one."""
+
+    records: list[TrainedModel] = []
+
+    def model(context):  # Dagster reads no annotation that is a text.
+        launch = None if settings is None else jobs.ray_job(context, settings, config.train.job_gpus)
+        records.append(train_model(packed, config, directory=home, launch=launch))
+        return dg.MaterializeResult()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        dg.materialize([dg.asset(model)], instance=instance)
+    return records[0]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # dagster-ray 0.4.8 uses what Dagster deprecates, and what it previews.
+def test_a_training_in_a_job_makes_the_same_weights_and_a_killed_one_goes_on(tmp_path: Path, server: Server) -> None:
+    config = experiment(train__epochs=40, train__job_gpus=0)
+    packed = pack_tiny(tmp_path, config)
+    killed: list[int] = []
+
+    def kill_the_job() -> None:
+        def training() -> list[psutil.Process]:
+            found: list[psutil.Process] = []
+            for process in psutil.process_iter():
+                with suppress(psutil.Error):
+                    line = process.cmdline()
+                    if line[:1] == [sys.executable] and jobs.__name__ in line and str(tmp_path) in line[-1]:
+                        found.append(process)
+            return found
+
+        wait_until(lambda: list((tmp_path / "job").rglob("epoch-*.json")), seconds=600)
+        for process in training():
+            process.kill()
+            killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_the_job)
+    with server() as settings:
+        killer.start()
+        with pytest.raises(
+            TrainingError, match=r"train to the end. Received: .* failed with status FAILED(?s:.*) whole"
+        ):
+            trained(packed, config, tmp_path / "job", settings)
+        killer.join()
+        assert killed
+        there = trained(packed, config, tmp_path / "job", settings)
+    here = trained(packed, config, tmp_path / "home")
+    assert there.weights_sha256 == here.weights_sha256
+    assert there.epochs_run == here.epochs_run == 40
+
+
+def test_a_job_needs_a_server_of_jobs() -> None:
+    settings = Settings.from_environment({})
+    with dg.build_asset_context() as context:
+        assert jobs.ray_job(context, settings, None) is None
+        with pytest.raises(ComputeError, match=r"train\.job_gpus: 1 needs .* Received: no CV_RAY_JOBS_URL"):
+            jobs.ray_job(context, settings, 1)
+    with pytest.raises(ConfigError, match=r"train\.job_gpus: expected null, as CV_COMPUTE=ray places the 2"):
+        experiment(train__workers=2, train__job_gpus=1)
