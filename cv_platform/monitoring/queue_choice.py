@@ -1,8 +1,8 @@
 """Which images people are asked to label next: by reasons with quotas, near-copies once, and unlike each other.
 
 The random ones come first and are left as they are drawn, so that they stay a sample of all. Of each other reason the
-images that score highest are a pool. Of the uncertain ones it is put into clusters, by what the images show and weighted
-by their uncertainty, and each cluster gives the image in its middle: the most uncertain ones alone are much alike
+images that score highest are a pool. Of the uncertain ones it is put into clusters, by what the images show, weighted by
+their uncertainty, and each cluster gives the image in its middle: the most uncertain ones alone are much alike
 (Zhdanov 2019, "Diverse mini-batch Active Learning"; `python -m benchmarks labels` compares). Of the other reasons those
 are taken that lie farthest from all that were taken before (greedy k-center: Sener and Savarese 2018, "Active Learning
 for Convolutional Neural Networks: A Core-Set Approach").
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 RANDOM, UNCERTAIN = "random", "uncertain"
 UNCERTAIN_POOL, _CLUSTERS = 5, 200
-"""The pool of the uncertain ones is so many times their quota; so many clusters at most, of which each then gives more."""
+"""The pool of the uncertain ones is so many times their quota. Beyond so many clusters, each gives more images."""
 POOL = 3
 """A reason's pool is so many times its quota: 1 would ask for the highest scores only, however alike they are."""
 
