@@ -1,7 +1,7 @@
 """Which images people are asked to label next: by reasons with quotas, near-copies once, and unlike each other.
 
-The random ones come first and are left as they are drawn, so that they stay a sample of all. Of each other reason the
-images that score highest are a pool. Of the uncertain ones it is put into clusters, by what the images show, weighted by
+The random ones come first and are left as they are drawn, so that they stay a sample of all. Of each other reason those
+that score highest are a pool. Of the uncertain ones it is put into clusters by what the images show, weighted by
 their uncertainty, and each cluster gives the image in its middle: the most uncertain ones alone are much alike
 (Zhdanov 2019, "Diverse mini-batch Active Learning"; `python -m benchmarks labels` compares). Of the other reasons those
 are taken that lie farthest from all that were taken before (greedy k-center: Sener and Savarese 2018, "Active Learning
