@@ -385,9 +385,9 @@ def test_the_sheet_has_a_row_for_each_class_that_has_images() -> None:
     png = augmented_sheet(split, ["a", "b", "c"], Augmenter(config, seed=1), draws=2)
 
     sheet = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
-    assert sheet.shape[:2] == (2 * 68 + 4, 14 * 8 + 8 + 3 * 68)
-    first, mirrored = sheet[4:68, 120:184], sheet[4:68, 188:252]
-    np.testing.assert_array_equal(first[::4, ::4], pictures()[0])
+    assert sheet.shape[:2] == (2 * 100 + 4, 14 * 8 + 8 + 3 * 100)
+    first, mirrored = sheet[4:100, 120:216], sheet[4:100, 220:316]
+    np.testing.assert_array_equal(first[::6, ::6], pictures()[0])
     np.testing.assert_array_equal(mirrored, first[:, ::-1])
 
 

@@ -174,12 +174,19 @@ def test_storage_that_goes_away_changes_nothing_and_its_return_is_noticed(storag
     holder = start()
     away = root.with_name("away")
     root.rename(away)
-    root.write_text("a file where the folder was")
+
+    def is_a_file() -> bool:
+        shutil.rmtree(root, ignore_errors=True)  # A heartbeat may have made it anew.
+        with suppress(IsADirectoryError):
+            root.write_text("a file where the folder was")
+        return root.is_file()
+
+    wait_until(is_a_file)
     wait_until(lambda: holder.status()["storage_error"] is not None)
     assert version_of(holder) == metadata.version
 
     def is_back() -> bool:
-        shutil.rmtree(root, ignore_errors=True)  # A heartbeat may have made it anew.
+        shutil.rmtree(root, ignore_errors=True)
         with suppress(OSError):
             away.rename(root)
         return not away.exists()
