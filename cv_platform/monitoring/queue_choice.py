@@ -124,7 +124,7 @@ def _from_clusters(
     from sklearn.cluster import KMeans
 
     weights = np.maximum(score[pool], 1e-6)
-    clusters = KMeans(min(count, _CLUSTERS), n_init=1, max_iter=20, random_state=seed)
+    clusters = KMeans(min(count, _CLUSTERS), max_iter=20, random_state=seed)
     distances = clusters.fit_transform(vectors[pool], sample_weight=weights)
     member = distances.argmin(axis=1)
     nearest = np.lexsort((distances.min(axis=1), member))
