@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,8 +22,13 @@ from cv_platform.errors import ComputeError, ConfigError, TrainingError
 from cv_platform.records import PackedImages, TrainedModel
 from cv_platform.settings import Settings
 from cv_platform.training.trainer import train_model
+from cv_platform_tests.support.postgres import own_database
+from cv_platform_tests.support.stack_files import DOCKER
 from cv_platform_tests.support.tiny_training import experiment, pack_tiny
 from cv_platform_tests.support.waiting import wait_until
+
+JOB = "log_retention"
+
 
 Server = Callable[[], AbstractContextManager[Settings]]
 
@@ -102,3 +110,39 @@ def test_a_job_needs_a_server_of_jobs() -> None:
             jobs.ray_job(context, settings, 1)
     with pytest.raises(ConfigError, match=r"train\.job_gpus: expected null, as CV_COMPUTE=ray places the 2"):
         experiment(train__workers=2, train__job_gpus=1)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_run_of_the_stacks_instance_is_a_job(
+    tmp_path: Path, server: Server, postgres_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue, the daemon, the launcher and the run of `dagster-ray.yaml`, with its folders below `tmp_path`."""
+    text = (DOCKER / "dagster" / "dagster-ray.yaml").read_text()
+    (tmp_path / "dagster.yaml").write_text(text.replace("/data/home", str(tmp_path / "home")))
+    (tmp_path / "home").mkdir()
+    options = json.dumps({"ops": {"delete_expired_log": {"config": {"is_dry_run": True}}}})
+    with own_database(postgres_url) as url:
+        for name, value in {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # A job's command is `dagster`.
+            "DAGSTER_HOME": str(tmp_path),
+            "DAGSTER_POSTGRES_URL": url.replace("postgresql://", "postgresql+psycopg2://"),
+            "DATABASE_URL": database_url,
+            "CV_HOME": str(tmp_path / "home"),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        }.items():
+            monkeypatch.setenv(name, value)
+        with server(), dg.DagsterInstance.get() as instance:
+            program, module = [sys.executable, "-m", "dagster"], ["-m", "cv_platform.definitions"]
+            command = [*program, "job", "launch", *module, "-j", JOB, "--config-json", options]
+            subprocess.run(command, check=True, timeout=300)
+            [run] = instance.get_runs()
+            daemon = subprocess.Popen([sys.executable, "-m", "dagster._daemon", "run", *module])
+            try:
+                wait_until(lambda: (found := instance.get_run_by_id(run.run_id)) and found.is_finished, seconds=600)
+            finally:
+                daemon.terminate()
+                daemon.wait(60)
+            events = [event.message for event in instance.all_logs(run.run_id)]
+            assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.SUCCESS, events  # pyright: ignore[reportOptionalMemberAccess]
+            assert any("Ray run job created" in message for message in events)
