@@ -128,3 +128,15 @@ def test_an_unreadable_marker_is_named(version: DatasetVersion, tmp_path: Path) 
     (tmp_path / "central" / "shards" / made.directory.name / "shared.json").write_text("{}")
     with pytest.raises(StorageError, match=r"Expected shared\.json of the packed images"):
         pack(version, tmp_path / "there", str(tmp_path / "central"))
+
+
+def test_a_taken_pack_is_published_whole_where_central_storage_has_moved(
+    version: DatasetVersion, storage: str, tmp_path: Path
+) -> None:
+    made = pack(version, tmp_path / "here", storage)
+    pack(version, tmp_path / "there", storage)
+    moved = str(tmp_path / "moved")
+    pack(version, tmp_path / "there", moved)
+    shutil.rmtree(version.directory / "images")  # So that nobody could pack them again.
+    taken = pack(version, tmp_path / "elsewhere", moved)
+    np.testing.assert_array_equal(pixels(taken, "train"), pixels(made, "train"))

@@ -27,15 +27,18 @@ _SHARD_SUFFIXES = frozenset({".uint8", ".jpeg"})
 def publish_pack(directory: Path, files: Sequence[str], storage_url: str) -> None:
     """Copies the files of a finished pack to central storage, unless it has them.
 
-    Of two that do so at once, the first has done it, and the copy of the other is removed.
+    Of two that do so at once, the first has done it, and the copy of the other is removed. What a pack that was taken
+    from elsewhere lacks is brought first.
 
     Raises:
+        DatasetError: it lacks shards, and they are not where it was taken from any more.
         StorageError: central storage cannot be reached or written.
     """
     store = ObjectStore(storage_url)
     pack = store.path(_FOLDER, directory.name)
     if _published(store, directory.name) is not None:
         return
+    bring_shards(directory, files)
     folder, copied = secrets.token_hex(4), sorted(files)
     with store.errors(f"publish the packed images {directory.name}"):
         store.upload(directory, copied, f"{pack}/{folder}")
