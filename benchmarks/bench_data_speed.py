@@ -56,6 +56,8 @@ def run(options: Options) -> Report:
     unknown = set(options.parts) - set(PARTS)
     if unknown:
         raise DatasetError(f"Expected --parts of {', '.join(PARTS)}. Received: {', '.join(sorted(unknown))}.")
+    if len(options.images) not in {0, 2}:
+        raise DatasetError(f"Expected --images FEW,MANY. Received: {len(options.images)} numbers.")
     few, many = options.images or (FEW, MANY)
     clock, checks, notes = Stopwatch(), list[Check](), list[str]()
     observations: dict[str, list[Observation]] = {}

@@ -120,7 +120,7 @@ def _from_clusters(
     """Returns `count` positions of a pool, by score: of each cluster first the image nearest to its middle."""
     if len(pool) <= count or not count:
         return pool
-    # It takes seconds to import, and Dagster loads this module with its definitions.
+    # It takes seconds to import, for which `cv-platform labels` need not wait.
     from sklearn.cluster import KMeans
 
     weights = np.maximum(score[pool], 1e-6)

@@ -51,7 +51,8 @@ TASK, PROBLEM = "together.pickle", "together.problem"
 ATTEMPTS = 3
 """Times in a row that a process may die without an epoch being done since."""
 _LOOK_SECONDS = 0.2
-_SAID = 1000
+_SHOWN = 1000
+"""Characters at either end of what a process elsewhere has printed."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def train_elsewhere(
         if (folder / PROBLEM).is_file():
             raise TrainingError((folder / PROBLEM).read_text(encoding="utf-8")) from err
         said = str(err)  # With what the process has printed, which may be long.
-        said = said if len(said) <= 2 * _SAID else f"{said[:_SAID]} … {said[-_SAID:]}"
+        said = said if len(said) <= 2 * _SHOWN else f"{said[:_SHOWN]} … {said[-_SHOWN:]}"
         raise TrainingError(
             f"Expected a process elsewhere to train to the end. Received: {said}. Its {_epochs(folder)} whole epochs "
             "are kept: another run goes on from there."

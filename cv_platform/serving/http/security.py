@@ -177,8 +177,7 @@ class Guard:
 
     def network_of(self, request: Request) -> str | None:
         """Returns the network of the client, /24 or /48, as a trusted proxy tells its address; None: none does."""
-        told = request.headers.getlist("x-real-ip")
-        if not self._proxies or request.client is None or len(told) != 1:
+        if not self._proxies or request.client is None or len(told := request.headers.getlist("x-real-ip")) != 1:
             return None
         try:
             proxy, client = _address(request.client.host), _address(told[0].strip())
