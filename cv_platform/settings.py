@@ -344,9 +344,7 @@ class Settings(BaseModel):
                 or f"{parts.scheme}://{parts.netloc}" != origin
                 or not parts.hostname
             ):
-                raise ValueError(
-                    f"Expected origins such as https://app.example.org, without a path. Received: {origin}"
-                )
+                raise ValueError(f"Expected origins such as https://app.example.org, without a path, not {origin}")
         return tuple(origin.lower() for origin in origins)
 
     @field_validator("trusted_proxies")
@@ -356,7 +354,7 @@ class Settings(BaseModel):
             try:
                 ipaddress.ip_network(proxy)
             except ValueError as err:
-                raise ValueError(f"Expected addresses or networks such as 172.16.0.0/12. Received: {err}") from err
+                raise ValueError(f"Expected addresses or networks such as 172.16.0.0/12: {err}") from err
         return proxies
 
     @field_validator("labeller_keys")

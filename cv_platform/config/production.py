@@ -242,10 +242,12 @@ class LabelsConfig(Section):
 
     @model_validator(mode="after")
     def _within_the_queue(self) -> Self:
-        total = sum(getattr(self, f"{reason}_share") for reason in _REASONS)
+        shares = {f"{reason}_share": getattr(self, f"{reason}_share") for reason in _REASONS}
+        total = sum(shares.values())
         if total > 1.0 + 1e-9:
             raise ValueError(
-                f"labels: expected shares of at most 1 together (the rest is uncertain); received {total:g}"
+                f"expected shares of at most 1 together (the rest is uncertain); received {total:g}: "
+                + ", ".join(f"{name} {share:g}" for name, share in shares.items())
             )
         return self
 

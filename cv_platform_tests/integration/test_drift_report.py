@@ -216,13 +216,13 @@ def test_images_that_drive_it_stand_beside_the_most_similar_of_the_reference(
         assert len(row["nearest"]) == 3
     page = Path(report.report_url.removeprefix("file://")).read_text()
     assert page.count("<img") == len(uploads - {f"{0:064x}"}) + 36 + 1, "all but the upload that does not decode"
-    assert "What a window of 150 images can show" in page
+    assert "by the images in a window (here 150)" in page
     assert "not here" not in page
     (packed.directory / "packed.json").unlink()
     other = detectors.model_copy(update={"model": ModelIdentity(model_name="insects", version="another")})
     report = installation.report(packed=packed, detectors=other)
     page = Path(report.report_url.removeprefix("file://")).read_text()
-    assert "can show" not in page, "what another version's detectors notice"
+    assert "images in a window" not in page, "what another version's detectors notice"
     assert page.count("not here") == 36
     assert "Images of the reference cannot be shown: Expected a pack" in page
 

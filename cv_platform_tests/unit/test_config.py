@@ -16,6 +16,7 @@ import yaml
 
 from cv_platform.config import (
     ExperimentConfig,
+    LabelsConfig,
     config_files,
     json_schema,
     load_beside_others,
@@ -404,6 +405,19 @@ def test_without_a_checkout_they_lie_where_a_command_is_typed(tmp_path: Path) ->
 def test_an_image_knows_its_revision_and_an_empty_one_is_none() -> None:
     assert Settings.from_environment({"CV_REVISION": "b40259d"}).revision == "b40259d"
     assert Settings.from_environment({"CV_REVISION": ""}).revision is None
+
+
+@pytest.mark.parametrize("proxy", ["nonsense", "10.0.0.1/8"])
+def test_a_proxy_that_is_no_network_is_named(proxy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"CV_TRUSTED_PROXIES: Expected addresses .*{proxy}"):
+        Settings.from_environment({"CV_TRUSTED_PROXIES": f"172.16.0.0/12,{proxy}"})
+
+
+def test_shares_of_the_queue_that_are_too_many_are_listed() -> None:
+    with pytest.raises(
+        ValueError, match=r"at most 1 together .* received 1\.1: random_share 0\.8, .*disagreeing_share 0\.05"
+    ):
+        LabelsConfig(random_share=0.8)
 
 
 def test_settings_name_each_wrong_variable() -> None:
