@@ -62,15 +62,19 @@ def beating(storage: CentralStorage) -> Iterator[Callable[..., None]]:
     stopping = threading.Event()
     threads: list[threading.Thread] = []
 
-    def beat(worker_id: str, **says: Any) -> None:
-        for n in itertools.count():
-            now = datetime.now(UTC) + timedelta(hours=-1, microseconds=n)
-            storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id=worker_id, beat_utc=now, **says))
+    def beat(worker_id: str, n: int, **says: Any) -> None:
+        now = datetime.now(UTC) + timedelta(hours=-1, microseconds=n)
+        storage.write_heartbeat(SERVICE, WorkerHeartbeat(worker_id=worker_id, beat_utc=now, **says))
+
+    def go_on(worker_id: str, **says: Any) -> None:
+        for n in itertools.count(1):
             if stopping.wait(0.05):
                 return
+            beat(worker_id, n, **says)
 
     def start(worker_id: str, **says: Any) -> None:
-        threads.append(threading.Thread(target=beat, args=(worker_id,), kwargs=says))
+        beat(worker_id, 0, **says)  # here, as a deployment that lists the workers before the first beat sees none
+        threads.append(threading.Thread(target=go_on, args=(worker_id,), kwargs=says))
         threads[-1].start()
 
     yield start
