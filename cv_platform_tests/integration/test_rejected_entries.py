@@ -107,13 +107,13 @@ def test_a_backlog_that_is_refused_as_a_whole_stays_in_the_queue(log: RequestLog
 def test_our_own_mistake_rejects_no_backlog(log: RequestLog, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     are_all_there = threading.Event()
 
-    def decode(*_: object) -> object:
+    def read_record(*_: object) -> object:
         if not are_all_there.is_set():  # A backlog is what comes together, not one by one.
             raise DatabaseUnavailableError("Expected a database. Received: none yet.")
         return {}["entry_id"]
 
     with monkeypatch.context() as mistaken:
-        mistaken.setattr("cv_platform.serving.log.tables.decode", decode)
+        mistaken.setattr("cv_platform.serving.log.tables.read_record", read_record)
         for _ in range(30):
             log.spool.submit(answered())
         are_all_there.set()

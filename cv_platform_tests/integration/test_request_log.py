@@ -187,7 +187,7 @@ def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine
     drainer.start()
     wait_until_drained(drainer)
     assert count(engine, "predictions") == 1
-    assert "Invalid JSON" in spool.rejected()[0].reason
+    assert "DecodeError" in spool.rejected()[0].reason
     drainer.close()
     spool.close()
 

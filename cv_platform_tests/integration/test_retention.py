@@ -17,7 +17,7 @@ from sqlalchemy import Engine, Table, event, func, insert, select
 
 from cv_platform.cli import main
 from cv_platform.config import parse_experiment
-from cv_platform.database.binary_copy import CopyStream, row_encoder, written_columns
+from cv_platform.database.binary_copy import CopyStream, real_arrays, row_encoder, written_columns
 from cv_platform.database.retention import Retention, _versions, delete_expired
 from cv_platform.database.schema import api_log, deletions, drift_reports, feedback, images, predictions
 from cv_platform.defs.io_managers import RecordIOManager
@@ -281,7 +281,7 @@ def copy_in(engine: Engine, table: Table, rows: Iterable[dict[str, Any]]) -> Non
 @pytest.fixture
 def large(engine: Engine) -> list[dict[str, Any]]:
     """20,000 predictions over 400 days by two versions, an upload for every two of them, feedback for every tenth."""
-    vector = np.ones(2, np.float32)
+    (vector,) = real_arrays(np.ones(2, "<f4").tobytes(), [2])
     vectors = dict.fromkeys(("uae_feats", "bbsd_feats", "features", "properties"), vector)
     rows = [
         prediction_row(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BATCH_ROWS = 4000
+_BATCH_ROWS = 8000
 _LINGER_SECONDS = 0.5
 """After an append, and after each batch that was not full: gathers the next entries into one transaction. Under load a
 transaction for each few rows would take the processor from the predictions."""

@@ -13,18 +13,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Required, TypedDict
 from uuid import UUID, uuid4
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
 from cv_platform.predictions import VECTOR_COLUMNS
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))  # `dumps` makes one a call.
-_READER = TypeAdapter(Any)
-"""Of JSON that was written here; a third of the time of Python's own, of which draining takes most."""
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
 _FLOAT = np.dtype("<f4")
 FloatArray = NDArray[np.float32]
@@ -176,6 +173,39 @@ class SpooledEntry(NamedTuple):
     image: SpooledImage | None
 
 
+class _Record(TypedDict, total=False):
+    """What `encode` writes as JSON; what else is there, as of a former release, is passed over.
+
+    The probabilities are not read at all: the database takes their text.
+    """
+
+    entry_id: Required[UUID]
+    created_on: Required[datetime]
+    prediction_id: Required[UUID | None]
+    request_method: str
+    request_url: str
+    response_status_code: int
+    response_message: str
+    timespan: float
+    client_error: str | None
+    model_name: str | None
+    model_version: str | None
+    predicted_class: str | None
+    prediction_json: msgspec.Raw
+    image_sha256: str | None
+    client: str | None
+    tag: str | None
+    network: str | None
+    dims: list[int]
+    hm_height: int | None
+    hm_width: int | None
+    true_class: str
+    source: str
+
+
+_READER = msgspec.json.Decoder(_Record)
+
+
 def encode(entry: LogEntry | FeedbackEntry) -> SpooledEntry:
     """Returns the entry's spooled form, with its values cleaned for PostgreSQL."""
     prediction_id = None if entry.prediction_id is None else str(entry.prediction_id)
@@ -233,35 +263,47 @@ def encode_outcome(outcome: Outcome) -> str:
 def decode(record: str, vectors: bytes) -> dict[str, Any]:
     """Returns an entry's columns by name, from its spooled form.
 
-    Identifiers become `UUID`, times aware `datetime`, arrays `(n,)` float32 (`raw_hm` flattened row by row), and
-    `prediction_json` stays JSON text.
+    As `read_record`, with the arrays: `(n,)` float32 (`raw_hm` flattened row by row).
 
     Raises:
         ValueError: the record is not one that `encode` wrote (KeyError and TypeError mean the same).
     """
-    try:
-        values: dict[str, Any] = _READER.validate_json(record)
-    except ValidationError as err:
-        raise ValueError(err.errors(include_input=False)[0]["msg"]) from None
-    values.pop("is_of_known", None)  # Of feedback that a former release has spooled.
-    values["entry_id"] = UUID(values["entry_id"])
-    values["created_on"] = datetime.fromisoformat(values["created_on"])
-    if values["prediction_id"] is None:
-        return values
-    values["prediction_id"] = UUID(values["prediction_id"])
-    if "dims" in values:
-        numbers = np.frombuffer(vectors, dtype="<f4")
-        start = 0
-        for name, size in zip(VECTOR_COLUMNS, values.pop("dims"), strict=True):
-            values[name] = numbers[start : start + size]
-            start += size
-        for name in _ORIGINS:  # Not in what a former release has spooled.
-            values.setdefault(name, None)
-        has_heat_map = values.setdefault("hm_height", None) is not None
-        values.setdefault("hm_width", None)
-        values["raw_hm"] = numbers[start:] if has_heat_map else None
-        values["prediction_json"] = _READER.dump_json(values["prediction_json"]).decode()
+    values = read_record(record)
+    numbers, start = np.frombuffer(vectors, dtype=_FLOAT), 0
+    for name, size in take_sizes(values, vectors).items():
+        values[name] = numbers[start : start + size]
+        start += size
     return values
+
+
+def read_record(record: str) -> dict[str, Any]:
+    """Returns an entry's columns by name, but for its arrays, of which it says the sizes (`take_sizes`).
+
+    Identifiers become `UUID`, times aware `datetime`, and `prediction_json` stays JSON text.
+
+    Raises:
+        ValueError: the record is not one that `encode` wrote.
+    """
+    values: dict[str, Any] = dict(_READER.decode(record))
+    if "prediction_json" in values:
+        values["prediction_json"] = str(values["prediction_json"], "utf-8")
+        for name in (*_ORIGINS, "hm_height", "hm_width", "raw_hm"):  # Not in every record, nor in a former release's.
+            values.setdefault(name, None)
+    return values
+
+
+def take_sizes(values: dict[str, Any], vectors: bytes) -> dict[str, int]:
+    """Takes the sizes of the arrays, in their order, out of what `read_record` returned.
+
+    Raises:
+        ValueError: they are not those of `vectors`.
+    """
+    sizes = dict(zip(VECTOR_COLUMNS, values.pop("dims", ()), strict=False))
+    if values.get("hm_height") is not None:
+        sizes["raw_hm"] = values["hm_height"] * values["hm_width"]
+    if _FLOAT.itemsize * sum(sizes.values()) != len(vectors):
+        raise ValueError(f"Expected arrays of {sizes} float32. Received: {len(vectors)} bytes.")
+    return sizes
 
 
 def stored_prediction(values: Mapping[Any, Any], *, image: bytes | None, media_type: str | None) -> StoredPrediction:
@@ -312,4 +354,4 @@ def _finite(value: float) -> float | None:
 
 
 def _json(value: Any) -> str:
-    return _ENCODER.encode(value)
+    return msgspec.json.encode(value).decode()

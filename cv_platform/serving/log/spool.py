@@ -56,8 +56,7 @@ logger = logging.getLogger(__name__)
 _TRY_SECONDS = 10.0
 _JOB_SECONDS = 60.0
 _DELETED_BYTES = 2 * 1024 * 1024
-"""By one transaction: SQLite may be built to overwrite what it deletes (Debian's is), by way of its write-ahead log,
-which must have room in the reserve when the disk is full."""
+"""By one transaction, whose write-ahead log must have room in the reserve when the disk is full."""
 _ENTRY_BYTES = 4096
 """Of an entry, beside its upload and map."""
 _GONE = object()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import tee
+from itertools import chain, islice
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -21,11 +21,11 @@ import psycopg2.errors
 import psycopg2.extensions
 from sqlalchemy import Engine, Table, select
 
-from cv_platform.database.binary_copy import CopyStream, row_encoder, written_columns
+from cv_platform.database.binary_copy import CopyStream, real_arrays, row_encoder, written_columns
 from cv_platform.database.migrate import require_revision
 from cv_platform.database.schema import api_log, deletions, feedback, images, predictions
 from cv_platform.serving.log.deletion import DELETION_LOCK
-from cv_platform.serving.log.entry import FeedbackEntry, StoredPrediction, decode, stored_prediction
+from cv_platform.serving.log.entry import FeedbackEntry, StoredPrediction, read_record, stored_prediction, take_sizes
 from cv_platform.serving.log.spool import SpoolRow
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ ReadImage = Callable[[str], tuple[bytes, str, str] | None]
 
 _CHUNK_BYTES = 64 * 1024
 """Of rows that are made while the server writes those before."""
+_CHUNK_ROWS = 64
+"""Whose arrays are turned round together."""
 
 
 class _Load(NamedTuple):
@@ -95,13 +97,40 @@ def write_entries(cursor: Cursor, rows: Sequence[SpoolRow], read_image: ReadImag
     answered = [row for row in requests if row.prediction_id is not None and row.prediction_id not in deleted]
     statements = [row for row in rows if row.kind == "feedback" and row.prediction_id not in deleted]
     _write_images(cursor, {row.image_sha256 for row in answered if row.image_sha256 is not None}, read_image)
-    of_predictions, of_requests = tee(_decoded(requests, deleted))
-    if answered:
-        _copy(cursor, _PREDICTIONS, (values for values in of_predictions if values["prediction_id"] is not None))
     if requests:
-        _copy(cursor, _API_LOG, of_requests)
+        # Bytes, of both tables at once: columns by name that wait for the second table would be visited by Python's
+        # collector of garbage, value by value, again and again.
+        of_requests: list[bytes] = []
+
+        def of_predictions() -> Iterator[bytes]:
+            of_requests.clear()
+            for values in decoded_rows(requests, deleted):
+                of_requests.append(_API_LOG.encode(values))
+                if values["prediction_id"] is not None:
+                    yield _PREDICTIONS.encode(values)
+
+        _copy(cursor, _PREDICTIONS, of_predictions)
+        _copy(cursor, _API_LOG, lambda: of_requests)
     if statements:
-        _copy(cursor, _FEEDBACK, _decoded(statements, deleted))
+        _copy(cursor, _FEEDBACK, lambda: map(_FEEDBACK.encode, decoded_rows(statements, deleted)))
+
+
+def decoded_rows(rows: Iterable[SpoolRow], deleted: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """Yields the entries' columns, arrays as `real_arrays` makes them; of `deleted` predictions their request's only.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: a record is damaged.
+    """
+    left = iter(rows)
+    while chunk := list(islice(left, _CHUNK_ROWS)):
+        read = [read_record(row.record) for row in chunk]
+        sizes = [take_sizes(values, row.vectors) for values, row in zip(read, chunk, strict=True)]
+        arrays = real_arrays(b"".join(row.vectors for row in chunk), chain.from_iterable(map(dict.values, sizes)))
+        for row, values, names in zip(chunk, read, sizes, strict=True):
+            values.update(zip(names, arrays, strict=False))
+            if row.prediction_id in deleted:
+                values["prediction_id"] = None
+            yield values
 
 
 def find_prediction(engine: Engine, prediction_id: UUID) -> StoredPrediction | None:
@@ -134,20 +163,13 @@ def find_statements(engine: Engine, prediction_id: UUID) -> list[FeedbackEntry]:
         return [FeedbackEntry(**row) for row in connection.execute(query).mappings()]
 
 
-def _decoded(rows: Iterable[SpoolRow], deleted: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Yields the entries' columns; of predictions that were deleted, their request's only."""
-    for row in rows:
-        values = decode(row.record, row.vectors)
-        if row.prediction_id in deleted:
-            values["prediction_id"] = None
-        yield values
-
-
 def _present(cursor: Cursor, table: Table, ids: Collection[str]) -> set[str]:
     """Returns those of the ids that a table has."""
     if not ids:
         return set()
-    cursor.execute(f"SELECT prediction_id::text FROM {table.name} WHERE prediction_id = ANY(%s::uuid[])", (list(ids),))
+    # One text: of a list psycopg 2 quotes each element by itself, which takes longer than the question.
+    array = f"{{{','.join(ids)}}}"
+    cursor.execute(f"SELECT prediction_id::text FROM {table.name} WHERE prediction_id = ANY(%s::uuid[])", (array,))
     return {prediction_id for (prediction_id,) in cursor.fetchall()}
 
 
@@ -175,21 +197,20 @@ def _write_images(cursor: Cursor, wanted: set[str], read_image: ReadImage) -> No
             }
         )
     if rows:
-        _copy(cursor, _IMAGES, rows)
+        _copy(cursor, _IMAGES, lambda: map(_IMAGES.encode, rows))
 
 
-def _copy(cursor: Cursor, load: _Load, rows: Iterable[Mapping[str, Any]]) -> None:
+def _copy(cursor: Cursor, load: _Load, make_rows: Callable[[], Iterable[bytes]]) -> None:
     columns, table = ", ".join(load.columns), load.table.name
-    rows, again = tee(rows)
     cursor.execute("SAVEPOINT before_copy")
     try:
-        _stream(cursor, f"{table} ({columns})", map(load.encode, rows))
+        _stream(cursor, f"{table} ({columns})", make_rows())
     except psycopg2.errors.UniqueViolation:  # Some are there. A select makes a table without constraints.
         cursor.execute("ROLLBACK TO SAVEPOINT before_copy")
         cursor.execute(
             f"CREATE TEMPORARY TABLE incoming_{table} ON COMMIT DROP AS SELECT {columns} FROM {table} WITH NO DATA"
         )
-        _stream(cursor, f"incoming_{table} ({columns})", map(load.encode, again))
+        _stream(cursor, f"incoming_{table} ({columns})", make_rows())
         cursor.execute(
             f"INSERT INTO {table} ({columns}) SELECT {columns} FROM incoming_{table} "
             f"ON CONFLICT ({load.key}) DO NOTHING"

@@ -10,7 +10,7 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from cv_platform.database.binary_copy import CopyStream, row_encoder
+from cv_platform.database.binary_copy import CopyStream, real_arrays, row_encoder
 from cv_platform.database.schema import api_log, images, predictions
 
 
@@ -54,12 +54,12 @@ def test_times_are_microseconds_since_2000_in_utc() -> None:
 def test_arrays_json_and_identifiers() -> None:
     encode = row_encoder(predictions, ["prediction_id", "prediction_json", "uae_feats", "features"])
     identifier = UUID(int=1)
+    numbers = np.array([1.0, -2.0], dtype="<f4").tobytes()
     row = encode(
         {
             "prediction_id": identifier,
             "prediction_json": "{}",
-            "uae_feats": np.array([1.0, -2.0], dtype=np.float32),
-            "features": np.array([], dtype=np.float32),
+            **dict(zip(["uae_feats", "features"], real_arrays(numbers, [2, 0]), strict=True)),
         }
     )
     array = struct.pack(">iiIii", 1, 0, 700, 2, 1) + struct.pack(">if", 4, 1.0) + struct.pack(">if", 4, -2.0)

@@ -79,6 +79,22 @@ def test_times_are_kept_in_utc() -> None:
     assert decode(spooled.record, spooled.vectors)["created_on"].isoformat() == "2026-01-31T06:00:00+00:00"
 
 
+@pytest.mark.parametrize("vectors", [b"", bytes(4), bytes(7), bytes(4000)])
+def test_arrays_of_another_size_than_the_record_says_are_damage(vectors: bytes) -> None:
+    spooled = encode(answered())
+    with pytest.raises(ValueError, match=r"Expected arrays of .* Received: \d+ bytes|buffer size"):
+        decode(spooled.record, vectors)
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["", "{", "[]", "{}", '{"entry_id":"x"}', '{"prediction_json":{"a":1,}}', '{"prediction_json":{"a":nan}}'],
+)
+def test_a_damaged_record_is_a_value_error(record: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        decode(record, b"")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
