@@ -50,7 +50,7 @@ SECONDS = 2.0
 ORIGINAL_LOADS = ((1, 1.0, 4), (8, 1.0, 8))
 LOADS = tuple((concurrency, SECONDS, 40) for concurrency in (1, 4, 8))
 UNLOGGED_LOADS = tuple((concurrency, SECONDS, 40) for concurrency in (1, 8))
-ROWS = 5_000
+ROWS = 20_000
 
 
 def run(options: Options) -> Report:
