@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from cv_platform import images
-from cv_platform.datasets.near_copies import thumbnail
+from cv_platform.datasets.near_copies import OVERVIEW_PX, thumbnail
 from cv_platform.errors import EmptyImageError, ImageError, ImageTooLargeError, InvalidDatasetError
 from cv_platform.files import file_sha256
 from cv_platform.images.files import has_more_pictures
 
 _FEWEST_LEVELS = 64
 """A quarter of the 256 that 8 bits have, as 14-bit data in 16 bits use."""
+_EVEN_LEVELS = 8
+"""An image whose thumbnail differs by more is not of one colour; another may be, which all of its pixels say."""
 _FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
     **dict.fromkeys((".tif", ".tiff"), "TIFF"),
@@ -46,28 +49,34 @@ class Inspected:
     thumbnail: bytes | None = None
 
 
-def inspect_file(path: Path, max_pixels: int) -> Inspected:
+def inspect_file(path: str, max_pixels: int) -> Inspected:
     """Describes one file; one that does not decode is described by its problem.
 
     Raises:
         InvalidDatasetError: it cannot be read.
     """
     try:
-        data = path.read_bytes()
+        # Not by a `Path`, whose making takes longer than the reading of a small file.
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            data = file.readall()
     except OSError as err:
         raise InvalidDatasetError(
             f"Expected the images of the dataset as they were listed. Received: {err}. Materialise the dataset again."
         ) from err
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        image = images.read_image(data, max_pixels=max_pixels)
+        image = images.read_image(data, max_pixels=max_pixels, overview_px=OVERVIEW_PX)
+        levels = thumbnail(image.pixels)
+        is_even = bool(levels.max() - levels.min() <= _EVEN_LEVELS)
+        if is_even and image.pixels.ndim == 2:
+            image = images.read_image(data, max_pixels=max_pixels)
     except ImageError as err:
         image_format, height_px, width_px = _header(data)
         problem = f"{type(err).__name__}: {err}"
         return Inspected(
             sha256, len(data), width_px, height_px, image_format, problem=problem, problem_kind=_kind_of(err)
         )
-    suffix = PurePosixPath(path.name).suffix.lower()
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
     return Inspected(
         sha256,
         len(data),
@@ -84,15 +93,16 @@ def inspect_file(path: Path, max_pixels: int) -> Inspected:
         wrong_suffix=f"a {image.format} that is called {suffix}"
         if _FORMATS.get(suffix, image.format) != image.format
         else None,
-        thumbnail=thumbnail(image.pixels).tobytes(),
-        **_remarks(image),
+        constant=_constant(image) if is_even else None,
+        narrow_range=_narrow_range(image) if image.sample_bits == 16 else None,
+        thumbnail=levels.tobytes(),
     )
 
 
-def describe_undecoded(path: Path, why: str) -> Inspected:
+def describe_undecoded(path: str, why: str) -> Inspected:
     """Describes a file by its bytes alone, and by the problem that nobody can decode it."""
     problem = f"UnsupportedImageError: Expected an image that can be decoded. Received: one that {why}. Save it anew."
-    return Inspected(file_sha256(path), path.stat().st_size, problem=problem, problem_kind="unreadable")
+    return Inspected(file_sha256(Path(path)), Path(path).stat().st_size, problem=problem, problem_kind="unreadable")
 
 
 def _header(data: bytes) -> tuple[str | None, int, int]:
@@ -103,14 +113,9 @@ def _header(data: bytes) -> tuple[str | None, int, int]:
         return None, 0, 0
 
 
-def _remarks(image: images.DecodedImage) -> dict[str, str | None]:
+def _constant(image: images.DecodedImage) -> str | None:
     first = image.pixels[0, 0]
-    # Most images are told from one colour by a few of their pixels; all of them take as long as decoding.
-    is_constant = bool((image.pixels[::16, ::16] == first).all()) and bool((image.pixels == first).all())
-    return {
-        "constant": f"all of it is RGB {tuple(map(int, first))}" if is_constant else None,
-        "narrow_range": _narrow_range(image) if image.sample_bits == 16 else None,
-    }
+    return f"all of it is RGB {tuple(map(int, first))}" if bool((image.pixels == first).all()) else None
 
 
 def _narrow_range(image: images.DecodedImage) -> str | None:

@@ -38,7 +38,7 @@ from cv_platform.files import whole_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_VERSION = 6
+MANIFEST_VERSION = 7
 _IMAGES_PER_PART = 128
 _PARTS_PER_GROUP = 16
 """2,048 images are what is written at a time: 3 MB of rows."""

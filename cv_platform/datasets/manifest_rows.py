@@ -5,8 +5,9 @@ Imports little, as each of them does it anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,7 +48,7 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 
-_INSPECTED = tuple(one.name for one in fields(Inspected))
+_INSPECTED = tuple(one.name for one in fields(Inspected) if one.name in MANIFEST_SCHEMA.names)
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,32 @@ class Part:
         """How many it has."""
         return len(self.entries)
 
-    def file(self, entry: ImageEntry) -> Path:
+    def file(self, entry: ImageEntry) -> str:
         """Returns where an image lies."""
-        return self.directory / self.data_path / entry.path
+        return f"{self.directory}/{self.data_path}/{entry.path}"
 
     def table(self, files: Iterable[Inspected]) -> pa.Table:
         """Returns the rows of its images, with the splits that are given."""
-        rows: list[dict[str, object]] = []
-        for entry, file in zip(self.entries, files, strict=True):
-            unknown = [label for label in entry.labels if label not in self.classes]
-            status, reason = judge(file, unknown, self.dataset.quarantine)
-            row: dict[str, object] = {name: getattr(file, name) for name in _INSPECTED} | {
-                "path": f"{self.data_path}/{entry.path}",
-                "labels": entry.labels,
-            }
-            row |= {"group": entry.group, "status": status, "reason": reason, "is_readable": file.problem is None}
-            rows.append(row | ({"split": entry.split, "split_origin": GIVEN} if status == "used" else {}))
-        return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+        inspected = list(files)
+        columns: dict[str, Sequence[object]] = dict(
+            zip(_INSPECTED, zip(*map(attrgetter(*_INSPECTED), inspected), strict=True), strict=True)
+        )
+        judged = [
+            judge(file, [label for label in entry.labels if label not in self.classes], self.dataset.quarantine)
+            for entry, file in zip(self.entries, inspected, strict=True)
+        ]
+        is_used = [status == "used" for status, _ in judged]
+        columns |= {
+            "path": [f"{self.data_path}/{entry.path}" for entry in self.entries],
+            "split": [entry.split if used else None for entry, used in zip(self.entries, is_used, strict=True)],
+            "split_origin": [GIVEN if used else None for used in is_used],
+            "labels": [entry.labels for entry in self.entries],
+            "group": [entry.group for entry in self.entries],
+            "status": [status for status, _ in judged],
+            "reason": [reason for _, reason in judged],
+            "is_readable": [file.problem is None for file in inspected],
+        }
+        return pa.table({name: columns[name] for name in MANIFEST_SCHEMA.names}, schema=MANIFEST_SCHEMA)
 
 
 def describe(part: Part) -> pa.Table:

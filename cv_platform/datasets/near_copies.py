@@ -24,6 +24,8 @@ from cv_platform.cores import available_cores
 from cv_platform.images import resize
 
 THUMBNAIL_PX = 32
+OVERVIEW_PX = 6 * THUMBNAIL_PX
+"""What the sides of an image have at least that a thumbnail is made of, if the image has it."""
 MAX_DISTANCE = 0.02
 """1 − the correlation of two near-copies' grey levels."""
 MAX_RELATIVE_DISTANCE = 0.06
@@ -84,9 +86,10 @@ class NearCopies:
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Returns `(32, 32)` uint8 grey levels of `(H, W, 3)` uint8 RGB: what near-copies have in common."""
+    """Returns `(32, 32)` uint8 grey levels of `(H, W, 3)` uint8 RGB, or of grey levels: what near-copies share."""
     # Grey first: there is a third to resize, and the levels are the same but for rounding.
-    return resize(np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), dtype=np.uint8), (THUMBNAIL_PX, THUMBNAIL_PX))
+    grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), dtype=np.uint8) if pixels.ndim == 3 else pixels
+    return resize(grey, (THUMBNAIL_PX, THUMBNAIL_PX))
 
 
 @one_blas_thread()

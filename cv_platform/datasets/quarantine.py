@@ -30,9 +30,9 @@ def judge(file: Inspected, unknown: Sequence[str], policy: QuarantineConfig) -> 
         policy: what becomes of which kind.
     """
     kinds = _kinds(file, unknown, policy)
-    for kind in QuarantineConfig.model_fields:
-        if (words := kinds.get(kind)) is not None and (status := _STATUS.get(getattr(policy, kind))):
-            return status, f"{kind}: {words}"
+    for kind in QuarantineConfig.model_fields if kinds else ():
+        if kind in kinds and (status := _STATUS.get(getattr(policy, kind))):
+            return status, f"{kind}: {kinds[kind]}"
     return "used", None
 
 
@@ -87,11 +87,11 @@ def used(manifest: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def _kinds(file: Inspected, unknown: Iterable[str], policy: QuarantineConfig) -> dict[str, str | None]:
+def _kinds(file: Inspected, unknown: Iterable[str], policy: QuarantineConfig) -> dict[str, str]:
     """Returns what is wrong with an image, by kind."""
     shorter, longer = sorted((file.width_px, file.height_px))
     is_absurd = shorter and (shorter < policy.min_side_px or longer > policy.max_aspect * shorter)
-    found: dict[str, str | None] = {
+    found = {
         "absurd_size": f"{file.width_px}×{file.height_px} pixels" if is_absurd else None,
         "unknown_class": f"labelled {', '.join(unknown)}" if unknown else None,
         "damaged": file.damage,
@@ -99,5 +99,6 @@ def _kinds(file: Inspected, unknown: Iterable[str], policy: QuarantineConfig) ->
         "constant": file.constant,
         "bit_depth": file.narrow_range,
         "wrong_suffix": file.wrong_suffix,
+        file.problem_kind: file.problem,
     }
-    return found | ({file.problem_kind: file.problem} if file.problem_kind else {})
+    return {kind: words for kind, words in found.items() if kind is not None and words is not None}

@@ -98,7 +98,7 @@ class DecodedImage:
 
     Attributes:
         format: one of `SUPPORTED_FORMATS`.
-        pixels: `(H, W, 3)` uint8, RGB, upright.
+        pixels: `(H, W, 3)` uint8, RGB, upright; `(H, W)` grey levels where an overview was asked for.
         height_px: of the upright image; `pixels` has less where it was reduced.
         width_px: as `height_px`.
         sample_bits: of the file's samples, 1 to 16; of 16, `pixels` have the upper eight.
@@ -179,13 +179,21 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREPROCE
     return read_image(data, max_pixels=max_pixels, version=version).pixels
 
 
-def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREPROCESSING_VERSION) -> DecodedImage:
+def read_image(
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    version: int = PREPROCESSING_VERSION,
+    overview_px: int | None = None,
+) -> DecodedImage:
     """Decodes an image, and tells what else is known of it; nothing is written to stderr.
 
     Args:
         data: the file's bytes.
         max_pixels: the largest height × width accepted; judged on the header.
         version: of the preprocessing, one of `KNOWN_VERSIONS`: that which a model was trained on.
+        overview_px: None, or what both sides have at least in an overview: of a JPEG, grey levels, and sides of a half,
+            a quarter or an eighth, which leaves most of the decoding undone and finds the same damage.
 
     Raises:
         EmptyImageError, UnsupportedImageError, ImageTooLargeError: see `read_size`.
@@ -193,7 +201,7 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREP
     """
     if version not in KNOWN_VERSIONS:
         raise ValueError(f"Expected one of the versions {KNOWN_VERSIONS}. Received: {version}.")
-    if (plain := _read_plain_jpeg(data, max_pixels)) is not None:
+    if (plain := _read_plain_jpeg(data, max_pixels, overview_px)) is not None:
         return plain
     with _open(data) as picture:
         image_format, height_px, width_px = _judge(picture, data, max_pixels)
@@ -203,47 +211,56 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREP
         reduction = 1
         while version > 2 and reduction < 8 and height_px * width_px > MAX_PIXELS * reduction**2:
             reduction *= 2
+        if is_grey := image_format == "JPEG" and overview_px is not None:
+            reduction = max(reduction, _overview_reduction(height_px, width_px, overview_px))
         with _one_large_image if is_large else nullcontext():
-            pixels, damage = _decode(picture, data, image_format, bits, reduction, keeps_alpha=version > 2)
-    if pixels.shape[:2] != (-(-height_px // reduction), -(-width_px // reduction)):
+            found = decode_jpeg(picture, data, reduction=reduction, is_grey=is_grey) if image_format == "JPEG" else None
+            pixels, damage = found or (_decode(picture, data, bits, reduction, keeps_alpha=version > 2), None)
+    reduced = (-(-height_px // reduction), -(-width_px // reduction))
+    if pixels.shape[:2] != reduced or (reduced[0] == reduced[1] and orientation > 4):
         height_px, width_px = width_px, height_px
     return DecodedImage(image_format, pixels, height_px, width_px, bits, damage, channels, orientation)
 
 
-def _read_plain_jpeg(data: bytes, max_pixels: int) -> DecodedImage | None:
+def _overview_reduction(height_px: int, width_px: int, least_px: int | None) -> int:
+    """Returns by how much sides are shortened that still have `least_px` afterwards: 2, 4 or 8; else, or of None, 1."""
+    return next((by for by in (8, 4, 2) if least_px is not None and min(height_px, width_px) >= by * least_px), 1)
+
+
+def _read_plain_jpeg(data: bytes, max_pixels: int, overview_px: int | None) -> DecodedImage | None:
     """Reads a whole JPEG of a plain header, without Pillow, which would say the same and take a tenth of the time.
 
     None: it is another file, or there is something to say of it: damage, EXIF, a size.
     """
     if not data.startswith(b"\xff\xd8\xff") or (header := plain_jpeg_header(data)) is None:
         return None
-    height_px, width_px, channels = header
+    height_px, width_px, channels, scan_at = header
     if not 1 <= height_px * width_px <= min(max_pixels, MAX_PIXELS) or max(height_px, width_px) > MAX_SIDE_PX:
         return None
-    refuse_costly_jpeg(data)
-    if (pixels := decode_sound_jpeg(data)) is None or pixels.shape != (height_px, width_px, 3):
+    refuse_costly_jpeg(data, scan_at)
+    reduction = _overview_reduction(height_px, width_px, overview_px)
+    size, is_grey = (height_px, width_px), overview_px is not None
+    if (pixels := decode_sound_jpeg(data, size, scan_at=scan_at, reduction=reduction, is_grey=is_grey)) is None:
         return None
     return DecodedImage("JPEG", pixels, height_px, width_px, 8, None, channels, 1)
 
 
 def _decode(
-    picture: ImageFile.ImageFile, data: bytes, image_format: str, bits: int, reduction: int, *, keeps_alpha: bool
-) -> tuple[NDArray[np.uint8], str | None]:
-    """Returns the pixels, and the damage that a decoder went on after.
+    picture: ImageFile.ImageFile, data: bytes, bits: int, reduction: int, *, keeps_alpha: bool
+) -> NDArray[np.uint8]:
+    """Returns the pixels of what is no JPEG, or one that only Pillow knows.
 
     Each format goes to the decoder that is silent and bounded: of TIFF, OpenCV multiplies alpha into the colours and
     leaves holes where data are damaged; of PNG, it inflates what follows the last row, and a damaged animated one can
     end the process. Of WebP, Pillow would take 26 bytes for each pixel.
     """
-    if image_format == "JPEG" and (decoded := decode_jpeg(picture, data, reduction)) is not None:
-        return decoded
-    if image_format in {"WEBP", "BMP"}:
+    if picture.format in {"WEBP", "BMP"}:
         has_alpha = keeps_alpha and picture.has_transparency_data
-        if image_format == "WEBP" or not has_alpha:
+        if picture.format == "WEBP" or not has_alpha:
             pixels = decode_with_opencv(picture, data, reduction=reduction, keeps_alpha=has_alpha)
             if pixels is not None:
-                return pixels, None
-    return decode_with_pillow(picture, data, bits=bits, reduction=reduction, keeps_alpha=keeps_alpha), None
+                return pixels
+    return decode_with_pillow(picture, data, bits=bits, reduction=reduction, keeps_alpha=keeps_alpha)
 
 
 def _sample_bits(picture: ImageFile.ImageFile, data: bytes) -> int:

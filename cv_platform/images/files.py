@@ -26,6 +26,7 @@ TEXT_SUFFIXES = frozenset(
 """Of what accompanies images: never looked into, and nobody misses it among them."""
 _RAW_SUFFIXES = frozenset({".dng", ".cr2", ".nef", ".arw", ".orf", ".rw2", ".pef", ".srw"})
 """Of cameras' own formats: they begin as a TIFF, whose picture is a small preview."""
+_TELLING_SUFFIXES = IMAGE_SUFFIXES | TEXT_SUFFIXES | _RAW_SUFFIXES
 _LITTER = frozenset(
     {
         *("@eadir", "@recycle", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "system volume information"),
@@ -81,7 +82,7 @@ def seems_image(path: Path) -> bool:
         OSError: the file cannot be read.
     """
     suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES | TEXT_SUFFIXES | _RAW_SUFFIXES:
+    if suffix in _TELLING_SUFFIXES:
         return suffix in IMAGE_SUFFIXES
     with path.open("rb") as file:
         return format_by_signature(file.read(_HEAD_BYTES)) is not None
@@ -117,8 +118,8 @@ def no_end(data: bytes, image_format: str) -> TruncatedImageError:
     )
 
 
-def plain_jpeg_header(data: bytes) -> tuple[int, int, int] | None:
-    """Returns height, width and components of a JPEG whose header holds what its pixels need, and no more.
+def plain_jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
+    """Returns height, width and components of a JPEG whose header holds what its pixels need, and where it ends.
 
     None: there is something else in it, as EXIF, another colour space or a preview, or it is not whole.
     """
@@ -128,7 +129,7 @@ def plain_jpeg_header(data: bytes) -> tuple[int, int, int] | None:
         if end > len(data):
             return None
         if marker == b"\xff\xda":
-            return found
+            return found and (*found, at)
         if marker in _PLAIN_FRAMES and found is None and end >= at + 10 and data[at + 4] == 8:
             found = struct.unpack_from(">HHB", data, at + 5)
             if found[2] not in {1, 3}:
@@ -139,9 +140,12 @@ def plain_jpeg_header(data: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def has_jpeg_end(data: bytes) -> bool:
-    """Looks for the two bytes that end a JPEG, behind its headers (whose thumbnails have ends of their own)."""
-    return data.rfind(b"\xff\xd9") > _start_of_scan(data)
+def has_jpeg_end(data: bytes, scan_at: int | None = None) -> bool:
+    """Looks for the two bytes that end a JPEG, behind its headers (whose thumbnails have ends of their own).
+
+    `scan_at` is where the headers end; None: they are walked through.
+    """
+    return data.rfind(b"\xff\xd9") > (_start_of_scan(data) if scan_at is None else scan_at)
 
 
 def has_all_scans(data: bytes, components: int) -> bool:
@@ -274,9 +278,11 @@ def refuse_costly_png(data: bytes) -> None:
         )
 
 
-def refuse_costly_jpeg(data: bytes) -> None:
-    """Walks the segments and scans to the image's end, as Pillow does before the first scan and libjpeg after it."""
-    at = 2
+def refuse_costly_jpeg(data: bytes, at: int = 2) -> None:
+    """Walks the segments and scans to the image's end, as Pillow does before the first scan and libjpeg after it.
+
+    `at` is where a segment begins before which few are.
+    """
     for _ in range(MAX_PARTS):
         if at + 2 > len(data) or data[at : at + 2] == b"\xff\xda":
             break

@@ -33,7 +33,7 @@ from cv_platform.database.uploads import read_images
 from cv_platform.datasets.embeddings import embed_dataset, embed_images, read_embeddings
 from cv_platform.datasets.importing import check_names
 from cv_platform.datasets.manifest import read_manifest, read_thumbnails
-from cv_platform.datasets.near_copies import find_near_copies, thumbnail
+from cv_platform.datasets.near_copies import OVERVIEW_PX, find_near_copies, thumbnail
 from cv_platform.datasets.repository import StoredVersion, read_file
 from cv_platform.datasets.sources.entries import ImageEntry, Layout
 from cv_platform.datasets.sources.label_files import LabelRules
@@ -288,7 +288,8 @@ def _distinct(
             stack.append(image.thumbnail)
         else:
             content = files[upload.sha256].read_bytes()
-            stack.append(thumbnail(images.read_image(content, max_pixels=images.MAX_LOCAL_PIXELS).pixels))
+            seen = images.read_image(content, max_pixels=images.MAX_LOCAL_PIXELS, overview_px=OVERVIEW_PX)
+            stack.append(thumbnail(seen.pixels))
     if not wanted:
         return []
     sets = find_near_copies(np.stack(stack)).sets(len(stack)).tolist()

@@ -8,6 +8,7 @@ import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -803,8 +804,8 @@ PLAIN = {
 OTHERS = {"with EXIF", "CMYK"}
 
 
-def jpeg_of_kind(kind: str) -> bytes:
-    picture = Image.fromarray(scene(20, 32)).convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
+def jpeg_of_kind(kind: str, height: int = 20, width: int = 32) -> bytes:
+    picture = Image.fromarray(scene(height, width)).convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
     return encode("JPEG", picture, quality=90, **PLAIN[kind])
 
 
@@ -834,6 +835,40 @@ def test_a_damaged_jpeg_is_judged_without_pillow_as_with_it(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "plain_jpeg_header", lambda data: None)
         assert found == read_or_error(data, max_pixels=max_pixels)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize(("sides", "reduction"), [((399, 400), 2), ((97, 128), 1), ((401, 770), 4)])
+def test_an_overview_of_a_jpeg_is_grey_and_smaller_and_says_the_same(
+    kind: str, sides: tuple[int, int], reduction: int
+) -> None:
+    data = jpeg_of_kind(kind, *sides)
+    whole, overview = images.read_image(data), images.read_image(data, overview_px=100)
+    assert replace(overview, pixels=whole.pixels) == whole
+    if kind == "CMYK":
+        assert overview.pixels.ndim == 3
+        return
+    assert overview.pixels.shape == tuple(-(-side // reduction) for side in whole.pixels.shape[:2])
+    levels = np.asarray(cv2.cvtColor(whole.pixels, cv2.COLOR_RGB2GRAY))
+    expected = cv2.resize(levels, (16, 16), interpolation=cv2.INTER_AREA).astype(int)
+    found = cv2.resize(overview.pixels, (16, 16), interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(found - expected).max() <= 4, "the scene has a step of 16 levels from cell to cell"
+
+
+@given(
+    kind=st.sampled_from(sorted(PLAIN)),
+    damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3),
+    kept=st.one_of(st.just(1.0), st.floats(0.02, 1.0)),
+)
+def test_an_overview_finds_the_damage_that_all_of_it_has(
+    kind: str, damage: list[tuple[float, int]], kept: float
+) -> None:
+    data = bytearray(jpeg_of_kind(kind))
+    for place, value in damage:
+        data[int(place * (len(data) - 1))] = value
+    data = bytes(data[: int(len(data) * kept)])
+    for least_px in (4, 64):
+        assert read_or_error(data, overview_px=least_px)[:7] == read_or_error(data)[:7]
 
 
 def test_what_a_decoder_did_not_reach_is_black_and_not_what_the_memory_held() -> None:

@@ -194,10 +194,9 @@ def _split_and_class_folders(root: Folder, rules: LabelRules) -> Layout | None:
             left_out.add(f"in {folder.name}/, which has no labels", folder.image_paths(root))
             continue
         class_folders += [(split, child) for child in inner.folders]
-        inside = inner.path.relative_to(root.path)
+        inside, images = inner.inside(root), frozenset(inner.images)
         for name in inner.files:
-            reason = NO_CLASS_FOLDER if name in inner.images else ACCOMPANYING
-            left_out.add(reason, [(inside / name).as_posix()])
+            left_out.add(NO_CLASS_FOLDER if name in images else ACCOMPANYING, [inside + name])
     for folder in root.folders:
         if folder not in splits:
             left_out.add(ACCOMPANYING, folder.paths(root))
@@ -254,21 +253,22 @@ def _from_class_folders(
         raise _refusal(root, f"folders that name no classes: {', '.join(sorted(names))}")
     entries: list[ImageEntry] = []
     for split, folder in folders:
-        name, inside = _class_name(folder), folder.path.relative_to(root.path)
+        name, inside = _class_name(folder), folder.inside(root)
         if name not in names:
             left_out.add(f"in folders {folder.name}, which means no label", folder.image_paths(root))
         elif rules.classes is not None and name not in rules.classes:
             left_out.add(UNWANTED_CLASS, folder.image_paths(root))
         elif nested := [child.name for child in folder.folders if any(child.paths(root))]:
             raise InvalidDatasetError(
-                f"Expected images directly in the class folder {inside} of {root.path}. "
-                f"Received: the folder {inside / nested[0]}. Arrange them as CLASS/image.jpg or SPLIT/CLASS/image.jpg."
+                f"Expected images directly in the class folder {inside[:-1]} of {root.path}. "
+                f"Received: the folder {inside}{nested[0]}. Arrange them as CLASS/image.jpg or SPLIT/CLASS/image.jpg."
             )
         else:
+            images, labels = frozenset(folder.images), (name,)
             for file in folder.files:
-                path = (inside / file).as_posix()
-                if file in folder.images:
-                    entries.append(ImageEntry(path, split, (name,)))
+                path = inside + file
+                if file in images:
+                    entries.append(ImageEntry(path, split, labels))
                 else:
                     is_text = Path(file).suffix.lower() in TEXT_SUFFIXES
                     left_out.add(ACCOMPANYING if is_text else NOT_AN_IMAGE, [path])

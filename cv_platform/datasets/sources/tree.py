@@ -56,13 +56,18 @@ class Folder:
         """Tells whether there is an image at any depth."""
         return any(folder.images for folder in self.below())
 
+    def inside(self, root: Folder) -> str:
+        """Returns what the POSIX path, relative to `root`, of a file directly in it has before the file's name."""
+        inside = self.path.relative_to(root.path).as_posix()
+        return "" if inside == "." else f"{inside}/"
+
     def paths(self, root: Folder) -> Iterator[str]:
         """Yields the POSIX paths, relative to `root`, of all files in it, at any depth."""
-        return ((f.path.relative_to(root.path) / name).as_posix() for f in self.below() for name in f.files)
+        return (inside + name for f in self.below() for inside in (f.inside(root),) for name in f.files)
 
     def image_paths(self, root: Folder) -> Iterator[str]:
         """Yields those of the images."""
-        return ((f.path.relative_to(root.path) / name).as_posix() for f in self.below() for name in f.images)
+        return (inside + name for f in self.below() for inside in (f.inside(root),) for name in f.images)
 
 
 def walk(path: Path, _above: tuple[tuple[int, int], ...] = ()) -> Folder:

@@ -118,6 +118,9 @@ def test_says_what_is_odd_about_images_that_decode(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.fromarray((noise // 16).astype(np.uint8)).save(stream, "JPEG")
     jpeg = stream.getvalue()
+    red = np.full((400, 500, 3), (40, 40, 200), np.uint8)
+    as_light = red.copy()
+    as_light[:, 250:] = (88, 88, 88)  # BGR, of the same grey level.
     files = {
         "cat/0.png": deep_png(noise),
         "cat/1.png": deep_png(noise * 16),
@@ -125,13 +128,18 @@ def test_says_what_is_odd_about_images_that_decode(tmp_path: Path) -> None:
         "cat/3.png": jpeg[:400] + bytes(9) + jpeg[409:],
         "cat/4.png": jpeg,
         "dog/0.png": deep_png(np.full((9, 9), 700)),
+        "dog/1.png": cv2.imencode(".jpg", red)[1].tobytes(),
+        "dog/2.png": cv2.imencode(".jpg", as_light)[1].tobytes(),
     }
     for name, content in files.items():
         (tmp_path / "images" / name).write_bytes(content)
     manifest = build(tmp_path).set_index("path")
     assert all(manifest["is_readable"])
     odd = {column: manifest[column].dropna().to_dict() for column in ("damage", "constant", "narrow_range")}
-    assert odd["constant"] == {"images/dog/0.png": "all of it is RGB (2, 2, 2)"}
+    assert odd["constant"] == {
+        "images/dog/0.png": "all of it is RGB (2, 2, 2)",
+        "images/dog/1.png": "all of it is RGB (200, 40, 40)",
+    }
     assert odd["narrow_range"] == {
         "images/cat/0.png": "16-bit samples from 0 to 4095: 16 of 256 levels are seen",
         "images/dog/0.png": "16-bit samples from 512 to 767: 1 of 256 levels are seen",
@@ -302,4 +310,4 @@ def test_splits_that_are_made_never_divide_a_group(tmp_path: Path) -> None:
 
 def test_a_file_that_goes_while_it_is_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidDatasetError, match=r"as they were listed.*gone\.png"):
-        inspect_file(tmp_path / "gone.png", 100)
+        inspect_file(str(tmp_path / "gone.png"), 100)
