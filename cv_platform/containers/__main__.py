@@ -50,6 +50,7 @@ _PAGES = (
     ("PROMETHEUS_PORT", "Prometheus: measurements and rules (login)"),
     ("ALERTMANAGER_PORT", "Alertmanager: alerts (login)"),
     ("JUPYTER_PORT", "JupyterLab, with the tour (login, then JUPYTER_PASSWORD)"),
+    ("RAY_PORT", "Ray: nodes, tasks, jobs (login)"),
     ("PGADMIN_PORT", "pgAdmin: the databases (login, then PGADMIN_EMAIL and PGADMIN_PASSWORD)"),
 )
 

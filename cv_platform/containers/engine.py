@@ -55,6 +55,7 @@ DEFAULTS = {
     "GRAFANA_PORT": "3000",
     "JUPYTER_PORT": "8888",
     "PGADMIN_PORT": "16543",
+    "RAY_PORT": "8265",
 }
 """What docker/compose.yaml takes for a variable that docker/.env leaves empty; those that are asked for here, see
 `setting`."""

@@ -32,6 +32,7 @@ PROFILE_OF_PORT = {
     "GRAFANA_PORT": "monitoring",
     "JUPYTER_PORT": "notebook",
     "PGADMIN_PORT": "admin",
+    "RAY_PORT": "ray",
 }
 """Whose page a port is; nginx publishes it with its profile off too."""
 GPU_PROFILE = "gpu"

@@ -567,7 +567,9 @@ def test_nginx_asks_for_the_login_before_every_page_but_the_services() -> None:
     assert all(server.count("location") == server.count("ui.inc") == server.count("page.inc") == 1 for server in pages)
     login = (DOCKER / "nginx" / "ui.inc").read_text()
     assert "auth_basic_user_file" in login
-    assert 'proxy_set_header Authorization "";' in login
+    assert "proxy_set_header Authorization $stack_authorization;" in login
+    assert 'set $stack_authorization "";' in (DOCKER / "nginx" / "page.inc").read_text()
+    assert text.count("$stack_authorization") == 1, "Ray's own check, which is told its token"
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/livez", "/readyz"])

@@ -1,0 +1,44 @@
+"""Phase `ray`: two workers beside the core, and scores of all digits by them, with the bytes of one process."""
+
+from __future__ import annotations
+
+import httpx
+
+from trials.findings import Findings
+from trials.stack.stage import EXPERIMENT, Stage
+
+START_SECONDS = 400.0
+WORKERS = 2
+_SCORE = (
+    'images=$(dirname "$(find /data/home -type d -name test -path "*{experiment}*" | head -n 1)") && '
+    "cv-platform score $images --model {version} --output {output} >&2 && sha256sum {output} && rm {output}"
+)
+
+
+def score_on_ray(stage: Stage, findings: Findings) -> None:
+    """Starts the profile `ray`, and scores the digits in the code location's container once by each engine."""
+    stage.checkout.change(COMPOSE_PROFILES="ray", RAY_WORKERS=str(WORKERS))
+    stage.checkout.run("stack-up", stage.artifacts / "commands.log", seconds=START_SECONDS)
+    found = stage.containers("ray-head", "ray-worker")
+    well = sum(container.is_well for container in found)
+    findings.add(
+        f"the head and {WORKERS} workers healthy", f"{well} of {len(found)}", well == len(found) == 1 + WORKERS
+    )
+
+    version = stage.get("RAY_PORT", "/api/version")["ray_version"]
+    refused = httpx.get(stage.url("RAY_PORT") + "/api/version", timeout=30).status_code
+    findings.add("Ray's dashboard behind the login", f"Ray {version} with it, {refused} without", refused == 401)
+
+    model = str(stage.health()["model_version"])
+    by = {engine: _scores_sha256(stage, model, engine) for engine in ("local", "ray")}
+    equal = "equal" if by["local"] == by["ray"] else "different"
+    findings.add("scores of all digits by Ray, with the bytes of local", f"{equal}: {by['ray'][:16]}", equal == "equal")
+    tasks = stage.get("RAY_PORT", "/api/v0/tasks/summarize")["data"]["result"]["result"]["node_id_to_summary"]
+    done = sum(task["state_counts"].get("FINISHED", 0) for task in tasks["cluster"]["summary"].values())
+    findings.add("shards that Ray has worked on", f"{done} tasks", done > WORKERS)
+
+
+def _scores_sha256(stage: Stage, version: str, engine: str) -> str:
+    command = _SCORE.format(experiment=EXPERIMENT, version=version, output=f"/data/home/scores-{engine}.parquet")
+    said = stage.checkout.compose("exec", "-T", "-e", f"CV_COMPUTE={engine}", "dagster-code", "sh", "-c", command)
+    return said.split()[0]
