@@ -115,7 +115,15 @@ class DeployConfig(Section):
 
 
 DetectorName = Literal[
-    "bbsd_ks", "properties_ks", "features_mmd", "uae_mmd", "classifier", "encoder_mmd", "encoder_classifier"
+    "bbsd_ks",
+    "bbsd_mean",
+    "properties_ks",
+    "properties_mean",
+    "features_mmd",
+    "uae_mmd",
+    "classifier",
+    "encoder_mmd",
+    "encoder_classifier",
 ]
 
 
@@ -163,12 +171,14 @@ class MonitorConfig(Section):
         description="the time that puts a request into the window; logged, which the schedule and the sensor set: when "
         "it reached the database, so that one that came late is in the next window",
     )
-    permutations: int = Field(default=499, ge=99, le=9999, description="of each kernel test")
+    permutations: int = Field(
+        default=499, ge=99, le=9999, description="of all tests together, at least: a small level takes more"
+    )
     max_reference_rows: int = Field(
-        default=2000, ge=100, description="seeded subsample of the reference in kernel tests"
+        default=5000, ge=100, description="seeded subsample of the reference that the tests take"
     )
     detectors: tuple[DetectorName, ...] = Field(
-        default=("bbsd_ks", "properties_ks", "features_mmd", "uae_mmd"),
+        default=("bbsd_ks", "bbsd_mean", "properties_ks", "properties_mean", "features_mmd", "uae_mmd"),
         min_length=1,
         description="tests that make the verdict together; each more costs the others a little, and those of the "
         "encoder also compute vectors of the window's stored images when the report is made",

@@ -63,8 +63,8 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         """The verdict on a window of requests of one model version, with what moved.
 
         The window is half-open, in UTC: the schedule's, the config's, or the last days until the run was asked for. One
-        family-wise test decides (Holm over `monitor.detectors`). Kept in Postgres, in central storage and in the
-        Evidently workspace.
+        family-wise test decides (`monitor.detectors`, by the same permutations). Kept in Postgres, in central storage
+        and in the Evidently workspace.
         """
         from cv_platform.monitoring.episodes import what_changed
         from cv_platform.monitoring.exported_metrics import export_drift

@@ -13,87 +13,58 @@ Sources:
 
 # NumPy's linear algebra comes without complete types.
 # pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.drift.permutation import Splits, Statistic
 from cv_platform.drift.sample import Float32Matrix
 from cv_platform.drift.scipy_tests import column_ranks
-from cv_platform.drift.two_sample import TIE_TOLERANCE, random_splits, sorted_order, subsample
 
-MAX_ROWS = 2000
-"""Of each side: the scores of 500 permutations then take a second of CPU."""
 _PENALTY = 1.0
 """Of the squared weights, for a row and in units of the mean variance: what varies less is mostly left alone."""
 
 
-@dataclass(frozen=True)
-class ClassifierResult:
-    """A classifier two-sample test.
+def told_apart(rows: Float32Matrix) -> Statistic:
+    """Returns the held-out accuracy of a classifier that is fitted to a split, 0–1, by chance a little under .5.
 
-    Attributes:
-        told_apart: held-out accuracy: of pairs of a window's and a reference's image, the share whose former has the
-            higher score (the area under the ROC curve), 0–1. By chance a little under .5, as a row is missing in its
-            own class.
-        p_value: (1 + #{permutations that reach it}) / (permutations + 1).
-    """
-
-    told_apart: float
-    p_value: float
-
-
-def classifier_test(
-    reference: Float32Matrix,
-    current: Float32Matrix,
-    *,
-    permutations: int,
-    seed: int | Sequence[int],
-    max_rows: int = MAX_ROWS,
-) -> ClassifierResult:
-    """Tests whether held-out images of two samples are told apart.
+    Of pairs of a current and another row it is the share whose former has the higher score (the area under the ROC
+    curve). Under .5 by chance, as a row is missing in its own class.
 
     Args:
-        reference: `(n, d)` float32, n ≥ 2.
-        current: `(m, d)` float32, m ≥ 2.
-        permutations: B; the smallest possible p-value is 1/(B+1).
-        seed: of the subsamples and permutations.
-        max_rows: above it, a seeded subsample of a side takes part.
+        rows: `(N, d)` float32, the pool.
     """
-    rng = np.random.default_rng(seed)
-    reference, current = subsample(reference, max_rows, rng), subsample(current, max_rows, rng)
-    n, m = len(reference), len(current)
-    pooled = np.concatenate([reference, current])
-    order = sorted_order(pooled)  # The rows' order within the pool must not matter.
-    splits = np.concatenate([(order >= n).astype(np.float32)[None, :], random_splits(rng, permutations, n, m)])
-    scores = _held_out_scores(pooled[order], splits.T)
-    # Of equal rows the sums differ in their last bits.
-    ranks = column_ranks(np.round(scores, 5))
-    told_apart = ((ranks * splits.T).sum(axis=0) - m * (m + 1) / 2) / (n * m)
-    reached = int(np.count_nonzero(told_apart[1:] >= told_apart[0] - TIE_TOLERANCE))
-    return ClassifierResult(float(told_apart[0]), (1 + reached) / (permutations + 1))
+    fit, leverage = _regression(rows)
+
+    def statistic(splits: Splits) -> NDArray[np.float64]:
+        labels = splits.T - splits.mean(axis=1)
+        scores = (fit(labels) - leverage * labels) / (1.0 - leverage)
+        # Of equal rows the sums differ in their last bits.
+        ranks = column_ranks(np.round(scores.astype(np.float64), 5))
+        m = float(splits[0].sum())
+        return ((ranks * splits.T).sum(axis=0) - m * (m + 1) / 2) / (m * (splits.shape[1] - m))
+
+    return statistic
 
 
-def _held_out_scores(rows: Float32Matrix, labels: Float32Matrix) -> NDArray[np.float64]:
-    """Returns `(N, B)`: the score of each row by the regression of the other rows' labels, for `(N, B)` labels."""
+def _regression(rows: Float32Matrix) -> tuple[Callable[[Float32Matrix], Float32Matrix], Float32Matrix]:
+    """Returns what fits labels `(N, B)` of mean 0 by the rows, H as a product, and its diagonal `(N, 1)`."""
     x = rows.astype(np.float64)
     x -= x.mean(axis=0)
     spread = x.std(axis=0)
     x = np.clip(x / np.where(spread > 0, spread, 1.0), -1e3, 1e3).astype(np.float32)
-    y = labels - labels.mean(axis=0)
     count, width = x.shape
     penalty = np.float32(_PENALTY * count)
+    mean = np.float32(1.0 / count)  # It is fitted too.
     if width <= count:
         # H = X (XᵀX + λ)⁻¹ Xᵀ, without making H.
         solved: Float32Matrix = np.linalg.solve(x.T @ x + penalty * np.eye(width, dtype=np.float32), x.T)
-        fitted, leverage = x @ (solved @ y), (x * solved.T).sum(axis=1)
-    else:
-        # The same by the rows' products: H = I − λ (XXᵀ + λ)⁻¹.
-        inverse: Float32Matrix = np.linalg.inv(x @ x.T + penalty * np.eye(count, dtype=np.float32))
-        fitted, leverage = y - penalty * (inverse @ y), 1.0 - penalty * np.diag(inverse)
-    leverage = (leverage + 1.0 / count)[:, None]  # The mean is fitted too.
-    return np.asarray((fitted - leverage * y) / (1.0 - leverage), dtype=np.float64)
+        return lambda labels: x @ (solved @ labels), ((x * solved.T).sum(axis=1) + mean)[:, None]
+    # The same by the rows' products: H = I − λ (XXᵀ + λ)⁻¹.
+    inverse: Float32Matrix = np.linalg.inv(x @ x.T + penalty * np.eye(count, dtype=np.float32))
+    return lambda labels: labels - penalty * (inverse @ labels), (1.0 - penalty * np.diag(inverse) + mean)[:, None]

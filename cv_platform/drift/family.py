@@ -1,7 +1,8 @@
 """The tests that make up the verdict, one detector each; `verdict.py` corrects for their number.
 
 Sources: Rabanser et al. 2019, "Failing Loudly", arXiv 1810.11953; Lipton et al. 2018, "Detecting and Correcting for
-Label Shift with Black Box Predictors", arXiv 1802.03916; see also `two_sample.py`.
+Label Shift with Black Box Predictors", arXiv 1802.03916: where only the classes' shares move, the mean prediction moves
+by as much times the confusion matrix, and its test has the power; see also `permutation.py`.
 """
 
 from __future__ import annotations
@@ -14,40 +15,17 @@ import numpy as np
 from typing_extensions import override
 
 from cv_platform.config import DetectorName, MonitorConfig
-from cv_platform.drift.classifier_test import MAX_ROWS, classifier_test
+from cv_platform.drift.classifier_test import told_apart
+from cv_platform.drift.permutation import (
+    Judged,
+    Statistic,
+    gaussian_features,
+    largest_ks_distance,
+    mean_distance,
+    whitened,
+)
 from cv_platform.drift.sample import DriftSample, Float32Matrix
-from cv_platform.drift.two_sample import ks_bonferroni, mmd_permutation_test
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What a test may spend.
-
-    Attributes:
-        permutations: of a permutation test.
-        max_reference_rows, max_current_rows: seeded subsamples where memory grows with the square of the rows.
-        seed: of subsamples and permutations.
-    """
-
-    permutations: int
-    max_reference_rows: int
-    max_current_rows: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Tested:
-    """What a detector found.
-
-    Attributes:
-        p_value: corrected within the detector, if it makes several tests.
-        statistic: of the test.
-        standardised: of a permutation test: standard deviations of its null above that null's mean.
-    """
-
-    p_value: float
-    statistic: float
-    standardised: float | None = None
+from cv_platform.drift.two_sample import KsResult, ks_bonferroni
 
 
 @dataclass(frozen=True)
@@ -73,63 +51,64 @@ class Detector(ABC):
         return min(len(self.columns(reference)), len(self.columns(current))) >= 2
 
     @abstractmethod
-    def test(self, reference: DriftSample, current: DriftSample, effort: Effort) -> Tested:
-        """Tests the two samples; the same rows in any order give the same answer."""
+    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
+        """Returns what measures a split of the pooled rows; see `permutation.py`."""
+
+    def shown(self, judged: Judged) -> float:
+        """Returns what people are told of it."""
+        return judged.observed
 
 
 @dataclass(frozen=True)
 class KsDetector(Detector):
-    """KS per dimension, with Bonferroni's correction inside; its statistic is the largest distance, 0–1."""
+    """The largest KS distance of a dimension, 0–1."""
 
     @override
-    def test(self, reference: DriftSample, current: DriftSample, effort: Effort) -> Tested:
-        result = ks_bonferroni(self.columns(reference), self.columns(current))
-        return Tested(result.p_value, float(result.distances.max()))
+    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
+        return largest_ks_distance(rows)
+
+    @override
+    def shown(self, judged: Judged) -> float:
+        return float(np.sqrt(judged.observed))
+
+    def compare(self, reference: DriftSample, current: DriftSample) -> KsResult:
+        """Tests without permutations: exact for each dimension, by Bonferroni for all."""
+        return ks_bonferroni(self.columns(reference), self.columns(current))
 
 
 @dataclass(frozen=True)
 class MmdDetector(Detector):
-    """The MMD permutation test; its statistic is the unbiased MMD².
-
-    Attributes:
-        stream: of random numbers, its own: one unlucky set of permutations must not move two detectors.
-    """
-
-    stream: int
+    """MMD² of a Gaussian kernel; told without what chance alone gives it, as the unbiased estimate is."""
 
     @override
-    def test(self, reference: DriftSample, current: DriftSample, effort: Effort) -> Tested:
-        result = mmd_permutation_test(
-            self.columns(reference),
-            self.columns(current),
-            permutations=effort.permutations,
-            seed=(effort.seed, self.stream),
-            max_reference_rows=effort.max_reference_rows,
-            max_current_rows=effort.max_current_rows,
-        )
-        return Tested(result.p_value, result.mmd_squared, result.standardised)
+    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
+        return mean_distance(gaussian_features(rows, rng))
+
+    @override
+    def shown(self, judged: Judged) -> float:
+        return judged.observed - judged.null_mean
+
+
+@dataclass(frozen=True)
+class MeanDetector(Detector):
+    """Hotelling's distance of means, which sees that columns no longer go together; told as a multiple of chance's."""
+
+    @override
+    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
+        return mean_distance(whitened(rows))
+
+    @override
+    def shown(self, judged: Judged) -> float:
+        return judged.observed / judged.null_mean if judged.null_mean > 0 else 1.0
 
 
 @dataclass(frozen=True)
 class ClassifierDetector(Detector):
-    """The classifier two-sample test; its statistic is the held-out share of pairs that are told apart, 0–1.
-
-    Attributes:
-        stream: of random numbers, see `MmdDetector`.
-    """
-
-    stream: int
+    """The classifier two-sample test; its statistic is the held-out share of pairs that are told apart, 0–1."""
 
     @override
-    def test(self, reference: DriftSample, current: DriftSample, effort: Effort) -> Tested:
-        result = classifier_test(
-            self.columns(reference),
-            self.columns(current),
-            permutations=effort.permutations,
-            seed=(effort.seed, self.stream),
-            max_rows=min(MAX_ROWS, effort.max_reference_rows),
-        )
-        return Tested(result.p_value, result.told_apart)
+    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
+        return told_apart(rows)
 
 
 def settle_saturated(probabilities: Float32Matrix) -> Float32Matrix:
@@ -141,16 +120,20 @@ def settle_saturated(probabilities: Float32Matrix) -> Float32Matrix:
     return np.clip(probabilities, np.float32(1e-30), np.float32(1.0 - 1e-6))
 
 
+def _probabilities(sample: DriftSample) -> Float32Matrix:
+    return settle_saturated(sample.bbsd)
+
+
 DETECTORS: tuple[Detector, ...] = (
-    KsDetector("bbsd_ks", "Class probabilities (KS per class)", lambda sample: settle_saturated(sample.bbsd)),
+    KsDetector("bbsd_ks", "Class probabilities (KS per class)", _probabilities),
+    MeanDetector("bbsd_mean", "Mix of the classes (mean probabilities)", _probabilities),
     KsDetector("properties_ks", "Pixel statistics (KS per statistic)", lambda sample: sample.properties),
-    MmdDetector("features_mmd", "Penultimate features (MMD)", lambda sample: sample.features, stream=0),
-    MmdDetector("uae_mmd", "Untrained embedding (MMD)", lambda sample: sample.uae, stream=1),
-    ClassifierDetector("classifier", "Penultimate features (classifier)", lambda sample: sample.features, stream=2),
-    MmdDetector("encoder_mmd", "Pretrained encoder (MMD)", lambda sample: sample.encoded_rows, stream=3),
-    ClassifierDetector(
-        "encoder_classifier", "Pretrained encoder (classifier)", lambda sample: sample.encoded_rows, stream=4
-    ),
+    MeanDetector("properties_mean", "Pixel statistics together (means)", lambda sample: sample.properties),
+    MmdDetector("features_mmd", "Penultimate features (MMD)", lambda sample: sample.features),
+    MmdDetector("uae_mmd", "Untrained embedding (MMD)", lambda sample: sample.uae),
+    ClassifierDetector("classifier", "Penultimate features (classifier)", lambda sample: sample.features),
+    MmdDetector("encoder_mmd", "Pretrained encoder (MMD)", lambda sample: sample.encoded_rows),
+    ClassifierDetector("encoder_classifier", "Pretrained encoder (classifier)", lambda sample: sample.encoded_rows),
 )
 DETECTOR_NAMES = tuple(detector.name for detector in DETECTORS)
 DEFAULT_DETECTORS = MonitorConfig().detectors

@@ -26,6 +26,7 @@ from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.records import ClassMovement, EffectSizes, LargestDistance, PropertyShift
 
 _BLOCK_ROWS = 2000
+"""Of a side at a time, as memory grows with their square; of the reference, in the witness, all that take part."""
 
 
 def effect_sizes(
@@ -126,9 +127,7 @@ def class_movements(
     return tuple(sorted(movements, key=lambda c: (c.adjusted_p_value, -c.ks_distance, c.class_name)))
 
 
-def image_scores(
-    reference: DriftSample, current: DriftSample, *, max_reference_rows: int, seed: int
-) -> NDArray[np.float64]:
+def image_scores(reference: DriftSample, current: DriftSample, *, seed: int) -> NDArray[np.float64]:
     """Scores each current image by how much it drives the difference; the highest are the ones to look at.
 
     The MMD witness function f(x) = mean k(x, current) − mean k(x, reference), without x itself, is large where current
@@ -143,8 +142,7 @@ def image_scores(
     """
     require_comparable(reference, current)
     scores = [
-        _witness(left, right, max_reference_rows=max_reference_rows, seed=(seed, stream))
-        for stream, (left, right) in enumerate(_spaces(reference, current))
+        _witness(left, right, seed=(seed, stream)) for stream, (left, right) in enumerate(_spaces(reference, current))
     ]
     return np.mean(scores, axis=0)
 
@@ -180,11 +178,9 @@ def _spaces(reference: DriftSample, current: DriftSample) -> tuple[tuple[Float32
     )
 
 
-def _witness(
-    reference: Float32Matrix, current: Float32Matrix, *, max_reference_rows: int, seed: Sequence[int]
-) -> NDArray[np.float64]:
+def _witness(reference: Float32Matrix, current: Float32Matrix, *, seed: Sequence[int]) -> NDArray[np.float64]:
     """Returns `(M,)` float64: the witness function at each current row, in units of its spread over the reference."""
-    reference = subsample(reference, max_reference_rows, np.random.default_rng(seed))
+    reference = subsample(reference, _BLOCK_ROWS, np.random.default_rng(seed))
     bandwidth = median_bandwidth(reference, current)
     if bandwidth == 0.0:
         return np.zeros(len(current))

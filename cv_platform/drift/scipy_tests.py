@@ -44,6 +44,20 @@ def column_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(cast(Any, stats).rankdata(values, axis=0), dtype=np.float64)
 
 
+def gamma_surprise(
+    values: NDArray[np.float64], mean: NDArray[np.float64], variance: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Returns −log P(X ≥ value) of gamma distributions with these means and variances; 0 where nothing varies."""
+    from scipy import stats
+
+    varies = np.broadcast_to(variance > 1e-12 * mean**2, values.shape)
+    shape, scale = mean**2 / np.where(variance > 0, variance, 1.0), variance / np.where(mean > 0, mean, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tail = -np.asarray(cast(Any, stats).gamma.logsf(values, shape, scale=scale), dtype=np.float64)
+    # What is farther than float64 can tell is as far; a statistic without variance says nothing.
+    return np.where(varies, np.nan_to_num(tail, nan=0.0, posinf=1e3), 0.0)
+
+
 def binomial_quantile(probability: float, trials: int, rate: float) -> int:
     """Returns the smallest count k with P(Binomial(trials, rate) ≤ k) ≥ probability."""
     from scipy import stats

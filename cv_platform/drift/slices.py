@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.drift.family import DETECTORS, Effort
+from cv_platform.drift.family import DETECTORS, KsDetector
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.two_sample import holm
 from cv_platform.records import MovedSlice, SliceColumn
@@ -21,9 +21,6 @@ SLICE_COLUMNS: tuple[SliceColumn, ...] = ("client", "tag", "network")
 FEWEST_ROWS = 20
 MOST_SLICES = 10
 """Of one column."""
-_TESTS = ("bbsd_ks", "properties_ks")
-"""Those without permutations: their p-values can be as small as many slices need, and they take milliseconds."""
-
 Slices = dict[tuple[SliceColumn, str], NDArray[np.bool_]]
 """Which rows have a value of a column."""
 
@@ -57,13 +54,13 @@ def moved_slices(
         slices: of `named_slices`, with two rows at least each.
         alpha: the largest rate of a slice that is said to have moved, over all of them.
     """
-    tests = [detector for detector in DETECTORS if detector.name in _TESTS]
-    effort = Effort(0, len(reference), len(current), 0)
+    # Without permutations their p-values can be as small as many slices need, and they take milliseconds.
+    tests = [detector for detector in DETECTORS if isinstance(detector, KsDetector)]
     found: dict[tuple[SliceColumn, str], tuple[float, str, float]] = {}
     for name, rows in slices.items():
-        tested = {test.title: test.test(reference, current.take(rows), effort) for test in tests}
+        tested = {test.title: test.compare(reference, current.take(rows)) for test in tests}
         title, clearest = min(tested.items(), key=lambda item: item[1].p_value)
-        found[name] = (min(1.0, clearest.p_value * len(tests)), title, clearest.statistic)
+        found[name] = (min(1.0, clearest.p_value * len(tests)), title, float(clearest.distances.max()))
     names = list(found)
     corrected = holm({str(at): found[name][0] for at, name in enumerate(names)})
     adjusted = {name: corrected[str(at)] for at, name in enumerate(names)}

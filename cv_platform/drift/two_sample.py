@@ -1,18 +1,17 @@
-"""Two-sample tests: Kolmogorov–Smirnov per dimension, the MMD permutation test, and Holm's correction.
+"""What tests of two samples are made of: Kolmogorov–Smirnov per dimension, a Gaussian kernel, Holm's correction.
 
-Pure functions of arrays; which tests make up the verdict is decided in `verdict.py`. All of them give the same answer
+Pure functions of arrays; which tests make up the verdict is decided in `family.py`. All of them give the same answer
 for the same rows in any order, so that a report can be repeated from a database that returns rows as it likes.
 
 Sources:
-    Rabanser et al. 2019, "Failing Loudly", arXiv 1810.11953: KS per dimension with Bonferroni, MMD on embeddings.
-    Gretton et al. 2012, "A Kernel Two-Sample Test", JMLR 13: MMD (lemma 6: the unbiased estimate), median heuristic.
-    Phipson & Smyth 2010, "Permutation p-values should never be zero", SAGMB 9(1): p = (1 + #{≥}) / (B + 1).
+    Rabanser et al. 2019, "Failing Loudly", arXiv 1810.11953: KS per dimension with Bonferroni.
+    Gretton et al. 2012, "A Kernel Two-Sample Test", JMLR 13: median heuristic.
     Holm 1979, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +21,8 @@ from cv_platform.drift.sample import Float32Matrix
 from cv_platform.drift.scipy_tests import ks_two_sample
 
 Float64Vector = NDArray[np.float64]
-MAX_CURRENT_ROWS = 5000
-"""Current rows in kernel tests: with 2,000 reference rows the kernel matrix then takes 196 MB."""
-_MAX_BANDWIDTH_ROWS = 1000
-_BLOCK = 500
-"""Permutations per matrix product; bounds memory where a small alpha asks for many."""
+_MAX_BANDWIDTH_ROWS = 500
 _FARTHEST_BANDWIDTHS = 1e6
-# Sums of float32 products differ in their last bits with the order of addition. A permutation that ties with the
-# observed split must count as reaching it, whatever the rounding: the error is on the side of a larger p.
-TIE_TOLERANCE = 1e-6
 _ROUNDING = 1e-12
 
 
@@ -54,26 +46,6 @@ class KsResult:
         return int(np.argmax(self.distances))
 
 
-@dataclass(frozen=True)
-class MmdResult:
-    """An MMD permutation test.
-
-    Attributes:
-        mmd_squared: the unbiased estimate of MMD²; may be slightly negative.
-        p_value: (1 + #{permutations that reach it}) / (permutations + 1).
-        standardised: standard deviations of the permutation null between its mean and `mmd_squared`.
-        bandwidth: of the Gaussian kernel exp(−d²/2σ²), in the units of the rows.
-        reference_rows, current_rows: how many took part, after subsampling.
-    """
-
-    mmd_squared: float
-    p_value: float
-    standardised: float
-    bandwidth: float
-    reference_rows: int
-    current_rows: int
-
-
 def ks_bonferroni(reference: Float32Matrix, current: Float32Matrix) -> KsResult:
     """Tests each dimension with the two-sample KS test, and the family with Bonferroni's correction.
 
@@ -90,73 +62,15 @@ def ks_bonferroni(reference: Float32Matrix, current: Float32Matrix) -> KsResult:
     return KsResult(distances, p_values, float(min(1.0, p_values.min() * len(p_values))))
 
 
-def mmd_permutation_test(
-    reference: Float32Matrix,
-    current: Float32Matrix,
-    *,
-    permutations: int,
-    seed: int | Sequence[int],
-    max_reference_rows: int,
-    max_current_rows: int = MAX_CURRENT_ROWS,
-    bandwidth: float | None = None,
-) -> MmdResult:
-    """Tests whether two samples come from one distribution, with the unbiased MMD² of a Gaussian kernel.
+def median_bandwidth(rows: Float32Matrix, others: Float32Matrix | None = None) -> float:
+    """Returns the median of the non-zero distances between rows (Gretton et al. 2012: the median heuristic).
 
-    Permutations are evaluated in one matrix product: with K the kernel of the pooled rows (zero diagonal) and Z the
-    0/1 indicator of "current" (a row per permutation), the sums over pairs are
-    `yy = Σ Z∘(ZK)`, `xy = Z·rowsum(K) − yy` and `xx = ΣK − 2xy − yy`.
-
-    The bandwidth is the reference's median distance, so that windows are measured on one scale. It depends on the
-    reference alone, which makes the test exact only up to that estimate; the calibration tests measure its level.
-
-    Args:
-        reference: `(n, d)` float32, n ≥ 2.
-        current: `(m, d)` float32, m ≥ 2.
-        permutations: B; the smallest possible p-value is 1/(B+1).
-        seed: of the subsamples and permutations.
-        max_reference_rows: above it, a seeded subsample of the reference takes part.
-        max_current_rows: the same for the current sample; bounds memory.
-        bandwidth: None takes `median_bandwidth`.
-
-    Returns:
-        The result; p-value 1 where no two rows differ at all.
+    Where all rows are the same, those with the others decide; 0.0 where these are all the same too. At most 500 rows
+    take part, evenly spaced in sorted order.
     """
-    rng = np.random.default_rng(seed)
-    reference = subsample(reference, max_reference_rows, rng)
-    current = subsample(current, max_current_rows, rng)
-    n, m = len(reference), len(current)
-    sigma = median_bandwidth(reference, current) if bandwidth is None else bandwidth
-    if sigma == 0.0:
-        return MmdResult(0.0, 1.0, 0.0, 0.0, n, m)
-    pooled = np.concatenate([reference, current])
-    # The rows' order within the pool must not matter: the permutations are drawn over the sorted pool.
-    order = sorted_order(pooled)
-    kernel = gaussian_kernel(pooled[order], bandwidth=sigma, centre=np.median(reference, axis=0))
-    np.fill_diagonal(kernel, 0.0)
-    row_sums = kernel.sum(axis=1, dtype=np.float64)
-    split = (order >= n).astype(np.float32)[None, :]
-    observed = _mmd_squared(kernel, row_sums, split, n, m)[0]
-    null = np.concatenate(
-        [
-            _mmd_squared(kernel, row_sums, random_splits(rng, min(_BLOCK, permutations - start), n, m), n, m)
-            for start in range(0, permutations, _BLOCK)
-        ]
-    )
-    p_value = (1 + int(np.count_nonzero(null >= observed - TIE_TOLERANCE))) / (permutations + 1)
-    spread = float(null.std())
-    standardised = float((observed - null.mean()) / spread) if spread > 0 else 0.0
-    return MmdResult(float(observed), p_value, standardised, sigma, n, m)
-
-
-def median_bandwidth(reference: Float32Matrix, current: Float32Matrix | None = None) -> float:
-    """Returns the median of the non-zero distances between reference rows (Gretton et al. 2012: the median heuristic).
-
-    Where all reference rows are the same, the pooled rows decide; 0.0 where those are all the same too. At most 1,000
-    rows take part, evenly spaced in sorted order.
-    """
-    for rows in (reference, reference if current is None else np.concatenate([reference, current])):
-        ordered = rows[sorted_order(rows)]
-        spaced = ordered[np.linspace(0, len(rows) - 1, min(len(rows), _MAX_BANDWIDTH_ROWS)).astype(np.intp)]
+    for some in (rows, rows if others is None else np.concatenate([rows, others])):
+        ordered = some[sorted_order(some)]
+        spaced = ordered[np.linspace(0, len(some) - 1, min(len(some), _MAX_BANDWIDTH_ROWS)).astype(np.intp)]
         distances = _distances(spaced)
         positive = distances[distances > 0]
         if positive.size:
@@ -171,8 +85,8 @@ def gaussian_kernel(
 
     Distances do not depend on `centre`, but ‖x‖²+‖y‖²−2x·y in float32 is only accurate near it.
     """
-    left = _scaled(rows, bandwidth, centre)
-    right = left if columns is None else _scaled(columns, bandwidth, centre)
+    left = scaled(rows, bandwidth, centre)
+    right = left if columns is None else scaled(columns, bandwidth, centre)
     kernel = left @ right.T
     kernel *= 2
     kernel -= np.square(left).sum(axis=1)[:, None]
@@ -209,30 +123,11 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def _mmd_squared(
-    kernel: Float32Matrix, row_sums: Float64Vector, indicator: Float32Matrix, n: int, m: int
-) -> Float64Vector:
-    """Returns the unbiased MMD² of each row of `indicator` `(B, N)`; see `mmd_permutation_test`."""
-    products = indicator @ kernel
-    within_current = (indicator * products).sum(axis=1, dtype=np.float64)
-    from_current = indicator.astype(np.float64) @ row_sums
-    between = from_current - within_current
-    within_reference = row_sums.sum() - 2 * from_current + within_current
-    return within_reference / (n * (n - 1)) + within_current / (m * (m - 1)) - 2 * between / (n * m)
-
-
-def random_splits(rng: np.random.Generator, count: int, n: int, m: int) -> Float32Matrix:
-    """Returns `(count, n + m)` float32 0/1, each row with m ones at random places."""
-    indicator = np.zeros((count, n + m), dtype=np.float32)
-    for split in indicator:
-        split[rng.permutation(n + m)[:m]] = 1.0
-    return indicator
-
-
-def _scaled(rows: Float32Matrix, bandwidth: float, centre: Float64Vector) -> Float32Matrix:
-    scaled = (rows.astype(np.float64) - centre) / bandwidth
-    # Squares of what is farther away would overflow float32; the kernel is 0 there either way.
-    return np.clip(scaled, -_FARTHEST_BANDWIDTHS, _FARTHEST_BANDWIDTHS).astype(np.float32)
+def scaled(rows: Float32Matrix, bandwidth: float, centre: Float64Vector) -> Float32Matrix:
+    """Returns the rows from `centre` on in units of the bandwidth, within what float32 can square."""
+    units = (rows.astype(np.float64) - centre) / bandwidth
+    # The kernel of what is farther away is 0 either way.
+    return np.clip(units, -_FARTHEST_BANDWIDTHS, _FARTHEST_BANDWIDTHS).astype(np.float32)
 
 
 def sorted_order(rows: Float32Matrix) -> NDArray[np.intp]:

@@ -1,22 +1,29 @@
 """The verdict: one family-wise test at `alpha` over the detectors of `family.py`.
 
-Holm's correction over them keeps the chance of any false alarm in a report at `alpha`. Effect sizes, classes and images
+They are judged by the same permutations, which keeps the chance of any false alarm in a report at `alpha`: what the
+detectors have in common is not paid for twice. Those of images that are not all there have permutations of their own,
+and Bonferroni's correction beside the others. Effect sizes, classes and images
 are in `localisation.py`; they explain a verdict and never make one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from cv_platform.drift.family import DEFAULT_DETECTORS, DETECTORS, Effort
+from cv_platform.drift.family import DEFAULT_DETECTORS, DETECTORS, Detector, KsDetector, MmdDetector
+from cv_platform.drift.permutation import Judged, judge_together
 from cv_platform.drift.sample import DriftSample, require_comparable
-from cv_platform.drift.two_sample import MAX_CURRENT_ROWS, holm
+from cv_platform.drift.two_sample import holm, sorted_order, subsample
 from cv_platform.errors import InvalidSampleError
 
 _MOST_PERMUTATIONS = 19_999
+_RESOLUTION = 5
+"""So many permutations may reach what is still an alarm: with one, chance would decide by a single draw."""
+_MOST_CURRENT_ROWS = 5000
 MIN_ROWS = 2
 """Fewer rows on either side cannot be judged at all; what is too few to be useful is the caller's decision."""
 
@@ -27,13 +34,13 @@ class DriftVerdict(BaseModel):
     Attributes:
         drifted: an adjusted p-value is at most `alpha`.
         alpha: family-wise false-alarm rate.
-        p_values: per detector; for the KS detectors with Bonferroni's correction over their dimensions.
-        adjusted_p_values: Holm's, over the detectors.
-        statistics: per detector: the largest KS distance (0–1), the unbiased MMD²; of a classifier the
-            held-out share of pairs that it tells apart.
+        p_values: per detector alone.
+        adjusted_p_values: of all of them together.
+        statistics: per detector: the largest KS distance (0–1), the MMD² without what chance gives it, a distance of
+            means as a multiple of chance's; of a classifier the held-out share of pairs that it tells apart.
         standardised: per MMD detector: standard deviations of its permutation null above that null's mean.
         reference_rows, current_rows: rows given.
-        permutations: of the MMD tests, as used.
+        permutations: at most; fewer were drawn where that settled it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,7 +70,6 @@ def judge(
     permutations: int,
     max_reference_rows: int,
     seed: int,
-    max_current_rows: int = MAX_CURRENT_ROWS,
     detectors: Collection[str] = DEFAULT_DETECTORS,
 ) -> DriftVerdict:
     """Tests whether `current` still comes from the distribution of `reference`.
@@ -72,13 +78,12 @@ def judge(
 
     Args:
         reference: held-out rows of the model that made `current`.
-        current: the window's rows.
+        current: the window's rows, of which 5,000 take part, seeded.
         alpha: family-wise false-alarm rate, between 0 and 1.
-        permutations: of each MMD test. Raised where it is so small that an MMD test alone could never reach `alpha`
-            after Holm's correction, up to 19,999 (alpha 0.0002); below that, the KS tests alone can.
-        max_reference_rows: seeded subsample of the reference in the MMD tests (the KS tests take all rows).
+        permutations: at least. Raised where `alpha` is small, up to 19,999 (alpha 0.00005); below that, only the KS
+            tests can alarm, which need none, corrected by Holm.
+        max_reference_rows: seeded subsample of the reference that takes part.
         seed: of subsamples and permutations.
-        max_current_rows: the same for the current rows; bounds memory.
         detectors: names of those that take part. One whose rows are not there, as images are gone, is left out; which
             it is does not depend on what the rows say, so that the correction for the others holds.
 
@@ -92,21 +97,56 @@ def judge(
     family = [one for one in DETECTORS if one.name in detectors and one.can_test(reference, current)]
     if not family:
         raise InvalidSampleError(f"Expected rows for one of the detectors {', '.join(detectors)}. Received: none.")
-    needed = math.ceil(len(family) / alpha) - 1
-    if needed <= _MOST_PERMUTATIONS:
-        permutations = max(permutations, needed)
-    effort = Effort(permutations, max_reference_rows, max_current_rows, seed)
-    tested = {detector.name: detector.test(reference, current, effort) for detector in family}
-    p_values = {name: result.p_value for name, result in tested.items()}
-    adjusted = holm(p_values)
+    pools: dict[tuple[int, int], list[Detector]] = {}
+    for one in family:
+        # As many rows are the same rows: the encoder's are those that have an image.
+        pools.setdefault((len(one.columns(reference)), len(one.columns(current))), []).append(one)
+    needed = math.ceil(len(pools) / alpha)
+    permutations = max(permutations, min(_MOST_PERMUTATIONS, _RESOLUTION * needed - 1))
+    found: dict[str, Judged] = {}
+    for number, pool in enumerate(pools.values()):
+        rng = np.random.default_rng((seed, number))
+        found |= _judge_pool(pool, reference, current, max_reference_rows, alpha / len(pools), permutations, rng)
+    p_values = {one.name: found[one.name].p_value for one in family}
+    adjusted = {one.name: min(1.0, len(pools) * found[one.name].adjusted_p_value) for one in family}
+    if needed - 1 > _MOST_PERMUTATIONS:
+        p_values |= {one.name: one.compare(reference, current).p_value for one in family if isinstance(one, KsDetector)}
+        adjusted = holm(p_values)
     return DriftVerdict(
         drifted=min(adjusted.values()) <= alpha,
         alpha=alpha,
         p_values=p_values,
         adjusted_p_values=adjusted,
-        statistics={name: result.statistic for name, result in tested.items()},
-        standardised={name: r.standardised for name, r in tested.items() if r.standardised is not None},
+        statistics={one.name: one.shown(found[one.name]) for one in family},
+        standardised={
+            one.name: (found[one.name].observed - found[one.name].null_mean) / found[one.name].null_spread
+            if found[one.name].null_spread > 0
+            else 0.0
+            for one in family
+            if isinstance(one, MmdDetector)
+        },
         reference_rows=len(reference),
         current_rows=len(current),
         permutations=permutations,
     )
+
+
+def _judge_pool(
+    detectors: Sequence[Detector],
+    reference: DriftSample,
+    current: DriftSample,
+    max_reference_rows: int,
+    level: float,
+    permutations: int,
+    rng: np.random.Generator,
+) -> dict[str, Judged]:
+    """Judges detectors that have the same rows."""
+    widths = np.cumsum([one.columns(reference).shape[1] for one in detectors])[:-1]
+    left, right = (np.concatenate([one.columns(side) for one in detectors], axis=1) for side in (reference, current))
+    left, right = subsample(left, max_reference_rows, rng), subsample(right, _MOST_CURRENT_ROWS, rng)
+    pooled = np.concatenate([left, right])
+    order = sorted_order(pooled)  # The rows' order within the pool must not matter.
+    parts = np.split(pooled[order], widths, axis=1)
+    statistics = [one.statistic(rows, rng) for one, rows in zip(detectors, parts, strict=True)]
+    judged = judge_together(statistics, order >= len(left), level=level, permutations=permutations, rng=rng)
+    return {one.name: each for one, each in zip(detectors, judged, strict=True)}

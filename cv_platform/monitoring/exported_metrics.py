@@ -91,7 +91,7 @@ HELP: Mapping[str, str] = {
     "cv_drift_window_end_timestamp_seconds": "End of the window that it judged, in seconds since 1970.",
     "cv_drift_window_rows": "Requests that it judged.",
     "cv_drift_verdict": "1 for its verdict, 0 for the others.",
-    "cv_drift_adjusted_p_value": "Holm's p-value of a detector; drift at or below cv_drift_alarm_level.",
+    "cv_drift_adjusted_p_value": "Of a detector, corrected for all; drift at or below cv_drift_alarm_level.",
     "cv_drift_alarm_level": "Level of the report's test: its part of monitor.false_alarms_per_year.",
     "cv_drift_statistic": "Of a detector: the largest KS distance, or MMD squared.",
     "cv_production_predictions": "Predictions of a version in the monitor's window.",

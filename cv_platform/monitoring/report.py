@@ -218,7 +218,7 @@ def _with_verdict(
         threshold=facts.threshold,
         alpha=report.alpha,
     )
-    scores = image_scores(reference, current, max_reference_rows=monitor.max_reference_rows, seed=monitor.seed)
+    scores = image_scores(reference, current, seed=monitor.seed)
     targets = label_targets(read_reference_labels(reference_path)[LABEL].tolist(), class_names)
     labelled = read_reference(reference_path) if report.reference else reference
     causes = None

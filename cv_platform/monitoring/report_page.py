@@ -78,6 +78,8 @@ def _detectors(report: DriftReport) -> list[tuple[str, str, str]]:
             effect = f"MMD {effects.mmd[name]:.3f}, {standardised:+.1f} standard deviations of its null"
         elif name in {"classifier", "encoder_classifier"}:
             effect = f"tells {report.statistics[name]:.0%} of pairs apart; by chance half of them"
+        elif name in {"bbsd_mean", "properties_mean"}:
+            effect = f"{report.statistics[name]:.1f} times as far apart as by chance"
         else:
             effect = f"{report.statistics[name]:.3f}"
         rows.append((name, titles.get(name, name), effect))

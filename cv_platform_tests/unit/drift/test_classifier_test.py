@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cv_platform.drift.classifier_test import classifier_test
+from cv_platform.drift.classifier_test import told_apart
+from cv_platform.drift.permutation import Judged, judge_together
 
 
 def draw(rng: np.random.Generator, rows: int, width: int, shift: float = 0.0) -> np.ndarray:
     return (rng.normal(size=(rows, width)) + shift).astype(np.float32)
+
+
+def judged(reference: np.ndarray, current: np.ndarray, *, permutations: int, seed: int) -> Judged:
+    split = np.repeat([False, True], [len(reference), len(current)])
+    statistic = told_apart(np.concatenate([reference, current]))
+    (one,) = judge_together([statistic], split, level=1.0, permutations=permutations, rng=np.random.default_rng(seed))
+    return one
 
 
 def told_apart_by_fitting_anew(reference: np.ndarray, current: np.ndarray) -> float:
@@ -32,25 +40,25 @@ def told_apart_by_fitting_anew(reference: np.ndarray, current: np.ndarray) -> fl
 def test_the_closed_form_is_a_classifier_that_has_not_seen_the_row(width: int) -> None:
     rng = np.random.default_rng(3)
     reference, current = draw(rng, 40, width), draw(rng, 25, width, 0.2)
-    found = classifier_test(reference, current, permutations=19, seed=0)
-    assert found.told_apart == pytest.approx(told_apart_by_fitting_anew(reference, current), abs=2e-3)
+    found = judged(reference, current, permutations=19, seed=0)
+    assert found.observed == pytest.approx(told_apart_by_fitting_anew(reference, current), abs=2e-3)
 
 
 def test_false_alarms_stay_within_the_level_and_a_shift_of_one_column_is_found() -> None:
     alarms = 0
     for trial in range(100):
         rng = np.random.default_rng((5, trial))
-        null = classifier_test(draw(rng, 60, 20), draw(rng, 30, 20), permutations=39, seed=trial)
+        null = judged(draw(rng, 60, 20), draw(rng, 30, 20), permutations=39, seed=trial)
         alarms += null.p_value <= 0.05
     assert alarms <= stats.binom.ppf(0.999, 100, 0.05)
     rng = np.random.default_rng(1)
     moved = draw(rng, 80, 20)
     moved[:, 3] += 1.5
-    found = classifier_test(draw(rng, 200, 20), moved, permutations=99, seed=0)
+    found = judged(draw(rng, 200, 20), moved, permutations=99, seed=0)
     assert found.p_value == pytest.approx(0.01)
-    assert found.told_apart > 0.7
+    assert found.observed > 0.7
 
 
 def test_rows_that_are_all_the_same_are_told_apart_by_nothing() -> None:
     same = np.ones((30, 5), np.float32)
-    assert classifier_test(same, same[:10], permutations=19, seed=0).p_value == 1.0
+    assert judged(same, same[:10], permutations=19, seed=0).p_value == 1.0

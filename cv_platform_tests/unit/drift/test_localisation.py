@@ -97,7 +97,7 @@ def test_ranks_the_shifted_images_first() -> None:
     current = DriftSample(
         *(np.concatenate([getattr(usual, n), getattr(strange, n)]) for n in ("bbsd", "features", "uae", "properties"))
     )
-    scores = image_scores(reference, current, max_reference_rows=500, seed=0)
+    scores = image_scores(reference, current, seed=0)
     is_strange = np.arange(200) >= 180
     # Area under the ROC curve: the share of pairs in which the strange image scores higher.
     assert np.mean(scores[is_strange][:, None] > scores[~is_strange][None, :]) > 0.9
@@ -107,11 +107,11 @@ def test_scores_follow_their_images() -> None:
     rng = np.random.default_rng(0)
     reference, current = draw_sample(rng, 100), draw_sample(rng, 50)
     order = rng.permutation(50)
-    scores = image_scores(reference, current, max_reference_rows=60, seed=0)
+    scores = image_scores(reference, current, seed=0)
     # Kernels are float32, and another order of the rows is another order of sums: single units of a score are right to
     # some tens of ε, wherever it lies.
     np.testing.assert_allclose(
-        image_scores(reference, current.take(order), max_reference_rows=60, seed=0),
+        image_scores(reference, current.take(order), seed=0),
         scores[order],
         atol=100 * np.finfo(np.float32).eps * np.abs(scores).max(),
     )
@@ -131,7 +131,7 @@ def test_the_nearest_reference_rows_are_those_that_an_image_is_like_in_all_space
 
 def test_scores_of_samples_without_variation_are_zero() -> None:
     constant = draw_sample(np.random.default_rng(0), 1).take(np.zeros(10, dtype=np.intp))
-    assert image_scores(constant, constant, max_reference_rows=10, seed=0).tolist() == [0.0] * 10
+    assert image_scores(constant, constant, seed=0).tolist() == [0.0] * 10
 
 
 def test_refuses_names_that_do_not_fit() -> None:

@@ -9,7 +9,7 @@ from scipy import stats
 from cv_platform.config import DetectorName
 from cv_platform.drift.family import DEFAULT_DETECTORS, DETECTOR_NAMES, settle_saturated
 from cv_platform.drift.sample import DriftSample
-from cv_platform.drift.two_sample import holm
+from cv_platform.drift.two_sample import holm, ks_bonferroni
 from cv_platform.drift.verdict import DriftVerdict, judge
 from cv_platform.errors import InvalidSampleError
 from cv_platform_tests.support.drift_samples import draw_sample
@@ -67,14 +67,14 @@ def test_the_same_rows_in_any_order_give_the_same_verdict() -> None:
     assert first.p_values == verdict(*mixed, max_reference_rows=40).p_values
 
 
-def test_reports_every_detector_with_holm_over_them() -> None:
+def test_reports_every_detector_and_what_is_left_of_it_among_the_others() -> None:
     rng = np.random.default_rng(1)
     result = verdict(draw_sample(rng, 200), draw_sample(rng, 150, shift=1.0))
     assert set(result.p_values) == set(result.adjusted_p_values) == set(result.statistics) == set(DEFAULT_DETECTORS)
     assert result.drifted
     assert set(result.drifted_detectors) <= set(DEFAULT_DETECTORS)
     assert result.drifted_detectors[0] == min(result.adjusted_p_values, key=lambda d: result.adjusted_p_values[d])
-    assert result.adjusted_p_values == holm(result.p_values)
+    assert all(result.p_values[name] <= p for name, p in result.adjusted_p_values.items())
     assert (result.reference_rows, result.current_rows, result.permutations) == (200, 150, 99)
     assert DriftVerdict.model_validate_json(result.model_dump_json()) == result
 
@@ -83,7 +83,7 @@ def test_a_config_can_name_each_detector() -> None:
     assert get_args(DetectorName) == DETECTOR_NAMES
 
 
-def test_the_encoder_s_tests_take_part_where_both_sides_have_images_and_holm_corrects_for_those_alone() -> None:
+def test_the_encoder_s_tests_take_part_where_both_sides_have_images_and_cost_nothing_elsewhere() -> None:
     rng = np.random.default_rng(1)
     reference, current = draw_sample(rng, 60), draw_sample(rng, 40)
     vectors = rng.normal(size=(100, 6))
@@ -96,18 +96,29 @@ def test_the_encoder_s_tests_take_part_where_both_sides_have_images_and_holm_cor
     assert set(found.p_values) == set(names)
     assert set(found.drifted_detectors) == {"encoder_mmd", "encoder_classifier"}
     without = verdict(left, current.with_encoded(gone), detectors=names)
-    assert without.adjusted_p_values == {"bbsd_ks": found.p_values["bbsd_ks"]}
+    assert without.adjusted_p_values == without.p_values
+    assert found.adjusted_p_values["bbsd_ks"] == pytest.approx(min(1.0, 2 * found.p_values["bbsd_ks"]))
     with pytest.raises(InvalidSampleError, match="encoder_mmd"):
         verdict(left, current, detectors=("encoder_mmd",))
     with pytest.raises(InvalidSampleError, match="encoded: shape"):
         current.with_encoded(vectors)
 
 
-def test_raises_permutations_until_one_detector_alone_can_reach_alpha() -> None:
+def test_raises_permutations_until_the_level_is_within_reach_of_five_of_them() -> None:
     rng = np.random.default_rng(1)
     result = verdict(draw_sample(rng, 60), draw_sample(rng, 60, shift=3.0), alpha=0.01)
-    assert result.permutations == 399
-    assert result.p_values["features_mmd"] == pytest.approx(1 / 400)
+    assert result.permutations == 499
+    assert result.adjusted_p_values["features_mmd"] == pytest.approx(1 / 500)
+
+
+def test_a_level_that_no_permutations_reach_is_left_to_the_tests_that_need_none() -> None:
+    rng = np.random.default_rng(1)
+    reference, current = draw_sample(rng, 60), draw_sample(rng, 60, shift=3.0)
+    result = verdict(reference, current, alpha=1e-6, detectors=("bbsd_ks", "properties_ks", "bbsd_mean"))
+    exact = ks_bonferroni(reference.properties, current.properties).p_value
+    assert result.p_values["properties_ks"] == exact
+    assert result.adjusted_p_values == holm(result.p_values)
+    assert set(result.drifted_detectors) == {"bbsd_ks", "properties_ks"}
 
 
 def test_a_saturated_model_that_differs_in_its_last_bits_has_not_drifted() -> None:
