@@ -54,7 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, help="CV_HOME with a deployed model, for predict (default: temporary)")
     parser.add_argument("--uploads", choices=UPLOADS, default="photos", help="what predict sends (default photos)")
     parser.add_argument("--sets", type=_listed, default=(), help="of training: grocery-20,cifar (default: all)")
-    parser.add_argument("--parts", type=_listed, default=(), help="of data-speed: stages,deepchecks,again,memory")
+    parser.add_argument(
+        "--parts",
+        type=_listed,
+        default=(),
+        help="of data-speed: stages,deepchecks,again,memory; of scale: bare,packing,embedding,scoring",
+    )
     parser.add_argument("--budget", type=float, help="CPU seconds of a training (default: as each set has it)")
     parser.add_argument(
         "--images",

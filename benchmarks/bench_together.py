@@ -29,7 +29,7 @@ from benchmarks.options import Options
 from cv_platform.config import ExperimentConfig, parse_experiment
 from cv_platform.records import PackedImages
 
-IMAGES, SIDE_PX, BATCH, EPOCHS = 2048, 32, 128, 5
+IMAGES, SIDE_PX, BATCH, EPOCHS = 2048, 32, 128, 4
 SCALING, LOSS_TOLERANCE = 1.6, 0.1
 """Of the loss: relative, between the last epochs. Batch normalisation sees a share's images, not the batch's."""
 
