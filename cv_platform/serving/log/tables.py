@@ -125,7 +125,7 @@ def decoded_rows(rows: Iterable[SpoolRow], deleted: Collection[str] = ()) -> Ite
     while chunk := list(islice(left, _CHUNK_ROWS)):
         read = [read_record(row.record) for row in chunk]
         sizes = [take_sizes(values, row.vectors) for values, row in zip(read, chunk, strict=True)]
-        arrays = real_arrays(b"".join(row.vectors for row in chunk), chain.from_iterable(map(dict.values, sizes)))
+        arrays = real_arrays(b"".join(row.vectors for row in chunk), chain.from_iterable(one.values() for one in sizes))
         for row, values, names in zip(chunk, read, sizes, strict=True):
             values.update(zip(names, arrays, strict=False))
             if row.prediction_id in deleted:
