@@ -39,7 +39,7 @@ _BATCH_ROWS = 8000
 _LINGER_SECONDS = 0.5
 """After an append, and after each batch that was not full: gathers the next entries into one transaction. Under load a
 transaction for each few rows would take the processor from the predictions."""
-_BATCH_IMAGE_BYTES = 32 * 1024 * 1024
+_BATCH_BYTES = 32 * 1024 * 1024
 _PROBES = 10
 """Entries of a refused batch that are tried one by one, to learn whether any is taken."""
 _IDLE_SECONDS = 5.0
@@ -176,7 +176,7 @@ class Drainer:
 
     def _drain_batch(self, database: LogDatabase, spool: Spool) -> bool:
         """Returns whether there was more than one batch."""
-        rows, are_all = spool.read_batch(_BATCH_ROWS, _BATCH_IMAGE_BYTES)
+        rows, are_all = spool.read_batch(_BATCH_ROWS, _BATCH_BYTES)
         try:
             if rows:
                 self._write(database, spool, rows)
@@ -259,7 +259,7 @@ class Drainer:
         others_bytes = sum(orphan.used_bytes() for orphan in self._adopted)
         if self._limits.may_have_database() or not self._spool.is_crowded(others_bytes):
             return False
-        image_bytes = min(_BATCH_IMAGE_BYTES, self._limits.max_bytes // 20)
+        image_bytes = min(_BATCH_BYTES, self._limits.max_bytes // 20)
         for spool in (*self._adopted, self._spool):
             with self._damage_set_aside(spool):
                 rows, are_all = spool.read_batch(_BATCH_ROWS, image_bytes)

@@ -224,34 +224,35 @@ class Spool:
         """Calls `listener` whenever there may be something to drain: after a commit of entries, after a settling."""
         self._listener = listener
 
-    def read_batch(self, max_rows: int, max_image_bytes: int) -> SpoolBatch:
-        """Returns the oldest settled entries, with uploads of at most `max_image_bytes` in all, but at least one entry.
+    def read_batch(self, max_rows: int, max_bytes: int) -> SpoolBatch:
+        """Returns the oldest settled entries, of at most `max_bytes` in all with their uploads, but at least one entry.
 
         Those that are not settled, or not as they were settled (`write_outcomes`), count as not there. While some are
         being deleted (`begin_delete`), so do all before them.
         """
         after = self._leaving[1] if self._leaving else 0
         unsettled = self._outcomes.unsettled.copy()  # First: what is added later must not be in what is read.
-        with self._reader() as connection:
-            rows = connection.execute(
-                "SELECT e.id, e.entry_id, e.kind, e.prediction_id, e.record, e.vectors, e.image_sha256, "
-                "coalesce(i.bytes, 0) FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 "
-                "WHERE e.id > ? ORDER BY e.id LIMIT ?",
-                (after, max_rows + 1),
-            ).fetchall()
-        unsettled |= self._outcomes.unsettled
-        settled = [row for row in map(SpoolRow._make, rows) if row.entry_id not in unsettled]
-        batch: list[SpoolRow] = []
+        rows: list[SpoolRow] = []
         seen: set[str | None] = set()
-        image_bytes = 0
-        for row in settled:
-            if row.image_sha256 not in seen:
-                image_bytes += row.image_bytes
+        size, is_cut = 0, False
+        query = (
+            "SELECT e.id, e.entry_id, e.kind, e.prediction_id, e.record, e.vectors, e.image_sha256, "
+            "coalesce(i.bytes, 0) FROM entries e LEFT JOIN images i ON i.sha256 = e.image_sha256 "
+            "WHERE e.id > ? ORDER BY e.id LIMIT ?"
+        )
+        with (
+            self._reader() as connection,
+            contextlib.closing(connection.execute(query, (after, max_rows + 1))) as found,
+        ):
+            for row in map(SpoolRow._make, found):
+                size += len(row.record) + len(row.vectors) + (0 if row.image_sha256 in seen else row.image_bytes)
+                if is_cut := len(rows) == max_rows or (bool(rows) and size > max_bytes):
+                    break
                 seen.add(row.image_sha256)
-            if len(batch) == max_rows or (batch and image_bytes > max_image_bytes):
-                break
-            batch.append(row)
-        return SpoolBatch(batch, are_all=len(batch) == len(settled))
+                rows.append(row)
+        unsettled |= self._outcomes.unsettled
+        settled = [row for row in rows if row.entry_id not in unsettled]
+        return SpoolBatch(settled, are_all=not (is_cut and settled))
 
     def still_holds(self, rows: Sequence[SpoolRow]) -> bool:
         """Returns whether the entries are as they were read: a deletion may have stripped one since."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
 import pytest
 
 from cv_platform.errors import DatabaseUnavailableError, SpoolFullError
@@ -120,15 +121,22 @@ def test_what_is_being_deleted_is_not_read_again(spool: Spool) -> None:
 
 
 def test_a_batch_ends_before_its_uploads_grow_too_large_but_is_never_empty(spool: Spool) -> None:
-    for content in (b"a" * 60, b"b" * 60, b"a" * 60, b"c" * 500):
+    for content in (b"a" * 60_000, b"b" * 60_000, b"a" * 60_000, b"c" * 500_000):
         append_to(spool, answered(image=content))
-    assert len(spool.read_batch(10, 100).rows) == 1
-    assert len(spool.read_batch(10, 120).rows) == 3  # The third has the first one's upload.
+    assert len(spool.read_batch(10, 100_000).rows) == 1
+    assert len(spool.read_batch(10, 140_000).rows) == 3  # The third has the first one's upload.
     assert len(spool.read_batch(2, 10**9).rows) == 2
     assert [spool.read_batch(rows, 10**9).are_all for rows in (3, 4, 5)] == [False, True, True]
-    assert not spool.read_batch(10, 120).are_all
+    assert not spool.read_batch(10, 140_000).are_all
     spool.delete(spool.read_batch(3, 10**9).rows)
-    assert len(spool.read_batch(10, 100).rows) == 1
+    assert len(spool.read_batch(10, 100_000).rows) == 1
+
+
+def test_a_batch_ends_before_what_a_large_network_leaves_grows_too_large(spool: Spool) -> None:
+    for _ in range(4):
+        append_to(spool, answered(features=np.zeros(25_000, np.float32), image=None))
+    found = spool.read_batch(10, 250_000)
+    assert (len(found.rows), found.are_all) == (2, False)
 
 
 def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_path: Path) -> None:
