@@ -2,8 +2,9 @@
 
 The rule of `monitoring.alarm_rate` beside one level for each report. Requests come by day and night, weekday and
 weekend; a report is due each week, and whenever `monitor.new_rows_trigger` requests have come, on the last
-`monitor.window_days`: windows overlap, and all are compared with one finite reference. Instead of images, four
-detectors see means of normal scores with just that dependence, as 2,000 years of images cannot be judged.
+`monitor.window_days`: windows overlap, and all are compared with one finite reference. Instead of images, as many
+detectors as the default has see means of normal scores with just that dependence, as 2,000 years of images cannot be
+judged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scipy import stats
 from benchmarks.harness import Check, Report, Stopwatch, machine_line
 from benchmarks.options import Options
 from cv_platform.config import MonitorConfig
-from cv_platform.drift.family import DETECTORS
+from cv_platform.drift.family import DEFAULT_DETECTORS
 from cv_platform.monitoring.alarm_rate import DAYS_PER_YEAR, Allowance
 
 YEARS = 2_000
@@ -68,7 +69,8 @@ def run(options: Options) -> Report:
         )
     return Report(
         name="false_alarms",
-        title=f"False alarms of drift in {YEARS} simulated years each, four detectors, windows that overlap",
+        title=f"False alarms of drift in {YEARS} simulated years each, {len(DEFAULT_DETECTORS)} detectors, "
+        "windows that overlap",
         unit="year",
         started_utc=clock.started_utc,
         seconds=clock.seconds,
@@ -143,11 +145,11 @@ def _reports(requests_a_day: int, monitor: MonitorConfig, rng: np.random.Generat
 def _sums(arrived: NDArray[np.int64], rng: np.random.Generator) -> Floats:
     """Returns `(reports + 1, years, detectors)`: the scores of all requests up to each report, added up."""
     spread = np.sqrt(np.diff(arrived, prepend=0).astype(np.float64))[:, None, None]
-    steps = spread * rng.standard_normal((len(arrived), YEARS // _TRAFFIC_YEARS, len(DETECTORS)))
+    steps = spread * rng.standard_normal((len(arrived), YEARS // _TRAFFIC_YEARS, len(DEFAULT_DETECTORS)))
     return np.concatenate([np.zeros((1, *steps.shape[1:])), np.cumsum(steps, axis=0)])
 
 
 def _holm_minimum(z: Floats) -> Floats:
     """Returns the smallest p-value after Holm's correction, of each year's detectors."""
     smallest = np.asarray(2 * stats.norm.sf(np.abs(z).max(axis=1)), dtype=np.float64)
-    return smallest * len(DETECTORS)
+    return smallest * len(DEFAULT_DETECTORS)
