@@ -96,7 +96,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
         ({"validate.duplicates": "error"}, ALL - {"dataset", "embeddings"}),
         ({"evaluate.min_accuracy": 0.5}, {"evaluation", "bento", *REPLAYED}),
         ({"model.drift_detection.uae_seed": 8}, MADE_OF_DETECTORS),
-        ({"monitor.alpha": 0.01}, MADE_OF_DETECTORS),
+        ({"monitor.alpha": 0.02}, MADE_OF_DETECTORS),
         ({"monitor.permutations": 99}, {"drift_report", *GROWN}),
         ({"monitor.min_feedback": 99}, {"production_metrics"}),
         ({"deploy.replay": {"min_agreement": 0.9}}, REPLAYED),
