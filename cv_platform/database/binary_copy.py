@@ -2,8 +2,9 @@
 
 Binary, because real arrays then go over as they are (no decimal text, no rounding) and no text needs escaping. Ours,
 because psycopg 2 has no such rows; psycopg 3 has, and needs 3.4 to 3.8 times the CPU time for those of the request log
-(3.3.9 with its C part: 60 to 66 µs for a prediction and its `api_log` row, ours 17 to 18, five rounds in turns), as its
-arrays are lists of Python's numbers. It would be a second driver in the Bento, too: Dagster's storage needs psycopg 2.
+(3.3.9 with its C part: 60 to 66 µs for a prediction and its `api_log` row, ours 17 to 18, five rounds in turns, before
+arrays of many rows were made together), as its arrays are lists of Python's numbers. It would be a second driver in the
+Bento, too: Dagster's storage needs psycopg 2.
 https://www.postgresql.org/docs/17/sql-copy.html, "Binary Format"; each type's format is that of its `*send` function.
 """
 

@@ -184,7 +184,7 @@ def _witness(reference: Float32Matrix, current: Float32Matrix, *, seed: Sequence
     bandwidth = median_bandwidth(reference, current)
     if bandwidth == 0.0:
         return np.zeros(len(current))
-    centre = np.median(reference, axis=0)
+    centre = np.median(reference.astype(np.float64), axis=0)
     n, m = len(reference), len(current)
     # Each row is its own neighbour with kernel 1; that term is taken out on both sides.
     within = gaussian_kernel(reference, bandwidth=bandwidth, centre=centre).sum(axis=1, dtype=np.float64) - 1.0

@@ -172,7 +172,7 @@ def gaussian_features(rows: Float32Matrix, rng: np.random.Generator) -> Float32M
     if bandwidth == 0.0:
         return np.zeros((len(rows), 1), np.float32)
     directions = rng.standard_normal((rows.shape[1], _FREQUENCIES), dtype=np.float32)
-    phases = scaled(rows, bandwidth, np.median(rows, axis=0)) @ directions
+    phases = scaled(rows, bandwidth, np.median(rows.astype(np.float64), axis=0)) @ directions
     features = np.concatenate([np.cos(phases), np.sin(phases)], axis=1) / np.float32(np.sqrt(_FREQUENCIES))
     return features - features.mean(axis=0)
 

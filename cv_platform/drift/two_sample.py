@@ -142,7 +142,8 @@ def sorted_order(rows: Float32Matrix) -> NDArray[np.intp]:
 
 def _distances(rows: Float32Matrix) -> Float64Vector:
     """Returns the distances between all pairs of different rows; 0 where nothing but rounding tells them apart."""
-    centred = rows.astype(np.float64) - np.median(rows, axis=0)
+    centred = rows.astype(np.float64)
+    centred -= np.median(centred, axis=0)
     norms = np.square(centred).sum(axis=1)
     left, right = np.triu_indices(len(rows), 1)
     lengths = (norms[:, None] + norms[None, :])[left, right]

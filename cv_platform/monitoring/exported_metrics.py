@@ -93,7 +93,7 @@ HELP: Mapping[str, str] = {
     "cv_drift_verdict": "1 for its verdict, 0 for the others.",
     "cv_drift_adjusted_p_value": "Of a detector, corrected for all; drift at or below cv_drift_alarm_level.",
     "cv_drift_alarm_level": "Level of the report's test: its part of monitor.false_alarms_per_year.",
-    "cv_drift_statistic": "Of a detector: the largest KS distance, or MMD squared.",
+    "cv_drift_statistic": "Of a detector: the largest KS distance, MMD squared, a multiple of chance's distance.",
     "cv_production_predictions": "Predictions of a version in the monitor's window.",
     "cv_production_feedback": "Of them, those whose true class somebody has stated.",
     "cv_production_accuracy_ratio": "Accuracy of those.",

@@ -298,7 +298,8 @@ def take_sizes(values: dict[str, Any], vectors: bytes) -> dict[str, int]:
     Raises:
         ValueError: they are not those of `vectors`.
     """
-    sizes = dict(zip(VECTOR_COLUMNS, values.pop("dims", ()), strict=False))
+    dims = values.pop("dims", None)
+    sizes: dict[str, int] = {} if dims is None else dict(zip(VECTOR_COLUMNS, dims, strict=True))
     if values.get("hm_height") is not None:
         sizes["raw_hm"] = values["hm_height"] * values["hm_width"]
     if _FLOAT.itemsize * sum(sizes.values()) != len(vectors):

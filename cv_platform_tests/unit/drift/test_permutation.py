@@ -132,7 +132,7 @@ def test_sees_that_two_columns_no_longer_go_together() -> None:
     assert np.abs(rows[150:, 1].mean() - rows[150:, 0].mean()) < 0.2 * rows[:, 0].std()
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1])
+@pytest.mark.parametrize("value", [0.0, 0.1, 3e38])
 def test_rows_that_are_all_the_same_differ_by_nothing(value: float) -> None:
     rows = np.full((30, 3), value, np.float32)
     assert [one.p_value for one in judged(three_kinds(rows), 10, 30)] == [1.0] * 3
