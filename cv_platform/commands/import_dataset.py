@@ -60,6 +60,12 @@ def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) 
         action="store_true",
         help="leave the images of a folder where they are; DVC keeps their sha256, and a change is an error",
     )
+    dataset.add_argument(
+        "--tar-above",
+        type=_count,
+        metavar="IMAGES",
+        help="a version of more images is stored as tars of 10,000 (default: as said last for the dataset, else 50000)",
+    )
     dataset.add_argument("--root", type=Path, help="folder of dataset repositories (default: $CV_HOME/datasets)")
 
 
@@ -67,6 +73,13 @@ def _fraction(text: str) -> float:
     number = float(text)
     if not 0.0 <= number <= 1.0:  # Also of nan.
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, received {text}")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of images, 0 or more, received {text}")
     return number
 
 
@@ -93,6 +106,7 @@ def _import_dataset(options: argparse.Namespace) -> int:
         zip_encoding=options.zip_encoding,
         max_left_out_fraction=options.max_left_out,
         links=options.link,
+        tar_above=options.tar_above,
     )
     imported = import_dataset(
         options.source,

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
@@ -37,6 +37,7 @@ from cv_platform.datasets.sources.phone_photos import SUFFIX, is_phone_photo
 from cv_platform.datasets.sources.staging import Staging, Traits, filled_once
 from cv_platform.datasets.sources.tree import Folder, is_image, walk
 from cv_platform.datasets.splits import SPLITS
+from cv_platform.datasets.stand_ins.tars import tars_above, write_rule
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.files import exclusive, scratch_directory, whole_directory
 from cv_platform.images.files import IMAGE_SUFFIXES
@@ -102,7 +103,9 @@ class ImportRules:
         use_valid_as_test: the valid split becomes test.
         zip_encoding: of the names in a zip that are not UTF-8.
         max_left_out_fraction: of the files in the images' places those that may be no images that can be decoded.
-        links: leave the images of a folder where they are, see `datasets.links`, instead of copying them into DVC.
+        links: leave the images of a folder where they are, see `stand_ins.links`, instead of copying them into DVC.
+        tar_above: with more images a version is stored as tars, see `stand_ins.tars`; None: as the dataset's repository
+            says.
     """
 
     classes: tuple[str, ...] | None = None
@@ -111,6 +114,7 @@ class ImportRules:
     zip_encoding: str | None = None
     max_left_out_fraction: float = MAX_LEFT_OUT_FRACTION
     links: bool = False
+    tar_above: int | None = None
 
 
 def import_dataset(
@@ -153,7 +157,8 @@ def import_dataset(
     _make_root(repository.parent)
     before = _traits(source)
     labels = _traits(annotations) if annotations is not None and annotations.is_file() else {}
-    work = hashlib.sha256(repr((source, rules, sorted(before.items()), labels)).encode()).hexdigest()[:16]
+    above = tars_above(repository) if rules.tar_above is None else rules.tar_above
+    work = hashlib.sha256(repr((source, rules, above, sorted(before.items()), labels)).encode()).hexdigest()[:16]
     with (
         exclusive(repository.parent / f".{ds_name}.lock"),
         scratch_directory(repository.parent, ds_name, work=work) as scratch,
@@ -165,11 +170,12 @@ def import_dataset(
         if rules.links:
             _require_linkable(source, root, converted)
         entries = _canonical(layout, converted)
-        staging = Staging(folder.path, scratch / DATA_FOLDER, converted, is_ours=root != source, stays=rules.links)
-        beside = staging.fill(layout.entries, entries)
+        is_tarred = len(entries) > above and not rules.links
+        images, is_ours = scratch / DATA_FOLDER, root != source
+        staging = Staging(folder.path, images, converted, is_ours, stays=rules.links, is_tarred=is_tarred)
+        beside = {**staging.fill(layout.entries, entries), **({} if rules.tar_above is None else write_rule(above))}
         _require_unchanged(before, source)
         classes = Counter(label for entry in entries for label in entry.labels)
-        left = (f"left in place, in {folder.path}: DVC holds the sha256 of each",) if rules.links else ()
         imported = ImportedDataset(
             ds_name=ds_name,
             tag=tag,
@@ -181,7 +187,7 @@ def import_dataset(
             ),
             counts=dict(Counter(entry.split or NO_SPLIT for entry in entries)),
             class_counts={name: classes[name] for name in layout.class_names},
-            notes=(*unpacked_from, f"understood as {layout.name}", *layout.notes, *_said_of(converted), *left),
+            notes=(*unpacked_from, f"understood as {layout.name}", *layout.notes, *_said_of(converted, staging, above)),
             left_out=layout.left_out.counts(),
             directory=repository,
         )
@@ -359,10 +365,14 @@ def _judge_splits(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
     return replace(layout, notes=(*layout.notes, *notes))
 
 
-def _said_of(converted: frozenset[str]) -> tuple[str, ...]:
-    if not converted:
-        return ()
-    return (f"made JPEG of HEIC and AVIF, which the service does not take: {len(converted)}, such as {min(converted)}",)
+def _said_of(converted: frozenset[str], staging: Staging, above: int) -> Iterator[str]:
+    if converted:
+        example = min(converted)
+        yield f"made JPEG of HEIC and AVIF, which the service does not take: {len(converted)}, such as {example}"
+    if staging.stays:
+        yield f"left in place, in {staging.root}: DVC holds the sha256 of each"
+    if staging.is_tarred:
+        yield f"stored as tars, as they are more than {above:,}"
 
 
 def _canonical(layout: Layout, converted: frozenset[str]) -> tuple[ImageEntry, ...]:

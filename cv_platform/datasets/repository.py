@@ -98,6 +98,13 @@ def read_file(directory: Path, tag: str, path: str) -> bytes | None:
     return found[1] if found else None
 
 
+def read_newest_file(directory: Path, path: str) -> bytes | None:
+    """Returns the content of a file of the newest commit; None where there is none."""
+    spec = f"{_newest_commit(directory)}:{path}"
+    found = _read_objects(directory, [spec])[spec]
+    return found[1] if found else None
+
+
 def list_versions(directory: Path) -> dict[str, StoredVersion]:
     """Reads all tags that carry a dataset, in git's version order."""
     return _read_tags(directory, list_tag_names(directory))

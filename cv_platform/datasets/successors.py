@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cv_platform.datasets.importing import store_version
-from cv_platform.datasets.links import write_links
 from cv_platform.datasets.repository import DATA_FOLDER, StoredVersion
 from cv_platform.datasets.sources.entries import ImageEntry, Layout
 from cv_platform.datasets.sources.layouts import write_annotations
+from cv_platform.datasets.stand_ins.links import write_links
+from cv_platform.datasets.stand_ins.tars import tars_above, write_tars
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.files import exclusive, scratch_directory
 
@@ -21,7 +22,7 @@ from cv_platform.files import exclusive, scratch_directory
 class SuccessorImage:
     """An image of the new version: the file of a checkout that it comes from, and where and as what it is stored.
 
-    One that the version before has left in place stays there: see `datasets.links`.
+    One that the version before has left in place stays there: see `stand_ins.links`.
     """
 
     file: Path
@@ -62,9 +63,12 @@ def store_successor(
         exclusive(repository.parent / f".{repository.name}.lock"),
         scratch_directory(repository.parent, repository.name) as scratch,
     ):
-        for image in images:
-            if not image.file.is_symlink():
-                _link(image.file, scratch / DATA_FOLDER / image.entry.path)
+        own = {image.entry.path: image.file for image in images if not image.file.is_symlink()}
+        if len(own) > tars_above(repository):
+            write_tars(scratch / DATA_FOLDER, own)
+        else:
+            for path, file in own.items():
+                _link(file, scratch / DATA_FOLDER / path)
         left_in_place = {image.entry.path: image.file.readlink() for image in images if image.file.is_symlink()}
         beside = {**beside, **write_links(scratch / DATA_FOLDER, left_in_place)}
         annotations = None

@@ -17,7 +17,6 @@ from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.digits import make_digits_repository
 from cv_platform.datasets.dvc_store import check_out
-from cv_platform.datasets.links import PLACE, place_links
 from cv_platform.datasets.manifest import build_manifest, is_manifest, manifest_name
 from cv_platform.datasets.repository import (
     ANNOTATIONS,
@@ -27,6 +26,8 @@ from cv_platform.datasets.repository import (
     read_version,
     require_repository,
 )
+from cv_platform.datasets.stand_ins.links import PLACE, place_links
+from cv_platform.datasets.stand_ins.tars import place_tars
 from cv_platform.files import exclusive, whole_directory
 from cv_platform.records import DatasetVersion, Provenance
 
@@ -104,8 +105,9 @@ def check_out_images(repository: Path, tag: str, *, home: Path) -> tuple[StoredV
         if not _is_complete(directory, version):
             with whole_directory(directory) as partial:
                 check_out(version, partial, repository=repository)
-                place = read_file(repository, tag, PLACE)
-                place_links(partial / version.data_path, place, version=f"{repository.name} {tag}")
+                images, name = partial / version.data_path, f"{repository.name} {tag}"
+                place_tars(images, version=name)
+                place_links(images, read_file(repository, tag, PLACE), version=name)
                 _seal(partial, version)
     return version, directory
 

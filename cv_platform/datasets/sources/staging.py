@@ -1,4 +1,4 @@
-"""What an import is about to store, gathered in one folder: copied, moved there, converted or left where it is."""
+"""What an import is about to store, gathered in one folder: copied, moved, converted, in tars, or left where it is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cv_platform.compute.progress import watched
-from cv_platform.datasets.links import write_links
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.phone_photos import GROWTH, to_jpeg
+from cv_platform.datasets.stand_ins.links import write_links
+from cv_platform.datasets.stand_ins.tars import write_tars
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.files import require_free_space
 
@@ -28,6 +29,7 @@ class Staging:
         converted: paths in `root` of those that become JPEG.
         is_ours: whether `root` is what was unpacked here, so that no copy is needed.
         stays: whether the images are to be left in `root`.
+        is_tarred: whether they are so many that they become tars.
     """
 
     root: Path
@@ -35,6 +37,7 @@ class Staging:
     converted: frozenset[str]
     is_ours: bool
     stays: bool = False
+    is_tarred: bool = False
 
     def fill(self, found: tuple[ImageEntry, ...], named: tuple[ImageEntry, ...]) -> dict[str, bytes]:
         """Brings each to its name, and returns what the version's commit needs beside the labels.
@@ -49,22 +52,28 @@ class Staging:
                 return write_links(
                     self.images, {name: self.root / path for path, name in watched(pairs, "Images read")}
                 )
-            todo = [(path, name) for path, name in pairs if not self._is_there(path, name)]
-            copied = [path for path, _ in todo if not self.is_ours or path in self.converted]
-            growth = {path: GROWTH if path in self.converted else 1 for path in copied}
-            needed = sum((self.root / path).stat().st_size * times for path, times in growth.items())
-            require_free_space(self.images.parent, needed, purpose=f"a copy of {self.root}")
-            for path, name in watched(todo, "Images copied"):
-                self._bring(path, self.images / name)
+            folder = self.images.with_name("converted") if self.is_tarred else self.images
+            own = {name: folder / name for path, name in pairs if not self.is_tarred or path in self.converted}
+            self._bring_all([(path, own[name]) for path, name in pairs if name in own])
+            if self.is_tarred:
+                write_tars(self.images, {name: own.get(name, self.root / path) for path, name in pairs})
         except OSError as err:
             raise InvalidDatasetError(
                 f"Cannot read the images of {self.root}: {err}. Check their rights and the disk."
             ) from err
         return {}
 
-    def _is_there(self, path: str, name: str) -> bool:
+    def _bring_all(self, pairs: list[tuple[str, Path]]) -> None:
+        todo = [(path, target) for path, target in pairs if not self._is_there(path, target)]
+        copied = [path for path, _ in todo if not self.is_ours or path in self.converted]
+        growth = {path: GROWTH if path in self.converted else 1 for path in copied}
+        needed = sum((self.root / path).stat().st_size * times for path, times in growth.items())
+        require_free_space(self.images.parent, needed, purpose=f"a copy of {self.root}")
+        for path, target in watched(todo, "Images copied"):
+            self._bring(path, target)
+
+    def _is_there(self, path: str, target: Path) -> bool:
         """Tells whether an interrupted import of the same, unchanged files has brought one: it has its name last."""
-        target = self.images / name
         if not target.exists():
             return False
         return path in self.converted or target.stat().st_size == (self.root / path).stat().st_size

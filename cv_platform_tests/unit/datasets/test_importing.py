@@ -142,12 +142,13 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(
     source = class_folders(tmp_path / "pets", per_class=3)
     fill = Staging.fill
 
-    def fill_while_somebody_writes(staging: Staging, *entries: tuple[ImageEntry, ...]) -> None:
-        fill(staging, *entries)
+    def fill_while_somebody_writes(staging: Staging, *entries: tuple[ImageEntry, ...]) -> dict[str, bytes]:
+        beside = fill(staging, *entries)
         if change == "removed":
             (source / "cat/1.png").unlink()
         else:
             (source / ("cat/9.png" if change == "added" else "cat/1.png")).write_bytes(picture(77, (9, 9)))
+        return beside
 
     monkeypatch.setattr(Staging, "fill", fill_while_somebody_writes)
     with pytest.raises(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cv_platform.datasets.importing import import_dataset
+from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.repository import read_version
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo, to_jpeg
 from cv_platform_tests.support.pictures import write_pictures
@@ -63,16 +63,18 @@ def test_damaged_ones_are_no_images(tmp_path: Path, content: bytes) -> None:
     assert not (tmp_path / "a.jpg").exists()
 
 
-def test_telephones_photographs_are_imported_whatever_they_are_called(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tar_above", [None, 0])
+def test_telephones_photographs_are_imported_whatever_they_are_called(tmp_path: Path, tar_above: int | None) -> None:
+    rules = ImportRules(tar_above=tar_above)
     source = write_pictures(tmp_path / "pets", [f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(2)])
     (source / "cat/1.HEIC").write_bytes(HEIC)  # Beside the 1.jpg that the telephone made of it.
     write_avif(source / "dog/2", np.full((16, 16, 3), 90, np.uint8))
     (source / "dog/3.jpg").write_bytes(HEIC)
-    imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
+    imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds", rules=rules)
     assert imported.counts == {"no split": 7}
     assert imported.left_out == {}
     said = "made JPEG of HEIC and AVIF, which the service does not take: 3, such as cat/1.HEIC"
     assert said in imported.notes
-    again = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
+    again = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds", rules=rules)
     assert again.dvc_md5 == imported.dvc_md5 == read_version(imported.directory, "v1").dvc_md5
     assert sorted(path.name for path in (source / "cat").iterdir()) == ["0.jpg", "1.HEIC", "1.jpg"]

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 from cv_platform.datasets.importing import ImportedDataset, ImportRules, import_dataset
-from cv_platform.datasets.links import LINKED_FILES, PLACE, place_links
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.relabelling import Decision, relabel
+from cv_platform.datasets.stand_ins.links import LINKED_FILES, PLACE, place_links
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.records import DatasetVersion
 from cv_platform_tests.support.pictures import class_folders, picture
-
-from .conftest import dataset, model
-from .test_importing import listing
+from cv_platform_tests.unit.datasets.conftest import dataset, model
+from cv_platform_tests.unit.datasets.test_importing import listing
 
 
 def link(source: Path, root: Path, tag: str = "v1.0.0") -> ImportedDataset:

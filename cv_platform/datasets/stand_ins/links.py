@@ -9,15 +9,15 @@ afterwards a change is seen by its size and time, and the files are read again.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 from cv_platform.cores import available_cores
+from cv_platform.datasets.stand_ins.listing import read_rows, require_inside, write_rows
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.files import file_sha256
 
@@ -67,12 +67,8 @@ def write_links(images: Path, origins: Mapping[str, Path]) -> dict[str, bytes]:
 
     with ThreadPoolExecutor(available_cores()) as pool:
         links = list(pool.map(link, sorted(origins)))
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows((link.path, link.origin, link.bytes, link.sha256) for link in links)
     images.mkdir(parents=True, exist_ok=True)
-    (images / LINKED_FILES).write_bytes(text.getvalue().encode(errors="surrogateescape"))
+    (images / LINKED_FILES).write_bytes(write_rows(_COLUMNS, map(astuple, links)))
     return {PLACE: json.dumps({"root": str(root)}).encode(errors="surrogateescape")}
 
 
@@ -110,16 +106,13 @@ def place_links(images: Path, place: bytes | None, *, version: str) -> None:
 def _read(listing: Path, place: bytes | None, version: str) -> tuple[list[_Link], Path]:
     try:
         root = Path(json.loads(place or b"")["root"])
-        text = listing.read_bytes().decode(errors="surrogateescape")
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        links = [_Link(row["path"], row["origin"], int(row["bytes"]), row["sha256"]) for row in rows]
-    except (ValueError, KeyError, TypeError) as err:
+        rows = read_rows(listing.read_bytes(), _COLUMNS)
+        links = [_Link(path, origin, int(size), sha256) for path, origin, size, sha256 in rows]
+    except (ValueError, KeyError, TypeError, csv.Error) as err:
         raise InvalidDatasetError(
             f"{version}: expected {PLACE} and {LINKED_FILES} as the import writes them. Received: others ({err!r}). "
             "Import the folder again with --link under a new tag."
         ) from err
-    for path in (path for link in links for path in (link.path, link.origin)):
-        # The list may come from a remote: it leads to nothing outside of its two folders.
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise InvalidDatasetError(f"{version}: expected paths below a folder in {LINKED_FILES}. Received: {path}.")
+    paths = (path for link in links for path in (link.path, link.origin))
+    require_inside(paths, listing=LINKED_FILES, version=version)
     return links, root
