@@ -34,6 +34,7 @@ from benchmarks.options import REPOSITORY, Options
 from benchmarks.uploads import write_uploads
 from cv_platform.config import AugmentConfig, ExperimentConfig, InputSize, load_experiment
 from cv_platform.datasets.packing import PackedSplit
+from cv_platform.errors import DatasetError
 
 BATCH_SIZE = 64
 MINIMUM_SECONDS = 1.0
@@ -41,8 +42,10 @@ MINIMUM_SECONDS = 1.0
 LIBRARIES = ("tensorflow", "imgaug", "numpy", "opencv-python-headless")
 IMAGES = {32: 1000, 224: 420}
 """By the side in pixels: photographs of scikit-learn's, as small as CIFAR's, and as large as phones send thumbnails."""
-EPOCH = {32: 4096, 224: 512}
-"""Images of an epoch, for which the photographs are repeated: what begins an epoch is no part of an image's cost."""
+PARTS = (*map(str, IMAGES), "training")
+"""What may be measured: the input at each side, and the training on the smaller images."""
+EPOCH, EPOCHS = {32: 2048, 224: 512}, 8
+"""Images of an epoch, for which the photographs are repeated, and epochs of a training: what begins one is counted."""
 TARGETS = {("fused", 32): 25.0, ("fused", 224): 5.0, ("imgaug", 32): 4.0, ("imgaug", 224): 4.0}
 """Times the original's CPU time, at least."""
 MOST_STALL, LEAST_FIT = 0.03, 0.97
@@ -50,42 +53,44 @@ STEPS = 100
 
 
 def run(options: Options) -> Report:
-    """Runs the comparison on crops of photographs, or on the images of `options.archive`."""
-    clock = Stopwatch()
+    """Runs `options.parts` of the comparison on crops of photographs, or on the images of `options.archive`.
+
+    Raises:
+        DatasetError: there is no such part.
+    """
+    if strange := set(options.parts) - set(PARTS):
+        raise DatasetError(f"Expected --parts of {', '.join(PARTS)}. Received: {', '.join(sorted(strange))}.")
+    clock, parts = Stopwatch(), options.parts or PARTS
     observations: dict[str, list[Observation]] = {}
     ratios, checks, notes = list[Ratio](), list[Check](), list[str]()
+
+    def judge(ratio: Ratio | None, least: float) -> None:
+        if ratio is not None:
+            ratios.append(ratio)
+            checks.append(_at_least(ratio, least))
+
     with tempfile.TemporaryDirectory(prefix="cv-bench-input-") as folder:
         for side in IMAGES:
+            trains = side == min(IMAGES) and "training" in parts
+            if str(side) not in parts and not trains:
+                continue
             home = Path(folder) / str(side)
             experiment = archive_experiment(options.archive or _photographs(side, home / "photos", options.seed), home)
             train, paths, note = _packed(experiment, side, home)
             notes.append(note)
-            for name, augment in _augmentations().items():
-                found = measure_interleaved(
-                    _ways(f"{side} px, {name}", train, paths, augment, options.seed),
-                    rounds=options.rounds,
-                    say=options.say,
-                )
+            for name, augment in _augmentations().items() if str(side) in parts else ():
+                what = f"{side} px, {name}"
+                ways = _ways(what, train, paths, augment, options.seed)
+                found = measure_interleaved(ways, rounds=options.rounds, say=options.say)
                 observations |= found
                 for engine in ("fused", "imgaug"):
-                    ratio = compare(
-                        found,
-                        f"original, {side} px, {name}",
-                        f"{engine}, {side} px, {name}",
-                        "cpu_us_per_unit",
-                        seed=options.seed,
-                    )
-                    if ratio is not None:
-                        ratios.append(ratio)
-                        checks.append(_at_least(ratio, TARGETS[engine, side]))
-            if side == min(IMAGES):
+                    names = f"original, {what}", f"{engine}, {what}"
+                    judge(compare(found, *names, "cpu_us_per_unit", seed=options.seed), TARGETS[engine, side])
+            if trains:
                 trained, stall = _trained(experiment, train, options)
                 observations |= trained
-                ratio = compare(trained, "bare loop", "fit", "cpu_us_per_unit", seed=options.seed)
                 checks.append(_at_most("share of a step that waits for its batch", stall, MOST_STALL))
-                if ratio is not None:
-                    ratios.append(ratio)
-                    checks.append(_at_least(ratio, LEAST_FIT))
+                judge(compare(trained, "bare loop", "fit", "cpu_us_per_unit", seed=options.seed), LEAST_FIT)
     return Report(
         name="input-pipeline",
         title=f"Training input, batches of {BATCH_SIZE}, and a training of resnet9s",
@@ -181,16 +186,13 @@ def _ways(what: str, train: PackedSplit, paths: list[Path], augment: AugmentConf
             batch_size=BATCH_SIZE,
             augmenter=Augmenter(augment.model_copy(update={"engine": engine}), seed=seed),
         )
-        ways.append(Alternative(f"{engine}, {what}", in_process(_epochs(batches, batches.dataset()))))
+        ways.append(Alternative(f"{engine}, {what}", in_process(_trainings(batches))))
     return ways
 
 
-def _epochs(batches: Any, pipeline: Iterable[Any]) -> Callable[[], int]:
-    def epoch(index: int) -> Iterable[Any]:
-        batches.epoch = index
-        return pipeline
-
-    return lambda: _walk(epoch)
+def _trainings(batches: Any) -> Callable[[], int]:
+    # One iterator for all epochs, as the fit has.
+    return lambda: _walk(lambda index: batches.dataset(EPOCHS))
 
 
 def _walk(epoch: Callable[[int], Iterable[tuple[np.ndarray, np.ndarray]]]) -> int:
@@ -239,7 +241,7 @@ def _trained(
         }
     )
     clock, loop = _Clock(), _BareLoop(config, many)
-    loop.epoch(0)
+    loop.epoch()
     found: dict[str, list[Observation]] = {"bare loop": [], "fit": []}
     with tempfile.TemporaryDirectory(prefix="cv-bench-fit-") as work:
         fit_model(config, many, few, folder=Path(work), run=cast(Any, clock))
@@ -247,7 +249,7 @@ def _trained(
         found["fit"].append(Observation(units=count, wall_seconds=later - wall, cpu_seconds=later_cpu - cpu))
     waited = 0.0
     for index in range(options.rounds):
-        loop_found, waiting = loop.epoch(1 + index)
+        loop_found, waiting = loop.epoch()
         found["bare loop"].append(loop_found)
         waited += waiting
         options.say(f"  bare loop, round {index + 1}/{options.rounds}")
@@ -271,13 +273,14 @@ class _BareLoop:
         optimizer = build_optimizer(train, total_steps=train.epochs * STEPS)
         optimizer.build(network.trainable_variables)
         loss: Any = keras.losses.CategoricalCrossentropy(label_smoothing=train.label_smoothing)
-        self._batches = ShuffledBatches(
+        batches = ShuffledBatches(
             split.images,
             split.targets,
             classes=len(config.model.classes),
             batch_size=train.batch_size,
             augmenter=Augmenter(train.augment, seed=train.seed),
         )
+        self._batches = iter(batches.dataset(train.epochs))
 
         @tf.function
         def step(images: Any, targets: Any) -> Any:
@@ -289,17 +292,14 @@ class _BareLoop:
 
         self._step: Any = step
 
-    def epoch(self, index: int) -> tuple[Observation, float]:
-        """Returns what an epoch took, and the seconds of it that were spent waiting for batches."""
-        self._batches.epoch = index
-        iterator, waited, images = iter(self._batches.dataset()), 0.0, 0
+    def epoch(self) -> tuple[Observation, float]:
+        """Returns what the next epoch took, and the seconds of it that were spent waiting for batches."""
+        waited, images = 0.0, 0
         begin, begin_cpu = time.perf_counter(), time.process_time()
-        while True:
+        for _ in range(STEPS):
             asked = time.perf_counter()
-            batch = next(iterator, None)
+            batch: Any = next(self._batches)
             waited += time.perf_counter() - asked
-            if batch is None:
-                break
             float(self._step(*batch))
             images += int(batch[0].shape[0])
         seen = Observation(

@@ -117,18 +117,25 @@ class ShuffledBatches:
         return rng.permutation(rows) if self._draws is None else rng.choice(rows, len(rows), p=self._draws)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Walks the batches of `self.epoch`, in their order; as many as there are workers are made at the same time."""
+        """Walks the batches of `self.epoch`, in their order."""
+        return self.walk(self.epoch + 1)
+
+    def walk(self, epochs: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Walks the batches from `self.epoch` on, in their order, to the end of the last of `epochs`.
+
+        As many as there are workers are made at the same time, those of the next epoch too.
+        """
         self.error = None
-        epoch = self.epoch
         try:
-            order = self.order(epoch)
             made: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
             with ThreadPoolExecutor(self.workers, thread_name_prefix="batches") as pool:
                 try:
-                    for batch_index in range(self.steps):
-                        made.append(pool.submit(self.batch, epoch, batch_index, order))
-                        if len(made) == self.workers:
-                            yield made.popleft().result()
+                    for epoch in range(self.epoch, epochs):
+                        order = self.order(epoch)
+                        for batch_index in range(self.steps):
+                            made.append(pool.submit(self.batch, epoch, batch_index, order))
+                            if len(made) == self.workers:
+                                yield made.popleft().result()
                     while made:
                         yield made.popleft().result()
                 finally:
@@ -138,11 +145,13 @@ class ShuffledBatches:
             self.error = err
             raise
 
-    def dataset(self) -> tf.data.Dataset:
-        """Returns these batches as a `tf.data.Dataset` of one epoch, asked for ahead by a thread of TensorFlow's.
+    def dataset(self, epochs: int) -> tf.data.Dataset:
+        """Returns the batches of `walk` as a `tf.data.Dataset`, asked for ahead by a thread of TensorFlow's.
 
-        Keras wraps Python iterables (generators, PyDataset) into the same `from_generator`; made here, the queue is
-        bounded, no batch is drawn to guess shapes, and the thread ends with its iterator.
+        One iterator is for all epochs, with `steps_per_epoch`: a new one costs as much as making hundreds of small
+        batches, and the first step of an epoch would wait. Keras wraps Python iterables (generators, PyDataset) into
+        the same `from_generator`; made here, the queue is bounded, no batch is drawn to guess shapes, and the thread
+        ends with its iterator.
         """
         import tensorflow as tf
 
@@ -150,8 +159,7 @@ class ShuffledBatches:
             tf.TensorSpec((None, *(self.augmenter.image_size or self.images.shape[1:3]), 3), tf.uint8),
             tf.TensorSpec((None, self.classes), tf.float32),
         )
-        dataset = tf.data.Dataset.from_generator(lambda: iter(self), output_signature=signature)
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(self.steps))
+        dataset = tf.data.Dataset.from_generator(lambda: self.walk(epochs), output_signature=signature)
         return dataset.prefetch(PREFETCHED_BATCHES)
 
 

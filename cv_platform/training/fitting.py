@@ -320,7 +320,8 @@ def _run_epochs(
 ) -> None:
     try:
         network.fit(
-            batches.dataset(),
+            batches.dataset(monitor.epochs),
+            steps_per_epoch=batches.steps,
             validation_data=validation,
             epochs=monitor.epochs,
             initial_epoch=monitor.state.epochs_done if monitor.state else 0,
