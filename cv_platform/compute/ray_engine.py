@@ -61,7 +61,7 @@ class RayEngine:
         """See `Engine.run`."""
         ray = self._joined()
         turns: Turns[S, R] = Turns(shards, ahead=self._most or AHEAD * self.workers, in_order=in_order)
-        task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_work)
+        task = self._task(ray)
         shared = ray.put(function)
         at_work: dict[Any, tuple[int, S]] = {}
         try:
@@ -78,6 +78,10 @@ class RayEngine:
         finally:
             for reference in at_work:
                 ray.cancel(reference, force=True)
+
+    def _task(self, ray: Any) -> Any:
+        # Otherwise tasks wait for the first node, for seconds at times, while another one has nothing to do.
+        return ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(_work)
 
     @contextmanager
     def together(self, function: Callable[[int, list[str]], None], count: int) -> Iterator[Callable[[], str | None]]:
