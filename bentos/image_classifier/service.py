@@ -52,22 +52,26 @@ _Answer = dict[str, Any]
 fail on a list that may be null, and drop the fields of all but the first of several shapes."""
 
 
-class _Untimed(bentoml.Service[Any]):
+_UNUSED = {"TimeoutMiddleware", "OpenTelemetryMiddleware"}
+
+
+class _Lean(bentoml.Service[Any]):
     """A service without BentoML's time-out, which keeps a timer for each request for all of its time, answered or not.
 
-    The app has one that does not (`http.deadline`), and BentoML 1.4 has no setting for none.
+    The app has one that does not (`http.deadline`), and spans of its own; BentoML 1.4 has no setting for neither, and
+    for each request it would look at the excluded addresses, which are all.
     """
 
     def to_asgi(self, is_main: bool = True) -> Any:
         """Returns BentoML's app."""
         app: Any = super().to_asgi(is_main)
-        app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ != "TimeoutMiddleware"]
+        app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ not in _UNUSED]
         return app
 
 
 @bentoml.service(
     name="image_classifier",
-    service_class=_Untimed,
+    service_class=_Lean,
     workers=_settings.service_workers,
     # Of another service that calls this one. No limit on concurrency: BentoML's would count clients that do not take
     # their answers, and refuse health to everybody.

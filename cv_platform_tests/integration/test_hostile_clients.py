@@ -314,7 +314,36 @@ def test_a_wish_for_another_protocol_is_ignored(served: ServedApp, protocol: byt
 def test_connect_is_refused(served: ServedApp) -> None:
     with served.connect() as connection:
         connection.sendall(b"CONNECT service:80 HTTP/1.1\r\nHost: service\r\n\r\n")
-        assert read_until(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 404 ")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("hosts", [[], [b"Host: service", b"Host: other"]], ids=["none", "two"])
+def test_a_request_names_one_host(served: ServedApp, hosts: list[bytes]) -> None:
+    with served.connect() as connection:
+        connection.sendall(b"\r\n".join([b"GET /livez HTTP/1.1", *hosts, b"", b""]))
+        assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_head_too_large_is_refused_in_one_piece_too(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(head(b"X-Filler: " + b"a" * 17_000, method=b"GET", path=b"/livez"))
+        assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+
+
+def test_trailers_without_end_are_cut_off(served: ServedApp) -> None:
+    before = served.peak_memory_bytes()
+    with served.connect() as connection:
+        connection.sendall(head(b"Transfer-Encoding: chunked", path=b"/health_check") + chunk(b"a") + b"0\r\n")
+        send_for_ever(connection, b"X-Trailer: " + b"a" * 8_000 + b"\r\n", most_bytes=50_000_000)
+    assert served.peak_memory_bytes() - before < 20_000_000
+
+
+def test_of_many_requests_sent_ahead_the_first_are_answered(served: ServedApp) -> None:
+    with served.connect() as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: service\r\n\r\n" * 200)
+        answers = read_to_end(connection)
+    statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", answers)
+    assert statuses == [b"200"] * 65 + [b"400"]
 
 
 def test_a_chunked_upload_without_end_gets_413_at_the_limit(served: ServedApp) -> None:

@@ -12,6 +12,7 @@ a set (`SETS` of them), the one that has been quiet for longest is forgotten and
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import ipaddress
 import math
@@ -144,6 +145,7 @@ class RateLimiter:
                     fcntl.flock(self._handle, fcntl.LOCK_UN)
 
 
+@functools.lru_cache(maxsize=4096)
 def client_of_address(host: str | None) -> bytes:
     """Returns who an address is to the limiter; for IPv6 its /64 network, as one client has all addresses of it."""
     if host is None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from uuid import uuid4
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from cv_platform.serving.random_ids import new_id
 from cv_platform.serving.telemetry.observation import RequestFacts
 
 _KEY = "cv_platform.facts"
@@ -22,5 +22,5 @@ def facts_of(scope: Scope) -> RequestFacts:
     """
     if _KEY not in scope:
         wished = Headers(scope=scope).get("x-request-id", "")
-        scope[_KEY] = RequestFacts(wished if _REQUEST_ID.fullmatch(wished) else uuid4().hex)
+        scope[_KEY] = RequestFacts(wished if _REQUEST_ID.fullmatch(wished) else new_id().hex)
     return scope[_KEY]

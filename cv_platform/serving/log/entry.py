@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Required, TypedDict
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.predictions import VECTOR_COLUMNS
+from cv_platform.serving.random_ids import new_id
 
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
 _FLOAT = np.dtype("<f4")
@@ -66,7 +67,7 @@ class LogEntry:
     response_message: str = ""
     timespan: float = 0.0
     created_on: datetime = field(default_factory=lambda: datetime.now(UTC))
-    entry_id: UUID = field(default_factory=uuid4)
+    entry_id: UUID = field(default_factory=new_id)
     model_name: str | None = None
     model_version: str | None = None
     client_error: str | None = None
@@ -115,7 +116,7 @@ class FeedbackEntry:
     true_class: str
     source: str
     created_on: datetime = field(default_factory=lambda: datetime.now(UTC))
-    entry_id: UUID = field(default_factory=uuid4)
+    entry_id: UUID = field(default_factory=new_id)
 
     def __post_init__(self) -> None:
         _require_time_zone(self.created_on)

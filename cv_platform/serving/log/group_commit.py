@@ -35,6 +35,7 @@ class _Job:
     run: Operation
     done: Future[None]
     bytes: int
+    is_whole: bool
     due: float
     """When it is committed at the latest, on `time.monotonic`'s clock."""
 
@@ -62,13 +63,16 @@ class GroupCommit:
         self._thread = threading.Thread(target=self._run, name=f"spool-{path.stem[:8]}", daemon=True)
         self._thread.start()
 
-    def submit(self, run: Operation, size_bytes: int = 0, *, within_seconds: float = 0.0) -> Future[None]:
+    def submit(
+        self, run: Operation, size_bytes: int = 0, *, within_seconds: float = 0.0, is_whole: bool = False
+    ) -> Future[None]:
         """Queues an operation; the future has a result once its transaction is on disk.
 
         Args:
             run: the operation.
             size_bytes: what it adds to the file.
             within_seconds: how long it may wait for others, to share their transaction.
+            is_whole: whether it changes the file by one statement, which needs no transaction around it.
 
         Raises:
             SpoolFullError: too much is waiting, or the file is closed. The future holds one if the disk is full.
@@ -87,7 +91,7 @@ class GroupCommit:
                     f"Expected at most {_MAX_QUEUED} entries waiting for {self._path}. Received: one more. "
                     "The disk is overloaded; try again later."
                 )
-            job = _Job(run, Future(), size_bytes, due=time.monotonic() + within_seconds)
+            job = _Job(run, Future(), size_bytes, is_whole, due=time.monotonic() + within_seconds)
             self._waiting.append(job)
             self._queued_bytes += size_bytes
             if job.due < self._wakes_at:
@@ -133,10 +137,13 @@ class GroupCommit:
     def _commit(self, jobs: list[_Job]) -> bool:
         """Runs jobs in one transaction; returns False, with nothing done, if one of several fails."""
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            for job in jobs:
-                job.run(self._connection)
-            self._connection.execute("COMMIT")
+            if len(jobs) == 1 and jobs[0].is_whole:
+                jobs[0].run(self._connection)
+            else:
+                self._connection.execute("BEGIN IMMEDIATE")
+                for job in jobs:
+                    job.run(self._connection)
+                self._connection.execute("COMMIT")
         except Exception as err:  # Whatever it is, the threads that wait for these jobs must hear of it.
             with contextlib.suppress(sqlite3.Error):  # A full disk may have rolled it back already.
                 self._connection.execute("ROLLBACK")

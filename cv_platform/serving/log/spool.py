@@ -177,7 +177,7 @@ class Spool:
         Raises:
             SpoolFullError: too much is waiting for the disk. The future may hold a SpoolFullError, too.
         """
-        return self._writer.submit(*self._insertion(entry))
+        return self._writer.submit(*self._insertion(entry), is_whole=True)
 
     def begin(self, entry: LogEntry, *, more_follow: bool = False) -> BegunEntry:
         """Queues the entry of a prediction whose answer is still being made; `settle` it, whatever happens.
@@ -191,7 +191,8 @@ class Spool:
         """
         within_seconds = _SHARING_SECONDS if more_follow else 0.0
         with self._outcomes.begun(entry) as settle:
-            return BegunEntry(self._writer.submit(*self._insertion(entry), within_seconds=within_seconds), settle)
+            written = self._writer.submit(*self._insertion(entry), within_seconds=within_seconds, is_whole=True)
+            return BegunEntry(written, settle)
 
     def write_outcomes(self) -> None:
         """Returns once the disk has what entries were settled with, or refuses it: they are drained as they began.

@@ -70,6 +70,23 @@ CREATE TABLE rejected (
     media_type TEXT
 );
 """
+_ENTRY_COLUMNS = "entry_id, kind, prediction_id, image_sha256, spooled_on, record, vectors"
+_IMAGE_COLUMNS = "sha256, bytes, media_type, created_on, content"
+_ADDING = (
+    f"CREATE TEMP VIEW IF NOT EXISTS added AS SELECT {_ENTRY_COLUMNS}, {_IMAGE_COLUMNS} FROM entries, images",
+    f"""CREATE TEMP TRIGGER IF NOT EXISTS add_entry INSTEAD OF INSERT ON added BEGIN
+    INSERT OR IGNORE INTO images ({_IMAGE_COLUMNS})
+    SELECT new.sha256, new.bytes, new.media_type, new.created_on, new.content WHERE new.sha256 IS NOT NULL;
+    INSERT INTO entries ({_ENTRY_COLUMNS})
+    VALUES (new.entry_id, new.kind, new.prediction_id, new.sha256, new.spooled_on, new.record, new.vectors);
+END""",
+)
+"""An entry and its upload by one statement, which is a transaction by itself: for each statement, Python's lock is let
+go and waited for, beside a prediction that is about to be answered."""
+_ADD = (
+    "INSERT INTO added (entry_id, kind, prediction_id, spooled_on, record, vectors, sha256, bytes, media_type, "
+    "created_on, content) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 _REJECTED = "entry_id, kind, rejected_on, reason, record, vectors, image, media_type"
 
 
@@ -104,6 +121,12 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
         )
     else:
         _add_media_type(connection)
+    _let_add(connection)
+
+
+def _let_add(connection: sqlite3.Connection) -> None:
+    for statement in _ADDING:
+        connection.execute(statement)
 
 
 def _add_media_type(connection: sqlite3.Connection) -> None:
@@ -113,21 +136,12 @@ def _add_media_type(connection: sqlite3.Connection) -> None:
 
 
 def insert_entry(connection: sqlite3.Connection, entry: SpooledEntry) -> None:
-    """Adds an entry and, unless it is here already, its upload."""
-    image = entry.image
-    if image is not None:
-        connection.execute(
-            "INSERT OR IGNORE INTO images (sha256, bytes, media_type, created_on, content) VALUES (?, ?, ?, ?, ?)",
-            (image.sha256, len(image.content), image.media_type, image.created_on.isoformat(), image.content),
-        )
-    connection.execute(
-        "INSERT INTO entries (entry_id, kind, prediction_id, image_sha256, spooled_on, record, vectors) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (
-            *(entry.entry_id, entry.kind, entry.prediction_id, image.sha256 if image else None),
-            *(time.time(), entry.record, entry.vectors),
-        ),
-    )
+    """Adds an entry and, unless it is here already, its upload, to a file that `prepare` has prepared."""
+    upload: tuple[object, ...] = (None,) * 5
+    if (image := entry.image) is not None:
+        upload = image.sha256, len(image.content), image.media_type, image.created_on.isoformat(), image.content
+    own = entry.entry_id, entry.kind, entry.prediction_id, time.time(), entry.record, entry.vectors
+    connection.execute(_ADD, (*own, *upload))
 
 
 def settle_entries(connection: sqlite3.Connection, outcomes: Iterable[Outcome]) -> None:
@@ -180,6 +194,7 @@ def requeue_rejected(connection: sqlite3.Connection, entry_ids: Collection[str] 
     One whose record cannot be read stays.
     """
     _add_media_type(connection)
+    _let_add(connection)
     rows = connection.execute(f"SELECT {_REJECTED} FROM rejected ORDER BY rowid").fetchall()
     count = 0
     for entry_id, kind, _, _, record, vectors, image, media_type in rows:
@@ -205,16 +220,14 @@ def requeue_rejected(connection: sqlite3.Connection, entry_ids: Collection[str] 
 
 def copy_entries(source: sqlite3.Connection, target: sqlite3.Connection, ids: Sequence[int]) -> None:
     """Copies entries, with the uploads that they need, to another file."""
-    entry_columns = "entry_id, kind, prediction_id, image_sha256, spooled_on, record, vectors"
-    image_columns = "sha256, bytes, media_type, created_on, content"
     for entry in ids:
-        row = source.execute(f"SELECT {entry_columns} FROM entries WHERE id = ?", (entry,))
-        target.executemany(f"INSERT INTO entries ({entry_columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        row = source.execute(f"SELECT {_ENTRY_COLUMNS} FROM entries WHERE id = ?", (entry,))
+        target.executemany(f"INSERT INTO entries ({_ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         image = source.execute(
-            f"SELECT {image_columns} FROM images WHERE sha256 = (SELECT image_sha256 FROM entries WHERE id = ?)",
+            f"SELECT {_IMAGE_COLUMNS} FROM images WHERE sha256 = (SELECT image_sha256 FROM entries WHERE id = ?)",
             (entry,),
         )
-        target.executemany(f"INSERT OR IGNORE INTO images ({image_columns}) VALUES (?, ?, ?, ?, ?)", image)
+        target.executemany(f"INSERT OR IGNORE INTO images ({_IMAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?)", image)
 
 
 def free_pages(connection: sqlite3.Connection) -> None:

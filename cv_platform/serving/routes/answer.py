@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from cv_platform.serving.model.explain import (
 )
 from cv_platform.serving.model.probation import LiveProbation
 from cv_platform.serving.model.runtime import LoadedModel, Prediction, predicted_classes
+from cv_platform.serving.random_ids import new_id
 from cv_platform.serving.telemetry.observation import RequestFacts, note_prediction, staged
 from cv_platform.storage import BundleMetadata
 
@@ -119,7 +120,7 @@ def predict_upload(
     Raises:
         ImageError: the upload is no usable image.
     """
-    prediction_id = uuid4()
+    prediction_id = new_id()
     if probation is None:
         return _predict(model, prediction_id, data, max_pixels)
     return probation.ask(prediction_id, model, data, lambda asked: _predict(asked, prediction_id, data, max_pixels))
