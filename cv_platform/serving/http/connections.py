@@ -75,7 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Takes what has arrived; a wish for another protocol is ignored, where httptools ends with the head."""
-        while data and not self._is_broken and self.parser is not None:
+        while data and not self._is_broken:
             self._beside_bytes += len(data)
             try:
                 self.parser.feed_data(data)
