@@ -110,6 +110,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 raise ValueError("Expected a request for this service.")
             return
         super().on_headers_complete()
+        if not self.url.startswith(b"/"):  # As to a proxy, with another Host: there is nothing.
+            self.scope["path"] = self.url.decode("ascii", "replace")
         self._stop_waiting()
         if self.loop.time() > self._kept_until:
             self.cycle.default_headers = [*self.cycle.default_headers, CLOSE_HEADER]
