@@ -35,7 +35,7 @@ def allowed_hosts(names: Sequence[str]) -> Callable[[Scope], None]:
     def check(scope: Scope) -> None:
         if not known or (scope["path"] in ALWAYS_ANSWERED and scope["method"] in _ASKING):
             return
-        # Uvicorn lets no two pass, and none from HTTP/1.1 on; joined or empty they are no name.
+        # `BoundedProtocol` lets no two pass, and none from HTTP/1.1 on; joined or empty they are no name.
         host = ",".join(Headers(scope=scope).getlist("host"))
         if not _is_among(host, known):
             raise Problem(
