@@ -686,6 +686,7 @@ class PropertyShift(Value):
         reference_mean, current_mean: in the property's own unit.
         shift_sds: (current mean − reference mean) / reference standard deviation; None where the reference is constant
             and the current mean differs, which no number of standard deviations describes.
+        shift_interval: of `shift_sds`, 95 %, by the means' standard errors; None without it, and in earlier reports.
         spread_ratio: current / reference standard deviation; None where only the reference is constant.
         ks_distance: 0–1.
     """
@@ -694,6 +695,7 @@ class PropertyShift(Value):
     reference_mean: float
     current_mean: float
     shift_sds: float | None
+    shift_interval: tuple[float, float] | None = None
     spread_ratio: float | None
     ks_distance: float
 
@@ -747,6 +749,8 @@ class AccuracyEstimate(Value):
             as are right (ATC).
         reference_accuracy: measured, on the labelled reference.
         is_reliable: false while drift fires; then show the numbers greyed, or not at all.
+        intervals: by the names of the three estimates, 95 %, of images drawn anew on both sides; empty in earlier
+            reports.
     """
 
     average_confidence: float
@@ -754,6 +758,7 @@ class AccuracyEstimate(Value):
     thresholded_confidence: float
     reference_accuracy: float
     is_reliable: bool
+    intervals: dict[str, tuple[float, float]] = {}
 
 
 class ClassMix(Value):
@@ -845,6 +850,7 @@ class DriftReport(Record):
         accuracy_estimate: without labels; not reliable while drift fires.
         feedback_rows: judged requests whose true class somebody stated.
         feedback_accuracy: of those; multi-label: mean accuracy of the single decisions.
+        feedback_interval: of that, Wilson's of 95 %; None without feedback, and in earlier reports.
         order_p_value: of the order of the predicted classes, see `drift.order`. None without any request.
         stream: of records of earlier versions.
         report_url: of the HTML page in central storage.
@@ -886,11 +892,21 @@ class DriftReport(Record):
     accuracy_estimate: AccuracyEstimate | None = None
     feedback_rows: int = 0
     feedback_accuracy: float | None = None
+    feedback_interval: tuple[float, float] | None = None
     order_p_value: float | None = None
     stream: dict[str, Any] | None = Field(default=None, exclude=True)
     report_url: HomeUrl = ""
     evidently_run_id: str | None = None
     problems: tuple[str, ...] = ()
+
+    @property
+    def feedback_contradicts(self) -> bool:
+        """Whether the accuracy by feedback is clearly none of those that are estimated without labels."""
+        estimated = self.accuracy_estimate.intervals.values() if self.accuracy_estimate else ()
+        if self.feedback_interval is None or not estimated:
+            return False
+        low, high = self.feedback_interval
+        return all(most < low or least > high for least, most in estimated)
 
     @property
     def worst_slice(self) -> MovedSlice | None:

@@ -55,6 +55,7 @@ def effect_sizes(
             reference_mean=float(left[:, i].mean()),
             current_mean=float(right[:, i].mean()),
             shift_sds=_ratio(float(right[:, i].mean() - left[:, i].mean()), _spread(left[:, i]), if_equal=0.0),
+            shift_interval=_shift_interval(left[:, i], right[:, i]),
             spread_ratio=_ratio(_spread(right[:, i]), _spread(left[:, i]), if_equal=1.0),
             ks_distance=float(properties.distances[i]),
         )
@@ -211,6 +212,16 @@ def _fisher(reference_hits: int, reference_rows: int, current_hits: int, current
 def _spread(values: NDArray[np.float64]) -> float:
     """Returns the standard deviation, exactly 0 for a constant column (rounding of the mean would leave a rest)."""
     return 0.0 if bool((values == values[0]).all()) else float(values.std())
+
+
+def _shift_interval(left: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, float] | None:
+    """Returns the 95 % interval of the difference of means in standard deviations of `left`; Welch's, 1.96 wide."""
+    spread = _spread(left)
+    if spread == 0.0:
+        return None
+    shift = float(right.mean() - left.mean()) / spread
+    error = math.sqrt(1 / len(left) + (_spread(right) / spread) ** 2 / len(right))
+    return shift - 1.96 * error, shift + 1.96 * error
 
 
 def _ratio(numerator: float, denominator: float, *, if_equal: float) -> float | None:

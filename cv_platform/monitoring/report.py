@@ -25,6 +25,7 @@ from cv_platform.drift.localisation import class_movements, effect_sizes, image_
 from cv_platform.drift.order import ORDER_ALPHA, order_p_value
 from cv_platform.drift.reference import label_targets, read_identity, read_reference, read_reference_labels
 from cv_platform.drift.sample import DriftSample, require_comparable
+from cv_platform.drift.scipy_tests import wilson_interval
 from cv_platform.drift.slices import SLICE_COLUMNS, moved_slices, named_slices
 from cv_platform.drift.verdict import judge
 from cv_platform.errors import BundleNotFoundError, ServiceError
@@ -286,7 +287,12 @@ def _with_feedback(
     targets = label_targets([stated[i] for i in window.rows["prediction_id"][known]], class_names)
     predicted = predicted_flags(window.sample.bbsd[known], facts.classifier_type, facts.threshold)
     is_right = (predicted & targets).any(axis=1) if facts.classifier_type == "multi-class" else predicted == targets
-    return report.model_copy(update={"feedback_rows": int(known.sum()), "feedback_accuracy": float(np.mean(is_right))})
+    accuracy, rows = float(np.mean(is_right)), int(known.sum())
+    # Of several labels, images count, not single decisions, which go together.
+    interval = wilson_interval(round(accuracy * rows), rows)
+    return report.model_copy(
+        update={"feedback_rows": rows, "feedback_accuracy": accuracy, "feedback_interval": interval}
+    )
 
 
 def _publish(

@@ -43,6 +43,7 @@ def drift_report(**changes: object) -> DriftReport:
             reference_mean=1.0,
             current_mean=2.0,
             shift_sds=None if name == "saturation" else 1.25,
+            shift_interval=None if name == "saturation" else (1.0, 1.5),
             spread_ratio=1.0,
             ks_distance=0.5,
         )
@@ -104,9 +105,11 @@ def drift_report(**changes: object) -> DriftReport:
             thresholded_confidence=0.87,
             reference_accuracy=0.99,
             is_reliable=False,
+            intervals={"average_confidence": (0.85, 0.95), "thresholded_confidence": (0.8, 0.9)},
         ),
         "feedback_rows": 12,
         "feedback_accuracy": 0.5,
+        "feedback_interval": (0.25, 0.75),
         "problems": ("Image <b>bb</b> cannot be shown",),
     }
     return make_report(**{**values, **changes})

@@ -38,6 +38,28 @@ def test_no_estimate_is_reliable_while_drift_fires() -> None:
     assert not estimate.is_reliable
 
 
+def test_intervals_hold_the_true_accuracy_of_a_calibrated_model_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+
+    def drawn(rows: int) -> tuple[np.ndarray, np.ndarray]:
+        probabilities = multi_class(rng.uniform(0.5, 1.0, rows).tolist())
+        is_first = rng.random(rows) < probabilities[:, 0]
+        return probabilities, np.stack([is_first, ~is_first], axis=1)
+
+    held = 0
+    for _ in range(60):
+        estimate = estimate_accuracy(*drawn(300), drawn(200)[0], classifier_type="multi-class", has_drifted=False)
+        low, high = estimate.intervals["difference_of_confidences"]
+        held += low <= 0.75 <= high  # The mean of the confidences, which are those of a coin that is as sure.
+    assert 50 <= held <= 60  # Fewer than 51 of 60 have a chance of 1 in 1,000 at 95 %.
+
+
+def test_an_estimate_from_one_image_knows_nothing() -> None:
+    estimate = estimate_accuracy(REFERENCE, TARGETS, REFERENCE[:1], classifier_type="multi-class", has_drifted=False)
+    low, high = estimate.intervals["difference_of_confidences"]
+    assert low < estimate.difference_of_confidences < high
+
+
 def test_multi_label_counts_single_decisions() -> None:
     reference = np.array([[0.9, 0.2], [0.4, 0.7]], dtype=np.float32)
     targets = np.array([[True, False], [True, True]])  # Of four decisions, only the .4 is wrong.

@@ -32,6 +32,9 @@ def test_property_shifts_are_in_reference_standard_deviations() -> None:
     assert shifts[0].name == "luma_mean"
     assert (shifts[0].shift_sds, shifts[0].spread_ratio) == (2.0, 2.0)
     assert (shifts[0].reference_mean, shifts[0].current_mean) == (10.0, 14.0)
+    # The means' standard errors are 2/√4 and 4/√4, together √5, which are √5/2 standard deviations of the reference.
+    assert shifts[0].shift_interval == pytest.approx((2 - 1.96 * 5**0.5 / 2, 2 + 1.96 * 5**0.5 / 2))
+    assert shifts[1].shift_interval is None
     assert (shifts[1].shift_sds, shifts[1].spread_ratio) == (None, 1.0)
     assert shifts[1].ks_distance == 1.0
     assert (shifts[2].shift_sds, shifts[2].spread_ratio, shifts[2].ks_distance) == (0.0, 1.0, 0.0)

@@ -52,7 +52,10 @@ def test_page_says_what_moved() -> None:
     assert 'src="data:image/jpeg;base64,AAAA"' in page
     assert "upload not kept" in page
     assert "Not reliable" in page
-    assert "12 requests with feedback: 0.500" in page
+    assert "+1.00 to +1.50" in page
+    assert "0.850 to 0.950" in page
+    assert "12 requests with feedback: 0.500 (95 % interval 0.250 to 0.750)" in page
+    assert "No estimate without labels agrees" in page
     assert "&lt;b&gt;bb" in page
 
 
