@@ -168,6 +168,8 @@ def count_decoded_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
     Raises:
         ImageError: see `read_size`.
     """
+    if (plain := _plain_jpeg(data, max_pixels)) is not None:
+        return plain[0] * plain[1]
     with _open(data) as picture:
         _, height_px, width_px = _judge(picture, data, max_pixels)
         is_tiff = isinstance(picture, TiffImageFile)
@@ -227,17 +229,29 @@ def _overview_reduction(height_px: int, width_px: int, least_px: int | None) -> 
     return next((by for by in (8, 4, 2) if least_px is not None and min(height_px, width_px) >= by * least_px), 1)
 
 
-def _read_plain_jpeg(data: bytes, max_pixels: int, overview_px: int | None) -> DecodedImage | None:
-    """Reads a whole JPEG of a plain header, without Pillow, which would say the same and take a tenth of the time.
+def _plain_jpeg(data: bytes, max_pixels: int) -> tuple[int, int, int, int] | None:
+    """Reads a JPEG's header, where it is a plain one, without Pillow, which would say the same and take longer.
 
-    None: it is another file, or there is something to say of it: damage, EXIF, a size.
+    Returns:
+        What `plain_jpeg_header` does. None: it is another file, or there is something to say of its size.
+
+    Raises:
+        UnsupportedImageError: it has too many segments or scans.
     """
     if not data.startswith(b"\xff\xd8\xff") or (header := plain_jpeg_header(data)) is None:
         return None
-    height_px, width_px, channels, scan_at = header
+    height_px, width_px, _, scan_at = header
     if not 1 <= height_px * width_px <= min(max_pixels, MAX_PIXELS) or max(height_px, width_px) > MAX_SIDE_PX:
         return None
     refuse_costly_jpeg(data, scan_at)
+    return header
+
+
+def _read_plain_jpeg(data: bytes, max_pixels: int, overview_px: int | None) -> DecodedImage | None:
+    """Reads a whole JPEG of a plain header; None: it is another file, or there is something to say of it."""
+    if (header := _plain_jpeg(data, max_pixels)) is None:
+        return None
+    height_px, width_px, channels, scan_at = header
     reduction = _overview_reduction(height_px, width_px, overview_px)
     size, is_grey = (height_px, width_px), overview_px is not None
     if (pixels := decode_sound_jpeg(data, size, scan_at=scan_at, reduction=reduction, is_grey=is_grey)) is None:

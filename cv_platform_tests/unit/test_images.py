@@ -512,7 +512,7 @@ def test_a_png_whose_pixels_end_early_is_refused_and_a_black_one_is_not(is_inter
     header = (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, int(is_interlaced)))
     # Interlaced, 15 rows of 64 pixels: 1, 1, 2, 4, 8, 16 and 32 of them in the seven passes.
     whole = bytes(64 * 3 + (15 if is_interlaced else 8))
-    for row_bytes, is_whole in ((whole, True), (whole[:-1], False), (whole[: len(whole) // 2], False)):
+    for row_bytes, is_whole in ((whole, True), (whole[:-1], False), (whole[:-40], False)):
         idat = zlib.compress(row_bytes)
         data = png(header, (b"IDAT", idat[:5]), (b"IDAT", idat[5:]), (b"IEND", b""))
         if is_whole:
@@ -605,6 +605,16 @@ def test_tiles_count_as_pixels(is_big: bool, monkeypatch: pytest.MonkeyPatch) ->
     # Two tiles of 10×16 for 16×16 pixels.
     assert images.count_decoded_pixels(tiled_tiff((322, 4, 10), (323, 3, 16), is_big=is_big)) == 2 * 10 * 16
     assert images.count_decoded_pixels(encode("PNG")) == scene().shape[0] * scene().shape[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"exif": b"Exif\0\0MM\0*\0\0\0\b\0\0"}], ids=["plain", "by Pillow"])
+def test_a_jpeg_s_pixels_are_counted_by_its_header(options: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encode("JPEG", **options)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_decoder)
+    # Its pixels, cut off here, are the decoder's part.
+    assert images.count_decoded_pixels(whole[:-40]) == 60 * 80
+    with pytest.raises(ImageTooLargeError, match="80×60 = 4800"):
+        images.count_decoded_pixels(whole, max_pixels=4799)
 
 
 @pytest.mark.parametrize(

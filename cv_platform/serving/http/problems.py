@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -139,6 +140,11 @@ def problem_response(scope: Scope, problem: Problem) -> Response:
 def json_response(content: Mapping[str, Any], *, status: int = 200) -> Response:
     """Renders an answer as JSON; UUIDs and times become text."""
     return Response(json.dumps(content, default=_plain), status_code=status, media_type="application/json")
+
+
+def prediction_response(fields: Mapping[str, Any]) -> Response:
+    """Renders a prediction's fields as JSON; the text of its pictures costs `json` a fiftieth of a request."""
+    return Response(msgspec.json.encode(fields), media_type="application/json")
 
 
 def _plain(value: object) -> str:

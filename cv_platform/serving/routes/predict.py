@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from cv_platform.client.answers import PredictionResult
 from cv_platform.serving.capacity.limits import overloaded
-from cv_platform.serving.http.problems import json_response
+from cv_platform.serving.http.problems import prediction_response
 from cv_platform.serving.http.refusal_log import logged_url
 from cv_platform.serving.http.request_facts import facts_of
 from cv_platform.serving.http.security import API_KEY
@@ -65,7 +65,7 @@ async def predict(
     model = begin(parts, request, tag)
     async with received(parts.admission, request, _FORM, explain) as ((upload,), wished):
         parts.admission.admit()
-        response = await answer_and_log(parts, request, model, upload, wished, json_response)
+        response = await answer_and_log(parts, request, model, upload, wished, prediction_response)
     facts_of(request.scope).is_logged = True
     return response
 
