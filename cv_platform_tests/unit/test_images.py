@@ -608,7 +608,7 @@ def test_tiles_count_as_pixels(is_big: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("options", [{}, {"exif": b"Exif\0\0MM\0*\0\0\0\b\0\0"}], ids=["plain", "by Pillow"])
-def test_a_jpeg_s_pixels_are_counted_by_its_header(options: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jpeg_s_pixels_are_counted_by_its_header(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encode("JPEG", **options)
     monkeypatch.setattr(ImageFile.ImageFile, "load", no_decoder)
     # Its pixels, cut off here, are the decoder's part.
