@@ -20,6 +20,7 @@ BENCHMARKS = {
     "serving": "benchmarks.bench_serving",
     "serving-short": "benchmarks.bench_serving_short",
     "runtime": "benchmarks.bench_runtime",
+    "shadow": "benchmarks.bench_shadow",
     "drain": "benchmarks.bench_drain",
     "startup": "benchmarks.bench_startup",
     "gate": "benchmarks.bench_gate",

@@ -137,6 +137,11 @@ class MonitorConfig(Section):
         description="largest family-wise false-alarm rate of one report; what is measured on windows of the test "
         "split, if that and the reference split have at least 40 images, is held against it",
     )
+    require_calibration: bool = Field(
+        default=True,
+        description="a rate on windows of the test split that chance does not explain at this alpha stops the run, "
+        "before the model is deployed; false: it is a warning",
+    )
     false_alarms_per_year: float = Field(
         default=1.0,
         gt=0.0,
@@ -298,5 +303,10 @@ class AlertsConfig(Section):
     """What is worth a message. The addresses (apprise URLs) hold secrets and come from `CV_ALERT_URLS`."""
 
     on_drift: bool = Field(default=True, description="drift that begins, changes or is over")
+    with_images: bool = Field(
+        default=True,
+        description="messages about drift carry small pictures of the images that drive it; what was sent, no deletion "
+        "reaches",
+    )
     on_refused_labels: bool = Field(default=True, description="labels that the loop refuses: it has stopped")
     on_run_failure: bool = Field(default=True, description="a Dagster run that failed")

@@ -55,12 +55,12 @@ class AssetRun:
         """Returns who works on shards in this installation."""
         return open_engine(self.settings)
 
-    def alert(self, title: str, body: str) -> None:
+    def alert(self, title: str, body: str, picture: bytes | None = None) -> None:
         """Tells people; who could not be reached is named in the run's log."""
         from cv_platform.monitoring.alerts import send_alert
 
         urls = [url.get_secret_value() for url in self.settings.alert_urls]
-        for failure in send_alert(urls, f"{self.config.name}: {title}", body):
+        for failure in send_alert(urls, f"{self.config.name}: {title}", body, picture):
             self.context.log.warning(failure)
 
     def result(
@@ -193,10 +193,10 @@ class Branch:
 
 
 def checked(
-    check: dg.AssetCheckSpec, passed: bool, description: str | None = None, **metadata: Any
+    check: dg.AssetCheckSpec, passed: bool, description: str | None = None, *, stops: bool = True, **metadata: Any
 ) -> list[dg.AssetCheckResult]:
-    """Returns the result of an asset's only check: an error where it blocks, else a warning."""
-    severity = dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN
+    """Returns the result of an asset's only check: an error where it blocks and is to stop the run, else a warning."""
+    severity = dg.AssetCheckSeverity.ERROR if check.blocking and stops else dg.AssetCheckSeverity.WARN
     return [
         dg.AssetCheckResult(
             check_name=check.name, passed=passed, severity=severity, description=description, metadata=metadata

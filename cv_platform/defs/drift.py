@@ -12,7 +12,7 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
     calibrated = branch.check(
         "false_alarm_rate",
         "drift_detectors",
-        blocking=False,
+        blocking=True,
         description="The false-alarm rate measured on windows of the test split is compatible with monitor.alpha.",
     )
 
@@ -24,6 +24,7 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
             "model.drift_detection.uae_encoding_dims",
             "model.drift_detection.uae_seed",
             "monitor.alpha",
+            "monitor.require_calibration",
             "monitor.seed",
             "monitor.detectors",
             *(["encoder"] if branch.config.monitor.needs_encoder else []),
@@ -57,7 +58,9 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
             "detection": table([row.model_dump() for row in detectors.detection]),
         }
         found = detectors.detection
-        checks = checked(calibrated, is_calibrated(found, alpha), false_alarm_summary(found, alpha))
+        # Too few images to measure anything are no reason to stop.
+        stops = bool(false) and run.config.monitor.require_calibration
+        checks = checked(calibrated, is_calibrated(found, alpha), false_alarm_summary(found, alpha), stops=stops)
         return run.result(detectors, metadata, checks)
 
     return drift_detectors

@@ -70,6 +70,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.monitoring.exported_metrics import export_drift
         from cv_platform.monitoring.report import ReportPlace, report_on_service
         from cv_platform.monitoring.sentences import drift_summary
+        from cv_platform.monitoring.top_images import contact_sheet
         from cv_platform.record_store import RecordStore
 
         run = branch.run(context)
@@ -83,9 +84,11 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
                 run.config, deployment.model, engine=engine, place=place, now=run.asked
             )
             change = what_changed(engine, report)
+            is_shown = change in ("drift", "drift has changed") and run.config.alerts.with_images
+            sheet = contact_sheet(report, engine) if is_shown else None
         summary = drift_summary(report)
         if change and run.config.alerts.on_drift:
-            run.alert(change, summary)
+            run.alert(change, summary, sheet)
         export_drift(home, report)
         metadata = {**_drift_metadata(report), "reference": reference}
         return run.result(report, metadata, checked(no_drift, report.verdict != "drift", summary))

@@ -183,7 +183,8 @@ def false_alarm_summary(detection: Sequence[DetectionRate], alpha: float) -> str
     if not is_calibrated(detection, alpha):
         text += (
             " The test split differs from the reference split: drawn from other sources, or with groups of images that "
-            "are alike. Requests that are as the test split will be taken for drift. Draw both from the same images."
+            "are alike. Requests that are as the test split will be taken for drift. Draw both from the same images, "
+            "or go on with monitor.require_calibration: false."
         )
     return text
 

@@ -9,21 +9,24 @@ The URLs hold tokens, so neither logs nor results ever repeat them.
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 
 
-def send_alert(urls: Sequence[str], title: str, body: str) -> list[str]:
+def send_alert(urls: Sequence[str], title: str, body: str, picture: bytes | None = None) -> list[str]:
     """Sends a message to each address.
 
     Args:
         urls: Apprise URLs, such as `mailtos://…` or `json://host/path`; none sends nothing.
         title: one line.
         body: text.
+        picture: JPEG, for the services that take one: mail, most chats, JSON.
 
     Returns:
         One sentence per address that could not be reached, which names its place in the list and its service, never the
@@ -31,15 +34,23 @@ def send_alert(urls: Sequence[str], title: str, body: str) -> list[str]:
     """
     if not urls:
         return []
-    with warnings.catch_warnings(), _silent("apprise", "urllib3"):
+    with (
+        warnings.catch_warnings(),
+        _silent("apprise", "urllib3"),
+        tempfile.TemporaryDirectory(prefix="cv-alert-") as folder,
+    ):
         # It loads all its plugins at once, and one imports a module that Python has deprecated (Apprise 2.2).
         warnings.simplefilter("ignore", DeprecationWarning)
-        failures = _send(urls, title, body)
+        attached = None
+        if picture is not None:
+            attached = Path(folder) / "images.jpg"
+            attached.write_bytes(picture)
+        failures = _send(urls, title, body, attached)
     logger.info("Alerts sent: %d of %d.", len(urls) - len(failures), len(urls))
     return failures
 
 
-def _send(urls: Sequence[str], title: str, body: str) -> list[str]:
+def _send(urls: Sequence[str], title: str, body: str, attached: Path | None) -> list[str]:
     from apprise import Apprise
 
     failures: list[str] = []
@@ -48,7 +59,7 @@ def _send(urls: Sequence[str], title: str, body: str) -> list[str]:
         alert = Apprise()
         if not alert.add(url):
             failures.append(f"Alert {position} ({service}): expected an Apprise URL. Received one that it cannot read.")
-        elif not alert.notify(body=body, title=title):
+        elif not alert.notify(body=body, title=title, attach=str(attached) if attached else None):
             failures.append(f"Alert {position} ({service}): the service did not take the message. Check CV_ALERT_URLS.")
     return failures
 

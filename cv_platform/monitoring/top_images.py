@@ -7,6 +7,7 @@ Neither is in the reference data: these stay small, and an image is in no more p
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from cv_platform.datasets.packing import open_split
 from cv_platform.drift.localisation import nearest_rows
 from cv_platform.drift.reference import read_reference_labels
 from cv_platform.drift.sample import DriftSample
-from cv_platform.errors import DatasetError
+from cv_platform.errors import DatasetError, ImageError
+from cv_platform.images import preprocess
 from cv_platform.monitoring.report_page import PICTURE_PX, thumbnails
 from cv_platform.monitoring.window import Window
 from cv_platform.pages import picture
@@ -28,6 +30,7 @@ from cv_platform.predictions import LABEL, PREDICTED_CLASS
 from cv_platform.records import DriftReport, PackedImages
 
 TOP_IMAGES, _NEAREST = 12, 3
+_SHEET_COLUMNS, _SHEET_ROWS = 4, 2
 
 
 def top_images(
@@ -82,6 +85,26 @@ def pictures_of(report: DriftReport, engine: Engine, packed: PackedImages | None
         return {**_packed(packed, beside), **pictures}, problems
     except DatasetError as err:
         return pictures, [*problems, f"Images of the reference cannot be shown: {err}"]
+
+
+def contact_sheet(report: DriftReport, engine: Engine) -> bytes | None:
+    """Returns a JPEG of the first top images whose upload is kept and decodes, side by side; None without any."""
+    wanted = [sha256 for row in report.top_images if (sha256 := row["image_sha256"])]
+    uploads = read_images(engine, wanted)
+    cells: list[NDArray[np.uint8]] = []
+    for sha256 in wanted:
+        with suppress(KeyError, ImageError):
+            cells.append(preprocess(uploads[sha256], (PICTURE_PX, PICTURE_PX), framing="pad"))
+    cells = cells[: _SHEET_COLUMNS * _SHEET_ROWS]
+    if not cells:
+        return None
+    columns = min(len(cells), _SHEET_COLUMNS)
+    rows = -(-len(cells) // columns)
+    sheet = np.full((rows * PICTURE_PX, columns * PICTURE_PX, 3), 255, np.uint8)
+    for at, cell in enumerate(cells):
+        top, left = at // columns * PICTURE_PX, at % columns * PICTURE_PX
+        sheet[top : top + PICTURE_PX, left : left + PICTURE_PX] = cell
+    return cv2.imencode(".jpg", sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
 
 
 def _packed(packed: PackedImages, sha256s: Collection[str]) -> dict[str, str]:

@@ -111,6 +111,7 @@ def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:
     assert blocking["train_test_leakage"]
     assert blocking["promotion_gate"]
     assert blocking["replay_holds"]
+    assert blocking["false_alarm_rate"]
     assert not blocking["duplicates"]
     assert not blocking["no_drift"]
     assert not blocking["accuracy_holds_in_production"]

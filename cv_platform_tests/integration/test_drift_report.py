@@ -38,6 +38,7 @@ from cv_platform.monitoring.accept import accept_window, current_normal, find_re
 from cv_platform.monitoring.episodes import open_episode, what_changed
 from cv_platform.monitoring.report import ReportPlace, make_drift_report
 from cv_platform.monitoring.sentences import drift_summary
+from cv_platform.monitoring.top_images import contact_sheet
 from cv_platform.records import DriftDetectors, DriftReport, ModelIdentity
 from cv_platform.serving.log.deletion import delete_from_database
 from cv_platform.storage import CentralStorage
@@ -218,6 +219,10 @@ def test_images_that_drive_it_stand_beside_the_most_similar_of_the_reference(
     assert page.count("<img") == len(uploads - {f"{0:064x}"}) + 36 + 1, "all but the upload that does not decode"
     assert "by the images in a window (here 150)" in page
     assert "not here" not in page
+    sheet = contact_sheet(report, installation.engine)
+    assert sheet is not None
+    shape = cv2.imdecode(np.frombuffer(sheet, np.uint8), cv2.IMREAD_COLOR).shape
+    assert shape == (2 * 160, 4 * 160, 3), "eight of them, for an alert"
     (packed.directory / "packed.json").unlink()
     other = detectors.model_copy(update={"model": ModelIdentity(model_name="insects", version="another")})
     report = installation.report(packed=packed, detectors=other)

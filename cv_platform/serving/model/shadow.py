@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 _MAX_WAITING = 16
 _MAX_WAITING_BYTES = 8_000_000
 _LOG_SECONDS = 2.0
-_REST_SECONDS = 0.1
-"""After each image: what handing over and counting cost the worker, most requests do not meet."""
+_REST, _LONGEST_REST_SECONDS = 20.0, 1.0
+"""After each image, so many times as long as it took: what the process, handing over and counting cost the champion,
+most requests do not meet, and fewer still where cores are busy, as it takes longer then."""
 _STARTS = 3
 """Of a process that dies; then the challenger counts as failing, for each image that it is asked about."""
 
@@ -130,8 +131,9 @@ class Shadow:
                 waiting = self._waiting.popleft() if self._waiting else None
                 self._waiting_bytes -= len(waiting.data) if waiting else 0
             if waiting is not None:
+                began = time.monotonic()
                 self._note(waiting, self._ask(waiting))
-                time.sleep(_REST_SECONDS)
+                time.sleep(min(_REST * (time.monotonic() - began), _LONGEST_REST_SECONDS))
             if time.monotonic() - logged >= _LOG_SECONDS:
                 self._log()
                 logged = time.monotonic()

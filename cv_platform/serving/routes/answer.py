@@ -141,7 +141,12 @@ def _predict(model: LoadedModel, prediction_id: UUID, data: bytes, max_pixels: i
         unknown_score = None if rule is None else float(rule.score(prediction.features[np.newaxis])[0])
     classes = predicted_classes(prediction.probabilities, metadata)
     note_prediction(
-        prediction_id, metadata.model_name, metadata.version, classes, float(prediction.probabilities.max())
+        prediction_id,
+        metadata.model_name,
+        metadata.version,
+        classes,
+        float(prediction.probabilities.max()),
+        is_unknown=unknown_score is not None and unknown_score > 1,
     )
     media_type = f"image/{decoded.format.lower()}"
     properties = image_properties(pixels)

@@ -79,6 +79,7 @@ class ServingMetrics:
         self._predictions = counter(
             "cv_predictions", "Predictions by model and class.", "model", "version", "predicted_class"
         )
+        self._unknown = counter("cv_predictions_unknown", "Predictions of images that are unknown.", "model", "version")
         self._confidence = histogram(
             "cv_prediction_confidence_ratio",
             "Highest probability of a prediction.",
@@ -162,7 +163,9 @@ class ServingMetrics:
         """Notes how long one stage of a prediction took."""
         self._stages[stage].observe(seconds)
 
-    def predicted(self, model_name: str, version: str, classes: Sequence[str], confidence: float) -> None:
+    def predicted(
+        self, model_name: str, version: str, classes: Sequence[str], confidence: float, *, is_unknown: bool = False
+    ) -> None:
         """Counts one prediction: for multi-label any number of classes; the confidence is the highest probability."""
         model = self._models.get((model_name, version))
         if model is None:
@@ -170,6 +173,8 @@ class ServingMetrics:
             self._models[model_name, version] = model
         of_confidence, of_class = model
         of_confidence.observe(confidence)
+        if is_unknown:
+            self._unknown.labels(model_name, version).inc()
         for name in classes:
             series = of_class.get(name)
             if series is None:

@@ -89,13 +89,19 @@ def note_stage(stage: Stage, started: float, *, failed: bool = False) -> None:
 
 
 def note_prediction(
-    prediction_id: UUID, model_name: str, version: str, classes: Sequence[str], confidence: float
+    prediction_id: UUID,
+    model_name: str,
+    version: str,
+    classes: Sequence[str],
+    confidence: float,
+    *,
+    is_unknown: bool = False,
 ) -> None:
     """Notes what a model has answered; see `ServingMetrics.predicted`."""
     observation = _current.get()
     if observation is not None:
         observation.facts.prediction_ids.append(str(prediction_id))
-        observation.metrics.predicted(model_name, version, classes, confidence)
+        observation.metrics.predicted(model_name, version, classes, confidence, is_unknown=is_unknown)
 
 
 class staged:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dagster as dg
 import numpy as np
 
+from cv_platform.defs.branch import checked
 from cv_platform.defs.metadata import table
 
 
@@ -29,3 +30,15 @@ def test_no_rows_are_an_empty_table() -> None:
     shown = table([])
     assert isinstance(shown, dg.TableMetadataValue)
     assert (shown.records, shown.schema.columns) == ([], [])
+
+
+def test_a_check_that_blocks_is_an_error_unless_it_is_not_to_stop_the_run() -> None:
+    blocks = dg.AssetCheckSpec("rate", asset="detectors", blocking=True)
+    warns = dg.AssetCheckSpec("rate", asset="detectors")
+    found = [
+        *checked(blocks, False, "high"),
+        *checked(blocks, False, "not measured", stops=False),
+        *checked(warns, False, "high"),
+    ]
+    error, warning = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
+    assert [one.severity for one in found] == [error, warning, warning]

@@ -221,11 +221,12 @@ def test_a_full_spool_is_counted(client: Client, worker: WorkerParts, monkeypatc
 def test_classes_beyond_two_hundred_are_counted_together(metrics: ServingMetrics):
     for number in range(250):
         metrics.predicted("tiny", "v", [f"class {number}"], 1.0)
-    metrics.predicted("tiny", "v", ["class 3"], 1.0)
+    metrics.predicted("tiny", "v", ["class 3"], 1.0, is_unknown=True)
     samples = shown(metrics)
     of_model = {"model": "tiny", "version": "v"}
     assert value(samples, "cv_predictions_total", predicted_class="other", **of_model) == 50
     assert value(samples, "cv_predictions_total", predicted_class="class 3", **of_model) == 2
+    assert value(samples, "cv_predictions_unknown_total", **of_model) == 1
     assert len([name for name, _ in samples if name == "cv_predictions_total"]) == 201
 
 
