@@ -1,7 +1,8 @@
 """What the exports of a model lose, weigh and cost beside its ONNX file, and the graph in 8 bits that may be served.
 
-`efficientnet_lite0` gets its head only, `small_cnn` a short training: what 8 bits lose depends on the weights, what
-they cost does not.
+`efficientnet_lite0` gets its head only, then a short fine-tuning, `small_cnn` a short training: what 8 bits lose
+depends on the weights, what they cost does not. Of the 359 digits of the test split the standard error of what is lost
+can be as large as the point that is permitted; an archive with 2,000 test images says more.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from typing import get_args
 from benchmarks.bench_input_pipeline import archive_experiment
 from benchmarks.harness import Check, Report, Stopwatch, machine_line
 from benchmarks.options import Options
-from cv_platform.config import DeployConfig, ExperimentConfig, ExportFormat, InputSize, ModelConfig
+from cv_platform.config import DeployConfig, ExperimentConfig, ExportFormat, InputSize, ModelConfig, TransferConfig
 from cv_platform.records import Export, PackedImages
 
-NETWORKS = {"efficientnet_lite0": (96, 0), "small_cnn": (48, 4)}
-"""Side in pixels, and epochs after the head, where there is one: two CPU-minutes in all."""
+NETWORKS = {
+    "efficientnet_lite0, head": ("efficientnet_lite0", 96, 0),
+    "efficientnet_lite0, fine-tuned": ("efficientnet_lite0", 96, 3),
+    "small_cnn": ("small_cnn", 48, 4),
+}
+"""Architecture, side in pixels, and epochs after the head, where there is one."""
+MOST_SHOWN = 12_000
+"""Images of all epochs: three CPU-minutes of fine-tuning, however many images an archive has."""
 MOST_LOSS, MOST_SIZE, MOST_LATENCY = 0.01, 0.35, 0.7
 LIBRARIES = ("onnxruntime", "tensorflow", "keras", "numpy")
 
@@ -28,9 +35,10 @@ def run(options: Options) -> Report:
     notes, checks = list[str](), list[Check]()
     with tempfile.TemporaryDirectory(prefix="cv-bench-exports-") as folder:
         experiment = archive_experiment(options.archive, Path(folder))
-        for name, (side, epochs) in NETWORKS.items():
+        for name, (architecture, side, epochs) in NETWORKS.items():
             options.say(f"training {name} at {side} px …")
-            found = {export.format: export for export in _exports(experiment, Path(folder), name, side, epochs)}
+            made = _exports(experiment, Path(folder), architecture, side, epochs)
+            found = {export.format: export for export in made}
             notes += [f"{name}: {_line(export)}" for export in found.values()]
             checks += _judge(name, found["onnx"], found["onnx_int8"])
     return Report(
@@ -56,18 +64,19 @@ def _exports(experiment: ExperimentConfig, home: Path, name: str, side: int, epo
 
     size = InputSize(h=side, w=side)
     model: ModelConfig = experiment.model.model_copy(update={"architecture": name, "input_size": size})
-    recipe = {"epochs": epochs, "optimizer": "adam", "init_lr": 1e-3, "batch_size": 32}
-    changed = experiment.model_copy(
-        update={"model": model, "train": experiment.train.model_copy(update=recipe), "deploy": DeployConfig()}
-    )
+    recipe = {"epochs": epochs, "optimizer": "adam", "init_lr": 1e-3, "batch_size": 32, "max_images_shown": MOST_SHOWN}
+    train = experiment.train.model_copy(update=recipe)
+    if name == "efficientnet_lite0":
+        train = train.model_copy(update={"transfer": TransferConfig(freeze_until=3)})
+    changed = experiment.model_copy(update={"model": model, "train": train, "deploy": DeployConfig()})
     packed: PackedImages = pack_images(
         checkout_version(changed.dataset, model, home=home), model, quarantined=(), home=home
     )
     trained = train_model(packed, changed, directory=home / "models")
     # All are measured: what is lost is for the checks.
     deploy = DeployConfig(exports=get_args(ExportFormat), max_export_loss=1.0)
-    test, train = (open_split(packed, split, beside=trained) for split in ("test", "train"))
-    return write_exports(trained, deploy, test=test, train=train, threshold=model.threshold)
+    test, calibration = (open_split(packed, split, beside=trained) for split in ("test", "train"))
+    return write_exports(trained, deploy, test=test, train=calibration, threshold=model.threshold)
 
 
 def _line(export: Export) -> str:
@@ -75,20 +84,27 @@ def _line(export: Export) -> str:
         return f"{export.format}: {export.refused}"
     return (
         f"{export.format}: {export.accuracy:.4f} of {export.images} right, Keras {export.model_accuracy:.4f}, "
+        f"standard error of what is lost {export.loss_error:.4f}, "
         f"agreement {export.agreement:.4f}, largest difference {export.largest_difference:.2g}; "
         f"{export.cpu_ms:.2f} CPU-ms, Keras {export.model_cpu_ms:.2f}; {export.megabytes:.2f} MB"
     )
 
 
 def _judge(name: str, whole: Export, int8: Export) -> list[Check]:
-    lost = (whole.accuracy or 0.0) - (int8.accuracy or 0.0)
+    lost = (int8.model_accuracy or 0.0) - (int8.accuracy or 0.0)
     size = (int8.megabytes or 0.0) / (whole.megabytes or 1.0)
     latency = (int8.cpu_ms or 0.0) / (whole.cpu_ms or 1.0)
+    error = f", standard error {int8.loss_error or 0.0:.4f}, of {int8.images}"
     return [
-        Check(what=f"{name}: {what}, onnx_int8", expected=f"≤ {most:g}", received=f"{value:.3f}", held=value <= most)
-        for what, most, value in (
-            ("share of right images lost", MOST_LOSS, lost),
-            ("size / onnx", MOST_SIZE, size),
-            ("CPU time / onnx", MOST_LATENCY, latency),
+        Check(
+            what=f"{name}: {what}, onnx_int8",
+            expected=f"≤ {most:g}",
+            received=f"{value:.4f}{more}",
+            held=int8.accuracy is not None and value <= most + 1e-9,
+        )
+        for what, most, value, more in (
+            ("share of right images lost", MOST_LOSS, lost, error),
+            ("size / onnx", MOST_SIZE, size, ""),
+            ("CPU time / onnx", MOST_LATENCY, latency, ""),
         )
     ]

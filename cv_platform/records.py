@@ -526,6 +526,7 @@ class Export(Value):
     images: int = Field(default=0, description="of the test split, that it was measured on")
     accuracy: float | None = Field(default=None, description="share of right images, with labels as sets")
     model_accuracy: float | None = None
+    loss_error: float | None = Field(default=None, description="standard error of model_accuracy - accuracy, paired")
     largest_difference: float | None = Field(default=None, description="of any probability")
     agreement: float | None = Field(default=None, description="share of images with the same decision")
     cpu_ms: float | None = Field(default=None, description="CPU time of one image, one thread")

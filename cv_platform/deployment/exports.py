@@ -172,8 +172,10 @@ def measure(kind: str, answer: Answer, path: Path, measured: Measured, *, most_l
     """
     starts = range(0, len(measured.images), _BATCH)
     probabilities = np.concatenate([answer(measured.images[start : start + _BATCH]) for start in starts])
-    accuracy = float(measured.right(probabilities).mean())
-    before = float(measured.right(measured.probabilities).mean())
+    right, right_before = measured.right(probabilities), measured.right(measured.probabilities)
+    accuracy, before = float(right.mean()), float(right_before.mean())
+    # Both saw the same images: what is right in both or in none says nothing of the difference.
+    error = float(np.std(right_before.astype(float) - right) / np.sqrt(len(right)))
     same = (measured.decided(probabilities) == measured.decided(measured.probabilities)).all(axis=1)
     model_ms, export_ms = milliseconds([compiled(measured.model), answer], measured.images)
     difference = float(np.abs(probabilities - measured.probabilities).max())
@@ -182,7 +184,8 @@ def measure(kind: str, answer: Answer, path: Path, measured: Measured, *, most_l
     if not (before - accuracy <= most_loss + 1e-9 and np.isfinite(difference)):
         refused = (
             f"{accuracy:.4f} of {len(measured.images)} test images are right, and {before:.4f} by the model itself: "
-            f"{before - accuracy:.4f} less, more than deploy.max_export_loss {most_loss:g}."
+            f"{before - accuracy:.4f} less (standard error {error:.4f}), more than deploy.max_export_loss "
+            f"{most_loss:g}."
         )
     return Export(
         format=kind,
@@ -190,6 +193,7 @@ def measure(kind: str, answer: Answer, path: Path, measured: Measured, *, most_l
         images=len(measured.images),
         accuracy=accuracy,
         model_accuracy=before,
+        loss_error=error,
         largest_difference=difference,
         agreement=float(same.mean()),
         cpu_ms=export_ms,

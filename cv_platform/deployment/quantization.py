@@ -2,7 +2,8 @@
 
 Weights have a scale for each channel, activations one that calibration images fix. In a graph that is served, what is
 behind the feature map stays in 32 bits (head, Grad-CAM, what `is_unknown` reads: they cost next to nothing), and so
-does the encoder of the drift detectors. Of a classifier alone only the last layer does.
+does the encoder of the drift detectors. Of a classifier alone only the last layer does. Biases take back what rounding
+the weights adds to a channel on average: where many pixels are alike, as those of a blank background, it adds up.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -12,7 +13,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -50,6 +51,7 @@ def quantise(source: Path, target: Path, images: np.ndarray) -> None:
     """
     import onnx
     from onnxruntime import quantization  # pyright: ignore[reportMissingTypeStubs]
+    from onnxruntime.quantization.onnx_model import ONNXModel  # pyright: ignore[reportMissingTypeStubs]
     from onnxruntime.quantization.shape_inference import quant_pre_process  # pyright: ignore[reportMissingTypeStubs]
 
     tools: Any = quantization
@@ -57,18 +59,24 @@ def quantise(source: Path, target: Path, images: np.ndarray) -> None:
         prepared = Path(temporary, "prepared.onnx")
         try:
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-            graph: Any = onnx.load(str(prepared)).graph
+            model: Any = onnx.load(str(prepared))
+            inputs, body = [value.name for value in model.graph.input], _body(model.graph)
+            means = _channel_means(model, body, _Calibration(images, inputs))
+            _correct_biases(model.graph, body, means)
+            # ONNX Runtime warns of tensors that nothing reads, as the biases before.
+            ONNXModel(model).clean_initializers()
+            onnx.save(model, str(prepared))
             with whole_file(target) as partial:
                 tools.quantize_static(
                     str(prepared),
                     str(partial),
-                    _Calibration(images, [value.name for value in graph.input]),
+                    _Calibration(images, inputs),
                     quant_format=tools.QuantFormat.QDQ,
                     per_channel=True,
                     reduce_range=not _adds_without_overflow(),
                     activation_type=tools.QuantType.QUInt8,
                     weight_type=tools.QuantType.QInt8,
-                    nodes_to_quantize=_body(graph),
+                    nodes_to_quantize=body,
                 )
         # ONNX Runtime meets foreign graphs with errors of many unrelated classes.
         except Exception as err:
@@ -112,6 +120,59 @@ def _body(graph: Any) -> list[str]:
             todo += node.input
     body = [node for node in found.values() if behind_head.isdisjoint(node.output)]
     return [node.name for node in body if node.op_type in _QUANTISED]
+
+
+def _convolutions(graph: Any, names: list[str]) -> list[Any]:
+    """Returns the named convolutions of images whose weights are constants."""
+    axes, wanted = {tensor.name: len(tensor.dims) for tensor in graph.initializer}, set(names)
+    nodes = [node for node in graph.node if node.op_type == "Conv" and node.name in wanted]
+    return [node for node in nodes if [axes.get(name) for name in node.input[1:]] in ([4], [4, 1])]
+
+
+def _channel_means(model: Any, names: list[str], calibration: _Calibration) -> dict[str, np.ndarray]:
+    """Returns the mean of each channel, `(C,)`, of what the named convolutions read, by the name of that tensor."""
+    import onnx
+    import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+
+    helper, ort = onnx.helper, cast(Any, onnxruntime)
+    read = sorted({node.input[0] for node in _convolutions(model.graph, names)})
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    # Averaged within the graph: what all layers read takes gigabytes for large images.
+    for at, name in enumerate(read):
+        watched.graph.node.append(helper.make_node("GlobalAveragePool", [name], [f"mean_{at}"]))
+        watched.graph.output.append(helper.make_tensor_value_info(f"mean_{at}", onnx.TensorProto.FLOAT, None))
+    session = ort.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    found: list[list[np.ndarray]] = [[] for _ in read]
+    while (feed := calibration.get_next()) is not None and read:
+        for rows, batch in zip(found, session.run([f"mean_{at}" for at in range(len(read))], feed), strict=True):
+            rows.append(batch[:, :, 0, 0])
+    return {name: np.concatenate(rows).mean(axis=0) for name, rows in zip(read, found, strict=True)}
+
+
+def _correct_biases(graph: Any, names: list[str], means: dict[str, np.ndarray]) -> None:
+    """Takes from biases what the rounded weights of the named convolutions add on average.
+
+    Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2, with the
+    means of calibration images. The zeros around an image count as if they were more of it.
+    """
+    from onnx import numpy_helper
+
+    tensors, most = {tensor.name: tensor for tensor in graph.initializer}, 127 if _adds_without_overflow() else 64
+    for node in _convolutions(graph, names):
+        weights: np.ndarray = numpy_helper.to_array(tensors[node.input[1]])
+        outputs, inputs = weights.shape[:2]
+        # As ONNX Runtime rounds: symmetric, by the largest weight of an output channel.
+        step = np.abs(weights).reshape(outputs, -1).max(axis=1) / most
+        step = np.where(step > 0, step, 1.0)[:, None, None, None]
+        added = (np.rint(weights / step) * step - weights).sum(axis=(2, 3))
+        groups = means[node.input[0]].reshape(-1, 1, inputs)
+        shift = (added.reshape(len(groups), -1, inputs) * groups).sum(axis=2).ravel()
+        bias = numpy_helper.to_array(tensors[node.input[2]]) if len(node.input) > 2 else np.zeros(outputs)
+        # A tensor of its own: several layers may share one.
+        name = f"{node.output[0]}_corrected_bias"
+        graph.initializer.append(numpy_helper.from_array((bias - shift).astype(np.float32), name))
+        node.input[:] = [*node.input[:2], name]
 
 
 def _adds_without_overflow(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

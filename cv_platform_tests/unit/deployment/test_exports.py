@@ -75,6 +75,8 @@ def test_every_format_answers_as_the_model_does(trained: TrainedModel, train: Pa
         assert (export.refused, export.images, export.model_accuracy) == ("", 40, 1.0)
         assert export.accuracy is not None
         assert export.accuracy == export.agreement  # As each label is the model's own answer.
+        lost = 1 - export.accuracy
+        assert export.loss_error == pytest.approx((lost * (1 - lost) / 40) ** 0.5)  # Nothing is won: a binomial share.
         assert export.largest_difference is not None
         assert export.largest_difference < (0.1 if name.endswith("int8") else 1e-4)
         assert export.megabytes == pytest.approx((trained.exports_directory / export.file).stat().st_size / 1e6)
