@@ -81,7 +81,7 @@ def augmenter(config: AugmentConfig) -> Any:
     import imgaug.augmenters
 
     if config.operations:
-        return build_imgaug(declared(config))
+        return build_imgaug(declared(config), as_it_is=True)
     iaa: Any = imgaug.augmenters
     zoom, shift = config.scale_fraction, config.translate_fraction
     operations: list[Any] = []

@@ -23,7 +23,15 @@ from cv_platform.config import AugmentConfig
 from cv_platform.config.augmentation import Operation, parse_operations
 from cv_platform.datasets.contact_sheet import SheetRow, draw_sheet
 from cv_platform.datasets.packing import PackedSplit
-from cv_platform.training.fused import FusedEngine
+from cv_platform.training.fused import (
+    BORDERS,
+    INTERPOLATIONS,
+    FusedEngine,
+    Pixels,
+    about_corner,
+    affine_matrices,
+    empty_images,
+)
 
 
 class Augmenter:
@@ -43,25 +51,27 @@ class Augmenter:
         self.seed = seed
         self.image_size = image_size
         steps = declared(config)
-        self._engine: Callable[[np.ndarray, np.random.SeedSequence], np.ndarray] | None = None
+        self._engine: Callable[[Pixels, np.random.SeedSequence], np.ndarray] | None = None
         if steps:
             self._engine = FusedEngine(steps) if config.engine == "fused" else _ImgaugEngine(steps)
 
-    def __call__(self, images: np.ndarray, *, epoch: int, batch_index: int) -> np.ndarray:
+    def __call__(self, images: Pixels, *, epoch: int, batch_index: int) -> np.ndarray:
         """Returns changed copies of `images`.
 
         Args:
-            images: `(N, H, W, 3)` uint8, RGB.
+            images: `(N, H, W, 3)` uint8, RGB, or views of each image.
             epoch: from 0.
             batch_index: position of the batch in its epoch, from 0.
 
         Returns:
             `(N, H, W, 3)` uint8, RGB; of `image_size`, where that is given.
         """
-        if self.image_size is not None and images.shape[1:3] != self.image_size:
+        if not len(images):
+            return np.asarray(images)
+        if self.image_size is not None and images[0].shape[:2] != self.image_size:
             images = _random_parts(images, self.image_size, np.random.default_rng((self.seed, epoch, batch_index, 2)))
-        if self._engine is None or not len(images):
-            return images
+        if self._engine is None:
+            return np.stack(list(images), out=empty_images((len(images), *images[0].shape)))
         return self._engine(images, np.random.SeedSequence((self.seed, epoch, batch_index)))
 
 
@@ -125,17 +135,17 @@ def _auto(strength: str) -> list[Any]:
     return [{"SomeOf": {"n": at, "random_order": True, "children": members}}]
 
 
-def _random_parts(images: np.ndarray, image_size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _random_parts(images: Pixels, image_size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Shows a part of each image, of the images' own proportions, at `image_size`.
 
     Its sides are drawn between `image_size` and the whole image, so that what the service shows, the whole, is among
     what is learned from: with parts of one size, objects would be larger in training than anywhere else (Touvron et
     al. 2019, "Fixing the train-test resolution discrepancy").
     """
-    whole, least = np.array(images.shape[1:3]), np.array(image_size)
+    whole, least = np.array(images[0].shape[:2]), np.array(image_size)
     sides = np.rint(least + rng.random((len(images), 1)) * (whole - least)).astype(int)
     corners = np.floor(rng.random((len(images), 2)) * (whole - sides + 1)).astype(int)
-    parts = np.empty((len(images), *image_size, 3), np.uint8)
+    parts = empty_images((len(images), *image_size, 3))
     for part, image, (height, width), (top, left) in zip(parts, images, sides.tolist(), corners.tolist(), strict=True):
         box = image[top : top + height, left : left + width]
         cv2.resize(box, image_size[::-1], dst=part, interpolation=cv2.INTER_LINEAR)
@@ -168,24 +178,61 @@ class _ImgaugEngine:
         self._steps = steps
         self._of_thread = threading.local()
 
-    def __call__(self, images: np.ndarray, entropy: np.random.SeedSequence) -> np.ndarray:
+    def __call__(self, images: Pixels, entropy: np.random.SeedSequence) -> np.ndarray:
         augmenter = getattr(self._of_thread, "augmenter", None)
         if augmenter is None:
             augmenter = self._of_thread.augmenter = build_imgaug(self._steps)
         augmenter.seed_(int(entropy.generate_state(1)[0]) & 0x7FFFFFFF)
-        return augmenter(images=images)
+        return augmenter(images=np.stack(list(images)))
 
 
-def build_imgaug(steps: Sequence[Operation]) -> Any:
-    """Returns imgaug's augmenter for operations."""
-    built = [_build(step) for step in steps]
+def build_imgaug(steps: Sequence[Operation], *, as_it_is: bool = False) -> Any:
+    """Returns imgaug's augmenter for operations; `as_it_is`: without what is faster here."""
+    built = [_build(step, as_it_is) for step in steps]
     return built[0] if len(built) == 1 else _iaa().Sequential(built)
 
 
-def _build(operation: Operation) -> Any:
+def _build(operation: Operation, as_it_is: bool) -> Any:
     # `seed_()` reaches only children in a *list*: given bare, they keep an unseeded state of their own.
-    children = {key: [_build(child) for child in below] for key, below in operation.children.items()}
-    return getattr(_iaa(), operation.name)(**operation.arguments, **children)
+    children = {key: [_build(child, as_it_is) for child in below] for key, below in operation.children.items()}
+    kind = getattr(_iaa(), operation.name)
+    if issubclass(kind, _iaa().Affine) and not as_it_is:
+        kind = type(operation.name, (_WarpsBatches, kind), {})
+    return kind(**operation.arguments, **children)
+
+
+class _WarpsBatches:
+    """Before one of imgaug's affine augmenters: makes the matrices of a batch at once, of what imgaug draws.
+
+    imgaug makes each by ten objects of scikit-image, which takes longer than it takes OpenCV to warp the image.
+    """
+
+    def _augment_images_by_samples(self: Any, images: Any, samples: Any, *others: Any, **more: Any) -> Any:
+        is_batch = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[3] == 3
+        if not is_batch or others or more or self.fit_output:
+            parent: Any = super()
+            return parent._augment_images_by_samples(images, samples, *others, **more)
+        height, width = images.shape[1:3]
+        shift, (x_shear, y_shear) = np.asarray(samples.translate, float), np.deg2rad(samples.shear)
+        if samples.translate_mode == "percent":
+            shift *= [[width], [height]]
+        about_centre = affine_matrices(
+            np.asarray(samples.scale), shift, np.deg2rad(samples.rotate), np.stack([x_shear, y_shear])
+        )
+        changed = empty_images(images.shape)
+        drawn = zip(samples.order, samples.mode, samples.cval.astype(int).tolist(), strict=True)
+        matrices = about_corner(about_centre, height, width)
+        for image, matrix, target, (order, mode, cval) in zip(images, matrices, changed, drawn, strict=True):
+            cv2.warpAffine(
+                image,
+                matrix,
+                (width, height),
+                dst=target,
+                flags=INTERPOLATIONS[order],
+                borderMode=BORDERS[mode],
+                borderValue=cval,
+            )
+        return changed
 
 
 def _iaa() -> Any:

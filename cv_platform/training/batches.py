@@ -7,16 +7,17 @@ uninterrupted one would have seen. Ordered batches for evaluation and reference 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cv_platform.cores import available_cores
-from cv_platform.datasets.shards.reading import Images
+from cv_platform.datasets.shards.reading import Images, views
 from cv_platform.training.augmentation import Augmenter
+from cv_platform.training.fused import empty_images
 from cv_platform.training.mixing import Mixing
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFETCHED_BATCHES = 4
 """Bound of the queue between what makes batches and the training step."""
+MOST_TOGETHER, CHUNK_BYTES = 8, 4_000_000
+"""Batches that are made by one call, and bytes of them: larger batches are made one by one."""
 MOST_WORKERS = 8
 """Threads that make batches at the same time; more would be held up by the interpreter's lock."""
 
@@ -70,12 +73,10 @@ class ShuffledBatches:
         self.mixing = mixing
         drawn = None if draws is None else draws[np.asarray(targets)]
         self._draws = None if drawn is None else drawn / drawn.sum()
-        self.epoch = 0
-        """The epoch that the next iteration walks; the training loop sets it."""
         self.share: tuple[int, int] = (0, 1)
         """Which part of each batch is made here, and of how many: others make the rest."""
         self.error: Exception | None = None
-        """What stopped the last iteration: TensorFlow passes on its text only."""
+        """What stopped the last dataset: TensorFlow passes on its text only."""
 
     @property
     def steps(self) -> int:
@@ -102,7 +103,7 @@ class ShuffledBatches:
         # As many in each part: their gradients count the same.
         chosen = chosen[part::parts][: self.batch_size // parts]
         batch_index = batch_index * parts + part
-        images = self.augmenter(self.images[chosen], epoch=epoch, batch_index=batch_index)
+        images = self.augmenter(views(self.images, chosen), epoch=epoch, batch_index=batch_index)
         targets = as_probabilities(self.targets[chosen], self.classes)
         if self.mixing is None:
             return images, targets
@@ -116,51 +117,38 @@ class ShuffledBatches:
         rng, rows = np.random.default_rng((self.augmenter.seed, epoch)), np.arange(len(self.images), dtype=np.int32)
         return rng.permutation(rows) if self._draws is None else rng.choice(rows, len(rows), p=self._draws)
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Walks the batches of `self.epoch`, in their order."""
-        return self.walk(self.epoch + 1)
+    def dataset(self, first: int, epochs: int) -> tf.data.Dataset:
+        """Returns the batches of the epochs from `first` to the last of `epochs`, in their order.
 
-    def walk(self, epochs: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Walks the batches from `self.epoch` on, in their order, to the end of the last of `epochs`.
-
-        As many as there are workers are made at the same time, those of the next epoch too.
-        """
-        self.error = None
-        try:
-            made: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
-            with ThreadPoolExecutor(self.workers, thread_name_prefix="batches") as pool:
-                try:
-                    for epoch in range(self.epoch, epochs):
-                        order = self.order(epoch)
-                        for batch_index in range(self.steps):
-                            made.append(pool.submit(self.batch, epoch, batch_index, order))
-                            if len(made) == self.workers:
-                                yield made.popleft().result()
-                    while made:
-                        yield made.popleft().result()
-                finally:
-                    for waiting in made:  # An epoch that is left in its middle.
-                        waiting.cancel()
-        except Exception as err:
-            self.error = err
-            raise
-
-    def dataset(self, epochs: int) -> tf.data.Dataset:
-        """Returns the batches of `walk` as a `tf.data.Dataset`, asked for ahead by a thread of TensorFlow's.
-
-        One iterator is for all epochs, with `steps_per_epoch`: a new one costs as much as making hundreds of small
-        batches, and the first step of an epoch would wait. Keras wraps Python iterables (generators, PyDataset) into
-        the same `from_generator`; made here, the queue is bounded, no batch is drawn to guess shapes, and the thread
-        ends with its iterator.
+        Threads of TensorFlow's make them ahead, as many at the same time as there are workers. One iterator is for all
+        epochs, with `steps_per_epoch`: a new one costs as much as making hundreds of small batches, and the first step
+        of an epoch would wait. Small batches are made several by one call of Python, within `CHUNK_BYTES`: what a call
+        costs is then shared, and the training step seldom has to wait for the interpreter's lock.
         """
         import tensorflow as tf
 
-        signature = (
-            tf.TensorSpec((None, *(self.augmenter.image_size or self.images.shape[1:3]), 3), tf.uint8),
-            tf.TensorSpec((None, self.classes), tf.float32),
-        )
-        dataset = tf.data.Dataset.from_generator(lambda: self.walk(epochs), output_signature=signature)
-        return dataset.prefetch(PREFETCHED_BATCHES)
+        total, shape = (epochs - first) * self.steps, (*(self.augmenter.image_size or self.images.shape[1:3]), 3)
+        together = max(1, min(MOST_TOGETHER, CHUNK_BYTES // (self.batch_size * math.prod(shape))))
+        order = lru_cache(maxsize=2)(self.order)
+        self.error = None
+
+        def make(chunk: np.int64) -> tuple[np.ndarray, np.ndarray]:
+            wanted = range(int(chunk) * together, min((int(chunk) + 1) * together, total))
+            epochs_and_indices = [divmod(position, self.steps) for position in wanted]
+            try:
+                made = [self.batch(first + epoch, index, order(first + epoch)) for epoch, index in epochs_and_indices]
+            except Exception as err:
+                self.error = err
+                raise
+            if together == 1:
+                return made[0]
+            images = empty_images((len(made), *made[0][0].shape))
+            return np.stack([one for one, _ in made], out=images), np.stack([targets for _, targets in made])
+
+        leading = (None,) if together == 1 else (None, None)
+        chunks = tf.data.Dataset.range(-(-total // together))
+        dataset = _made(chunks, make, (*leading, *shape), (*leading, self.classes), workers=self.workers)
+        return (dataset if together == 1 else dataset.unbatch()).prefetch(PREFETCHED_BATCHES)
 
 
 def ordered_dataset(
@@ -174,15 +162,38 @@ def ordered_dataset(
 
     count = len(images) - len(images) % multiple_of
 
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, count, batch_size):
-            stop = min(start + batch_size, count)
-            yield np.asarray(images[start:stop]), as_probabilities(np.asarray(targets[start:stop]), classes)
+    def make(start: np.int64) -> tuple[np.ndarray, np.ndarray]:
+        rows = slice(int(start), min(int(start) + batch_size, count))
+        return np.asarray(images[rows]), as_probabilities(np.asarray(targets[rows]), classes)
 
-    signature = (tf.TensorSpec((None, *images.shape[1:]), tf.uint8), tf.TensorSpec((None, classes), tf.float32))
-    dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
-    steps = -(-count // batch_size)
-    return dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(PREFETCHED_BATCHES)
+    starts = tf.data.Dataset.range(0, count, batch_size)
+    return _made(starts, make, (None, *images.shape[1:]), (None, classes), workers=1).prefetch(PREFETCHED_BATCHES)
+
+
+def _made(
+    numbers: tf.data.Dataset,
+    make: Callable[[np.int64], tuple[np.ndarray, np.ndarray]],
+    images_shape: tuple[int | None, ...],
+    targets_shape: tuple[int | None, ...],
+    *,
+    workers: int,
+) -> tf.data.Dataset:
+    """Returns what `make` makes of each number, uint8 images and float32 targets, in their order.
+
+    `from_generator`, into which Keras wraps Python iterables, costs more by itself than augmentation does, and has the
+    process give memory back to the system after each batch.
+    """
+    import tensorflow as tf
+
+    def load(number: Any) -> tuple[Any, Any]:
+        images, targets = tf.numpy_function(make, [number], (tf.uint8, tf.float32), stateful=False)
+        return tf.ensure_shape(images, images_shape), tf.ensure_shape(targets, targets_shape)
+
+    options = tf.data.Options()
+    # Threads of their own: calls that wait for the interpreter's lock would hold up the operations of a step.
+    options.threading.private_threadpool_size = workers
+    options.autotune.enabled = False  # There is nothing to tune, and its model of the pipeline costs CPU time.
+    return numbers.map(load, num_parallel_calls=workers, deterministic=True).with_options(options)
 
 
 def as_probabilities(targets: np.ndarray, classes: int) -> np.ndarray:

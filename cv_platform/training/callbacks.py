@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,6 @@ class TrainingMonitor:
         epochs: of the whole training; where a head is fitted first, that is one of them.
         images_per_epoch: for images per second.
         state: what an earlier, killed training has reached.
-        on_epoch: called with the epoch (from 0) before it begins.
         run: MLflow run that gets each epoch's metrics.
         member: this process's place among several that train together, of which the first one writes; None: alone.
     """
@@ -117,7 +116,6 @@ class TrainingMonitor:
         epochs: int,
         images_per_epoch: int,
         state: TrainingState | None,
-        on_epoch: Callable[[int], None],
         run: MlflowRun | None,
         member: Member | None = None,
     ) -> None:
@@ -128,7 +126,6 @@ class TrainingMonitor:
         self.images_per_epoch = images_per_epoch
         self.steps = max(1, images_per_epoch // train.batch_size)
         self.state = state
-        self.on_epoch = on_epoch
         self.run = run
         self.member = member
         self._epoch_started = time.perf_counter()
@@ -166,7 +163,6 @@ class TrainingMonitor:
     def _begin_epoch(self, epoch: int, logs: Any = None) -> None:
         self._epoch_started = time.perf_counter()
         self._take_average(False)
-        self.on_epoch(epoch)
 
     def _take_average(self, is_wanted: bool) -> None:
         """Changes the trained weights for their moving average, which the optimizer keeps, or back.
@@ -204,6 +200,8 @@ class TrainingMonitor:
             self._bar = tqdm(
                 total=self.steps, desc=f"epoch {epoch}/{self.epochs}", unit="batch", leave=False, disable=None
             )
+        if self._bar.disable:
+            return
         self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._bar.update()
 

@@ -133,6 +133,8 @@ def _train(
     epochs = epochs_of(train, batches.images_per_epoch)
     with shared():
         _compile(network, config, balance, total_steps=epochs * batches.steps)
+    if not devices:
+        _draw_batches_within(network)
     if member is not None:
         batches.share = member.index, member.count
         member.share_steps(network)
@@ -143,7 +145,6 @@ def _train(
         epochs=epochs + (transfer is not None),
         images_per_epoch=batches.images_per_epoch,
         state=_resume(network, folder, run),
-        on_epoch=lambda epoch: setattr(batches, "epoch", epoch),
         run=run,
         member=member,
     )
@@ -272,6 +273,21 @@ def _compile(network: keras.Model, config: ExperimentConfig, balance: ClassBalan
     network.optimizer.build(network.trainable_variables)
 
 
+def _draw_batches_within(network: Any) -> None:
+    """Gives a compiled network a step that takes its batch and answers its metrics in one call.
+
+    Keras's own answers an Optional, in case the iterator ends, of which Python asks twice after each step: milliseconds
+    of it, as a step leaves nothing of Python in the caches. `steps_per_epoch` ends an epoch here.
+    """
+    import tensorflow as tf
+
+    @tf.function(reduce_retracing=True)
+    def step(iterator: Any) -> Any:
+        return network.train_step(next(iterator))
+
+    network.train_function = step
+
+
 def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> TrainingState | None:
     """Loads weights, optimizer and random state of a killed training, and ends its run."""
     state = read_state(folder)
@@ -318,13 +334,14 @@ def _run_epochs(
     monitor: TrainingMonitor,
     validation: tf.data.Dataset,
 ) -> None:
+    first = monitor.state.epochs_done if monitor.state else 0
     try:
         network.fit(
-            batches.dataset(monitor.epochs),
+            batches.dataset(first, monitor.epochs),
             steps_per_epoch=batches.steps,
             validation_data=validation,
             epochs=monitor.epochs,
-            initial_epoch=monitor.state.epochs_done if monitor.state else 0,
+            initial_epoch=first,
             callbacks=[monitor.callback()],
             shuffle=False,  # The batches come in an order of their own.
             verbose=0,  # pyright: ignore[reportArgumentType] -- as above.

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 
 from cv_platform.config.augmentation import Operation
 
-_BORDERS = {
+BORDERS = {
     "constant": cv2.BORDER_CONSTANT,
     "edge": cv2.BORDER_REPLICATE,
     "symmetric": cv2.BORDER_REFLECT,
     "reflect": cv2.BORDER_REFLECT_101,
     "wrap": cv2.BORDER_WRAP,
 }
-_INTERPOLATIONS = {0: cv2.INTER_NEAREST, 1: cv2.INTER_LINEAR, 3: cv2.INTER_CUBIC}
+INTERPOLATIONS = {0: cv2.INTER_NEAREST, 1: cv2.INTER_LINEAR, 3: cv2.INTER_CUBIC}
 _NO_BORDER = ("constant", 1, 0.0)
 _SPACES = {
     "YCrCb": (cv2.COLOR_RGB2YCrCb, cv2.COLOR_YCrCb2RGB, 0),
@@ -40,14 +40,28 @@ _SPACES = {
 _VALUES = np.arange(256, dtype=np.uint8)
 
 
+Pixels: TypeAlias = np.ndarray | Sequence[np.ndarray]
+"""Images of a batch, `(N, H, W, 3)` uint8, in one array or each by itself."""
+_ALIGNED_BYTES = 64
+"""What TensorFlow asks of an array that it takes without a copy."""
+
+
+def empty_images(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns uint8 pixels, not set, that TensorFlow takes without a copy."""
+    count = math.prod(shape)
+    raw = np.empty(count + _ALIGNED_BYTES, np.uint8)
+    start = -raw.ctypes.data % _ALIGNED_BYTES
+    return raw[start : start + count].reshape(shape)
+
+
 class FusedEngine:
     """Applies operations to batches. Keeps no state: threads may share it."""
 
     def __init__(self, steps: Sequence[Operation]) -> None:
         self._steps = steps
 
-    def __call__(self, images: np.ndarray, entropy: np.random.SeedSequence) -> np.ndarray:
-        """Returns changed copies of `(N, H, W, 3)` uint8, RGB; `entropy` decides all draws."""
+    def __call__(self, images: Pixels, entropy: np.random.SeedSequence) -> np.ndarray:
+        """Returns changed copies `(N, H, W, 3)` of uint8 images, RGB; `entropy` decides all draws."""
         batch = _Batch(images, np.random.default_rng(entropy))
         _apply_all(batch, self._steps, np.arange(len(images)))
         return batch.finish()
@@ -56,11 +70,11 @@ class FusedEngine:
 class _Batch:
     """Images with what is still to be done to their pixels: first geometry, then a table of values."""
 
-    def __init__(self, images: np.ndarray, rng: np.random.Generator) -> None:
-        count, self.height, self.width = images.shape[:3]
+    def __init__(self, images: Pixels, rng: np.random.Generator) -> None:
+        count, (self.height, self.width) = len(images), images[0].shape[:2]
         self.rng = rng
         self._source = images
-        self._images = np.empty_like(images, order="C")
+        self._images = empty_images((count, *images[0].shape))
         self._is_written = np.zeros(count, bool)
         self._flips = np.zeros((count, 2), bool)
         self._matrices = np.tile(np.eye(3), (count, 1, 1))
@@ -111,8 +125,8 @@ class _Batch:
     def finish(self) -> np.ndarray:
         """Does what is still to be done and returns the images."""
         self._settle(np.arange(len(self._images)))
-        rest = np.flatnonzero(~self._is_written)
-        self._images[rest] = self._source[rest]
+        for row in np.flatnonzero(~self._is_written).tolist():
+            self._images[row] = self._source[row]
         return self._images
 
     def _settle(self, rows: np.ndarray) -> None:
@@ -120,8 +134,8 @@ class _Batch:
             return
         rows = rows[self._is_bent[rows] | self._has_table[rows] | self._flips[rows].any(axis=1)]
         mode, order, cval = self._border
-        flags, border, size = _INTERPOLATIONS[order], _BORDERS[mode], (self.width, self.height)
-        matrices = self._about_corner(rows)
+        flags, border, size = INTERPOLATIONS[order], BORDERS[mode], (self.width, self.height)
+        matrices = about_corner(self._matrices[rows], self.height, self.width)
         tables = np.ascontiguousarray(self._tables[rows])[:, :, None]
         bent, has_table, written = self._is_bent[rows], self._has_table[rows], self._is_written[rows]
         codes = np.select([self._flips[rows].all(axis=1), self._flips[rows, 0], self._flips[rows, 1]], [-1, 1, 0], 9)
@@ -141,13 +155,6 @@ class _Batch:
         self._is_written[rows] = True
         self._matrices[rows], self._is_bent[rows], self._flips[rows] = np.eye(3), False, False
         self._tables[rows], self._has_table[rows] = _VALUES[:, None], False
-
-    def _about_corner(self, rows: np.ndarray) -> np.ndarray:
-        """Returns `(n, 2, 3)` float64: the matrices for coordinates from the first pixel's centre."""
-        matrices = self._matrices[rows, :2].copy()
-        centre = np.array([(self.width - 1) / 2, (self.height - 1) / 2])
-        matrices[:, :, 2] += centre - matrices[:, :, :2] @ centre
-        return matrices
 
 
 def _apply_all(batch: _Batch, operations: Sequence[Operation], rows: np.ndarray, *, is_mixed: bool = False) -> None:
@@ -230,10 +237,10 @@ def _affine(batch: _Batch, operation: Operation, rows: np.ndarray) -> None:
     shear = given.get("shear", 0.0)
     # imgaug: a number or a range shears along x alone.
     sheared = _draw_axes(batch, shear if isinstance(shear, dict) else {"x": shear}, count, otherwise=0.0)
-    batch.bend(rows, _matrices(scale, shift, rotate, np.deg2rad(sheared)), _border(batch, given))
+    batch.bend(rows, affine_matrices(scale, shift, rotate, np.deg2rad(sheared)), _border(batch, given))
 
 
-def _matrices(scale: np.ndarray, shift: np.ndarray, rotate: np.ndarray, shear: np.ndarray) -> np.ndarray:
+def affine_matrices(scale: np.ndarray, shift: np.ndarray, rotate: np.ndarray, shear: np.ndarray) -> np.ndarray:
     """Returns `(n, 3, 3)`: shear along y first, then scale, shear along x, rotation and shift, as imgaug's `Affine`."""
     matrices = np.tile(np.eye(3), (len(rotate), 1, 1))
     cos, sin, lean = np.cos(rotate), np.sin(rotate), np.tan(shear[0])
@@ -245,6 +252,13 @@ def _matrices(scale: np.ndarray, shift: np.ndarray, rotate: np.ndarray, shear: n
         before[:, 1, 0] = np.tan(shear[1])
         matrices = matrices @ before
     return matrices
+
+
+def about_corner(matrices: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Returns `(n, 2, 3)` float64: matrices about the centre, `(n, 3, 3)`, for coordinates from the first pixel's."""
+    centre, moved = np.array([(width - 1) / 2, (height - 1) / 2]), matrices[:, :2].copy()
+    moved[:, :, 2] += centre - moved[:, :, :2] @ centre
+    return moved
 
 
 def _as_affine(parameter: str, axis: str | None, *names: str) -> Callable[[_Batch, Operation, np.ndarray], None]:

@@ -79,6 +79,16 @@ class ShardedImages:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
 
+    def views(self, rows: NDArray[np.integer]) -> list[NDArray[np.uint8]]:
+        """Returns images as `views` does."""
+        if self.shape[1:] != self._stored_shape or isinstance(self._shards[0], _JpegShard):
+            return list(self._rows(rows))
+        of_row = np.searchsorted(self._starts, rows, side="right") - 1
+        within = rows - self._starts[of_row]
+        return [
+            self._shards[at].slice(row, row + 1)[0] for at, row in zip(of_row.tolist(), within.tolist(), strict=True)
+        ]
+
     def _rows(self, rows: NDArray[np.integer]) -> NDArray[np.uint8]:
         of_row = np.searchsorted(self._starts, rows, side="right") - 1
         shards = np.unique(of_row)
@@ -99,17 +109,25 @@ Images: TypeAlias = np.ndarray | ShardedImages
 """`(N, H, W, 3)` uint8 RGB, in memory or in shards."""
 
 
+def views(images: Images, rows: NDArray[np.integer]) -> list[NDArray[np.uint8]]:
+    """Returns images one by one, `(H, W, 3)`, without a copy of their pixels where they are stored as they are."""
+    if isinstance(images, ShardedImages):
+        return images.views(rows)
+    stored = np.asarray(images)  # Views of a memory map cost more each.
+    return [stored[row] for row in rows.tolist()]
+
+
 class _RawShard:
     def __init__(self, file: Path, shape: tuple[int, ...]) -> None:
         if (size := file.stat().st_size) != np.prod(shape):
             raise ValueError(f"{file.name} has {size} bytes, {np.prod(shape)} were written")
-        self._images = np.memmap(file, np.uint8, mode="r", shape=shape)
+        self._images = np.asarray(np.memmap(file, np.uint8, mode="r", shape=shape))
 
     def slice(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self._images[start:stop]
 
     def rows(self, rows: NDArray[np.integer]) -> NDArray[np.uint8]:
-        return self._images[rows].view(np.ndarray)
+        return self._images[rows]
 
 
 class _JpegShard:

@@ -68,6 +68,9 @@ def test_many_shards_read_as_one_array(version: DatasetVersion, plain: np.ndarra
         np.testing.assert_array_equal(images[key], plain[key], err_msg=str(key))
     with pytest.raises(IndexError, match="Expected a row"):
         images[len(plain)]
+    one_by_one = reading.views(images, shuffled)
+    np.testing.assert_array_equal(one_by_one, plain[shuffled])
+    assert not any(image.flags.owndata for image in one_by_one)  # The mapped files' own bytes.
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -79,6 +82,7 @@ def test_train_above_the_budget_is_kept_as_jpeg_and_what_judges_is_not(
     opened, near = open_split(packed, "train"), np.asarray(open_split(packed, "train").images).astype(int)
     assert np.abs(near - plain).mean() < 8  # Of the small pictures' sharp edges; a wrong row differs by 50 and more.
     np.testing.assert_array_equal(opened.images[np.array([9, 2])], near[[9, 2]])
+    np.testing.assert_array_equal(reading.views(opened.images, np.array([9, 2])), near[[9, 2]])
     for split in ("valid", "test", "reference"):
         np.testing.assert_array_equal(
             np.asarray(open_split(packed, split).images), np.asarray(open_split(exact, split).images)

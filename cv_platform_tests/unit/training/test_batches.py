@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,14 @@ import pytest
 
 from cv_platform.config import AugmentConfig
 from cv_platform.training.augmentation import Augmenter
-from cv_platform.training.batches import PREFETCHED_BATCHES, ShuffledBatches, as_probabilities, ordered_dataset
-from cv_platform_tests.support.waiting import wait_until
+from cv_platform.training.batches import (
+    MOST_TOGETHER,
+    PREFETCHED_BATCHES,
+    ShuffledBatches,
+    as_probabilities,
+    ordered_dataset,
+)
+from cv_platform.training.fused import Pixels
 
 UNTOUCHED = AugmentConfig()
 
@@ -28,10 +33,14 @@ def batches_of(
     return ShuffledBatches(images, targets, classes=5, batch_size=batch_size, augmenter=Augmenter(augment, seed=seed))
 
 
+def epoch_of(batches: ShuffledBatches, epoch: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [batches.batch(epoch, index) for index in range(batches.steps)]
+
+
 def test_an_epoch_has_each_image_once_with_its_own_label() -> None:
     images, targets = numbered_images(40), np.arange(40) % 5
 
-    batches = list(batches_of(images, targets))
+    batches = epoch_of(batches_of(images, targets))
 
     assert [len(x) for x, _ in batches] == [8] * 5
     seen = np.concatenate([x[:, 0, 0, 0] for x, _ in batches])
@@ -46,9 +55,7 @@ def test_each_epoch_has_an_order_of_its_own_that_only_the_seed_decides() -> None
     images, targets = numbered_images(40), np.zeros(40, np.int64)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
-        batches = batches_of(images, targets, seed=seed)
-        batches.epoch = epoch
-        return [x[:, 0, 0, 0].tolist() for x, _ in batches]
+        return [x[:, 0, 0, 0].tolist() for x, _ in epoch_of(batches_of(images, targets, seed=seed), epoch)]
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
@@ -60,8 +67,7 @@ def test_the_rest_that_fills_no_batch_is_left_out_and_changes_with_the_epoch() -
 
     left_out = set()
     for epoch in range(20):
-        batches.epoch = epoch
-        seen = {int(i) for x, _ in batches for i in x[:, 0, 0, 0]}
+        seen = {int(i) for x, _ in epoch_of(batches, epoch) for i in x[:, 0, 0, 0]}
         assert len(seen) == batches.images_per_epoch == 16
         left_out |= set(range(21)) - seen
     assert left_out == set(range(21))
@@ -71,7 +77,7 @@ def test_fewer_images_than_a_batch_make_one_batch() -> None:
     batches = batches_of(numbered_images(3), np.zeros(3, np.int64))
 
     assert batches.steps == 1
-    assert [len(x) for x, _ in batches] == [3]
+    assert [len(x) for x, _ in epoch_of(batches)] == [3]
 
 
 @pytest.mark.parametrize("engine", ["imgaug", "fused"])
@@ -88,19 +94,21 @@ def test_batches_that_threads_make_are_those_that_one_makes_bit_by_bit(engine: A
             augmenter=Augmenter(config, seed=3),
             workers=workers,
         )
-        batches.epoch = 2
-        return [x for x, _ in batches]
+        alone = [x for epoch in (2, 3) for x, _ in epoch_of(batches, epoch)]
+        received = [x.numpy() for x, _ in batches.dataset(2, 4)]
+        assert len(alone) == len(received) == 48
+        for one, other in zip(alone, received, strict=True):
+            np.testing.assert_array_equal(one, other)
+        return received
 
-    alone, together = made(1), made(6)
-    assert len(alone) == len(together) == 24
-    for one, other in zip(alone, together, strict=True):
+    for one, other in zip(made(1), made(6), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_augmentation_does_not_reach_the_source() -> None:
     images = numbered_images(40)
 
-    list(batches_of(images, np.zeros(40, np.int64), augment=AugmentConfig(sometimes=1.0, brightness_fraction=0.5)))
+    epoch_of(batches_of(images, np.zeros(40, np.int64), augment=AugmentConfig(sometimes=1.0, brightness_fraction=0.5)))
 
     np.testing.assert_array_equal(images, numbered_images(40))
 
@@ -109,55 +117,74 @@ def test_a_memory_mapped_file_is_read_without_being_loaded(tmp_path: Path) -> No
     np.save(tmp_path / "images.npy", numbered_images(16))
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
 
-    images, _ = next(iter(batches_of(mapped, np.zeros(16, np.int64))))
+    images, _ = batches_of(mapped, np.zeros(16, np.int64)).batch(0, 0)
 
     assert not isinstance(images, np.memmap)
     assert images.flags.writeable
 
 
-def test_the_dataset_walks_the_epochs_from_the_one_that_was_set_and_ends_its_thread() -> None:
-    images, targets = numbered_images(40), np.arange(40) % 5
-    batches = batches_of(images, targets)
-    dataset = batches.dataset(5)
+@pytest.mark.parametrize("side", [4, 900])
+def test_the_dataset_walks_the_epochs_from_the_first_that_is_asked_for(side: int) -> None:
+    # Of 4 pixels each call makes 8 batches, which is none of 14's parts; of 900 it makes one.
+    images = np.broadcast_to(numbered_images(21)[:, :1, :1], (21, side, side, 3))
+    batches = batches_of(images, np.arange(21) % 5, batch_size=3)
 
-    expected = [batches.batch(epoch, index) for epoch in (3, 4) for index in range(batches.steps)]
-    batches.epoch = 3
-    received = [(x.numpy(), y.numpy()) for x, y in dataset]
+    expected = [batches.batch(epoch, index) for epoch in (3, 4) for index in range(7)]
+    received = [(x.numpy(), y.numpy()) for x, y in batches.dataset(3, 5)]
 
-    assert len(received) == len(expected)
+    assert len(received) == len(expected) == 14
     for (x, y), (expected_x, expected_y) in zip(received, expected, strict=True):
         np.testing.assert_array_equal(x, expected_x)
         np.testing.assert_array_equal(y, expected_y)
-    next(iter(dataset))  # Left in the middle of an epoch.
-    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("batches")])
 
 
-def test_batches_are_made_ahead_only_up_to_the_bound() -> None:
-    made: list[int] = []
+class Counting(Augmenter):
+    """Notes the batches that it is asked for."""
 
-    class Counting(Augmenter):
-        def __call__(self, images: np.ndarray, *, epoch: int, batch_index: int) -> np.ndarray:
-            made.append(batch_index)
-            return images
+    def __init__(self) -> None:
+        super().__init__(UNTOUCHED, seed=1)
+        self.made: list[int] = []
 
-    images = numbered_images(200)
-    batches = ShuffledBatches(
-        images, np.zeros(200, np.int64), classes=5, batch_size=2, augmenter=Counting(UNTOUCHED, seed=1)
-    )
-    iterator = iter(batches.dataset(1))
+    def __call__(self, images: Pixels, *, epoch: int, batch_index: int) -> np.ndarray:
+        self.made.append(batch_index)
+        return np.stack(list(images))
+
+
+@pytest.mark.parametrize(("side", "together"), [(4, MOST_TOGETHER), (900, 1)])
+def test_batches_are_made_ahead_only_up_to_the_bound(side: int, together: int) -> None:
+    counting = Counting()
+    images = np.broadcast_to(numbered_images(200)[:, :1, :1], (200, side, side, 3))
+    batches = ShuffledBatches(images, np.zeros(200, np.int64), classes=5, batch_size=2, augmenter=counting, workers=2)
+    iterator = iter(batches.dataset(0, 1))
     for _ in range(3):
         next(iterator)
 
-    # Those with the workers, one in the generator, one on its way.
-    assert 3 <= len(made) <= 3 + PREFETCHED_BATCHES + batches.workers + 2
+    # Those in the queue, those with the workers, a call's that are handed out one by one, and one on its way.
+    assert 3 <= len(counting.made) <= 3 + PREFETCHED_BATCHES + (2 + 1) * together + 1
     del iterator
+
+
+def test_an_iterator_that_is_left_in_the_middle_makes_no_more() -> None:
+    counting = Counting()
+    batches = ShuffledBatches(
+        numbered_images(200), np.zeros(200, np.int64), classes=5, batch_size=2, augmenter=counting
+    )
+    iterator = iter(batches.dataset(0, 1000))
+    next(iterator)
+    del iterator
+    before = len(counting.made)
+
+    list(batches.dataset(0, 1))
+
+    assert before < 500
+    assert len(counting.made) == before + 100
 
 
 def test_batches_of_larger_images_have_the_size_of_the_models_input() -> None:
     images = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None, None, None], (16, 6, 6, 3))
     augmenter = Augmenter(UNTOUCHED, seed=1, image_size=(4, 4))
     batches = ShuffledBatches(images, np.arange(16) % 5, classes=5, batch_size=8, augmenter=augmenter)
-    dataset = batches.dataset(1)
+    dataset = batches.dataset(0, 1)
     signature: Any = dataset.element_spec
     assert tuple(signature[0].shape) == (None, 4, 4, 3)
     for seen, targets in dataset.as_numpy_iterator():
@@ -169,10 +196,10 @@ def test_a_failing_batch_stops_the_epoch_and_keeps_its_error() -> None:
     import tensorflow as tf
 
     class Failing(Augmenter):
-        def __call__(self, images: np.ndarray, *, epoch: int, batch_index: int) -> np.ndarray:
+        def __call__(self, images: Pixels, *, epoch: int, batch_index: int) -> np.ndarray:
             if batch_index == 2:
                 raise OSError("disk gone")
-            return images
+            return np.stack(list(images))
 
     batches = ShuffledBatches(
         numbered_images(40),
@@ -183,7 +210,7 @@ def test_a_failing_batch_stops_the_epoch_and_keeps_its_error() -> None:
     )
 
     with pytest.raises(tf.errors.OpError):
-        list(batches.dataset(1))
+        list(batches.dataset(0, 1))
 
     assert isinstance(batches.error, OSError)
     assert str(batches.error) == "disk gone"

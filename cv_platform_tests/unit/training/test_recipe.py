@@ -117,9 +117,7 @@ def test_the_average_of_the_weights_is_what_is_validated_and_goes_back_bit_by_bi
     network: Any = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     train = TrainConfig(optimizer="sgd", schedule="constant", init_lr=0.1, ema_decay=0.5)
     network.compile(optimizer=build_optimizer(train, total_steps=3), loss="mse")
-    monitor = TrainingMonitor(
-        network, tmp_path, train=train, epochs=1, images_per_epoch=4, state=None, on_epoch=lambda epoch: None, run=None
-    )
+    monitor = TrainingMonitor(network, tmp_path, train=train, epochs=1, images_per_epoch=4, state=None, run=None)
     x, y, reached = np.eye(3, dtype=np.float32), np.ones((3, 2), np.float32), []
     for _ in range(3):
         network.train_on_batch(x, y)

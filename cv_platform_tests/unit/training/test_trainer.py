@@ -439,7 +439,6 @@ def monitor_with(run: Any, folder: Path) -> TrainingMonitor:
         epochs=3,
         images_per_epoch=10,
         state=None,
-        on_epoch=lambda epoch: None,
         run=run,
     )
 
