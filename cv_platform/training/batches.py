@@ -43,7 +43,8 @@ class ShuffledBatches:
         classes: number of classes C.
         batch_size: images in a batch.
         augmenter: changes the images, and crops larger ones to the size of the batches; its seed is the order's, too.
-        workers: threads that make batches, which decides nothing about them; by default as many as there are cores.
+        workers: threads that make batches, which decides nothing about them; by default as many as there are cores, and
+            one for small images, as more would take the interpreter's lock from each other (a fifth more CPU time).
         draws: `(C,)` how often an image is drawn, by its class, relative to others; None: each once an epoch.
         mixing: mixes the changed images; None: nothing is mixed.
     """
@@ -69,7 +70,7 @@ class ShuffledBatches:
         self.classes = classes
         self.batch_size = min(batch_size, len(images))
         self.augmenter = augmenter
-        self.workers = workers or min(MOST_WORKERS, available_cores())
+        self.workers = workers
         self.mixing = mixing
         drawn = None if draws is None else draws[np.asarray(targets)]
         self._draws = None if drawn is None else drawn / drawn.sum()
@@ -129,6 +130,7 @@ class ShuffledBatches:
 
         total, shape = (epochs - first) * self.steps, (*(self.augmenter.image_size or self.images.shape[1:3]), 3)
         together = max(1, min(MOST_TOGETHER, CHUNK_BYTES // (self.batch_size * math.prod(shape))))
+        workers = self.workers or (1 if together == MOST_TOGETHER else min(MOST_WORKERS, available_cores()))
         order = lru_cache(maxsize=2)(self.order)
         self.error = None
 
@@ -147,7 +149,7 @@ class ShuffledBatches:
 
         leading = (None,) if together == 1 else (None, None)
         chunks = tf.data.Dataset.range(-(-total // together))
-        dataset = _made(chunks, make, (*leading, *shape), (*leading, self.classes), workers=self.workers)
+        dataset = _made(chunks, make, (*leading, *shape), (*leading, self.classes), workers=workers)
         return (dataset if together == 1 else dataset.unbatch()).prefetch(PREFETCHED_BATCHES)
 
 
