@@ -26,6 +26,7 @@ BENCHMARKS = {
     "gate": "benchmarks.bench_gate",
     "labels": "benchmarks.bench_labels",
     "drift": "benchmarks.bench_drift",
+    "drift-window": "benchmarks.bench_drift_window",
     "false-alarms": "benchmarks.bench_false_alarms",
     "exports": "benchmarks.bench_exports",
     "unknown": "benchmarks.bench_unknown",
