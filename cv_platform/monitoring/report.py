@@ -22,6 +22,7 @@ from cv_platform.database.uploads import read_feedback
 from cv_platform.drift.accuracy import estimate_accuracy
 from cv_platform.drift.causes import Labelled, find_causes
 from cv_platform.drift.localisation import class_movements, effect_sizes, image_scores
+from cv_platform.drift.map_plot import draw_map
 from cv_platform.drift.order import ORDER_ALPHA, order_p_value
 from cv_platform.drift.reference import label_targets, read_identity, read_reference, read_reference_labels
 from cv_platform.drift.sample import DriftSample, require_comparable
@@ -317,7 +318,9 @@ def _publish(
         problems.append(f"Not in Evidently: {err}")
     report = report.model_copy(update={"problems": tuple(problems)})
     try:
-        report = _keep(report, engine, place, pictures)
+        is_judged = report.verdict != "insufficient data"
+        places = draw_map(reference, window.sample, seed=0) if is_judged and window.sample is not None else None
+        report = _keep(report, engine, place, pictures, places)
     except BaseException:
         # Nothing names that run: it would stand in the dashboard beside the one of the next attempt.
         if report.evidently_run_id is not None:
@@ -334,6 +337,7 @@ def _keep(
     engine: Engine,
     place: ReportPlace,
     pictures: Mapping[str, str],
+    places: bytes | None,
 ) -> DriftReport:
     """Writes the page to storage, then the row."""
     place.work_directory.mkdir(parents=True, exist_ok=True)
@@ -341,7 +345,7 @@ def _keep(
         directory = Path(folder)
         detectors = place.detectors
         power = detectors.plot_path if detectors and detectors.model == report.model else None
-        (directory / "report.html").write_text(render_page(report, pictures, power), encoding="utf-8")
+        (directory / "report.html").write_text(render_page(report, pictures, power, places), encoding="utf-8")
         (directory / "report.json").write_text(report.local_json(), encoding="utf-8")
         url = place.storage.publish_report(report.experiment, report.report_id, directory)
     report = report.model_copy(update={"report_url": f"{url}/report.html"})

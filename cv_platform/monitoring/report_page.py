@@ -43,13 +43,16 @@ def thumbnails(uploads: Mapping[str, bytes]) -> tuple[dict[str, str], list[str]]
     return pictures, problems
 
 
-def render_page(report: DriftReport, pictures: Mapping[str, str], power: Path | None = None) -> str:
+def render_page(
+    report: DriftReport, pictures: Mapping[str, str], power: Path | None = None, places: bytes | None = None
+) -> str:
     """Returns the report as HTML.
 
     Args:
         report: the report.
         pictures: data URL by sha256, for those of its top images that were kept.
         power: SVG of how often windows are noticed; None, or gone: it is left out.
+        places: PNG of where reference and window lie; None: it is left out.
     """
     svg = power.read_bytes() if power and power.exists() else None
     return render(
@@ -61,6 +64,7 @@ def render_page(report: DriftReport, pictures: Mapping[str, str], power: Path | 
         slice_names=SLICE_NAMES,
         pictures=pictures,
         power=f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" if svg else None,
+        places=f"data:image/png;base64,{base64.b64encode(places).decode()}" if places else None,
     )
 
 

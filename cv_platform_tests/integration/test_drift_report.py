@@ -216,7 +216,8 @@ def test_images_that_drive_it_stand_beside_the_most_similar_of_the_reference(
         assert [one["label"] for one in row["nearest"]] == [f"of {one['image_sha256'][:4]}" for one in row["nearest"]]
         assert len(row["nearest"]) == 3
     page = Path(report.report_url.removeprefix("file://")).read_text()
-    assert page.count("<img") == len(uploads - {f"{0:064x}"}) + 36 + 1, "all but the upload that does not decode"
+    assert page.count("<img") == len(uploads - {f"{0:064x}"}) + 36 + 1 + 1, "all but the upload that does not decode"
+    assert "Where they lie" in page
     assert "by the images in a window (here 150)" in page
     assert "not here" not in page
     sheet = contact_sheet(report, installation.engine)
