@@ -21,6 +21,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 
 from benchmarks.bench_scale import write_photos
 from benchmarks.harness import (
@@ -147,9 +148,11 @@ def _files(folder: Path) -> tuple[Path, ...]:
 
 
 @functools.cache
-def _hashes(folder: Path) -> tuple[str, ...]:
+def _rows(folder: Path) -> pa.Table:
     """Returns what the manifest knows before anything is packed."""
-    return tuple(file_sha256(path) for path in _files(folder))
+    files = _files(folder)
+    paths = [path.relative_to(folder).as_posix() for path in files]
+    return pa.table({"path": paths, "sha256": [file_sha256(path) for path in files]})
 
 
 def _loop(folder: Path, side: int | None) -> int:
@@ -169,11 +172,16 @@ def _loop(folder: Path, side: int | None) -> int:
 
 
 def _manifest(folder: Path) -> int:
+    _build_manifest(folder)
+    return PHOTOS
+
+
+def _build_manifest(folder: Path) -> Path:
     from cv_platform.compute.local import LocalEngine
     from cv_platform.datasets.manifest import build_manifest
 
     config = _experiment()
-    build_manifest(
+    return build_manifest(
         folder,
         data_path="images",
         annotations=None,
@@ -181,7 +189,6 @@ def _manifest(folder: Path) -> int:
         dataset=config.dataset,
         engine=LocalEngine(1),
     )
-    return PHOTOS
 
 
 def _pack(folder: Path, side: int) -> int:
@@ -189,14 +196,12 @@ def _pack(folder: Path, side: int) -> int:
     from cv_platform.datasets.shards.pixels import PackForm
     from cv_platform.datasets.shards.writing import Rows, write_shards
 
-    files = _files(folder)
     target = folder / "pack"
     target.mkdir()
-    paths = [path.relative_to(folder).as_posix() for path in files]
-    rows = Rows("train", paths, _hashes(folder), "uint8", PackForm((side, side)))
+    rows = Rows("train", _rows(folder), "uint8", PackForm((side, side)))
     write_shards(target, folder, [rows], engine=LocalEngine(1))
     shutil.rmtree(target)
-    return len(files)
+    return len(rows.images)
 
 
 @functools.cache
@@ -227,14 +232,10 @@ def _bare_embedding(folder: Path) -> int:
 
 
 def _embed(folder: Path) -> int:
-    import pandas as pd
-
     from cv_platform.compute.local import LocalEngine
     from cv_platform.datasets.embeddings import embed_images
 
-    rows = pd.DataFrame(
-        {"path": [path.relative_to(folder).as_posix() for path in _files(folder)], "sha256": _hashes(folder)}
-    )
+    rows = _rows(folder).to_pandas()
     embed_images(rows, folder, _encoder(folder), folder / "encoder", engine=LocalEngine(1))
     shutil.rmtree(folder / "encoder" / "cache" / "embeddings")
     return len(rows)
@@ -369,8 +370,19 @@ def _experiment() -> ExperimentConfig:
 
 def peak(folder: Path) -> str:
     """Makes manifest and pack of the images below `folder`, and returns this process's peak memory in MiB."""
-    _manifest(folder)
-    _pack(folder, 32)
+    from cv_platform.compute.local import LocalEngine
+    from cv_platform.datasets.packing import pack_images
+    from cv_platform.records import DatasetVersion, Provenance
+
+    config = _experiment()
+    version = DatasetVersion(
+        provenance=Provenance(ds_name="speed", dvc_tag="v1", dvc_md5="0" * 32),
+        git_commit="0" * 40,
+        directory=folder,
+        manifest=_build_manifest(folder).name,
+        class_names=config.model.classes,
+    )
+    pack_images(version, config.model, quarantined=(), home=folder / "home", engine=LocalEngine(1))
     return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import psutil
+import pyarrow as pa
 
 from benchmarks.harness import (
     Alternative,
@@ -165,8 +166,9 @@ def _stages(folder: Path, settings: Settings, version: str) -> dict[str, Callabl
     def pack(engine: Engine) -> int:
         target = folder / "pack"
         target.mkdir()
-        form = PackForm((PACKED_PX, PACKED_PX))
-        write_shards(target, photos, [Rows("train", paths, sha256, "uint8", form)], engine=engine)
+        images = pa.table({"path": paths, "sha256": sha256})
+        rows = Rows("train", images, "uint8", PackForm((PACKED_PX, PACKED_PX)))
+        write_shards(target, photos, [rows], engine=engine)
         shutil.rmtree(target)
         return len(paths)
 

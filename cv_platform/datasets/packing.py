@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
-from cv_platform.datasets.manifest import read_manifest
+from cv_platform.datasets.manifest import manifest_parts
+from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA
 from cv_platform.datasets.shards.pixels import Encoding, PackForm
 from cv_platform.datasets.shards.reading import Images, ShardedImages, find_damage, note_verified
 from cv_platform.datasets.shards.sharing import (
@@ -129,14 +128,13 @@ def pack_images(
         ShardError: an image ends each process that decodes it.
         StorageError: packs are shared, and central storage cannot be reached or written.
     """
-    manifest = read_manifest(version.manifest_path)
-    usable = _usable(version, manifest, quarantined)
+    usable = _usable(version, quarantined)
     forms = pack_forms(model, pack_scale)
-    is_large = int((usable["split"] == "train").sum()) * forms["train"].bytes > uint8_budget_bytes
+    is_large = len(usable["train"]) * forms["train"].bytes > uint8_budget_bytes
     encodings: dict[str, Encoding] = dict.fromkeys(SPLITS, "uint8")
     if is_large:
         encodings["train"] = "jpeg"
-    key = _key(manifest, model, forms, quarantined, encodings)
+    key = _key(version.manifest_path, model, forms, quarantined, encodings)
     directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{key}"
     with exclusive(directory.parent / f".{directory.name}.lock"):
         facts = _intact(directory)
@@ -208,16 +206,25 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
     return PackedSplit(pixels, targets, paths, sha256, ShardedImages(*stored) if larger else None)
 
 
-def _usable(version: DatasetVersion, manifest: pd.DataFrame, quarantined: Collection[str]) -> pd.DataFrame:
-    """Returns the rows of the images that are packed."""
-    unknown = sorted(set(quarantined) - set(manifest["path"]))
+def _usable(version: DatasetVersion, quarantined: Collection[str]) -> dict[str, pa.Table]:
+    """Returns `_STORED` of the images that are packed, by split, in a fifth of what Python's objects take."""
+    parts: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
+    none = pa.schema([MANIFEST_SCHEMA.field(name) for name in _STORED]).empty_table()
+    kept_out, unknown = frozenset(quarantined), set(quarantined)
+    for part in manifest_parts(version.manifest_path, _COLUMNS):
+        paths, splits, is_readable = (part[name].to_pylist() for name in ("path", "split", "is_readable"))
+        unknown.difference_update(paths)
+        rows = [at for at, path in enumerate(paths) if is_readable[at] and path not in kept_out]
+        for split, of_split in parts.items():
+            if of_rows := [at for at in rows if splits[at] == split]:
+                of_split.append(part.select(_STORED).take(of_rows))
     if unknown:
         raise InvalidDatasetError(
-            f"Expected quarantined paths of {version.provenance}. Received: {', '.join(unknown[:5])}, "
+            f"Expected quarantined paths of {version.provenance}. Received: {', '.join(sorted(unknown)[:5])}, "
             "not in its manifest. Validate this version again."
         )
-    usable = manifest.loc[manifest["is_readable"] & ~manifest["path"].isin(list(quarantined))]
-    if not (usable["split"] == "train").any():
+    usable = {split: pa.concat_tables([none, *of_split]) for split, of_split in parts.items()}
+    if not len(usable["train"]):
         raise InvalidDatasetError(
             f"Expected images to train on in {version.provenance}. Received: none that is readable and not "
             f"quarantined ({len(quarantined)} are). Look at the validation report."
@@ -226,7 +233,7 @@ def _usable(version: DatasetVersion, manifest: pd.DataFrame, quarantined: Collec
 
 
 def _key(
-    manifest: pd.DataFrame,
+    manifest: Path,
     model: ModelConfig,
     forms: dict[str, PackForm],
     quarantined: Collection[str],
@@ -239,9 +246,9 @@ def _key(
     config += [split for split, encoding in encodings.items() if encoding == "jpeg"]
     config += [list(form.image_size) for form in forms.values() if form != forms["test"]]
     digest.update(json.dumps(config).encode())
-    columns = [manifest[name].tolist() for name in ("path", "sha256", "split", "labels", "is_readable")]
-    for row in zip(*columns, strict=True):
-        digest.update(json.dumps(row).encode())
+    for part in manifest_parts(manifest, _COLUMNS):
+        for row in zip(*(column.to_pylist() for column in part.columns), strict=True):
+            digest.update(json.dumps(row).encode())
     digest.update(json.dumps(sorted(set(quarantined))).encode())
     return digest.hexdigest()[:16]
 
@@ -281,7 +288,7 @@ def _intact(directory: Path) -> dict[str, Any] | None:
 def _pack(
     version: DatasetVersion,
     model: ModelConfig,
-    usable: pd.DataFrame,
+    usable: dict[str, pa.Table],
     stored_as: tuple[dict[str, PackForm], dict[str, Encoding]],
     directory: Path,
     spare_bytes: int | None,
@@ -289,35 +296,30 @@ def _pack(
 ) -> dict[str, Any]:
     """Makes the pack and returns its facts, which stand in its marker too."""
     (forms, encodings), started = stored_as, time.perf_counter()
-    of_split = {split: usable.loc[usable["split"] == split] for split in SPLITS}
-    splits = [
-        Rows(split, rows["path"].tolist(), rows["sha256"].tolist(), encodings[split], forms[split])
-        for split, rows in of_split.items()
-    ]
+    counts = {split: len(images) for split, images in usable.items()}
+    splits = [Rows(split, images, encodings[split], forms[split]) for split, images in usable.items()]
     purpose = f"the decoded images of {version.provenance.ds_name}"
     with _disk_errors(directory, purpose), whole_directory(directory, resumes=True) as partial:
         shares = {"uint8": 1.0, "jpeg": _JPEG_SHARE}
-        needed = sum(int(len(rows.paths) * (rows.form.bytes * shares[rows.encoding] + 256)) for rows in splits)
-        needed += 4 * len(usable) * len(model.classes)
+        needed = sum(int(len(rows.images) * (rows.form.bytes * shares[rows.encoding] + 256)) for rows in splits)
+        needed += 4 * sum(counts.values()) * len(model.classes)
         needed -= sum(path.stat().st_size for path in partial.iterdir())
         require_free_space(directory.parent, max(0, needed), purpose=purpose, spare_bytes=spare_bytes)
         shards = write_shards(partial, version.directory, splits, engine=engine)
         files = {shard.file: (shard.bytes, shard.sha256) for of in shards.values() for shard in of}
         for rows in splits:
-            targets = _targets(of_split[rows.split]["labels"].tolist(), model)
+            targets = _targets(rows.images["labels"], model)
             files |= _write(partial / f"{rows.split}.targets.npy", lambda path, targets=targets: np.save(path, targets))
-            sizes = [size for shard in shards[rows.split] for size in shard.sizes] or [rows.form.bytes] * len(
-                rows.paths
-            )
-            table = pa.table({"path": rows.paths, "sha256": rows.sha256, "bytes": sizes}, schema=_ROWS)
+            differing = np.fromiter((size for shard in shards[rows.split] for size in shard.sizes), np.int64)
+            sizes = differing if len(differing) else np.full(len(rows.images), rows.form.bytes)
+            table = pa.table([rows.images["path"], rows.images["sha256"], pa.array(sizes)], schema=_ROWS)
             path = partial / f"{rows.split}.rows.parquet"
-            files |= _write(path, lambda path, table=table: pq.write_table(table, path))
+            files |= _write(path, lambda path, table=table: pq.write_table(table, path, row_group_size=_ROWS_PER_GROUP))
         remove_seals(partial)
-        counts = Counter(usable["split"])
         facts: dict[str, Any] = {
-            "counts": {split: counts[split] for split in SPLITS},
+            "counts": counts,
             "bytes": sum(size for size, _ in files.values()),
-            "images_per_second": len(usable) / max(time.perf_counter() - started, 1e-9),
+            "images_per_second": sum(counts.values()) / max(time.perf_counter() - started, 1e-9),
         }
         marker = {
             "format": PACK_FORMAT,
@@ -330,7 +332,8 @@ def _pack(
         }
         _write(partial / _MARKER, lambda path: path.write_text(json.dumps(marker), encoding="utf-8"))
         note_verified(partial, files)
-    logger.info("Packed %d images at %.0f per second into %s", len(usable), facts["images_per_second"], directory)
+    total, rate = sum(counts.values()), facts["images_per_second"]
+    logger.info("Packed %d images at %.0f per second into %s", total, rate, directory)
     return facts
 
 
@@ -348,16 +351,23 @@ def _disk_errors(directory: Path, purpose: str) -> Iterator[None]:
         ) from err
 
 
+_COLUMNS = ("path", "sha256", "split", "labels", "is_readable")
+"""Of the manifest, that a pack follows from."""
+_STORED = ("path", "sha256", "labels")
+"""Of them, what is kept of each image while its split is packed."""
+_ROWS_PER_GROUP = 4096
+"""Of the table of a split: what is encoded at a time."""
 _ROWS = pa.schema([("path", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
 
 
-def _targets(labels: list[list[str]], model: ModelConfig) -> np.ndarray:
+def _targets(labels: pa.ChunkedArray, model: ModelConfig) -> np.ndarray:
     index = {name: at for at, name in enumerate(model.classes)}
+    of_images = ([index[name] for name in names] for chunk in labels.chunks for names in chunk.to_pylist())
     if model.classifier_type == "multi-class":
-        return np.array([index[names[0]] for names in labels], dtype=np.int64)
+        return np.fromiter((classes[0] for classes in of_images), dtype=np.int64, count=len(labels))
     targets = np.zeros((len(labels), len(model.classes)), dtype=np.float32)
-    for row, names in enumerate(labels):
-        targets[row, [index[name] for name in names]] = 1.0
+    for row, classes in enumerate(of_images):
+        targets[row, classes] = 1.0
     return targets
 
 

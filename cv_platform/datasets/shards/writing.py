@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine
 from cv_platform.datasets.shards.pixels import Encoding, PackForm, read_pixels, stored
 from cv_platform.files import file_sha256, whole_file, write_file
+
+if TYPE_CHECKING:  # Each process that packs imports this module.
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +30,30 @@ _SEAL = ".sealed.json"
 
 @dataclass(frozen=True)
 class Rows:
-    """The images of one split, in order."""
+    """The images of one split.
+
+    Attributes:
+        split: its name.
+        images: columns path and sha256, in order.
+        encoding: of the pixels.
+        form: of the pixels.
+    """
 
     split: str
-    paths: Sequence[str]
-    sha256: Sequence[str]
+    images: pa.Table
     encoding: Encoding
     form: PackForm
+
+    @property
+    def per_shard(self) -> int:
+        """How many images a shard holds; the last one may hold fewer."""
+        even = len(self.images) * self.form.bytes // _SHARDS
+        return max(1, min(SHARD_BYTES, max(even, _LEAST_SHARD_BYTES)) // self.form.bytes)
+
+    def shards(self) -> dict[str, int]:
+        """Returns the names of the shards' files, and the first row of each."""
+        starts = range(0, len(self.images), self.per_shard)
+        return {f"{self.split}-{number:05}.{self.encoding}": start for number, start in enumerate(starts)}
 
 
 @dataclass(frozen=True)
@@ -101,20 +122,19 @@ def write_shards(
         ShardError: see `compute.map_shards`.
         OSError: the disk is full, say.
     """
-    planned = {rows.split: list(_plan(folder, source, rows)) for rows in splits}
-    everything = [plan for of_split in planned.values() for plan in of_split]
-    finished = {plan.name: shard for plan in everything if (shard := _sealed(plan))}
-    todo = [plan for plan in everything if plan.name not in finished]
+    finished = {plan.name: shard for plan in _plans(folder, source, splits) if (shard := _sealed(plan))}
     if finished:
-        logger.info("%d of %d shards were finished by a packing that was killed", len(finished), len(everything))
+        planned = sum(len(rows.shards()) for rows in splits)
+        logger.info("%d of %d shards were finished by a packing that was killed", len(finished), planned)
     kept = {name for file in finished for name in (file, f"{file}{_SEAL}")}
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink()
-    total = sum(plan.images for plan in todo)
+    total = sum(len(rows.images) for rows in splits) - sum(shard.images for shard in finished.values())
+    todo = _plans(folder, source, splits, without=frozenset(finished))
     made = map_shards(write_shard, todo, engine=engine, title="Packing", total=total, in_order=False)
     finished |= {plan.name: shard for plan, shard in made}
-    return {split: [finished[plan.name] for plan in of_split] for split, of_split in planned.items()}
+    return {rows.split: [finished[name] for name in rows.shards()] for rows in splits}
 
 
 def write_shard(plan: Plan) -> Shard:
@@ -143,20 +163,16 @@ def remove_seals(folder: Path) -> None:
         path.unlink()
 
 
-def _plan(folder: Path, source: Path, rows: Rows) -> Iterator[Plan]:
-    even = len(rows.paths) * rows.form.bytes // _SHARDS
-    per_shard = max(1, min(SHARD_BYTES, max(even, _LEAST_SHARD_BYTES)) // rows.form.bytes)
-    for number, start in enumerate(range(0, len(rows.paths), per_shard)):
-        part = slice(start, start + per_shard)
-        yield Plan(
-            folder=folder,
-            source=source,
-            name=f"{rows.split}-{number:05}.{rows.encoding}",
-            paths=tuple(rows.paths[part]),
-            sha256=tuple(rows.sha256[part]),
-            form=rows.form,
-            encoding=rows.encoding,
-        )
+def _plans(
+    folder: Path, source: Path, splits: Sequence[Rows], *, without: Collection[str] = frozenset()
+) -> Iterator[Plan]:
+    """Yields the plans of all shards but those named: one at a time, as it names each of its images."""
+    for rows in splits:
+        for name, start in rows.shards().items():
+            if name not in without:
+                part = rows.images.slice(start, rows.per_shard)
+                paths, sha256 = (tuple(part[column].to_pylist()) for column in ("path", "sha256"))
+                yield Plan(folder, source, name, paths, sha256, rows.form, rows.encoding)
 
 
 def _sealed(plan: Plan) -> Shard | None:

@@ -37,8 +37,9 @@ class Folder:
     def images(self) -> tuple[str, ...]:
         """Names of the images directly in it."""
         try:
-            paths = ((name, self.path / name) for name in self.files)
-            return tuple(name for name, path in paths if seems_image(path) or is_phone_photo(path))
+            return tuple(
+                name for name in self.files if seems_image(f"{self.path}/{name}") or is_phone_photo(self.path / name)
+            )
         except OSError as err:
             raise InvalidDatasetError(
                 f"Expected files that can be read. Received: {err.filename} ({err.strerror}). Correct its rights, or "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -137,6 +138,14 @@ def test_key_follows_size_classes_and_manifest(version: DatasetVersion, packed: 
         pack_images(version, model("dog", "cat", size=12), quarantined=(), home=home).directory.name,
     }
     assert len(names) == 3
+
+
+def test_name_is_that_of_earlier_releases_as_models_keep_to_it(version: DatasetVersion, packed: PackedImages) -> None:
+    said = [[1, images.preprocessing_hash((12, 12)), ["cat", "dog"], "multi-class"]]
+    columns = ["path", "sha256", "split", "labels", "is_readable"]
+    said += read_manifest(version.manifest_path)[columns].to_numpy().tolist()
+    text = "".join(json.dumps(row) for row in [*said, []])
+    assert packed.directory.name == f"{'0' * 32}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def test_only_training_images_are_packed_larger_and_everyone_else_sees_them_as_the_service_does(
