@@ -143,8 +143,11 @@ def _decided(inspected: Path, dataset: DatasetConfig, *, are_given: bool) -> Ite
     """Yields the rows with what follows from all of them: copies that are quarantined, and the splits that are made."""
     columns = ["path", "sha256", "split", "labels", "group", "status", "split_origin", "reason"]
     frame = _frame(pq.read_table(inspected, columns=columns))
-    for path, (status, reason) in judge_duplicates(frame.loc[frame["status"] == "used"], dataset.quarantine).items():
-        frame.loc[frame["path"] == path, ["status", "reason", "split", "split_origin"]] = [status, reason, None, None]
+    copies = judge_duplicates(frame.loc[frame["status"] == "used"], dataset.quarantine)
+    if copies:
+        is_copy = frame["path"].isin(list(copies)).to_numpy()
+        frame.loc[is_copy, ["status", "reason"]] = [copies[path] for path in frame.loc[is_copy, "path"]]
+        frame.loc[is_copy, ["split", "split_origin"]] = None
     is_used = (frame["status"] == "used").to_numpy()
     used = frame.loc[is_used]
     if not are_given:

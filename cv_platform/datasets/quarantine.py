@@ -6,6 +6,7 @@ How to add a kind: a field in `QuarantineConfig`, whose place is its rank, and w
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 from cv_platform.config import QuarantineConfig
@@ -19,6 +20,7 @@ Status = Literal["used", "quarantined", "refused"]
 _STATUS: dict[str, Status] = {"quarantine": "quarantined", "fail": "refused"}
 _RANK = ("test", "valid", "reference", "train")
 """Whose image stays where several have it: a test that loses images compares models less well than before."""
+_SHOWN = 5
 
 
 def judge(file: Inspected, unknown: Sequence[str], policy: QuarantineConfig) -> tuple[Status, str | None]:
@@ -56,10 +58,14 @@ def judge_duplicates(frame: pd.DataFrame, policy: QuarantineConfig) -> dict[str,
         )
         first = str(rows[0][1])
         if len({frozenset(labels) for _, _, labels in rows}) > 1:
-            paths = ", ".join(sorted(str(path) for _, path, _ in rows))
-            found |= {
-                str(path): (status, f"duplicate: the same bytes with other labels: {paths}") for _, path, _ in rows
+            # One for each labelling, not all: each of the images has the list.
+            by_labels = {
+                frozenset(labels): str(path) for _, path, labels in sorted(rows, key=itemgetter(1), reverse=True)
             }
+            shown = sorted(by_labels.values())[:_SHOWN]
+            paths = ", ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > len(shown) else []))
+            reason = f"duplicate: the same bytes with other labels: {paths}"
+            found |= {str(path): (status, reason) for _, path, _ in rows}
         else:
             found |= {str(path): (status, f"duplicate: the same bytes as {first}") for _, path, _ in rows[1:]}
     return found

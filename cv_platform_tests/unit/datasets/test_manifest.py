@@ -280,6 +280,28 @@ def test_each_bad_kind_is_kept_out_of_every_split_for_its_reason(tmp_path: Path)
     assert set(manifest.loc[manifest["status"] == "used", "split"]) == {"train", "valid", "test", "reference"}
 
 
+def test_very_many_copies_of_an_image_leave_one_or_where_labels_differ_none(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 20)
+    for at in range(300):
+        (tmp_path / f"images/cat/same-{at:03}.png").write_bytes(picture(77))
+        (tmp_path / f"images/{('cat', 'dog')[at % 2]}/torn-{at:03}.png").write_bytes(picture(78))
+    policy = {"duplicate": "quarantine"}
+    path = build_manifest(
+        tmp_path, data_path="images", annotations=None, model=model(), dataset=dataset(quarantine=policy)
+    )
+    manifest = read_manifest(path)
+    out = manifest.loc[manifest["status"] == "quarantined"]
+    assert out["reason"].value_counts().to_dict() == {
+        "duplicate: the same bytes with other labels: images/cat/torn-000.png, images/dog/torn-001.png, 298 more": 300,
+        "duplicate: the same bytes as images/cat/same-000.png": 299,
+    }
+    assert out[["split", "split_origin"]].isna().all(axis=None)
+    kept = manifest.loc[manifest["status"] == "used"]
+    assert len(kept) == 41
+    assert "images/cat/same-000.png" in kept["path"].tolist()
+    assert kept[["split", "split_origin"]].notna().all(axis=None)
+
+
 def test_by_default_only_what_cannot_be_used_is_kept_out(tmp_path: Path) -> None:
     class_folders(tmp_path / "images", 5)
     for kind, content in bad_files().items():
