@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--images",
         type=_listed,
         default=(),
-        help="training images of a learning curve: 100,300,1000; near-copies: how many; data-speed: memory of few,many",
+        help="training images of a learning curve: 100,300,1000; near-copies: how many; data-speed: memory of few,many "
+        "and how many again",
     )
     parser.add_argument("--config", type=Path, help="config for training (default: as each set has it)")
     parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")

@@ -34,7 +34,7 @@ class Options:
     """CPU seconds that a training may take (training); None: as each set has it."""
     images: tuple[int, ...]
     """Training images, for a learning curve (training); how many are searched (near-copies), or few and many (memory of
-    data-speed); none: as each has it."""
+    data-speed) and how many are made again; none: as each has it."""
     config: Path | None
     """A config instead of each set's (training)."""
     say: Callable[[str], None]

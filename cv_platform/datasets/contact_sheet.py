@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from cv_platform import images
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.quarantine import used
 from cv_platform.errors import ImageError
+from cv_platform.files import write_file
 from cv_platform.pages.fonts import by_font
 from cv_platform.records import DatasetVersion
 
@@ -31,6 +34,16 @@ class SheetRow:
     title: str
     note: str
     files: Sequence[Path | np.ndarray]
+
+
+def keep_contact_sheet(version: DatasetVersion) -> Path:
+    """Returns the file of a version's contact sheet, beside its manifest; it is drawn once for an order of classes."""
+    order = hashlib.sha256(json.dumps(version.class_names).encode()).hexdigest()[:8]
+    sheet = version.manifest_path.with_suffix(f".{order}.png")
+    # A checkout that has changed is made again, and then has no sheet.
+    if not sheet.exists():
+        write_file(sheet, contact_sheet(version))
+    return sheet
 
 
 def contact_sheet(version: DatasetVersion, *, per_class: int = 8) -> bytes:

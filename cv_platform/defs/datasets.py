@@ -50,14 +50,11 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
 
 
 def _contents(version: DatasetVersion) -> dict[str, Any]:
-    from cv_platform.datasets.contact_sheet import contact_sheet
+    from cv_platform.datasets.contact_sheet import keep_contact_sheet
     from cv_platform.datasets.manifest import read_manifest, split_counts
     from cv_platform.datasets.quarantine import quarantine_counts
-    from cv_platform.files import write_file
 
     manifest = read_manifest(version.manifest_path)
-    sheet = version.manifest_path.with_suffix(".png")
-    write_file(sheet, contact_sheet(version))
     counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
     origins = manifest.groupby("split", observed=True)["split_origin"].first()
     return {
@@ -74,7 +71,7 @@ def _contents(version: DatasetVersion) -> dict[str, Any]:
             [{"class": name, **{str(k): int(v) for k, v in row.items()}} for name, row in counts.iterrows()]
         ),
         "split_origin": table([{"split": s, "origin": o} for s, o in origins.items()]),
-        "contact_sheet": file_link(sheet),
+        "contact_sheet": file_link(keep_contact_sheet(version)),
     }
 
 

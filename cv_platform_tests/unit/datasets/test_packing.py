@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cv_platform import images
-from cv_platform.datasets.contact_sheet import contact_sheet
+from cv_platform.datasets.contact_sheet import contact_sheet, keep_contact_sheet
 from cv_platform.datasets.manifest import build_manifest, read_manifest
 from cv_platform.datasets.packing import open_split, pack_images
 from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError
@@ -248,6 +248,15 @@ def test_says_when_the_disk_is_too_small(
     monkeypatch.setattr(files, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
     with pytest.raises(DiskSpaceError, match="GB free"):
         pack_images(version, model(), quarantined=(), home=tmp_path)
+
+
+def test_a_sheet_is_drawn_once_for_an_order_of_classes(version: DatasetVersion) -> None:
+    sheet = keep_contact_sheet(version)
+    assert sheet.read_bytes() == contact_sheet(version)
+    drawn = sheet.stat().st_ino
+    assert keep_contact_sheet(version).stat().st_ino == drawn
+    turned = keep_contact_sheet(version.model_copy(update={"class_names": version.class_names[::-1]}))
+    assert turned.read_bytes() != sheet.read_bytes()
 
 
 def test_contact_sheet_shows_readable_images_in_a_row_per_class(version: DatasetVersion) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
 import shutil
 import subprocess
@@ -156,6 +158,19 @@ def test_leftovers_of_a_killed_checkout_are_cleared(home: Path) -> None:
     version = checkout_version(dataset(), model(), home=home)
     assert not killed.exists()
     assert len(read_manifest(version.manifest_path)) == 20
+
+
+def test_checkouts_of_earlier_releases_are_used_on(home: Path) -> None:
+    first = checkout_version(dataset(), model(), home=home)
+    images = first.directory / "images"
+    folders = [images, *sorted(path for path in images.rglob("*") if path.is_dir())]
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    lines = (
+        f"{path.relative_to(images).as_posix()}\0{path.stat().st_size}\0{path.stat().st_mtime_ns}\n" for path in files
+    )
+    marker = json.loads((first.directory / "checkout.json").read_bytes())
+    assert marker["listing"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert (marker["files"], marker["bytes"]) == (20, sum(path.stat().st_size for path in files))
 
 
 def test_truncated_manifest_is_made_again(home: Path) -> None:
