@@ -2,7 +2,8 @@
 
 From `options.archive` (SPLIT/CLASS/image) 500 training images are labelled at random. The queue then asks for 1,000
 more, `labels.queue_size` at a time, with the head fitted anew in between; the others are drawn at random. There is no
-drift report and no rule for unknown images here: their shares go to the uncertain ones.
+drift report and no rule for unknown images here: their shares go to the uncertain ones. With each of five first parts,
+queue and random ones are drawn three times: one draw moves a mean by more than the two differ.
 Vectors are kept below `options.home`, so that a second run computes none.
 """
 
@@ -23,7 +24,7 @@ from cv_platform.errors import DatasetError
 from cv_platform.files import file_sha256
 
 FIRST, ASKED, RANDOM = 500, 1000, 1500
-SEEDS = 5
+SEEDS, DRAWS = 5, 3
 LIBRARIES = ("numpy", "scikit-learn", "onnxruntime")
 Vectors = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -48,18 +49,19 @@ def run(options: Options) -> Report:
         raise DatasetError(f"Expected at least {FIRST + RANDOM} training images. Received: {len(pool)}.")
     rows: list[dict[str, float]] = []
     for seed in range(SEEDS):
-        order = np.random.default_rng(seed).permutation(len(pool))
-        first = order[:FIRST]
-        chosen = {
-            f"{FIRST}": first,
-            f"{FIRST} + {ASKED} random": order[: FIRST + ASKED],
-            f"{FIRST} + {RANDOM} random": order[: FIRST + RANDOM],
-            f"{FIRST} + {ASKED} of the queue": _ask(pool, labels, first, seed=seed),
-        }
-        rows.append(
-            {name: float(np.mean(_head(pool[at], labels[at]).predict(asked) == truth)) for name, at in chosen.items()}
-        )
-        options.say(f"seed {seed}: " + ", ".join(f"{name} {value:.4f}" for name, value in rows[-1].items()))
+        first, rest = np.split(np.random.default_rng(seed).permutation(len(pool)), [FIRST])
+        for draw in range(DRAWS):
+            order = np.concatenate([first, np.random.default_rng([seed, draw]).permutation(rest) if draw else rest])
+            chosen = {
+                f"{FIRST}": first,
+                f"{FIRST} + {ASKED} random": order[: FIRST + ASKED],
+                f"{FIRST} + {RANDOM} random": order[: FIRST + RANDOM],
+                f"{FIRST} + {ASKED} of the queue": _ask(pool, labels, first, seed=seed + SEEDS * draw),
+            }
+            heads = {name: _head(pool[at], labels[at]) for name, at in chosen.items()}
+            rows.append({name: float(np.mean(head.predict(asked) == truth)) for name, head in heads.items()})
+            told = ", ".join(f"{name} {value:.4f}" for name, value in rows[-1].items())
+            options.say(f"seed {seed}, draw {draw}: {told}")
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     queue, random = means[f"{FIRST} + {ASKED} of the queue"], means[f"{FIRST} + {RANDOM} random"]
     return Report(
@@ -69,7 +71,7 @@ def run(options: Options) -> Report:
         started_utc=clock.started_utc,
         seconds=clock.seconds,
         machine=machine_line(LIBRARIES),
-        settings={"training images": len(pool), "test images": len(asked), "seeds": SEEDS},
+        settings={"training images": len(pool), "test images": len(asked), "seeds": SEEDS, "draws": DRAWS},
         observations={},
         ratios=[],
         checks=[

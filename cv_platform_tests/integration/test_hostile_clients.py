@@ -229,7 +229,7 @@ def test_a_half_closed_connection_with_half_a_body_is_ended(served: ServedApp) -
 def test_closing_one_side_after_the_answer_ends_the_connection(served: ServedApp) -> None:
     with served.connect() as connection:
         connection.sendall(with_length(FORM))
-        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        assert read_until(connection, b'"message":"ok"').startswith(b"HTTP/1.1 200 ")
         connection.shutdown(socket.SHUT_WR)
         assert b"HTTP/1.1" not in read_to_end(connection)
 
@@ -240,7 +240,7 @@ def test_an_old_connection_ends_with_an_answer_that_says_so() -> None:
         answers: list[bytes] = []
         while not answers or b"connection: close\r\n" not in answers[-1]:
             connection.sendall(with_length(FORM))
-            answers.append(read_until(connection, b'"message": "ok"'))
+            answers.append(read_until(connection, b'"message":"ok"'))
         assert b"HTTP/1.1" not in read_to_end(connection)
     assert len(answers) > 1
     assert all(answer.count(b"HTTP/1.1 200 ") == 1 for answer in answers)
@@ -304,7 +304,7 @@ def test_a_wish_for_another_protocol_is_ignored(served: ServedApp, protocol: byt
             connection.sendall(head(b"Content-Length: %d" % len(body), *wish))
             served.wait_until_read(connection)
             connection.sendall(body)
-            assert read_until(connection, b'"message": ').startswith(b"HTTP/1.1 " + status)
+            assert read_until(connection, b'"message":').startswith(b"HTTP/1.1 " + status)
         chunks = head(b"Transfer-Encoding: chunked", *wish) + chunk(FORM) + b"0\r\n\r\n"
         connection.sendall(chunks + head(*wish, method=b"GET", path=b"/health_check") + head(path=b"/nowhere"))
         answers = read_until(connection, b"There is nothing at")
@@ -417,7 +417,7 @@ def test_half_a_head_and_silence_are_ended(served: ServedApp) -> None:
     with served.connect() as half, served.connect() as silent, served.connect() as kept:
         half.sendall(b"POST /predict HTTP/1.1\r\nHost: service\r\n")
         kept.sendall(with_length(FORM))
-        assert read_until(kept, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        assert read_until(kept, b'"message":"ok"').startswith(b"HTTP/1.1 200 ")
         kept.sendall(b"POST /predict HTTP/1.1\r\nHost: service\r\n")
         for connection in (half, silent, kept):
             assert b"HTTP/1.1" not in read_to_end(connection)
@@ -429,11 +429,11 @@ def test_a_slow_body_is_not_taken_for_a_slow_head(served: ServedApp) -> None:
         for at in range(0, len(FORM), 64):
             connection.sendall(FORM[at : at + 64])
             served.wait_until_read(connection)
-        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        assert read_until(connection, b'"message":"ok"').startswith(b"HTTP/1.1 200 ")
         # Longer than `head_seconds`, and shorter than with the keep-alive time.
         assert select.select([connection], [], [], 2.5)[0] == [], "it was ended"
         connection.sendall(with_length(FORM))
-        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        assert read_until(connection, b'"message":"ok"').startswith(b"HTTP/1.1 200 ")
 
 
 def test_health_stays_green_beside_200_idle_connections(served: ServedApp) -> None:
@@ -480,7 +480,7 @@ def test_garbage_ends_the_connection(served: ServedApp, garbage: bytes) -> None:
 def test_garbage_behind_a_request_costs_that_client_alone(served: ServedApp) -> None:
     with served.connect() as connection:
         connection.sendall(with_length(FORM))
-        assert read_until(connection, b'"message": "ok"').startswith(b"HTTP/1.1 200 ")
+        assert read_until(connection, b'"message":"ok"').startswith(b"HTTP/1.1 200 ")
         connection.sendall(b"\0\1\2 garbage\r\n\r\n")
         assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
 
