@@ -63,7 +63,9 @@ def run(options: Options) -> Report:
             told = ", ".join(f"{name} {value:.4f}" for name, value in rows[-1].items())
             options.say(f"seed {seed}, draw {draw}: {told}")
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    queue, random = means[f"{FIRST} + {ASKED} of the queue"], means[f"{FIRST} + {RANDOM} random"]
+    names = f"{FIRST} + {ASKED} of the queue", f"{FIRST} + {RANDOM} random"
+    queue, random = (means[name] for name in names)
+    error = float(np.std([row[names[0]] - row[names[1]] for row in rows], ddof=1) / len(rows) ** 0.5)
     return Report(
         name="labels",
         title="Accuracy of a head after the queue's labels, and after random ones",
@@ -82,7 +84,10 @@ def run(options: Options) -> Report:
                 held=queue >= random,
             )
         ],
-        notes=[f"{name}: {value:.4f}" for name, value in means.items()],
+        notes=[
+            *(f"{name}: {value:.4f}" for name, value in means.items()),
+            f"standard error of the difference, over {len(rows)} draws: {error:.4f}",
+        ],
     )
 
 
