@@ -248,7 +248,7 @@ def _deepchecks(folder: Path) -> Check:
     from cv_platform.config import ValidateConfig
     from cv_platform.datasets.near_copies import THUMBNAIL_PX
     from cv_platform.validation.checks import Subject
-    from cv_platform.validation.checks.deepchecks_suites import DeepchecksSuites
+    from cv_platform.validation.checks.deepchecks_suites import DeepchecksCheck
     from cv_platform.validation.sample import read_sample
 
     images = folder / "rows"
@@ -276,7 +276,8 @@ def _deepchecks(folder: Path) -> Check:
         thumbnails,
         vectors,
     )
-    DeepchecksSuites().look(subject)
+    for check in DeepchecksCheck.variants():
+        check.look(subject)
     took, used = clock.seconds, time.process_time() - begun
     return Check(
         what=f"Deepchecks over {ROWS:,} rows ({sample.description})",

@@ -103,7 +103,8 @@ class EncoderConfig(Section):
         default=128, ge=32, le=512, description="sides of the square that images are resized to; costs its square"
     )
     file: Path | None = Field(
-        default=None, description="an ONNX file of your own instead: (N, 3, H, W) float32 to (N, features)"
+        default=None,
+        description="a file of your own instead: ONNX, (N, 3, H, W) float32 to (N, features), or .keras, (N, H, W, 3)",
     )
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", description="of `file`, which needs one")
     mean: tuple[float, float, float] = Field(
@@ -190,5 +191,5 @@ class ValidateConfig(Section):
     )
     outliers: Severity = "warn"
     deepchecks_suites: Severity = Field(
-        default="warn", description="Deepchecks' data_integrity and train_test_validation suites"
+        default="warn", description="each check of Deepchecks' suites data_integrity and train_test_validation"
     )

@@ -8,7 +8,7 @@ from cv_platform.defs.branch import Branch
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.versions import Reads
 from cv_platform.records import CheckOutcome, DatasetVersion, Embeddings, ValidationVerdict
-from cv_platform.validation.verdict import CHECK_NAMES
+from cv_platform.validation.verdict import SEVERITY_FIELDS
 
 
 def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -18,11 +18,11 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
         branch.check(
             name,
             "validation_report",
-            blocking=severities[name] == "error",
+            blocking=severities[field] == "error",
             description=name.replace("_", " ").capitalize() + ".",
         )
-        for name in CHECK_NAMES
-        if severities[name] != "off"
+        for name, field in SEVERITY_FIELDS.items()
+        if severities[field] != "off"
     ]
 
     @branch.asset(

@@ -1,7 +1,4 @@
-"""From Keras to ONNX by tf2onnx: the combined signature, or the classifier alone; what does not convert is refused.
-
-https://github.com/onnx/tensorflow-onnx
-"""
+"""From Keras to ONNX: the combined signature, or the classifier alone; what does not convert is refused."""
 
 from __future__ import annotations
 
@@ -11,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cv_platform.deployment.signature import plain_signature
+from cv_platform.encoders.to_onnx import to_onnx
 from cv_platform.errors import ExportError
 
 logger = logging.getLogger(__name__)
-
-OPSET = 17
-"""Of ONNX: the newest that tf2onnx writes without reservations; ONNX Runtime reads it since 1.12."""
 
 
 def write_onnx(model: Any, uae: Any, path: Path) -> None:
@@ -52,20 +47,9 @@ def _images(model: Any) -> Any:
 
 
 def _convert(function: Callable[..., dict[str, Any]], signature: list[Any], path: Path) -> None:
-    import tensorflow as tf
-
     try:
-        import onnx
-        import tf2onnx
-
-        graph, _ = tf2onnx.convert.from_function(tf.function(function), signature, opset=OPSET)
-        onnx.checker.check_model(graph, full_check=True)
-    # tf2onnx meets foreign layers with errors of many unrelated classes.
-    except Exception as err:
-        line = (str(err).strip() or type(err).__name__).splitlines()[0][:300]
-        raise ExportError(f"Expected layers that convert to ONNX. Received: {line}") from err
-    foreign = sorted({node.op_type for node in graph.graph.node if node.domain not in {"", "ai.onnx"}})
-    if foreign:
-        raise ExportError(f"Expected standard ONNX operators. Received: {', '.join(foreign)}.")
-    path.write_bytes(graph.SerializeToString())
-    logger.info("Converted to ONNX: %d nodes, %.1f MB", len(graph.graph.node), path.stat().st_size / 1e6)
+        model = to_onnx(function, signature)
+    except ValueError as err:
+        raise ExportError(str(err)) from err
+    path.write_bytes(model.SerializeToString())
+    logger.info("Converted to ONNX: %d nodes, %.1f MB", len(model.graph.node), path.stat().st_size / 1e6)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_IMAGES = 16
 """Of one run: more gain nothing on a CPU, and cost memory."""
+KERAS_SUFFIX = ".keras"
+"""Of files that are converted; others are ONNX."""
 _CONVERSION = 1
 """Raise it when the conversion of weights changes what is computed."""
 
@@ -126,7 +128,8 @@ def open_encoder(config: EncoderConfig, home: Path) -> Encoder:
     path = config.file.expanduser()
     _require_sha256(path, config.sha256)
     identity = [config.sha256, config.input_px, config.mean, config.std]
-    return replace(_opened(path, config, identity), _source=(config, home))
+    graph = _converted(path, config, home) if path.suffix == KERAS_SUFFIX else path
+    return replace(_opened(graph, config, identity), _source=(config, home))
 
 
 @functools.cache
@@ -165,6 +168,35 @@ def _require_sha256(path: Path, expected: str | None) -> None:
         )
 
 
+def _converted(path: Path, config: EncoderConfig, home: Path) -> Path:
+    """Returns the ONNX file of a Keras model, which is converted once: who embeds has no need of TensorFlow."""
+    graph = home / "cache" / "encoders" / f"{config.sha256}-{config.input_px}-{_CONVERSION}.onnx"
+    if graph.exists():
+        return graph
+    prepare_process()
+    import keras
+    import tensorflow as tf
+
+    from cv_platform.encoders.to_onnx import to_onnx
+
+    image = tf.TensorSpec((None, config.input_px, config.input_px, 3), tf.float32, name="images")
+    try:
+        model: Any = keras.models.load_model(path, compile=False)
+        content = to_onnx(lambda images: {"features": model(images, training=False)}, [image]).SerializeToString()
+    # A file of somebody else's: whatever is wrong with it is said in a line.
+    except Exception as err:
+        line = (str(err).strip() or type(err).__name__).splitlines()[0][:300]
+        raise EncoderError(
+            f"Expected a Keras model at {path} of (N, {config.input_px}, {config.input_px}, 3) float32, of Keras' own "
+            f"layers. Received: {line} Save it by Keras 3, or export it to ONNX."
+        ) from err
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(graph) as partial:
+        partial.write_bytes(content)
+    logger.info("Converted the encoder %s to %s", path, graph)
+    return graph
+
+
 def _opened(path: Path, config: EncoderConfig, identity: list[Any]) -> Encoder:
     # ONNX Runtime tells its maker which model runs, unless the environment says no.
     prepare_process()
@@ -198,8 +230,9 @@ def _opened(path: Path, config: EncoderConfig, identity: list[Any]) -> Encoder:
 
 
 def _prepared(config: EncoderConfig) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:
-    """Returns what turns pixels into the network's input; ours takes them as they are."""
+    """Returns what turns pixels into the network's input; ours takes them as they are, Keras has channels last."""
     if config.file is None:
         return lambda images: images
     mean, std = (np.asarray(values, np.float32) for values in (config.mean, config.std))
-    return lambda images: np.ascontiguousarray(((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2))
+    axes = (0, 1, 2, 3) if config.file.suffix == KERAS_SUFFIX else (0, 3, 1, 2)
+    return lambda images: np.ascontiguousarray(((images / np.float32(255) - mean) / std).transpose(axes))

@@ -23,7 +23,7 @@ from cv_platform.validation import label_review, quarantine_page
 from cv_platform.validation.checks import Subject, all_checks
 from cv_platform.validation.checks.deepchecks_suites import REPORT_NAMES
 from cv_platform.validation.sample import ImageSample, read_sample
-from cv_platform.validation.verdict import CHECK_NAMES
+from cv_platform.validation.verdict import SEVERITY_FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ def validate_dataset(
         with whole_directory(target) as directory:
             subject, described = _read(version, config, class_names, classifier_type, embeddings, directory)
             checks = all_checks()
-            outcomes = tuple(checks[name].run(subject) for name in CHECK_NAMES if getattr(config, name) != "off")
+            asked = (name for name, field in SEVERITY_FIELDS.items() if getattr(config, field) != "off")
+            outcomes = tuple(checks[name].run(subject) for name in asked)
             verdict = ValidationVerdict(
                 dvc_md5=provenance.dvc_md5,
                 manifest=version.manifest,

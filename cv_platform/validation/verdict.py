@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import get_args
 
 from cv_platform.config import Severity, ValidateConfig
 from cv_platform.errors import VerdictError
 from cv_platform.records import ValidationVerdict
 
-CHECK_NAMES: tuple[str, ...] = tuple(
-    name for name, field in ValidateConfig.model_fields.items() if field.annotation == get_args(Severity)[0]
-)
-"""The severity fields of `ValidateConfig`, in the order of the report."""
+DEEPCHECKS: Mapping[str, str] = {
+    "deepchecks_is_single_value": "IsSingleValue",
+    "deepchecks_outlier_sample_detection": "OutlierSampleDetection",
+    "deepchecks_feature_label_correlation": "FeatureLabelCorrelation",
+    "deepchecks_datasets_size_comparison": "DatasetsSizeComparison",
+    "deepchecks_feature_label_correlation_change": "FeatureLabelCorrelationChange",
+    "deepchecks_multivariate_drift": "MultivariateDrift",
+}
+"""Deepchecks' checks that run, each a check of its own here: its name, and that of Deepchecks' class."""
+_SUITES = "deepchecks_suites"
+SEVERITY_FIELDS: Mapping[str, str] = {
+    check: name
+    for name, field in ValidateConfig.model_fields.items()
+    if field.annotation == get_args(Severity)[0]
+    for check in (DEEPCHECKS if name == _SUITES else (name,))
+}
+"""Of each check the field of `ValidateConfig` that has its severity: its own, or that of both of Deepchecks' suites."""
+CHECK_NAMES: tuple[str, ...] = tuple(SEVERITY_FIELDS)
+"""All checks, in the order of the report: that of the fields."""
 
 MAX_OFFENDERS = 100
 """Offenders that an outcome names; its summary always has the full count."""

@@ -57,5 +57,14 @@ def test_pointing_at_an_image_shows_it_with_its_class_and_split(browser: Browser
     assert page.locator("#picture").evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 24
     page.locator("#by").select_option("split")
     expect(page.locator("#legend")).to_contain_text("reference")
+    page.locator("#by").select_option("status")
+    expect(page.locator("#legend")).to_have_text("no remark (24)")
+    path = page.evaluate("points[0].file")
+    with page.expect_popup() as opened:
+        page.locator("#canvas").click(position={"x": x, "y": y})
+    opened.value.wait_for_load_state()
+    assert opened.value.url == path
+    assert opened.value.locator("img").evaluate("(image) => image.naturalWidth") == 24
     assert complaints == []
+    opened.value.close()
     page.close()

@@ -23,7 +23,7 @@ from cv_platform.config import ClassifierType, ValidateConfig
 from cv_platform.datasets.near_copies import NearCopies, find_near_copies
 from cv_platform.records import CheckOutcome
 from cv_platform.validation.sample import ImageSample
-from cv_platform.validation.verdict import MAX_OFFENDERS
+from cv_platform.validation.verdict import MAX_OFFENDERS, SEVERITY_FIELDS
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Check(ABC):
         return CheckOutcome(
             name=self.name,
             passed=passed if found.passed is None else found.passed,
-            severity="error" if getattr(subject.config, self.name) == "error" else "warn",
+            severity="error" if getattr(subject.config, SEVERITY_FIELDS[self.name]) == "error" else "warn",
             summary=found.summary,
             value=found.value,
             limit=limit,

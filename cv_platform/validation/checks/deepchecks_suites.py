@@ -15,7 +15,8 @@ Checks of the suites that are left out, since on these rows they cannot find any
   `property_drift` look at every row, where these see the sample; they name the files, and take account of the size.
 
 That leaves, of data_integrity: IsSingleValue, OutlierSampleDetection, FeatureLabelCorrelation; of
-train_test_validation: DatasetsSizeComparison, FeatureLabelCorrelationChange, MultivariateDrift.
+train_test_validation: DatasetsSizeComparison, FeatureLabelCorrelationChange, MultivariateDrift. Each is a check of its
+own (`verdict.DEEPCHECKS`), and all of them have the severity `validate.deepchecks_suites`.
 
 Two more rules keep the verdict honest:
 
@@ -47,6 +48,7 @@ from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.settings import prepare_process
 from cv_platform.validation.checks import Check, Finding, Subject
 from cv_platform.validation.sample import ImageSample
+from cv_platform.validation.verdict import DEEPCHECKS
 
 LEFT_OUT: tuple[str, ...] = (
     "SpecialCharacters",
@@ -81,40 +83,51 @@ _COLOUR = ("red_green", "blue_yellow", "saturation")
 _LABEL, _HASH = "label", "sha256"
 
 
-class DeepchecksSuites(Check):
-    """Runs both suites and writes their pages, which need no network, into the report's folder (`REPORT_NAMES`).
+class _Suites:
+    """Both suites over one subject: they run once for all checks that ask."""
 
-    It fails when a condition of Deepchecks fails or a check breaks; warnings are only told. `value` is the number of
-    failed conditions.
+    def __init__(self) -> None:
+        self._of: tuple[Subject, dict[str, list[Any]]] | None = None
+
+    def results(self, subject: Subject) -> dict[str, list[Any]]:
+        """Returns what came of each of Deepchecks' checks, by its class; those that did not run are not there."""
+        if self._of is None or self._of[0] is not subject:
+            sample, found = subject.sample, dict[str, list[Any]]()
+            table, categorical = image_table(sample, subject.class_names, subject.classifier_type)
+            for result in _run_suites(table, categorical, sample, subject.directory):
+                for check in result.results:
+                    found.setdefault(type(check.check).__name__, []).append(check)
+            self._of = subject, found
+        return self._of[1]
+
+
+class DeepchecksCheck(Check):
+    """One of Deepchecks' checks; the pages of both suites (`REPORT_NAMES`), which need no network, are made with it.
+
+    It fails when a condition of it fails, or when it breaks; warnings are only told. `value` is the number of failed
+    conditions.
     """
 
-    name = "deepchecks_suites"
+    def __init__(self, name: str, kind: str, suites: _Suites) -> None:
+        self.name = name
+        self._kind, self._suites = kind, suites
+
+    @override
+    @classmethod
+    def variants(cls) -> list[Check]:
+        suites = _Suites()
+        return [cls(name, kind, suites) for name, kind in DEEPCHECKS.items()]
 
     @override
     def look(self, subject: Subject) -> Finding:
         sample = subject.sample
         if not len(sample.rows):
             return Finding("Not judged: there are no readable images.")
-        frame, categorical = image_table(sample, subject.class_names, subject.classifier_type)
-        failed: list[str] = []
-        warned: list[str] = []
-        not_run: list[str] = []
-        conditions = 0
-        for suite, result in _run_suites(frame, categorical, sample, subject.directory):
-            seen, fails, warns, misses = _read_result(suite, result)
-            conditions += seen
-            failed += fails
-            warned += warns
-            not_run += misses
+        if found := self._suites.results(subject).get(self._kind):
+            return _read_results(self._kind, found, sample.description)
         smallest = min(len(sample.positions(split)) for split in ("train", "test"))
-        summary = f"{len(failed)} of {conditions} conditions failed, {len(warned)} warn, over {sample.description}."
-        if not smallest:
-            summary += " train_test_validation did not run: train or test has no images."
-        elif smallest < MIN_IMAGES_FOR_DRIFT:
-            summary += f" MultivariateDrift did not run: it needs {MIN_IMAGES_FOR_DRIFT} images in train and in test."
-        if not_run:
-            summary += f" Not applicable: {', '.join(not_run)}."
-        return Finding(summary, float(len(failed)), [*failed, *(f"{text} (warning)" for text in warned)])
+        needed = f"it needs {MIN_IMAGES_FOR_DRIFT} images in train and in test, and one of them has {smallest}."
+        return Finding(f"Not judged: {needed if smallest else 'train or test has no images (see class_coverage).'}")
 
 
 def image_table(
@@ -148,10 +161,8 @@ def image_table(
     return table, categorical
 
 
-def _run_suites(
-    table: pd.DataFrame, categorical: list[str], sample: ImageSample, directory: Path
-) -> list[tuple[str, Any]]:
-    results: list[tuple[str, Any]] = []
+def _run_suites(table: pd.DataFrame, categorical: list[str], sample: ImageSample, directory: Path) -> list[Any]:
+    results: list[Any] = []
     with _quiet_deepchecks():
         from deepchecks.tabular import Dataset
         from deepchecks.tabular.suites import data_integrity, train_test_validation
@@ -186,37 +197,35 @@ def _run_suites(
             result.save_as_html(
                 str(directory / REPORT_NAMES[key]), as_widget=False, requirejs=True, connected=False, unique_id=key
             )
-            results.append((key, result))
+            results.append(result)
     return results
 
 
-def _read_result(suite: str, result: Any) -> tuple[int, list[str], list[str], list[str]]:
-    """Returns how many conditions a suite had, those that failed, those that warn, and the checks that do not apply."""
+def _read_results(kind: str, results: Sequence[Any], looked_at: str) -> Finding:
+    """Returns what one of Deepchecks' checks found: how many of its conditions failed, and which."""
     from deepchecks.core import CheckFailure, ConditionCategory
     from deepchecks.core.errors import DeepchecksBaseError
 
     conditions = 0
     failed: list[str] = []
     warned: list[str] = []
-    not_run: list[str] = []
-    for check in result.results:
-        title = check.get_header()
+    for check in results:
         if isinstance(check, CheckFailure):
             if isinstance(check.exception, DeepchecksBaseError):
-                not_run.append(title)
-            else:
-                failed.append(f"{suite}: {title}: broke with {type(check.exception).__name__}: {check.exception}")
+                return Finding(f"Not judged: {' '.join(str(check.exception).split())}")
+            failed.append(f"broke with {type(check.exception).__name__}: {check.exception}")
             continue
         for condition in check.conditions_results:
             conditions += 1
-            text = f"{suite}: {title}: expected '{condition.name}'; {condition.details}"
+            text = f"expected '{condition.name}'; {condition.details}"
             if condition.category == ConditionCategory.PASS:
                 continue
-            if condition.category == ConditionCategory.WARN or type(check.check).__name__ in TOLD_ONLY:
-                warned.append(text)
+            if condition.category == ConditionCategory.WARN or kind in TOLD_ONLY:
+                warned.append(f"{text} (warning)")
             else:
                 failed.append(text)
-    return conditions, failed, warned, not_run
+    words = f"{len(failed)} of {conditions} conditions failed, {len(warned)} warn, over {looked_at}."
+    return Finding(words, float(len(failed)), [*failed, *warned])
 
 
 @contextmanager

@@ -135,6 +135,41 @@ def test_a_file_of_ones_own_gets_channels_first_and_standardised(tmp_path: Path)
     np.testing.assert_allclose(white, [[(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]], rtol=1e-5)
 
 
+def test_a_keras_file_of_ones_own_is_converted_once_and_computes_what_keras_does(tmp_path: Path) -> None:
+    import keras
+
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    network: Any = keras.Sequential(
+        [
+            keras.Input((None, None, 3)),
+            layers.Conv2D(8, 3, strides=2, padding="same", activation="relu"),
+            layers.BatchNormalization(),
+            layers.GlobalAveragePooling2D(),
+        ]
+    )
+    path = tmp_path / "own.keras"
+    network.save(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    config = EncoderConfig(file=path, sha256=sha256, input_px=32, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
+    encoder = open_encoder(config, tmp_path)
+    images = noise(3, 32)
+    seen = (images / np.float32(255) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+    np.testing.assert_allclose(encoder.embed(images), network.predict(seen, verbose=0), atol=1e-4)
+    (graph,) = (tmp_path / "cache" / "encoders").iterdir()
+    made = graph.stat().st_mtime_ns
+    assert (open_encoder(config, tmp_path).key, graph.stat().st_mtime_ns) == (encoder.key, made)
+
+    keras.Sequential([keras.Input((32, 32, 3)), layers.Conv2D(8, 3)]).save(path)
+    maps = config.model_copy(update={"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    with pytest.raises(EncoderError, match=r"first output is \(N, features\)"):
+        open_encoder(maps, tmp_path)
+    path.write_text("no network")
+    text = config.model_copy(update={"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    with pytest.raises(EncoderError, match="Expected a Keras model at"):
+        open_encoder(text, tmp_path)
+
+
 def test_a_file_that_is_no_encoder_of_that_sha256_is_refused(tmp_path: Path) -> None:
     config = own_file(tmp_path, ["N", 3, 1, 1])
     with pytest.raises(EncoderError, match=r"first output is \(N, features\)"):

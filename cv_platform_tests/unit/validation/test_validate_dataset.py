@@ -19,7 +19,7 @@ from cv_platform.datasets.embeddings import embed_dataset
 from cv_platform.records import ValidationVerdict
 from cv_platform.validation.checks.deepchecks_suites import LEFT_OUT, REPORT_NAMES
 from cv_platform.validation.validate import validate_dataset
-from cv_platform.validation.verdict import CHECK_NAMES
+from cv_platform.validation.verdict import CHECK_NAMES, DEEPCHECKS
 
 CLASSES = ("left", "right")
 WITHOUT_DEEPCHECKS = ValidateConfig(deepchecks_suites="off")
@@ -62,7 +62,11 @@ def test_a_clean_dataset_passes_every_check_and_gets_pages_that_need_no_network(
     assert "Outlier Sample Detection" in integrity
     assert "Mixed Nulls" not in integrity
     assert "Datasets Size Comparison" in (folder / REPORT_NAMES["train_test_validation"]).read_text()
-    assert "MultivariateDrift did not run: it needs 200 images" in _outcome(verdict, "deepchecks_suites").summary
+    assert _outcome(verdict, "deepchecks_multivariate_drift").summary == (
+        "Not judged: it needs 200 images in train and in test, and one of them has 40."
+    )
+    looked_at = [_outcome(verdict, name).summary for name in DEEPCHECKS if name != "deepchecks_multivariate_drift"]
+    assert all(re.match(r"0 of \d conditions failed, \d warn, over all 240 images\.", text) for text in looked_at)
 
     assert _validate(clean_checkout, tmp_path, ValidateConfig()) == verdict, "the same dataset gets the same verdict"
     clean_checkout.add("images/test/left/leak.png", "test", ["left"], draw("left", 1))
@@ -92,12 +96,14 @@ def test_deepchecks_names_what_fails_and_leaves_process_and_filters_as_they_were
         clean_checkout.add(f"images/test/left/copy{number}.png", "test", ["left"], draw("left", 1))
 
     before = list(warnings.filters)
-    found = _outcome(_validate(clean_checkout, tmp_path, ValidateConfig()), "deepchecks_suites")
+    verdict = _validate(clean_checkout, tmp_path, ValidateConfig())
     assert warnings.filters == before
+    found = _outcome(verdict, "deepchecks_multivariate_drift")
     assert not found.passed
-    assert found.value == sum(not text.endswith("(warning)") for text in found.offenders)
-    text = "\n".join(found.offenders)
-    assert "train_test_validation: Multivariate Drift" in text
+    assert (found.severity, found.value, len(found.offenders)) == ("warn", 1.0, 1)
+    assert "Drift value is less than" in found.offenders[0]
+    sizes = _outcome(verdict, "deepchecks_datasets_size_comparison")
+    assert sizes.passed, "what another of Deepchecks' checks finds is not said of this one"
 
 
 def test_the_checks_left_out_are_checks_of_the_suites():
@@ -110,7 +116,7 @@ def test_the_checks_left_out_are_checks_of_the_suites():
             type(c).__name__ for suite in (data_integrity(), train_test_validation()) for c in suite.checks.values()
         }
     assert set(LEFT_OUT) <= names
-    assert len(names) - len(LEFT_OUT) == 6
+    assert names - set(LEFT_OUT) == set(DEEPCHECKS.values())
     assert os.environ["DISABLE_DEEPCHECKS_ANONYMOUS_TELEMETRY"] == "True"
 
 
@@ -142,7 +148,7 @@ def test_warnings_do_not_block_and_checks_that_are_off_do_not_run(clean_checkout
     verdict = _validate(clean_checkout, tmp_path, warn)
     assert verdict.passed
     assert [outcome.name for outcome in verdict.failed] == ["train_test_leakage"]
-    assert not {"label_issues", "deepchecks_suites"} & {outcome.name for outcome in verdict.outcomes}
+    assert not {"label_issues", *DEEPCHECKS} & {outcome.name for outcome in verdict.outcomes}
 
 
 def test_multi_label_data_are_judged_class_by_class_with_deepchecks(checkout, draw, tmp_path):
@@ -159,8 +165,8 @@ def test_multi_label_data_are_judged_class_by_class_with_deepchecks(checkout, dr
     verdict = _validate(checkout, tmp_path, ValidateConfig(), classifier_type="multi-label")
     assert verdict.passed, verdict.failed
     assert _outcome(verdict, "label_drift").passed
-    found = _outcome(verdict, "deepchecks_suites")
-    assert "Feature Label Correlation" in found.summary.split("Not applicable:")[1]
+    assert _outcome(verdict, "deepchecks_feature_label_correlation").summary.startswith("Not judged: ")
+    assert _outcome(verdict, "deepchecks_multivariate_drift").summary.startswith("0 of 1 conditions failed")
     assert "Multivariate Drift" in (verdict.report_path.parent / REPORT_NAMES["train_test_validation"]).read_text()
 
 
@@ -169,7 +175,7 @@ def test_a_missing_test_split_is_a_finding_and_not_an_error(clean_checkout, tmp_
     verdict = _validate(clean_checkout, tmp_path, ValidateConfig())
     assert not verdict.passed
     assert [outcome.name for outcome in verdict.failed] == ["class_coverage"]
-    assert "train or test has no images" in _outcome(verdict, "deepchecks_suites").summary
+    assert "train or test has no images" in _outcome(verdict, "deepchecks_datasets_size_comparison").summary
     assert not (verdict.report_path.parent / REPORT_NAMES["train_test_validation"]).exists()
 
 
