@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cv_platform import images
-from cv_platform.datasets.manifest import read_manifest
-from cv_platform.datasets.quarantine import used
+from cv_platform.datasets.manifest import manifest_parts
 from cv_platform.errors import ImageError
 from cv_platform.files import write_file
 from cv_platform.pages.fonts import by_font
@@ -48,13 +49,17 @@ def keep_contact_sheet(version: DatasetVersion) -> Path:
 
 def contact_sheet(version: DatasetVersion, *, per_class: int = 8) -> bytes:
     """Draws up to `per_class` readable images of each class (the first 50), chosen by sha256, and returns a PNG."""
-    manifest = read_manifest(version.manifest_path)
-    usable = used(manifest).sort_values(by=["sha256", "path"])
-    images = list(zip(usable["path"], usable["labels"], strict=True))
-    rows: list[SheetRow] = []
-    for name in version.class_names:
-        members = [version.directory / path for path, labels in images if name in labels]
-        rows.append(SheetRow(name, f"{len(members):,}", members[:per_class]))
+    counts, first = Counter[str](), defaultdict[str, list[tuple[str, str]]](list)
+    for part in manifest_parts(version.manifest_path, ("sha256", "path", "labels", "status")):
+        images = [image for image in part.to_pylist() if image["status"] == "used"]
+        counts.update(label for image in images for label in image["labels"])
+        for name in version.class_names:
+            members = ((image["sha256"], image["path"]) for image in images if name in image["labels"])
+            first[name] = heapq.nsmallest(per_class, [*first[name], *members])
+    rows = [
+        SheetRow(name, f"{counts[name]:,}", [version.directory / path for _, path in first[name]])
+        for name in version.class_names
+    ]
     return draw_sheet(rows, columns=per_class, what="classes")
 
 

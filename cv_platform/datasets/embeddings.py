@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from cv_platform.compute.engine import Engine
 from cv_platform.config import EncoderConfig
 from cv_platform.datasets.image_files import ImageFiles
-from cv_platform.datasets.manifest import read_manifest
-from cv_platform.datasets.quarantine import used
+from cv_platform.datasets.manifest import manifest_parts
 from cv_platform.encoders.embeddings import embed_files
 from cv_platform.encoders.encoder import Encoder, open_encoder
 from cv_platform.errors import DatasetError, InvalidDatasetError
@@ -65,8 +64,9 @@ def embed_dataset(
     file = directory / Embeddings.FILE
     with exclusive(directory.parent / f".{directory.name}.lock"):
         if (images := _rows(file, encoder.features)) is None:
-            manifest = read_manifest(version.manifest_path)
-            readable = used(manifest)
+            parts = manifest_parts(version.manifest_path, ("path", "sha256", "status"))
+            kept = [part.filter(pa.array([it == "used" for it in part["status"].to_pylist()])) for part in parts]
+            readable = pa.concat_tables(kept).to_pandas()
             # What is computed anew is kept twice: by content, too.
             needed = 2 * len(readable) * (2 * encoder.features + 128)
             purpose = f"the embeddings of {version.provenance.ds_name}"

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA, ONE_BY_ONE, Part, describe
 from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies
-from cv_platform.datasets.quarantine import judge_duplicates
+from cv_platform.datasets.quarantine import judge_duplicates, kind_of
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import read_layout
@@ -299,7 +299,48 @@ def _check_classes(
         )
 
 
-def split_counts(manifest: pd.DataFrame) -> dict[str, int]:
-    """Returns the images per split, in the order train, valid, test, reference."""
-    counts = Counter(manifest["split"])
-    return {split: counts[split] for split in SPLITS}
+@dataclass(frozen=True)
+class ManifestCounts:
+    """What a manifest comes to.
+
+    Attributes:
+        images: all rows.
+        unreadable: of them, those that do not decode.
+        splits: images of each, in the order train, valid, test, reference.
+        origins: of the splits, see `build_manifest`.
+        classes: images of each class, by split.
+        kinds: images that are not used, by the kind that their reason begins with; the most frequent first.
+        examples: the first path of each kind.
+    """
+
+    images: int
+    unreadable: int
+    splits: dict[str, int]
+    origins: dict[str, str]
+    classes: dict[str, dict[str, int]]
+    kinds: dict[str, int]
+    examples: dict[str, str]
+
+
+def count_manifest(path: Path) -> ManifestCounts:
+    """Counts a manifest's rows, some thousand of them in memory at a time.
+
+    Raises:
+        DatasetError: there is no manifest at `path`.
+    """
+    images, unreadable = 0, 0
+    kinds, pairs, splits = Counter[str](), Counter[tuple[str, str]](), dict.fromkeys(SPLITS, 0)
+    origins, examples = dict[str, str](), dict[str, str]()
+    for part in manifest_parts(path, ("path", "split", "split_origin", "labels", "reason", "is_readable")):
+        columns = map(pa.ChunkedArray.to_pylist, part.columns)
+        for name, split, origin, labels, reason, is_readable in zip(*columns, strict=True):
+            images, unreadable = images + 1, unreadable + (not is_readable)
+            if split is None:
+                kinds[kind_of(reason)] += 1
+                examples.setdefault(kind_of(reason), name)
+                continue
+            splits[split] += 1
+            origins.setdefault(split, origin)
+            pairs.update((label, split) for label in labels)
+    classes = {name: {split: pairs[name, split] for split in SPLITS} for name in sorted({name for name, _ in pairs})}
+    return ManifestCounts(images, unreadable, splits, origins, classes, dict(kinds.most_common()), examples)

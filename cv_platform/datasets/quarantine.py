@@ -76,17 +76,6 @@ def kind_of(reason: str) -> str:
     return reason.partition(":")[0]
 
 
-def quarantine_counts(manifest: pd.DataFrame) -> list[dict[str, object]]:
-    """Returns how many images of a manifest are not used: kind, images and an example, the most frequent first."""
-    rows = manifest.loc[manifest["status"] != "used"]
-    kinds = rows["reason"].map(kind_of)
-    counts = kinds.value_counts()
-    return [
-        {"kind": kind, "images": int(count), "example": str(rows.loc[kinds == kind, "path"].iloc[0])}
-        for kind, count in counts.items()
-    ]
-
-
 def used(manifest: pd.DataFrame) -> pd.DataFrame:
     """Returns the rows of a manifest that take part."""
     rows: pd.DataFrame = manifest.loc[manifest["status"] == "used"]

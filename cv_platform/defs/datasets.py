@@ -51,26 +51,21 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
 
 def _contents(version: DatasetVersion) -> dict[str, Any]:
     from cv_platform.datasets.contact_sheet import keep_contact_sheet
-    from cv_platform.datasets.manifest import read_manifest, split_counts
-    from cv_platform.datasets.quarantine import quarantine_counts
+    from cv_platform.datasets.manifest import count_manifest
 
-    manifest = read_manifest(version.manifest_path)
-    counts = manifest.explode("labels").groupby(["labels", "split"], observed=True).size().unstack(fill_value=0)
-    origins = manifest.groupby("split", observed=True)["split_origin"].first()
+    found = count_manifest(version.manifest_path)
     return {
-        "dagster/row_count": len(manifest),
+        "dagster/row_count": found.images,
         "tag": version.provenance.dvc_tag,
         "dvc_md5": version.provenance.dvc_md5,
         "git_commit": version.git_commit,
         "directory": file_link(version.directory),
         "manifest": file_link(version.manifest_path),
-        "unreadable": int((~manifest["is_readable"]).sum()),
-        "quarantined": table(quarantine_counts(manifest)),
-        "splits": table([{"split": s, "images": n} for s, n in split_counts(manifest).items()]),
-        "classes": table(
-            [{"class": name, **{str(k): int(v) for k, v in row.items()}} for name, row in counts.iterrows()]
-        ),
-        "split_origin": table([{"split": s, "origin": o} for s, o in origins.items()]),
+        "unreadable": found.unreadable,
+        "quarantined": table([{"kind": k, "images": n, "example": found.examples[k]} for k, n in found.kinds.items()]),
+        "splits": table([{"split": s, "images": n} for s, n in found.splits.items()]),
+        "classes": table([{"class": name, **counts} for name, counts in found.classes.items()]),
+        "split_origin": table([{"split": s, "origin": o} for s, o in found.origins.items()]),
         "contact_sheet": file_link(keep_contact_sheet(version)),
     }
 
@@ -153,11 +148,13 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
 
 def _usable(dataset: DatasetVersion, verdict: ValidationVerdict) -> dict[str, int]:
     """Counts the images per split that are not quarantined."""
-    from cv_platform.datasets.manifest import read_manifest
+    from cv_platform.datasets.manifest import manifest_parts
 
-    manifest = read_manifest(dataset.manifest_path)
-    is_usable = (manifest["status"] == "used") & ~manifest["path"].isin(list(verdict.quarantined))
-    return dict(Counter(manifest.loc[is_usable, "split"].astype(str)))
+    kept_out, counts = frozenset(verdict.quarantined), Counter[str]()
+    for part in manifest_parts(dataset.manifest_path, ("path", "split")):
+        rows = zip(part["path"].to_pylist(), part["split"].to_pylist(), strict=True)
+        counts.update(split for path, split in rows if split is not None and path not in kept_out)
+    return dict(counts)
 
 
 def _changes(run: AssetRun, previous: DatasetVersion | None, version: DatasetVersion) -> dict[str, Any]:

@@ -99,14 +99,13 @@ def embed_files(
     if todo:
         seconds = time.perf_counter() - started
         logger.info("embedded %d images in %.1f s; %d were known", len(todo), seconds, len(positions) - len(todo))
-    return vectors[[positions[name] for name in sha256]]
+    return _with_copies(vectors, sha256, positions)
 
 
 def kept_vectors(sha256: Sequence[str], encoder: Encoder, home: Path) -> NDArray[np.float16]:
     """Returns `(N, features)` float16 of image files as earlier calls have kept them; NaN of those that none has."""
     vectors, _ = _kept(sha256, encoder, home / "cache" / "embeddings" / encoder.key)
-    positions = _first_of_copies(sha256)
-    return vectors[[positions[name] for name in sha256]]
+    return _with_copies(vectors, sha256, _first_of_copies(sha256))
 
 
 def embed_part(encoder: Encoder, part: Part) -> NDArray[np.float16]:
@@ -121,6 +120,15 @@ def embed_part(encoder: Encoder, part: Part) -> NDArray[np.float16]:
 
 def _first_of_copies(sha256: Sequence[str]) -> dict[str, int]:
     return dict(zip(reversed(sha256), range(len(sha256) - 1, -1, -1), strict=True))
+
+
+def _with_copies(vectors: NDArray[np.float16], sha256: Sequence[str], positions: dict[str, int]) -> NDArray[np.float16]:
+    """Returns the vectors, those of copies filled in: in place, as all of them may be gigabytes."""
+    copies = [at for at, name in enumerate(sha256) if positions[name] != at]
+    for start in range(0, len(copies), _FILE_IMAGES):
+        part = copies[start : start + _FILE_IMAGES]
+        vectors[part] = vectors[[positions[sha256[at]] for at in part]]
+    return vectors
 
 
 def _kept(sha256: Sequence[str], encoder: Encoder, folder: Path) -> tuple[NDArray[np.float16], dict[str, int]]:

@@ -16,13 +16,13 @@ from cv_platform.datasets.inspection import inspect_file
 from cv_platform.datasets.manifest import (
     MANIFEST_SCHEMA,
     build_manifest,
+    count_manifest,
     manifest_name,
     read_manifest,
     read_thumbnails,
-    split_counts,
 )
 from cv_platform.datasets.near_copies import thumbnail
-from cv_platform.datasets.quarantine import kind_of, quarantine_counts
+from cv_platform.datasets.quarantine import kind_of
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.images import decode
 from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
@@ -193,7 +193,12 @@ def test_given_splits_are_kept_and_missing_ones_recorded(tmp_path: Path) -> None
     names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("cat", "dog") for i in range(10)]
     manifest = build(write_pictures(tmp_path / "images", names).parent)
     # Per class 10 train images: round(0.15 * 10) = 2 valid, round(0.2 * 10) = 2 reference.
-    assert split_counts(manifest) == {"train": 12, "valid": 4, "test": 20, "reference": 4}
+    counts = count_manifest(next(tmp_path.glob("manifest-*.parquet")))
+    assert counts.splits == {"train": 12, "valid": 4, "test": 20, "reference": 4}
+    assert counts.origins == dict.fromkeys(("valid", "reference"), "taken from train") | {
+        "train": "given",
+        "test": "given",
+    }
     taken = manifest[manifest["split_origin"] == "taken from train"]
     assert set(taken["split"]) == {"valid", "reference"}
     assert all(path.startswith("images/train/") for path in taken["path"])
@@ -279,6 +284,15 @@ def test_each_bad_kind_is_kept_out_of_every_split_for_its_reason(tmp_path: Path)
     assert out.index[out["status"] == "refused"].tolist() == [names["constant"]]
     assert set(manifest.loc[manifest["status"] == "used", "split"]) == {"train", "valid", "test", "reference"}
 
+    counts = count_manifest(path)
+    assert (counts.images, counts.unreadable) == (len(manifest), int((~manifest["is_readable"]).sum()))
+    assert counts.splits == manifest["split"].value_counts().to_dict()
+    assert counts.kinds == out["reason"].map(kind_of).value_counts().to_dict()
+    assert counts.examples["constant"] == names["constant"]
+    of_cats = manifest.loc[[labels == ["cat"] for labels in manifest["labels"]], "split"]
+    assert counts.classes["cat"] == of_cats.value_counts().to_dict()
+    assert "emu" not in counts.classes
+
 
 def test_very_many_copies_of_an_image_leave_one_or_where_labels_differ_none(tmp_path: Path) -> None:
     class_folders(tmp_path / "images", 20)
@@ -309,7 +323,6 @@ def test_by_default_only_what_cannot_be_used_is_kept_out(tmp_path: Path) -> None
     manifest = build(tmp_path)
     out = manifest.loc[manifest["status"] != "used", "reason"].map(kind_of)
     assert sorted(out) == ["absurd_size", "unreadable", "zero_size"]
-    assert quarantine_counts(manifest)[0].keys() == {"kind", "images", "example"}
 
 
 def test_splits_that_are_made_never_divide_a_group(tmp_path: Path) -> None:
