@@ -725,6 +725,7 @@ class ClassMovement(Value):
     Attributes:
         ks_distance, ks_p_value: of the class's probability, reference against current.
         reference_share, current_share: share of the images for which the class is predicted, 0–1.
+        current_share_interval: Wilson's of 95 %; None in earlier reports.
         share_p_value: Fisher's exact test of the two shares.
         adjusted_p_value: the smaller of the two, after Holm's correction over both tests of all classes.
         has_moved: `adjusted_p_value` is at most alpha.
@@ -735,6 +736,7 @@ class ClassMovement(Value):
     ks_p_value: float
     reference_share: float
     current_share: float
+    current_share_interval: tuple[float, float] | None = None
     share_p_value: float
     adjusted_p_value: float
     has_moved: bool
@@ -841,7 +843,8 @@ class DriftReport(Record):
         alpha: level of this report's test, see `monitoring.alarm_rate`.
         false_alarms_per_year: what all reports together keep to; None in reports of earlier versions, judged each at
             `monitor.alpha`.
-        p_values, adjusted_p_values, statistics: per detector, see `drift.verdict`; empty without a verdict.
+        p_values, adjusted_p_values, statistics, intervals: per detector, see `drift.verdict`; empty without a verdict,
+            the last in earlier reports too.
         drifted_detectors: those that fired, clearest first.
         causes: what explains drift; None without it, and for several labels an image.
         classes: every class, the most significant movement first.
@@ -884,6 +887,7 @@ class DriftReport(Record):
     p_values: dict[str, float] = {}
     adjusted_p_values: dict[str, float] = {}
     statistics: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
     drifted_detectors: tuple[str, ...] = ()
     effects: EffectSizes | None = None
     causes: DriftCauses | None = None

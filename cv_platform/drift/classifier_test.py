@@ -8,6 +8,8 @@ Sources:
     Lopez-Paz & Oquab 2017, "Revisiting Classifier Two-Sample Tests", arXiv 1610.06545.
     Hediger, Michel & Näf 2022, "On the Use of Random Forest for Two-Sample Testing", arXiv 1903.06287: held-out scores
     of all rows, by permutation.
+    DeLong, DeLong & Clarke-Pearson 1988, "Comparing the Areas under Two or More Correlated ROC Curves", Biometrics
+    44(3): the standard error of a share of pairs.
     Cook & Weisberg 1982, "Residuals and Influence in Regression", section 2.2: the closed form.
 """
 
@@ -22,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.drift.permutation import Splits, Statistic
+from cv_platform.drift.permutation import Judged, Splits, Statistic
 from cv_platform.drift.sample import Float32Matrix
 from cv_platform.drift.scipy_tests import column_ranks
 
@@ -39,17 +41,42 @@ def told_apart(rows: Float32Matrix) -> Statistic:
     Args:
         rows: `(N, d)` float32, the pool.
     """
-    fit, leverage = _regression(rows)
+    scores = _held_out_scores(rows)
 
     def statistic(splits: Splits) -> NDArray[np.float64]:
-        labels = splits.T - splits.mean(axis=1)
-        scores = (fit(labels) - leverage * labels) / (1.0 - leverage)
-        # Of equal rows the sums differ in their last bits.
-        ranks = column_ranks(np.round(scores.astype(np.float64), 5))
+        ranks = column_ranks(scores(splits))
         m = float(splits[0].sum())
         return ((ranks * splits.T).sum(axis=0) - m * (m + 1) / 2) / (m * (splits.shape[1] - m))
 
     return statistic
+
+
+def told_apart_bounds(rows: Float32Matrix, split: NDArray[np.bool_], judged: Judged) -> tuple[float, float]:
+    """Returns the 95 % interval of the share of pairs that `told_apart` finds at the observed split, 0–1.
+
+    By its standard error, as if the classifier were fixed, and what chance alone gives; what is missing to .5 by chance
+    is added above.
+    """
+    scores = _held_out_scores(rows)(split.astype(np.float32)[None, :])
+    everywhere = column_ranks(scores)[:, 0]
+    # Of each row, the share of the other side's rows that it is above, or below.
+    above, below = (
+        (everywhere[side] - column_ranks(scores[side])[:, 0]) / np.count_nonzero(~side) for side in (split, ~split)
+    )
+    share = float(above.mean())
+    error = 1.96 * float(np.sqrt(above.var() / len(above) + below.var() / len(below) + judged.null_spread**2))
+    return max(0.0, share - error), min(1.0, share + error + max(0.0, 0.5 - judged.null_mean))
+
+
+def _held_out_scores(rows: Float32Matrix) -> Callable[[Splits], NDArray[np.float64]]:
+    fit, leverage = _regression(rows)
+
+    def scores(splits: Splits) -> NDArray[np.float64]:
+        labels = splits.T - splits.mean(axis=1)
+        # Of equal rows the sums differ in their last bits.
+        return np.round(((fit(labels) - leverage * labels) / (1.0 - leverage)).astype(np.float64), 5)
+
+    return scores
 
 
 def _regression(rows: Float32Matrix) -> tuple[Callable[[Float32Matrix], Float32Matrix], Float32Matrix]:

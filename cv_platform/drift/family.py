@@ -12,20 +12,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from cv_platform.config import DetectorName, MonitorConfig
-from cv_platform.drift.classifier_test import told_apart
+from cv_platform.drift.classifier_test import told_apart, told_apart_bounds
 from cv_platform.drift.permutation import (
     Judged,
     Statistic,
     gaussian_features,
     largest_ks_distance,
     mean_distance,
+    mean_distance_bounds,
     whitened,
 )
 from cv_platform.drift.sample import DriftSample, Float32Matrix
-from cv_platform.drift.two_sample import KsResult, ks_bonferroni
+from cv_platform.drift.two_sample import KsResult, ks_bonferroni, ks_bounds
+
+Split = NDArray[np.bool_]
+"""`(N,)`: which rows of the pool are the current ones."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,21 @@ class Detector(ABC):
         """Whether both sides have the two rows that any test needs; an image may be gone."""
         return min(len(self.columns(reference)), len(self.columns(current))) >= 2
 
-    @abstractmethod
-    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
-        """Returns what measures a split of the pooled rows; see `permutation.py`."""
+    def prepared(self, rows: Float32Matrix, rng: np.random.Generator) -> Float32Matrix:
+        """Returns of the pooled rows, `(N, d)`, what `statistic` and `bounds` take."""
+        return rows
 
-    def shown(self, judged: Judged) -> float:
-        """Returns what people are told of it."""
-        return judged.observed
+    @abstractmethod
+    def statistic(self, rows: Float32Matrix) -> Statistic:
+        """Returns what measures a split of the prepared rows; see `permutation.py`."""
+
+    @abstractmethod
+    def bounds(self, rows: Float32Matrix, split: Split, judged: Judged) -> tuple[float, float]:
+        """Returns the 95 % interval of the statistic, in its own units."""
+
+    def shown(self, value: float, judged: Judged) -> float:
+        """Returns what people are told of a value of the statistic; it keeps their order."""
+        return value
 
 
 @dataclass(frozen=True)
@@ -64,12 +77,18 @@ class KsDetector(Detector):
     """The largest KS distance of a dimension, 0–1."""
 
     @override
-    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
+    def statistic(self, rows: Float32Matrix) -> Statistic:
         return largest_ks_distance(rows)
 
     @override
-    def shown(self, judged: Judged) -> float:
-        return float(np.sqrt(judged.observed))
+    def bounds(self, rows: Float32Matrix, split: Split, judged: Judged) -> tuple[float, float]:
+        current = int(split.sum())
+        low, high = ks_bounds(float(np.sqrt(judged.observed)), rows.shape[1], (len(split) - current, current))
+        return low**2, high**2
+
+    @override
+    def shown(self, value: float, judged: Judged) -> float:
+        return float(np.sqrt(value))
 
     def compare(self, reference: DriftSample, current: DriftSample) -> KsResult:
         """Tests without permutations: exact for each dimension, by Bonferroni for all."""
@@ -77,29 +96,40 @@ class KsDetector(Detector):
 
 
 @dataclass(frozen=True)
-class MmdDetector(Detector):
-    """MMD² of a Gaussian kernel; told without what chance alone gives it, as the unbiased estimate is."""
+class _DistanceOfMeans(Detector):
+    @override
+    def statistic(self, rows: Float32Matrix) -> Statistic:
+        return mean_distance(rows)
 
     @override
-    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
-        return mean_distance(gaussian_features(rows, rng))
-
-    @override
-    def shown(self, judged: Judged) -> float:
-        return judged.observed - judged.null_mean
+    def bounds(self, rows: Float32Matrix, split: Split, judged: Judged) -> tuple[float, float]:
+        return mean_distance_bounds(rows, split, judged)
 
 
 @dataclass(frozen=True)
-class MeanDetector(Detector):
+class MmdDetector(_DistanceOfMeans):
+    """MMD² of a Gaussian kernel; told without what chance alone gives it, as the unbiased estimate is."""
+
+    @override
+    def prepared(self, rows: Float32Matrix, rng: np.random.Generator) -> Float32Matrix:
+        return gaussian_features(rows, rng)
+
+    @override
+    def shown(self, value: float, judged: Judged) -> float:
+        return value - judged.null_mean
+
+
+@dataclass(frozen=True)
+class MeanDetector(_DistanceOfMeans):
     """Hotelling's distance of means, which sees that columns no longer go together; told as a multiple of chance's."""
 
     @override
-    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
-        return mean_distance(whitened(rows))
+    def prepared(self, rows: Float32Matrix, rng: np.random.Generator) -> Float32Matrix:
+        return whitened(rows)
 
     @override
-    def shown(self, judged: Judged) -> float:
-        return judged.observed / judged.null_mean if judged.null_mean > 0 else 1.0
+    def shown(self, value: float, judged: Judged) -> float:
+        return max(0.0, value) / judged.null_mean if judged.null_mean > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -107,8 +137,12 @@ class ClassifierDetector(Detector):
     """The classifier two-sample test; its statistic is the held-out share of pairs that are told apart, 0–1."""
 
     @override
-    def statistic(self, rows: Float32Matrix, rng: np.random.Generator) -> Statistic:
+    def statistic(self, rows: Float32Matrix) -> Statistic:
         return told_apart(rows)
+
+    @override
+    def bounds(self, rows: Float32Matrix, split: Split, judged: Judged) -> tuple[float, float]:
+        return told_apart_bounds(rows, split, judged)
 
 
 def settle_saturated(probabilities: Float32Matrix) -> Float32Matrix:

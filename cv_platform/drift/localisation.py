@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cv_platform.config import ClassifierType, Threshold
 from cv_platform.drift.family import settle_saturated
 from cv_platform.drift.sample import DriftSample, Float32Matrix, require_comparable
-from cv_platform.drift.scipy_tests import fisher_exact
+from cv_platform.drift.scipy_tests import fisher_exact, wilson_interval
 from cv_platform.drift.two_sample import gaussian_kernel, holm, ks_bonferroni, median_bandwidth, subsample
 from cv_platform.drift.verdict import DriftVerdict
 from cv_platform.predictions import predicted_flags
@@ -119,6 +119,7 @@ def class_movements(
             ks_p_value=float(ks.p_values[i]),
             reference_share=float(left[i] / n),
             current_share=float(right[i] / m),
+            current_share_interval=wilson_interval(int(right[i]), m),
             share_p_value=share_p_values[i],
             adjusted_p_value=min(adjusted[f"ks {i}"], adjusted[f"share {i}"]),
             has_moved=min(adjusted[f"ks {i}"], adjusted[f"share {i}"]) <= alpha,

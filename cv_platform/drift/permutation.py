@@ -177,6 +177,19 @@ def gaussian_features(rows: Float32Matrix, rng: np.random.Generator) -> Float32M
     return features - features.mean(axis=0)
 
 
+def mean_distance_bounds(rows: Float32Matrix, split: NDArray[np.bool_], judged: Judged) -> tuple[float, float]:
+    """Returns the 95 % interval of `mean_distance`'s value at the observed split, in its own units.
+
+    By its standard error: what the rows' spread along the difference of the means gives (the delta method), and beside
+    that what chance alone gives. The rows are taken as given, as if nothing of them had been estimated from the pool.
+    """
+    current, reference = rows[split], rows[~split]
+    difference = current.mean(axis=0) - reference.mean(axis=0)
+    variance = sum(float((side @ difference).var()) / len(side) for side in (current, reference))
+    error = 1.96 * float(np.sqrt(4.0 * variance + judged.null_spread**2))
+    return judged.observed - error, judged.observed + error
+
+
 def whitened(rows: Float32Matrix) -> Float32Matrix:
     """Returns the rows turned and scaled so that they vary by 1 in each direction, and by less where they hardly do.
 

@@ -6,6 +6,7 @@ for the same rows in any order, so that a report can be repeated from a database
 Sources:
     Rabanser et al. 2019, "Failing Loudly", arXiv 1810.11953: KS per dimension with Bonferroni.
     Gretton et al. 2012, "A Kernel Two-Sample Test", JMLR 13: median heuristic.
+    Massart 1990, "The Tight Constant in the Dvoretzky–Kiefer–Wolfowitz Inequality", Annals of Probability 18(3).
     Holm 1979, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6.
 """
 
@@ -60,6 +61,20 @@ def ks_bonferroni(reference: Float32Matrix, current: Float32Matrix) -> KsResult:
     # Exact p-values can exceed 1 or reach 0 by rounding alone.
     p_values = np.clip(p_values, np.finfo(np.float64).tiny, 1.0)
     return KsResult(distances, p_values, float(min(1.0, p_values.min() * len(p_values))))
+
+
+def ks_bounds(distance: float, dimensions: int, rows: tuple[int, int]) -> tuple[float, float]:
+    """Returns bounds that hold the largest KS distance of the distributions themselves in at least 95 % of all cases.
+
+    By the Dvoretzky–Kiefer–Wolfowitz inequality, which holds for any distributions and any number of rows.
+
+    Args:
+        distance: the largest of the two samples, 0–1.
+        dimensions: of how many.
+        rows: of the two samples.
+    """
+    reach = sum(float(np.sqrt(np.log(4.0 * dimensions / 0.05) / (2.0 * count))) for count in rows)
+    return max(0.0, distance - reach), min(1.0, distance + reach)
 
 
 def median_bandwidth(rows: Float32Matrix, others: Float32Matrix | None = None) -> float:

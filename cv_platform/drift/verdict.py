@@ -38,6 +38,7 @@ class DriftVerdict(BaseModel):
         adjusted_p_values: of all of them together.
         statistics: per detector: the largest KS distance (0–1), the MMD² without what chance gives it, a distance of
             means as a multiple of chance's; of a classifier the held-out share of pairs that it tells apart.
+        intervals: of each statistic, 95 %.
         standardised: per MMD detector: standard deviations of its permutation null above that null's mean.
         reference_rows, current_rows: rows given.
         permutations: at most; fewer were drawn where that settled it.
@@ -50,6 +51,7 @@ class DriftVerdict(BaseModel):
     p_values: dict[str, float]
     adjusted_p_values: dict[str, float]
     statistics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
     standardised: dict[str, float]
     reference_rows: int
     current_rows: int
@@ -104,9 +106,13 @@ def judge(
     needed = math.ceil(len(pools) / alpha)
     permutations = max(permutations, min(_MOST_PERMUTATIONS, _RESOLUTION * needed - 1))
     found: dict[str, Judged] = {}
+    bounds: dict[str, tuple[float, float]] = {}
     for number, pool in enumerate(pools.values()):
         rng = np.random.default_rng((seed, number))
-        found |= _judge_pool(pool, reference, current, max_reference_rows, alpha / len(pools), permutations, rng)
+        level = alpha / len(pools)
+        for one, judged, ends in _judge_pool(pool, reference, current, max_reference_rows, level, permutations, rng):
+            found[one.name] = judged
+            bounds[one.name] = (one.shown(ends[0], judged), one.shown(ends[1], judged))
     p_values = {one.name: found[one.name].p_value for one in family}
     adjusted = {one.name: min(1.0, len(pools) * found[one.name].adjusted_p_value) for one in family}
     if needed - 1 > _MOST_PERMUTATIONS:
@@ -117,7 +123,8 @@ def judge(
         alpha=alpha,
         p_values=p_values,
         adjusted_p_values=adjusted,
-        statistics={one.name: one.shown(found[one.name]) for one in family},
+        statistics={one.name: one.shown(found[one.name].observed, found[one.name]) for one in family},
+        intervals=bounds,
         standardised={
             one.name: (found[one.name].observed - found[one.name].null_mean) / found[one.name].null_spread
             if found[one.name].null_spread > 0
@@ -139,14 +146,18 @@ def _judge_pool(
     level: float,
     permutations: int,
     rng: np.random.Generator,
-) -> dict[str, Judged]:
-    """Judges detectors that have the same rows."""
+) -> list[tuple[Detector, Judged, tuple[float, float]]]:
+    """Judges detectors that have the same rows, and returns beside each its statistic's interval."""
     widths = np.cumsum([one.columns(reference).shape[1] for one in detectors])[:-1]
     left, right = (np.concatenate([one.columns(side) for one in detectors], axis=1) for side in (reference, current))
     left, right = subsample(left, max_reference_rows, rng), subsample(right, _MOST_CURRENT_ROWS, rng)
     pooled = np.concatenate([left, right])
     order = sorted_order(pooled)  # The rows' order within the pool must not matter.
     parts = np.split(pooled[order], widths, axis=1)
-    statistics = [one.statistic(rows, rng) for one, rows in zip(detectors, parts, strict=True)]
-    judged = judge_together(statistics, order >= len(left), level=level, permutations=permutations, rng=rng)
-    return {one.name: each for one, each in zip(detectors, judged, strict=True)}
+    prepared = [one.prepared(rows, rng) for one, rows in zip(detectors, parts, strict=True)]
+    statistics = [one.statistic(rows) for one, rows in zip(detectors, prepared, strict=True)]
+    split = order >= len(left)
+    judged = judge_together(statistics, split, level=level, permutations=permutations, rng=rng)
+    return [
+        (one, each, one.bounds(rows, split, each)) for one, rows, each in zip(detectors, prepared, judged, strict=True)
+    ]

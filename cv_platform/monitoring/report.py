@@ -249,6 +249,7 @@ def _with_verdict(
             "p_values": verdict.p_values,
             "adjusted_p_values": verdict.adjusted_p_values,
             "statistics": verdict.statistics,
+            "intervals": verdict.intervals,
             "drifted_detectors": verdict.drifted_detectors,
             "effects": effect_sizes(reference, current, verdict, class_names=class_names),
             "causes": causes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,23 +69,28 @@ def render_page(
     )
 
 
-def _detectors(report: DriftReport) -> list[tuple[str, str, str]]:
-    """Returns name, title and effect of each detector."""
+def _detectors(report: DriftReport) -> list[tuple[str, str, str, str]]:
+    """Returns name, title, effect and its interval of each detector."""
     effects = report.effects
     largest = {"bbsd_ks": effects.bbsd, "properties_ks": effects.properties} if effects else {}
     titles = {detector.name: detector.title for detector in DETECTORS}
     rows = []
     for name in report.adjusted_p_values:
+        told = "{:.3f}"
+        ends = report.intervals.get(name)
         if name in largest:
             effect = f"KS distance {largest[name].ks_distance:.3f} in {largest[name].dimension}"
         elif effects is not None and name in effects.mmd:
             standardised = effects.mmd_standardised[name]
+            ends = (math.sqrt(max(0.0, ends[0])), math.sqrt(max(0.0, ends[1]))) if ends else None
             effect = f"MMD {effects.mmd[name]:.3f}, {standardised:+.1f} standard deviations of its null"
         elif name in {"classifier", "encoder_classifier"}:
             effect = f"tells {report.statistics[name]:.0%} of pairs apart; by chance half of them"
+            told = "{:.0%}"
         elif name in {"bbsd_mean", "properties_mean"}:
             effect = f"{report.statistics[name]:.1f} times as far apart as by chance"
+            told = "{:.1f}"
         else:
             effect = f"{report.statistics[name]:.3f}"
-        rows.append((name, titles.get(name, name), effect))
+        rows.append((name, titles.get(name, name), effect, " to ".join(map(told.format, ends)) if ends else ""))
     return rows

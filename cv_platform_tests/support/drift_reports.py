@@ -55,6 +55,7 @@ def drift_report(**changes: object) -> DriftReport:
         "p_values": {"bbsd_ks": 0.001, "uae_mmd": 0.4},
         "adjusted_p_values": {"bbsd_ks": 0.002, "uae_mmd": 0.4},
         "statistics": {"bbsd_ks": 0.3, "uae_mmd": 0.01},
+        "intervals": {"bbsd_ks": (0.25, 0.375), "uae_mmd": (0.0025, 0.0225)},
         "drifted_detectors": ("bbsd_ks",),
         "effects": EffectSizes(
             bbsd=LargestDistance(dimension="<script>", ks_distance=0.3, p_value=0.0001),
@@ -78,6 +79,7 @@ def drift_report(**changes: object) -> DriftReport:
                 ks_p_value=0.0001,
                 reference_share=0.25,
                 current_share=0.5,
+                current_share_interval=(0.438, 0.562),
                 share_p_value=0.01,
                 adjusted_p_value=0.001,
                 has_moved=True,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cv_platform.drift.classifier_test import told_apart
+from cv_platform.drift.classifier_test import told_apart, told_apart_bounds
 from cv_platform.drift.permutation import Judged, judge_together
 
 
@@ -62,3 +62,18 @@ def test_false_alarms_stay_within_the_level_and_a_shift_of_one_column_is_found()
 def test_rows_that_are_all_the_same_are_told_apart_by_nothing() -> None:
     same = np.ones((30, 5), np.float32)
     assert judged(same, same[:10], permutations=19, seed=0).p_value == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+def test_the_interval_holds_the_share_of_pairs_that_the_best_classifier_tells_apart(shift: float) -> None:
+    truth, held = stats.norm.cdf(shift / 2**0.5), 0
+    for trial in range(60):
+        rng = np.random.default_rng((2, trial))
+        reference, current = draw(rng, 200, 2), draw(rng, 60, 2)
+        current[:, 0] += shift
+        rows, split = np.concatenate([reference, current]), np.arange(260) >= 200
+        found = judged(reference, current, permutations=39, seed=trial)
+        low, high = told_apart_bounds(rows, split, found)
+        assert low <= found.observed <= high
+        held += low <= truth <= high
+    assert held >= stats.binom.ppf(0.001, 60, 0.95)

@@ -13,6 +13,7 @@ from cv_platform.drift.permutation import (
     judge_together,
     largest_ks_distance,
     mean_distance,
+    mean_distance_bounds,
     whitened,
 )
 from cv_platform.drift.two_sample import ks_bonferroni, median_bandwidth
@@ -144,3 +145,15 @@ def test_one_value_at_the_end_of_float32_is_no_alarm() -> None:
     for one in judged(three_kinds(rows), 40, 80):
         assert np.isfinite([one.observed, one.null_mean, one.null_spread]).all()
         assert one.p_value > 0.01
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 1.0])
+def test_the_interval_of_a_distance_of_means_holds_what_it_estimates(shift: float) -> None:
+    held = 0
+    for trial in range(100):
+        rng = np.random.default_rng((9, trial))
+        rows = centred(rng.normal(size=(350, 6)) + np.repeat([[0.0], [shift / 6**0.5]], [300, 50], axis=0))
+        (found,) = judged([mean_distance(rows)], 50, 350, seed=trial)
+        low, high = mean_distance_bounds(rows, np.arange(350) >= 300, found)
+        held += low - found.null_mean <= shift**2 <= high - found.null_mean
+    assert held >= stats.binom.ppf(0.001, 100, 0.95)

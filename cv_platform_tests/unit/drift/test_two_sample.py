@@ -13,6 +13,7 @@ from cv_platform.drift.two_sample import (
     gaussian_kernel,
     holm,
     ks_bonferroni,
+    ks_bounds,
     median_bandwidth,
     subsample,
 )
@@ -110,3 +111,18 @@ def test_holm_by_hand() -> None:
 def test_holm_refuses_what_is_no_p_value(p: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         holm({"a": p})
+
+
+def test_the_bounds_of_a_ks_distance_hold_that_of_the_distributions() -> None:
+    # Of N(0, 1) and N(1, 1) it is 2Φ(1/2) − 1; of the columns that did not move, 0.
+    truth, held = 2 * stats.norm.cdf(0.5) - 1, 0
+    for trial in range(100):
+        rng = np.random.default_rng((4, trial))
+        reference, current = rng.normal(size=(400, 5)), rng.normal(size=(80, 5))
+        current[:, 2] += 1.0
+        found = ks_bonferroni(reference.astype(np.float32), current.astype(np.float32))
+        low, high = ks_bounds(float(found.distances.max()), 5, (400, 80))
+        held += low <= truth <= high
+    assert held >= 95
+    assert ks_bounds(0.02, 5, (400, 80))[0] == 0.0
+    assert ks_bounds(0.99, 5, (400, 80))[1] == 1.0

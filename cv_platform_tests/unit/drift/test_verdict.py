@@ -166,3 +166,13 @@ def test_refuses_an_impossible_alpha() -> None:
     sample = draw_sample(np.random.default_rng(0), 30)
     with pytest.raises(ValueError, match="alpha"):
         verdict(sample, sample, alpha=0.0)
+
+
+def test_every_statistic_is_told_with_an_interval_around_it() -> None:
+    rng = np.random.default_rng(3)
+    names = [name for name in DETECTOR_NAMES if not name.startswith("encoder_")]
+    found = verdict(draw_sample(rng, 200), draw_sample(rng, 100, shift=0.6), detectors=names)
+    assert found.intervals.keys() == found.statistics.keys() == set(names)
+    for name, (low, high) in found.intervals.items():
+        assert low <= found.statistics[name] <= high
+        assert low < high

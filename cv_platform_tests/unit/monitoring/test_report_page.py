@@ -54,6 +54,9 @@ def test_page_says_what_moved() -> None:
     assert "Not reliable" in page
     assert "+1.00 to +1.50" in page
     assert "0.850 to 0.950" in page
+    assert "0.250 to 0.375" in page
+    assert "0.050 to 0.150" in page  # Of MMD, whose square the statistic is.
+    assert "43.8 to 56.2%" in page
     assert "12 requests with feedback: 0.500 (95 % interval 0.250 to 0.750)" in page
     assert "No estimate without labels agrees" in page
     assert "&lt;b&gt;bb" in page
