@@ -121,6 +121,7 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
         A prediction's latest feedback counts, from any source. People choose what they comment on, mistakes more often
         than hits: these figures are of the predictions with feedback, and of all only where those are a random sample.
         """
+        from cv_platform.errors import TrackingError
         from cv_platform.monitoring.exported_metrics import export_production
         from cv_platform.monitoring.production_metrics import log_production, measure_production
         from cv_platform.monitoring.sentences import production_summary
@@ -136,8 +137,11 @@ def production_metrics_asset(branch: Branch) -> dg.AssetsDefinition:
                 directory=run.settings.home / "production_metrics" / run.config.name,
             )
         if metrics.with_feedback:
-            with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
-                log_production(mlflow_run, metrics)
+            try:
+                with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
+                    log_production(mlflow_run, metrics)
+            except TrackingError as err:  # What people said of a window counts without its place among the trainings.
+                context.log.warning(f"These figures are not in MLflow: {err}")
         export_production(run.settings.home, metrics)
         checks = checked(as_on_the_test_split, not metrics.worse_versions, production_summary(metrics))
         return run.result(metrics, _production_metadata(metrics), checks)

@@ -6,7 +6,8 @@ spool is in the window in which it came, and counted there as late; a window tha
 
 The sample is drawn by a hash of the prediction's id, so that every request of the window has the same chance, the quiet
 night's as the busy hour's, and a retry reads the same rows. The tests take requests as independent of each other: of an
-upload that was sent again and again, the first request stands for all, unless `monitor.repeats` says otherwise.
+upload that was sent again and again, the first request stands for all, unless `monitor.repeats` says otherwise. Where
+uploads are not kept, equal pixel statistics to the last bit tell that it is the same.
 
 Only the columns that the report needs are read; `database.uploads` fetches the few images that are shown.
 """
@@ -176,10 +177,9 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
         & bounds.holds()
         & is_request()
     )
-    name = cast(predictions.c.prediction_id, Text)
+    picture = func.coalesce(predictions.c.image_sha256, cast(predictions.c.properties, Text))
     order = [predictions.c.created_on, predictions.c.prediction_id]
-    # Without a kept upload, each request stands for itself.
-    nth = func.row_number().over(partition_by=func.coalesce(predictions.c.image_sha256, name), order_by=order)
+    nth = func.row_number().over(partition_by=picture, order_by=order)
     request = select(predictions.c.prediction_id, bounds.is_late().label("is_late"), nth.label("nth")).where(inside)
     request = request.subquery()
     counts = select(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import dagster as dg
 import pytest
@@ -15,6 +15,7 @@ from cv_platform.database.schema import feedback, predictions
 from cv_platform.definitions import build_defs
 from cv_platform.defs import branch
 from cv_platform.defs.materialize import RunStory, run_assets
+from cv_platform.local.http import free_port
 from cv_platform.record_store import RecordStore
 from cv_platform.records import ProductionMetrics
 
@@ -39,12 +40,7 @@ def test_says_that_there_is_no_feedback_then_measures_it_and_notes_what_was_over
     assert not (tmp_path / "home" / "mlflow").exists()
 
     yesterday = datetime.now(UTC) - timedelta(days=1)
-    row = {"prediction_id": uuid4(), "model_name": "digits_classifier", "model_version": "v1", "predicted_class": "3"}
-    vectors = {name: [] for name in ("uae_feats", "bbsd_feats", "features", "properties")}
-    said = {"entry_id": uuid4(), "prediction_id": row["prediction_id"], "true_class": "5", "source": "page"}
-    with engine.begin() as connection:
-        connection.execute(insert(predictions), {**row, **vectors, "prediction_json": {}, "created_on": yesterday})
-        connection.execute(insert(feedback), {**said, "created_on": yesterday})
+    say(engine, add_prediction(engine, yesterday, yesterday), yesterday)
     override = {"resources": {"digits_config": {"config": {"monitor": {"min_feedback": 11}}}}}
     measured = job.execute_in_process(override, asset_selection=[KEY])
 
@@ -68,12 +64,35 @@ def log(engine: Engine, database_url: str, tmp_path: Path, monkeypatch: pytest.M
     return engine
 
 
-def add_prediction(engine: Engine, created_on: datetime, logged_on: datetime) -> None:
-    row = {"prediction_id": uuid4(), "model_name": "digits_classifier", "model_version": "v1", "predicted_class": "3"}
+@pytest.mark.xdist_group("tracking")
+def test_what_people_said_is_kept_while_mlflow_is_away(
+    log: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    say(log, add_prediction(log, yesterday, yesterday), yesterday)
+    with dg.DagsterInstance.ephemeral() as instance:
+        record = measure(instance, tmp_path, None, {})
+        said = [entry.user_message for run in instance.get_runs() for entry in instance.all_logs(run.run_id)]
+    assert record.versions[0].right_share == 0.0
+    assert any(text.startswith("These figures are not in MLflow: ") for text in said)
+
+
+def say(engine: Engine, prediction_id: UUID, created_on: datetime) -> None:
+    said = {"entry_id": uuid4(), "prediction_id": prediction_id, "true_class": "5", "source": "page"}
+    with engine.begin() as connection:
+        connection.execute(insert(feedback), {**said, "created_on": created_on})
+
+
+def add_prediction(engine: Engine, created_on: datetime, logged_on: datetime) -> UUID:
+    prediction_id = uuid4()
+    row = {"model_name": "digits_classifier", "model_version": "v1", "predicted_class": "3"}
     vectors = {name: [] for name in ("uae_feats", "bbsd_feats", "features", "properties")}
-    times = {"created_on": created_on, "logged_on": logged_on}
+    times = {"prediction_id": prediction_id, "created_on": created_on, "logged_on": logged_on}
     with engine.begin() as connection:
         connection.execute(insert(predictions), {**row, **vectors, **times, "prediction_json": {}})
+    return prediction_id
 
 
 def measure(instance: dg.DagsterInstance, tmp_path: Path, config: Any, tags: dict[str, str]) -> ProductionMetrics:

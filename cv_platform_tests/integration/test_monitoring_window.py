@@ -32,7 +32,7 @@ def row(created_on: datetime, number: float = 0.0, **changes: Any) -> dict[str, 
         "uae_feats": [number, 1.5],
         "bbsd_feats": [0.75, 0.25],
         "features": [0.1, 0.2, 0.3],
-        "properties": [float(i) for i in range(7)],
+        "properties": [number, *(float(i) for i in range(6))],
         "created_on": created_on,
     }
     return {**values, **changes}
@@ -156,14 +156,14 @@ def test_an_upload_that_is_sent_again_and_again_is_judged_once(engine: Engine) -
         engine,
         *(row(START + timedelta(hours=i), i, image_sha256=upload) for i in range(5)),
         row(START + timedelta(hours=2), 10, image_sha256=another),
-        *(row(START + timedelta(hours=i), 20 + i, image_sha256=None) for i in range(2)),  # Whose uploads were not kept.
+        *(row(START + timedelta(hours=i), 20 + i % 2, image_sha256=None) for i in range(4)),  # Uploads were not kept.
     )
     once, every = window(engine), window(engine, repeats="all")
     assert once.sample is not None
     assert every.sample is not None
     assert sorted(once.sample.uae[:, 0].tolist()) == [0.0, 10.0, 20.0, 21.0]
-    assert len(every.sample) == 8
-    assert [(found.requests, found.repeats, found.is_sampled) for found in (once, every)] == [(8, 4, False)] * 2
+    assert len(every.sample) == 10
+    assert [(found.requests, found.repeats, found.is_sampled) for found in (once, every)] == [(10, 6, False)] * 2
 
 
 def test_vectors_come_back_to_the_last_bit(engine: Engine) -> None:
