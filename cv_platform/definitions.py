@@ -10,7 +10,7 @@ from pathlib import Path
 import dagster as dg
 
 from cv_platform.config import config_files, load_experiments
-from cv_platform.defs.automation import run_failure_sensor
+from cv_platform.defs.automation import run_failure_sensor, service_alerts_sensor
 from cv_platform.defs.experiment import broken_config_definitions, experiment_definitions
 from cv_platform.defs.io_managers import RecordIOManager
 from cv_platform.defs.resources import Installation, MlflowTracking
@@ -40,7 +40,7 @@ def build_defs(configs: Path | None = None) -> dg.Definitions:
                 "mlflow": MlflowTracking(),
                 "io_manager": RecordIOManager(),
             },
-            sensors=[run_failure_sensor(experiments), interrupted_runs_sensor()],
+            sensors=[run_failure_sensor(experiments), service_alerts_sensor(experiments), interrupted_runs_sensor()],
             # A launched run is a process of its own already; a process per step would load TensorFlow again and again.
             executor=dg.in_process_executor,
         ),

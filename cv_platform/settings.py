@@ -182,6 +182,12 @@ class Settings(BaseModel):
         validation_alias="CV_ALERT_URLS",
         description="Where alerts go: [apprise](https://github.com/caronc/apprise) URLs, comma-separated.",
     )
+    prometheus_url: str | None = Field(
+        default=None,
+        validation_alias="PROMETHEUS_URL",
+        examples=["http://prometheus:9090"],
+        description="Whose firing alerts go there, too. Without it, what the service says of itself.",
+    )
     service_name: str = Field(
         default="image_classifier",
         validation_alias="CV_SERVICE",

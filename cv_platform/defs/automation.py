@@ -259,3 +259,39 @@ def run_failure_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefi
             context.log.warning(f"Runs that MLflow still shows as running were not closed: {err}")
 
     return run_failure
+
+
+def service_alerts_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefinition:
+    """Returns the sensor that tells people what is wrong with the service, its log and its monitoring."""
+    names = [config.name for config in experiments]
+
+    @dg.sensor(
+        name="service_alerts",
+        minimum_interval_seconds=60,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Tells CV_ALERT_URLS, once it begins and once it is over, what is wrong with the service, its log "
+        "and its monitoring: what fires in Prometheus, or without one what the service's own metrics say.",
+    )
+    def service_alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        from cv_platform.errors import CvPlatformError
+        from cv_platform.monitoring.alerts import send_alert
+        from cv_platform.monitoring.service_alerts import AlertState, look, tell
+
+        settings, now = Settings.from_environment(), datetime.now(UTC)
+        urls = [url.get_secret_value() for url in settings.alert_urls]
+        if not urls:
+            return dg.SkipReason("CV_ALERT_URLS names nobody who wants to know.")
+
+        def send(title: str, body: str) -> bool:
+            failures = send_alert(urls, title, body)
+            for failure in failures:
+                context.log.warning(failure)
+            return len(failures) < len(urls)
+
+        try:
+            troubles, state = look(settings, AlertState.read(context.cursor), names, now)
+        except CvPlatformError as err:
+            return dg.SkipReason(str(err))
+        return dg.SensorResult(cursor=tell(state, troubles, send).model_dump_json())
+
+    return service_alerts

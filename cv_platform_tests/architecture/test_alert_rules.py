@@ -10,6 +10,7 @@ import prometheus_client
 import pytest
 import yaml
 
+from cv_platform.monitoring import service_alerts
 from cv_platform.monitoring.exported_metrics import HELP
 from cv_platform.serving.telemetry.metrics import ServingMetrics
 from cv_platform_tests.support.stack_files import DOCKER, REPOSITORY, SERVICES
@@ -136,3 +137,15 @@ def test_the_webhook_is_appended_to_the_one_receiver() -> None:
         {"name": "people", "webhook_configs": [{"url_file": "/tmp/webhook_url", "send_resolved": True}]}
     ]
     assert {**whole, "receivers": None} == {**ALERTMANAGER, "receivers": None}
+
+
+def test_without_prometheus_the_same_thresholds_hold() -> None:
+    def limits(name: str) -> list[float]:
+        return [float(number) for number in re.findall(r"[><]=? ([\d.]+)", ALERTS[name]["expr"])]
+
+    assert limits("SpoolOld") == [service_alerts.OLDEST_ENTRY_SECONDS]
+    assert limits("UnknownImages") == [service_alerts.UNKNOWN_SHARE, service_alerts.FEWEST_IMAGES]
+    assert limits("MonitoringStale") == [service_alerts.STALE_AFTER.days]
+    assert limits("LogEntriesRejected") == limits("ModelSwapFailed") == [0]
+    source = Path(service_alerts.__file__).read_text()
+    assert set(re.findall(r'Trouble\(\s*"(\w+)"', source)) <= set(ALERTS)

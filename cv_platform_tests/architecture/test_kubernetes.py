@@ -81,8 +81,10 @@ def test_the_services_settings_are_composes() -> None:
 def test_the_platforms_settings_are_composes() -> None:
     settings, secrets = RESOURCES["ConfigMap", "platform"]["data"], env_file("platform")
     environment = COMPOSE["x-platform-environment"]
-    # The chart names its own code location, and no proxy is in a pod's environment unless somebody puts it there.
-    assert settings.keys() | secrets.keys() == environment.keys() - {"CV_CODE_HOST", "NO_PROXY", "no_proxy", "<<"}
+    # The chart names its own code location, no proxy is in a pod's environment unless somebody puts it there, and a
+    # cluster has a Prometheus and receivers of its own.
+    others = {"CV_CODE_HOST", "NO_PROXY", "no_proxy", "PROMETHEUS_URL", "<<"}
+    assert settings.keys() | secrets.keys() == environment.keys() - others
     expected = {name: as_by_default(environment[name]) for name in settings}
     for name in ("CV_RAY_ADDRESS", "CV_RAY_JOBS_URL"):  # KubeRay calls the head after its cluster.
         expected[name] = re.sub("ray-(node-)?head", "cv-platform-head-svc", expected[name])

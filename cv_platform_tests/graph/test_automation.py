@@ -28,6 +28,7 @@ from cv_platform.defs.automation import (
     new_predictions_sensor,
     pointer_sensor,
     run_failure_sensor,
+    service_alerts_sensor,
 )
 from cv_platform.defs.branch import Branch
 from cv_platform.defs.observed import observed_sensor, repository_key, request_log_key
@@ -406,3 +407,50 @@ def test_a_killed_run_that_nobody_retries_alerts_after_dagster_was_told_once_mor
         assert run.look() == 2
         assert len(received) == alerts
     assert "No retry was started" in received[0]["message"]
+
+
+def test_what_is_wrong_with_the_service_is_told_once_and_when_it_is_over(
+    experiment: ExperimentConfig,
+    home: Path,
+    alert_server: tuple[str, list[dict[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url, received = alert_server
+    rejected = [0]
+
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"cv_spool_rejected_entries {rejected[-1]}.0\n".encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("CV_SERVICE_PORT", str(server.server_address[1]))
+    sensor = service_alerts_sensor([experiment])
+    cursors: list[str | None] = [None]
+
+    def tick() -> str | None:
+        found = sensor(dg.build_sensor_context(cursor=cursors[-1]))
+        if isinstance(found, dg.SkipReason):
+            return found.skip_message
+        assert isinstance(found, dg.SensorResult)
+        cursors.append(found.cursor)
+        return None
+
+    try:
+        assert "CV_ALERT_URLS" in (tick() or "")
+        monkeypatch.setenv("CV_ALERT_URLS", url)
+        for entries in (0, 3, 4, 0):
+            rejected.append(entries)
+            assert tick() is None
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert [alert["title"] for alert in received] == ["LogEntriesRejected", "over: LogEntriesRejected"]
+    assert "Expected an answer of http://127.0.0.1" in (tick() or "")

@@ -12,6 +12,7 @@ from cv_platform.config import MonitorConfig
 from cv_platform.monitoring.alarm_rate import alarm_level
 from cv_platform.monitoring.episodes import what_changed
 from cv_platform.monitoring.report import _write_row
+from cv_platform.monitoring.service_alerts import stale_reports
 from cv_platform.records import DriftReport
 from cv_platform_tests.support.drift_reports import make_report
 
@@ -109,3 +110,13 @@ def test_a_report_made_again_has_its_level_though_others_came_after_it(engine: E
 
 def test_a_report_without_enough_requests_spends_nothing(engine: Engine) -> None:
     assert keep_judged(engine, day(0, "insufficient data"), day(1, "no drift"))[1] == pytest.approx(0.05)
+
+
+def test_reports_that_have_ceased_are_told_and_those_that_never_began_are_not(engine: Engine) -> None:
+    _write_row(engine, day(0, "no drift"))
+    name = day(0, "no drift").experiment
+    now = datetime.now(UTC)
+    assert stale_reports(engine, [name, "another"], now + timedelta(days=7)) == []
+    (found,) = stale_reports(engine, [name, "another"], now + timedelta(days=9))
+    assert (found.name, found.subject) == ("MonitoringStale", name)
+    assert stale_reports(engine, ["another"], now + timedelta(days=9)) == []

@@ -93,6 +93,7 @@ def _alert(stage: Stage, findings: Findings, session: httpx.Client) -> None:
     fired = wait_until(
         lambda: "firing" in _states(session) and _is_told(stage), seconds=ALERT_SECONDS, what=f"{ALERT} to fire"
     )
+    _passed_on(stage, findings)
     send_window(stage, findings, is_shifted=False)
     resolved = wait_until(
         lambda: not _states(session) and not _is_told(stage), seconds=ALERT_SECONDS, what=f"{ALERT} to resolve"
@@ -102,6 +103,16 @@ def _alert(stage: Stage, findings: Findings, session: httpx.Client) -> None:
         f"fired (waited {fired:.0f} s), resolved {resolved:.0f} s after the report",
         True,
     )
+
+
+def _passed_on(stage: Stage, findings: Findings) -> None:
+    """Has the code location ask Prometheus, as its sensor `service_alerts` does."""
+    script = (
+        "import os; from cv_platform.monitoring.service_alerts import firing; "
+        "print([one.title for one in firing(os.environ['PROMETHEUS_URL'], but_for=())])"
+    )
+    said = stage.checkout.compose("exec", "-T", "dagster-code", "python", "-c", script).strip()
+    findings.add("what fires is seen by the sensor that passes it on", said, ALERT in said)
 
 
 def _targets(session: httpx.Client) -> list[dict[str, Any]]:
