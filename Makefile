@@ -149,7 +149,7 @@ bench-data: setup ## What is found in a dataset that was spoilt on purpose: make
 	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of images. Received: nothing."; exit 2; }
 	$(BIN)/python -m benchmarks data --archive "$$ARCHIVE"
 
-bench-data-speed: setup ## What the data's stages cost, each against its promise: make bench-data-speed [PARTS=stages,deepchecks,again,memory]
+bench-data-speed: setup ## What the data's stages cost, each against its promise: make bench-data-speed [PARTS=stages,deepchecks,again,memory,rows]
 	$(BIN)/python -m benchmarks data-speed --rounds 3 $(if $(PARTS),--parts $(PARTS))
 
 bench-drift: setup ## False alarms, power and cost of drift verdicts: make bench-drift [ARCHIVE=images.tar.gz] (SPLIT/CLASS/image)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -43,12 +43,17 @@ from cv_platform.encoders.encoder import BATCH_IMAGES, Encoder
 from cv_platform.errors import DatasetError
 from cv_platform.files import file_sha256
 
+if TYPE_CHECKING:
+    from cv_platform.records import DatasetVersion
+
 PHOTOS, SIDES_PX = 240, (32, 224)
 FEW, MANY, AGAIN = 10_000, 60_000, 12_000
 ROWS = 60_000
+MANY_ROWS, DISTINCT = 1_000_000, 2_000
+ROWS_SIDE_PX = 8
 SPLITS = ("train", "valid", "test", "reference")
 LIBRARIES = ("numpy", "opencv-python-headless", "pyarrow", "deepchecks", "dagster")
-PARTS = ("stages", "deepchecks", "again", "memory")
+PARTS = ("stages", "deepchecks", "again", "memory", "rows")
 STAGES = ("dataset", "embeddings", "validation_report", "packed_images")
 
 
@@ -75,8 +80,10 @@ def run(options: Options) -> Report:
             elif part == "again":
                 check, notes = _second_materialisation(folder, again)
                 checks.append(check)
-            else:
+            elif part == "memory":
                 checks.append(_memory(folder, few, many))
+            else:
+                checks.append(_many_rows(folder))
     return Report(
         name="data-speed",
         title="What the data's stages cost",
@@ -342,6 +349,25 @@ def _memory(folder: Path, few: int, many: int) -> Check:
     )
 
 
+def _many_rows(folder: Path) -> Check:
+    """Has a million images described, counted for Dagster's page and packed: names of two thousand files."""
+    few, images = folder / "distinct", folder / "rows-of-names"
+    _small_images(few, DISTINCT)
+    files = _files(few)
+    for number in range(MANY_ROWS):
+        target = images / "images" / SPLITS[number % 4] / f"class{number // 4 % 2}" / f"{number:07}.jpg"
+        if number < 2 * len(SPLITS):
+            target.parent.mkdir(parents=True)
+        target.hardlink_to(files[number % DISTINCT])
+    peaks: dict[str, float] = json.loads(_in_a_process("rows", images).splitlines()[-1])
+    return Check(
+        what=f"peak memory of what reads or makes the manifest of {MANY_ROWS:,} images",
+        expected="≤ 1,536 MiB",
+        received=", ".join(f"{name} {mib:,.0f} MiB" for name, mib in peaks.items()),
+        held=max(peaks.values()) <= 1536,
+    )
+
+
 def _in_a_process(work: str, path: Path, *, environment: dict[str, str] | None = None) -> str:
     command = [sys.executable, "-m", "benchmarks.bench_data_speed", work, str(path)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
@@ -360,11 +386,11 @@ def _small_images(folder: Path, count: int) -> None:
         target.write_bytes(data.tobytes())
 
 
-def _experiment() -> ExperimentConfig:
+def _experiment(side: int = 32) -> ExperimentConfig:
     return parse_experiment(
         {
             "name": "speed",
-            "model": {"model_name": "speed", "classes": ["class0", "class1"], "input_size": {"h": 32, "w": 32}},
+            "model": {"model_name": "speed", "classes": ["class0", "class1"], "input_size": {"h": side, "w": side}},
             "dataset": {"ds_name": "speed", "dvc_tag": "v1"},
         },
         origin="the benchmark",
@@ -373,21 +399,53 @@ def _experiment() -> ExperimentConfig:
 
 def peak(folder: Path) -> str:
     """Makes manifest and pack of the images below `folder`, and returns this process's peak memory in MiB."""
-    from cv_platform.compute.local import LocalEngine
-    from cv_platform.datasets.packing import pack_images
+    _pack_all(_version(folder), _experiment())
+    return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def rows(folder: Path) -> str:
+    """Makes the manifest of the images below `folder` and what follows from it; the process's peak after each, as JSON.
+
+    A later one's is at least that of those before it.
+    """
+    from cv_platform.datasets.contact_sheet import keep_contact_sheet
+    from cv_platform.datasets.manifest import count_manifest
+
+    peaks = dict[str, float]()
+
+    def note(name: str) -> None:
+        peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    version, config = _version(folder), _experiment(ROWS_SIDE_PX)
+    note("manifest")
+    counts = count_manifest(version.manifest_path)
+    assert (counts.images, counts.unreadable) == (MANY_ROWS, 0)
+    keep_contact_sheet(version)
+    note("counts and contact sheet")
+    _pack_all(version, config)
+    note("packing")
+    return json.dumps(peaks)
+
+
+def _version(folder: Path) -> DatasetVersion:
     from cv_platform.records import DatasetVersion, Provenance
 
-    config = _experiment()
-    version = DatasetVersion(
+    return DatasetVersion(
         provenance=Provenance(ds_name="speed", dvc_tag="v1", dvc_md5="0" * 32),
         git_commit="0" * 40,
         directory=folder,
         manifest=_build_manifest(folder).name,
-        class_names=config.model.classes,
+        class_names=_experiment().model.classes,
     )
-    pack_images(version, config.model, quarantined=(), home=folder / "home", engine=LocalEngine(1))
-    return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def _pack_all(version: DatasetVersion, config: ExperimentConfig) -> None:
+    from cv_platform.compute.local import LocalEngine
+    from cv_platform.datasets.packing import pack_images
+
+    home = version.directory / "home"
+    pack_images(version, config.model, quarantined=(), home=home, engine=LocalEngine(1))
 
 
 if __name__ == "__main__":
-    print({"peak": peak, "twice": twice}[sys.argv[1]](Path(sys.argv[2])))
+    print({"peak": peak, "twice": twice, "rows": rows}[sys.argv[1]](Path(sys.argv[2])))

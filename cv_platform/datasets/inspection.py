@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from cv_platform import images
-from cv_platform.datasets.near_copies import OVERVIEW_PX, thumbnail
+from cv_platform.datasets.near_copies import OVERVIEW_PX, THUMBNAIL_PX, thumbnail
 from cv_platform.errors import EmptyImageError, ImageError, ImageTooLargeError, InvalidDatasetError
 from cv_platform.files import file_sha256
 from cv_platform.images.files import has_more_pictures
+from cv_platform.properties import PROPERTY_NAMES, image_properties
 
 _FEWEST_LEVELS = 64
 """A quarter of the 256 that 8 bits have, as 14-bit data in 16 bits use."""
@@ -47,6 +49,7 @@ class Inspected:
     narrow_range: str | None = None
     wrong_suffix: str | None = None
     thumbnail: bytes | None = None
+    properties: tuple[float, ...] = (math.nan,) * len(PROPERTY_NAMES)
 
 
 def inspect_file(path: str, max_pixels: int) -> Inspected:
@@ -66,9 +69,10 @@ def inspect_file(path: str, max_pixels: int) -> Inspected:
     sha256 = hashlib.sha256(data).hexdigest()
     try:
         image = images.read_image(data, max_pixels=max_pixels, overview_px=OVERVIEW_PX)
-        levels = thumbnail(image.pixels)
+        small = images.resize(image.pixels, (THUMBNAIL_PX, THUMBNAIL_PX))
+        levels = thumbnail(small)
         is_even = bool(levels.max() - levels.min() <= _EVEN_LEVELS)
-        if is_even and image.pixels.ndim == 2:
+        if is_even and image.pixels.shape[:2] != (image.height_px, image.width_px):
             image = images.read_image(data, max_pixels=max_pixels)
     except ImageError as err:
         image_format, height_px, width_px = _header(data)
@@ -96,6 +100,7 @@ def inspect_file(path: str, max_pixels: int) -> Inspected:
         constant=_constant(image) if is_even else None,
         narrow_range=_narrow_range(image) if image.sample_bits == 16 else None,
         thumbnail=levels.tobytes(),
+        properties=tuple(image_properties(small).tolist()),
     )
 
 

@@ -38,7 +38,7 @@ from cv_platform.files import whole_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_VERSION = 7
+MANIFEST_VERSION = 8
 _IMAGES_PER_PART = 128
 _PARTS_PER_GROUP = 16
 """2,048 images are what is written at a time: 3 MB of rows."""
@@ -83,6 +83,8 @@ def build_manifest(
     * `is_readable`, and the `problem` where it is not: such an image is a finding of validation, not an error here.
     * Remarks in words, or none: `damage` that its decoder went on after; that it is `animated`; its colour if it is
       `constant`; the `narrow_range` that its 16-bit samples stay in; its `wrong_suffix`.
+    * The seven statistics of `cv_platform.properties`, of its pixels at 32×32, as validation looks at; NaN where it is
+      not readable.
     * `thumbnail`: its 32×32 grey levels, by which near-copies are found; none where it is not readable.
 
     Rows are written as they are made: memory does not grow with the number of images but by their names and, where

@@ -19,6 +19,7 @@ from cv_platform.datasets.near_copies import THUMBNAIL_PX
 from cv_platform.datasets.quarantine import judge
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.splits import GIVEN
+from cv_platform.properties import PROPERTY_NAMES
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -44,6 +45,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("constant", pa.string()),
         ("narrow_range", pa.string()),
         ("wrong_suffix", pa.string()),
+        *((name, pa.float32()) for name in PROPERTY_NAMES),
         ("thumbnail", pa.binary(THUMBNAIL_PX**2)),
     ]
 )
@@ -85,6 +87,7 @@ class Part:
             judge(file, [label for label in entry.labels if label not in self.classes], self.dataset.quarantine)
             for entry, file in zip(self.entries, inspected, strict=True)
         ]
+        columns |= zip(PROPERTY_NAMES, zip(*(file.properties for file in inspected), strict=True), strict=True)
         is_used = [status == "used" for status, _ in judged]
         columns |= {
             "path": [f"{self.data_path}/{entry.path}" for entry in self.entries],

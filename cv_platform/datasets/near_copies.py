@@ -87,9 +87,8 @@ class NearCopies:
 
 def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Returns `(32, 32)` uint8 grey levels of `(H, W, 3)` uint8 RGB, or of grey levels: what near-copies share."""
-    # Grey first: there is a third to resize, and the levels are the same but for rounding.
-    grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), dtype=np.uint8) if pixels.ndim == 3 else pixels
-    return resize(grey, (THUMBNAIL_PX, THUMBNAIL_PX))
+    small = resize(pixels, (THUMBNAIL_PX, THUMBNAIL_PX))
+    return np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), dtype=np.uint8) if small.ndim == 3 else small
 
 
 @one_blas_thread()

@@ -98,7 +98,7 @@ class DecodedImage:
 
     Attributes:
         format: one of `SUPPORTED_FORMATS`.
-        pixels: `(H, W, 3)` uint8, RGB, upright; `(H, W)` grey levels where an overview was asked for.
+        pixels: `(H, W, 3)` uint8, RGB, upright.
         height_px: of the upright image; `pixels` has less where it was reduced.
         width_px: as `height_px`.
         sample_bits: of the file's samples, 1 to 16; of 16, `pixels` have the upper eight.
@@ -194,8 +194,8 @@ def read_image(
         data: the file's bytes.
         max_pixels: the largest height × width accepted; judged on the header.
         version: of the preprocessing, one of `KNOWN_VERSIONS`: that which a model was trained on.
-        overview_px: None, or what both sides have at least in an overview: of a JPEG, grey levels, and sides of a half,
-            a quarter or an eighth, which leaves most of the decoding undone and finds the same damage.
+        overview_px: None, or what both sides have at least in an overview: of a JPEG, sides of a half, a quarter or an
+            eighth, which leaves much of the decoding undone and finds the same damage.
 
     Raises:
         EmptyImageError, UnsupportedImageError, ImageTooLargeError: see `read_size`.
@@ -213,10 +213,10 @@ def read_image(
         reduction = 1
         while version > 2 and reduction < 8 and height_px * width_px > MAX_PIXELS * reduction**2:
             reduction *= 2
-        if is_grey := image_format == "JPEG" and overview_px is not None:
+        if image_format == "JPEG":
             reduction = max(reduction, _overview_reduction(height_px, width_px, overview_px))
         with _one_large_image if is_large else nullcontext():
-            found = decode_jpeg(picture, data, reduction=reduction, is_grey=is_grey) if image_format == "JPEG" else None
+            found = decode_jpeg(picture, data, reduction=reduction) if image_format == "JPEG" else None
             pixels, damage = found or (_decode(picture, data, bits, reduction, keeps_alpha=version > 2), None)
     reduced = (-(-height_px // reduction), -(-width_px // reduction))
     if pixels.shape[:2] != reduced or (reduced[0] == reduced[1] and orientation > 4):
@@ -253,8 +253,7 @@ def _read_plain_jpeg(data: bytes, max_pixels: int, overview_px: int | None) -> D
         return None
     height_px, width_px, channels, scan_at = header
     reduction = _overview_reduction(height_px, width_px, overview_px)
-    size, is_grey = (height_px, width_px), overview_px is not None
-    if (pixels := decode_sound_jpeg(data, size, scan_at=scan_at, reduction=reduction, is_grey=is_grey)) is None:
+    if (pixels := decode_sound_jpeg(data, (height_px, width_px), scan_at=scan_at, reduction=reduction)) is None:
         return None
     return DecodedImage("JPEG", pixels, height_px, width_px, 8, None, channels, 1)
 

@@ -49,31 +49,27 @@ if hasattr(_pillow := ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler"):
     _pillow.TIFFSetErrorHandler(None)
 
 
-def decode_sound_jpeg(
-    data: bytes, size: tuple[int, int], *, scan_at: int, reduction: int, is_grey: bool
-) -> NDArray[np.uint8] | None:
+def decode_sound_jpeg(data: bytes, size: tuple[int, int], *, scan_at: int, reduction: int) -> NDArray[np.uint8] | None:
     """Decodes a JPEG; None: its end is missing, or its decoder has something to say.
 
     Args:
         data: its bytes.
         size: height and width of all of it.
         scan_at: where its headers end.
-        reduction: see `decode_jpeg`, as for `is_grey`.
-        is_grey: it.
+        reduction: see `decode_jpeg`.
     """
     if not has_jpeg_end(data, scan_at):
         return None
     height_px, width_px = (-(-side // reduction) for side in size)
-    space = "GRAY" if is_grey else "RGB"
     try:
-        pixels = simplejpeg.decode_jpeg(data, space, min_height=height_px, min_width=width_px)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height_px, min_width=width_px)
     except (ValueError, KeyError):
         return None
     return _flat(pixels) if pixels.shape[:2] == (height_px, width_px) else None
 
 
 def decode_jpeg(
-    picture: ImageFile.ImageFile, data: bytes, *, reduction: int, is_grey: bool
+    picture: ImageFile.ImageFile, data: bytes, *, reduction: int
 ) -> tuple[NDArray[np.uint8], str | None] | None:
     """Decodes a JPEG; what its decoder warns of is told, not raised.
 
@@ -81,7 +77,6 @@ def decode_jpeg(
         picture: its header.
         data: its bytes.
         reduction: 1, or 2, 4 or 8 for sides that are shorter by as much (rounded up), which is done while decoding.
-        is_grey: its grey levels are enough, `(H, W)`, which leaves the colours undecoded (not of a CMYK).
 
     Returns:
         The pixels, and the damage that the decoder went on after. None: it is of a kind that only Pillow may know.
@@ -98,7 +93,7 @@ def decode_jpeg(
         if (width_px, height_px) != picture.size:
             return None
         options = {
-            "colorspace": "CMYK" if space == "CMYK" else "GRAY" if is_grey else "RGB",
+            "colorspace": "CMYK" if space == "CMYK" else "RGB",
             "min_height": -(-int(height_px) // reduction),
             "min_width": -(-int(width_px) // reduction),
         }
@@ -107,7 +102,7 @@ def decode_jpeg(
         except ValueError as err:
             damage = f"its decoder goes on after: {err}"
             # Black where it stops: simplejpeg would leave what the memory held before.
-            channels = {"CMYK": 4, "RGB": 3, "GRAY": 1}[options["colorspace"]]
+            channels = 4 if space == "CMYK" else 3
             shape = (options["min_height"], options["min_width"], channels)
             pixels = simplejpeg.decode_jpeg(data, strict=False, buffer=np.zeros(shape, np.uint8), **options)
     except (ValueError, KeyError):  # A KeyError for a rare subsampling.

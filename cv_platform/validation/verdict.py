@@ -11,7 +11,6 @@ from cv_platform.records import ValidationVerdict
 
 DEEPCHECKS: Mapping[str, str] = {
     "deepchecks_is_single_value": "IsSingleValue",
-    "deepchecks_outlier_sample_detection": "OutlierSampleDetection",
     "deepchecks_feature_label_correlation": "FeatureLabelCorrelation",
     "deepchecks_datasets_size_comparison": "DatasetsSizeComparison",
     "deepchecks_feature_label_correlation_change": "FeatureLabelCorrelationChange",

@@ -13,8 +13,10 @@ Checks of the suites that are left out, since on these rows they cannot find any
 * DataDuplicates, ConflictingLabels, IndexTrainTestLeakage, TrainTestSamplesMix, NewLabelTrainTest, LabelDrift and
   FeatureDrift: our own `duplicates`, `conflicting_labels`, `train_test_leakage`, `class_coverage`, `label_drift` and
   `property_drift` look at every row, where these see the sample; they name the files, and take account of the size.
+* OutlierSampleDetection: the suite gives it no condition, so that it fails nothing; our own `outliers` judges every
+  image, by what the encoder sees.
 
-That leaves, of data_integrity: IsSingleValue, OutlierSampleDetection, FeatureLabelCorrelation; of
+That leaves, of data_integrity: IsSingleValue, FeatureLabelCorrelation; of
 train_test_validation: DatasetsSizeComparison, FeatureLabelCorrelationChange, MultivariateDrift. Each is a check of its
 own (`verdict.DEEPCHECKS`), and all of them have the severity `validate.deepchecks_suites`.
 
@@ -69,6 +71,7 @@ LEFT_OUT: tuple[str, ...] = (
     "NewLabelTrainTest",
     "LabelDrift",
     "FeatureDrift",
+    "OutlierSampleDetection",
 )
 MIN_IMAGES_FOR_DRIFT = 200
 TOLD_ONLY: tuple[str, ...] = ("FeatureLabelCorrelation", "FeatureLabelCorrelationChange")

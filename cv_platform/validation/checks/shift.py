@@ -53,8 +53,7 @@ class PropertyDrift(Check):
 
     @override
     def look(self, subject: Subject) -> Finding:
-        sample = subject.sample
-        train, test = (sample.properties[sample.positions(split)] for split in ("train", "test"))
+        train, test = (subject.split(name)[list(PROPERTY_NAMES)].dropna().to_numpy() for name in ("train", "test"))
         if not len(train) or not len(test):
             return _not_judged("test" if len(train) else "train")
         tests: list[Any] = [ks_2samp(a, b, method="asymp") for a, b in zip(train.T, test.T, strict=True)]
@@ -62,7 +61,7 @@ class PropertyDrift(Check):
         largest = int(distances.argmax())
         return Finding(
             f"The largest distance between train and test is {distances[largest]:.3f} ({PROPERTY_NAMES[largest]}), "
-            f"over {sample.description}.",
+            f"over {len(train) + len(test)} images.",
             float(distances[largest]),
             [
                 f"{PROPERTY_NAMES[i]}: distance {distances[i]:.3f}, median {np.median(train[:, i]):.1f} in train, "

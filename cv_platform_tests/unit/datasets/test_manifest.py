@@ -24,7 +24,8 @@ from cv_platform.datasets.manifest import (
 from cv_platform.datasets.near_copies import thumbnail
 from cv_platform.datasets.quarantine import kind_of
 from cv_platform.errors import DatasetError, InvalidDatasetError
-from cv_platform.images import decode
+from cv_platform.images import decode, preprocess
+from cv_platform.properties import PROPERTY_NAMES, image_properties
 from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
 
 from .conftest import dataset, model
@@ -50,6 +51,8 @@ def test_has_a_row_per_image_with_what_its_bytes_say(tmp_path: Path) -> None:
     assert (row["format"], row["channels"], row["bit_depth"], row["orientation"]) == ("PNG", 3, 8, 1)
     assert (row["is_readable"], row["status"], row["group"]) == (True, "used", None)
     assert row["problem"] is None
+    seen = image_properties(preprocess(data, (32, 32)))
+    np.testing.assert_allclose(row[list(PROPERTY_NAMES)].astype(float), seen, rtol=1e-5)
 
 
 def test_a_thumbnail_is_kept_of_each_readable_image(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 from cv_platform.config import ValidateConfig
 from cv_platform.datasets.manifest import MANIFEST_SCHEMA
 from cv_platform.datasets.near_copies import thumbnail
+from cv_platform.images import resize
+from cv_platform.properties import PROPERTY_NAMES, image_properties
 from cv_platform.records import DatasetVersion, Provenance
 from cv_platform.validation.checks import Subject
 from cv_platform.validation.sample import ImageSample
@@ -42,6 +44,10 @@ def make_manifest() -> MakeManifest:
         )
 
     return make
+
+
+def _properties(image: np.ndarray) -> dict[str, float]:
+    return dict(zip(PROPERTY_NAMES, image_properties(resize(image, (32, 32))).tolist(), strict=True))
 
 
 @dataclass
@@ -71,6 +77,7 @@ class Checkout:
                 "reason": None if problem is None else f"unreadable: {problem}",
                 "is_readable": problem is None,
                 "problem": problem,
+                **(_properties(image) if isinstance(image, np.ndarray) else {}),
                 "thumbnail": thumbnail(image).tobytes() if isinstance(image, np.ndarray) else None,
             }
         )

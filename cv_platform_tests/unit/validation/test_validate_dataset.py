@@ -59,7 +59,7 @@ def test_a_clean_dataset_passes_every_check_and_gets_pages_that_need_no_network(
         loaded = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?([^\"' >]+)", path.read_text())
         assert not [address for address in loaded if re.match(r"(https?:)?//", address)], path.name
     integrity = (folder / REPORT_NAMES["data_integrity"]).read_text()
-    assert "Outlier Sample Detection" in integrity
+    assert "Feature Label Correlation" in integrity
     assert "Mixed Nulls" not in integrity
     assert "Datasets Size Comparison" in (folder / REPORT_NAMES["train_test_validation"]).read_text()
     assert _outcome(verdict, "deepchecks_multivariate_drift").summary == (

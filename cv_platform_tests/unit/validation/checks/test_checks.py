@@ -11,7 +11,6 @@ from cv_platform.validation.checks.copies import Duplicates, TrainTestLeakage
 from cv_platform.validation.checks.images import BitDepth, ConstantImages, DamagedImages, NarrowRange, UnreadableImages
 from cv_platform.validation.checks.labels import ClassCoverage, ClassImbalance, ConflictingLabels, DividedGroups
 from cv_platform.validation.checks.shift import LabelDrift, PropertyDrift, cramers_v
-from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.verdict import MAX_OFFENDERS
 from cv_platform_tests.unit.validation.conftest import subject
 
@@ -184,32 +183,24 @@ def test_label_drift_of_multi_label_data_looks_at_each_class(make_manifest):
     assert found.offenders == ("tree: 50.0% of train, 0.0% of test",)
 
 
-def _sample(train: np.ndarray, test: np.ndarray) -> ImageSample:
-    rows = pd.DataFrame({"split": ["train"] * len(train) + ["test"] * len(test)})
-    count = len(rows)
-    return ImageSample(
-        rows=rows,
-        images=np.zeros((count, 32, 32, 3), np.uint8),
-        properties=np.concatenate([train, test]).astype(np.float32),
-        components=np.zeros((count, 1), np.float32),
-        problems={},
-        readable=count,
-    )
+def _with_properties(train: np.ndarray, test: np.ndarray) -> pd.DataFrame:
+    manifest = pd.DataFrame(np.concatenate([train, test]).astype(np.float32), columns=pd.Index(PROPERTY_NAMES))
+    return manifest.assign(split=["train"] * len(train) + ["test"] * len(test))
 
 
 def test_property_drift_names_the_property_that_moved():
     generator = np.random.default_rng(2)
     train, test = generator.normal(size=(300, 7)), generator.normal(size=(300, 7))
-    assert PropertyDrift().run(subject(sample=_sample(train, test))).passed
+    assert PropertyDrift().run(subject(_with_properties(train, test))).passed
     test[:, 1] += 2.0
-    found = PropertyDrift().run(subject(sample=_sample(train, test)))
+    found = PropertyDrift().run(subject(_with_properties(train, test)))
     assert not found.passed
     assert len(found.offenders) == 1
     assert found.offenders[0].startswith(PROPERTY_NAMES[1])
 
 
 def test_property_drift_without_test_images_is_not_judged():
-    found = PropertyDrift().run(subject(sample=_sample(np.zeros((5, 7)), np.zeros((0, 7)))))
+    found = PropertyDrift().run(subject(_with_properties(np.zeros((5, 7)), np.zeros((0, 7)))))
     assert found.passed
     assert found.summary == "Not judged: test has no images (see class_coverage)."
 
