@@ -292,6 +292,8 @@ def service_alerts_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorD
             troubles, state = look(settings, AlertState.read(context.cursor), names, now)
         except CvPlatformError as err:
             return dg.SkipReason(str(err))
-        return dg.SensorResult(cursor=tell(state, troubles, send).model_dump_json())
+        state = tell(state, troubles, send)
+        said = f"Wrong now: {', '.join(state.told) or 'nothing'}."
+        return dg.SensorResult(cursor=state.model_dump_json(), skip_reason=said)
 
     return service_alerts

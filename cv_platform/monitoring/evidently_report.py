@@ -305,7 +305,7 @@ def _dashboard() -> Any:
         counter_panel(title="Requests in the last window", values=series("WindowFigure", ["rows"]), size="half"),
         line_plot_panel(
             title="Adjusted p-values",
-            description="Of all detectors together; drift from alpha (by default 0.05) down.",
+            description="Of all detectors together; drift from the level down that its report states.",
             values=series("CalibratedDrift", DETECTOR_NAMES),
             size="half",
         ),

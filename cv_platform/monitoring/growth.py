@@ -364,12 +364,13 @@ def _refuse_suspects(
     suspects = [verdict for verdict in suspects if verdict.source not in trusted]
     if not suspects:
         return
-    lines: list[str] = []
+    lines: list[str] = []  # Sentences, as Dagster's page shows them without their line breaks.
     for verdict in suspects:
-        lines.append(f"  {_told(verdict)}")
-        for at, name in verdict.examples[:5]:
-            said = LABEL_SEPARATOR.join(wanted[at].labels)
-            lines.append(f"    prediction {wanted[at].prediction_id}: labelled {said}, looks like {name}")
+        examples = [
+            f"    prediction {of.prediction_id}: labelled {LABEL_SEPARATOR.join(of.labels)}, looks like {name}"
+            for of, name in ((wanted[at], name) for at, name in verdict.examples[:5])
+        ]
+        lines += [f"  {_told(verdict)}. For example:", ";\n".join(examples) + "."]
     named = " ".join(f"--without {verdict.source!r}" for verdict in suspects)
     raise SuspectLabelsError(
         "Expected labels that fit what the other images show. Received:\n" + "\n".join(lines) + "\n"
