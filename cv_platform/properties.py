@@ -91,3 +91,27 @@ def batch_properties(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]
     """Returns `(N, 7)` float32, a row of `image_properties` for each `(H, W, 3)` uint8 RGB image, in order."""
     rows = [image_properties(image) for image in images]
     return np.stack(rows) if rows else np.empty((0, len(PROPERTY_NAMES)), dtype=np.float32)
+
+
+def stacked_properties(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Returns what `batch_properties` does of `(N, H, W, 3)` uint8 RGB images of 2 px or more: at 32 px much faster."""
+    count, height, width, _ = images.shape
+    luma = np.asarray(cv2.cvtColor(images.reshape(-1, width, 3), cv2.COLOR_RGB2GRAY)).reshape(count, height, width)
+    levels = np.pad(luma, ((0, 0), (1, 1), (1, 1)), mode="reflect").astype(np.int16)
+    around = levels[:, :-2, 1:-1] + levels[:, 2:, 1:-1] + levels[:, 1:-1, :-2] + levels[:, 1:-1, 2:]
+    laplacian = (around - 4 * levels[:, 1:-1, 1:-1]).reshape(count, -1)
+    deviations = np.abs(laplacian - np.median(laplacian, axis=1, keepdims=True))
+    channels = [np.ascontiguousarray(images[..., at]).reshape(count, -1) for at in range(3)]
+    red, green, blue = (channel.mean(axis=1) for channel in channels)
+    high, low = np.maximum.reduce(channels), np.minimum.reduce(channels)
+    flat = luma.reshape(count, -1)
+    columns = [
+        flat.mean(axis=1),
+        flat.std(axis=1),
+        np.log1p(laplacian.var(axis=1)),
+        np.log1p(np.median(deviations, axis=1)),
+        red - green,
+        blue - (red + green) / 2,
+        (high - low).mean(axis=1),
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)

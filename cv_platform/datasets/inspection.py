@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cv_platform import images
 from cv_platform.datasets.near_copies import OVERVIEW_PX, THUMBNAIL_PX, thumbnail
 from cv_platform.errors import EmptyImageError, ImageError, ImageTooLargeError, InvalidDatasetError
 from cv_platform.files import file_sha256
 from cv_platform.images.files import has_more_pictures
-from cv_platform.properties import PROPERTY_NAMES, image_properties
 
 _FEWEST_LEVELS = 64
 """A quarter of the 256 that 8 bits have, as 14-bit data in 16 bits use."""
@@ -49,7 +50,8 @@ class Inspected:
     narrow_range: str | None = None
     wrong_suffix: str | None = None
     thumbnail: bytes | None = None
-    properties: tuple[float, ...] = (math.nan,) * len(PROPERTY_NAMES)
+    overview: NDArray[np.uint8] | None = None
+    """`(32, 32, 3)`, of which the properties are taken."""
 
 
 def inspect_file(path: str, max_pixels: int) -> Inspected:
@@ -100,7 +102,7 @@ def inspect_file(path: str, max_pixels: int) -> Inspected:
         constant=_constant(image) if is_even else None,
         narrow_range=_narrow_range(image) if image.sample_bits == 16 else None,
         thumbnail=levels.tobytes(),
-        properties=tuple(image_properties(small).tolist()),
+        overview=small,
     )
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cv_platform.compute.engine import Salvage
 from cv_platform.config import DatasetConfig
@@ -19,7 +21,7 @@ from cv_platform.datasets.near_copies import THUMBNAIL_PX
 from cv_platform.datasets.quarantine import judge
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.splits import GIVEN
-from cv_platform.properties import PROPERTY_NAMES
+from cv_platform.properties import PROPERTY_NAMES, stacked_properties
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -87,7 +89,7 @@ class Part:
             judge(file, [label for label in entry.labels if label not in self.classes], self.dataset.quarantine)
             for entry, file in zip(self.entries, inspected, strict=True)
         ]
-        columns |= zip(PROPERTY_NAMES, zip(*(file.properties for file in inspected), strict=True), strict=True)
+        columns |= zip(PROPERTY_NAMES, _properties(inspected).T, strict=True)
         is_used = [status == "used" for status, _ in judged]
         columns |= {
             "path": [f"{self.data_path}/{entry.path}" for entry in self.entries],
@@ -100,6 +102,14 @@ class Part:
             "is_readable": [file.problem is None for file in inspected],
         }
         return pa.table({name: columns[name] for name in MANIFEST_SCHEMA.names}, schema=MANIFEST_SCHEMA)
+
+
+def _properties(files: Sequence[Inspected]) -> NDArray[np.float32]:
+    """Returns `(N, 7)` of the files, NaN of those that do not decode."""
+    properties = np.full((len(files), len(PROPERTY_NAMES)), np.nan, np.float32)
+    if known := {at: file.overview for at, file in enumerate(files) if file.overview is not None}:
+        properties[list(known)] = stacked_properties(np.stack(list(known.values())))
+    return properties
 
 
 def describe(part: Part) -> pa.Table:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cv_platform.properties import PROPERTY_NAMES, batch_properties, image_properties
+from cv_platform.properties import PROPERTY_NAMES, batch_properties, image_properties, stacked_properties
 
 
 def named(image: np.ndarray) -> dict[str, float]:
@@ -81,6 +81,12 @@ def test_batch_is_the_images_in_order() -> None:
     assert (rows.shape, rows.dtype) == ((5, 7), np.float32)
     np.testing.assert_array_equal(rows, np.stack([image_properties(picture) for picture in pictures]))
     np.testing.assert_array_equal(batch_properties(iter(pictures)), rows)
+
+
+@given(height=st.integers(2, 12), width=st.integers(2, 12), count=st.integers(1, 4), seed=st.integers(0, 50))
+def test_a_stack_has_the_values_of_its_images(height: int, width: int, count: int, seed: int) -> None:
+    images = np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    np.testing.assert_allclose(stacked_properties(images), batch_properties(images), rtol=1e-5, atol=1e-4)
 
 
 def test_empty_batch_has_seven_columns() -> None:
