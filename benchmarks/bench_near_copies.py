@@ -21,6 +21,7 @@ IMAGES = 1_000_000
 EVERY = 100
 RECALL_IMAGES = 20_000
 QUERIES = 1_000
+CELLS, BATCH = (2, 4, 8, 16), 4096
 LIBRARIES = ("numpy", "faiss-cpu", "scikit-learn", "opencv-python-headless")
 
 
@@ -72,17 +73,16 @@ def run(options: Options) -> Report:
 
 def _draw(generator: np.random.Generator, count: int) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
     """Returns the thumbnails, and the pairs that were planted."""
-    images = np.empty((count, near_copies.THUMBNAIL_PX, near_copies.THUMBNAIL_PX), np.uint8)
-    honest = count - count // EVERY
-    side = (near_copies.THUMBNAIL_PX, near_copies.THUMBNAIL_PX)
-    for at in range(honest):
-        field = sum(
-            cv2.resize(
-                generator.normal(0, 90 / cells, (cells, cells)).astype(np.float32), side, interpolation=cv2.INTER_CUBIC
-            )
-            for cells in (2, 4, 8, 16)
-        )
-        images[at] = np.clip(np.asarray(field) + 128, 0, 255)
+    side = near_copies.THUMBNAIL_PX
+    images, honest = np.empty((count, side, side), np.uint8), count - count // EVERY
+    enlarge = {n: cv2.resize(np.eye(n, dtype=np.float32), (n, side), interpolation=cv2.INTER_CUBIC) for n in CELLS}
+    for start in range(0, honest, BATCH):
+        part = images[start : min(start + BATCH, honest)]
+        fields = np.full(part.shape, 128, np.float32)
+        for cells, rows in enlarge.items():
+            noise = generator.standard_normal((len(part), cells, cells), np.float32) * np.float32(90 / cells)
+            fields += rows @ noise @ rows.T
+        part[:] = np.clip(fields, 0, 255)
     planted = list(zip(range(0, honest, EVERY), range(honest, count), strict=False))
     kinds = (
         lambda image: image[:, ::-1],
