@@ -112,24 +112,17 @@ def run(options: Options) -> Report:
         wanted = SETS[name]
         if options.budget is not None:
             wanted = replace(wanted, budget_seconds=options.budget)
-        for shown, count, tried in _tried(name, wanted, options):
-            with tempfile.TemporaryDirectory(prefix="cv-bench-training-") as folder:
-                seen, right, tested, note = _train(tried, options, Path(folder))
-            observations[shown] = [seen]
-            accuracy, interval = right / tested, wilson(right, tested) or (0.0, 1.0)
-            reached = f"{accuracy:.4f} ({interval[0]:.4f} to {interval[1]:.4f}) of {tested} test images"
-            notes.append(f"{shown}: {reached}; {note}")
-            options.say(notes[-1])
-            if count is None:
-                used = seen.cpu_seconds or 0.0
-                checks.append(
-                    Check(
-                        what=name,
-                        expected=f"≥ {wanted.target:g} in {wanted.budget_seconds:g} CPU seconds",
-                        received=f"{accuracy:.4f} in {used:.0f}",
-                        held=accuracy >= wanted.target and used <= wanted.budget_seconds,
-                    )
-                )
+        with tempfile.TemporaryDirectory(prefix="cv-bench-training-") as folder:
+            classes = _import(wanted, options, Path(folder))
+            for shown, count, tried in _tried(name, wanted, options):
+                seen, right, tested, note = _train(_experiment(tried, classes, options), Path(folder))
+                observations[shown] = [seen]
+                accuracy, interval = right / tested, wilson(right, tested) or (0.0, 1.0)
+                reached = f"{accuracy:.4f} ({interval[0]:.4f} to {interval[1]:.4f}) of {tested} test images"
+                notes.append(f"{shown}: {reached}; {note}")
+                options.say(notes[-1])
+                if count is None:
+                    checks.append(_check(name, wanted, accuracy, seen.cpu_seconds or 0.0))
     return Report(
         name="training",
         title="Accuracy and CPU time of trainings",
@@ -162,21 +155,27 @@ def _tried(name: str, wanted: ImageSet, options: Options) -> Iterator[tuple[str,
         yield f"{name}, {count} images, from scratch", count, replace(few, config="cifar10.yaml", changes=changes)
 
 
-def _train(wanted: ImageSet, options: Options, home: Path) -> tuple[Observation, int, int, str]:
+def _check(name: str, wanted: ImageSet, accuracy: float, used: float) -> Check:
+    return Check(
+        what=name,
+        expected=f"≥ {wanted.target:g} in {wanted.budget_seconds:g} CPU seconds",
+        received=f"{accuracy:.4f} in {used:.0f}",
+        held=accuracy >= wanted.target and used <= wanted.budget_seconds,
+    )
+
+
+def _train(experiment: ExperimentConfig, home: Path) -> tuple[Observation, int, int, str]:
     """Returns what the training took, how many test images are right, of how many, and a line on how it went."""
     from cv_platform.datasets.packing import open_split, pack_images
     from cv_platform.datasets.versions import checkout_version
     from cv_platform.training.fitting import fit_model
 
-    assert options.archive is not None
-    experiment = _experiment(wanted, options, home)
     version = checkout_version(experiment.dataset, experiment.model, home=home)
     packed = pack_images(version, experiment.model, quarantined=(), home=home, pack_scale=experiment.train.pack_scale)
     train, valid, test = (open_split(packed, split) for split in ("train", "valid", "test"))
-    work = home / "work"
-    work.mkdir()
     begun, cpu = time.perf_counter(), time.process_time()
-    fitted = fit_model(experiment, train, valid, folder=work)
+    with tempfile.TemporaryDirectory(dir=home) as work:
+        fitted = fit_model(experiment, train, valid, folder=Path(work))
     epochs = len(fitted.history["loss"])
     images = min(len(train.images), experiment.train.max_images or len(train.images))
     seen = Observation(
@@ -194,21 +193,21 @@ def _train(wanted: ImageSet, options: Options, home: Path) -> tuple[Observation,
     return seen, right, len(test.images), note
 
 
-def _experiment(wanted: ImageSet, options: Options, home: Path) -> ExperimentConfig:
-    """Imports the set's images and returns its config, with the imported classes."""
+def _import(wanted: ImageSet, options: Options, home: Path) -> tuple[str, ...]:
+    """Imports the set's images and returns their classes."""
     from cv_platform.datasets.importing import import_dataset
 
     assert options.archive is not None
-    imported = import_dataset(
-        _source(options.archive / wanted.archive, wanted.classes, home),
-        ds_name="images",
-        tag="v1.0.0",
-        ds_root=home / "datasets",
-    )
+    source = _source(options.archive / wanted.archive, wanted.classes, home)
+    return import_dataset(source, ds_name="images", tag="v1.0.0", ds_root=home / "datasets").class_names
+
+
+def _experiment(wanted: ImageSet, classes: tuple[str, ...], options: Options) -> ExperimentConfig:
+    """Returns the set's config, with the imported classes."""
     path = options.config or REPOSITORY / "configs" / "examples" / wanted.config
     content = load_experiment(path).model_dump(mode="json")
     content["train"]["max_images"] = wanted.images
-    content["model"]["classes"] = imported.class_names
+    content["model"]["classes"] = classes
     content["dataset"] |= {"ds_name": "images", "dvc_tag": "v1.0.0"}
     experiment = ExperimentConfig.model_validate(content)
     return experiment if options.config else experiment.with_fields(wanted.changes)
