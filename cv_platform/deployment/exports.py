@@ -148,7 +148,7 @@ def _export(
     try:
         if kind.startswith("onnx"):
             _write_onnx(measured.model, path, calibration if kind == "onnx_int8" else None)
-            answer = _open_onnx(path)
+            answer = open_onnx(path)
         else:
             path.write_bytes(_litert(measured.model, calibration if kind == "litert_int8" else None))
             answer = _open_litert(path)
@@ -209,7 +209,8 @@ def _write_onnx(model: Any, path: Path, calibration: np.ndarray | None) -> None:
         quantise(path, path, calibration)
 
 
-def _open_onnx(path: Path) -> Answer:
+def open_onnx(path: Path) -> Answer:
+    """Returns an ONNX file of `write_exports` as a function, on one core."""
     import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 
     ort: Any = onnxruntime

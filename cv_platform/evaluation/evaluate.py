@@ -25,15 +25,25 @@ from cv_platform.datasets.shards.reading import Images
 from cv_platform.errors import InvalidDatasetError, TrainingError
 from cv_platform.evaluation.gate import Champion, judge_promotion
 from cv_platform.evaluation.heat_maps import grad_cam, overlay
-from cv_platform.evaluation.intervals import Interval, class_intervals, mean_intervals, wilson
+from cv_platform.evaluation.intervals import (
+    Interval,
+    calibration_interval,
+    class_intervals,
+    mean_interval,
+    mean_intervals,
+    score_intervals,
+    wilson,
+)
 from cv_platform.evaluation.latency import compiled, milliseconds
 from cv_platform.evaluation.metrics import (
     TOP,
+    binned,
     compute_metrics,
     confidence_of,
     confusion_matrix,
     expected_calibration_error,
     in_top,
+    losses,
     per_class_metrics,
     reliability,
     uncalibrated,
@@ -228,14 +238,22 @@ def _measured(
     metrics["ece_uncalibrated"] = uncalibrated_error(*decided, trained.temperature)
     metrics["temperature"] = trained.temperature
     metrics["images"] = float(len(truth))
-    rows = zip(task.class_names, per_class_metrics(*decided, threshold), class_intervals(truth, decisions), strict=True)
+    aucs, ranked = score_intervals(truth, probabilities)
+    rows = zip(
+        task.class_names,
+        per_class_metrics(*decided, threshold),
+        [ends | {"auc": auc} for ends, auc in zip(class_intervals(truth, decisions), aucs, strict=True)],
+        strict=True,
+    )
     return Evaluation(
         model=trained.model,
         passed=gate.passed,
         reasons=gate.reasons,
         threshold=threshold,
         metrics=metrics,
-        intervals=_intervals(*decided, truth, decisions),
+        intervals={
+            name: ends for name, ends in (ranked | _intervals(*decided, truth, decisions)).items() if name in metrics
+        },
         per_class=[
             {"class": name, **row, "intervals": {key: list(ends) for key, ends in intervals.items() if ends}}
             for name, row, intervals in rows
@@ -281,10 +299,13 @@ def _intervals(
         found["balanced_accuracy"] = found["macro_recall"]
         if probabilities.shape[1] > TOP:
             shares[f"top{TOP}_accuracy"] = in_top(targets, probabilities)
-    for name, right in shares.items():
-        if (interval := wilson(int(right.sum()), len(right))) is not None:
-            found[name] = interval
-    return found
+    confidence, right, place = binned(targets, probabilities, kind)
+    intervals = {
+        **{name: wilson(int(right.sum()), len(right)) for name, right in shares.items()},
+        **{name: mean_interval(of_image) for name, of_image in losses(truth, probabilities, kind).items()},
+        "ece": calibration_interval(confidence - right, place),
+    }
+    return found | {name: ends for name, ends in intervals.items() if ends is not None}
 
 
 def _robustness(

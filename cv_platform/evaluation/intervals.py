@@ -5,13 +5,16 @@ https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats._result_classes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
 _RESAMPLES = 1000
+_RANKED = 200
+"""Of what has to be ranked: as many classes as there are take as many times as long."""
 _AT_ONCE = 100
 """Resamples that are held in memory together, each a float32 per image."""
 
@@ -50,26 +53,91 @@ def mean_intervals(truth: np.ndarray, decisions: np.ndarray) -> dict[str, Interv
     measures = {"macro_precision": _precision, "macro_recall": _recall, "macro_f1": _f1}
     found = {}
     for name, measure in measures.items():
-        values = _bootstrap(truth, decisions, measure)[:, supported]
         # A resample may lack a class, of which its mean then says nothing.
-        known = np.isfinite(values)
-        means = np.where(known, values, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
-        found[name] = _percentiles(means)
+        found[name] = _percentiles(_known_mean(_bootstrap(truth, decisions, measure)[:, supported].T))
     return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def score_intervals(truth: np.ndarray, probabilities: np.ndarray) -> tuple[list[Interval | None], dict[str, Interval]]:
+    """Returns the intervals of what ranks images by a class's probability, of the same resamples for all classes.
+
+    Args:
+        truth: `(N, C)` bool.
+        probabilities: `(N, C)`.
+
+    Returns:
+        Of each class's AUC, None where it has none; and of `auc_macro` and `mean_average_precision`.
+    """
+    curves = [_Curve(*pair) for pair in zip(truth.T, probabilities.T, strict=True)]
+    weights = list(itertools.islice(_weights(len(truth)), _RANKED // _AT_ONCE))
+    found = np.array([np.concatenate([curve.areas(part) for part in weights], axis=1) for curve in curves])
+    names = ("auc_macro", "mean_average_precision")
+    means = {name: _percentiles(_known_mean(found[:, at])) for at, name in enumerate(names)}
+    return [_percentiles(row) for row in found[:, 0]], {name: ends for name, ends in means.items() if ends is not None}
+
+
+class _Curve:
+    """The images by their scores for one class, of which equal ones are one step of its curves."""
+
+    def __init__(self, positive: np.ndarray, scores: np.ndarray) -> None:
+        self._order = np.argsort(-scores, kind="stable")
+        self._positive = positive[self._order]
+        self._ends = np.append(np.flatnonzero(np.diff(scores[self._order])), len(scores) - 1)
+
+    def areas(self, weights: np.ndarray) -> np.ndarray:
+        """Returns `(2, R)`: the area under ROC and the average precision of `(R, N)` resamples; NaN where none is."""
+        ranked = weights[:, self._order]
+        hits = np.cumsum(ranked * self._positive, axis=1)[:, self._ends]
+        false = np.cumsum(ranked, axis=1)[:, self._ends] - hits
+        steps, wrong_steps = (np.diff(values, prepend=0.0, axis=1) for values in (hits, false))
+        area = (wrong_steps * (hits - steps / 2)).sum(axis=1)
+        precision = (steps * np.divide(hits, np.maximum(hits + false, 1))).sum(axis=1)
+        return np.stack([_share(area, hits[:, -1] * false[:, -1]), _share(precision, hits[:, -1])])
+
+
+def mean_interval(values: np.ndarray) -> Interval | None:
+    """Returns the interval of the mean of `(N,)` values, one of each image."""
+    return _percentiles(np.concatenate([weights @ values / len(values) for weights in _weights(len(values))]))
+
+
+def calibration_interval(gaps: np.ndarray, bins: np.ndarray) -> Interval | None:
+    """Returns the interval of the expected calibration error.
+
+    Resamples have a larger error than the images themselves, as what is noise in a bin counts again: that is taken off.
+
+    Args:
+        gaps: `(N, K)`, of each decision about an image: its confidence minus whether it is right.
+        bins: `(N, K)` int, of the confidence.
+    """
+    table = np.zeros((len(gaps), int(bins.max()) + 1), np.float32)
+    np.add.at(table, (np.arange(len(gaps))[:, None], bins), gaps)
+    errors = np.concatenate([np.abs(weights @ table).sum(axis=1) for weights in _weights(len(gaps))]) / gaps.size
+    excess = float(errors.mean()) - float(np.abs(table.sum(axis=0)).sum()) / gaps.size
+    return _percentiles(np.maximum(errors - excess, 0.0))
+
+
+def _weights(count: int) -> Iterator[np.ndarray]:
+    """Yields how often each image is in a resample, `(R, N)` float32, some resamples at a time, always the same."""
+    rng = np.random.default_rng(0)
+    for _ in range(0, _RESAMPLES, _AT_ONCE):
+        yield rng.multinomial(count, np.full(count, 1 / count), size=_AT_ONCE).astype(np.float32)
+
+
+def _known_mean(values: np.ndarray) -> np.ndarray:
+    """Returns the means over the first axis of what is known there."""
+    known = np.isfinite(values)
+    means = np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return np.where(known.any(axis=0), means, np.nan)
 
 
 def _bootstrap(
     truth: np.ndarray, decisions: np.ndarray, measure: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Returns `(R, C)`: `measure` of (hits, images of the class, decisions for it) in each resample of the images."""
-    rng = np.random.default_rng(0)
-    count = len(truth)
     tables = [table.astype(np.float32) for table in (truth & decisions, truth, decisions)]
-    parts = []
-    for _ in range(0, _RESAMPLES, _AT_ONCE):
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=_AT_ONCE).astype(np.float32)
-        parts.append(measure(*(weights @ table for table in tables)))
-    return np.concatenate(parts)
+    return np.concatenate(
+        [measure(*(weights @ table for table in tables)) for weights in _weights(len(truth))],
+    )
 
 
 def _precision(hits: np.ndarray, _: np.ndarray, decided: np.ndarray) -> np.ndarray:

@@ -71,15 +71,12 @@ def compute_metrics(
     metrics: dict[str, float | None] = {}
     if classifier_type == "multi-class":
         metrics["accuracy"] = float(exact.mean())
-        chosen = np.clip(probabilities[truth], _SMALLEST, 1.0)
-        metrics["log_loss"] = float(-np.log(chosen).mean())
-        metrics["brier"] = float(((probabilities - truth) ** 2).sum(axis=1).mean())
     else:
         metrics["accuracy"] = float((decisions == truth).mean())
         metrics["exact_match"] = float(exact.mean())
-        chosen = np.clip(np.where(truth, probabilities, 1 - probabilities), _SMALLEST, 1.0)
-        metrics["log_loss"] = float(-np.log(chosen).mean())
-        metrics["brier"] = float(((probabilities - truth) ** 2).mean())
+    metrics |= {
+        name: float(of_image.mean()) for name, of_image in losses(truth, probabilities, classifier_type).items()
+    }
     for name in ("precision", "recall", "f1"):
         metrics[f"macro_{name}"] = _mean([row[name] for row in table if row["support"]])
     if classifier_type == "multi-class":
@@ -97,6 +94,17 @@ def compute_metrics(
     metrics["ece"] = expected_calibration_error(reliability(targets, probabilities, classifier_type))
     metrics["mean_confidence"] = float(confidence_of(probabilities, classifier_type, threshold).mean())
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def losses(truth: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType) -> dict[str, np.ndarray]:
+    """Returns `log_loss` and `brier` of each image, `(N,)`; `truth` is `(N, C)` bool."""
+    squares = (probabilities - truth) ** 2
+    if classifier_type == "multi-class":
+        found = -np.log(np.clip(probabilities[truth], _SMALLEST, 1.0)), squares.sum(axis=1)
+    else:
+        chosen = np.clip(np.where(truth, probabilities, 1 - probabilities), _SMALLEST, 1.0)
+        found = -np.log(chosen).mean(axis=1), squares.mean(axis=1)
+    return {"log_loss": found[0], "brier": found[1]}
 
 
 def in_top(targets: np.ndarray, probabilities: np.ndarray, top: int = TOP) -> np.ndarray:
@@ -167,15 +175,8 @@ def reliability(
     Multi-class: the predicted class's probability against whether it is right. Multi-label: every class's probability
     against whether the image has it.
     """
-    truth = one_hot(targets, probabilities.shape[1])
-    if classifier_type == "multi-class":
-        best = probabilities.argmax(axis=1)
-        rows = np.arange(len(probabilities))
-        confidence, right = probabilities[rows, best], truth[rows, best]
-    else:
-        confidence, right = probabilities.ravel(), truth.ravel()
+    confidence, right, place = (values.ravel() for values in binned(targets, probabilities, classifier_type, bins))
     edges = np.linspace(0.0, 1.0, bins + 1)
-    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     table = []
     for index in range(bins):
         inside = place == index
@@ -190,6 +191,18 @@ def reliability(
             )
         )
     return table
+
+
+def binned(
+    targets: np.ndarray, probabilities: np.ndarray, classifier_type: ClassifierType, bins: int = CALIBRATION_BINS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns each confidence of `reliability`, whether it is right, and its bin, `(N, 1)` or `(N, C)`."""
+    confidence, right = probabilities, one_hot(targets, probabilities.shape[1])
+    if classifier_type == "multi-class":
+        best = probabilities.argmax(axis=1)[:, None]
+        confidence, right = (np.take_along_axis(values, best, axis=1) for values in (confidence, right))
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    return confidence, right, np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
 
 
 def expected_calibration_error(table: list[ReliabilityBin]) -> float | None:

@@ -179,11 +179,15 @@ class _ImgaugEngine:
         self._of_thread = threading.local()
 
     def __call__(self, images: Pixels, entropy: np.random.SeedSequence) -> np.ndarray:
+        from imgaug.augmentables.batches import _BatchInAugmentation
+
         augmenter = getattr(self._of_thread, "augmenter", None)
         if augmenter is None:
             augmenter = self._of_thread.augmenter = build_imgaug(self._steps)
         augmenter.seed_(int(entropy.generate_state(1)[0]) & 0x7FFFFFFF)
-        return augmenter(images=np.stack(list(images)))
+        own = np.stack(list(images), out=empty_images((len(images), *images[0].shape)))
+        # In place: `augmenter(images=…)` copies them first, an eighth of its time for a batch of 224 px.
+        return augmenter.augment_batch_(_BatchInAugmentation(images=own)).images
 
 
 def build_imgaug(steps: Sequence[Operation], *, as_it_is: bool = False) -> Any:

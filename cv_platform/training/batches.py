@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PREFETCHED_BATCHES = 4
 """Bound of the queue between what makes batches and the training step."""
 MOST_TOGETHER, CHUNK_BYTES = 8, 4_000_000
-"""Batches that are made by one call, and bytes of them: larger batches are made one by one."""
+"""Batches that are made, or learned from, by one call, and bytes of them: larger batches one by one."""
 MOST_WORKERS = 8
 """Threads that make batches at the same time; more would be held up by the interpreter's lock."""
 
@@ -89,6 +89,16 @@ class ShuffledBatches:
         """Images that an epoch shows."""
         return self.steps * self.batch_size
 
+    @property
+    def together(self) -> int:
+        """Batches that are worth one call of Python, to be made or to be learned from: several small ones."""
+        return max(1, min(MOST_TOGETHER, CHUNK_BYTES // (self.batch_size * math.prod(self._image_shape))))
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        height, width = self.augmenter.image_size or self.images.shape[1:3]
+        return height, width, 3
+
     def batch(self, epoch: int, batch_index: int, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns one batch: `(B, H, W, 3)` uint8 images and `(B, C)` float32 targets (one-hot, or 0/1 per class).
 
@@ -128,8 +138,7 @@ class ShuffledBatches:
         """
         import tensorflow as tf
 
-        total, shape = (epochs - first) * self.steps, (*(self.augmenter.image_size or self.images.shape[1:3]), 3)
-        together = max(1, min(MOST_TOGETHER, CHUNK_BYTES // (self.batch_size * math.prod(shape))))
+        total, shape, together = (epochs - first) * self.steps, self._image_shape, self.together
         workers = self.workers or (1 if together == MOST_TOGETHER else min(MOST_WORKERS, available_cores()))
         order = lru_cache(maxsize=2)(self.order)
         self.error = None

@@ -1,13 +1,14 @@
 """Between the epochs of a training: progress, best weights, early stopping, divergence, resuming, metrics to MLflow.
 
-`TrainingMonitor` is plain Python, driven by a Keras `LambdaCallback`, so that importing this module does not import
-Keras. It decides from the history alone: what a killed training has written to disk is all that its successor needs.
+`TrainingMonitor` is plain Python, driven by `fitting`, so that importing this module does not import Keras. It decides
+from the history alone: what a killed training has written to disk is all that its successor needs.
 
-On disk, in the training's own folder, for each of the last two epochs: `epoch-N.weights.h5` with the weights and the
+On disk, in the training's own folder, for each of the last two epochs: `epoch-N.npz` with the weights and the
 optimizer's state, and `epoch-N.json` with the history, the random state, and the names and checksums of the last and
 the best weights. The record is written last, when the weights have reached the disk; only then is what neither epoch
 names deleted. An epoch with a damaged file counts as not trained, and the one before it is there. Keras's
-`BackupAndRestore` keeps neither history, best weights nor dropout's random state, and writes in place.
+`BackupAndRestore` keeps neither history, best weights nor dropout's random state, and writes in place; its
+`save_weights` takes 0.2 CPU seconds for the arrays of `resnet9s`, NumPy 0.02.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
@@ -128,6 +129,8 @@ class TrainingMonitor:
         self.state = state
         self.run = run
         self.member = member
+        self.is_stopped = False
+        """Whether no other epoch should follow."""
         self._epoch_started = time.perf_counter()
         self._try_again = -math.inf
         """Time before which MLflow, which was away, is not asked."""
@@ -138,33 +141,12 @@ class TrainingMonitor:
         self._has_average = state is not None and train.ema_decay > 0
         """Whether the model has the average of its weights now, and the optimizer's average the weights."""
 
-    def callback(self) -> keras.callbacks.Callback:
-        """Returns the Keras callback that drives this monitor."""
-        import keras
-
-        return keras.callbacks.LambdaCallback(
-            on_epoch_begin=self._begin_epoch,
-            on_epoch_end=self._end_epoch,
-            on_train_batch_end=self._check_loss,
-            # Without a hook of its own here Keras starts a thread pool for callbacks, and leaves it behind when a fit
-            # fails.
-            on_test_batch_end=_nothing,
-            on_test_begin=lambda logs=None: self._take_average(True),
-        )
-
-    @contextmanager
-    def epoch_beside_fit(self, epoch: int) -> Iterator[dict[str, float]]:
-        """Yields what takes the metrics of an epoch (from 0) that is no pass of Keras's `fit`."""
-        metrics: dict[str, float] = {}
-        self._begin_epoch(epoch)
-        yield metrics
-        self._end_epoch(epoch, metrics)
-
-    def _begin_epoch(self, epoch: int, logs: Any = None) -> None:
+    def begin_epoch(self, epoch: int) -> None:
+        """Begins an epoch (from 0)."""
         self._epoch_started = time.perf_counter()
-        self._take_average(False)
+        self.take_average(False)
 
-    def _take_average(self, is_wanted: bool) -> None:
+    def take_average(self, is_wanted: bool) -> None:
         """Changes the trained weights for their moving average, which the optimizer keeps, or back.
 
         By values: Keras's `SwapEMAWeights` adds and subtracts, which leaves a rounding error behind each time.
@@ -184,16 +166,21 @@ class TrainingMonitor:
             average.assign(weights)
         self._has_average = is_wanted
 
-    def _check_loss(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        self._draw(loss)
-        if not math.isfinite(loss):
-            epoch = self.state.epochs_done + 1 if self.state else 1
-            raise TrainingError(self._divergence(f"{loss} at batch {batch + 1} of epoch {epoch}"))
-        if self.run is not None and batch % max(1, self.steps // POINTS) == 0:
-            self._within_epoch[(self.state.epochs_done if self.state else 0) * self.steps + batch + 1] = loss
+    def check_loss(self, batches: int, loss: float) -> None:
+        """Takes the mean loss of an epoch so far, and of how many batches that is.
 
-    def _draw(self, loss: float) -> None:
+        Raises:
+            TrainingError: it is no number.
+        """
+        self._draw(batches, loss)
+        epochs = self.state.epochs_done if self.state else 0
+        if not math.isfinite(loss):
+            raise TrainingError(self._divergence(f"{loss} after batch {batches} of epoch {epochs + 1}"))
+        step, last = epochs * self.steps + batches, next(reversed(self._within_epoch), -math.inf)
+        if self.run is not None and step - last >= self.steps // POINTS:
+            self._within_epoch[step] = loss
+
+    def _draw(self, batches: int, loss: float) -> None:
         if self._bar is None:
             epoch = self.state.epochs_done + 1 if self.state else 1
             # None: drawn where it goes to a terminal.
@@ -203,7 +190,7 @@ class TrainingMonitor:
         if self._bar.disable:
             return
         self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self._bar.update()
+        self._bar.update(batches - self._bar.n)
 
     def close_bar(self) -> None:
         """Takes the bar of an epoch out of the terminal, if there is one."""
@@ -218,9 +205,14 @@ class TrainingMonitor:
             "let it warm up (train.schedule: one_cycle), or compute in full precision (train.precision: float32)."
         )
 
-    def _end_epoch(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+    def end_epoch(self, epoch: int, logs: Mapping[str, Any]) -> None:
+        """Keeps what an epoch (from 0) has reached, with its metrics by name, those of `valid` included.
+
+        Raises:
+            TrainingError: one of them is no number.
+        """
         self.close_bar()
-        metrics = {name: float(value) for name, value in (logs or {}).items()}
+        metrics = {name: float(value) for name, value in logs.items()}
         wrong = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if wrong:
             raise TrainingError(self._divergence(f"{', '.join(wrong)} after epoch {epoch + 1}"))
@@ -237,10 +229,10 @@ class TrainingMonitor:
         patience = self.train.early_stopping_patience
         if patience is not None and epoch - self.state.best_epoch >= patience:
             logger.info("early stopping: no better %s for %d epochs", selection_metric(history), patience)
-            self.model.stop_training = True
+            self.is_stopped = True
         if self.is_out_of_time and epoch + 1 < self.epochs:
             logger.info("stopping after epoch %d: another would end after train.max_seconds", epoch + 1)
-            self.model.stop_training = True
+            self.is_stopped = True
 
     @property
     def is_out_of_time(self) -> bool:
@@ -251,11 +243,11 @@ class TrainingMonitor:
         return self.state.seconds + slowest > self.train.max_seconds
 
     def _save(self, epoch: int, history: dict[str, list[float]], *, seconds: float) -> None:
-        before, last = self.state, f"epoch-{epoch + 1:05d}.weights.h5"
+        before, last = self.state, f"epoch-{epoch + 1:05d}.npz"
         is_writer = self.member is None or self.member.index == 0
         if is_writer:
-            with whole_file(self.folder / last, suffix=".weights.h5") as partial:
-                self.model.save_weights(partial)
+            with whole_file(self.folder / last, suffix=".npz") as partial:
+                np.savez(partial, *(variable.numpy() for variable in _kept(self.model)))
         state = TrainingState(
             epochs_done=epoch + 1,
             seconds=seconds,
@@ -323,6 +315,18 @@ class TrainingMonitor:
             self._within_epoch = {}
 
 
+def _kept(model: Any) -> list[Any]:
+    return [*model.weights, *model.optimizer.variables]
+
+
+def load_epoch(model: keras.Model, path: Path) -> None:
+    """Gives a compiled model the weights and the optimizer's state of `epoch-N.npz`."""
+    variables = _kept(model)
+    with np.load(path) as arrays:
+        for index, variable in enumerate(variables):
+            variable.assign(arrays[f"arr_{index}"])
+
+
 def _record_name(state: TrainingState) -> str:
     return f"epoch-{state.epochs_done:05d}.json"
 
@@ -340,10 +344,6 @@ def restore_random_state(model: keras.Model, state: dict[str, list[int]]) -> Non
     """Undoes what layers have drawn since `read_random_state`."""
     for name, parts in state.items():
         model.get_layer(name).seed_generator.state.assign(parts)
-
-
-def _nothing(batch: int, logs: Any = None) -> None:
-    """Does nothing."""
 
 
 def _duration(seconds: float) -> str:

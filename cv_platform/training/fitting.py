@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,13 @@ from cv_platform.datasets.packing import PackedSplit
 from cv_platform.errors import TrainingError
 from cv_platform.files import require_free_space
 from cv_platform.training.augmentation import Augmenter
-from cv_platform.training.batches import ShuffledBatches, ordered_dataset
+from cv_platform.training.batches import ShuffledBatches, as_probabilities, ordered_dataset
 from cv_platform.training.calibration import calibrated_cross_entropy
 from cv_platform.training.callbacks import (
+    POINTS,
     TrainingMonitor,
     TrainingState,
+    load_epoch,
     read_state,
     restore_random_state,
     selection_metric,
@@ -38,7 +40,6 @@ from cv_platform.training.transfer import layer_rates, start_head
 
 if TYPE_CHECKING:
     import keras
-    import tensorflow as tf
 
     from cv_platform.tracking import MlflowRun
     from cv_platform.training.together import Member
@@ -134,7 +135,7 @@ def _train(
     with shared():
         _compile(network, config, balance, total_steps=epochs * batches.steps)
     if not devices:
-        _draw_batches_within(network)
+        _compile_steps(network)
     if member is not None:
         batches.share = member.index, member.count
         member.share_steps(network)
@@ -161,18 +162,12 @@ def _train(
         resolve_precision(train.precision),
         f", on {len(devices)} devices" if devices else "",
     )
-    validation = ordered_dataset(
-        valid_split.images,
-        valid_split.targets,
-        classes=batches.classes,
-        batch_size=batches.batch_size * -(-256 // batches.batch_size) if devices else max(256, batches.batch_size),
-        multiple_of=max(1, len(devices)),
-    )
+    validate = _validation(network, valid_split, batches, len(devices))
     with _memory_errors(train.batch_size):
         if transfer is not None and monitor.state is None:
-            _fit_head(network, config, (train_split, valid_split), balance, monitor, validation)
+            _fit_head(network, config, (train_split, valid_split), balance, monitor, validate)
         if not (monitor.state and _is_finished(monitor.state, monitor)):
-            _run_epochs(network, batches, monitor, validation)
+            _run_epochs(network, batches, monitor, validate)
     return network, monitor
 
 
@@ -183,7 +178,7 @@ def _best(network: keras.Model, model: ModelConfig, monitor: TrainingMonitor) ->
     """
     reached = monitor.state
     assert reached is not None
-    network.load_weights(monitor.folder / reached.best_weights)
+    load_epoch(network, monitor.folder / reached.best_weights)
     metric = selection_metric(reached.history)
     logger.info(
         "trained %d epochs in %.1f s; the best is epoch %d with %s %.4f",
@@ -273,19 +268,64 @@ def _compile(network: keras.Model, config: ExperimentConfig, balance: ClassBalan
     network.optimizer.build(network.trainable_variables)
 
 
-def _draw_batches_within(network: Any) -> None:
-    """Gives a compiled network a step that takes its batch and answers its metrics in one call.
+def _compile_steps(network: Any) -> None:
+    """Gives a compiled network a function of TensorFlow's for several steps, which draws their batches itself.
 
-    Keras's own answers an Optional, in case the iterator ends, of which Python asks twice after each step: milliseconds
-    of it, as a step leaves nothing of Python in the caches. `steps_per_epoch` ends an epoch here.
+    Keras's own takes one step and answers an Optional, in case the iterator ends, of which Python asks twice: a step
+    leaves nothing of Python in the caches, and what it does between steps costs small networks percents of their time.
     """
     import tensorflow as tf
 
     @tf.function(reduce_retracing=True)
-    def step(iterator: Any) -> Any:
-        return network.train_step(next(iterator))
+    def steps(iterator: Any, count: Any) -> Any:
+        for _ in tf.range(count):
+            network.train_step(next(iterator))
+        return network.get_metrics_result()
 
-    network.train_function = step
+    network.train_function = steps
+    # Metrics have no variables before they have seen something, and then nothing would be reset.
+    nothing = tf.zeros((1, network.output_shape[-1]))
+    network.compute_metrics(None, nothing, nothing)
+    network.reset_metrics = tf.function(network.reset_metrics)
+
+
+def _validation(
+    network: keras.Model, valid: PackedSplit, batches: ShuffledBatches, devices: int
+) -> Callable[[], dict[str, Any]]:
+    """Returns what computes the metrics on `valid`, by name with `val_` before it."""
+    import tensorflow as tf
+
+    net: Any = network
+    if devices:
+        dataset = ordered_dataset(
+            valid.images,
+            valid.targets,
+            classes=batches.classes,
+            batch_size=batches.batch_size * -(-256 // batches.batch_size),
+            multiple_of=devices,
+        )
+        return lambda: _of_valid(net.evaluate(dataset, verbose=0, return_dict=True))
+    size = max(256, batches.batch_size)
+    shapes = (None, *valid.images.shape[1:]), (None, batches.classes)
+
+    @tf.function(input_signature=[tf.TensorSpec(shapes[0], tf.uint8), tf.TensorSpec(shapes[1], tf.float32)])
+    def step(images: Any, targets: Any) -> Any:
+        return net.test_step((images, targets))
+
+    # Without Keras's `evaluate`, which makes two iterators each time: a tenth of a second where there are few images.
+    def validate() -> dict[str, Any]:
+        network.reset_metrics()
+        found: dict[str, Any] = {}
+        for start in range(0, len(valid.images), size):
+            targets = as_probabilities(np.asarray(valid.targets[start : start + size]), batches.classes)
+            found = step(tf.constant(np.asarray(valid.images[start : start + size])), tf.constant(targets))
+        return _of_valid(found)
+
+    return validate
+
+
+def _of_valid(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"val_{name}": value for name, value in metrics.items()}
 
 
 def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> TrainingState | None:
@@ -293,7 +333,7 @@ def _resume(network: keras.Model, folder: Path, run: MlflowRun | None) -> Traini
     state = read_state(folder)
     if state is None:
         return None
-    network.load_weights(folder / state.last_weights)
+    load_epoch(network, folder / state.last_weights)
     restore_random_state(network, state.random_state)
     logger.info("going on after epoch %d", state.epochs_done)
     if run is not None and state.mlflow_run_id not in (None, run.run_id):
@@ -307,16 +347,16 @@ def _fit_head(
     splits: tuple[PackedSplit, PackedSplit],
     balance: ClassBalance,
     monitor: TrainingMonitor,
-    validation: tf.data.Dataset,
+    validate: Callable[[], dict[str, Any]],
 ) -> None:
     """Gives the network its head, as the first epoch."""
-    with monitor.epoch_beside_fit(0) as metrics:
-        head = start_head(network, *splits, config, balance)
-        metrics |= {"loss": head.loss, "accuracy": head.accuracy, "cross_entropy": head.loss}
-        valid: Any = network.evaluate(validation, verbose=0, return_dict=True)  # pyright: ignore[reportArgumentType]
-        if "calibrated_cross_entropy" in valid:
-            metrics["calibrated_cross_entropy"] = head.loss
-        metrics |= {f"val_{name}": value for name, value in valid.items()}
+    monitor.begin_epoch(0)
+    head = start_head(network, *splits, config, balance)
+    valid = validate()
+    metrics = {"loss": head.loss, "accuracy": head.accuracy, "cross_entropy": head.loss}
+    if "val_calibrated_cross_entropy" in valid:
+        metrics["calibrated_cross_entropy"] = head.loss
+    monitor.end_epoch(0, metrics | valid)
 
 
 def _is_finished(state: TrainingState, monitor: TrainingMonitor) -> bool:
@@ -329,23 +369,34 @@ def _is_finished(state: TrainingState, monitor: TrainingMonitor) -> bool:
 
 
 def _run_epochs(
-    network: keras.Model,
-    batches: ShuffledBatches,
-    monitor: TrainingMonitor,
-    validation: tf.data.Dataset,
+    network: Any, batches: ShuffledBatches, monitor: TrainingMonitor, validate: Callable[[], dict[str, Any]]
 ) -> None:
+    """Trains the epochs that are left: Keras's `fit` without what it does for other needs at each step and epoch."""
     first = monitor.state.epochs_done if monitor.state else 0
+    at_once = min(batches.together, max(1, batches.steps // POINTS))
+    dataset, take_steps = batches.dataset(first, monitor.epochs), network.train_function
+    if monitor.member is not None:
+        at_once = 1  # They meet in each step.
+    if take_steps is None:  # Several devices share a step of Keras's own.
+        network.make_train_function()
+        at_once, take_steps = 1, lambda iterator, count: network.train_function(iterator)
+        dataset = network.distribute_strategy.experimental_distribute_dataset(dataset)
+    iterator = iter(dataset)
     try:
-        network.fit(
-            batches.dataset(first, monitor.epochs),
-            steps_per_epoch=batches.steps,
-            validation_data=validation,
-            epochs=monitor.epochs,
-            initial_epoch=first,
-            callbacks=[monitor.callback()],
-            shuffle=False,  # The batches come in an order of their own.
-            verbose=0,  # pyright: ignore[reportArgumentType] -- as above.
-        )
+        for epoch in range(first, monitor.epochs):
+            monitor.begin_epoch(epoch)
+            network.reset_metrics()
+            metrics: dict[str, Any] = {}
+            for done in range(0, batches.steps, at_once):
+                count = min(at_once, batches.steps - done)
+                metrics = take_steps(iterator, np.int64(count))
+                monitor.check_loss(done + count, float(metrics["loss"]))
+            # Now: they are the network's own, which validation begins anew.
+            metrics = {name: float(value) for name, value in metrics.items()}
+            monitor.take_average(True)
+            monitor.end_epoch(epoch, metrics | validate())
+            if monitor.is_stopped:
+                break
     except Exception as err:
         if isinstance(batches.error, MemoryError):
             raise batches.error from err

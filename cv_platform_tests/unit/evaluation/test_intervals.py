@@ -2,8 +2,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from cv_platform.evaluation.intervals import class_intervals, mean_intervals, wilson
+from cv_platform.evaluation.intervals import (
+    _Curve,
+    calibration_interval,
+    class_intervals,
+    mean_interval,
+    mean_intervals,
+    score_intervals,
+    wilson,
+)
 from cv_platform.predictions import one_hot
 
 
@@ -44,3 +54,56 @@ def test_what_a_class_does_not_have_has_no_interval():
     assert rows[0]["f1"] is not None
     low, high = rows[0]["f1"]
     assert 0 <= low <= 2 / 3 <= high <= 1
+
+
+def test_rankings_have_the_areas_of_scikit_learn_in_each_resample() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random((40, 3)) < 0.4
+    # Two digits: equal scores are common.
+    scores = np.round(0.4 * truth + 0.6 * rng.random((40, 3)), 1)
+    for column in range(3):
+        weights = rng.multinomial(40, np.full(40, 1 / 40), size=5)
+        found = _Curve(truth[:, column], scores[:, column]).areas(weights.astype(np.float32))
+        for row, (area, precision) in zip(weights, found.T, strict=True):
+            drawn = np.repeat(np.arange(40), row)
+            given = truth[drawn, column], scores[drawn, column]
+            assert area == pytest.approx(roc_auc_score(*given), abs=1e-5)
+            assert precision == pytest.approx(average_precision_score(*given), abs=1e-5)
+
+
+def test_rankings_cover_the_true_auc_about_as_often_as_they_say() -> None:
+    # Normal scores one deviation apart: the area is Φ(1/√2).
+    true, covered = float(stats.norm.cdf(0.5**0.5)), 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        truth = np.arange(200) % 2 == 0
+        (ends,), means = score_intervals(truth[:, None], (rng.normal(size=200) + truth)[:, None])
+        assert ends is not None
+        assert means["auc_macro"] == ends
+        covered += ends[0] <= true <= ends[1]
+    assert covered >= 52
+
+
+def test_a_class_that_all_images_show_has_no_ranking() -> None:
+    truth = np.array([[True, False], [True, True], [True, False]])
+    aucs, means = score_intervals(truth, np.array([[0.9, 0.1], [0.8, 0.7], [0.7, 0.3]]))
+    assert aucs == [None, (1.0, 1.0)]
+    assert means["auc_macro"] == (1.0, 1.0)
+
+
+def test_means_and_calibration_have_intervals_around_them() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(3.0, 1.0, 400)
+    low, high = mean_interval(values) or (0.0, 0.0)
+    # The mean, and 1.96 standard errors of it, on both sides.
+    assert (low, high) == pytest.approx((values.mean() - 0.098, values.mean() + 0.098), abs=0.02)
+    right = rng.random((1000, 1)) < 0.8
+    low, high = calibration_interval(0.9 - right, np.zeros((1000, 1), int)) or (0.0, 0.0)
+    assert low < 0.1 < high
+    assert high - low == pytest.approx(2 * 1.96 * (0.8 * 0.2 / 1000) ** 0.5, rel=0.2)
+    # An error of 0 that is noise in each of 15 bins: what resamples add to it is not its own.
+    chances = rng.random((300, 1))
+    gaps, bins = chances - (rng.random((300, 1)) < chances), (chances * 15).astype(int)
+    error = sum(abs(gaps[bins == index].sum()) for index in range(15)) / 300
+    low, high = calibration_interval(gaps, bins) or (0.0, 0.0)
+    assert low < error < high

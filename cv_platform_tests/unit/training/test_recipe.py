@@ -122,11 +122,11 @@ def test_the_average_of_the_weights_is_what_is_validated_and_goes_back_bit_by_bi
     for _ in range(3):
         network.train_on_batch(x, y)
         reached.append(network.get_weights()[0])
-    monitor._take_average(True)
+    monitor.take_average(True)
     # The first step is all that there is of an average.
     expected = 0.5 * (0.5 * reached[0] + 0.5 * reached[1]) + 0.5 * reached[2]
     np.testing.assert_allclose(network.get_weights()[0], expected, rtol=1e-5)
-    monitor._take_average(False)
+    monitor.take_average(False)
     np.testing.assert_array_equal(network.get_weights()[0], reached[2])
 
 

@@ -245,13 +245,13 @@ def test_a_killed_training_resumes_to_the_weights_it_would_have_had(
     assert not list((tmp_path / "tiny_model").glob("2*"))
 
     started: list[int] = []
-    begin = TrainingMonitor._begin_epoch
+    begin = TrainingMonitor.begin_epoch
 
-    def noting(self: TrainingMonitor, epoch: int, logs: Any = None) -> None:
+    def noting(self: TrainingMonitor, epoch: int) -> None:
         started.append(epoch)
-        begin(self, epoch, logs)
+        begin(self, epoch)
 
-    monkeypatch.setattr(TrainingMonitor, "_begin_epoch", noting)
+    monkeypatch.setattr(TrainingMonitor, "begin_epoch", noting)
     resumed = train_model(tiny_packed, experiment(), directory=tmp_path, run=cast(Any, second))
 
     assert started == [1, 2]
@@ -457,8 +457,8 @@ def test_metrics_reach_mlflow_once_per_epoch_counted_from_one(tmp_path: Path) ->
     run = RecordingRun()
     monitor = monitor_with(run, tmp_path)
 
-    monitor._end_epoch(0, LOGS)
-    monitor._end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
+    monitor.end_epoch(0, LOGS)
+    monitor.end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
 
     assert [step for step, _ in run.metrics] == [1, 2]
     assert run.metrics[1][1]["val_cross_entropy"] == 0.5
@@ -476,8 +476,8 @@ def test_an_epoch_has_a_bar_in_a_terminal_and_none_in_a_log(
     shown = kind()
     monkeypatch.setattr("sys.stderr", shown)
     monitor = monitor_with(None, tmp_path)
-    monitor._check_loss(0, {"loss": 0.25})
-    monitor._end_epoch(0, LOGS)
+    monitor.check_loss(1, 0.25)
+    monitor.end_epoch(0, LOGS)
 
     assert ("epoch 1/3" in shown.getvalue()) is is_drawn
     # It is taken away again: what is left of the line is blank.
@@ -505,8 +505,8 @@ def test_a_tracking_server_that_goes_away_does_not_stop_training(
     run = RecordingRun(failing=True)
     monitor = monitor_with(run, tmp_path)
 
-    monitor._end_epoch(0, LOGS)
-    monitor._end_epoch(1, LOGS)
+    monitor.end_epoch(0, LOGS)
+    monitor.end_epoch(1, LOGS)
 
     assert run.attempts == 1  # Each attempt may wait for minutes.
     assert "server gone" in caplog.text
@@ -528,10 +528,10 @@ def test_a_real_mlflow_that_breaks_in_the_middle_gets_its_epochs_when_it_is_back
     database = Path(tracking_uri.removeprefix("sqlite:///"))
     with start_run(tracking_uri, "breaks", run_name="model", artifact_root=tmp_path / "artifacts") as run:
         monitor = monitor_with(run, tmp_path)
-        monitor._end_epoch(0, LOGS)
+        monitor.end_epoch(0, LOGS)
         content = database.read_bytes()
         database.write_bytes(b"no database " * 1000)
-        monitor._end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
+        monitor.end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
         database.write_bytes(content)
         monitor.deliver()
 
@@ -542,18 +542,18 @@ def test_a_real_mlflow_that_breaks_in_the_middle_gets_its_epochs_when_it_is_back
 def test_the_last_two_epochs_and_the_best_weights_are_kept_and_no_more(tmp_path: Path) -> None:
     monitor = monitor_with(None, tmp_path)
     for epoch, loss in enumerate((1.0, 0.4, 0.6, 0.4)):
-        monitor._end_epoch(epoch, {**LOGS, "val_cross_entropy": loss})
+        monitor.end_epoch(epoch, {**LOGS, "val_cross_entropy": loss})
 
     state = read_state(tmp_path)
     assert state == monitor.state
     assert state is not None
-    assert (state.last_weights, state.best_weights) == ("epoch-00004.weights.h5", "epoch-00002.weights.h5")
+    assert (state.last_weights, state.best_weights) == ("epoch-00004.npz", "epoch-00002.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "epoch-00002.weights.h5",
+        "epoch-00002.npz",
         "epoch-00003.json",
-        "epoch-00003.weights.h5",
+        "epoch-00003.npz",
         "epoch-00004.json",
-        "epoch-00004.weights.h5",
+        "epoch-00004.npz",
     ]
 
 
@@ -564,15 +564,15 @@ def damage(path: Path, how: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["epoch-00002.weights.h5", "epoch-00002.json"])
+@pytest.mark.parametrize("name", ["epoch-00002.npz", "epoch-00002.json"])
 @pytest.mark.parametrize("how", ["truncated", "halved", "empty", "garbage", "missing"])
 def test_a_damaged_newest_epoch_costs_that_epoch_alone(
     tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     monitor = monitor_with(None, tmp_path)
-    monitor._end_epoch(0, LOGS)
+    monitor.end_epoch(0, LOGS)
     first = monitor.state
-    monitor._end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
+    monitor.end_epoch(1, {**LOGS, "val_cross_entropy": 0.5})
     if how == "missing":
         (tmp_path / name).unlink()
     else:
@@ -586,9 +586,9 @@ def test_a_damaged_newest_epoch_costs_that_epoch_alone(
 
 def test_where_no_epoch_is_whole_training_starts_afresh(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     monitor = monitor_with(None, tmp_path)
-    monitor._end_epoch(0, {**LOGS, "val_cross_entropy": 0.1})
-    monitor._end_epoch(1, LOGS)
-    damage(tmp_path / "epoch-00001.weights.h5", "halved")  # The best weights of both.
+    monitor.end_epoch(0, {**LOGS, "val_cross_entropy": 0.1})
+    monitor.end_epoch(1, LOGS)
+    damage(tmp_path / "epoch-00001.npz", "halved")  # The best weights of both.
 
     assert read_state(tmp_path) is None
     assert "No epoch in" in caplog.text
@@ -605,7 +605,7 @@ def test_a_training_whose_newest_checkpoint_is_damaged_ends_with_the_same_weight
         interrupt_after(2, patched)
         with pytest.raises(Interrupted):
             train_model(tiny_packed, experiment(), directory=tmp_path)
-    (newest,) = tmp_path.glob("tiny_model/.training-*/epoch-00002.weights.h5")
+    (newest,) = tmp_path.glob("tiny_model/.training-*/epoch-00002.npz")
     damage(newest, "halved")
 
     with caplog.at_level(logging.INFO, "cv_platform"):
@@ -654,11 +654,11 @@ def test_a_training_goes_on_after_its_process_was_killed(
 
     goes_on: list[int] = []
 
-    def stop(self: TrainingMonitor, epoch: int, logs: Any = None) -> None:
+    def stop(self: TrainingMonitor, epoch: int) -> None:
         goes_on.append(epoch)
         raise Interrupted
 
-    monkeypatch.setattr(TrainingMonitor, "_begin_epoch", stop)
+    monkeypatch.setattr(TrainingMonitor, "begin_epoch", stop)
     with caplog.at_level(logging.INFO, "cv_platform"), pytest.raises(Interrupted):
         train_model(tiny_packed, long, directory=tmp_path)
     assert goes_on == [done.epochs_done]

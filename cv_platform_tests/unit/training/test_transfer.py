@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from cv_platform.config import ExperimentConfig, ModelConfig, TransferConfig
 from cv_platform.datasets.packing import open_split
 from cv_platform.errors import ConfigError, TrainingError
 from cv_platform.records import PackedImages
-from cv_platform.training.callbacks import TrainingMonitor, read_state
+from cv_platform.training.callbacks import read_state
 from cv_platform.training.fitting import fit_model
 from cv_platform.training.network import build_model, feature_map_layer
 from cv_platform.training.trainer import weights_sha256
@@ -135,20 +136,44 @@ def test_the_head_alone_is_a_model_on_the_features_of_the_package(packed: Packed
     assert head_alone.history["val_accuracy"] == [1.0]
 
 
-def test_what_a_fine_tuning_has_on_disk_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
-    packed: PackedImages, head_alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from cv_platform.config import parse_experiment
+from cv_platform.datasets.packing import open_split
+from cv_platform.records import PackedImages
+from cv_platform.training.callbacks import TrainingMonitor
+from cv_platform.training.fitting import fit_model
+
+check = TrainingMonitor.check_loss
+
+def dying(self, batches, loss):
+    check(self, batches, loss)
+    if self.state is not None and self.state.epochs_done == 2 and batches == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+TrainingMonitor.check_loss = dying
+packed, config, folder = sys.argv[1:]
+splits = PackedImages.model_validate_json(packed, context={"home": "/"})
+fit_model(
+    parse_experiment(json.loads(config), origin="test"),
+    open_split(splits, "train"),
+    open_split(splits, "valid"),
+    folder=Path(folder),
+)
+"""
+
+
+@pytest.mark.timeout(600)  # Another process loads TensorFlow first.
+def test_a_fine_tuning_that_is_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
+    packed: PackedImages, head_alone, tmp_path: Path
 ) -> None:
-    """The disk as SIGKILL would leave it; that a killed process leaves it so is `test_trainer`'s."""
-    config, check = experiment(**LITE0), TrainingMonitor._check_loss
-
-    def copying(self: TrainingMonitor, batch: int, logs: Any = None) -> None:
-        check(self, batch, logs)
-        if self.state is not None and self.state.epochs_done == 2 and batch == 1:
-            shutil.copytree(self.folder, tmp_path / "killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainingMonitor, "_check_loss", copying)
-        whole = fit(packed, config, tmp_path / "whole")
+    config = experiment(**LITE0)
+    whole = fit(packed, config, tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    given = packed.model_dump_json(context={"home": "/"}), config.model_dump_json(), str(tmp_path / "killed")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *given], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     left = read_state(tmp_path / "killed")
     assert left is not None
     assert left.epochs_done == 2
@@ -170,7 +195,8 @@ def last_weights(folder: Path, config: ExperimentConfig) -> dict[str, NDArray[np
     state = read_state(folder)
     assert state is not None
     network = build_model(config.model)
-    network.load_weights(folder / state.last_weights)
+    with np.load(folder / state.last_weights) as arrays:
+        network.set_weights([arrays[f"arr_{index}"] for index in range(len(network.weights))])
     return {layer.name: layer.get_weights()[0] for layer in network.layers if layer.weights}
 
 
