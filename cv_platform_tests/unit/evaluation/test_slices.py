@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA
 from cv_platform.evaluation.slices import judge_slices, slice_columns
 
 
@@ -51,6 +52,13 @@ def test_columns_are_properties_sizes_and_what_the_manifest_says():
     assert {"luma_mean", "width_px", "camera", "pixels", "aspect"} <= set(columns)
     assert not {"sha256", "split"} & set(columns)
     assert columns["pixels"].tolist() == [100, 200, 300]
+
+
+def test_each_column_of_a_manifest_is_one_column():
+    manifest = pd.DataFrame({name: [1, 2, 3] for name in MANIFEST_SCHEMA.names})
+    columns = slice_columns(np.zeros((3, 8, 8, 3), dtype=np.uint8), manifest)
+    assert columns.columns.is_unique
+    assert columns["luma_mean"].tolist() == [0, 0, 0]  # Of what the model sees, not of the manifest's overview.
 
 
 def test_small_parts_and_constant_columns_are_not_judged():
