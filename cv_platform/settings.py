@@ -185,6 +185,7 @@ class Settings(BaseModel):
     prometheus_url: str | None = Field(
         default=None,
         validation_alias="PROMETHEUS_URL",
+        pattern=r"^https?://",
         examples=["http://prometheus:9090"],
         description="Whose firing alerts go there, too. Without it, what the service says of itself.",
     )

@@ -253,5 +253,5 @@ def _get(address: str) -> httpx.Response:
     try:
         with httpx.Client(transport=direct_transport(address), timeout=_TIMEOUT_SECONDS) as client:
             return client.get(address).raise_for_status()
-    except httpx.HTTPError as err:
+    except (httpx.HTTPError, httpx.InvalidURL) as err:
         raise ServiceError(f"Expected an answer of {address}. Received: {err!r}.") from err

@@ -175,6 +175,8 @@ def test_a_service_that_does_not_answer_or_is_another_is_named(server: Server) -
         service_troubles(server.address, AlertState(), START)
     with pytest.raises(ServiceError, match="Expected an answer"):
         service_troubles(f"http://127.0.0.1:{free_port()}", AlertState(), START)
+    with pytest.raises(ServiceError, match="Expected an answer"):
+        firing("http://[no address")
 
 
 def test_people_hear_of_what_begins_and_of_what_is_over_once() -> None:
