@@ -127,8 +127,7 @@ def _stages(folder: Path, options: Options) -> tuple[dict[str, list[Observation]
     )
     wanted = [
         ("manifest", "read and hash", "≤ 2.5", lambda ratio: ratio <= 2.5),
-        # The statistics of the pixels need the colours, which the loop decodes too.
-        ("manifest", "read, hash and decode", "≤ 1.5", lambda ratio: ratio <= 1.5),
+        ("manifest", "read, hash and decode", "≤ 1.2", lambda ratio: ratio <= 1.2),
         ("decode, resize and run the encoder", "embeddings", "≥ 0.9", lambda ratio: ratio >= 0.9),
         *(
             (f"decode and resize to {side}", f"packing at {side}", "≥ 0.8", lambda ratio: ratio >= 0.8)

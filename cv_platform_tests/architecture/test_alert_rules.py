@@ -148,4 +148,6 @@ def test_without_prometheus_the_same_thresholds_hold() -> None:
     assert limits("MonitoringStale") == [service_alerts.STALE_AFTER.days]
     assert limits("LogEntriesRejected") == limits("ModelSwapFailed") == [0]
     source = Path(service_alerts.__file__).read_text()
-    assert set(re.findall(r'Trouble\(\s*"(\w+)"', source)) <= set(ALERTS)
+    judged = set(re.findall(r'Trouble\(\s*"(\w+)"', source))
+    assert judged == set(ALERTS) & set(re.findall(r"\w+", ALERTS_GUIDE.partition("\n## ")[0]))
+    assert {"SpoolOld", "ModelSwapFailed", "UnknownImages", "MonitoringStale"} < judged
