@@ -424,8 +424,24 @@ class Evaluation(Illustrated):
     intervals: dict[str, tuple[float, float]] = Field(default={}, description="of metrics, by name; 95 %")
     slices: tuple[Slice, ...] = Field(default=(), description="every part that was judged, the worst first")
     robustness: tuple[Robustness, ...] = Field(default=(), description="of a sample; the first as the images are")
-    cpu_ms: float | None = Field(default=None, description="of one image, measured where evaluate.max_cpu_ms is set")
+    cpu_ms: float | None = Field(default=None, description="CPU time of one image by the Keras network")
+    parameters: int | None = Field(default=None, description="numbers that the network is made of")
+    keras_bytes: int | None = Field(default=None, description="size of the Keras file")
     mlflow_run_id: str | None
+
+    @property
+    def size(self) -> str:
+        """Parameters and size of the file, in words."""
+        if self.parameters is None or self.keras_bytes is None:
+            return "not measured"
+        return f"{self.parameters:,} parameters, a Keras file of {self.keras_bytes / 1e6:.1f} MB"
+
+    @property
+    def latency(self) -> str:
+        """What one image costs, in words."""
+        if self.cpu_ms is None:
+            return "not measured"
+        return f"{self.cpu_ms:.2f} ms of CPU time by the Keras network, on the machine that evaluated it"
 
     @property
     def predictions_path(self) -> Path:

@@ -131,11 +131,13 @@ def evaluate_model(
     probabilities = predict_split(model, trained.keras_path, test)
     target = directory / trained.model.model_name / trained.model.version
     threshold = _threshold(model, trained, packed, config)
-    cpu_ms = _cpu_ms(model, test, config)
+    (cpu_ms,) = milliseconds([compiled(model)], np.asarray(test.images[:8]))
     evaluation = _measured(trained, test, probabilities, config, champion, threshold, cpu_ms).model_copy(
         update={
             "directory": target,
             "mlflow_run_id": None if run is None else run.run_id,
+            "parameters": model.count_params(),
+            "keras_bytes": trained.keras_path.stat().st_size,
             "robustness": _robustness(model, trained.task, test, config, threshold),
         }
     )
@@ -219,7 +221,7 @@ def _measured(
     config: ExperimentConfig,
     champion: Champion | None,
     threshold: Threshold,
-    cpu_ms: float | None,
+    cpu_ms: float,
 ) -> Evaluation:
     """Returns the metrics with their intervals, and the gate's verdict."""
     task = trained.task
@@ -228,7 +230,7 @@ def _measured(
     decisions = predicted_flags(probabilities, task.classifier_type, threshold)
     metrics = compute_metrics(*decided, threshold)
     gate = judge_promotion(
-        metrics | ({} if cpu_ms is None else {"cpu_ms": cpu_ms}),
+        metrics | {"cpu_ms": cpu_ms},
         config.evaluate,
         champion,
         truth=truth,
@@ -252,7 +254,9 @@ def _measured(
         threshold=threshold,
         metrics=metrics,
         intervals={
-            name: ends for name, ends in (ranked | _intervals(*decided, truth, decisions)).items() if name in metrics
+            name: ends
+            for name, ends in (ranked | _intervals(*decided, threshold, truth, decisions)).items()
+            if name in metrics
         },
         per_class=[
             {"class": name, **row, "intervals": {key: list(ends) for key, ends in intervals.items() if ends}}
@@ -282,30 +286,31 @@ def _threshold(model: Any, trained: TrainedModel, packed: PackedImages, config: 
     )
 
 
-def _cpu_ms(model: Any, test: PackedSplit, config: ExperimentConfig) -> float | None:
-    """Measures what one image costs, where the config has a limit for it."""
-    if config.evaluate.max_cpu_ms is None:
-        return None
-    return milliseconds([compiled(model)], np.asarray(test.images[:8]))[0]
-
-
 def _intervals(
-    targets: np.ndarray, probabilities: np.ndarray, kind: ClassifierType, truth: np.ndarray, decisions: np.ndarray
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    kind: ClassifierType,
+    threshold: Threshold,
+    truth: np.ndarray,
+    decisions: np.ndarray,
 ) -> dict[str, Interval]:
     exact = (truth == decisions).all(axis=1)
-    found = dict(mean_intervals(truth, decisions))
+    found: dict[str, Interval | None] = dict(mean_intervals(truth, decisions))
     shares = {"accuracy" if kind == "multi-class" else "exact_match": exact}
     if kind == "multi-class":
         found["balanced_accuracy"] = found["macro_recall"]
         if probabilities.shape[1] > TOP:
             shares[f"top{TOP}_accuracy"] = in_top(targets, probabilities)
+    else:
+        found["accuracy"] = mean_interval((truth == decisions).mean(axis=1), are_shares=True)
     confidence, right, place = binned(targets, probabilities, kind)
     intervals = {
         **{name: wilson(int(right.sum()), len(right)) for name, right in shares.items()},
         **{name: mean_interval(of_image) for name, of_image in losses(truth, probabilities, kind).items()},
         "ece": calibration_interval(confidence - right, place),
+        "mean_confidence": mean_interval(confidence_of(probabilities, kind, threshold)),
     }
-    return found | {name: ends for name, ends in intervals.items() if ends is not None}
+    return {name: ends for name, ends in (found | intervals).items() if ends is not None}
 
 
 def _robustness(

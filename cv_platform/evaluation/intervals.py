@@ -41,7 +41,7 @@ def class_intervals(truth: np.ndarray, decisions: np.ndarray) -> list[dict[str, 
         {
             "precision": wilson(int((of & by).sum()), int(by.sum())),
             "recall": wilson(int((of & by).sum()), int(of.sum())),
-            "f1": _percentiles(column) if of.any() or by.any() else None,
+            "f1": _unless_certain(_percentiles(column), of) if of.any() or by.any() else None,
         }
         for of, by, column in zip(truth.T, decisions.T, f1s.T, strict=True)
     ]
@@ -54,7 +54,8 @@ def mean_intervals(truth: np.ndarray, decisions: np.ndarray) -> dict[str, Interv
     found = {}
     for name, measure in measures.items():
         # A resample may lack a class, of which its mean then says nothing.
-        found[name] = _percentiles(_known_mean(_bootstrap(truth, decisions, measure)[:, supported].T))
+        ends = _percentiles(_known_mean(_bootstrap(truth, decisions, measure)[:, supported].T))
+        found[name] = _unless_certain(ends, truth[:, supported])
     return {name: interval for name, interval in found.items() if interval is not None}
 
 
@@ -72,8 +73,13 @@ def score_intervals(truth: np.ndarray, probabilities: np.ndarray) -> tuple[list[
     weights = list(itertools.islice(_weights(len(truth)), _RANKED // _AT_ONCE))
     found = np.array([np.concatenate([curve.areas(part) for part in weights], axis=1) for curve in curves])
     names = ("auc_macro", "mean_average_precision")
-    means = {name: _percentiles(_known_mean(found[:, at])) for at, name in enumerate(names)}
-    return [_percentiles(row) for row in found[:, 0]], {name: ends for name, ends in means.items() if ends is not None}
+    tried = truth[:, np.isfinite(found[:, 0]).any(axis=1)], truth[:, truth.any(axis=0)]
+    means = {
+        name: _unless_certain(_percentiles(_known_mean(found[:, at])), tried[at], has_ranks=not at)
+        for at, name in enumerate(names)
+    }
+    aucs = [_unless_certain(_percentiles(row[0]), of, has_ranks=True) for row, of in zip(found, truth.T, strict=True)]
+    return aucs, {name: ends for name, ends in means.items() if ends is not None}
 
 
 class _Curve:
@@ -95,9 +101,10 @@ class _Curve:
         return np.stack([_share(area, hits[:, -1] * false[:, -1]), _share(precision, hits[:, -1])])
 
 
-def mean_interval(values: np.ndarray) -> Interval | None:
-    """Returns the interval of the mean of `(N,)` values, one of each image."""
-    return _percentiles(np.concatenate([weights @ values / len(values) for weights in _weights(len(values))]))
+def mean_interval(values: np.ndarray, *, are_shares: bool = False) -> Interval | None:
+    """Returns the interval of the mean of `(N,)` values, one of each image; of shares, 1 is without an error."""
+    ends = _percentiles(np.concatenate([weights @ values / len(values) for weights in _weights(len(values))]))
+    return _unless_certain(ends, np.ones(len(values), bool)) if are_shares else ends
 
 
 def calibration_interval(gaps: np.ndarray, bins: np.ndarray) -> Interval | None:
@@ -150,6 +157,27 @@ def _recall(hits: np.ndarray, support: np.ndarray, _: np.ndarray) -> np.ndarray:
 
 def _f1(hits: np.ndarray, support: np.ndarray, decided: np.ndarray) -> np.ndarray:
     return _share(2 * hits, support + decided)
+
+
+def _unless_certain(ends: Interval | None, truth: np.ndarray, *, has_ranks: bool = False) -> Interval | None:
+    """Returns an interval; of a score that is 1 in every resample, down to what the images seen leave open.
+
+    Without an error in n images, a class's rate of errors may be as large as Wilson's interval says of n of n. Errors
+    of several classes together are likeliest to be missed in the smallest class, so a mean falls by its part of that.
+
+    Args:
+        ends: those of the resamples.
+        truth: `(N,)` or `(N, C)` bool, of the class, or of the classes of whose scores `ends` is the mean.
+        has_ranks: the images with the class are compared with those without: as many pairs are independent as the fewer
+            have images.
+    """
+    if ends is None or ends[0] < 1.0:
+        return ends
+    with_class = truth.sum(axis=0)
+    fewest = int(np.min(np.minimum(with_class, len(truth) - with_class) if has_ranks else with_class))
+    seen = wilson(fewest, fewest)
+    assert seen is not None
+    return 1.0 - (1.0 - seen[0]) / with_class.size, 1.0
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

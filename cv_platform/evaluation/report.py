@@ -23,6 +23,8 @@ def render_report(evaluation: Evaluation, provenance: Provenance, task: Task) ->
             ("version", evaluation.model.version),
             ("dataset", f"{provenance} ({provenance.dvc_md5})"),
             ("test images", f"{evaluation.metrics['images']:.0f}"),
+            ("size", evaluation.size),
+            ("one image", evaluation.latency),
             ("labels", labels if labels == "multi-class" else f"multi-label, {_thresholds(evaluation, task)}"),
         ],
         evaluation=evaluation,

@@ -194,6 +194,10 @@ def test_writes_one_folder_with_plots_and_a_page_of_its_own(colours, softmax_mod
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page
     assert "<script" not in page
+    assert evaluation.parameters is not None
+    assert f"{evaluation.parameters:,} parameters" in page
+    assert evaluation.cpu_ms is not None
+    assert f"{evaluation.cpu_ms:.2f} ms of CPU time" in page
     schema = pq.read_schema(evaluation.predictions_path)
     assert schema.field("probabilities").type == pa.list_(pa.float32(), 3)
 

@@ -87,8 +87,35 @@ def test_rankings_cover_the_true_auc_about_as_often_as_they_say() -> None:
 def test_a_class_that_all_images_show_has_no_ranking() -> None:
     truth = np.array([[True, False], [True, True], [True, False]])
     aucs, means = score_intervals(truth, np.array([[0.9, 0.1], [0.8, 0.7], [0.7, 0.3]]))
-    assert aucs == [None, (1.0, 1.0)]
-    assert means["auc_macro"] == (1.0, 1.0)
+    # One image shows the second class: it alone is compared with others.
+    low, _ = wilson(1, 1) or (0.0, 0.0)
+    assert aucs == [None, (low, 1.0)]
+    assert means["auc_macro"] == (low, 1.0)
+    # The class that all show is found as well: both have their part of what the smaller one leaves open.
+    assert means["mean_average_precision"] == (1 - (1 - low) / 2, 1.0)
+
+
+def test_scores_without_an_error_are_no_certainty() -> None:
+    truth = one_hot(np.repeat([0, 1, 2], [10, 50, 100]), 3)
+    rows, means = class_intervals(truth, truth), mean_intervals(truth, truth)
+    for row, count in zip(rows, (10, 50, 100), strict=True):
+        assert row["f1"] == row["recall"] == wilson(count, count)
+    low, _ = wilson(10, 10) or (0.0, 0.0)
+    assert set(means.values()) == {(1 - (1 - low) / 3, 1.0)}
+    assert mean_interval(np.ones(50), are_shares=True) == wilson(50, 50)
+
+
+def test_what_no_error_leaves_open_covers_the_true_recall_as_often_as_it_says() -> None:
+    # Nine of ten images are right in one class, and all in the others: a third of draws shows no error.
+    covered, without_error, rng = 0, 0, np.random.default_rng(0)
+    for _ in range(200):
+        labels = np.repeat([0, 1, 2], 10)
+        answers = np.where((labels == 0) & (rng.random(30) > 0.9), 1, labels)
+        low, high = mean_intervals(one_hot(labels, 3), one_hot(answers, 3))["macro_recall"]
+        covered += low <= 2.9 / 3 <= high
+        without_error += bool((answers == labels).all())
+    assert without_error > 40
+    assert covered >= 184  # With 0.95, fewer would be seen once in 50 times.
 
 
 def test_means_and_calibration_have_intervals_around_them() -> None:

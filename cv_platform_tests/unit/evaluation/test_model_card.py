@@ -25,6 +25,8 @@ def _cards(folder: Path, licence: str, **changes) -> tuple[str, str]:
         metrics={"accuracy": 0.8, "images": 60.0, "ece": 0.02, "ece_uncalibrated": 0.09},
         intervals={"accuracy": (0.68, 0.88)},
         per_class=ROWS,
+        parameters=1234,
+        keras_bytes=56_700,
         **changes,
     )
     write_model_card(
@@ -40,6 +42,7 @@ def test_says_what_it_is_made_of_how_well_it_does_and_where_not(tmp_path: Path):
     for card in (markdown, html):
         for fact in (VERSION, "v1.0.0", "CC BY 4.0", "resnet9s", "c" * 40, "0.8000", "0.6800 – 0.8800", "team:yard"):
             assert fact in card
+        assert "1,234 parameters, a Keras file of 0.1 MB" in card
         assert "camera old: accuracy 0.5000" in card
         assert "blur" in card
         assert "0.0900" in card
