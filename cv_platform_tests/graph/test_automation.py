@@ -21,6 +21,7 @@ from sqlalchemy import Engine, text
 from cv_platform.config import AlertsConfig, ExperimentConfig, parse_experiment
 from cv_platform.datasets.importing import import_dataset
 from cv_platform.datasets.versions import list_tags
+from cv_platform.definitions import build_defs
 from cv_platform.defs.automation import (
     RUN,
     drift_schedule,
@@ -239,6 +240,33 @@ def test_a_new_tag_asks_for_a_retraining_on_it_once(experiment: ExperimentConfig
     config = second.run_requests[0].run_config["resources"]["cats_config"]["config"]
     assert config == {"dataset": {"dvc_tag": "v1.1.0"}}
     assert tick(sensor, cursor=second.cursor).run_requests == []
+
+
+def test_the_run_of_another_version_shows_what_changed(
+    experiment: ExperimentConfig, home: Path, tmp_path: Path
+) -> None:
+    source, root = write_images(tmp_path / "images", 1), home / "datasets"
+    import_dataset(source, ds_name="cats", tag="v1.0.0", ds_root=root)
+    (source / "train" / "a" / "0.png").rename(source / "train" / "b" / "from_a.png")
+    (source / "train" / "b" / "1.png").unlink()
+    import_dataset(source, ds_name="cats", tag="v1.1.0", ds_root=root)
+    content = experiment.with_fields({"dataset.valid_fraction": 0.3, "dataset.reference_fraction": 0.3})
+    key, shown = dg.AssetKey(["cats", "dataset"]), list[dict[str, Any]]()
+    with dg.DagsterInstance.ephemeral() as instance:
+        for tag in ("v1.0.0", "v1.0.0", "v1.1.0"):
+            path = tmp_path / "cats.yaml"
+            path.write_text(yaml.safe_dump(content.with_fields({"dataset.dvc_tag": tag}).model_dump(mode="json")))
+            job = build_defs(path).resolve_job_def("cats_experiment")
+            made = job.execute_in_process(asset_selection=[key], instance=instance)
+            (event,) = made.asset_materializations_for_node("cats__dataset")
+            shown.append(dict(event.metadata))
+    assert ["changes" in metadata for metadata in shown] == [False, False, True]
+    assert shown[2]["changes"].value == (
+        "v1.0.0 → v1.1.0: 0 added, 1 removed, 0 changed, 1 relabelled, 0 moved; 10 images are the same."
+    )
+    rows = {row.data["class"]: row.data for row in shown[2]["changed_classes"].records}
+    assert (rows["a"]["lost"], rows["b"]["gained"], rows["b"]["removed"]) == (1, 1, 1)
+    assert cv2.imread(shown[2]["changes_sheet"].value) is not None
 
 
 class Ticks:
