@@ -160,10 +160,11 @@ def _f1(hits: np.ndarray, support: np.ndarray, decided: np.ndarray) -> np.ndarra
 
 
 def _unless_certain(ends: Interval | None, truth: np.ndarray, *, has_ranks: bool = False) -> Interval | None:
-    """Returns an interval; of a score that is 1 in every resample, down to what the images seen leave open.
+    """Returns an interval; of a score that is 1, or 0, in every resample, as wide as the images seen leave open.
 
     Without an error in n images, a class's rate of errors may be as large as Wilson's interval says of n of n. Errors
     of several classes together are likeliest to be missed in the smallest class, so a mean falls by its part of that.
+    Where nothing is right, it is the other way round.
 
     Args:
         ends: those of the resamples.
@@ -171,13 +172,15 @@ def _unless_certain(ends: Interval | None, truth: np.ndarray, *, has_ranks: bool
         has_ranks: the images with the class are compared with those without: as many pairs are independent as the fewer
             have images.
     """
-    if ends is None or ends[0] < 1.0:
+    if ends not in {(1.0, 1.0), (0.0, 0.0)}:
         return ends
     with_class = truth.sum(axis=0)
     fewest = int(np.min(np.minimum(with_class, len(truth) - with_class) if has_ranks else with_class))
     seen = wilson(fewest, fewest)
-    assert seen is not None
-    return 1.0 - (1.0 - seen[0]) / with_class.size, 1.0
+    if seen is None:  # The class has no image, only answers.
+        return ends
+    missed = (1.0 - seen[0]) / with_class.size
+    return (1.0 - missed, 1.0) if ends[0] else (0.0, missed)
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -105,6 +105,15 @@ def test_scores_without_an_error_are_no_certainty() -> None:
     assert mean_interval(np.ones(50), are_shares=True) == wilson(50, 50)
 
 
+def test_scores_of_which_nothing_is_right_are_no_certainty_either() -> None:
+    truth = one_hot(np.repeat([0, 1], 20), 2)
+    rows, means = class_intervals(truth, ~truth), mean_intervals(truth, ~truth)
+    assert rows[0]["f1"] == pytest.approx(wilson(0, 20))
+    assert means["macro_recall"] == pytest.approx((0.0, (wilson(0, 20) or (0.0, 0.0))[1] / 2))
+    # Of a class without images, an answer says nothing of how often it is right.
+    assert class_intervals(np.zeros((4, 1), bool), np.ones((4, 1), bool))[0]["f1"] == (0.0, 0.0)
+
+
 def test_what_no_error_leaves_open_covers_the_true_recall_as_often_as_it_says() -> None:
     # Nine of ten images are right in one class, and all in the others: a third of draws shows no error.
     covered, without_error, rng = 0, 0, np.random.default_rng(0)
