@@ -54,7 +54,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
             recipe=run.code_version,
         )
         outcomes = {outcome.name: outcome for outcome in verdict.outcomes}
-        checks = [_check_result(spec.name, outcomes.get(spec.name)) for spec in specs]
+        checks = [check_result(spec.name, outcomes.get(spec.name)) for spec in specs]
         return run.result(verdict, _metadata(verdict), checks)
 
     return validation_report
@@ -74,15 +74,18 @@ def _metadata(verdict: ValidationVerdict) -> dict[str, Any]:
     }
 
 
-def _check_result(name: str, outcome: CheckOutcome | None) -> dg.AssetCheckResult:
+def check_result(name: str, outcome: CheckOutcome | None) -> dg.AssetCheckResult:
     """Returns what the page shows of a check; without an outcome, the run's config has switched it off."""
     if outcome is None:
         warn = dg.AssetCheckSeverity.WARN
         return dg.AssetCheckResult(check_name=name, passed=True, severity=warn, description="Switched off in this run.")
+    # Numbers are plotted over time.
+    shown = {"measured": outcome.value, "limit": outcome.limit}
+    offenders = {"offenders": table([{"offender": one} for one in outcome.offenders[:50]])} if outcome.offenders else {}
     return dg.AssetCheckResult(
         check_name=name,
         passed=outcome.passed,
         severity=dg.AssetCheckSeverity.WARN if outcome.severity == "warn" else dg.AssetCheckSeverity.ERROR,
         description=outcome.finding(),
-        metadata={"offenders": table([{"image": path} for path in outcome.offenders[:50]])},
+        metadata={name: value for name, value in shown.items() if value is not None} | offenders,
     )

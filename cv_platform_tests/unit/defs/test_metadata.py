@@ -5,6 +5,8 @@ import numpy as np
 
 from cv_platform.defs.branch import checked
 from cv_platform.defs.metadata import table
+from cv_platform.defs.validation import check_result
+from cv_platform.records import CheckOutcome
 
 
 def test_columns_have_the_types_of_their_values() -> None:
@@ -42,3 +44,15 @@ def test_a_check_that_blocks_is_an_error_unless_it_is_not_to_stop_the_run() -> N
     ]
     error, warning = dg.AssetCheckSeverity.ERROR, dg.AssetCheckSeverity.WARN
     assert [one.severity for one in found] == [error, warning, warning]
+
+
+def test_a_check_of_validation_has_numbers_that_the_page_plots() -> None:
+    outcome = CheckOutcome(
+        name="duplicates", passed=False, severity="warn", summary="2.", value=0.25, limit=0.05, offenders=("a.png",)
+    )
+    shown = check_result("duplicates", outcome)
+    assert {name: shown.metadata[name].value for name in ("measured", "limit")} == {"measured": 0.25, "limit": 0.05}
+    assert isinstance(shown.metadata["measured"], dg.FloatMetadataValue)
+    assert [row.data for row in shown.metadata["offenders"].records] == [{"offender": "a.png"}]
+    unjudged = CheckOutcome(name="divided_groups", passed=True, severity="warn", summary="Not judged.")
+    assert check_result("divided_groups", unjudged).metadata == {}
