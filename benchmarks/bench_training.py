@@ -31,6 +31,7 @@ from cv_platform.evaluation.intervals import wilson
 LIBRARIES = ("tensorflow", "keras", "numpy", "opencv-python-headless")
 SHOWN = 20_000
 """Images of all epochs of a training from random weights."""
+_OF_MANY_IMAGES = ("train.epochs", "train.batch_size")
 GROCERY, CIFAR = "grocery-5k.tar.gz", "cifar10-12k.tar.gz"
 
 
@@ -143,7 +144,9 @@ def _tried(name: str, wanted: ImageSet, options: Options) -> Iterator[tuple[str,
     if not options.images:
         yield name, None, wanted
     for count in options.images:
-        few = replace(wanted, images=count)
+        # Epochs and batches that suit thousands of images are a few dozen steps for a hundred: these are the config's.
+        kept = {name: value for name, value in wanted.changes.items() if name not in _OF_MANY_IMAGES}
+        few = replace(wanted, images=count, changes=kept)
         yield f"{name}, {count} images", count, few
         if options.config is not None:
             continue
