@@ -36,7 +36,10 @@ def test_leakage_up_to_the_limit_passes(make_manifest):
     rows = [("train/a.png", "train", ["cat"], "one"), ("test/c.png", "test", ["cat"], "one")]
     rows += [(f"test/{i}.png", "test", ["cat"], str(i)) for i in range(9)]
     assert TrainTestLeakage().run(subject(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.1))).passed
-    assert not TrainTestLeakage().run(subject(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.09))).passed
+    refused = TrainTestLeakage().run(subject(make_manifest(*rows), ValidateConfig(max_leakage_fraction=0.09)))
+    assert not refused.passed
+    # What is said beside the number mends it.
+    assert "dataset.quarantine.duplicate: quarantine" in refused.finding()
 
 
 def test_leakage_without_test_images_is_not_judged(make_manifest):
