@@ -6,7 +6,9 @@ from typing_extensions import override
 
 from cv_platform.validation.checks import Check, Finding, Subject, share
 
-_REMEDY = " `dataset.quarantine.duplicate: quarantine` leaves out all but one."
+
+def _remedy(count: int) -> str:
+    return " `dataset.quarantine.duplicate: quarantine` leaves out all but one." if count else ""
 
 
 class TrainTestLeakage(Check):
@@ -24,7 +26,7 @@ class TrainTestLeakage(Check):
         leaked = test.loc[test["sha256"].isin(list(origin))].sort_values("path")
         fraction = len(leaked) / len(test)
         return Finding(
-            f"{len(leaked)} of {len(test)} test images are in train too ({fraction:.2%}).{_REMEDY if leaked.size else ''}",
+            f"{len(leaked)} of {len(test)} test images are in train too ({fraction:.2%}).{_remedy(len(leaked))}",
             fraction,
             [f"{path} = {origin[sha]}" for path, sha in zip(leaked["path"], leaked["sha256"], strict=True)],
         )
@@ -42,7 +44,7 @@ class Duplicates(Check):
         copies = ordered.loc[ordered["sha256"].duplicated()]
         fraction = share(len(copies), len(ordered))
         return Finding(
-            f"{len(copies)} of {len(ordered)} images repeat another one ({fraction:.2%}).{_REMEDY if copies.size else ''}",
+            f"{len(copies)} of {len(ordered)} images repeat another one ({fraction:.2%}).{_remedy(len(copies))}",
             fraction,
             [f"{path} = {first[sha]}" for path, sha in zip(copies["path"], copies["sha256"], strict=True)],
         )
