@@ -12,12 +12,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import numpy as np
+import psycopg2
 import pytest
 from sqlalchemy import Engine, make_url, text
 
@@ -26,10 +27,13 @@ from cv_platform.database.connection import make_engine
 from cv_platform.database.embedded import embedded_database
 from cv_platform.database.migrate import migrate
 from cv_platform.errors import DatabaseUnavailableError
+from cv_platform.serving.log import drainer as drainer_module
+from cv_platform.serving.log.database import LogDatabase
+from cv_platform.serving.log.deletion import delete_from_spools
 from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.log.request_log import RequestLog
-from cv_platform.serving.log.spool import Spool
+from cv_platform.serving.log.spool import Spool, SpoolRow
 from cv_platform.serving.log.tables import find_prediction
 from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform_tests.support.postgres import count, scalar
@@ -172,6 +176,41 @@ def test_a_row_that_the_database_refuses_is_put_aside_and_blocks_nobody(
     assert spool.rejected()[1].reason.startswith("error: ")  # struct.error: the number does not fit the column.
     status = drainer.status()
     assert (status.rejected, status.depth, status.drained_rows, status.database) == (2, 0, 20, "ok")
+    drainer.close()
+    spool.close()
+
+
+def test_a_batch_that_was_read_ahead_is_read_again_when_the_one_before_fails_or_it_has_changed(
+    tmp_path: Path, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drainer_module, "_BATCH_ROWS", 3)
+    spool = Spool(tmp_path)
+    entries = [answered() for _ in range(10)]
+    for entry in entries:
+        append_to(spool, entry)
+    drainer, write, written = Drainer(spool, database_url), LogDatabase.write, list[list[str]]()
+    gone = entries[4].prediction_id
+    assert gone is not None
+
+    def write_with_trouble(database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+        assert drainer._ahead is not None or len(rows) < 3
+        written.append([row.entry_id for row in rows])
+        if len(written) == 1:  # The next three have been read, one of them is deleted then.
+            assert drainer._ahead is not None
+            assert len(drainer._ahead[1].result().rows) == 3
+            assert delete_from_spools(tmp_path, gone)
+        if len(written) == 4:
+            raise psycopg2.OperationalError("the connection is gone")
+        write(database, spool, rows)
+
+    monkeypatch.setattr(LogDatabase, "write", write_with_trouble)
+    drainer.start()
+    wait_until_drained(drainer)
+    ids = [str(entry.entry_id) for entry in entries]
+    # The second batch twice, as it had changed; the third again, after the connection was lost.
+    assert written == [ids[:3], ids[3:6], ids[3:6], ids[6:9], ids[6:9], ids[9:]]
+    assert entry_ids(engine) == sorted(ids)
+    assert (count(engine, "predictions"), drainer.status().drained_rows) == (9, 10)
     drainer.close()
     spool.close()
 

@@ -12,12 +12,14 @@ Where there is no database, and none can be expected, the oldest entries leave a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
 import sqlite3
 import threading
 import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +28,7 @@ from cv_platform.database.address import postgres_url
 from cv_platform.errors import SchemaMismatchError, SpoolFullError
 from cv_platform.serving.log.damaged_spools import put_aside, remove_expired
 from cv_platform.serving.log.limits import LogLimits
-from cv_platform.serving.log.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
+from cv_platform.serving.log.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolBatch, SpoolRow
 from cv_platform.serving.log.spool_file import LOCK, SQLITE
 from cv_platform.serving.telemetry.log_status import DatabaseState, LogStatus
 
@@ -76,6 +78,9 @@ class Drainer:
         self._adopts = adopt
         self._adopted: list[Spool] = []
         self._archive: Spool | None = None
+        self._ahead: tuple[Spool, Future[SpoolBatch]] | None = None
+        """The batch that is read while the database takes the one before."""
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="request-log-reader")
         self._next_adoption = 0.0
         self._known_unusable: set[str] = set()
         # State and error, in one piece: another thread's status must not see one without the other.
@@ -143,6 +148,7 @@ class Drainer:
                 self._wake.wait(_IDLE_SECONDS)
                 self._wake.clear()
                 self._stopping.wait(_LINGER_SECONDS)
+        self._reader.shutdown()
         for spool in (*self._adopted, *([self._archive] if self._archive is not None else [])):
             spool.close()
         if self._database is not None:
@@ -176,17 +182,38 @@ class Drainer:
 
     def _drain_batch(self, database: LogDatabase, spool: Spool) -> bool:
         """Returns whether there was more than one batch."""
-        rows, are_all = spool.read_batch(_BATCH_ROWS, _BATCH_BYTES)
+        rows, are_all = self._next_batch(spool)
         try:
             if rows:
+                if not are_all:
+                    read = functools.partial(spool.read_batch, _BATCH_ROWS, _BATCH_BYTES, after=rows[-1].id)
+                    self._ahead = spool, self._reader.submit(read)
                 self._write(database, spool, rows)
         except ChangedMeanwhileError:
             logger.info("An entry was deleted on its way to the database; the batch is read again.")
+            self._forget_ahead()
             return True
+        except BaseException:  # What was not written has to come first.
+            self._forget_ahead()
+            raise
         if are_all:
             spool.finish_delete()
             spool.shrink()
         return not are_all
+
+    def _next_batch(self, spool: Spool) -> SpoolBatch:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            batch = ahead[1].result()
+            if ahead[0] is spool:
+                return batch
+        return spool.read_batch(_BATCH_ROWS, _BATCH_BYTES)
+
+    def _forget_ahead(self) -> None:
+        """Returns once nobody reads ahead any more."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[1].exception()
 
     def _write(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
         try:

@@ -152,7 +152,7 @@ class Spool:
         self._room = Room(path, limits)
         self._listener: Callable[[], None] = lambda: None
         self._leaving: tuple[Future[None], int] | None = None
-        """Entries that are being deleted, up to an id; for the thread that reads batches."""
+        """Entries that are being deleted, up to an id; set by the thread that deletes."""
         self._read_lock = threading.Lock()
         writing = None
         try:
@@ -225,13 +225,14 @@ class Spool:
         """Calls `listener` whenever there may be something to drain: after a commit of entries, after a settling."""
         self._listener = listener
 
-    def read_batch(self, max_rows: int, max_bytes: int) -> SpoolBatch:
+    def read_batch(self, max_rows: int, max_bytes: int, *, after: int = 0) -> SpoolBatch:
         """Returns the oldest settled entries, of at most `max_bytes` in all with their uploads, but at least one entry.
 
         Those that are not settled, or not as they were settled (`write_outcomes`), count as not there. While some are
-        being deleted (`begin_delete`), so do all before them.
+        being deleted (`begin_delete`), so do all before them, and all up to the id `after`.
         """
-        after = self._leaving[1] if self._leaving else 0
+        leaving = self._leaving
+        after = max(after, leaving[1] if leaving else 0)
         unsettled = self._outcomes.unsettled.copy()  # First: what is added later must not be in what is read.
         rows: list[SpoolRow] = []
         seen: set[str | None] = set()
