@@ -108,7 +108,7 @@ def publish(wanted: UntrainedModel) -> None:
     from cv_platform.config import DeployConfig
     from cv_platform.deployment.bundle import Place, publish_model
     from cv_platform.drift.encoders import build_uae, encoder_hash
-    from cv_platform.images import preprocessing_hash
+    from cv_platform.images import Preprocessing, preprocessing_hash
     from cv_platform.records import (
         DriftDetectors,
         Evaluation,
@@ -129,7 +129,7 @@ def publish(wanted: UntrainedModel) -> None:
         provenance=Provenance(ds_name=experiment.dataset.ds_name, dvc_tag=experiment.dataset.dvc_tag, dvc_md5="0" * 32),
         task=Task(
             image_size=model.image_size,
-            preprocessing_hash=preprocessing_hash(model.image_size, framing=model.resize),
+            preprocessing_hash=preprocessing_hash(model.image_size, Preprocessing.of(model)),
             class_names=model.classes,
             classifier_type=model.classifier_type,
         ),

@@ -171,6 +171,7 @@ class DatasetVersion(Record):
         directory: root of the read-only checkout; the manifest's paths are relative to it.
         manifest: file name of the manifest for one config; it stands for the splits, which follow from the config too.
         class_names: the configured classes, in the order of the model's outputs.
+        sample_bits: `model.sample_bits`, by which its images are looked at, too.
     """
 
     provenance: Provenance
@@ -178,6 +179,7 @@ class DatasetVersion(Record):
     directory: HomePath
     manifest: str
     class_names: tuple[str, ...]
+    sample_bits: int | None = None
 
     @override
     def content_version(self) -> str:

@@ -35,7 +35,9 @@ class QuarantineConfig(Section):
     animated: Policy = Field(default="keep", description="more pictures than one, of which the first counts")
     constant: Policy = Field(default="keep", description="of one colour throughout")
     bit_depth: Policy = Field(
-        default="keep", description="16-bit samples that use less than a quarter of their range, of which few are seen"
+        default="keep",
+        description="16-bit samples that use a quarter of their range or less, of which few are seen, or that exceed "
+        "model.sample_bits",
     )
     wrong_suffix: Policy = Field(default="keep", description="a suffix of another format than the file's")
     duplicate: Policy = Field(
@@ -141,9 +143,13 @@ class ValidateConfig(Section):
     constant_images: Severity = "warn"
     max_narrow_range_fraction: Fraction = Field(
         default=0.0,
-        description="images of 16-bit samples that use less than a quarter of their range: 12-bit data, say",
+        description="images of 16-bit samples that use a quarter of their range or less: 12-bit data, say",
     )
     narrow_range: Severity = "warn"
+    max_clipped_fraction: Fraction = Field(
+        default=0.0, description="images with samples above the range of model.sample_bits, which become white"
+    )
+    clipped_samples: Severity = "warn"
     max_other_bit_depth_fraction: Fraction = Field(
         default=0.0, description="images of 16-bit samples where most have 8 bits, or the other way round"
     )

@@ -78,6 +78,13 @@ class ModelConfig(Section):
         description="what becomes of an image of other proportions than input_size, in training and service alike: "
         "stretch changes them, crop keeps the middle, pad adds grey at two sides",
     )
+    sample_bits: int | None = Field(
+        default=None,
+        ge=9,
+        le=16,
+        description="bits that the samples of 16-bit files (PNG, TIFF) really use, such as 12, in training and service "
+        "alike: their range becomes 0 to 255, and larger values 255; by default 16",
+    )
     architecture: Annotated[str, AfterValidator(_known_architecture)] = Field(
         default="small_cnn",
         description="efficientnet_lite0 has learned from ImageNet's photographs, and is best for photographs; of those "
@@ -114,6 +121,12 @@ class ModelConfig(Section):
         if repeated:
             raise ValueError(f"Expected each class once. Received twice: {', '.join(repeated)}")
         return classes
+
+    @field_validator("sample_bits")
+    @classmethod
+    def _none_of_16(cls, bits: int | None) -> int | None:
+        """Has one name for the pixels that there are by default."""
+        return None if bits == 16 else bits
 
     @property
     def image_size(self) -> tuple[int, int]:

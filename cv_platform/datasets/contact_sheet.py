@@ -60,10 +60,17 @@ def contact_sheet(version: DatasetVersion, *, per_class: int = 8) -> bytes:
         SheetRow(name, f"{counts[name]:,}", [version.directory / path for _, path in first[name]])
         for name in version.class_names
     ]
-    return draw_sheet(rows, columns=per_class, what="classes")
+    return draw_sheet(rows, columns=per_class, what="classes", sample_bits=version.sample_bits)
 
 
-def draw_sheet(rows: Sequence[SheetRow], *, columns: int = 8, letters: int = 14, what: str = "rows") -> bytes:
+def draw_sheet(
+    rows: Sequence[SheetRow],
+    *,
+    columns: int = 8,
+    letters: int = 14,
+    what: str = "rows",
+    sample_bits: int | None = None,
+) -> bytes:
     """Draws rows of images (the first 50) and returns a PNG.
 
     Images keep their aspect ratio; small ones are enlarged without smoothing, so that their pixels stay visible. What
@@ -74,6 +81,7 @@ def draw_sheet(rows: Sequence[SheetRow], *, columns: int = 8, letters: int = 14,
         columns: the most images of a row.
         letters: the most of a title; longer ones are cut.
         what: the rows are, for those that are left out.
+        sample_bits: by which files are decoded, see `images.Preprocessing`.
     """
     shown, more = rows[:_MAX_ROWS], max(0, len(rows) - _MAX_ROWS)
     step, label_px = _CELL_PX + _GAP_PX, letters * _LETTER_PX + 8
@@ -85,7 +93,7 @@ def draw_sheet(rows: Sequence[SheetRow], *, columns: int = 8, letters: int = 14,
         for line, text in enumerate((_shortened(row.title, letters), row.note)):
             _write(draw, top + 12 + 17 * line, text)
         for column, image in enumerate(row.files[:columns]):
-            sheet.paste(Image.fromarray(_cell(image)), (label_px + column * step, top))
+            sheet.paste(Image.fromarray(_cell(image, sample_bits)), (label_px + column * step, top))
     if more:
         _write(draw, height - 20, f"and {more} more {what}")
     encoded, png = cv2.imencode(".png", cv2.cvtColor(np.asarray(sheet), cv2.COLOR_RGB2BGR))
@@ -105,11 +113,12 @@ def _shortened(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def _cell(image: Path | np.ndarray) -> np.ndarray:
+def _cell(image: Path | np.ndarray, sample_bits: int | None) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _fit(image)
     try:
-        return _fit(images.decode(image.read_bytes(), max_pixels=images.MAX_LOCAL_PIXELS))
+        made = images.Preprocessing(sample_bits=sample_bits)
+        return _fit(images.decode(image.read_bytes(), max_pixels=images.MAX_LOCAL_PIXELS, preprocessing=made))
     except (ImageError, OSError):
         return np.full((_CELL_PX, _CELL_PX, 3), _NOTHING, dtype=np.uint8)
 

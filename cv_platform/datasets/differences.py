@@ -136,8 +136,12 @@ class Difference:
             writer.writerow([change.kind, *cells])
         return text.getvalue().encode()
 
-    def draw(self) -> bytes:
-        """Draws what changed, a row for each kind and class, and returns a PNG; `changed` shows before and after."""
+    def draw(self, sample_bits: int | None = None) -> bytes:
+        """Draws what changed, a row for each kind and class, and returns a PNG; `changed` shows before and after.
+
+        Args:
+            sample_bits: by which the images are decoded, see `images.Preprocessing`.
+        """
         rows: dict[tuple[Kind, str], list[Change]] = defaultdict(list)
         for change in self.changes:
             rows[change.kind, change.title].append(change)
@@ -153,6 +157,7 @@ class Difference:
             ],
             letters=30,
             what="kinds of change",
+            sample_bits=sample_bits,
         )
 
 

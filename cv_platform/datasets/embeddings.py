@@ -58,7 +58,7 @@ def embed_dataset(
         InvalidDatasetError: a file is not the one that the manifest describes.
         DiskSpaceError: there is not enough disk space.
     """
-    encoder = open_encoder(config, home)
+    encoder = open_encoder(config, home, version.sample_bits)
     name = hashlib.sha256(f"{version.manifest}\n{encoder.key}".encode()).hexdigest()[:12]
     directory = home.absolute() / "embeddings" / version.provenance.ds_name / f"{version.provenance.dvc_md5}-{name}"
     file = directory / Embeddings.FILE
@@ -104,9 +104,8 @@ def embed_images(
     paths, sha256 = rows["path"].tolist(), rows["sha256"].tolist()
 
     def files(part: Sequence[int]) -> ImageFiles:
-        return ImageFiles(
-            directory, tuple(paths[at] for at in part), tuple(sha256[at] for at in part), encoder.input_px
-        )
+        names, digests = tuple(paths[at] for at in part), tuple(sha256[at] for at in part)
+        return ImageFiles(directory, names, digests, encoder.input_px, encoder.sample_bits)
 
     try:
         return embed_files(sha256, files, encoder, home, engine=engine)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.errors import ImageError, InvalidDatasetError
-from cv_platform.images import MAX_LOCAL_PIXELS, preprocess
+from cv_platform.images import MAX_LOCAL_PIXELS, Preprocessing, preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,10 @@ class ImageFiles:
     paths: tuple[str, ...]
     sha256: tuple[str, ...]
     side_px: int
+    sample_bits: int | None = None
 
     def __iter__(self) -> Iterator[NDArray[np.uint8] | None]:
+        size, made = (self.side_px, self.side_px), Preprocessing(sample_bits=self.sample_bits)
         for path, sha256 in zip(self.paths, self.sha256, strict=True):
             data = (self.directory / path).read_bytes()
             if hashlib.sha256(data).hexdigest() != sha256:
@@ -45,7 +47,7 @@ class ImageFiles:
                     "Materialise the dataset again."
                 )
             try:
-                yield preprocess(data, (self.side_px, self.side_px), max_pixels=MAX_LOCAL_PIXELS)
+                yield preprocess(data, size, max_pixels=MAX_LOCAL_PIXELS, preprocessing=made)
             except ImageError as err:
                 logger.warning("%s has no embedding: %s", path, err)
                 yield None

@@ -16,8 +16,8 @@ from cv_platform.errors import EmptyImageError, ImageError, ImageTooLargeError, 
 from cv_platform.files import file_sha256
 from cv_platform.images.files import has_more_pictures
 
-_FEWEST_LEVELS = 64
-"""A quarter of the 256 that 8 bits have, as 14-bit data in 16 bits use."""
+_FEW_LEVELS = 64
+"""A quarter of the 256 that 8 bits have, which is all that 14-bit data in 16 bits come to."""
 _EVEN_LEVELS = 8
 """An image whose thumbnail differs by more is not of one colour; another may be, which all of its pixels say."""
 _FORMATS = {
@@ -47,15 +47,22 @@ class Inspected:
     damage: str | None = None
     animated: str | None = None
     constant: str | None = None
+    largest_sample: int | None = None
     narrow_range: str | None = None
+    clipped: str | None = None
     wrong_suffix: str | None = None
     thumbnail: bytes | None = None
     overview: NDArray[np.uint8] | None = None
     """`(32, 32, 3)`, of which the properties are taken."""
 
 
-def inspect_file(path: str, max_pixels: int) -> Inspected:
+def inspect_file(path: str, max_pixels: int, sample_bits: int | None = None) -> Inspected:
     """Describes one file; one that does not decode is described by its problem.
+
+    Args:
+        path: of the file.
+        max_pixels: above which it is not decoded.
+        sample_bits: see `images.Preprocessing`.
 
     Raises:
         InvalidDatasetError: it cannot be read.
@@ -68,14 +75,14 @@ def inspect_file(path: str, max_pixels: int) -> Inspected:
         raise InvalidDatasetError(
             f"Expected the images of the dataset as they were listed. Received: {err}. Materialise the dataset again."
         ) from err
-    sha256 = hashlib.sha256(data).hexdigest()
+    sha256, made = hashlib.sha256(data).hexdigest(), images.Preprocessing(sample_bits=sample_bits)
     try:
-        image = images.read_image(data, max_pixels=max_pixels, overview_px=OVERVIEW_PX)
+        image = images.read_image(data, max_pixels=max_pixels, preprocessing=made, overview_px=OVERVIEW_PX)
         small = images.resize(image.pixels, (THUMBNAIL_PX, THUMBNAIL_PX))
         levels = thumbnail(small)
         is_even = bool(levels.max() - levels.min() <= _EVEN_LEVELS)
         if is_even and image.pixels.shape[:2] != (image.height_px, image.width_px):
-            image = images.read_image(data, max_pixels=max_pixels)
+            image = images.read_image(data, max_pixels=max_pixels, preprocessing=made)
     except ImageError as err:
         image_format, height_px, width_px = _header(data)
         problem = f"{type(err).__name__}: {err}"
@@ -90,7 +97,7 @@ def inspect_file(path: str, max_pixels: int) -> Inspected:
         image.height_px,
         image.format,
         image.channels,
-        image.sample_bits,
+        image.bit_depth,
         image.orientation,
         damage=image.damage,
         animated=f"a {image.format} of several pictures, of which the first counts"
@@ -100,7 +107,9 @@ def inspect_file(path: str, max_pixels: int) -> Inspected:
         if _FORMATS.get(suffix, image.format) != image.format
         else None,
         constant=_constant(image) if is_even else None,
-        narrow_range=_narrow_range(image) if image.sample_bits == 16 else None,
+        largest_sample=image.sample_range and image.sample_range[1],
+        narrow_range=_narrow_range(image) if sample_bits is None else None,
+        clipped=None if sample_bits is None else _clipped(image, sample_bits),
         thumbnail=levels.tobytes(),
         overview=small,
     )
@@ -126,11 +135,19 @@ def _constant(image: images.DecodedImage) -> str | None:
 
 
 def _narrow_range(image: images.DecodedImage) -> str | None:
-    darkest, brightest = int(image.pixels.min()), int(image.pixels.max())
-    levels = brightest - darkest + 1
-    if levels >= _FEWEST_LEVELS:
+    if image.sample_range is None:
         return None
-    return f"16-bit samples from {256 * darkest} to {256 * brightest + 255}: {levels} of 256 levels are seen"
+    smallest, largest = image.sample_range
+    levels = (largest >> 8) - (smallest >> 8) + 1
+    if levels > _FEW_LEVELS:
+        return None
+    return f"{image.bit_depth}-bit samples from {smallest} to {largest}: {levels} of 256 levels are seen"
+
+
+def _clipped(image: images.DecodedImage, sample_bits: int) -> str | None:
+    if image.sample_range is None or image.sample_range[1] < 2**sample_bits:
+        return None
+    return f"samples up to {image.sample_range[1]}, where model.sample_bits: {sample_bits} ends at {2**sample_bits - 1}"
 
 
 def _kind_of(err: ImageError) -> str:

@@ -38,7 +38,7 @@ from cv_platform.files import whole_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_VERSION = 8
+MANIFEST_VERSION = 9
 _IMAGES_PER_PART = 128
 _PARTS_PER_GROUP = 16
 """2,048 images are what is written at a time: 3 MB of rows."""
@@ -48,7 +48,7 @@ _LISTED = pa.schema([MANIFEST_SCHEMA.field(name) for name in ("path", "split", "
 
 def manifest_name(model: ModelConfig, dataset: DatasetConfig) -> str:
     """Returns the manifest's file name for a config; it changes with everything that would change a row."""
-    config = {
+    config: dict[str, object] = {
         "version": MANIFEST_VERSION,
         "classes": sorted(model.classes),
         "classifier_type": model.classifier_type,
@@ -57,6 +57,8 @@ def manifest_name(model: ModelConfig, dataset: DatasetConfig) -> str:
         "max_image_pixels": dataset.max_image_pixels,
         "quarantine": dataset.quarantine.model_dump(),
     }
+    if model.sample_bits is not None:
+        config["sample_bits"] = model.sample_bits
     return f"manifest-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]}.parquet"
 
 
@@ -82,7 +84,9 @@ def build_manifest(
       and `bit_depth` of the file; `orientation` of EXIF, 1 to 8: none where it is not readable.
     * `is_readable`, and the `problem` where it is not: such an image is a finding of validation, not an error here.
     * Remarks in words, or none: `damage` that its decoder went on after; that it is `animated`; its colour if it is
-      `constant`; the `narrow_range` that its 16-bit samples stay in; its `wrong_suffix`.
+      `constant`; the `narrow_range` that its 16-bit samples stay in, where `model.sample_bits` does not say how many
+      bits they use, and what of them is `clipped` where it does; its `wrong_suffix`.
+    * `largest_sample` of a file of more than 8 bits, see `images.DecodedImage`.
     * The seven statistics of `cv_platform.properties`, of its pixels at 32×32, as validation looks at; NaN where it is
       not readable.
     * `thumbnail`: its 32×32 grey levels, by which near-copies are found; none where it is not readable.
@@ -94,7 +98,7 @@ def build_manifest(
         directory: root of the checkout; the manifest is written into it.
         data_path: folder of the images below it.
         annotations: content of annotations.csv, if the version has one.
-        model: classes and classifier type.
+        model: classes, classifier type, and how many bits samples use.
         dataset: split fractions and seed.
         engine: who reads and decodes the images; None: processes of this machine.
 
@@ -107,7 +111,7 @@ def build_manifest(
     are_given = set(listed["split"].unique().to_pylist()) == set(SPLITS)
     with TemporaryDirectory(dir=directory, prefix=".manifest-") as folder, whole_file(path) as partial:
         inspected = partial if are_given and dataset.quarantine.duplicate == "keep" else Path(folder) / "rows.parquet"
-        none = Part(directory, data_path, (), frozenset(model.classes), dataset)
+        none = Part(directory, data_path, (), frozenset(model.classes), dataset, model.sample_bits)
         _write(inspected, _rows(listed, none, engine))
         if inspected != partial:
             _write(partial, _decided(inspected, dataset, are_given=are_given))

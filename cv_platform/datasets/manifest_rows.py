@@ -45,7 +45,9 @@ MANIFEST_SCHEMA = pa.schema(
         ("damage", pa.string()),
         ("animated", pa.string()),
         ("constant", pa.string()),
+        ("largest_sample", pa.int32()),
         ("narrow_range", pa.string()),
+        ("clipped", pa.string()),
         ("wrong_suffix", pa.string()),
         *((name, pa.float32()) for name in PROPERTY_NAMES),
         ("thumbnail", pa.binary(THUMBNAIL_PX**2)),
@@ -64,6 +66,7 @@ class Part:
     entries: tuple[ImageEntry, ...]
     classes: frozenset[str]
     dataset: DatasetConfig
+    sample_bits: int | None = None
 
     @property
     def name(self) -> str:
@@ -118,7 +121,8 @@ def describe(part: Part) -> pa.Table:
     Raises:
         InvalidDatasetError: a file is not there any more, or cannot be read.
     """
-    return part.table(inspect_file(part.file(entry), part.dataset.max_image_pixels) for entry in part.entries)
+    limit, bits = part.dataset.max_image_pixels, part.sample_bits
+    return part.table(inspect_file(part.file(entry), limit, bits) for entry in part.entries)
 
 
 ONE_BY_ONE = Salvage(

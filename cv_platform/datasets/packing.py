@@ -40,7 +40,7 @@ from cv_platform.datasets.shards.writing import Rows, remove_seals, write_shards
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError, VerdictError
 from cv_platform.files import exclusive, file_sha256, require_free_space, sync_file, whole_directory
-from cv_platform.images import preprocessing_hash
+from cv_platform.images import Preprocessing
 from cv_platform.records import DatasetVersion, PackedImages, Task, TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class PackedSplit:
 
 def pack_forms(model: ModelConfig, pack_scale: float = 1.0) -> dict[str, PackForm]:
     """Returns the form of the pixels of each split: training images may be larger than what the model sees."""
-    seen = PackForm(image_size=model.image_size, framing=model.resize)
+    seen = PackForm(model.image_size, Preprocessing.of(model))
     height, width = (round(side * pack_scale) for side in model.image_size)
     return dict.fromkeys(SPLITS, seen) | {"train": replace(seen, image_size=(height, width))}
 
@@ -145,7 +145,7 @@ def pack_images(
             publish_pack(directory, [*_read_marker(directory)["files"], _MARKER], shared_in)
     task = Task(
         image_size=model.image_size,
-        preprocessing_hash=preprocessing_hash(model.image_size, framing=model.resize),
+        preprocessing_hash=forms["test"].preprocessing_hash,
         class_names=model.classes,
         classifier_type=model.classifier_type,
     )

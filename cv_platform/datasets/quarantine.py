@@ -92,7 +92,7 @@ def _kinds(file: Inspected, unknown: Iterable[str], policy: QuarantineConfig) ->
         "damaged": file.damage,
         "animated": file.animated,
         "constant": file.constant,
-        "bit_depth": file.narrow_range,
+        "bit_depth": file.narrow_range or file.clipped,
         "wrong_suffix": file.wrong_suffix,
         file.problem_kind: file.problem,
     }

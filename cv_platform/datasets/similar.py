@@ -13,7 +13,7 @@ from cv_platform.datasets.embeddings import embed_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import InvalidDatasetError
-from cv_platform.images import MAX_LOCAL_PIXELS, preprocess
+from cv_platform.images import MAX_LOCAL_PIXELS
 from cv_platform.predictions import LABEL_SEPARATOR
 from cv_platform.records import DatasetVersion
 
@@ -40,9 +40,9 @@ def find_similar(
         ImageError: it is no image.
         EncoderError: the encoder cannot be used.
     """
-    opened = open_encoder(encoder, home)
+    opened = open_encoder(encoder, home, version.sample_bits)
     try:
-        pixels = preprocess(image.read_bytes(), (opened.input_px, opened.input_px), max_pixels=MAX_LOCAL_PIXELS)
+        pixels = opened.pixels(image.read_bytes(), max_pixels=MAX_LOCAL_PIXELS)
     except OSError as err:
         raise InvalidDatasetError(f"Expected an image at {image}. Received: {err.strerror}. Correct the path.") from err
     asked = opened.embed(pixels[np.newaxis])[0]

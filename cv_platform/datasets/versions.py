@@ -62,7 +62,7 @@ def checkout_version(
 
     Args:
         dataset: name, tag, splits and quarantine.
-        model: its classes.
+        model: its classes, and how many bits samples use.
         home: `Settings.home`.
         engine: who reads and decodes the images; None: processes of this machine.
 
@@ -90,6 +90,7 @@ def checkout_version(
         directory=directory,
         manifest=manifest.name,
         class_names=model.classes,
+        sample_bits=model.sample_bits,
     )
 
 

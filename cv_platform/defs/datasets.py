@@ -24,7 +24,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
             [
                 *(f"dataset.{split}_fraction" for split in ("valid", "reference", "test")),
                 *("dataset.split_seed", "dataset.max_image_pixels", "dataset.quarantine"),
-                *("model.classes", "model.classifier_type"),
+                *("model.classes", "model.classifier_type", "model.sample_bits"),
             ],
             source=["dataset.ds_name", "dataset.dvc_tag", "dataset.ds_root", "dataset.source"],
         ),
@@ -104,7 +104,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=PackedImages,
         kinds={"numpy", "opencv"},
-        reads=["model.input_size", "dataset.packed_uint8_bytes", "train.pack_scale"],
+        reads=["model.input_size", "model.resize", "dataset.packed_uint8_bytes", "train.pack_scale"],
         ins={"dataset": "dataset", "verdict": "validation_report"},
         checks=[complete],
     )
@@ -168,5 +168,5 @@ def _changes(run: AssetRun, previous: DatasetVersion | None, version: DatasetVer
     if found is None:
         return {}
     sheet = version.directory / f"changes-since-{found.before.replace('/', '-')}.png"
-    write_file(sheet, found.draw())
+    write_file(sheet, found.draw(version.sample_bits))
     return {"changes": found.summary(), "changed_classes": table(found.by_class()), "changes_sheet": file_link(sheet)}

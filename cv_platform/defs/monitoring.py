@@ -85,7 +85,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
             )
             change = what_changed(engine, report)
             is_shown = change in ("drift", "drift has changed") and run.config.alerts.with_images
-            sheet = contact_sheet(report, engine) if is_shown else None
+            sheet = contact_sheet(report, engine, run.config.model.sample_bits) if is_shown else None
         summary = drift_summary(report)
         if change and run.config.alerts.on_drift:
             run.alert(change, summary, sheet)

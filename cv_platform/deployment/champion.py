@@ -111,10 +111,7 @@ def _batches(model: LoadedModel, task: Task, test: PackedSplit, version: Dataset
 
     def decode(path: str) -> np.ndarray:
         data = (version.directory / path).read_bytes()
-        made = model.preprocessing
-        return images.preprocess(
-            data, size, max_pixels=images.MAX_LOCAL_PIXELS, version=made.version, framing=made.framing
-        )
+        return images.preprocess(data, size, max_pixels=images.MAX_LOCAL_PIXELS, preprocessing=model.preprocessing)
 
     with ThreadPoolExecutor(_DECODERS) as pool:
         for start in range(0, len(test.paths), _BATCH):

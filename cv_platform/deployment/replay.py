@@ -65,13 +65,11 @@ class _Side:
     cpu_seconds: float = 0.0
 
     def pixels(self, content: bytes) -> NDArray[np.uint8]:
-        made = self.model.preprocessing
         return images.preprocess(
             content,
             self.model.metadata.image_size,
             max_pixels=images.MAX_LOCAL_PIXELS,
-            version=made.version,
-            framing=made.framing,
+            preprocessing=self.model.preprocessing,
         )
 
     def answer(self, batch: Sequence[NDArray[np.uint8]]) -> None:
@@ -147,7 +145,7 @@ def replay_challenger(
     if not answered:
         return replay.model_copy(update={"reasons": ("no logged upload can be read (any more)",)})
     replay = _judged(_measured(replay, engine, answered, old, new, config.evaluate), limits, config.evaluate)
-    _write_page(replay, engine)
+    _write_page(replay, engine, new.model.preprocessing.sample_bits)
     return replay
 
 
@@ -303,9 +301,9 @@ def _judged(replay: Replay, limits: ReplayConfig, evaluate: EvaluateConfig) -> R
     return replay.model_copy(update={"passed": not failed, "reasons": tuple(failed or satisfied)})
 
 
-def _write_page(replay: Replay, engine: Engine) -> None:
+def _write_page(replay: Replay, engine: Engine, sample_bits: int | None) -> None:
     contents = read_images(engine, [one.image_sha256 for one in replay.changed])
-    pictures = {sha256: picture(content, _PICTURE_PX) for sha256, content in contents.items()}
+    pictures = {sha256: picture(content, _PICTURE_PX, sample_bits) for sha256, content in contents.items()}
     replay.directory.mkdir(parents=True, exist_ok=True)
     page = render("deployment/replay.html", title=f"Replay of {replay.model}", replay=replay, pictures=pictures)
     with whole_file(replay.page_path) as partial:

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cv_platform.encoders.efficientnet_lite import write_onnx
 from cv_platform.encoders.torch_file import read_state_dict
 from cv_platform.errors import EncoderError
 from cv_platform.files import file_sha256, whole_file
+from cv_platform.images import MAX_PIXELS, Preprocessing, preprocess
 from cv_platform.settings import prepare_process
 
 logger = logging.getLogger(__name__)
@@ -76,14 +77,25 @@ class Encoder:
         key: 16 hex digits; another key, other vectors.
         input_px: sides of the square that images are resized to.
         features: length of a vector.
+        sample_bits: of the images' files, see `Preprocessing`.
     """
 
     key: str
     input_px: int
     features: int
     _run: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-    _source: tuple[EncoderConfig, Path] | None = None
+    sample_bits: int | None = None
+    _source: tuple[EncoderConfig, Path, int | None] | None = None
     """What `open_encoder` was given."""
+
+    def pixels(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+        """Returns `(input_px, input_px, 3)` uint8 RGB of an image file's bytes.
+
+        Raises:
+            ImageError: see `images.read_image`.
+        """
+        size, made = (self.input_px, self.input_px), Preprocessing(sample_bits=self.sample_bits)
+        return preprocess(data, size, max_pixels=max_pixels, preprocessing=made)
 
     def embed(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Returns `(N, features)` float32 of `(N, input_px, input_px, 3)` uint8 RGB; runs in the calling thread."""
@@ -103,12 +115,13 @@ class Encoder:
         return _opened_once, self._source
 
 
-def open_encoder(config: EncoderConfig, home: Path) -> Encoder:
+def open_encoder(config: EncoderConfig, home: Path, sample_bits: int | None = None) -> Encoder:
     """Opens the encoder that a config names.
 
     Args:
         config: section `encoder`.
         home: what was converted is kept in `home/cache/encoders`.
+        sample_bits: `model.sample_bits`, where files are embedded, and not pixels; other ones, other vectors.
 
     Raises:
         EncoderError: the package or file is not there, has another sha256, or computes no vectors of images.
@@ -124,17 +137,17 @@ def open_encoder(config: EncoderConfig, home: Path) -> Encoder:
                 partial.write_bytes(content)
             logger.info("Converted the encoder %s to %s", config.name, graph)
         identity: list[Any] = [pretrained.sha256, _CONVERSION, config.input_px]
-        return replace(_opened(graph, config, identity), _source=(config, home))
+        return _opened(graph, config, home, identity, sample_bits)
     path = config.file.expanduser()
     _require_sha256(path, config.sha256)
     identity = [config.sha256, config.input_px, config.mean, config.std]
     graph = _converted(path, config, home) if path.suffix == KERAS_SUFFIX else path
-    return replace(_opened(graph, config, identity), _source=(config, home))
+    return _opened(graph, config, home, identity, sample_bits)
 
 
 @functools.cache
-def _opened_once(config: EncoderConfig, home: Path) -> Encoder:
-    return open_encoder(config, home)
+def _opened_once(config: EncoderConfig, home: Path, sample_bits: int | None) -> Encoder:
+    return open_encoder(config, home, sample_bits)
 
 
 @functools.cache
@@ -197,7 +210,7 @@ def _converted(path: Path, config: EncoderConfig, home: Path) -> Path:
     return graph
 
 
-def _opened(path: Path, config: EncoderConfig, identity: list[Any]) -> Encoder:
+def _opened(path: Path, config: EncoderConfig, home: Path, identity: list[Any], sample_bits: int | None) -> Encoder:
     # ONNX Runtime tells its maker which model runs, unless the environment says no.
     prepare_process()
     # It has no types that a checker could follow.
@@ -225,8 +238,10 @@ def _opened(path: Path, config: EncoderConfig, identity: list[Any]) -> Encoder:
             f"Expected an encoder at {path} whose first output is (N, features). Received: {probe.shape} for one image "
             f"of {config.input_px} px. Export it with pooled features as its first output."
         )
+    if sample_bits is not None:  # Vectors that there were before there was a choice keep their key.
+        identity = [*identity, {"sample_bits": sample_bits}]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return Encoder(key, config.input_px, probe.shape[1], run)
+    return Encoder(key, config.input_px, probe.shape[1], run, sample_bits, (config, home, sample_bits))
 
 
 def _prepared(config: EncoderConfig) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:

@@ -22,8 +22,12 @@ _FEWEST = 10
 _MOST_VALUES = 20
 _QUARTERS = 4
 _ALPHA = 0.05
-_NOT_SLICED = {"path", "sha256", "split", "labels", "status", "reason", "is_readable", "problem", *PROPERTY_NAMES}
-"""The manifest has the properties of an overview, and here are those of what the model sees."""
+_NOT_SLICED = {
+    *("path", "sha256", "split", "labels", "status", "reason", "is_readable", "problem", "largest_sample"),
+    *PROPERTY_NAMES,
+}
+"""Most files have no largest sample. The manifest has the properties of an overview, and here are those of what the
+model sees."""
 _KINDS = ("channels", "bit_depth", "orientation")
 """Columns whose numbers are names: a part is one of them."""
 

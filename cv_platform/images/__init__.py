@@ -7,7 +7,8 @@ Training (through packed pixels), reference data and serving all call `preproces
   number of its chunks, segments, blocks and scans, the size of its tiles, and a compression whose decoder goes on after
   every damaged row. Of a PNG, only what its first picture is made of is read; compressed data past the picture's last
   row are not inflated.
-* Channels are RGB; grey becomes three equal channels; 16-bit samples become their upper 8 bits.
+* Channels are RGB; grey becomes three equal channels; 16-bit samples become their upper 8 bits, or, where
+  `model.sample_bits` says that they use fewer, the upper 8 of those: see `Preprocessing`.
 * What is transparent lies on white, as in a browser (up to version 2, alpha was dropped).
 * Above `MAX_PIXELS`, which only local files may have, sides are shortened to a half, a quarter or an eighth while
   decoding, so that memory stays bounded (up to version 2, they were not). It depends on the file alone.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import struct
@@ -32,7 +34,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import cv2
 import numpy as np
@@ -64,6 +66,9 @@ from cv_platform.images.files import (
     tiff_tags,
 )
 
+if TYPE_CHECKING:  # Each process that decodes imports this module, and has no need of pydantic.
+    from cv_platform.config import ModelConfig
+
 PREPROCESSING_VERSION = 3
 KNOWN_VERSIONS = (2, 3)
 MAX_PIXELS = 40_000_000
@@ -80,6 +85,8 @@ stretch: its proportions change. crop: they stay, and what is too long is cut of
 fills what is left at two sides.
 """
 FRAMINGS: tuple[Framing, ...] = ("stretch", "crop", "pad")
+SAMPLE_BITS = range(9, 16)
+"""What `model.sample_bits` may be, but for 16, which is what is taken without it."""
 PADDING_GREY = 127
 """Half of white, which networks take for nothing."""
 
@@ -101,7 +108,9 @@ class DecodedImage:
         pixels: `(H, W, 3)` uint8, RGB, upright.
         height_px: of the upright image; `pixels` has less where it was reduced.
         width_px: as `height_px`.
-        sample_bits: of the file's samples, 1 to 16; of 16, `pixels` have the upper eight.
+        bit_depth: of the file's samples, 1 to 16.
+        sample_range: the smallest and the largest sample of a file of more than 8 bits, see
+            `decoders.decode_with_pillow`; None of other files.
         damage: what the decoder went on after; None if nothing.
         channels: of the file: 1 grey, 2 grey and alpha, 3 RGB (or a palette), 4 RGB and alpha or CMYK.
         orientation: of EXIF, 1 to 8, that `pixels` were turned by; 1 where there is none.
@@ -111,7 +120,8 @@ class DecodedImage:
     pixels: NDArray[np.uint8]
     height_px: int
     width_px: int
-    sample_bits: int
+    bit_depth: int
+    sample_range: tuple[int, int] | None
     damage: str | None
     channels: int
     orientation: int
@@ -124,27 +134,43 @@ class Preprocessing:
     Attributes:
         version: one of `KNOWN_VERSIONS`.
         framing: see `Framing`.
+        sample_bits: those that samples of files of more than 8 bits use, 9 to 15: their range becomes 0 to 255, and
+            larger values 255; alpha keeps the file's range. None: 16.
     """
 
     version: int = PREPROCESSING_VERSION
     framing: Framing = "stretch"
+    sample_bits: int | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Self:
+        """Returns what a config asks for."""
+        return cls(framing=model.resize, sample_bits=model.sample_bits)
 
 
-def preprocessing_hash(
-    image_size: tuple[int, int], version: int = PREPROCESSING_VERSION, *, framing: Framing = "stretch"
-) -> str:
+LATEST = Preprocessing()
+
+
+def preprocessing_hash(image_size: tuple[int, int], preprocessing: Preprocessing = LATEST) -> str:
     """Returns 16 hex digits that change whenever `preprocess` would give other pixels for `image_size` (h, w)."""
-    policy: dict[str, object] = {"version": version, "height_px": image_size[0], "width_px": image_size[1]}
-    if framing != "stretch":  # What there was before there was a choice keeps its hash.
-        policy["framing"] = framing
+    policy: dict[str, object] = {
+        "version": preprocessing.version,
+        "height_px": image_size[0],
+        "width_px": image_size[1],
+    }
+    # What there was before there was a choice keeps its hash.
+    if preprocessing.framing != "stretch":
+        policy["framing"] = preprocessing.framing
+    if preprocessing.sample_bits is not None:
+        policy["sample_bits"] = preprocessing.sample_bits
     return hashlib.sha256(json.dumps(policy, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_preprocessing(known_hash: str, image_size: tuple[int, int]) -> Preprocessing | None:
     """Returns that whose `preprocessing_hash` for `image_size` is `known_hash`; None: not one of ours."""
-    known = (Preprocessing(version, framing) for version in KNOWN_VERSIONS for framing in FRAMINGS)
-    hashes = {preprocessing_hash(image_size, one.version, framing=one.framing): one for one in known}
-    return hashes.get(known_hash)
+    choices = itertools.product((None, *SAMPLE_BITS), KNOWN_VERSIONS, FRAMINGS)
+    known = (Preprocessing(version, framing, bits) for bits, version, framing in choices)
+    return next((one for one in known if preprocessing_hash(image_size, one) == known_hash), None)
 
 
 def read_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:
@@ -176,16 +202,16 @@ def count_decoded_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
         return _count_tiled_pixels(picture, tiff_tags(data, picture.tag_v2.offset)) if is_tiff else height_px * width_px
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, version: int = PREPROCESSING_VERSION) -> NDArray[np.uint8]:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, preprocessing: Preprocessing = LATEST) -> NDArray[np.uint8]:
     """Decodes an image to `(H, W, 3)` uint8, RGB, upright; see `read_image`."""
-    return read_image(data, max_pixels=max_pixels, version=version).pixels
+    return read_image(data, max_pixels=max_pixels, preprocessing=preprocessing).pixels
 
 
 def read_image(
     data: bytes,
     *,
     max_pixels: int = MAX_PIXELS,
-    version: int = PREPROCESSING_VERSION,
+    preprocessing: Preprocessing = LATEST,
     overview_px: int | None = None,
 ) -> DecodedImage:
     """Decodes an image, and tells what else is known of it; nothing is written to stderr.
@@ -193,7 +219,7 @@ def read_image(
     Args:
         data: the file's bytes.
         max_pixels: the largest height × width accepted; judged on the header.
-        version: of the preprocessing, one of `KNOWN_VERSIONS`: that which a model was trained on.
+        preprocessing: that which a model was trained on; its framing is left to `resize`.
         overview_px: None, or what both sides have at least in an overview: of a JPEG, sides of a half, a quarter or an
             eighth, which leaves much of the decoding undone and finds the same damage.
 
@@ -201,6 +227,7 @@ def read_image(
         EmptyImageError, UnsupportedImageError, ImageTooLargeError: see `read_size`.
         TruncatedImageError: the data end before the image does, or were damaged where the format can tell.
     """
+    version, sample_bits = preprocessing.version, preprocessing.sample_bits
     if version not in KNOWN_VERSIONS:
         raise ValueError(f"Expected one of the versions {KNOWN_VERSIONS}. Received: {version}.")
     if (plain := _read_plain_jpeg(data, max_pixels, overview_px)) is not None:
@@ -208,7 +235,7 @@ def read_image(
     with _open(data) as picture:
         image_format, height_px, width_px = _judge(picture, data, max_pixels)
         refuse_truncated(data, image_format)
-        bits, channels, orientation = _sample_bits(picture, data), _channels(picture), _orientation(picture)
+        bits, channels, orientation = _bit_depth(picture, data), _channels(picture), _orientation(picture)
         is_large = height_px * width_px > MAX_PIXELS
         reduction = 1
         while version > 2 and reduction < 8 and height_px * width_px > MAX_PIXELS * reduction**2:
@@ -217,11 +244,15 @@ def read_image(
             reduction = max(reduction, _overview_reduction(height_px, width_px, overview_px))
         with _one_large_image if is_large else nullcontext():
             found = decode_jpeg(picture, data, reduction=reduction) if image_format == "JPEG" else None
-            pixels, damage = found or (_decode(picture, data, bits, reduction, keeps_alpha=version > 2), None)
+            sample_range = None
+            if found is None:
+                pixels, sample_range = _decode(picture, data, bits, reduction, sample_bits, keeps_alpha=version > 2)
+                found = pixels, None
+            pixels, damage = found
     reduced = (-(-height_px // reduction), -(-width_px // reduction))
     if pixels.shape[:2] != reduced or (reduced[0] == reduced[1] and orientation > 4):
         height_px, width_px = width_px, height_px
-    return DecodedImage(image_format, pixels, height_px, width_px, bits, damage, channels, orientation)
+    return DecodedImage(image_format, pixels, height_px, width_px, bits, sample_range, damage, channels, orientation)
 
 
 def _overview_reduction(height_px: int, width_px: int, least_px: int | None) -> int:
@@ -255,13 +286,13 @@ def _read_plain_jpeg(data: bytes, max_pixels: int, overview_px: int | None) -> D
     reduction = _overview_reduction(height_px, width_px, overview_px)
     if (pixels := decode_sound_jpeg(data, (height_px, width_px), scan_at=scan_at, reduction=reduction)) is None:
         return None
-    return DecodedImage("JPEG", pixels, height_px, width_px, 8, None, channels, 1)
+    return DecodedImage("JPEG", pixels, height_px, width_px, 8, None, None, channels, 1)
 
 
 def _decode(
-    picture: ImageFile.ImageFile, data: bytes, bits: int, reduction: int, *, keeps_alpha: bool
-) -> NDArray[np.uint8]:
-    """Returns the pixels of what is no JPEG, or one that only Pillow knows.
+    picture: ImageFile.ImageFile, data: bytes, bits: int, reduction: int, sample_bits: int | None, *, keeps_alpha: bool
+) -> tuple[NDArray[np.uint8], tuple[int, int] | None]:
+    """Returns the pixels of what is no JPEG, or one that only Pillow knows; and `DecodedImage.sample_range`.
 
     Each format goes to the decoder that is silent and bounded: of TIFF, OpenCV multiplies alpha into the colours and
     leaves holes where data are damaged; of PNG, it inflates what follows the last row, and a damaged animated one can
@@ -272,11 +303,13 @@ def _decode(
         if picture.format == "WEBP" or not has_alpha:
             pixels = decode_with_opencv(picture, data, reduction=reduction, keeps_alpha=has_alpha)
             if pixels is not None:
-                return pixels
-    return decode_with_pillow(picture, data, bits=bits, reduction=reduction, keeps_alpha=keeps_alpha)
+                return pixels, None
+    return decode_with_pillow(
+        picture, data, bits=bits, reduction=reduction, keeps_alpha=keeps_alpha, used_bits=sample_bits
+    )
 
 
-def _sample_bits(picture: ImageFile.ImageFile, data: bytes) -> int:
+def _bit_depth(picture: ImageFile.ImageFile, data: bytes) -> int:
     if picture.format == "PNG":
         return data[24]
     if isinstance(picture, TiffImageFile):
@@ -353,8 +386,7 @@ def preprocess(
     image_size: tuple[int, int],
     *,
     max_pixels: int = MAX_PIXELS,
-    version: int = PREPROCESSING_VERSION,
-    framing: Framing = "stretch",
+    preprocessing: Preprocessing = LATEST,
 ) -> NDArray[np.uint8]:
     """Decodes and resizes an image to what a model of `image_size` (height, width) takes.
 
@@ -364,7 +396,8 @@ def preprocess(
     Raises:
         ImageError: see `read_image`.
     """
-    return resize(decode(data, max_pixels=max_pixels, version=version), image_size, framing=framing)
+    pixels = decode(data, max_pixels=max_pixels, preprocessing=preprocessing)
+    return resize(pixels, image_size, framing=preprocessing.framing)
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

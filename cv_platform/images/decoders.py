@@ -8,11 +8,14 @@ half, a quarter or an eighth; WebP and BMP through OpenCV; the rest through Pill
 from __future__ import annotations
 
 import ctypes
+import io
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -20,11 +23,13 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from cv_platform.errors import TruncatedImageError, UnsupportedImageError
-from cv_platform.images.files import has_all_png_rows, has_all_scans, has_jpeg_end, no_end
+from cv_platform.images.files import PLANAR, has_all_png_rows, has_all_scans, has_jpeg_end, no_end
 
 _BAND_PIXELS = 2**18
+"""Of a band, which is what is converted at a time; of deep samples a quarter, as they take more on their way."""
 _TURNS: dict[int, Callable[[cv2.typing.MatLike], cv2.typing.MatLike]] = {
     2: lambda image: cv2.flip(image, 1),
     3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
@@ -172,34 +177,58 @@ def decode_with_opencv(
 
 
 def decode_with_pillow(
-    picture: ImageFile.ImageFile, data: bytes, *, bits: int, reduction: int, keeps_alpha: bool
-) -> NDArray[np.uint8]:
-    """Decodes anything; stricter, slower. `picture` is the opened `data`, and is changed; `bits` are each sample's.
+    picture: ImageFile.ImageFile,
+    data: bytes,
+    *,
+    bits: int,
+    reduction: int,
+    keeps_alpha: bool,
+    used_bits: int | None,
+) -> tuple[NDArray[np.uint8], tuple[int, int] | None]:
+    """Decodes anything; stricter, slower.
+
+    Args:
+        picture: its header; it is changed.
+        data: its bytes.
+        bits: each sample's.
+        reduction: by how much sides are shortened.
+        keeps_alpha: what is transparent lies on white.
+        used_bits: `Preprocessing.sample_bits`.
+
+    Returns:
+        The pixels, and of samples of more than 8 bits the smallest and the largest: None, too, where all of it is
+        transparent. Where a pixel has several samples, and `used_bits` is None, only their upper eight bits are known:
+        then it is the smallest and the largest that they may be.
 
     Raises:
         TruncatedImageError, UnsupportedImageError: it does not decode.
     """
     with refusals(data):
-        picture.load()
+        deep = _DeepSamples(picture, used_bits) if 8 < bits <= 16 else None
+        for one in (picture,) if deep is None or deep.lower is None else (picture, deep.lower):
+            one.load()
+            # Here rather than by `_upright`, which would need a third image of that size.
+            with suppress(*DAMAGES, *OTHER_BREAKS):
+                ImageOps.exif_transpose(one, in_place=True)
         if isinstance(picture, PngImageFile) and _lacks_rows(picture, data):
             raise no_end(data, "PNG")
-        # Here rather than by `_upright`, which would need a third image of that size.
-        with suppress(*DAMAGES, *OTHER_BREAKS):
-            ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode in {"I", "F"}:
             raise UnsupportedImageError(
                 "Expected 8 or 16 bits per sample. Received: an image with 32. Convert it to 8 bits, with the "
                 "range of values that the training images have."
             )
         if isinstance(picture, PngImageFile):
-            _scale_transparent_colour(picture, bits)
+            _scale_transparent_colour(picture, bits, has_lower=deep is not None and deep.lower is not None)
         # Band by band: the whole image's conversion, copies and buffers are four more of its size.
         width_px, height_px = picture.size
-        return _banded(
-            (height_px, width_px),
-            reduction,
-            lambda top, bottom: _to_rgb(picture.crop((0, top, width_px, bottom)), keeps_alpha=keeps_alpha),
-        )
+
+        def band(top: int, bottom: int) -> NDArray[np.uint8]:
+            box = (0, top, width_px, bottom)
+            part = picture.crop(box)
+            return deep.to_rgb(part, box, keeps_alpha=keeps_alpha) if deep else _to_rgb(part, keeps_alpha=keeps_alpha)
+
+        pixels = _banded((height_px, width_px), reduction, band, band_pixels=_BAND_PIXELS // (4 if deep else 1))
+        return pixels, deep and deep.range
 
 
 def _lacks_rows(picture: PngImageFile, data: bytes) -> bool:
@@ -210,22 +239,100 @@ def _lacks_rows(picture: PngImageFile, data: bytes) -> bool:
     return not has_all_png_rows(data)
 
 
-def _scale_transparent_colour(picture: PngImageFile, bits: int) -> None:
+def _scale_transparent_colour(picture: PngImageFile, bits: int, *, has_lower: bool) -> None:
     """Gives the colour that a tRNS chunk makes transparent in the 8 bits that Pillow gives the pixels."""
     colour = picture.info.get("transparency")
     if picture.mode == "L" and isinstance(colour, int):
         picture.info["transparency"] = colour * 255 // (2**bits - 1)
-    elif picture.mode == "RGB" and isinstance(colour, tuple) and bits == 16:
+    elif picture.mode == "RGB" and isinstance(colour, tuple) and bits == 16 and not has_lower:
         picture.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
+class _DeepSamples:
+    """Brings samples of 9 to 16 bits to 8, and notes the smallest and the largest that are seen.
+
+    Of pixels with several samples, Pillow keeps the upper bytes. The raw mode says which those are: with the other one,
+    the same decoder, as strict as before, reads the lower bytes.
+
+    Attributes:
+        lower: a second picture, of the lower bytes; None where they are not asked for, or `picture` has them.
+        range: see `decode_with_pillow`.
+    """
+
+    _LOWER: ClassVar = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+    def __init__(self, picture: ImageFile.ImageFile, used_bits: int | None) -> None:
+        self.lower: ImageFile.ImageFile | None = None
+        self.range: tuple[int, int] | None = None
+        self._shift = (used_bits or 16) - 8
+        self._channels = [0, 1, 2, 3]
+        self._is_premultiplied = False
+        self._plane_order = ""
+        if isinstance(picture, TiffImageFile) and picture.tag_v2.get(PLANAR) == 2 and len(picture.getbands()) > 1:
+            self._plane_order = "L" if picture.tag_v2.prefix == b"II" else "B"
+        if used_bits is not None and not picture.mode.startswith("I"):
+            assert isinstance(picture.fp, io.BytesIO)
+            self.lower = Image.open(io.BytesIO(picture.fp.getvalue()), formats=(str(picture.format),))
+        for one in (picture, self.lower) if self.lower else (picture,):
+            one.tile = [tile._replace(args=self._args(tile.args, is_lower=one is self.lower)) for tile in one.tile]
+
+    def _args(self, args: Any, *, is_lower: bool) -> Any:
+        """Returns what a decoder is told, with the raw mode of the upper bytes, or of the lower ones."""
+        raw, rest = (args, None) if isinstance(args, str) else (args[0], args[1:])
+        if self._plane_order and len(raw) == 1:  # Pillow would read such planes as if they had 8 bits.
+            raw = f"{raw};16{self._plane_order}"
+        elif self._plane_order and is_lower:
+            raise UnsupportedImageError(
+                "Expected 16-bit samples that lie pixel by pixel, or are not compressed, to be scaled by "
+                "model.sample_bits. Received: a TIFF of compressed planes. Save it anew, or as PNG."
+            )
+        name, _, order = raw.partition(";16")
+        if self.lower is not None:
+            if name == "RGBa":  # Pillow would divide by the upper byte of alpha, or by the lower one.
+                name, self._is_premultiplied = "RGBA", True
+            raw = f"{name};16{self._LOWER[order] if is_lower else order}"
+            if name == "LA" and is_lower:  # There is no such mode: both bytes of both samples are read.
+                raw, self._channels = "RGBA", [1, 1, 1, 3]
+        return raw if rest is None else (raw, *rest)
+
+    def to_rgb(self, part: Image.Image, box: tuple[int, int, int, int], *, keeps_alpha: bool) -> NDArray[np.uint8]:
+        """Returns `(H, W, 3)` uint8 of `part`, which is `box` of the picture."""
+        samples = upper = np.asarray(part)
+        if self.lower is not None:
+            lower = np.asarray(self.lower.crop(box))[..., self._channels[: upper.shape[2]]]
+            samples = upper.astype(np.uint16)
+            samples <<= 8
+            samples |= lower
+        is_whole = samples.dtype.itemsize == 2
+        if self._is_premultiplied:
+            alpha = np.maximum(samples[..., 3:], 1).astype(np.uint32)
+            samples[..., :3] = np.minimum(samples[..., :3].astype(np.uint32) * 65535 // alpha, 65535)
+        colour = part.info.get("transparency") if keeps_alpha and part.mode in {"I;16", "RGB"} else None
+        is_hidden = None
+        if colour is not None:
+            is_hidden = samples == colour if samples.ndim == 2 else (samples == colour).all(axis=2)
+        self._note(samples, part.mode, is_hidden if part.mode != "RGBA" else upper[..., 3] == 0, is_whole=is_whole)
+        if not is_whole:
+            return _to_rgb(part, keeps_alpha=keeps_alpha)
+        samples = samples >> self._shift
+        scaled = np.minimum(samples, 255, out=samples).astype(np.uint8)
+        if part.mode == "RGBA":
+            scaled[..., 3] = upper[..., 3]
+        mode = "L" if scaled.ndim == 2 else part.mode
+        rgb = _to_rgb(Image.frombytes(mode, part.size, scaled.tobytes()), keeps_alpha=keeps_alpha)
+        return rgb if is_hidden is None else np.where(is_hidden[..., np.newaxis], np.uint8(255), rgb)
+
+    def _note(self, samples: NDArray[Any], mode: str, is_hidden: NDArray[np.bool_] | None, *, is_whole: bool) -> None:
+        colours = samples[..., :3] if mode == "RGBA" else samples
+        if is_hidden is not None:
+            colours = colours[~is_hidden]
+        if colours.size:
+            ends = (int(colours.min()), int(colours.max()))
+            ends = ends if is_whole else (256 * ends[0], 256 * ends[1] + 255)
+            self.range = ends if self.range is None else (min(self.range[0], ends[0]), max(self.range[1], ends[1]))
+
+
 def _to_rgb(picture: Image.Image, *, keeps_alpha: bool) -> NDArray[np.uint8]:
-    if picture.mode.startswith("I;16"):
-        samples = np.asarray(picture)
-        grey = (samples >> 8).astype(np.uint8)
-        if keeps_alpha and "transparency" in picture.info:
-            grey[samples == picture.info["transparency"]] = 255
-        return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
     if keeps_alpha and picture.has_transparency_data:
         return on_white(np.asarray(picture.convert("RGBA")))
     return np.asarray(picture.convert("RGB"))
@@ -248,17 +355,22 @@ def _upright(pixels: NDArray[np.uint8], read_exif: Callable[[], Image.Exif]) -> 
     return np.asarray(turn(pixels), dtype=np.uint8) if turn else pixels
 
 
-def _bands(height_px: int, width_px: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """Cuts an image into bands of about a quarter of a megapixel, whose heights (but for the last) are multiples."""
-    rows = max(1, _BAND_PIXELS // (width_px * multiple)) * multiple
+def _bands(height_px: int, width_px: int, multiple: int = 1, band_pixels: int = _BAND_PIXELS) -> list[tuple[int, int]]:
+    """Cuts an image into bands of about so many pixels, whose heights (but for the last) are multiples."""
+    rows = max(1, band_pixels // (width_px * multiple)) * multiple
     return [(top, min(top + rows, height_px)) for top in range(0, height_px, rows)]
 
 
-def _banded(shape: tuple[int, ...], reduction: int, band: Callable[[int, int], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _banded(
+    shape: tuple[int, ...],
+    reduction: int,
+    band: Callable[[int, int], NDArray[np.uint8]],
+    band_pixels: int = _BAND_PIXELS,
+) -> NDArray[np.uint8]:
     """Puts an image together from bands of RGB, each pixel the mean of `reduction` by `reduction`."""
     height_px, width_px = shape
     rgb = np.empty((-(-height_px // reduction), -(-width_px // reduction), 3), dtype=np.uint8)
-    for top, bottom in _bands(height_px, width_px, reduction):
+    for top, bottom in _bands(height_px, width_px, reduction, band_pixels):
         pixels = band(top, bottom)
         if reduction > 1:
             pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).reduce(reduction))

@@ -47,7 +47,7 @@ _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """A pixel's, for each colour type."""
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """An interlaced PNG's passes: each one's first column, first row, and its steps."""
-_COMPRESSION, _PHOTOMETRIC, _PLANAR, TILE_WIDTH, TILE_LENGTH = 259, 262, 284, 322, 323
+_COMPRESSION, _PHOTOMETRIC, PLANAR, TILE_WIDTH, TILE_LENGTH = 259, 262, 284, 322, 323
 """The tags of a TIFF that are judged."""
 _TIFF_COMPRESSIONS = {
     1: "none",
@@ -362,7 +362,7 @@ def refuse_patient_tiff(tags: dict[int, int]) -> None:
             f"Expected a TIFF of a compression for pictures ({known}). Received: compression {compression}, as "
             "fax pages have, or a rare one. Save the image anew, or as PNG."
         )
-    is_ycbcr_of_jpeg = compression == 7 and tags.get(_PLANAR, 1) == 1
+    is_ycbcr_of_jpeg = compression == 7 and tags.get(PLANAR, 1) == 1
     if tags.get(_PHOTOMETRIC) == 6 and compression != 1 and not is_ycbcr_of_jpeg:
         raise UnsupportedImageError(
             "Expected a TIFF whose YCbCr samples, if it has any, are compressed as one JPEG or not at all. Received: "
@@ -391,7 +391,7 @@ def tiff_tags(data: bytes, directory: int) -> dict[int, int]:
         (entries,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, directory)
         for at in range(start, start + min(entries, (len(data) - start) // step) * step, step):
             tag, kind, count = struct.unpack_from(order + ("HHQ" if is_big else "HHL"), data, at)
-            if tag in {_COMPRESSION, _PHOTOMETRIC, _PLANAR, TILE_WIDTH, TILE_LENGTH}:
+            if tag in {_COMPRESSION, _PHOTOMETRIC, PLANAR, TILE_WIDTH, TILE_LENGTH}:
                 value_format = formats.get((kind, count))
                 is_known = is_known and value_format is not None and tag not in values
                 (values[tag],) = struct.unpack_from(order + (value_format or "H"), data, at + value_at)

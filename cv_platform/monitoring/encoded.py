@@ -23,7 +23,6 @@ from cv_platform.drift.sample import DriftSample
 from cv_platform.encoders.embeddings import kept_vectors
 from cv_platform.encoders.encoder import BATCH_IMAGES, Encoder, open_encoder
 from cv_platform.errors import ImageError
-from cv_platform.images import preprocess
 from cv_platform.monitoring.window import Window
 
 
@@ -73,7 +72,7 @@ def with_encoded(
     assert window.sample is not None
     if not config.monitor.needs_encoder:
         return Encoded(reference, window.sample, reference_path)
-    encoder, monitor = open_encoder(config.encoder, home), config.monitor
+    encoder, monitor = open_encoder(config.encoder, home, config.model.sample_bits), config.monitor
 
     def of_uploads(sha256s: Sequence[str | None]) -> NDArray[np.float16]:
         vectors = np.full((len(sha256s), encoder.features), np.nan, np.float16)
@@ -109,7 +108,7 @@ def _vectors(engine: Engine, encoder: Encoder, sha256s: Sequence[str]) -> dict[s
     missing = sorted(set(sha256s) - known.keys())
     for start in range(0, len(missing), BATCH_IMAGES):
         uploads = read_images(engine, missing[start : start + BATCH_IMAGES])
-        pixels = dict(_decoded(uploads, encoder.input_px))
+        pixels = dict(_decoded(uploads, encoder))
         made = {sha256: np.empty(0, np.float16) for sha256 in uploads}
         if pixels:
             made |= dict(zip(pixels, encoder.embed(np.stack([*pixels.values()])).astype(np.float16), strict=True))
@@ -118,9 +117,9 @@ def _vectors(engine: Engine, encoder: Encoder, sha256s: Sequence[str]) -> dict[s
     return {sha256: vector for sha256, vector in known.items() if vector.size == encoder.features}
 
 
-def _decoded(uploads: dict[str, bytes], side_px: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+def _decoded(uploads: dict[str, bytes], encoder: Encoder) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     for sha256, content in uploads.items():
         try:
-            yield sha256, preprocess(content, (side_px, side_px))
+            yield sha256, encoder.pixels(content)
         except ImageError:
             continue

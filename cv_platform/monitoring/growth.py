@@ -135,6 +135,11 @@ class _Base:
     own: tuple[_Image, ...]
     grown: dict[str, _Image]
 
+    @property
+    def preprocessing(self) -> images.Preprocessing:
+        """By which its images are looked at."""
+        return images.Preprocessing(sample_bits=self.checkout.sample_bits)
+
     def compared(self) -> list[_Image]:
         """Returns its own images that can be read, of copies one, in an order that follows from their content."""
         distinct = {image.sha256: image for image in self.own if image.is_used}
@@ -268,7 +273,7 @@ def _fetch(
             content = contents.get(upload.sha256, b"")  # Deleted a moment ago, say.
             try:
                 name, _, _ = images.read_size(content, max_pixels=images.MAX_LOCAL_PIXELS)
-                images.read_image(content, max_pixels=images.MAX_LOCAL_PIXELS)
+                images.read_image(content, max_pixels=images.MAX_LOCAL_PIXELS, preprocessing=base.preprocessing)
             except ImageError:
                 left_out.setdefault("whose upload is gone or does not decode", []).append(str(upload.prediction_id))
                 continue
@@ -288,7 +293,12 @@ def _distinct(
             stack.append(image.thumbnail)
         else:
             content = files[upload.sha256].read_bytes()
-            seen = images.read_image(content, max_pixels=images.MAX_LOCAL_PIXELS, overview_px=OVERVIEW_PX)
+            seen = images.read_image(
+                content,
+                max_pixels=images.MAX_LOCAL_PIXELS,
+                preprocessing=base.preprocessing,
+                overview_px=OVERVIEW_PX,
+            )
             stack.append(thumbnail(seen.pixels))
     if not wanted:
         return []
@@ -333,7 +343,8 @@ def _judge(
         rows = pd.DataFrame({"path": [str(files[sha256]) for sha256 in new], "sha256": new})
         # Vectors are kept of what becomes a version; a deletion is to reach all of the rest.
         with TemporaryDirectory(prefix="cv-labels-") as folder:
-            parts.append(embed_images(rows, Path("/"), open_encoder(config.encoder, home), Path(folder)))
+            encoder = open_encoder(config.encoder, home, config.model.sample_bits)
+            parts.append(embed_images(rows, Path("/"), encoder, Path(folder)))
     vectors = np.concatenate(parts).astype(np.float32)
     labels = [*(image.labels for image in own), *(upload.labels for upload in wanted)]
     sources = [*[None] * len(own), *(upload.source if upload.source in asked else None for upload in wanted)]

@@ -26,7 +26,7 @@ from cv_platform.config import ExperimentConfig, ModelConfig
 from cv_platform.database.schema import feedback, labeling_items, predictions
 from cv_platform.database.uploads import read_images
 from cv_platform.errors import ImageError, InvalidDatasetError
-from cv_platform.images import decode
+from cv_platform.images import Preprocessing, decode
 from cv_platform.monitoring.labeling_queue import is_labelled
 from cv_platform.predictions import LABEL_SEPARATOR, LABELLER, NONE_OF_THESE
 
@@ -115,7 +115,7 @@ def write_tasks(engine: Engine, queue: Sequence[QueuedImage], model: ModelConfig
     for image in queue:
         content = read_images(engine, [image.sha256]).get(image.sha256, b"")
         try:
-            picture = _picture(content)
+            picture = _picture(content, model)
         except ImageError:
             continue
         chosen = _split(image.proposal, model) if image.proposal else [NONE]
@@ -229,8 +229,8 @@ def _split(text: str, model: ModelConfig) -> list[str]:
     return [name for name in text.split(LABEL_SEPARATOR) if name]
 
 
-def _picture(content: bytes) -> str:
-    pixels = decode(content)
+def _picture(content: bytes, model: ModelConfig) -> str:
+    pixels = decode(content, preprocessing=Preprocessing.of(model))
     scale = min(1.0, _SIDE_PX / max(pixels.shape[:2]))
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
     small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)

@@ -45,7 +45,6 @@ from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies, thu
 from cv_platform.encoders.embeddings import embed_files
 from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import ImageError, StorageError
-from cv_platform.images import preprocess
 from cv_platform.images.files import format_by_signature
 from cv_platform.monitoring.queue_choice import POOL, RANDOM, choose, novelty, uncertainty
 from cv_platform.monitoring.window import WindowBounds
@@ -283,13 +282,13 @@ def _look(
     contents: Mapping[str, bytes],
 ) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
     """Returns vectors of uploads, NaN of those that do not decode, and their thumbnails."""
-    encoder = open_encoder(config.encoder, sources.settings.home)
+    encoder = open_encoder(config.encoder, sources.settings.home, config.model.sample_bits)
     thumbnails = np.zeros((len(uploads), THUMBNAIL_PX, THUMBNAIL_PX), np.uint8)
     pixels: dict[int, NDArray[np.uint8]] = {}
     for number, sha256 in enumerate(uploads):
         content = contents.get(sha256) or read_images(engine, [sha256]).get(sha256, b"")
         try:
-            pixels[number] = preprocess(content, (encoder.input_px, encoder.input_px))
+            pixels[number] = encoder.pixels(content)
         except ImageError:
             continue
         thumbnails[number] = thumbnail(pixels[number])

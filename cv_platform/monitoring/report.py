@@ -30,7 +30,7 @@ from cv_platform.drift.scipy_tests import wilson_interval
 from cv_platform.drift.slices import SLICE_COLUMNS, moved_slices, named_slices
 from cv_platform.drift.verdict import judge
 from cv_platform.errors import BundleNotFoundError, ServiceError
-from cv_platform.images import preprocessing_hash
+from cv_platform.images import Preprocessing, preprocessing_hash
 from cv_platform.monitoring.accept import current_normal
 from cv_platform.monitoring.alarm_rate import alarm_level
 from cv_platform.monitoring.encoded import Encoded, with_encoded
@@ -158,7 +158,7 @@ def make_drift_report(
             )
             seen = {"encoded_rows": encoded.rows, "problems": (*report.problems, *encoded.problems)}
             report = _with_verdict(report.model_copy(update=seen), config, encoded, reference_path, window, facts)
-    report = _publish(report, engine, place, reference, window)
+    report = _publish(report, engine, place, reference, window, config.model.sample_bits)
     logger.info("%s (%.1f s)", drift_summary(report), time.monotonic() - started)
     return report
 
@@ -303,12 +303,13 @@ def _publish(
     place: ReportPlace,
     reference: DriftSample,
     window: Window,
+    sample_bits: int | None,
 ) -> DriftReport:
     """Writes the report everywhere; the database row last, so that it never points to what does not exist.
 
     Where storage or database refuse, the run already in Evidently is taken away again.
     """
-    pictures, unreadable = pictures_of(report, engine, place.packed)
+    pictures, unreadable = pictures_of(report, engine, place.packed, sample_bits)
     problems = [*report.problems, *unreadable]
     earlier_run_id = _earlier_run(engine, report.report_id)
     try:
@@ -385,7 +386,7 @@ def _model_facts(storage: CentralStorage, config: ExperimentConfig, model: Model
     except BundleNotFoundError:
         # A version that was never published as a bundle, such as one evaluated offline: today's config is all there is.
         today = config.model
-        preprocessing = preprocessing_hash(today.image_size, framing=today.resize)
+        preprocessing = preprocessing_hash(today.image_size, Preprocessing.of(today))
         return _ModelFacts(today.classifier_type, today.threshold, preprocessing, None)
     return _ModelFacts(metadata.classifier_type, metadata.threshold, metadata.preprocessing_hash, metadata.encoder_hash)
 

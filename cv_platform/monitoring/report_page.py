@@ -12,7 +12,7 @@ import numpy as np
 
 from cv_platform.drift.family import DETECTORS
 from cv_platform.errors import ImageError
-from cv_platform.images import decode
+from cv_platform.images import Preprocessing, decode
 from cv_platform.monitoring.sentences import SLICE_NAMES, cause_note
 from cv_platform.pages import render
 from cv_platform.records import DriftReport
@@ -20,8 +20,8 @@ from cv_platform.records import DriftReport
 PICTURE_PX = 160
 
 
-def thumbnails(uploads: Mapping[str, bytes]) -> tuple[dict[str, str], list[str]]:
-    """Shrinks uploads for the page.
+def thumbnails(uploads: Mapping[str, bytes], sample_bits: int | None = None) -> tuple[dict[str, str], list[str]]:
+    """Shrinks uploads for the page, decoded by what `images.Preprocessing` says of `sample_bits`.
 
     Returns:
         A data URL (JPEG) by sha256, and a sentence for each upload that does not decode.
@@ -30,7 +30,7 @@ def thumbnails(uploads: Mapping[str, bytes]) -> tuple[dict[str, str], list[str]]
     problems: list[str] = []
     for sha256, content in uploads.items():
         try:
-            image = decode(content)
+            image = decode(content, preprocessing=Preprocessing(sample_bits=sample_bits))
         except ImageError as err:
             problems.append(f"Image {sha256[:12]} cannot be shown: {err}")
             continue

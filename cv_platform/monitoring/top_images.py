@@ -22,7 +22,7 @@ from cv_platform.drift.localisation import nearest_rows
 from cv_platform.drift.reference import read_reference_labels
 from cv_platform.drift.sample import DriftSample
 from cv_platform.errors import DatasetError, ImageError
-from cv_platform.images import preprocess
+from cv_platform.images import Preprocessing, preprocess
 from cv_platform.monitoring.report_page import PICTURE_PX, thumbnails
 from cv_platform.monitoring.window import Window
 from cv_platform.pages import picture
@@ -68,17 +68,21 @@ def top_images(
     ]
 
 
-def pictures_of(report: DriftReport, engine: Engine, packed: PackedImages | None) -> tuple[dict[str, str], list[str]]:
+def pictures_of(
+    report: DriftReport, engine: Engine, packed: PackedImages | None, sample_bits: int | None = None
+) -> tuple[dict[str, str], list[str]]:
     """Returns data URLs by sha256 of the top images and what is beside them, and sentences for what cannot be shown.
 
     Args:
         report: with its top images.
         engine: of the request log.
         packed: where the images of the reference split are; None: nowhere here.
+        sample_bits: by which uploads are decoded, see `images.Preprocessing`.
     """
     wanted = {row["image_sha256"] for row in report.top_images if row["image_sha256"]}
     beside = {one["image_sha256"] for row in report.top_images for one in row["nearest"] if one["image_sha256"]}
-    pictures, problems = thumbnails(read_images(engine, sorted(wanted | beside if report.reference else wanted)))
+    uploads = read_images(engine, sorted(wanted | beside if report.reference else wanted))
+    pictures, problems = thumbnails(uploads, sample_bits)
     if report.reference or not beside or packed is None:
         return pictures, problems
     try:
@@ -87,14 +91,18 @@ def pictures_of(report: DriftReport, engine: Engine, packed: PackedImages | None
         return pictures, [*problems, f"Images of the reference cannot be shown: {err}"]
 
 
-def contact_sheet(report: DriftReport, engine: Engine) -> bytes | None:
-    """Returns a JPEG of the first top images whose upload is kept and decodes, side by side; None without any."""
+def contact_sheet(report: DriftReport, engine: Engine, sample_bits: int | None = None) -> bytes | None:
+    """Returns a JPEG of the first top images whose upload is kept and decodes, side by side; None without any.
+
+    `sample_bits` is what `images.Preprocessing` says of them.
+    """
     wanted = [sha256 for row in report.top_images if (sha256 := row["image_sha256"])]
     uploads = read_images(engine, wanted)
     cells: list[NDArray[np.uint8]] = []
+    made = Preprocessing(framing="pad", sample_bits=sample_bits)
     for sha256 in wanted:
         with suppress(KeyError, ImageError):
-            cells.append(preprocess(uploads[sha256], (PICTURE_PX, PICTURE_PX), framing="pad"))
+            cells.append(preprocess(uploads[sha256], (PICTURE_PX, PICTURE_PX), preprocessing=made))
     cells = cells[: _SHEET_COLUMNS * _SHEET_ROWS]
     if not cells:
         return None

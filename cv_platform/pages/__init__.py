@@ -45,18 +45,22 @@ def sealed(page: str) -> str:
     return page.replace("<title>", f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>', 1)
 
 
-def thumbnail(path: Path, side_px: int) -> str | None:
-    """Returns an image as the address of a JPEG of at most `side_px`, for a page; None: it does not decode."""
+def thumbnail(path: Path, side_px: int, sample_bits: int | None = None) -> str | None:
+    """Returns an image as the address of a JPEG of at most `side_px`, for a page; None: it does not decode.
+
+    `sample_bits` is what `images.Preprocessing` says of it.
+    """
     try:
-        return picture(path.read_bytes(), side_px)
+        return picture(path.read_bytes(), side_px, sample_bits)
     except OSError:
         return None
 
 
-def picture(content: bytes, side_px: int) -> str | None:
+def picture(content: bytes, side_px: int, sample_bits: int | None = None) -> str | None:
     """Returns an image's bytes as `thumbnail` does."""
+    made = images.Preprocessing(sample_bits=sample_bits)
     try:
-        image = images.decode(content, max_pixels=images.MAX_LOCAL_PIXELS)
+        image = images.decode(content, max_pixels=images.MAX_LOCAL_PIXELS, preprocessing=made)
     except ImageError:
         return None
     height, width = image.shape[:2]

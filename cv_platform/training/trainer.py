@@ -34,7 +34,7 @@ from cv_platform.config import ExperimentConfig
 from cv_platform.datasets.packing import open_split
 from cv_platform.errors import LockHeldError, TrainingError
 from cv_platform.files import exclusive, file_sha256, whole_directory, write_file
-from cv_platform.images import preprocessing_hash
+from cv_platform.images import Preprocessing, preprocessing_hash
 from cv_platform.records import ModelIdentity, PackedImages, TrainedModel
 from cv_platform.storage import VERSION_PATTERN, new_version
 from cv_platform.tracking import CHALLENGER, flatten
@@ -136,7 +136,7 @@ def mismatches(packed: PackedImages, config: ExperimentConfig) -> list[str]:
         ("model.classes", model.classes, task.class_names),
         ("model.classifier_type", model.classifier_type, task.classifier_type),
         ("model.input_size (height, width)", model.image_size, task.image_size),
-        ("preprocessing", preprocessing_hash(model.image_size, framing=model.resize), task.preprocessing_hash),
+        ("preprocessing", preprocessing_hash(model.image_size, Preprocessing.of(model)), task.preprocessing_hash),
         ("train.pack_scale", config.train.pack_scale, packed.pack_scale),
         ("dataset.ds_name", config.dataset.ds_name, packed.provenance.ds_name),
     ]

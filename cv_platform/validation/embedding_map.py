@@ -24,7 +24,7 @@ MOST_IMAGES = 3_000
 """A seeded sample of larger versions: the page stays at about 10 MB, and t-SNE at half a minute of one core."""
 _THUMBNAIL_PX = 64
 _COMPONENTS = 50
-_REMARKS = ("damage", "constant", "narrow_range")
+_REMARKS = ("damage", "constant", "narrow_range", "clipped")
 _FEWEST = 5
 
 
@@ -52,7 +52,7 @@ def write_embedding_map(version: DatasetVersion, embeddings: Embeddings, target:
             "class": LABEL_SEPARATOR.join(row.labels) or "no label",
             "split": str(row.split),
             "status": next((name.replace("_", " ") for name in _REMARKS if pd.notna(getattr(row, name))), "no remark"),
-            "picture": thumbnail(version.directory / str(row.path), _THUMBNAIL_PX),
+            "picture": thumbnail(version.directory / str(row.path), _THUMBNAIL_PX, version.sample_bits),
         }
         for (x, y), row in zip(places, manifest.iloc[chosen].itertuples(), strict=True)
     ]

@@ -30,8 +30,7 @@ def write_review_page(subject: Subject, probe: LabelProbe) -> Path:
         suspected.setdefault(suspicion.position, []).append(suspicion)
     rows = subject.sample.rows
     cards = [
-        _card(rows.iloc[position].to_dict(), found, subject.root)
-        for position, found in list(suspected.items())[:MOST_CARDS]
+        _card(rows.iloc[position].to_dict(), found, subject) for position, found in list(suspected.items())[:MOST_CARDS]
     ]
     low, high = probe.wrong_interval
     page = render(
@@ -58,7 +57,7 @@ def write_review_page(subject: Subject, probe: LabelProbe) -> Path:
     return path
 
 
-def _card(row: Mapping[Any, Any], found: Sequence[Suspicion], root: Path) -> dict[str, Any]:
+def _card(row: Mapping[Any, Any], found: Sequence[Suspicion], subject: Subject) -> dict[str, Any]:
     """Returns what the page shows of an image; of several suspicions, what they make of it together."""
     given = set(row["labels"])
     likely = set(given)
@@ -71,5 +70,5 @@ def _card(row: Mapping[Any, Any], found: Sequence[Suspicion], root: Path) -> dic
         "likely": LABEL_SEPARATOR.join(sorted(likely)),
         "chance": max(suspicion.confidence for suspicion in found),
         "split": str(row["split"]),
-        "picture": thumbnail(root / str(row["path"]), _THUMBNAIL_PX),
+        "picture": thumbnail(subject.root / str(row["path"]), _THUMBNAIL_PX, subject.sample_bits),
     }

@@ -42,7 +42,7 @@ def write_quarantine(subject: Subject) -> Path:
         title=f"Images of {subject.version} that take no part",
         table=TABLE,
         facts=[(kind, f"{len(found)} image{'s' if len(found) > 1 else ''}") for kind, found in sorted(kinds.items())],
-        kinds={kind: [_card(row, subject.root) for row in found[:most]] for kind, found in sorted(kinds.items())},
+        kinds={kind: [_card(row, subject) for row in found[:most]] for kind, found in sorted(kinds.items())},
         more={kind: len(found) - most for kind, found in kinds.items()},
     )
     path = subject.directory / PAGE
@@ -50,8 +50,9 @@ def write_quarantine(subject: Subject) -> Path:
     return path
 
 
-def _card(row: dict[str, Any], root: Path) -> dict[str, Any]:
+def _card(row: dict[str, Any], subject: Subject) -> dict[str, Any]:
     # What does not decode, or would take gigabytes to, is not tried again.
-    picture = thumbnail(root / row["path"], _THUMBNAIL_PX) if row["is_readable"] else None
+    path = subject.root / row["path"]
+    picture = thumbnail(path, _THUMBNAIL_PX, subject.sample_bits) if row["is_readable"] else None
     words = re.sub(r"^\w+Error: ", "", row["reason"].partition(": ")[2])
     return {"path": row["path"], "words": words, "labels": LABEL_SEPARATOR.join(row["labels"]), "picture": picture}

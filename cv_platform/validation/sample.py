@@ -11,7 +11,7 @@ import pandas as pd
 
 from cv_platform.datasets.quarantine import used
 from cv_platform.errors import ImageError
-from cv_platform.images import MAX_LOCAL_PIXELS, preprocess, resize
+from cv_platform.images import MAX_LOCAL_PIXELS, Preprocessing, preprocess, resize
 from cv_platform.properties import batch_properties
 
 PROBE_SIZE = (32, 32)
@@ -61,6 +61,7 @@ def read_sample(
     directory: Path,
     embeddings: np.ndarray,
     *,
+    sample_bits: int | None = None,
     max_per_split: int = MAX_IMAGES_PER_SPLIT,
     seed: int = 0,
 ) -> ImageSample:
@@ -72,6 +73,7 @@ def read_sample(
         manifest: columns path, sha256, split, labels, status.
         directory: what the manifest's paths are relative to.
         embeddings: `(N, features)`, of the manifest's rows.
+        sample_bits: by which they are decoded, see `Preprocessing`.
         max_per_split: the largest number of images per split; more are subsampled with `seed`.
         seed: of the subsample.
     """
@@ -86,11 +88,12 @@ def read_sample(
     images: list[np.ndarray] = []
     kept: list[int] = []
     problems: dict[str, str] = {}
+    made = Preprocessing(sample_bits=sample_bits)
     for label in chosen:
         path = str(readable.at[label, "path"])
         try:
             data = (directory / path).read_bytes()
-            images.append(preprocess(data, PROBE_SIZE, max_pixels=MAX_LOCAL_PIXELS))
+            images.append(preprocess(data, PROBE_SIZE, max_pixels=MAX_LOCAL_PIXELS, preprocessing=made))
             kept.append(label)
         except (ImageError, OSError) as err:
             problems[path] = str(err)

@@ -122,7 +122,8 @@ def _read(
     manifest = read_manifest(version.manifest_path).reset_index(drop=True)
     vectors = read_embeddings(embeddings, version.manifest, manifest["path"].tolist())
     has_vector = ~np.isnan(vectors[:, 0])
-    sample = read_sample(manifest.loc[has_vector], version.directory, vectors[has_vector])
+    bits = version.sample_bits
+    sample = read_sample(manifest.loc[has_vector], version.directory, vectors[has_vector], sample_bits=bits)
     manifest = _judged_again(manifest, has_vector, sample)
     is_used = (manifest["status"] == "used").to_numpy()
     subject = Subject(
@@ -137,6 +138,7 @@ def _read(
         str(version.provenance),
         read_thumbnails(version.manifest_path)[is_used],
         vectors[is_used],
+        bits,
     )
     return subject, sample.description
 

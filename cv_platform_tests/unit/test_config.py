@@ -43,6 +43,26 @@ def test_image_size_is_height_then_width() -> None:
     assert experiment().model.image_size == (32, 48)
 
 
+@pytest.mark.parametrize(
+    ("bits", "mistake"),
+    [
+        (8, "model.sample_bits: Input should be greater than or equal to 9. Received: '8'"),
+        (17, "model.sample_bits: Input should be less than or equal to 16. Received: '17'"),
+        ("twelve", "model.sample_bits: Input should be a valid integer"),
+    ],
+)
+def test_bits_of_samples_are_9_to_16(bits: object, mistake: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        experiment(model={**MINIMAL["model"], "sample_bits": bits})
+    assert mistake in str(caught.value)
+
+
+def test_16_bits_are_what_there_is_without_the_field() -> None:
+    given, none = (experiment(model={**MINIMAL["model"], "sample_bits": bits}) for bits in (16, None))
+    assert given == none == experiment()
+    assert experiment(model={**MINIMAL["model"], "sample_bits": 12}).model.sample_bits == 12
+
+
 def test_every_mistake_is_reported_at_once_with_its_path() -> None:
     content = {**MINIMAL, "train": {"epochs": "many", "epoch": 3}, "validate": {"nope": 1}, "modle": {}}
     with pytest.raises(ConfigError) as caught:

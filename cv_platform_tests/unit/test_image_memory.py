@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +26,9 @@ import os, sys
 from pathlib import Path
 from trials.soak.workers import forget_peak_memory, peak_memory_bytes
 from cv_platform import images
-from cv_platform.images import decode
+
+def decode(data):
+    return images.decode(data, preprocessing=images.Preprocessing(sample_bits=12))
 
 images.MAX_PIXELS = int(sys.argv.pop())
 small, large = (Path(name).read_bytes() for name in sys.argv[1:])
@@ -68,6 +73,21 @@ def test_decoding_takes_at_most_thirteen_bytes_a_pixel(
         image.save(stream, image_format, exif=exif, **options, **frames)
         files.append(tmp_path / f"{side_px}")
         files[-1].write_bytes(stream.getvalue())
+    assert taken_bytes(files, large_from=SIDE_PX**2) <= MOST_BYTES * SIDE_PX**2 + SLACK_BYTES
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_samples_of_declared_bits_take_no_more(tmp_path: Path, suffix: str) -> None:
+    files = [tmp_path / "20", tmp_path / f"{SIDE_PX}"]
+    for file in files:
+        side_px = int(file.name)
+        deep = np.asarray(picture(side_px, "RGBA")).astype(np.uint16) * 16
+        data = cv2.imencode(suffix, deep[..., : 4 if suffix == ".png" else 3])[1].tobytes()
+        if suffix == ".png":
+            exif = b"eXIf" + struct.pack("<4sIHHHIII", b"II*\0", 8, 1, 0x0112, 3, 1, 6, 0)
+            chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
+            data = data[:33] + chunk + data[33:]
+        file.write_bytes(data)
     assert taken_bytes(files, large_from=SIDE_PX**2) <= MOST_BYTES * SIDE_PX**2 + SLACK_BYTES
 
 

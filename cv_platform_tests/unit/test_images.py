@@ -30,6 +30,7 @@ from cv_platform.errors import (
 from cv_platform.images import files as image_files
 
 LOSSLESS: dict[str, dict[str, Any]] = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}}
+FORMER = images.Preprocessing(version=2)
 COMPRESSED_TIFF = {"compression": "tiff_lzw"}
 
 
@@ -132,7 +133,7 @@ def test_what_is_transparent_lies_on_white(image_format: str) -> None:
     share = alpha[..., None].astype(float) / 255
     np.testing.assert_allclose(images.decode(data), scene() * share + 255 * (1 - share), rtol=0, atol=0.51)
     # Models of version 2 go on seeing what they were trained on.
-    np.testing.assert_array_equal(images.decode(data, version=2), scene())
+    np.testing.assert_array_equal(images.decode(data, preprocessing=FORMER), scene())
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
@@ -144,7 +145,7 @@ def test_a_drawing_in_the_alpha_channel_alone_is_seen(image_format: str, mode: s
     picture.putalpha(ink)
     data = encode(image_format, picture, **alpha_options(image_format))
     np.testing.assert_array_equal(images.decode(data), np.where(is_ink, 0, 255)[..., None].repeat(3, axis=2))
-    assert images.decode(data, version=2).max() == 0
+    assert images.decode(data, preprocessing=FORMER).max() == 0
 
 
 def test_alpha_that_the_header_of_a_webp_denies_is_none() -> None:
@@ -153,7 +154,7 @@ def test_alpha_that_the_header_of_a_webp_denies_is_none() -> None:
     data[20] &= ~0x10
     pixels = images.decode(bytes(data)).astype(int)
     assert np.abs(pixels - scene()).mean() < 15
-    np.testing.assert_array_equal(pixels, images.decode(bytes(data), version=2))
+    np.testing.assert_array_equal(pixels, images.decode(bytes(data), preprocessing=FORMER))
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "GIF"])
@@ -163,7 +164,7 @@ def test_a_transparent_colour_of_a_palette_is_white(image_format: str) -> None:
     data = encode(image_format, indices, transparency=2)
     colours = np.array([[10, 20, 30], [40, 50, 60], [255, 255, 255], [100, 110, 120]], dtype=np.uint8)
     np.testing.assert_array_equal(images.decode(data), colours[scene()[..., 0] // 64])
-    assert images.decode(data, version=2)[:, 45].tolist() == [[70, 80, 90]] * 60
+    assert images.decode(data, preprocessing=FORMER)[:, 45].tolist() == [[70, 80, 90]] * 60
 
 
 def test_a_bitmap_with_an_alpha_mask_lies_on_white() -> None:
@@ -173,7 +174,7 @@ def test_a_bitmap_with_an_alpha_mask_lies_on_white() -> None:
     pixels = struct.pack("<II", 0x00FF0000, 0xFF00FF00)
     data = b"BM" + struct.pack("<IHHI", 122 + 8, 0, 0, 122) + header + pixels
     assert images.decode(data).tolist() == [[[255, 255, 255], [0, 255, 0]]]
-    assert images.decode(data, version=2).tolist() == [[[255, 0, 0], [0, 255, 0]]]
+    assert images.decode(data, preprocessing=FORMER).tolist() == [[[255, 0, 0], [0, 255, 0]]]
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
@@ -187,9 +188,206 @@ def test_sixteen_bits_become_their_upper_eight(image_format: str, channels: int)
     np.testing.assert_array_equal(images.decode(data.tobytes()), expected)
 
 
-def test_refuses_samples_without_a_known_range() -> None:
+def in_bits(bits: int) -> images.Preprocessing:
+    return images.Preprocessing(sample_bits=bits)
+
+
+def deep_png(samples: np.ndarray, *, transparent: tuple[int, ...] = (), is_interlaced: bool = False) -> bytes:
+    """A PNG of 16 bits a sample: grey, grey and alpha, RGB or RGBA."""
+    height, width = samples.shape[:2]
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[1 if samples.ndim == 2 else samples.shape[2]]
+    passes = ADAM7 if is_interlaced else [(0, 0, 1, 1)]
+    parts = (samples[top::step_y, left::step_x] for left, top, step_x, step_y in passes)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for part in parts for row in part)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, is_interlaced))]
+    chunks += [(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))] if transparent else []
+    return png(*chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+
+
+def deep_tiff(
+    samples: np.ndarray, order: str = "<", *, photometric: int = 2, extra: int = 2, packs: bool = False, planes: int = 1
+) -> bytes:
+    """A TIFF of 16 bits a sample, in one strip for each plane: grey, RGB, RGBA or, with photometric 5, CMYK.
+
+    `extra` says what the fourth sample of RGBA is: 0 nothing, 1 alpha that is multiplied in, 2 alpha.
+    """
+    height, width = samples.shape[:2]
+    channels = 1 if samples.ndim == 2 else samples.shape[2]
+    strips = [samples[..., at] for at in range(channels)] if planes == 2 else [samples]
+    contents = [np.ascontiguousarray(strip).astype(f"{order}u2").tobytes() for strip in strips]
+    contents = [zlib.compress(content) if packs else content for content in contents]
+    at, pieces = 8, [b"II*\0" if order == "<" else b"MM\0*", b""]
+
+    def laid(content: bytes) -> int:
+        nonlocal at
+        pieces.append(content)
+        at += len(content)
+        return at - len(content)
+
+    tags = {256: [width], 257: [height], 258: [16] * channels, 259: [8 if packs else 1]}
+    tags |= {262: [photometric if channels > 1 else 1], 273: [laid(content) for content in contents], 277: [channels]}
+    tags |= {278: [height], 279: [len(content) for content in contents], 284: [planes]}
+    tags |= {338: [extra]} if channels == 4 and photometric == 2 else {}
+    entries = b""
+    for tag, values in sorted(tags.items()):
+        value = struct.pack(f"{order}{len(values)}I", *values)
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values))
+        entries += value if len(values) == 1 else struct.pack(f"{order}I", laid(value))
+    pieces[1] = struct.pack(f"{order}I", laid(struct.pack(f"{order}H", len(tags)) + entries + bytes(4)))
+    return b"".join(pieces)
+
+
+def opencv(suffix: str, samples: np.ndarray) -> bytes:
+    encoded, data = cv2.imencode(suffix, samples)
+    assert encoded
+    return data.tobytes()
+
+
+RAMP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)
+"""256 steps of 12 bits."""
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_twelve_bits_that_are_declared_keep_all_their_levels(suffix: str, channels: int) -> None:
+    data = opencv(suffix, RAMP if channels == 1 else cv2.merge([RAMP] * 3))
+    steps = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    np.testing.assert_array_equal(images.decode(data, preprocessing=in_bits(12)), steps)
+    np.testing.assert_array_equal(images.decode(data), steps // 16)
+    found = images.read_image(data, preprocessing=in_bits(12))
+    assert (found.bit_depth, found.sample_range) == (16, (0, 4080))
+    # What does not lie in one sample a pixel is known by its upper bytes alone, where nobody asks for more.
+    assert images.read_image(data).sample_range == ((0, 4080) if channels == 1 else (0, 4095))
+
+
+def test_what_is_above_the_declared_range_is_white() -> None:
+    row = np.array([[0, 15, 16, 4095, 4096, 65535]], dtype=np.uint16)
+    for data in (deep_png(row), deep_tiff(row, ">"), deep_png(np.dstack([row, row, row]))):
+        found = images.read_image(data, preprocessing=in_bits(12))
+        assert found.pixels[0, :, 1].tolist() == [0, 0, 1, 255, 255, 255]
+        assert found.sample_range == (0, 65535)
+
+
+KINDS: dict[str, tuple[int, Any]] = {
+    "grey PNG": (1, deep_png),
+    "grey and alpha PNG": (2, deep_png),
+    "RGB PNG": (3, deep_png),
+    "RGBA PNG": (4, deep_png),
+    "interlaced RGB PNG": (3, lambda samples: deep_png(samples, is_interlaced=True)),
+    **{
+        f"{name} {order} TIFF{', packed' if packs else ''}": (
+            channels,
+            lambda samples, order=order, packs=packs, options=options: deep_tiff(
+                samples, order, packs=packs, **options
+            ),
+        )
+        for order in "<>"
+        for packs in (False, True)
+        for name, channels, options in (
+            ("grey", 1, {}),
+            ("RGB", 3, {}),
+            ("RGBA", 4, {}),
+            ("RGB and more", 4, {"extra": 0}),
+            ("CMYK", 4, {"photometric": 5}),
+        )
+    },
+    "RGB in planes < TIFF": (3, lambda samples: deep_tiff(samples, planes=2)),
+    "RGB in planes > TIFF": (3, lambda samples: deep_tiff(samples, ">", planes=2)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [9, 10, 14])
+def test_declared_bits_are_those_that_samples_scaled_by_hand_would_have(
+    kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channels, write = KINDS[kind]
+    has_alpha = kind.startswith(("grey and", "RGBA"))
+    samples = np.random.default_rng(bits).integers(0, 2**bits, (21, 34, channels), dtype=np.uint16)
+    scaled = samples << (16 - bits)
+    if has_alpha:  # Whose range is that of the file.
+        scaled[..., -1] = samples[..., -1] = np.random.default_rng(1).integers(0, 65536, (21, 34), dtype=np.uint16)
+    files = [write(part[..., 0] if channels == 1 else part) for part in (samples, scaled)]
+    for limit in (10_000, 400):  # Decoded whole, and to a half of the sides.
+        monkeypatch.setattr(images, "MAX_PIXELS", limit)
+        declared = images.decode(files[0], max_pixels=10_000, preprocessing=in_bits(bits))
+        np.testing.assert_array_equal(declared, images.decode(files[1], max_pixels=10_000))
+        assert declared.shape[0] == (21 if limit == 10_000 else 11)
+        assert (declared != images.decode(files[0], max_pixels=10_000)).mean() > 0.3
+
+
+def test_alpha_of_declared_bits_lies_on_white_by_the_files_range() -> None:
+    grey, alpha = [0, 2048, 4095, 9], [65535, 32768, 65535, 0]
+    # 128 of 255 that are half opaque: (128·128 + 255·127) / 255.
+    expected = [0, 191, 255, 255]
+    row = np.array([list(zip(grey, alpha, strict=True))], dtype=np.uint16)
+    found = images.read_image(deep_png(row), preprocessing=in_bits(12))
+    assert found.pixels[0, :, 0].tolist() == expected
+    assert found.sample_range == (0, 4095)
+    former = images.Preprocessing(version=2, sample_bits=12)
+    assert images.decode(deep_png(row), preprocessing=former)[0, :, 0].tolist() == [0, 128, 255, 0]
+    # Multiplied in, as TIFF may have it: the same picture.
+    multiplied = np.array([[(g * a // 65535,) * 3 + (a,) for g, a in zip(grey, alpha, strict=True)]], dtype=np.uint16)
+    for packs in (False, True):
+        data = deep_tiff(multiplied, extra=1, packs=packs)
+        seen = images.decode(data, preprocessing=in_bits(12))[0, :, 0].astype(int)
+        assert np.abs(seen - expected).max() <= 1
+
+
+def test_a_transparent_colour_of_16_bits_is_compared_whole() -> None:
+    grey = np.array([[16, 17, 4095]], dtype=np.uint16)
+    found = images.read_image(deep_png(grey, transparent=(17,)), preprocessing=in_bits(12))
+    assert found.pixels[0, :, 0].tolist() == [1, 255, 255]
+    assert found.sample_range == (16, 4095)
+    rgb = np.dstack([grey, grey, grey])
+    found = images.read_image(deep_png(rgb, transparent=(17, 17, 17)), preprocessing=in_bits(12))
+    assert found.pixels[0].tolist() == [[1, 1, 1], [255, 255, 255], [255, 255, 255]]
+    assert found.sample_range == (16, 4095)
+    hidden = images.read_image(deep_png(rgb[:, 1:2], transparent=(17, 17, 17)), preprocessing=in_bits(12))
+    assert hidden.sample_range is None
+
+
+def test_planes_of_16_bits_are_read_as_such() -> None:
+    samples = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    for order in "<>":
+        for packs in (False, True):
+            data = deep_tiff(samples, order, planes=2, packs=packs)
+            np.testing.assert_array_equal(images.decode(data), samples >> 8)
+    # Pillow's decoder of these takes the upper bytes, whatever it is told.
+    with pytest.raises(UnsupportedImageError, match="Received: a TIFF of compressed planes"):
+        images.decode(deep_tiff(samples, planes=2, packs=True), preprocessing=in_bits(12))
+
+
+@pytest.mark.parametrize("kind", ["RGB PNG", "grey and alpha PNG", "RGB < TIFF", "RGB < TIFF, packed"])
+def test_a_deep_image_is_turned_by_its_exif_and_refused_where_it_ends_early(kind: str) -> None:
+    channels, write = KINDS[kind]
+    samples = np.random.default_rng(3).integers(0, 4096, (16, 9, channels), dtype=np.uint16)
+    data = write(samples)
+    for end in range(60, len(data) - (0 if kind.endswith("PNG") else 150), 97):
+        with pytest.raises(ImageError):
+            images.decode(data[:end], preprocessing=in_bits(12))
+    if kind.endswith("PNG"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        written = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        turned = images.decode(data[:33] + written + data[33:], preprocessing=in_bits(12))
+        np.testing.assert_array_equal(turned, np.rot90(images.decode(data, preprocessing=in_bits(12)), -1))
+
+
+@pytest.mark.parametrize("image_format", images.SUPPORTED_FORMATS)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_declared_bits_change_nothing_of_8_bits(image_format: str, mode: str) -> None:
+    data = encode(image_format, Image.fromarray(scene()).convert(mode))
+    assert images.read_image(data).sample_range is None
+    np.testing.assert_array_equal(images.decode(data, preprocessing=in_bits(12)), images.decode(data))
+
+
+@pytest.mark.parametrize("bits", [None, 12])
+def test_refuses_samples_without_a_known_range(bits: int | None) -> None:
+    data = encode("TIFF", Image.fromarray(scene()[..., 0].astype(np.float32) / 255))
     with pytest.raises(UnsupportedImageError, match="8 or 16 bits"):
-        images.decode(encode("TIFF", Image.fromarray(scene()[..., 0].astype(np.float32) / 255)))
+        images.decode(data, preprocessing=images.Preprocessing(sample_bits=bits))
 
 
 @pytest.mark.parametrize("mode", ["P", "1", "LA", "CMYK"])
@@ -245,7 +443,7 @@ def noisy_jpeg(kind: str, height: int = 60, width: int = 80) -> bytes:
 def test_jpeg_has_the_pixels_that_models_of_version_2_were_trained_on(kind: str, size: tuple[int, int]) -> None:
     data = noisy_jpeg(kind, *size)
     former = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    np.testing.assert_array_equal(images.decode(data, version=2), former)
+    np.testing.assert_array_equal(images.decode(data, preprocessing=FORMER), former)
     np.testing.assert_array_equal(images.decode(data), former)
 
 
@@ -319,7 +517,7 @@ def test_images_above_the_limit_are_decoded_to_fewer_pixels(
         assert largest_difference(reduced.pixels, means) <= (12 if image_format == "JPEG" else 1)
         # Neither the caller's limit nor the model's size decides: what trains on a file sees what serves it.
         np.testing.assert_array_equal(images.decode(data, max_pixels=61 * 80), reduced.pixels)
-        assert images.decode(data, version=2).shape == whole.pixels.shape
+        assert images.decode(data, preprocessing=FORMER).shape == whole.pixels.shape
         with pytest.raises(ImageTooLargeError):
             images.decode(data, max_pixels=61 * 80 - 1)
 
@@ -379,7 +577,7 @@ def png(*chunks: tuple[bytes, bytes]) -> bytes:
 def test_a_palette_png_without_its_palette_is_decoded_as_ever() -> None:
     header = (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 3, 0, 0, 0))
     data = png(header, (b"IDAT", zlib.compress(bytes(5) * 4)), (b"IEND", b""))
-    np.testing.assert_array_equal(images.decode(data), images.decode(data, version=2))
+    np.testing.assert_array_equal(images.decode(data), images.decode(data, preprocessing=FORMER))
 
 
 def png_header(width: int, height: int) -> tuple[bytes, bytes]:
@@ -572,7 +770,7 @@ def test_a_png_of_every_kind_decodes_to_what_its_samples_say(color: int, bits: i
             np.testing.assert_array_equal(images.decode(data), upright)
             # What models of version 2 were trained on came from OpenCV where the file was small.
             former = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-            np.testing.assert_array_equal(images.decode(data, version=2), former)
+            np.testing.assert_array_equal(images.decode(data, preprocessing=FORMER), former)
 
 
 @pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)])
@@ -787,7 +985,7 @@ def test_decoding_reads_the_header_once(image_format: str, monkeypatch: pytest.M
     found = images.read_image(data)
     # Of a JPEG with nothing in its header but what its pixels need, Pillow knows nothing more.
     assert (found.format, len(opened)) == (image_format, int(image_format != "JPEG"))
-    assert (found.height_px, found.width_px, found.sample_bits, found.damage) == (60, 80, 8, None)
+    assert (found.height_px, found.width_px, found.bit_depth, found.damage) == (60, 80, 8, None)
     np.testing.assert_array_equal(found.pixels, images.decode(data))
 
 
@@ -797,7 +995,7 @@ def read_or_error(data: bytes, **options: Any) -> tuple[Any, ...]:
         found = images.read_image(data, **options)
     except ImageError as err:
         return (type(err).__name__,)
-    fields = (found.format, found.height_px, found.width_px, found.sample_bits, found.channels, found.orientation)
+    fields = (found.format, found.height_px, found.width_px, found.bit_depth, found.channels, found.orientation)
     return (*fields, found.damage, found.pixels.shape, found.pixels.tobytes())
 
 
@@ -963,18 +1161,29 @@ def test_hash_follows_size_and_policy() -> None:
     first = images.preprocessing_hash((16, 24))
     assert first == images.preprocessing_hash((16, 24))
     assert first != images.preprocessing_hash((24, 16))
-    assert first != images.preprocessing_hash((16, 24), version=2)
-    assert len({images.preprocessing_hash((16, 24), framing=framing) for framing in images.FRAMINGS}) == 3
+    assert first != images.preprocessing_hash((16, 24), FORMER)
+    assert len({images.preprocessing_hash((16, 24), images.Preprocessing(framing=one)) for one in images.FRAMINGS}) == 3
+
+
+def test_hashes_are_those_of_earlier_releases_unless_bits_are_declared() -> None:
+    # As e5a4cf7 computed them.
+    assert images.preprocessing_hash((16, 24)) == "02c1caf646f671ed"
+    assert images.preprocessing_hash((16, 24), images.Preprocessing(framing="crop")) == "61566e16986fea0f"
+    hashes = {images.preprocessing_hash((16, 24), in_bits(bits)): bits for bits in images.SAMPLE_BITS}
+    assert len(hashes) == 7
+    assert "02c1caf646f671ed" not in hashes
+    for known, bits in hashes.items():
+        assert images.find_preprocessing(known, (16, 24)) == in_bits(bits)
 
 
 def test_the_version_of_a_hash_is_found_again() -> None:
     # As the release that trained with version 2 computed it.
     assert images.find_preprocessing("ff8a83c1884f0a0c", (16, 24)) == images.Preprocessing(version=2)
-    cropped = images.preprocessing_hash((16, 24), framing="crop")
+    cropped = images.preprocessing_hash((16, 24), images.Preprocessing(framing="crop"))
     assert images.find_preprocessing(cropped, (16, 24)) == images.Preprocessing(version=3, framing="crop")
     assert images.find_preprocessing("0" * 16, (16, 24)) is None
     with pytest.raises(ValueError, match="one of the versions"):
-        images.decode(encode("PNG"), version=1)
+        images.decode(encode("PNG"), preprocessing=images.Preprocessing(version=1))
 
 
 def test_decoding_in_threads_leaves_the_filters_of_warnings_alone() -> None:

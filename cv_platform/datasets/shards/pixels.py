@@ -30,13 +30,13 @@ class PackForm:
 
     image_size: tuple[int, int]
     """(height, width) of what is packed, in pixels."""
-    framing: images.Framing = "stretch"
-    """How images of other proportions come to it."""
+    preprocessing: images.Preprocessing = images.LATEST
+    """How they are made of a file."""
 
     @property
     def preprocessing_hash(self) -> str:
         """See `images.preprocessing_hash`."""
-        return images.preprocessing_hash(self.image_size, framing=self.framing)
+        return images.preprocessing_hash(self.image_size, self.preprocessing)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -55,7 +55,8 @@ def packed_pixels(data: bytes, form: PackForm) -> NDArray[np.uint8]:
     Raises:
         ImageError: see `images.read_image`; the size was judged by the manifest, by the config's limit.
     """
-    return images.preprocess(data, form.image_size, max_pixels=images.MAX_LOCAL_PIXELS, framing=form.framing)
+    limit = images.MAX_LOCAL_PIXELS
+    return images.preprocess(data, form.image_size, max_pixels=limit, preprocessing=form.preprocessing)
 
 
 def stored(pixels: NDArray[np.uint8], encoding: Encoding) -> bytes | memoryview:

@@ -236,13 +236,11 @@ def main(storage_url: str, model_name: str, version: str, cache: str, max_pixels
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # What a library prints is no answer.
     model = load_bundle(CentralStorage(storage_url), model_name, version, cache=Path(cache), threads=1)
-    made = model.preprocessing
 
     def answer(data: bytes) -> dict[str, Any]:
         began = time.monotonic()
-        pixels = preprocess(
-            data, model.metadata.image_size, max_pixels=int(max_pixels), version=made.version, framing=made.framing
-        )
+        size = model.metadata.image_size
+        pixels = preprocess(data, size, max_pixels=int(max_pixels), preprocessing=model.preprocessing)
         prediction = model.predict(pixels)
         if not np.isfinite(prediction.probabilities).all():
             raise ArithmeticError("Expected probabilities. Received: what is no number.")

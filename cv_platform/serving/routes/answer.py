@@ -130,7 +130,7 @@ def _predict(model: LoadedModel, prediction_id: UUID, data: bytes, max_pixels: i
     metadata = model.metadata
     with staged("decode"):
         made = model.preprocessing
-        decoded = read_image(data, max_pixels=max_pixels, version=made.version)
+        decoded = read_image(data, max_pixels=max_pixels, preprocessing=made)
         pixels = resize(decoded.pixels, metadata.image_size, framing=made.framing)
     with staged("model"):
         prediction = model.predict(pixels)

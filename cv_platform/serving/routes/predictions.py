@@ -129,7 +129,7 @@ def result_again(parts: WorkerParts, stored: StoredPrediction, metadata: BundleM
             made = metadata and find_preprocessing(metadata.preprocessing_hash, metadata.image_size)
             limit = parts.settings.max_upload_pixels
             with parts.admission.decoding(stored.image):
-                image = decode(stored.image, max_pixels=limit, version=(made or Preprocessing()).version)
+                image = decode(stored.image, max_pixels=limit, preprocessing=made or Preprocessing())
                 pictures = draw(image, stored.raw_hm, Explain.JPEG)
             message = BLANK if is_blank(stored.raw_hm) else OK
         except (ImageError, ValueError) as err:

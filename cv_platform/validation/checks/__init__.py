@@ -42,6 +42,7 @@ class Subject:
         version: the dataset version's name, for pages.
         thumbnails: `(N, 32, 32)` uint8 of the manifest's rows, see `datasets.near_copies`.
         vectors: `(N, features)` float16 of the manifest's rows, of the pretrained encoder.
+        sample_bits: `model.sample_bits`, by which files are decoded.
     """
 
     manifest: pd.DataFrame
@@ -55,6 +56,7 @@ class Subject:
     version: str
     thumbnails: NDArray[np.uint8]
     vectors: NDArray[np.float16]
+    sample_bits: int | None = None
 
     @functools.cached_property
     def near_copies(self) -> NearCopies:

@@ -61,15 +61,17 @@ class _Remarks(Check):
 
     column: str
     words: str
-    advice = ""
-    """What to do where there are any."""
+
+    def advice(self, subject: Subject) -> str:
+        """Returns what to do where there are any, after a space."""
+        return ""
 
     @override
     def look(self, subject: Subject) -> Finding:
         rows = zip(subject.manifest["path"], subject.manifest[self.column], strict=True)
         remarked = [f"{path}: {remark}" for path, remark in rows if pd.notna(remark)]
         count = len(subject.manifest)
-        words = f"{len(remarked)} of {count} images {self.words}{self.advice if remarked else ''}"
+        words = f"{len(remarked)} of {count} images {self.words}{self.advice(subject) if remarked else ''}"
         return Finding(words, share(len(remarked), count), remarked)
 
 
@@ -112,5 +114,45 @@ class NarrowRange(_Remarks):
     """Images of 16-bit samples that become few grey levels, such as 12-bit data stored as they are."""
 
     name, limit, column = "narrow_range", "max_narrow_range_fraction", "narrow_range"
-    words = "have 16-bit samples in less than a quarter of their range, and models see the upper 8 bits."
-    advice = " Scale the samples to 0–65535 before the import: all images alike, and what is predicted, too."
+    words = "have 16-bit samples in a quarter of their range or less, and models see the upper 8 bits."
+
+    @override
+    def advice(self, subject: Subject) -> str:
+        bits = _most_bits(subject)
+        if bits <= 8:
+            return " No sample exceeds 255: save all images with 8 bits, and what is predicted, too."
+        if bits == 16:
+            return " Other images use more of it: scale the samples to 0–65535 before the import, as what is predicted."
+        return (
+            f" No sample exceeds {2**bits - 1}: set model.sample_bits: {bits}, or what the camera records if that is "
+            "more; training and service share it."
+        )
+
+    @override
+    def look(self, subject: Subject) -> Finding:
+        declared, bits = subject.sample_bits, _most_bits(subject)
+        if declared is None or bits == 0 or bits > declared - 2:
+            return super().look(subject)
+        words = f"model.sample_bits is {declared}, and no sample of any image uses more than a quarter of that range."
+        return Finding(words + self.advice(subject), share(len(_largest_samples(subject)), len(subject.manifest)))
+
+
+class ClippedSamples(_Remarks):
+    """Images with samples above the range that `model.sample_bits` says: what is brighter is white."""
+
+    name, limit, column = "clipped_samples", "max_clipped_fraction", "clipped"
+    words = "have samples above the range of model.sample_bits."
+
+    @override
+    def advice(self, subject: Subject) -> str:
+        return f" The largest has {_most_bits(subject)} bits: correct model.sample_bits, unless these are marks."
+
+
+def _largest_samples(subject: Subject) -> list[int]:
+    """Returns the largest sample of each image of more than 8 bits."""
+    return [int(value) for value in subject.manifest["largest_sample"] if pd.notna(value)]
+
+
+def _most_bits(subject: Subject) -> int:
+    """Returns how many bits the largest sample of all images has, 0 where none has more than 8."""
+    return max(_largest_samples(subject), default=0).bit_length()

@@ -44,7 +44,7 @@ class NearCopiesBetween(Check):
                 SheetRow(f"{1 - distance:.1%} alike", "", [subject.root / paths[one], subject.root / paths[copy]])
                 for one, copy, distance in found
             ]
-            sheet = draw_sheet(rows, columns=2, what="pairs")
+            sheet = draw_sheet(rows, columns=2, what="pairs", sample_bits=subject.sample_bits)
             (subject.directory / f"{self.name}.png").write_bytes(sheet)
         fraction = copies / counts[1]
         return Finding(

@@ -55,7 +55,8 @@ class Outliers(Check):
         paths = subject.manifest["path"].to_numpy()
         if len(far):
             rows = [SheetRow(f"{deviations[at]:.1f}", "", [subject.root / paths[at]]) for at in far[:_SHOWN]]
-            (subject.directory / f"{self.name}.png").write_bytes(draw_sheet(rows, columns=1, what="images"))
+            sheet = draw_sheet(rows, columns=1, what="images", sample_bits=subject.sample_bits)
+            (subject.directory / f"{self.name}.png").write_bytes(sheet)
         return Finding(
             f"{len(far)} of {len(paths)} images are far from every class ({share(len(far), len(paths)):.2%}): more "
             f"than {limit:g} standard deviations farther than is usual.",

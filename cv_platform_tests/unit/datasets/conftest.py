@@ -10,13 +10,16 @@ from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.digits import make_digits_repository
 
 
-def model(*classes: str, classifier_type: str = "multi-class", size: int = 8) -> ModelConfig:
+def model(
+    *classes: str, classifier_type: str = "multi-class", size: int = 8, sample_bits: int | None = None
+) -> ModelConfig:
     return ModelConfig.model_validate(
         {
             "model_name": "tiny",
             "classes": classes or ("cat", "dog"),
             "classifier_type": classifier_type,
             "input_size": {"h": size, "w": size},
+            "sample_bits": sample_bits,
         }
     )
 

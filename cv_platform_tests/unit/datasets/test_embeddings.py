@@ -43,6 +43,24 @@ def test_each_readable_image_has_the_vector_of_its_pixels(checkout: Checkout, tm
     np.testing.assert_allclose(vectors[:6], encoder.embed(np.stack(pixels)), rtol=2e-3, atol=1e-3)
 
 
+def test_vectors_follow_the_bits_that_are_declared(checkout: Checkout, tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 4096, (40, 40, 3), dtype=np.uint16)
+    data = cv2.imencode(".png", deep)[1].tobytes()
+    checkout.add("images/deep.png", "train", ["cat"], data)
+    plain = checkout.version(["cat"])
+    declared, paths = plain.model_copy(update={"sample_bits": 12}), ["images/deep.png", "images/0.png"]
+    vectors = {}
+    for version in (plain, declared):
+        made = embed_dataset(version, ENCODER, home=tmp_path)
+        vectors[version.sample_bits] = read_embeddings(made, version.manifest, paths)
+    np.testing.assert_allclose(vectors[12][1], vectors[None][1], rtol=2e-3, atol=1e-3)
+    encoder = open_encoder(ENCODER, tmp_path, 12)
+    scaled = cv2.imencode(".png", (deep >> 4).astype(np.uint8))[1].tobytes()
+    for pixels in (encoder.pixels(data), preprocess(scaled, (32, 32))):
+        np.testing.assert_allclose(vectors[12][0], encoder.embed(pixels[None])[0], rtol=2e-3, atol=1e-3)
+    assert np.abs(vectors[12][0] - vectors[None][0]).max() > 0.1
+
+
 def test_what_is_there_is_used_again_and_only_new_images_are_computed(
     checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from cv_platform.datasets.manifest import (
 from cv_platform.datasets.near_copies import thumbnail
 from cv_platform.datasets.quarantine import kind_of
 from cv_platform.errors import DatasetError, InvalidDatasetError
-from cv_platform.images import decode, preprocess
+from cv_platform.images import Preprocessing, decode, preprocess
 from cv_platform.properties import PROPERTY_NAMES, image_properties
 from cv_platform_tests.support.pictures import class_folders, picture, write_pictures
 
@@ -145,11 +145,43 @@ def test_says_what_is_odd_about_images_that_decode(tmp_path: Path) -> None:
     }
     assert odd["narrow_range"] == {
         "images/cat/0.png": "16-bit samples from 0 to 4095: 16 of 256 levels are seen",
-        "images/dog/0.png": "16-bit samples from 512 to 767: 1 of 256 levels are seen",
+        "images/dog/0.png": "16-bit samples from 700 to 700: 1 of 256 levels are seen",
     }
     assert list(odd["damage"]) == ["images/cat/2.png", "images/cat/3.png"]
     assert "every row decodes" in odd["damage"]["images/cat/2.png"]
     assert "Corrupt JPEG data" in odd["damage"]["images/cat/3.png"]
+
+
+def test_declared_bits_decide_what_is_seen_and_what_is_clipped(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 4)
+    noise = np.random.default_rng(0).integers(0, 4096, (9, 9))
+    fourteen = np.where(noise == noise.max(), 2**14 - 1, noise // 4)
+    for name, samples in (("0", noise), ("1", noise // 8), ("2", np.where(noise > 4000, 5000, noise)), ("3", fourteen)):
+        (tmp_path / f"images/cat/{name}.png").write_bytes(deep_png(samples))
+    plain, declared = (build(tmp_path, sample_bits=bits).set_index("path") for bits in (None, 12))
+    largest = {
+        f"images/cat/{name}.png": value
+        for name, value in (("0", noise.max()), ("1", noise.max() // 8), ("2", 5000), ("3", 2**14 - 1))
+    }
+    for manifest in (plain, declared):
+        assert manifest["largest_sample"].dropna().to_dict() == largest
+    assert plain["clipped"].dropna().to_dict() == {}
+    # 14 bits come to 64 levels at most.
+    assert sorted(plain["narrow_range"].dropna().index) == sorted(largest)
+    assert declared["narrow_range"].dropna().to_dict() == {}
+    assert declared["clipped"].dropna().to_dict() == {
+        "images/cat/2.png": "samples up to 5000, where model.sample_bits: 12 ends at 4095",
+        "images/cat/3.png": "samples up to 16383, where model.sample_bits: 12 ends at 4095",
+    }
+    # The statistics, too, are of what a model sees.
+    content, made = deep_png(noise), Preprocessing(sample_bits=12)
+    seen = image_properties(preprocess(content, (32, 32), preprocessing=made))
+    found = declared.loc["images/cat/0.png", list(PROPERTY_NAMES)].astype(float)
+    np.testing.assert_allclose(found, seen, rtol=1e-5)
+    assert found["luma_mean"] > 10 * plain.loc["images/cat/0.png", "luma_mean"]
+    for rows in (plain, declared):
+        same = [name for name in rows.index if name not in largest]
+        np.testing.assert_array_equal(rows.loc[same, list(PROPERTY_NAMES)], plain.loc[same, list(PROPERTY_NAMES)])
 
 
 def test_the_configs_limit_of_pixels_decides_what_is_readable(tmp_path: Path) -> None:
@@ -215,8 +247,10 @@ def test_name_follows_what_would_change_a_row() -> None:
         manifest_name(model(classifier_type="multi-label"), dataset()),
         manifest_name(model(), dataset(split_seed=1)),
         manifest_name(model(), dataset(valid_fraction=0.1)),
+        manifest_name(model(sample_bits=12), dataset()),
     ]
-    assert len({name, *changed}) == 5
+    assert len({name, *changed}) == 6
+    assert manifest_name(model(sample_bits=16), dataset()) == name
 
 
 def test_missing_manifest_says_what_to_do(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -29,6 +30,7 @@ def version_of(directory: Path, annotations: bytes | None = None, **fields: Any)
         directory=directory,
         manifest=manifest.name,
         class_names=config.classes,
+        sample_bits=config.sample_bits,
     )
 
 
@@ -111,6 +113,27 @@ def test_multi_label_targets_are_zeros_and_ones(tmp_path: Path) -> None:
         assert opened.targets.dtype == np.float32
         rows |= dict(zip(opened.paths, opened.targets.tolist(), strict=True))
     assert rows == {"images/0.png": [1, 1], "images/1.png": [0, 0], "images/2.png": [0, 1], "images/3.png": [1, 0]}
+
+
+def test_samples_of_declared_bits_are_packed_and_shown_by_them(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 10)
+    deep = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
+    (tmp_path / "images/cat/0.png").write_bytes(cv2.imencode(".png", deep)[1].tobytes())
+    names, rows, sheets = set[str](), dict[int | None, np.ndarray](), set[bytes]()
+    for bits in (None, 12, 14):
+        version, config = version_of(tmp_path, sample_bits=bits), model(sample_bits=bits)
+        packed = pack_images(version, config, quarantined=(), home=tmp_path)
+        assert packed.task.preprocessing_hash == images.preprocessing_hash((8, 8), images.Preprocessing.of(config))
+        names.add(packed.directory.name)
+        sheets.add(keep_contact_sheet(version).read_bytes())
+        opened = [open_split(packed, split) for split in packed.counts]
+        (rows[bits],) = [
+            one.images[at] for one in opened for at, path in enumerate(one.paths) if path.endswith("cat/0.png")
+        ]
+    assert len(names) == len(sheets) == 3
+    assert rows[12][..., 0].ravel().tolist() == list(range(0, 256, 4))
+    assert rows[None][..., 0].ravel().tolist() == [at // 4 for at in range(64)]
+    assert rows[14].max() == 63
 
 
 def test_empty_split_opens(tmp_path: Path) -> None:

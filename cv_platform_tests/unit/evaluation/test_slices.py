@@ -61,6 +61,12 @@ def test_each_column_of_a_manifest_is_one_column():
     assert columns["luma_mean"].tolist() == [0, 0, 0]  # Of what the model sees, not of the manifest's overview.
 
 
+def test_a_manifest_without_deep_images_is_sliced():
+    manifest = pd.DataFrame({"largest_sample": [np.nan] * 40, "channels": [1, 3] * 20})
+    slices = judge_slices(slice_columns(np.zeros((40, 8, 8, 3), np.uint8), manifest), np.arange(40) % 2 == 0)
+    assert {part.column for part in slices} == {"channels"}
+
+
 def test_small_parts_and_constant_columns_are_not_judged():
     columns = pd.DataFrame({"constant": [1.0] * 50, "rare": ["a"] * 45 + ["b"] * 5, "flag": [True, False] * 25})
     slices = judge_slices(columns, np.arange(50) % 3 > 0)

@@ -10,6 +10,7 @@ import pytest
 
 from cv_platform.monitoring.report_page import render_page, thumbnails
 from cv_platform.monitoring.sentences import drift_summary
+from cv_platform.pages import picture
 from cv_platform.records import (
     DriftReport,
 )
@@ -102,6 +103,14 @@ def test_thumbnails_are_small_and_broken_uploads_are_named() -> None:
     assert shape(pictures["c" * 64]) == (8, 8, 3)
     assert len(problems) == 1
     assert "bbbbbbbbbbbb" in problems[0]
+
+
+def test_pictures_of_deep_images_show_the_bits_that_are_declared() -> None:
+    deep = cv2.imencode(".png", np.full((9, 9), 2048, np.uint16))[1].tobytes()
+    for bits, grey in ((None, 8), (12, 128)):
+        for url in (thumbnails({"a": deep}, bits)[0]["a"], picture(deep, 64, bits) or ""):
+            data = np.frombuffer(base64.b64decode(url.removeprefix("data:image/jpeg;base64,")), np.uint8)
+            assert np.abs(cv2.imdecode(data, cv2.IMREAD_GRAYSCALE).astype(int) - grey).max() <= 2
 
 
 def test_what_has_changed_is_said_with_the_shares_of_the_classes() -> None:

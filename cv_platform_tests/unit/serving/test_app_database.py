@@ -1,13 +1,20 @@
 """The log's way to a real PostgreSQL, seen through the routes."""
 
+import base64
+
+import cv2
+import numpy as np
 import pytest
 from sqlalchemy import Engine, text
 
+from cv_platform.images import Preprocessing, preprocessing_hash
 from cv_platform.serving.app import create_app
+from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.routes.parts import WorkerParts
 from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker
-from cv_platform_tests.support.http_client import Client, flat_image, png
+from cv_platform_tests.support.http_client import BrightnessRuntime, Client, FixedModels, flat_image, png
 from cv_platform_tests.support.log_entries import wait_until_drained
+from cv_platform_tests.support.tiny_models import tiny_metadata
 
 REDDISH = png(flat_image(199, 99, 99))
 
@@ -55,6 +62,21 @@ def test_every_answer_and_refusal_has_its_row(client: Client, logged: WorkerPart
     assert refused == [400, 413, 422]
     assert count(engine, "images") == 1
     assert client.get("/health_check").json()["database"] == {"state": "ok", "error": None}
+
+
+def test_a_deep_upload_is_answered_and_shown_by_the_bits_of_its_model(make_worker: MakeWorker, database_url: str):
+    made = preprocessing_hash((16, 16), Preprocessing(sample_bits=12))
+    models = FixedModels(LoadedModel(tiny_metadata(preprocessing_hash=made), BrightnessRuntime()))
+    worker = make_worker(DATABASE_URL=database_url, models=models)
+    client = Client(create_app(worker), {"Authorization": f"Bearer {ADMIN_TOKEN}"})
+    deep = flat_image(199, 99, 99)[..., ::-1].astype(np.uint16) * 16 + 7
+    for suffix in (".png", ".tiff"):
+        answered = client.predict(cv2.imencode(suffix, deep)[1].tobytes()).json()
+        assert answered["prediction"] == client.predict(REDDISH).json()["prediction"]
+        drain(worker)
+        again = client.get(f"/predictions/{answered['prediction_id']}").json()
+        shown = np.frombuffer(base64.b64decode(again["original_img"]), np.uint8)
+        assert np.abs(cv2.imdecode(shown, cv2.IMREAD_COLOR_RGB).astype(int) - (199, 99, 99)).max() <= 3
 
 
 def test_reads_a_result_and_its_passport_from_the_database(client: Client, logged: WorkerParts):

@@ -22,6 +22,7 @@ from cv_platform.records import DatasetVersion, Provenance
 from cv_platform.validation.checks import Subject
 from cv_platform.validation.sample import ImageSample
 
+REMARKS = ("group", "problem", "damage", "constant", "narrow_range", "largest_sample", "clipped")
 MakeManifest = Callable[..., pd.DataFrame]
 
 
@@ -39,7 +40,7 @@ def make_manifest() -> MakeManifest:
                 "is_readable": [True] * len(rows),
                 "status": ["used"] * len(rows),
                 "bit_depth": [8] * len(rows),
-                **{name: [None] * len(rows) for name in ("group", "problem", "damage", "constant", "narrow_range")},
+                **{name: [None] * len(rows) for name in REMARKS},
             }
         )
 

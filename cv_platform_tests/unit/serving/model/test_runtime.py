@@ -5,12 +5,17 @@ import sys
 import threading
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from cv_platform.config import ModelConfig
+from cv_platform.datasets.packing import pack_forms
+from cv_platform.datasets.shards.pixels import packed_pixels
 from cv_platform.errors import BundleNotFoundError, CorruptBundleError
-from cv_platform.images import preprocessing_hash
+from cv_platform.images import Preprocessing, preprocess, preprocessing_hash, resize
+from cv_platform.properties import image_properties
 from cv_platform.serving.model.runtime import LoadedModel, load_bundle, load_folder
 from cv_platform.serving.routes.answer import predict_upload
 from cv_platform.storage import CentralStorage, new_version
@@ -190,7 +195,7 @@ def test_metadata_that_do_not_fit_the_model_are_refused(tiny_export: TinyExport)
 
 
 def test_a_model_of_the_former_preprocessing_is_served_with_its_pixels(tiny_export: TinyExport):
-    former = tiny_metadata(preprocessing_hash=preprocessing_hash(IMAGE_SIZE, version=2))
+    former = tiny_metadata(preprocessing_hash=preprocessing_hash(IMAGE_SIZE, Preprocessing(version=2)))
     drawing = Image.new("LA", (IMAGE_SIZE[1], IMAGE_SIZE[0]), (0, 0))  # Black, and transparent: white for a browser.
     stream = io.BytesIO()
     drawing.save(stream, "PNG")
@@ -209,7 +214,7 @@ def test_a_model_is_served_with_the_framing_that_it_was_trained_on(tiny_export: 
     wide = np.random.default_rng(0).integers(0, 255, (height, 2 * width, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(wide).save(stream, "PNG")
-    cropped = tiny_metadata(preprocessing_hash=preprocessing_hash(IMAGE_SIZE, framing="crop"))
+    cropped = tiny_metadata(preprocessing_hash=preprocessing_hash(IMAGE_SIZE, Preprocessing(framing="crop")))
     model = load_folder(tiny_export.folder, cropped)
     predicted = predict_upload(model, stream.getvalue(), max_pixels=10_000)
     expected = model.predict(np.ascontiguousarray(wide[:, width // 2 : width // 2 + width]))
@@ -218,6 +223,37 @@ def test_a_model_is_served_with_the_framing_that_it_was_trained_on(tiny_export: 
     columns = predicted.prediction.cam.shape[1]
     assert columns == 2 * expected.cam.shape[1]
     assert not predicted.prediction.cam[:, : columns // 4].any()
+
+
+@pytest.mark.parametrize(("suffix", "channels"), [(".png", 1), (".png", 3), (".tiff", 1), (".tiff", 3)])
+def test_a_model_is_served_with_the_bits_that_its_pack_was_made_with(
+    tiny_export: TinyExport, tmp_path: Path, suffix: str, channels: int
+):
+    height, width = IMAGE_SIZE
+    deep = np.random.default_rng(0).integers(0, 4096, (3 * height, 2 * width, channels), dtype=np.uint16)
+    encoded, data = cv2.imencode(suffix, deep)
+    assert encoded
+    config = ModelConfig.model_validate(
+        {
+            "model_name": "tiny",
+            "classes": ["a", "b"],
+            "input_size": {"h": height, "w": width},
+            "resize": "pad",
+            "sample_bits": 12,
+        }
+    )
+    form = pack_forms(config)["test"]
+    packed = packed_pixels(data.tobytes(), form)
+    by_hand = cv2.imencode(".png", (deep >> 4).astype(np.uint8))[1].tobytes()
+    np.testing.assert_array_equal(packed, preprocess(by_hand, IMAGE_SIZE, preprocessing=Preprocessing(framing="pad")))
+
+    model = load_folder(tiny_export.folder, tiny_metadata(preprocessing_hash=form.preprocessing_hash))
+    predicted = predict_upload(model, data.tobytes(), max_pixels=10_000)
+    np.testing.assert_array_equal(resize(predicted.image, IMAGE_SIZE, framing="pad"), packed)
+    np.testing.assert_array_equal(predicted.prediction.probabilities, model.predict(packed).probabilities)
+    assert predicted.properties == pytest.approx(image_properties(packed))
+    without = load_folder(tiny_export.folder, tiny_metadata())
+    assert predict_upload(without, data.tobytes(), max_pixels=10_000).image.max() == 15
 
 
 def test_refuses_a_model_of_another_preprocessing(tiny_export: TinyExport):

@@ -8,7 +8,14 @@ from scipy.stats.contingency import association
 from cv_platform.config import ValidateConfig
 from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.validation.checks.copies import Duplicates, TrainTestLeakage
-from cv_platform.validation.checks.images import BitDepth, ConstantImages, DamagedImages, NarrowRange, UnreadableImages
+from cv_platform.validation.checks.images import (
+    BitDepth,
+    ClippedSamples,
+    ConstantImages,
+    DamagedImages,
+    NarrowRange,
+    UnreadableImages,
+)
 from cv_platform.validation.checks.labels import ClassCoverage, ClassImbalance, ConflictingLabels, DividedGroups
 from cv_platform.validation.checks.shift import LabelDrift, PropertyDrift, cramers_v
 from cv_platform.validation.verdict import MAX_OFFENDERS
@@ -214,6 +221,7 @@ def test_property_drift_without_test_images_is_not_judged():
         (DamagedImages, "damage", "max_damaged_fraction"),
         (ConstantImages, "constant", "max_constant_fraction"),
         (NarrowRange, "narrow_range", "max_narrow_range_fraction"),
+        (ClippedSamples, "clipped", "max_clipped_fraction"),
     ],
 )
 def test_images_with_a_remark_in_the_manifest_are_named(make_manifest, check, column: str, limit: str):
@@ -245,6 +253,39 @@ def test_groups_that_given_splits_divide_are_named(make_manifest):
     assert not found.passed
     assert found.value == pytest.approx(2 / 7)
     assert found.offenders == ("c: 1 in reference, 1 in test",)
+
+
+@pytest.mark.parametrize(
+    ("largest", "advice"),
+    [
+        ([4080, 900], "No sample exceeds 4095: set model.sample_bits: 12, or what the camera records if that is more"),
+        ([16383, 900], "No sample exceeds 16383: set model.sample_bits: 14,"),
+        ([256, 300], "No sample exceeds 511: set model.sample_bits: 9,"),
+        ([255, 200], "No sample exceeds 255: save all images with 8 bits"),
+        ([65000, 900], "Other images use more of it: scale the samples to 0–65535"),
+    ],
+)
+def test_narrow_samples_come_with_the_bits_that_they_use(make_manifest, largest: list[int], advice: str):
+    manifest = make_manifest(*[(f"{i}.png", "train", ["cat"], str(i)) for i in range(3)])
+    manifest["largest_sample"], manifest["narrow_range"] = [None, *largest], [None, None, "samples"]
+    found = NarrowRange().run(subject(manifest))
+    assert (found.passed, found.value) == (False, pytest.approx(1 / 3))
+    assert advice in found.summary
+
+
+def test_declared_bits_are_enough_said_unless_they_are_far_too_many(make_manifest):
+    manifest = make_manifest(*[(f"{i}.png", "train", ["cat"], str(i)) for i in range(4)])
+    manifest["largest_sample"] = [None, 4080, 900, 30]
+    for bits in (12, 13):
+        found = NarrowRange().run(subject(manifest, sample_bits=bits))
+        assert (found.passed, found.value) == (True, 0)
+    found = NarrowRange().run(subject(manifest, sample_bits=14))
+    assert (found.passed, found.value) == (False, 0.75)
+    assert "model.sample_bits is 14" in found.summary
+    assert "No sample exceeds 4095: set model.sample_bits: 12" in found.summary
+    manifest["clipped"] = [None, "what it is", None, None]
+    found = ClippedSamples().run(subject(manifest, sample_bits=11))
+    assert found.summary.endswith("The largest has 12 bits: correct model.sample_bits, unless these are marks.")
 
 
 def test_images_of_another_bit_depth_than_most_are_named(make_manifest):
