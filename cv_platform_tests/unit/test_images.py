@@ -1166,7 +1166,7 @@ def test_hash_follows_size_and_policy() -> None:
 
 
 def test_hashes_are_those_of_earlier_releases_unless_bits_are_declared() -> None:
-    # As e5a4cf7 computed them.
+    # As 7107123 computed them.
     assert images.preprocessing_hash((16, 24)) == "02c1caf646f671ed"
     assert images.preprocessing_hash((16, 24), images.Preprocessing(framing="crop")) == "61566e16986fea0f"
     hashes = {images.preprocessing_hash((16, 24), in_bits(bits)): bits for bits in images.SAMPLE_BITS}

@@ -110,7 +110,7 @@ def test_it_is_converted_once(home: Path, lite0: Encoder) -> None:
     again = open_encoder(EncoderConfig(input_px=64), home)
     assert (again.key, graph.stat().st_mtime_ns) == (lite0.key, made)
     assert open_encoder(EncoderConfig(input_px=96), home).key != lite0.key
-    # As e5a4cf7 computed it: what was embedded is not embedded again.
+    # As 7107123 computed it: what was embedded is not embedded again.
     assert lite0.key == "d153db352b3adadd"
     declared = open_encoder(EncoderConfig(input_px=64), home, 12)
     assert declared.key != lite0.key
