@@ -265,6 +265,7 @@ def _deepchecks(folder: Path) -> Check:
     manifest = pd.DataFrame({"path": paths})
     manifest["split"] = [path.split("/")[1] for path in paths]
     manifest["labels"] = [[path.split("/")[2]] for path in paths]
+    manifest["unknown_labels"] = [[] for _ in paths]
     manifest["sha256"] = [hashlib.sha256(path.encode()).hexdigest() for path in paths]
     manifest["status"] = "used"
     vectors = np.zeros((ROWS, 4), np.float16)

@@ -11,7 +11,7 @@ original's. How probabilities become predicted classes is here too: every reader
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,8 @@ PROPERTIES = "properties"
 
 LABEL_SEPARATOR = "|"
 """Joins the class names of a multi-label `label` or `predicted_class`."""
+UNKNOWN_LABELS = "unknown_labels"
+"""Names the labels of which nobody knows whether an image has them: they are in no loss and in no metric."""
 NONE_OF_THESE = ""
 """The stated class of an image that shows none of the model's classes; the same text as that of no labels."""
 
@@ -44,12 +46,12 @@ VECTOR_COLUMNS: tuple[str, ...] = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
 """The UAE embedding, the probabilities (BBSD), the penultimate layer, the pixel statistics."""
 
 
-def reference_schema(*, uae_dims: int, classes: int, feature_dims: int) -> pa.Schema:
+def reference_schema(*, uae_dims: int, classes: int, feature_dims: int, has_unknown_labels: bool = False) -> pa.Schema:
     """Returns the schema of `<model_name>_ref_data.parquet`; a row is one image of the reference split, by `path`.
 
     Vectors are fixed-size float32 lists: `uae_feats` (uae_dims), `bbsd_feats` (classes, the probabilities),
     `features` (feature_dims), `properties` (7, `PROPERTY_NAMES`). `label` is the class name; for multi-label the
-    positive class names joined by `LABEL_SEPARATOR`.
+    positive class names joined by `LABEL_SEPARATOR`. Where labels are unknown, `unknown_labels` names them likewise.
     """
 
     import pyarrow as pa  # Late: the service needs the names above, and no pyarrow.
@@ -62,6 +64,7 @@ def reference_schema(*, uae_dims: int, classes: int, feature_dims: int) -> pa.Sc
             ("path", pa.string()),
             ("sha256", pa.string()),
             (LABEL, pa.string()),
+            *([(UNKNOWN_LABELS, pa.string())] if has_unknown_labels else []),
             (MODEL_NAME, pa.string()),
             (MODEL_VERSION, pa.string()),
             (PREDICTED_CLASS, pa.string()),
@@ -111,10 +114,33 @@ def predicted_flags(
 
 
 def one_hot(targets: NDArray[Any], classes: int) -> NDArray[np.bool_]:
-    """Returns `(N, C)` bool from `(N,)` class indices; `(N, C)` 0/1 targets are only converted."""
+    """Returns `(N, C)` bool from `(N,)` class indices, or from `(N, C)` targets of 0, 1 and NaN.
+
+    NaN, an unknown label, is False: see `known_decisions` before you compare.
+    """
     if targets.ndim == 2:
         return targets > 0.5
     return np.asarray(targets)[:, None] == np.arange(classes)[None, :]
+
+
+def known_labels(targets: NDArray[Any], classes: int) -> NDArray[np.bool_]:
+    """Returns `(N, C)` bool: whether a label is known; of `(N,)` class indices all are, of `(N, C)` what is no NaN."""
+    return ~np.isnan(targets) if targets.ndim == 2 else np.ones((len(targets), classes), dtype=np.bool_)
+
+
+def known_decisions(decisions: NDArray[np.bool_], targets: NDArray[Any]) -> NDArray[np.bool_]:
+    """Returns decisions, `(N, C)` bool, with those about unknown labels as in `one_hot`: they contradict nothing there.
+
+    So an image is right where all decisions about its known labels are, and hits, misses and false alarms are those of
+    known labels. Only true negatives have to be counted by `known_labels`.
+    """
+    return decisions & known_labels(targets, decisions.shape[1])
+
+
+def label_text(labels: Iterable[str], unknown: Iterable[str] = ()) -> str:
+    """Returns what is known of an image in words, such as `cat|dog (unknown: emu)`."""
+    said, left_open = LABEL_SEPARATOR.join(labels) or "no label", LABEL_SEPARATOR.join(unknown)
+    return f"{said} (unknown: {left_open})" if left_open else said
 
 
 def label_texts(flags: NDArray[np.bool_], class_names: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from cv_platform.datasets.sources.layouts import read_layout
 from cv_platform.datasets.sources.tree import walk
 from cv_platform.datasets.versions import check_out_images
 from cv_platform.files import file_sha256
-from cv_platform.predictions import LABEL_SEPARATOR
+from cv_platform.predictions import LABEL_SEPARATOR, UNKNOWN_LABELS, label_text
 from cv_platform.records import DatasetVersion
 
 Kind = Literal["added", "removed", "changed", "relabelled", "moved"]
@@ -41,6 +41,7 @@ class StoredImage:
         sha256: of the file.
         split: as it is stored; None: it is taken when the dataset is used.
         labels: sorted.
+        unknown_labels: sorted, see `ImageEntry`.
     """
 
     path: str
@@ -48,11 +49,16 @@ class StoredImage:
     sha256: str
     split: str | None
     labels: tuple[str, ...]
+    unknown_labels: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """Its labels as one text."""
-        return LABEL_SEPARATOR.join(self.labels) or "no label"
+        return label_text(self.labels, self.unknown_labels)
+
+    def is_labelled_as(self, other: StoredImage) -> bool:
+        """Says whether the same is known of both."""
+        return (self.labels, self.unknown_labels) == (other.labels, other.unknown_labels)
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class Change:
     """One image that the versions do not have alike.
 
     Attributes:
-        kind: `changed` is other content at the same place, `relabelled` the same content with other labels, and `moved`
-            the same with the same labels in another split.
+        kind: `changed` is other content at the same place, `relabelled` the same content with other labels or unknown
+            labels, and `moved` the same with the same labels in another split.
         before: in the first version; None: it was added.
         after: in the second; None: it was removed.
     """
@@ -102,11 +108,18 @@ class Difference:
         return sum(change.kind == kind for change in self.changes)
 
     def by_class(self) -> list[dict[str, str | int]]:
-        """Returns a row for each class that anything happened to: how many of each kind, to and from it."""
+        """Returns a row for each class that anything happened to: how many of each kind, to and from it.
+
+        Of relabelled images also of how many it became known or unknown whether they show it, if of any.
+        """
         rows: dict[str, Counter[str]] = defaultdict(Counter)
         for change in self.changes:
             before, after = (set(image.labels) if image else set[str]() for image in (change.before, change.after))
-            if change.kind == "relabelled":
+            if change.kind == "relabelled" and change.before and change.after:
+                doubts, doubts_after = set(change.before.unknown_labels), set(change.after.unknown_labels)
+                for kind, names in (("now known", doubts - doubts_after), ("now unknown", doubts_after - doubts)):
+                    for name in names:
+                        rows[name][kind] += 1
                 for name in after - before:
                     rows[name]["gained"] += 1
                 for name in before - after:
@@ -114,7 +127,8 @@ class Difference:
             else:
                 for name in before | after:
                     rows[name][change.kind] += 1
-        columns = ("added", "removed", "changed", "gained", "lost", "moved")
+        columns = ["added", "removed", "changed", "gained", "lost", "moved"]
+        columns += [kind for kind in ("now known", "now unknown") if any(row[kind] for row in rows.values())]
         return [{"class": name, **{column: rows[name][column] for column in columns}} for name in sorted(rows)]
 
     def summary(self) -> str:
@@ -124,15 +138,18 @@ class Difference:
         return f"{self.before} → {self.after}: {counts}; {self.unchanged} images are the same{renamed}."
 
     def write_csv(self) -> bytes:
-        """Returns a table with a row for each change."""
+        """Returns a table with a row for each change, with unknown labels if there are any."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        columns = ("path", "sha256", "split", "label")
+        is_open = any(image and image.unknown_labels for one in self.changes for image in (one.before, one.after))
+        columns = ("path", "sha256", "split", "label", *([UNKNOWN_LABELS] if is_open else []))
         writer.writerow(["kind", *(f"{side}_{name}" for side in ("before", "after") for name in columns)])
         for change in self.changes:
             cells: list[str] = []
             for image in (change.before, change.after):
-                cells += [image.path, image.sha256, image.split or "", image.label] if image else [""] * 4
+                values = [image.path, image.sha256, image.split or "", label_text(image.labels)] if image else [""] * 4
+                values += [LABEL_SEPARATOR.join(image.unknown_labels) if image else ""] if is_open else []
+                cells += values
             writer.writerow([change.kind, *cells])
         return text.getvalue().encode()
 
@@ -178,7 +195,10 @@ def _images(repository: Path, tag: str, home: Path) -> dict[str, StoredImage]:
     with ThreadPoolExecutor(available_cores()) as pool:
         digests = pool.map(lambda entry: file_sha256(root / entry.path), entries)
         return {
-            entry.path: StoredImage(entry.path, root / entry.path, digest, entry.split, tuple(sorted(entry.labels)))
+            entry.path: StoredImage(
+                *(entry.path, root / entry.path, digest, entry.split, tuple(sorted(entry.labels))),
+                tuple(sorted(entry.unknown_labels)),
+            )
             for entry, digest in zip(entries, digests, strict=True)
         }
 
@@ -225,11 +245,11 @@ def _compared(tag: str, other: str, before: dict[str, StoredImage], after: dict[
     for path in sorted(before):
         if same := elsewhere[before[path].sha256]:
             pair(path, same.pop())
-            renamed += pairs[-1][0].labels == pairs[-1][1].labels and pairs[-1][0].split == pairs[-1][1].split
+            renamed += pairs[-1][0].is_labelled_as(pairs[-1][1]) and pairs[-1][0].split == pairs[-1][1].split
     changes = [
-        Change("relabelled" if one.labels != two.labels else "moved", one, two)
+        Change("moved" if one.is_labelled_as(two) else "relabelled", one, two)
         for one, two in pairs
-        if one.labels != two.labels or one.split != two.split
+        if not one.is_labelled_as(two) or one.split != two.split
     ]
     unchanged = len(pairs) - len(changes)
     for path in sorted(before.keys() & after.keys()):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,7 +31,7 @@ from cv_platform.datasets.repository import (
 )
 from cv_platform.datasets.sources import parquet
 from cv_platform.datasets.sources.archives import is_archive, unpack
-from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, ImageEntry, Layout, LeftOut
+from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, NOTHING_KNOWN, ImageEntry, Layout, LeftOut
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import descend, read_layout, write_annotations
 from cv_platform.datasets.sources.phone_photos import SUFFIX, is_phone_photo
@@ -54,9 +55,10 @@ class ImportedDataset(BaseModel):
         tag: its new tag.
         dvc_md5: the data version.
         class_names: the classes found.
-        is_multi_label: some image has several labels, or 0 in the columns of all classes.
+        is_multi_label: some image has several labels, or 0 in the columns of all classes, or unknown ones.
         counts: images per split; `no split` when the source has none.
         class_counts: images per class.
+        unknown_counts: images per class of which nobody knows whether they show it; empty: all labels are known.
         notes: how the source was understood, as sentences.
         left_out: how many files were left out, by reason, with an example.
         directory: the repository.
@@ -72,6 +74,7 @@ class ImportedDataset(BaseModel):
     is_multi_label: bool
     counts: dict[str, int]
     class_counts: dict[str, int]
+    unknown_counts: dict[str, int] = {}
     notes: tuple[str, ...]
     left_out: dict[str, int]
     directory: Path
@@ -83,6 +86,7 @@ class ImportedDataset(BaseModel):
             *self.notes,
             f"images: {_counted(self.counts)}",
             f"classes: {_counted(self.class_counts)}",
+            *([f"unknown labels: {_counted(self.unknown_counts)}"] if self.unknown_counts else []),
             *(f"left out: {count} {reason}" for reason, count in self.left_out.items()),
             *self._sameness(),
         ]
@@ -100,6 +104,7 @@ class ImportRules:
     Attributes:
         classes: the columns, labels or folders that are classes; None: found.
         group: the label file's column of what splits never divide; None: one called group, if there is one.
+        unknown: what blank and −1 in a class's column mean, see `LabelRules`.
         use_valid_as_test: the valid split becomes test.
         zip_encoding: of the names in a zip that are not UTF-8.
         max_left_out_fraction: of the files in the images' places those that may be no images that can be decoded.
@@ -110,6 +115,7 @@ class ImportRules:
 
     classes: tuple[str, ...] | None = None
     group: str | None = None
+    unknown: Literal["negative", "ignore"] | None = None
     use_valid_as_test: bool = False
     zip_encoding: str | None = None
     max_left_out_fraction: float = MAX_LEFT_OUT_FRACTION
@@ -176,17 +182,21 @@ def import_dataset(
         beside = {**staging.fill(layout.entries, entries), **({} if rules.tar_above is None else write_rule(above))}
         _require_unchanged(before, source)
         classes = Counter(label for entry in entries for label in entry.labels)
+        unknown = Counter(label for entry in entries for label in entry.unknown_labels)
         imported = ImportedDataset(
             ds_name=ds_name,
             tag=tag,
             dvc_md5="",
             class_names=layout.class_names,
             is_multi_label=any(
-                len(entry.labels) > 1 or (not entry.labels and layout.labels_from == "class columns")
+                len(entry.labels) > 1
+                or bool(entry.unknown_labels)
+                or (not entry.labels and layout.labels_from == "class columns")
                 for entry in entries
             ),
             counts=dict(Counter(entry.split or NO_SPLIT for entry in entries)),
             class_counts={name: classes[name] for name in layout.class_names},
+            unknown_counts={name: unknown[name] for name in layout.class_names if unknown[name]},
             notes=(*unpacked_from, f"understood as {layout.name}", *layout.notes, *_said_of(converted, staging, above)),
             left_out=layout.left_out.counts(),
             directory=repository,
@@ -289,7 +299,9 @@ def _read(root: Folder, annotations: Path | None, rules: ImportRules) -> Layout:
         raise InvalidDatasetError(f"Expected annotations at {annotations}. Received: {err}. Correct the path.") from err
     name = annotations.name if annotations is not None else ""
     classes = None if rules.classes is None else tuple(dict.fromkeys(normalize("NFC", name) for name in rules.classes))
-    layout = _judge_images(root, read_layout(root, content, LabelRules(classes, group=rules.group), name=name), rules)
+    asked = LabelRules(classes, group=rules.group, unknown=rules.unknown)
+    layout = _judge_images(root, read_layout(root, content, asked, name=name), rules)
+    layout = _judge_unknown(root, layout, rules)
     used = {label for entry in layout.entries for label in entry.labels}
     empty = [name for name in layout.class_names if name not in used]
     if empty:
@@ -338,6 +350,30 @@ def _judge_images(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
         return layout if not broken else replace(layout, entries=entries)
     note = f"called images, but none that decode: {len(named)}, such as {min(named)}; quarantined when they are used"
     return replace(layout, entries=entries, notes=(*layout.notes, note))
+
+
+def _judge_unknown(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
+    """Leaves out images of which nothing is known, as if nobody had labelled them; refuses to ignore what no cell says.
+
+    Classes that every image shows, as far as is known, are named.
+    """
+    unknown = {name for entry in layout.entries for name in entry.unknown_labels}
+    if rules.unknown == "ignore" and layout.labels_from != "class columns" and not unknown:
+        raise InvalidDatasetError(
+            "Expected a label file with a column for each class, of 1, 0, −1 or nothing, for --unknown ignore. "
+            f"Received: {layout.name} of {root.path}, where each image says all of its labels. Omit it."
+        )
+    nothing = {
+        entry.path for entry in layout.entries if unknown and len(entry.unknown_labels) == len(layout.class_names)
+    }
+    if nothing:
+        layout.left_out.add(NOTHING_KNOWN, sorted(nothing))
+        layout = replace(layout, entries=tuple(entry for entry in layout.entries if entry.path not in nothing))
+    absent = {name for entry in layout.entries for name in unknown.difference(entry.labels, entry.unknown_labels)}
+    if always := [name for name in layout.class_names if name in unknown - absent]:
+        note = f"no image is known not to show {', '.join(always)}: nothing teaches a model to say no. Write 0 there"
+        return replace(layout, notes=(*layout.notes, note))
+    return layout
 
 
 def _judge_splits(root: Folder, layout: Layout, rules: ImportRules) -> Layout:

@@ -43,7 +43,8 @@ _IMAGES_PER_PART = 128
 _PARTS_PER_GROUP = 16
 """2,048 images are what is written at a time: 3 MB of rows."""
 _SHOWN = 5
-_LISTED = pa.schema([MANIFEST_SCHEMA.field(name) for name in ("path", "split", "labels", "group")])
+_LISTED = pa.schema([MANIFEST_SCHEMA.field(name) for name in ("path", "split", "labels", "unknown_labels", "group")])
+_LISTS = ("labels", "unknown_labels")
 
 
 def manifest_name(model: ModelConfig, dataset: DatasetConfig) -> str:
@@ -78,7 +79,8 @@ def build_manifest(
     * `path`: POSIX, relative to `directory`; `sha256` of the file; `bytes`, its size.
     * `split`: train, valid, test or reference, or none of an image that is not used; `split_origin`: `given`, or `taken
       from train` where it was missing; what is taken divides neither groups nor copies nor near-copies.
-    * `labels`: class names; exactly one for multi-class. `group`: what the dataset says the image belongs to.
+    * `labels`: class names; exactly one for multi-class. `unknown_labels`: classes of which nobody knows whether it
+      shows them; of those in neither it shows none. `group`: what the dataset says the image belongs to.
     * `status`: used, quarantined or refused (see `datasets.quarantine`), and the `reason` why it is not used.
     * `width_px`, `height_px`: of the upright image; of the header, or 0, where it is not readable. `format`; `channels`
       and `bit_depth` of the file; `orientation` of EXIF, 1 to 8: none where it is not readable.
@@ -131,7 +133,10 @@ def _listed(images: Path, annotations: bytes | None, model: ModelConfig, dataset
 def _rows(listed: pa.Table, none: Part, engine: Engine | None) -> Iterator[pa.Table]:
     """Yields the rows of all images, a row group at a time; `none` is a part without images."""
     parts = (
-        replace(none, entries=tuple(ImageEntry(**{**row, "labels": tuple(row["labels"])}) for row in part.to_pylist()))
+        replace(
+            none,
+            entries=tuple(ImageEntry(**row | {name: tuple(row[name]) for name in _LISTS}) for row in part.to_pylist()),
+        )
         for part in listed.to_batches(_IMAGES_PER_PART)
     )
     done = map_shards(describe, parts, engine=engine, title="Manifest", total=len(listed), salvage=ONE_BY_ONE)
@@ -147,7 +152,7 @@ def _write(path: Path, tables: Iterator[pa.Table]) -> None:
 
 def _decided(inspected: Path, dataset: DatasetConfig, *, are_given: bool) -> Iterator[pa.Table]:
     """Yields the rows with what follows from all of them: copies that are quarantined, and the splits that are made."""
-    columns = ["path", "sha256", "split", "labels", "group", "status", "split_origin", "reason"]
+    columns = ["path", "sha256", "split", "labels", "unknown_labels", "group", "status", "split_origin", "reason"]
     frame = _frame(pq.read_table(inspected, columns=columns))
     copies = judge_duplicates(frame.loc[frame["status"] == "used"], dataset.quarantine)
     if copies:
@@ -188,7 +193,7 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> pd.DataFrame:
-    """Reads a manifest: one row per image, in the order of `path`; `labels` holds lists, `problem` strings or None.
+    """Reads a manifest: one row per image, in the order of `path`; labels are lists, `problem` strings or None.
 
     The thumbnails are left out, see `read_thumbnails`.
 
@@ -213,10 +218,11 @@ def manifest_parts(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
-    frame = table.drop_columns(["labels"]).to_pandas()
+    frame = table.drop_columns(list(_LISTS)).to_pandas()
     # Python lists, where pandas would give arrays that compare element-wise.
-    labels = pd.Series(table["labels"].to_pylist(), dtype=object)
-    frame.insert(table.schema.get_field_index("labels"), "labels", labels)
+    for name in _LISTS:
+        lists = pd.Series([value or [] for value in table[name].to_pylist()], dtype=object)
+        frame.insert(table.schema.get_field_index(name), name, lists)
     return frame
 
 
@@ -296,6 +302,11 @@ def _check_classes(
         if wrong:
             shown = ", ".join(f"{entry.path} ({'|'.join(entry.labels) or 'none'})" for entry in wrong[:_SHOWN])
             mistakes.append(f"{len(wrong)} images without exactly one label: {shown} (multi-label has several)")
+        if is_open := [entry.path for entry in entries if entry.unknown_labels]:
+            mistakes.append(
+                f"{len(is_open)} images with unknown labels, such as {is_open[0]}, which only multi-label can leave "
+                "out (model.classifier_type; or import them again with --unknown negative)"
+            )
     if mistakes:
         raise InvalidDatasetError(
             f"{name}: expected images of exactly the classes {', '.join(model.classes)}. "
@@ -315,6 +326,7 @@ class ManifestCounts:
         splits: images of each, in the order train, valid, test, reference.
         origins: of the splits, see `build_manifest`.
         classes: images of each class, by split.
+        unknown: images of which nobody knows whether they show a class, likewise; empty: all labels are known.
         kinds: images that are not used, by the kind that their reason begins with; the most frequent first.
         examples: the first path of each kind.
     """
@@ -324,6 +336,7 @@ class ManifestCounts:
     splits: dict[str, int]
     origins: dict[str, str]
     classes: dict[str, dict[str, int]]
+    unknown: dict[str, dict[str, int]]
     kinds: dict[str, int]
     examples: dict[str, str]
 
@@ -335,11 +348,13 @@ def count_manifest(path: Path) -> ManifestCounts:
         DatasetError: there is no manifest at `path`.
     """
     images, unreadable = 0, 0
-    kinds, pairs, splits = Counter[str](), Counter[tuple[str, str]](), dict.fromkeys(SPLITS, 0)
+    kinds, splits = Counter[str](), dict.fromkeys(SPLITS, 0)
+    pairs, doubts = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     origins, examples = dict[str, str](), dict[str, str]()
-    for part in manifest_parts(path, ("path", "split", "split_origin", "labels", "reason", "is_readable")):
+    wanted = ("path", "split", "split_origin", "labels", "unknown_labels", "reason", "is_readable")
+    for part in manifest_parts(path, wanted):
         columns = map(pa.ChunkedArray.to_pylist, part.columns)
-        for name, split, origin, labels, reason, is_readable in zip(*columns, strict=True):
+        for name, split, origin, labels, unknown, reason, is_readable in zip(*columns, strict=True):
             images, unreadable = images + 1, unreadable + (not is_readable)
             if split is None:
                 kinds[kind_of(reason)] += 1
@@ -348,5 +363,10 @@ def count_manifest(path: Path) -> ManifestCounts:
             splits[split] += 1
             origins.setdefault(split, origin)
             pairs.update((label, split) for label in labels)
-    classes = {name: {split: pairs[name, split] for split in SPLITS} for name in sorted({name for name, _ in pairs})}
-    return ManifestCounts(images, unreadable, splits, origins, classes, dict(kinds.most_common()), examples)
+            doubts.update((label, split) for label in unknown or ())
+    classes, unknown_labels = (
+        {name: {split: found[name, split] for split in SPLITS} for name in sorted({name for name, _ in found})}
+        for found in (pairs, doubts)
+    )
+    counted = (images, unreadable, splits, origins, classes, unknown_labels)
+    return ManifestCounts(*counted, dict(kinds.most_common()), examples)

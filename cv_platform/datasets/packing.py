@@ -61,7 +61,8 @@ class PackedSplit:
 
     Attributes:
         images: `(N, H, W, 3)` uint8 RGB, as the model sees them, read from the shards as they are asked for.
-        targets: `(N,)` int64 class indices, or `(N, C)` float32 of 0 and 1 for multi-label.
+        targets: `(N,)` int64 class indices, or `(N, C)` float32 of 0 and 1 for multi-label, NaN where nobody knows: see
+            `predictions.known_labels`.
         paths: POSIX, as in the manifest.
         sha256: of the image files.
         larger: the same, as they were packed by a `train.pack_scale` above 1; None: `images` are all there is.
@@ -247,8 +248,9 @@ def _key(
     config += [list(form.image_size) for form in forms.values() if form != forms["test"]]
     digest.update(json.dumps(config).encode())
     for part in manifest_parts(manifest, _COLUMNS):
-        for row in zip(*(column.to_pylist() for column in part.columns), strict=True):
-            digest.update(json.dumps(row).encode())
+        for *row, unknown in zip(*(column.to_pylist() for column in part.columns), strict=True):
+            # Where all labels are known, as before there were others: models keep to the names of their packs.
+            digest.update(json.dumps([*row, unknown] if unknown else row).encode())
     digest.update(json.dumps(sorted(set(quarantined))).encode())
     return digest.hexdigest()[:16]
 
@@ -308,7 +310,7 @@ def _pack(
         shards = write_shards(partial, version.directory, splits, engine=engine)
         files = {shard.file: (shard.bytes, shard.sha256) for of in shards.values() for shard in of}
         for rows in splits:
-            targets = _targets(rows.images["labels"], model)
+            targets = _targets(rows.images["labels"], rows.images["unknown_labels"], model)
             files |= _write(partial / f"{rows.split}.targets.npy", lambda path, targets=targets: np.save(path, targets))
             differing = np.fromiter((size for shard in shards[rows.split] for size in shard.sizes), np.int64)
             sizes = differing if len(differing) else np.full(len(rows.images), rows.form.bytes)
@@ -351,16 +353,16 @@ def _disk_errors(directory: Path, purpose: str) -> Iterator[None]:
         ) from err
 
 
-_COLUMNS = ("path", "sha256", "split", "labels", "is_readable")
+_COLUMNS = ("path", "sha256", "split", "labels", "is_readable", "unknown_labels")
 """Of the manifest, that a pack follows from."""
-_STORED = ("path", "sha256", "labels")
+_STORED = ("path", "sha256", "labels", "unknown_labels")
 """Of them, what is kept of each image while its split is packed."""
 _ROWS_PER_GROUP = 4096
 """Of the table of a split: what is encoded at a time."""
 _ROWS = pa.schema([("path", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
 
 
-def _targets(labels: pa.ChunkedArray, model: ModelConfig) -> np.ndarray:
+def _targets(labels: pa.ChunkedArray, unknown: pa.ChunkedArray, model: ModelConfig) -> np.ndarray:
     index = {name: at for at, name in enumerate(model.classes)}
     of_images = ([index[name] for name in names] for chunk in labels.chunks for names in chunk.to_pylist())
     if model.classifier_type == "multi-class":
@@ -368,6 +370,8 @@ def _targets(labels: pa.ChunkedArray, model: ModelConfig) -> np.ndarray:
     targets = np.zeros((len(labels), len(model.classes)), dtype=np.float32)
     for row, classes in enumerate(of_images):
         targets[row, classes] = 1.0
+    for row, names in enumerate(names for chunk in unknown.chunks for names in chunk.to_pylist()):
+        targets[row, [index[name] for name in names or () if name in index]] = np.nan
     return targets
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cv_platform.config import QuarantineConfig
 from cv_platform.datasets.inspection import Inspected
+from cv_platform.datasets.sources.entries import contradict
 
 if TYPE_CHECKING:  # Each process that describes images imports this module, and has no need of pandas.
     import pandas as pd
@@ -42,7 +43,7 @@ def judge_duplicates(frame: pd.DataFrame, policy: QuarantineConfig) -> dict[str,
     """Returns status and reason, by path, of the images that repeat another one that stays.
 
     Args:
-        frame: path, sha256, split and labels of the images that are used.
+        frame: path, sha256, split, labels and unknown labels of the images that are used.
         policy: what becomes of duplicates.
     """
     status = _STATUS.get(policy.duplicate)
@@ -53,21 +54,22 @@ def judge_duplicates(frame: pd.DataFrame, policy: QuarantineConfig) -> dict[str,
     for _, copies in repeated.groupby("sha256", sort=False):
         rank = {split: place for place, split in enumerate(_RANK)}
         rows = sorted(
-            zip(copies["split"], copies["path"], copies["labels"], strict=True),
-            key=lambda row: (rank.get(row[0], len(_RANK)), row[1]),
+            zip(copies["split"], copies["path"], copies["labels"], copies["unknown_labels"], strict=True),
+            # Of several in a split, the one of which most is known.
+            key=lambda row: (rank.get(row[0], len(_RANK)), len(row[3]), row[1]),
         )
         first = str(rows[0][1])
-        if len({frozenset(labels) for _, _, labels in rows}) > 1:
+        if contradict(*(row[2:] for row in rows)):
             # One for each labelling, not all: each of the images has the list.
             by_labels = {
-                frozenset(labels): str(path) for _, path, labels in sorted(rows, key=itemgetter(1), reverse=True)
+                frozenset(labels): str(path) for _, path, labels, _ in sorted(rows, key=itemgetter(1), reverse=True)
             }
             shown = sorted(by_labels.values())[:_SHOWN]
             paths = ", ".join(shown + ([f"{len(rows) - len(shown)} more"] if len(rows) > len(shown) else []))
             reason = f"duplicate: the same bytes with other labels: {paths}"
-            found |= {str(path): (status, reason) for _, path, _ in rows}
+            found |= {str(path): (status, reason) for _, path, *_ in rows}
         else:
-            found |= {str(path): (status, f"duplicate: the same bytes as {first}") for _, path, _ in rows[1:]}
+            found |= {str(path): (status, f"duplicate: the same bytes as {first}") for _, path, *_ in rows[1:]}
     return found
 
 

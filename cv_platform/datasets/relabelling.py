@@ -222,7 +222,9 @@ def _relabelled(
                         f"Expected a place for {path} in {folder}. Received: {name} is there. Rename one."
                     )
                 taken.add(name)
-            yield path, replace(entry, path=name, labels=decision.labels)
+            # What a reviewer says is known from now on; of the other unknown labels nobody has said anything.
+            left_open = tuple(label for label in entry.unknown_labels if label not in decision.labels)
+            yield path, replace(entry, path=name, labels=decision.labels, unknown_labels=left_open)
 
 
 def _digest(changes: Mapping[str, Decision]) -> str:

@@ -14,7 +14,7 @@ from cv_platform.datasets.manifest import read_manifest
 from cv_platform.encoders.encoder import open_encoder
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.images import MAX_LOCAL_PIXELS
-from cv_platform.predictions import LABEL_SEPARATOR
+from cv_platform.predictions import label_text
 from cv_platform.records import DatasetVersion
 
 
@@ -58,7 +58,5 @@ def find_similar(
             paths = table["path"].take(nearest).to_pylist()
             found = sorted([*found, *zip(map(float, -cosines[nearest]), paths, strict=True)])[:count]
     rows = read_manifest(version.manifest_path).set_index("path")
-    return [
-        SimilarImage(path, str(rows.at[path, "split"]), LABEL_SEPARATOR.join(rows.at[path, "labels"]), -negative)
-        for negative, path in found
-    ]
+    text = {path: label_text(rows.at[path, "labels"], rows.at[path, "unknown_labels"]) for _, path in found}
+    return [SimilarImage(path, str(rows.at[path, "split"]), text[path], -negative) for negative, path in found]

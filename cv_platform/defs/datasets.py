@@ -1,6 +1,7 @@
 """Assets of the images: `dataset` (a version, checked out), `embeddings` (what they show), `packed_images` (pixels)."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
@@ -64,10 +65,15 @@ def _contents(version: DatasetVersion) -> dict[str, Any]:
         "unreadable": found.unreadable,
         "quarantined": table([{"kind": k, "images": n, "example": found.examples[k]} for k, n in found.kinds.items()]),
         "splits": table([{"split": s, "images": n} for s, n in found.splits.items()]),
-        "classes": table([{"class": name, **counts} for name, counts in found.classes.items()]),
+        "classes": table(_rows(found.classes)),
+        **({"unknown_labels": table(_rows(found.unknown))} if found.unknown else {}),
         "split_origin": table([{"split": s, "origin": o} for s, o in found.origins.items()]),
         "contact_sheet": file_link(keep_contact_sheet(version)),
     }
+
+
+def _rows(counts: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    return [{"class": name, **of_splits} for name, of_splits in counts.items()]
 
 
 def embeddings_asset(branch: Branch) -> dg.AssetsDefinition:

@@ -35,7 +35,7 @@ from cv_platform.datasets.importing import check_names
 from cv_platform.datasets.manifest import read_manifest, read_thumbnails
 from cv_platform.datasets.near_copies import OVERVIEW_PX, find_near_copies, thumbnail
 from cv_platform.datasets.repository import StoredVersion, read_file
-from cv_platform.datasets.sources.entries import ImageEntry, Layout
+from cv_platform.datasets.sources.entries import ImageEntry, Layout, contradict
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import read_layout
 from cv_platform.datasets.sources.tree import walk
@@ -110,6 +110,7 @@ class _Image:
         is_used: it takes part.
         group: see `ImageEntry`.
         labels: class names, sorted.
+        unknown_labels: see `ImageEntry`.
         thumbnail: `(32, 32)` uint8.
         grown_by: the prediction that it was added with; None of the dataset's own images.
     """
@@ -119,10 +120,15 @@ class _Image:
     sha256: str
     split: str
     labels: tuple[str, ...]
+    unknown_labels: tuple[str, ...]
     is_used: bool
     group: str | None
     thumbnail: NDArray[np.uint8]
     grown_by: UUID | None
+
+    def is_contradicted(self, upload: LabelledUpload) -> bool:
+        """Says whether an upload that shows the same has another label, as far as is known of this image."""
+        return contradict((self.labels, self.unknown_labels), (upload.labels, ()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +233,7 @@ def _read_base(config: ExperimentConfig, repository: Path, home: Path) -> _Base:
             sha256=row["sha256"],
             split=row["split"] or stored_as[place].split or "train",
             labels=tuple(sorted(row["labels"])),
+            unknown_labels=tuple(row["unknown_labels"]),
             is_used=row["status"] == "used",
             group=stored_as[place].group,
             thumbnail=small,
@@ -241,14 +248,14 @@ def _read_base(config: ExperimentConfig, repository: Path, home: Path) -> _Base:
 
 def _wanted(base: _Base, collected: CollectedLabels, left_out: dict[str, list[str]]) -> list[LabelledUpload]:
     """Returns the uploads that are no images of the dataset's own; those that it has grown by come first."""
-    own = {image.sha256: image.labels for image in base.own}
+    own = {image.sha256: image for image in base.own}
     wanted: list[LabelledUpload] = []
     for upload in collected.uploads:
-        if (labels := own.get(upload.sha256)) is None:
+        if (image := own.get(upload.sha256)) is None:
             wanted.append(upload)
             continue
         reason = "of images that the dataset has"
-        if labels != upload.labels:
+        if image.is_contradicted(upload):
             reason += " with another label (cv-platform relabel changes those)"
         left_out.setdefault(reason, []).append(str(upload.prediction_id))
     return sorted(wanted, key=lambda upload: upload.sha256 not in base.grown)
@@ -303,16 +310,16 @@ def _distinct(
     if not wanted:
         return []
     sets = find_near_copies(np.stack(stack)).sets(len(stack)).tolist()
-    labels_of = {number: image.labels for number, image in zip(sets, own, strict=False)}
+    image_of = dict(zip(sets, own, strict=False))
     taken, kept = set[int](), list[LabelledUpload]()
     for upload, number in zip(wanted, sets[len(own) :], strict=True):
-        if upload.sha256 in base.grown or not (number in labels_of or number in taken):
+        if upload.sha256 in base.grown or not (number in image_of or number in taken):
             kept.append(upload)
             taken.add(number)
             continue
-        is_own = number in labels_of
+        is_own = number in image_of
         reason = "near-copies of images that the dataset has" if is_own else "near-copies of other uploads"
-        if is_own and labels_of[number] != upload.labels:
+        if is_own and image_of[number].is_contradicted(upload):
             reason += ", with another label"
         left_out.setdefault(reason, []).append(str(upload.prediction_id))
     return kept
@@ -347,12 +354,14 @@ def _judge(
             parts.append(embed_images(rows, Path("/"), encoder, Path(folder)))
     vectors = np.concatenate(parts).astype(np.float32)
     labels = [*(image.labels for image in own), *(upload.labels for upload in wanted)]
+    unknown = [*(image.unknown_labels for image in own), *[()] * len(wanted)]
     sources = [*[None] * len(own), *(upload.source if upload.source in asked else None for upload in wanted)]
     usable = np.flatnonzero(np.isfinite(vectors).all(axis=1)).tolist()
     verdicts = judge_sources(
         vectors[usable],
         [labels[at] for at in usable],
         [sources[at] for at in usable],
+        unknown=[unknown[at] for at in usable],
         class_names=config.model.classes,
         classifier_type=config.model.classifier_type,
         max_wrong_fraction=config.labels.max_wrong_fraction,
@@ -482,7 +491,8 @@ def _store(repository: Path, tag: str, base: _Base, after: Sequence[_Added], sum
         place = image.place
         if by_folder and given[place] != image.split:  # The manifest's split becomes the version's own.
             place = f"{image.split}/{image.labels[0]}/{PurePosixPath(place).name}"
-        entries.append(SuccessorImage(root / image.path, ImageEntry(place, image.split, image.labels, image.group)))
+        entry = ImageEntry(place, image.split, image.labels, image.group, image.unknown_labels)
+        entries.append(SuccessorImage(root / image.path, entry))
     entries += [
         SuccessorImage(image.file, ImageEntry(image.row["path"], image.row["split"], image.labels)) for image in after
     ]

@@ -17,7 +17,7 @@ from cv_platform.datasets.manifest import read_manifest
 from cv_platform.errors import DatasetError
 from cv_platform.files import write_file
 from cv_platform.pages import render, sealed, thumbnail
-from cv_platform.predictions import LABEL_SEPARATOR
+from cv_platform.predictions import label_text
 from cv_platform.records import DatasetVersion, Embeddings
 
 MOST_IMAGES = 3_000
@@ -49,7 +49,7 @@ def write_embedding_map(version: DatasetVersion, embeddings: Embeddings, target:
             "y": round(float(y), 4),
             "path": str(row.path),
             "file": (version.directory / str(row.path)).as_uri(),
-            "class": LABEL_SEPARATOR.join(row.labels) or "no label",
+            "class": label_text(row.labels, row.unknown_labels),
             "split": str(row.split),
             "status": next((name.replace("_", " ") for name in _REMARKS if pd.notna(getattr(row, name))), "no remark"),
             "picture": thumbnail(version.directory / str(row.path), _THUMBNAIL_PX, version.sample_bits),

@@ -68,6 +68,7 @@ def _card(row: Mapping[Any, Any], found: Sequence[Suspicion], subject: Subject) 
         "sha256": str(row["sha256"]),
         "given": LABEL_SEPARATOR.join(sorted(given)),
         "likely": LABEL_SEPARATOR.join(sorted(likely)),
+        "unknown": LABEL_SEPARATOR.join(row["unknown_labels"]),
         "chance": max(suspicion.confidence for suspicion in found),
         "split": str(row["split"]),
         "picture": thumbnail(subject.root / str(row["path"]), _THUMBNAIL_PX, subject.sample_bits),

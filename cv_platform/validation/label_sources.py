@@ -67,6 +67,7 @@ def judge_sources(
     class_names: Sequence[str],
     classifier_type: ClassifierType,
     max_wrong_fraction: float,
+    unknown: Sequence[Sequence[str]] | None = None,
 ) -> list[SourceVerdict]:
     """Judges each source that has labelled at least `MIN_LABELS` of the images that can be judged.
 
@@ -77,11 +78,12 @@ def judge_sources(
         class_names: of the dataset; classes of few images are not judged.
         classifier_type: multi-label: each class is a question of its own.
         max_wrong_fraction: of a source's labels that may be wrong.
+        unknown: the unknown labels of each; None: all are known.
     """
     reduced = _reduced(vectors)
     is_own = np.array([source is None for source in sources], dtype=np.bool_)
     tallies: dict[str, _Tally] = defaultdict(_Tally)
-    for positions, given, names in label_questions(labels, class_names, classifier_type):
+    for positions, given, names in label_questions(labels, class_names, classifier_type, unknown):
         # By the dataset's own labels: those that are judged would make themselves likely.
         probabilities = out_of_fold(reduced[positions], given, positions, is_own[positions])
         likely = probabilities.argmax(axis=1)

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import Engine, delete, insert
 
 from cv_platform.database.schema import deletions, feedback, predictions
+from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.repository import list_tag_names, read_file
 from cv_platform.datasets.versions import checkout_version
@@ -180,3 +181,32 @@ def test_labels_that_contradict_the_images_are_refused_until_somebody_trusts_the
     trusted = grow(rules=GrowthRules(trusted=("labeller:mallory",), new_tag="v2")).version
     assert trusted is not None
     assert (trusted.tag, len(rows(home, "v2"))) == ("v2", 2 * PER_CLASS + 60)
+
+
+def test_unknown_labels_stay_unknown_while_a_dataset_grows(engine: Engine, home: Path) -> None:
+    files = sorted((home / "source").glob("*/*.jpg"))
+    lines = ["path,split,cat,dog"]
+    for at, file in enumerate(files):
+        cells = ("1", "-1") if file.parent.name == "cat" else ("0", "1")
+        lines.append(
+            f"{file.relative_to(home / 'source').as_posix()},{('train', 'test')[at % 4 == 0]},{','.join(cells)}"
+        )
+    (home / "source" / "annotations.csv").write_text("\n".join(lines))
+    rules = ImportRules(unknown="ignore", max_left_out_fraction=1.0)
+    import_dataset(home / "source", ds_name="open", tag="v1", ds_root=home / "datasets", rules=rules)
+    config = experiment().with_fields({"dataset.ds_name": "open", "model.classifier_type": "multi-label"})
+    say(engine, answer(engine, drawing("cat", 100)), "cat|dog")
+    say(engine, answer(engine, files[0].read_bytes()), "cat|dog")  # Of an own image of which the dog is not known.
+    say(engine, answer(engine, files[-1].read_bytes()), "cat|dog")  # Of one that is known to show no cat.
+    grown = grow_dataset(config, engine, GrowthRules(), home=home, spare_bytes=0)
+    assert grown.version is not None
+    assert [line.split(", such as")[0] for line in grown.summary if line.startswith("left out")] == [
+        "left out: 1 of images that the dataset has",
+        "left out: 1 of images that the dataset has with another label (cv-platform relabel changes those)",
+    ]
+    table = list(csv.DictReader(io.StringIO((grown.version.annotations or b"").decode())))
+    own = {row["path"]: (row["label"], row["unknown_labels"]) for row in table if row["path"].startswith(CLASSES)}
+    assert set(own.values()) == {("cat", "dog"), ("dog", "")}
+    assert [(row["label"], row["unknown_labels"]) for row in table if row["path"].startswith("labelled")] == [
+        ("cat|dog", "")
+    ]

@@ -43,6 +43,7 @@ def review_page(folder: Path, labels: list[list[str]], kind: ClassifierType) -> 
             "path": paths,
             "split": "train",
             "labels": labels,
+            "unknown_labels": [[] for _ in labels],
             "sha256": [hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in paths],
         }
     )

@@ -11,7 +11,7 @@ from cv_platform.drift.accuracy import confidences, decisions
 from cv_platform.drift.localisation import class_movements
 from cv_platform.drift.sample import DriftSample
 from cv_platform.evaluation.metrics import confidence_of, confusion_matrix
-from cv_platform.predictions import decide, predicted_flags
+from cv_platform.predictions import decide, known_decisions, known_labels, label_text, one_hot, predicted_flags
 from cv_platform.serving.routes.answer import predicted_classes
 from cv_platform.storage import BundleMetadata
 
@@ -68,3 +68,13 @@ def test_a_decision_does_not_depend_on_the_type_that_the_probability_is_held_in(
 def test_multi_class_predicts_one_class_whatever_the_threshold() -> None:
     probabilities = np.array([[0.4, 0.4, 0.2], [0.1, 0.2, 0.7]], dtype=np.float32)
     assert predicted_flags(probabilities, "multi-class", 0.9).tolist() == [[True, False, False], [False, False, True]]
+
+
+def test_what_is_unknown_is_neither_right_nor_wrong_nor_decided():
+    targets = np.array([[1, np.nan, 0], [np.nan, 0, 1]], np.float32)
+    assert known_labels(targets, 3).tolist() == [[True, False, True], [False, True, True]]
+    assert one_hot(targets, 3).tolist() == [[True, False, False], [False, False, True]]
+    decisions = np.array([[True, True, False], [True, False, True]])
+    assert known_decisions(decisions, targets).tolist() == one_hot(targets, 3).tolist()
+    assert known_labels(np.array([2, 0]), 3).all()
+    assert (label_text(["cat", "dog"]), label_text([], ["emu"])) == ("cat|dog", "no label (unknown: emu)")

@@ -4,7 +4,7 @@ A pack's folder has
 
     <split>-00000.uint8   pixels of consecutive rows, `(n, H, W, 3)` uint8 RGB without a header, 8 to 256 MB
     <split>-00000.jpeg    or JPEGs of quality 90, one after another
-    <split>.targets.npy   (N,) int64, or (N, C) float32 of 0 and 1 for multi-label
+    <split>.targets.npy   (N,) int64, or (N, C) float32 of 0, 1 and NaN (unknown) for multi-label
     <split>.rows.parquet  path, sha256 and stored bytes of each row
     packed.json           the index, written last: shape, shards, sizes and sha256 of the files above
     verified.json         which of them were found to be those, by size, time and inode, and need no hashing again

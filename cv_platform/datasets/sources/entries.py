@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
@@ -24,6 +24,7 @@ NOT_AN_IMAGE = "no image that can be decoded"
 ACCOMPANYING = "no image, beside the images"
 NO_CLASS_FOLDER = "directly in a split's folder, in no class folder"
 NOT_IN_LABEL_FILE = "not named by the label file"
+NOTHING_KNOWN = "of which no label is known"
 UNWANTED_CLASS = "of no class that --classes names"
 """Reasons to leave a file out."""
 
@@ -38,13 +39,25 @@ def split_of(name: str) -> str | None:
 class ImageEntry:
     """One image: POSIX path relative to its folder, split (None without splits), class names and group, if it has one.
 
-    A group is what splits never divide: a patient, a video, a product.
+    A group is what splits never divide: a patient, a video, a product. Of the classes in `unknown_labels` nobody knows
+    whether the image shows them; of all others that are not in `labels` it shows none.
     """
 
     path: str
     split: str | None
     labels: tuple[str, ...]
     group: str | None = None
+    unknown_labels: tuple[str, ...] = ()
+
+
+def contradict(*labellings: tuple[Collection[str], Collection[str]]) -> bool:
+    """Says whether one of some labellings has a label that another one is known not to have.
+
+    Args:
+        labellings: labels and unknown labels, of what should be labelled alike.
+    """
+    said = {name for labels, _ in labellings for name in labels}
+    return any(name not in labels and name not in unknown for labels, unknown in labellings for name in said)
 
 
 class LeftOut:

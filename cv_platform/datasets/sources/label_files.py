@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any, Literal, cast
 from unicodedata import normalize
 
 from cv_platform.datasets.sources.entries import (
@@ -33,7 +33,7 @@ from cv_platform.datasets.sources.exports import Export, locate, read_export
 from cv_platform.datasets.sources.tree import Folder
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.errors import InvalidDatasetError
-from cv_platform.predictions import LABEL_SEPARATOR
+from cv_platform.predictions import LABEL_SEPARATOR, UNKNOWN_LABELS
 
 LABEL_FILES = (
     *("annotations.csv", "annotations.tsv", "annotation_df.csv", "metadata.csv", "metadata.jsonl", "_classes.csv"),
@@ -66,11 +66,14 @@ class LabelRules:
         is_stored: it is a version's own, which means what it meant when it was stored: labels are joined by a bar only,
             splits are those written.
         group: the column of what splits never divide (a patient, a video); None: one that is called group, if any.
+        unknown: what blank and −1 in a class's column mean, and the column `unknown_labels` beside one of labels: no
+            (`negative`), or that nobody knows (`ignore`); None: the former of cells, the latter of that column.
     """
 
     classes: tuple[str, ...] | None = None
     is_stored: bool = False
     group: str | None = None
+    unknown: Literal["negative", "ignore"] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class _Columns:
     split: int | None
     label: int | None
     group: int | None
+    unknown: int | None
     classes: dict[int, str]
     notes: tuple[str, ...]
 
@@ -97,14 +101,15 @@ def read_labels(folder: Folder, content: bytes, rules: LabelRules, *, name: str)
     files = _Files(folder)
     separator = _separator(columns, rows, rules)
     mistakes: list[str] = []
-    unknown: Counter[str] = Counter()
+    doubts: Counter[str] = Counter()
     left_out = LeftOut()
     entries: dict[str, ImageEntry] = {}
+    keeps_unknown = rules.unknown == "ignore" or (rules.unknown is None and columns.unknown is not None)
     for number, cells in enumerate(rows, start=2):
         if len(cells) != len(header):
             mistakes.append(f"row {number}: {len(cells)} cells instead of {len(header)}")
             continue
-        labels, wrong = _labels(cells, columns, separator, unknown)
+        labels, unknown, wrong = _labels(cells, columns, separator, doubts)
         mistakes += [f"row {number}: {text}" for text in wrong]
         split_name = cells[columns.split].strip() if columns.split is not None else ""
         split = split_of(split_name)
@@ -117,18 +122,20 @@ def read_labels(folder: Folder, content: bytes, rules: LabelRules, *, name: str)
             mistakes.append(f"row {number}: {path} for the second time")
         else:
             group = normalize("NFC", cells[columns.group].strip()) if columns.group is not None else ""
-            entries[path] = ImageEntry(path, split, labels, group or None)
+            entries[path] = ImageEntry(path, split, labels, group or None, unknown if keeps_unknown else ())
     _refuse(mistakes, name)
     notes = list(columns.notes)
     if separator is not None and any(separator in row[columns.label or 0] for row in rows):
         notes.append(f"labels joined by {separator!r} are several labels")
-    if unknown:
-        said = " and ".join(f"{count} {kind}" for kind, count in sorted(unknown.items()))
-        notes.append(f"{name}: {said} in the columns of classes count as negative (--unknown negative)")
+    if doubts:
+        said = " and ".join(f"{count} {kind}" for kind, count in sorted(doubts.items()))
+        place = "the columns of classes" if columns.label is None else f"the column {UNKNOWN_LABELS}"
+        meaning = "are unknown (--unknown ignore)" if keeps_unknown else "count as negative (--unknown negative)"
+        notes.append(f"{name}: {said} in {place} {meaning}")
     kept = _without_unlabelled(entries.values(), rules, left_out)
     if columns.split is None and not rules.is_stored:
         kept = _splits_by_folder(kept, notes)
-    if blank := sum(not entry.labels for entry in kept):
+    if blank := sum(not (entry.labels or entry.unknown_labels) for entry in kept):
         notes.append(f"{name}: {blank} images without a label (multi-label: of no class; multi-class refuses them)")
     _leave_out_others(folder, entries, left_out)
     source: LabelSource = "class columns" if columns.label is None else "label column"
@@ -194,7 +201,11 @@ def _only_wanted(
     wanted = set(rules.classes)
     left_out.add(UNWANTED_CLASS, (e.path for e in entries if e.labels and not set(e.labels) & wanted))
     kept = [
-        replace(entry, labels=tuple(label for label in entry.labels if label in wanted))
+        replace(
+            entry,
+            labels=tuple(label for label in entry.labels if label in wanted),
+            unknown_labels=tuple(label for label in entry.unknown_labels if label in wanted),
+        )
         for entry in entries
         if not entry.labels or set(entry.labels) & wanted
     ]
@@ -255,6 +266,8 @@ def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, nam
     label = next((place[key] for key in LABEL_COLUMNS if key in place), None)
     group = _group_column(header, keys, label, rules, name)
     taken = {*paths, *(at for at in (split, group) if at is not None)}
+    unknown = place.get(UNKNOWN_LABELS) if label is not None else None
+    taken |= set() if unknown is None else {unknown}
     others = [at for at, key in enumerate(keys) if at not in taken and key not in _ROW_NUMBERS]
     found, is_binary = _values(rows, others)
     doubtful = [at for at in others if at not in is_binary or _DOUBTFUL_COLUMN.fullmatch(keys[at])]
@@ -263,7 +276,8 @@ def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, nam
     classes: dict[int, str] = {}
     why = ""
     if rules.classes is not None and set(rules.classes) <= set(header):
-        classes, why, label = {header.index(column): column for column in rules.classes}, "named by --classes", None
+        classes, why = {header.index(column): column for column in rules.classes}, "named by --classes"
+        label = unknown = None
     elif label is None:
         classes, why = {at: header[at] for at in others}, "every value is 0 or 1"
         missing = [] if rules.classes is None else [column for column in rules.classes if column not in header]
@@ -276,13 +290,16 @@ def _understand(header: list[str], rows: list[list[str]], rules: LabelRules, nam
         notes.append(f"the group is the column {header[group]}: splits that are made never divide one")
     if label is not None:
         notes.append(f"the labels are the column {header[label]}")
+        notes += [] if unknown is None else [f"labels that nobody knows are the column {header[unknown]}"]
     else:
         notes.append(f"classes are the columns {', '.join(classes.values())}: {why}")
     if unused := [
-        header[at] or "(no name)" for at in range(len(header)) if at not in {paths[0], split, label, group, *classes}
+        header[at] or "(no name)"
+        for at in range(len(header))
+        if at not in {paths[0], split, label, group, unknown, *classes}
     ]:
         notes.append(f"not used are the columns {', '.join(unused)}")
-    return _Columns(header, paths[0], split, label, group, classes, tuple(notes))
+    return _Columns(header, paths[0], split, label, group, unknown, classes, tuple(notes))
 
 
 def _group_column(header: list[str], keys: list[str], label: int | None, rules: LabelRules, name: str) -> int | None:
@@ -344,24 +361,31 @@ def _separator(columns: _Columns, rows: list[list[str]], rules: LabelRules) -> s
 
 
 def _labels(
-    cells: list[str], columns: _Columns, separator: str | None, unknown: Counter[str]
-) -> tuple[tuple[str, ...], list[str]]:
+    cells: list[str], columns: _Columns, separator: str | None, doubts: Counter[str]
+) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+    """Returns labels, unknown labels and mistakes of a row, and counts in `doubts` how it says that nobody knows."""
     labels: set[str] = set()
+    unknown: set[str] = set()
     wrong: list[str] = []
     if separator is not None and columns.label is not None:
-        parts = (part.strip() for part in cells[columns.label].split(separator))
-        labels = {normalize("NFC", part) for part in parts if part}
+        labels = _parts(cells[columns.label], separator)
+        if columns.unknown is not None and (unknown := _parts(cells[columns.unknown], separator)):
+            doubts["labels"] += len(unknown)
+            wrong += [f"{name} is a label, and in {UNKNOWN_LABELS}, too" for name in sorted(unknown & labels)]
     for at, class_name in columns.classes.items():
         value = cells[at].strip().lower()
         if value in _TRUE:
             labels.add(class_name)
-        elif value in _BLANK:
-            unknown["blank"] += 1
-        elif value in _UNCERTAIN:
-            unknown["−1"] += 1
+        elif value in _BLANK or value in _UNCERTAIN:
+            doubts["blank" if value in _BLANK else "−1"] += 1
+            unknown.add(class_name)
         elif value not in _FALSE:
             wrong.append(f"{cells[at]!r} in the class column {class_name} instead of 0 or 1")
-    return tuple(sorted(labels)), wrong
+    return tuple(sorted(labels)), tuple(sorted(unknown)), wrong
+
+
+def _parts(cell: str, separator: str) -> set[str]:
+    return {normalize("NFC", name) for part in cell.split(separator) if (name := part.strip())}
 
 
 def _without_unlabelled(entries: Iterable[ImageEntry], rules: LabelRules, left_out: LeftOut) -> list[ImageEntry]:

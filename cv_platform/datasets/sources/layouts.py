@@ -32,7 +32,7 @@ from cv_platform.datasets.sources.label_files import LABEL_FILES, LabelRules, re
 from cv_platform.datasets.sources.tree import Folder
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.images.files import TEXT_SUFFIXES
-from cv_platform.predictions import LABEL_SEPARATOR
+from cv_platform.predictions import LABEL_SEPARATOR, UNKNOWN_LABELS
 
 _NO_CLASSES = frozenset({"images", "image", "imgs", "img", "labels", "masks", "annotations", "jpegimages"})
 """Folders of datasets for other tasks (detection, segmentation), or of images without labels."""
@@ -65,6 +65,11 @@ def read_layout(root: Folder, annotations: bytes | None, rules: LabelRules, *, n
             f"Expected class names of up to 100 characters without {LABEL_SEPARATOR!r}, slashes or control characters. "
             f"Received: {', '.join(ascii(name)[:80] for name in unusable)}. Rename them."
         )
+    if strange := sorted({name for e in layout.entries for name in e.unknown_labels} - set(layout.class_names)):
+        raise InvalidDatasetError(
+            f"Expected names of classes in the column {UNKNOWN_LABELS} of {name}. Received: {', '.join(strange[:5])}, "
+            f"which no image has as a label; the classes are {', '.join(layout.class_names)}. Correct the names."
+        )
     for entry in layout.entries:
         try:
             entry.path.encode()
@@ -74,15 +79,16 @@ def read_layout(root: Folder, annotations: bytes | None, rules: LabelRules, *, n
 
 
 def write_annotations(entries: Iterable[ImageEntry]) -> bytes:
-    """Returns `annotations.csv` in one form (path, split and group if there are any, label), whatever it came in."""
+    """Returns `annotations.csv` in one form, whatever it came in: path, label; split, group, unknown labels if any."""
     entries = tuple(entries)
     beside = [name for name in ("split", "group") if any(getattr(entry, name) for entry in entries)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", *beside, "label"])
+    names = ("labels", "unknown_labels") if any(entry.unknown_labels for entry in entries) else ("labels",)
+    writer.writerow(["path", *beside, "label", *names[1:]])
     for entry in entries:
         cells = [getattr(entry, name) or "" for name in beside]
-        writer.writerow([entry.path, *cells, LABEL_SEPARATOR.join(entry.labels)])
+        writer.writerow([entry.path, *cells, *(LABEL_SEPARATOR.join(getattr(entry, name)) for name in names)])
     return text.getvalue().encode()
 
 

@@ -27,8 +27,8 @@ Two more rules keep the verdict honest:
 * What FeatureLabelCorrelation and FeatureLabelCorrelationChange find is told as a warning and fails nothing: that a
   component of the pixels predicts the label is a shortcut to look at, not a leak. Pixels are there to predict it.
 
-A multi-label image has no single label: its row has a 0/1 column per class instead (so the drift checks cover the
-labels), and the checks that need a label count as not applicable.
+A multi-label image has no single label: its row has a column per class instead, of 0, 1 or `unknown` (so the drift
+checks cover the labels), and the checks that need a label count as not applicable.
 """
 
 from __future__ import annotations
@@ -158,7 +158,13 @@ def image_table(
         used = sorted((name for name in class_names if counts[name]), key=lambda name: -counts[name])
         for name in used[:MAX_LABEL_COLUMNS]:
             column = f"has {html.escape(name)}"
-            table[column] = [int(name in row) for row in labels]
+            values = [int(name in row) for row in labels]
+            is_open = [name in row for row in sample.rows["unknown_labels"]]
+            table[column] = (
+                ["unknown" if unknown else str(value) for value, unknown in zip(values, is_open, strict=True)]
+                if any(is_open)
+                else values
+            )
             categorical.append(column)
     table.index = pd.Index(sample.rows[_HASH].astype(str), name=_HASH)
     return table, categorical

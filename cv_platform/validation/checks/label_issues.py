@@ -134,7 +134,8 @@ def probe_labels(sample: ImageSample, class_names: Sequence[str], classifier_typ
     likely = np.zeros(len(sample.rows))
     questions = 0
     labelled: list[tuple[str, ...]] = [tuple(row) for row in sample.rows["labels"]]
-    for positions, given, names in label_questions(labelled, class_names, classifier_type):
+    unknown: list[list[str]] = sample.rows["unknown_labels"].tolist()
+    for positions, given, names in label_questions(labelled, class_names, classifier_type, unknown):
         # Copies of one image with one label are one: they would outvote the others.
         _, first, copies = np.unique(
             np.stack([groups[positions], given]), axis=1, return_index=True, return_inverse=True
@@ -208,9 +209,15 @@ def _resampled(
 
 
 def label_questions(
-    labels: Sequence[Sequence[str]], class_names: Sequence[str], classifier_type: ClassifierType
+    labels: Sequence[Sequence[str]],
+    class_names: Sequence[str],
+    classifier_type: ClassifierType,
+    unknown: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Sequence[str]]]:
-    """Yields what can be asked: positions of images, `(N,)` the labels they have, 0…C-1, and the labels' names."""
+    """Yields what can be asked: positions of images, `(N,)` the labels they have, 0…C-1, and the labels' names.
+
+    Of a multi-label class only the images of which it is known are asked; `unknown` names the classes it is not.
+    """
     if classifier_type == "multi-class":
         counts: Counter[str] = Counter(row[0] for row in labels if len(row) == 1)
         names = [name for name in class_names if counts[name] >= MIN_PER_CLASS]
@@ -220,9 +227,12 @@ def label_questions(
             yield positions, np.array([index[labels[int(at)][0]] for at in positions]), names
         return
     for name in class_names:
-        given = np.array([int(name in row) for row in labels], dtype=np.int64)
+        positions = np.array(
+            [at for at in range(len(labels)) if not unknown or name not in unknown[at]], dtype=np.int64
+        )
+        given = np.array([int(name in labels[at]) for at in positions.tolist()], dtype=np.int64)
         if len(given) > MIN_IMAGES and min(given.sum(), len(given) - given.sum()) >= MIN_PER_CLASS:
-            yield np.arange(len(given)), given, (f"no {name}", name)
+            yield positions, given, (f"no {name}", name)
 
 
 @one_blas_thread()

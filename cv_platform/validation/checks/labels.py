@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 from typing_extensions import override
 
+from cv_platform.datasets.sources.entries import contradict
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.validation.checks import Check, Finding, Subject, share
 
 
 class ClassCoverage(Check):
-    """Counts the images of each class in each split; names what is short, unknown or wrong in number."""
+    """Counts the images of each class in each split; names what is short, unknown or wrong in number.
+
+    Where labels are unknown, each split also needs images that are known not to show a class.
+    """
 
     name, limit = "class_coverage", "min_images_per_class"
 
@@ -38,14 +43,33 @@ class ClassCoverage(Check):
         ]
         strange = [f"unknown class {label!r}: {count} images" for label, count in sorted(unknown.items())]
         smallest = min(counts.values(), default=0)
-        offenders = [*empty, *short, *strange, *mislabelled]
+        untold = _untold(subject, counts)
+        offenders = [*empty, *untold, *short, *strange, *mislabelled]
         summary = (
             f"Expected at least {fewest} images per class and split: {len(short)} short, {len(empty)} splits empty, "
-            f"{len(unknown)} unknown labels, {len(mislabelled)} images with a wrong number of labels."
+            f"{len(unknown)} unknown labels, {len(mislabelled)} images with a wrong number of labels"
+            + (f", {len(untold)} classes of which a split's labels tell nothing." if untold else ".")
             if offenders
             else f"{len(subject.class_names)} classes in {len(SPLITS)} splits; the smallest has {smallest} images."
         )
         return Finding(summary, float(smallest), offenders, passed=not offenders)
+
+
+def _untold(subject: Subject, counts: Mapping[tuple[str, str], int]) -> list[str]:
+    """Names the classes of which a split's labels can neither teach nor measure anything, as too many are unknown."""
+    doubts = Counter[tuple[str, str]]()
+    manifest = subject.manifest
+    for split, unknown in zip(manifest["split"], manifest["unknown_labels"], strict=True):
+        doubts.update((split, name) for name in unknown)
+    sizes = Counter(manifest["split"])
+    untold: list[str] = []
+    for (split, name), count in sorted(doubts.items()):
+        absent = sizes[split] - count - counts.get((split, name), 0)
+        if count == sizes[split]:
+            untold.append(f"{split}/{name}: no label is known, all {count} images leave it open")
+        elif not absent:
+            untold.append(f"{split}/{name}: no image is known not to show it, {count} of {sizes[split]} leave it open")
+    return untold
 
 
 class ClassImbalance(Check):
@@ -97,7 +121,7 @@ class DividedGroups(Check):
 
 
 class ConflictingLabels(Check):
-    """Finds identical images (sha256) that carry different sets of labels."""
+    """Finds identical images (sha256) whose labels contradict each other; an unknown label contradicts nothing."""
 
     name, limit = "conflicting_labels", "max_conflicting_fraction"
 
@@ -105,9 +129,12 @@ class ConflictingLabels(Check):
     def look(self, subject: Subject) -> Finding:
         manifest = subject.manifest
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for path, sha, labels in zip(manifest["path"], manifest["sha256"], manifest["labels"], strict=True):
+        labellings: dict[str, list[tuple[list[str], list[str]]]] = defaultdict(list)
+        columns = (manifest[name] for name in ("path", "sha256", "labels", "unknown_labels"))
+        for path, sha, labels, unknown in zip(*columns, strict=True):
             groups[sha].append((str(path), " | ".join(sorted(map(str, labels))) or "no label"))
-        conflicts = [sorted(group) for group in groups.values() if len({labels for _, labels in group}) > 1]
+            labellings[sha].append((labels, unknown))
+        conflicts = [sorted(group) for sha, group in groups.items() if contradict(*labellings[sha])]
         images = sum(map(len, conflicts))
         return Finding(
             f"{images} of {len(manifest)} images equal another with other labels ({len(conflicts)} groups).",

@@ -12,6 +12,7 @@ import pandas as pd
 from typing_extensions import override
 
 from cv_platform.datasets.contact_sheet import SheetRow, draw_sheet
+from cv_platform.datasets.sources.entries import contradict
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.validation.checks import Check, Finding, Subject, share
 
@@ -71,7 +72,7 @@ class NearCopiesBetween(Check):
 
 
 class ConflictingNearCopies(Check):
-    """Finds images that show the same, though their bytes differ, and carry different sets of labels."""
+    """Finds images that show the same, though their bytes differ, and whose labels contradict each other."""
 
     name, limit = "conflicting_near_copies", "max_conflicting_fraction"
 
@@ -81,8 +82,9 @@ class ConflictingNearCopies(Check):
         first = manifest.drop_duplicates("sha256")
         paths = first["path"].tolist()
         labels = [" | ".join(sorted(map(str, names))) or "no label" for names in first["labels"]]
+        known = list(zip(first["labels"], first["unknown_labels"], strict=True))
         order = near.distances.argsort(kind="stable")
-        pairs = [(int(a), int(b)) for a, b in near.pairs[order] if labels[a] != labels[b]]
+        pairs = [(int(a), int(b)) for a, b in near.pairs[order] if contradict(known[a], known[b])]
         images = len({at for pair in pairs for at in pair})
         return Finding(
             f"{images} of {len(manifest)} images show what another with other labels shows.",

@@ -73,7 +73,8 @@ def outlier_deviations(vectors: NDArray[np.floating], labels: Sequence[Sequence[
 
     Args:
         vectors: `(N, features)` of the encoder, finite.
-        labels: class names of each image; each set of labels that two images have is a class here.
+        labels: class names of each image; each set of labels that two images have is a class here. Unknown labels make
+            no other set: an image is compared with all classes, whichever it helps to describe.
     """
     dimensions = min(_DIMENSIONS, len(vectors) // _IMAGES_PER_DIMENSION + 1)
     reduced = projected(vectors, dimensions, of_one_length=True)

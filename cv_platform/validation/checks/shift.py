@@ -13,7 +13,10 @@ from cv_platform.validation.checks import Check, Finding, Subject
 
 
 class LabelDrift(Check):
-    """Compares the labels of train and test by Cramér's V; for multi-label, class by class, the largest counting."""
+    """Compares the labels of train and test by Cramér's V; for multi-label, class by class, the largest counting.
+
+    Shares are those of the known labels.
+    """
 
     name, limit = "label_drift", "max_label_drift"
 
@@ -24,25 +27,25 @@ class LabelDrift(Check):
             return _not_judged("train" if train.empty else "test")
         names, limit = subject.class_names, subject.config.max_label_drift
         first, second = (np.array([sum(name in labels for labels in rows) for name in names]) for rows in (train, test))
-        shares = np.abs(first / len(train) - second / len(test))
+        known, known_second = (
+            np.array([len(rows) - sum(name in unknown for unknown in rows) for name in names])
+            for rows in (subject.split(split)["unknown_labels"] for split in ("train", "test"))
+        )
+        share, share_second = first / np.maximum(known, 1), second / np.maximum(known_second, 1)
+        # Of a class that a split says nothing of there is nothing to compare; `class_coverage` names it.
+        shares = np.where((known > 0) & (known_second > 0), np.abs(share - share_second), 0.0)
         if subject.classifier_type == "multi-class":
             drift, words = cramers_v(first, second), "."
             drifted = np.argsort(-shares, kind="stable") if drift > limit else []
         else:
-            pairs = zip(first, second, strict=True)
-            drifts = np.array(
-                [cramers_v(np.array([a, len(train) - a]), np.array([b, len(test) - b])) for a, b in pairs]
-            )
+            pairs = zip(first, known, second, known_second, strict=True)
+            drifts = np.array([cramers_v(np.array([a, n - a]), np.array([b, m - b])) for a, n, b, m in pairs])
             drift, words = float(drifts.max(initial=0.0)), " for the class that differs most."
             drifted = [i for i in np.argsort(-drifts, kind="stable") if drifts[i] > limit]
         return Finding(
             f"Cramér's V between the labels of train and test is {drift:.3f}{words}",
             drift,
-            [
-                f"{names[i]}: {first[i] / len(train):.1%} of train, {second[i] / len(test):.1%} of test"
-                for i in drifted
-                if shares[i] > 0
-            ],
+            [f"{names[i]}: {share[i]:.1%} of train, {share_second[i]:.1%} of test" for i in drifted if shares[i] > 0],
         )
 
 

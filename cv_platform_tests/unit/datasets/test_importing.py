@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cv_platform.datasets.importing import ImportRules, import_dataset
-from cv_platform.datasets.manifest import read_manifest
-from cv_platform.datasets.repository import list_versions
+from cv_platform.datasets.manifest import count_manifest, read_manifest
+from cv_platform.datasets.repository import list_versions, read_version
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.staging import Staging
 from cv_platform.datasets.versions import checkout_version
@@ -439,3 +439,62 @@ def test_tells_multi_label_by_the_labels(tmp_path: Path, annotations: str, is_mu
     (source / "annotations.csv").write_text(annotations)
     imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
     assert imported.is_multi_label is is_multi_label
+
+
+CHEST = "path,split,cat,dog\n0.png,train,1,\n1.png,train,0,1\n2.png,test,-1,0\n3.png,test,,\n"
+
+
+def test_unknown_labels_survive_a_version_its_export_and_another_import(tmp_path: Path) -> None:
+    source, root = write_pictures(tmp_path / "source", [f"{i}.png" for i in range(4)]), tmp_path / "ds"
+    (source / "annotations.csv").write_text(CHEST)
+    ignore = ImportRules(unknown="ignore", max_left_out_fraction=1.0)
+    imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=root, rules=ignore)
+    assert (imported.is_multi_label, imported.class_counts) == (True, {"cat": 1, "dog": 1})
+    assert imported.unknown_counts == {"cat": 1, "dog": 1}
+    assert "unknown labels: cat 1, dog 1" in imported.summary()
+    assert imported.left_out == {"of which no label is known, such as 3.png": 1}
+    exported = read_version(root / "pets", "v1").annotations
+    assert exported == (b"path,split,label,unknown_labels\n0.png,train,cat,dog\n1.png,train,dog,\n2.png,test,,cat\n")
+    config = dataset(tag="v1", ds_root=str(root), valid_fraction=0.01, reference_fraction=0.01)
+    version = checkout_version(config, model(classifier_type="multi-label"), home=tmp_path / "home")
+    rows = read_manifest(version.manifest_path)
+    assert rows[["labels", "unknown_labels"]].to_numpy().tolist() == [[["cat"], ["dog"]], [["dog"], []], [[], ["cat"]]]
+    counts = count_manifest(version.manifest_path)
+    assert counts.unknown["dog"] == {"train": 1, "valid": 0, "test": 0, "reference": 0}
+    (source / "annotations.csv").write_bytes(exported)
+    again = import_dataset(source, ds_name="pets", tag="v2", ds_root=root)
+    assert (again.dvc_md5, again.same_as) == (imported.dvc_md5, ("v1",))
+    as_no = import_dataset(source, ds_name="pets", tag="v3", ds_root=root, rules=ImportRules(unknown="negative"))
+    assert (as_no.unknown_counts, as_no.dvc_md5 == imported.dvc_md5) == ({}, False)
+
+
+def test_a_version_without_unknown_labels_is_the_same_whatever_they_would_mean(tmp_path: Path) -> None:
+    source, root = write_pictures(tmp_path / "source", ["0.png", "1.png"]), tmp_path / "ds"
+    (source / "annotations.csv").write_text("path,cat,dog\n0.png,1,0\n1.png,0,1\n")
+    first = import_dataset(source, ds_name="pets", tag="v1", ds_root=root)
+    other = import_dataset(source, ds_name="pets", tag="v2", ds_root=root, rules=ImportRules(unknown="ignore"))
+    assert (first.dvc_md5, other.same_as) == (other.dvc_md5, ("v1",))
+    assert read_version(root / "pets", "v1").annotations == b"path,label\n0.png,cat\n1.png,dog\n"
+
+
+def test_says_where_every_known_label_is_yes(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", ["0.png", "1.png"])
+    (source / "annotations.csv").write_text("path,cat,dog\n0.png,1,0\n1.png,,1\n")
+    imported = import_dataset(
+        source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds", rules=ImportRules(unknown="ignore")
+    )
+    assert "no image is known not to show cat: nothing teaches a model to say no. Write 0 there" in imported.notes
+
+
+def test_refuses_to_ignore_what_no_cell_can_say_and_unknown_labels_of_one_class_an_image(tmp_path: Path) -> None:
+    folders, root = class_folders(tmp_path / "folders", 2), tmp_path / "ds"
+    ignore = ImportRules(unknown="ignore", max_left_out_fraction=1.0)
+    with pytest.raises(InvalidDatasetError, match=r"for --unknown ignore\. Received: class folders of .* Omit it"):
+        import_dataset(folders, ds_name="pets", tag="v1", ds_root=root, rules=ignore)
+    source = write_pictures(tmp_path / "source", [f"{i}.png" for i in range(4)])
+    (source / "annotations.csv").write_text(CHEST.replace("-1,0", "1,"))
+    import_dataset(source, ds_name="pets", tag="v1", ds_root=root, rules=ignore)
+    with pytest.raises(
+        InvalidDatasetError, match=r"2 images with unknown labels, such as 0\.png, which only multi-label"
+    ):
+        checkout_version(dataset(tag="v1", ds_root=str(root)), model(), home=tmp_path / "home")

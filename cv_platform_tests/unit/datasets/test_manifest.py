@@ -9,6 +9,8 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -17,6 +19,7 @@ from cv_platform.datasets.manifest import (
     MANIFEST_SCHEMA,
     build_manifest,
     count_manifest,
+    is_manifest,
     manifest_name,
     read_manifest,
     read_thumbnails,
@@ -383,3 +386,36 @@ def test_splits_that_are_made_never_divide_a_group(tmp_path: Path) -> None:
 def test_a_file_that_goes_while_it_is_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidDatasetError, match=r"as they were listed.*gone\.png"):
         inspect_file(str(tmp_path / "gone.png"), 100)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reasons"),
+    [
+        (b"cat,dog", b"cat,", ["duplicate: the same bytes as images/1.png", None]),  # Of the other one more is known.
+        (b"cat,dog", b"dog,", ["duplicate: the same bytes with other labels: images/0.png, images/1.png"] * 2),
+        (b"cat,dog", b"cat|dog,", ["duplicate: the same bytes as images/1.png", None]),
+    ],
+)
+def test_copies_contradict_each_other_in_what_is_known_of_both(
+    tmp_path: Path, first: bytes, second: bytes, reasons: list[str | None]
+) -> None:
+    write_pictures(tmp_path / "images", ["0.png", "2.png", "3.png"])
+    (tmp_path / "images/1.png").write_bytes((tmp_path / "images/0.png").read_bytes())
+    csv = b"path,split,label,unknown_labels\n0.png,train,%b\n1.png,train,%b\n2.png,train,cat,\n3.png,train,dog,\n"
+    policy = {"duplicate": "quarantine"}
+    config = dataset(quarantine=policy, valid_fraction=0.01, test_fraction=0.01, reference_fraction=0.01)
+    kind = model(classifier_type="multi-label")
+    path = build_manifest(tmp_path, data_path="images", annotations=csv % (first, second), model=kind, dataset=config)
+    rows = read_manifest(path)
+    assert [None if pd.isna(reason) else reason for reason in rows["reason"]][:2] == reasons
+
+
+def test_a_manifest_of_before_there_were_unknown_labels_is_made_again_under_its_name(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images", 3)
+    path = build_manifest(tmp_path, data_path="images", annotations=None, model=model(), dataset=dataset())
+    before = pq.read_table(path).drop_columns(["unknown_labels"])
+    pq.write_table(before, path)
+    assert not is_manifest(path)
+    again = build_manifest(tmp_path, data_path="images", annotations=None, model=model(), dataset=dataset())
+    assert (again, is_manifest(again)) == (path, True)
+    assert read_manifest(path)["unknown_labels"].tolist() == [[]] * 6

@@ -293,3 +293,22 @@ def test_contact_sheet_shows_readable_images_in_a_row_per_class(version: Dataset
     cats = [row["path"] for row in rows if bool(row["is_readable"]) and row["labels"][0] == "cat"]
     first = images.decode((version.directory / cats[0]).read_bytes())
     np.testing.assert_array_equal(sheet[4:100, 120:216], first.repeat(12, axis=0).repeat(12, axis=1))
+
+
+def test_unknown_labels_are_nan_and_have_a_pack_of_their_own(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", [f"{i}.png" for i in range(3)])
+    head, kind = b"path,split,label,unknown_labels\n", model(classifier_type="multi-label")
+    names = set()
+    for first in (b"0.png,train,cat,dog\n", b"0.png,train,cat,\n"):
+        csv = head + first + b"1.png,train,dog,\n2.png,test,,cat\n"
+        shutil.rmtree(tmp_path / "checkout", ignore_errors=True)
+        shutil.copytree(tmp_path / "images", tmp_path / "checkout" / "images")
+        packed = pack_images(
+            version_of(tmp_path / "checkout", csv, classifier_type="multi-label"), kind, quarantined=(), home=tmp_path
+        )
+        names.add(packed.directory.name)
+        train, test = (open_split(packed, split).targets for split in ("train", "test"))
+        dog = np.nan if b"cat,dog" in first else 0.0
+        assert np.array_equal(train, np.array([[1, dog], [0, 1]], np.float32), equal_nan=True)
+        assert np.array_equal(test, np.array([[np.nan, 0]], np.float32), equal_nan=True)
+    assert len(names) == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cv_platform.datasets.differences import compare_versions
-from cv_platform.datasets.importing import import_dataset
+from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.relabelling import RelabelledVersion, read_review, relabel
 from cv_platform.datasets.repository import list_tag_names
 from cv_platform.errors import InvalidDatasetError
@@ -154,3 +154,44 @@ def test_unknown_and_other_images_are_named_together(home: Path) -> None:
 def test_what_is_no_review_is_refused(content: bytes, said: str) -> None:
     with pytest.raises(InvalidDatasetError, match=said):
         read_review(content, CLASSES, "multi-class")
+
+
+def test_what_a_reviewer_says_is_known_and_what_nobody_has_said_stays_unknown(home: Path) -> None:
+    root, source = home / "datasets", write_pictures(home / "c", [f"{i}.png" for i in range(4)], first_seed=50)
+    (source / "annotations.csv").write_text(
+        "path,split,cat,dog,emu\n0.png,train,1,,-1\n1.png,train,0,1,\n2.png,train,1,1,0\n3.png,train,0,0,1\n"
+    )
+    rules = ImportRules(unknown="ignore")
+    import_dataset(source, ds_name="open", tag="v1", ds_root=root, rules=rules)
+    content = review(home, ("0.png", "cat", "relabel", "cat|dog"), ("1.png", "dog", "keep", "dog"), source="c")
+    decisions = read_review(content, ("cat", "dog", "emu"), "multi-label")
+    made = relabel(root / "open", "v1", content, decisions, home=home)
+    assert (made.version.annotations or b"").splitlines() == [
+        b"path,split,label,unknown_labels",
+        b"0.png,train,cat|dog,emu",
+        b"1.png,train,dog,emu",
+        b"2.png,train,cat|dog,",
+        b"3.png,train,emu,",
+    ]
+    difference = compare_versions(root / "open", "v1", made.version.tag, home=home)
+    assert [change.title for change in difference.changes] == ["cat (unknown: dog|emu) → cat|dog (unknown: emu)"]
+    (row,) = difference.by_class()
+    assert row == {"class": "dog", "added": 0, "removed": 0, "changed": 0, "gained": 1, "lost": 0, "moved": 0} | {
+        "now known": 1
+    }
+    (cells,) = csv.DictReader(io.StringIO(difference.write_csv().decode()))
+    assert (cells["before_label"], cells["before_unknown_labels"]) == ("cat", "dog|emu")
+    assert (cells["after_label"], cells["after_unknown_labels"]) == ("cat|dog", "emu")
+
+
+def test_a_label_that_becomes_unknown_is_no_label_that_is_lost_to_another(home: Path) -> None:
+    root, source = home / "datasets", write_pictures(home / "d", ["0.png", "1.png"], first_seed=60)
+    for tag, cell in (("v1", "0"), ("v2", "-1")):
+        (source / "annotations.csv").write_text(f"path,split,cat,dog\n0.png,train,1,{cell}\n1.png,train,0,1\n")
+        import_dataset(source, ds_name="doubt", tag=tag, ds_root=root, rules=ImportRules(unknown="ignore"))
+    difference = compare_versions(root / "doubt", "v1", "v2", home=home)
+    assert [(change.kind, change.title) for change in difference.changes] == [
+        ("relabelled", "cat → cat (unknown: dog)")
+    ]
+    (row,) = difference.by_class()
+    assert (row["class"], row["gained"], row["lost"], row["now unknown"]) == ("dog", 0, 0, 1)

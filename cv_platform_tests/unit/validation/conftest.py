@@ -36,6 +36,7 @@ def make_manifest() -> MakeManifest:
                 "path": [row[0] for row in rows],
                 "split": [row[1] for row in rows],
                 "labels": [list(row[2]) for row in rows],
+                "unknown_labels": [list(row[4]) if len(row) > 4 else [] for row in rows],
                 "sha256": [hashlib.sha256(row[3].encode()).hexdigest() for row in rows],
                 "is_readable": [True] * len(rows),
                 "status": ["used"] * len(rows),

@@ -17,7 +17,8 @@ import pytest
 from cv_platform.config import EncoderConfig, ValidateConfig
 from cv_platform.datasets.embeddings import embed_dataset
 from cv_platform.records import ValidationVerdict
-from cv_platform.validation.checks.deepchecks_suites import LEFT_OUT, REPORT_NAMES
+from cv_platform.validation.checks.deepchecks_suites import LEFT_OUT, REPORT_NAMES, image_table
+from cv_platform.validation.sample import ImageSample
 from cv_platform.validation.validate import validate_dataset
 from cv_platform.validation.verdict import CHECK_NAMES, DEEPCHECKS
 
@@ -221,3 +222,20 @@ def test_experiments_with_other_limits_keep_their_reports_apart(clean_checkout, 
     assert same.report_path == one.report_path
     assert other.report_path != one.report_path
     assert one.report_path.exists()
+
+
+def test_deepchecks_sees_an_unknown_label_as_a_category_of_its_own():
+    sample = ImageSample(
+        pd.DataFrame(
+            {"labels": [["cat"], [], ["dog"]], "unknown_labels": [[], ["cat"], []], "sha256": ["a", "b", "c"]}
+        ),
+        np.zeros((3, 32, 32, 3), np.uint8),
+        np.zeros((3, 7), np.float32),
+        np.zeros((3, 1), np.float32),
+        {},
+        3,
+    )
+    table, categorical = image_table(sample, ("cat", "dog"), "multi-label")
+    assert categorical == ["has cat", "has dog"]
+    assert table["has cat"].tolist() == ["1", "unknown", "0"]
+    assert table["has dog"].tolist() == [0, 0, 1]

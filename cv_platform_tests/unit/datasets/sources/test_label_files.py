@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -17,9 +18,16 @@ def folder(tmp_path: Path) -> Path:
     return write_pictures(tmp_path / "pets", ["1.png", "2.png", "sub/3.png"])
 
 
-def read(folder: Path, text: str | bytes, *, classes: str = "", is_stored: bool = False) -> Layout:
+def read(
+    folder: Path,
+    text: str | bytes,
+    *,
+    classes: str = "",
+    is_stored: bool = False,
+    unknown: Literal["negative", "ignore"] | None = None,
+) -> Layout:
     content = text.encode() if isinstance(text, str) else text
-    rules = LabelRules(tuple(classes.split(",")) if classes else None, is_stored)
+    rules = LabelRules(tuple(classes.split(",")) if classes else None, is_stored, unknown=unknown)
     return read_labels(walk(folder), content, rules, name="labels.csv")
 
 
@@ -184,3 +192,41 @@ def test_a_label_that_no_config_can_name_is_refused(folder: Path) -> None:
 def test_a_file_of_something_else_may_be_moved_away(folder: Path) -> None:
     with pytest.raises(InvalidDatasetError, match=r"Received: name, count.*move the file away"):
         read(folder, "name,count\ncat,3\n")
+
+
+def test_blank_and_minus_one_are_unknown_where_they_are_to_be_ignored(folder: Path) -> None:
+    text = "path,cat,dog\n1.png,1,-1\n2.png,,1.0\nsub/3.png,-1.0,nan\n"
+    layout = read(folder, text, unknown="ignore")
+    assert {entry.path: (entry.labels, entry.unknown_labels) for entry in layout.entries} == {
+        "1.png": (("cat",), ("dog",)),
+        "2.png": (("dog",), ("cat",)),
+        "sub/3.png": ((), ("cat", "dog")),
+    }
+    assert layout.notes[2:] == (
+        "labels.csv: 2 blank and 2 −1 in the columns of classes are unknown (--unknown ignore)",
+    )
+
+
+def test_a_column_of_unknown_labels_beside_the_labels_is_kept_unless_they_are_to_be_negative(folder: Path) -> None:
+    text = "path,label,unknown_labels\n1.png,cat,dog\n2.png,dog,\nsub/3.png,,cat\n"
+    for layout in (read(folder, text, is_stored=True), read(folder, text), read(folder, text, unknown="ignore")):
+        assert {e.path: (e.labels, e.unknown_labels) for e in layout.entries} == {
+            "1.png": (("cat",), ("dog",)),
+            "2.png": (("dog",), ()),
+            "sub/3.png": ((), ("cat",)),
+        }
+    assert not any(entry.unknown_labels for entry in read(folder, text, unknown="negative").entries)
+    chosen = read(folder, text, classes="dog,emu")
+    assert {e.path: (e.labels, e.unknown_labels) for e in chosen.entries} == {
+        "2.png": (("dog",), ()),
+        "sub/3.png": ((), ()),
+    }
+
+
+def test_what_is_wrong_with_unknown_labels_is_named(folder: Path) -> None:
+    with pytest.raises(InvalidDatasetError, match="row 2: cat is a label, and in unknown_labels, too"):
+        read(folder, "path,label,unknown_labels\n1.png,cat,cat|dog\n2.png,dog,\n")
+    with pytest.raises(
+        InvalidDatasetError, match="Received: emu, which no image has as a label; the classes are cat, dog"
+    ):
+        read_layout(walk(folder), b"path,label,unknown_labels\n1.png,cat,emu\n2.png,dog,\n", LabelRules())

@@ -294,3 +294,41 @@ def test_images_of_another_bit_depth_than_most_are_named(make_manifest):
     found = BitDepth().run(subject(manifest))
     assert (found.passed, found.offenders) == (False, ("2.png: 16 bits",))
     assert found.summary == "3 of 4 images have 8 bits a sample, 1 16."
+
+
+def test_an_unknown_label_contradicts_nothing(make_manifest):
+    manifest = make_manifest(
+        ("a.png", "train", ["cat"], "one", ["dog"]),
+        ("b.png", "valid", ["cat", "dog"], "one"),
+        ("c.png", "train", [], "two", ["dog"]),
+        ("d.png", "train", ["cat"], "two"),
+    )
+    found = ConflictingLabels().run(subject(manifest))
+    assert found.offenders == ("c.png (no label), d.png (cat)",)
+
+
+def test_a_class_of_which_a_split_says_nothing_is_named(make_manifest):
+    rows = [
+        (f"{split}/{name}.png", split, [name], f"{split}{name}", ["dog"] if name == "cat" and split == "test" else [])
+        for split in SPLITS
+        for name in ("cat", "dog")
+    ]
+    kinds = {"class_names": ("cat", "dog"), "classifier_type": "multi-label"}
+    one_sided = ClassCoverage().run(subject(make_manifest(*rows), **kinds))
+    assert not one_sided.passed
+    assert one_sided.offenders == ("test/dog: no image is known not to show it, 1 of 2 leave it open",)
+    assert one_sided.summary.endswith("1 classes of which a split's labels tell nothing.")
+    rows[5] = ("test/dog.png", "test", [], "testdog", ["dog"])
+    nothing = ClassCoverage().run(subject(make_manifest(*rows), **kinds))
+    assert nothing.offenders == ("test/dog: no label is known, all 2 images leave it open", "test/dog: 0 images")
+
+
+def test_label_drift_compares_the_shares_of_known_labels(make_manifest):
+    rows = [(f"train/{i}.png", "train", ["cat"] if i < 50 else [], f"a{i}") for i in range(100)]
+    rows += [
+        (f"test/{i}.png", "test", ["cat"] if i < 25 else [], f"b{i}", ["cat"] if i >= 50 else []) for i in range(100)
+    ]
+    kinds = {"class_names": ("cat", "dog"), "classifier_type": "multi-label"}
+    assert LabelDrift().run(subject(make_manifest(*rows), **kinds)).value == pytest.approx(0.0)
+    as_no = [row[:4] for row in rows]
+    assert not LabelDrift().run(subject(make_manifest(*as_no), **kinds)).passed

@@ -17,6 +17,7 @@ from cv_platform.records import CheckOutcome
 from cv_platform.validation.checks.label_issues import (
     LabelIssues,
     balanced_accuracy,
+    label_questions,
     probe_labels,
     wrong_label_chances,
 )
@@ -33,6 +34,7 @@ def _sample(components: np.ndarray, labels: list[list[str]], hashes: list[str] |
             "path": [f"{i:03d}.png" for i in range(count)],
             "split": "train",
             "labels": labels,
+            "unknown_labels": [[] for _ in labels],
             "sha256": hashes or [str(i) for i in range(count)],
         }
     )
@@ -210,3 +212,15 @@ def test_principal_components_keep_distances_when_all_are_kept():
 @pytest.mark.parametrize("count", [0, 1])
 def test_principal_components_of_one_image_or_none_are_zero(count):
     assert principal_components(np.full((count, 32, 32, 3), 7, np.uint8)).shape == (count, 1)
+
+
+def test_asks_of_a_class_only_the_images_of_which_it_is_known():
+    points = _clusters(40)
+    labels = [["a"]] * 40 + [["a", "b"]] * 40 + [[] for _ in range(40)]
+    labels[50] = ["a"]
+    hidden = [["b"] if at in {7, 50, 60} else [] for at in range(120)]
+    sample = _sample(points, labels)
+    sample.rows["unknown_labels"] = pd.Series(hidden, dtype=object)
+    assert judge(sample, ("a", "b"), "multi-label").offenders == ()
+    positions, given, _ = list(label_questions(labels, ("a", "b"), "multi-label", hidden))[1]
+    assert (len(positions), len(given), {7, 50, 60} & set(positions.tolist())) == (117, 117, set())

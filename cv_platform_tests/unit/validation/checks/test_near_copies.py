@@ -31,6 +31,7 @@ def leaky(tmp_path: Path) -> Subject:
         cv2.imwrite(str(tmp_path / path), image)
     labels = [["dog"] if "copy" in path else ["cat"] for path in images]
     manifest = pd.DataFrame({"path": list(images), "split": [path.split("/")[0] for path in images], "labels": labels})
+    manifest["unknown_labels"] = [[] for _ in images]
     manifest["sha256"] = [hashlib.sha256(image.tobytes()).hexdigest() for image in images.values()]
     thumbnails = np.stack([thumbnail(image) for image in images.values()])
     return subject(manifest, root=tmp_path, directory=tmp_path, thumbnails=thumbnails, class_names=("cat", "dog"))
