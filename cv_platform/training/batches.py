@@ -39,7 +39,7 @@ class ShuffledBatches:
 
     Args:
         images: `(N, H, W, 3)` uint8, RGB; of a pack or in memory; maybe larger than those of the batches.
-        targets: `(N,)` integer class indices or `(N, C)` float 0/1.
+        targets: `(N,)` integer class indices or `(N, C)` float 0/1, NaN where unknown.
         classes: number of classes C.
         batch_size: images in a batch.
         augmenter: changes the images, and crops larger ones to the size of the batches; its seed is the order's, too.

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from cv_platform.config import ClassifierType
 from cv_platform.datasets.shards.reading import Images
+from cv_platform.predictions import known_labels
 from cv_platform.training.network import LOGITS_NAME
+from cv_platform.training.unknown_labels import split_known
 
 if TYPE_CHECKING:
     import keras
@@ -39,8 +41,8 @@ def calibrate(network: keras.Model, images: Images, targets: np.ndarray, classif
     Args:
         network: see `network`; its last dense layer is changed.
         images: `(N, H, W, 3)` uint8 that the weights were not fitted on; may be memory-mapped.
-        targets: `(N,)` class indices, or `(N, C)` 0/1.
-        classifier_type: multi-label has one temperature over all outputs.
+        targets: `(N,)` class indices, or `(N, C)` 0/1, NaN where unknown.
+        classifier_type: multi-label has one temperature over all outputs, by the known labels.
     """
     logits = predict_logits(network, images)
     temperature = fit_temperature(logits, targets, classifier_type)
@@ -79,13 +81,15 @@ def calibrated_cross_entropy(classifier_type: ClassifierType) -> keras.metrics.M
             truth, found = ops.cast(y_true, "float32"), ops.cast(y_pred, "float32")
             found = ops.clip(found, 1e-7, 1 - 1e-7)
             logits = ops.log(found) if classifier_type == "multi-class" else ops.log(found) - ops.log(1 - found)
-            scaled = logits[None] / temperatures[:, None, None]
+            scaled, count = logits[None] / temperatures[:, None, None], ops.cast(ops.shape(truth)[0], "float32")
             if classifier_type == "multi-class":
                 losses = -ops.sum(truth[None] * ops.log_softmax(scaled, axis=-1), axis=-1)
             else:
-                losses = ops.mean(ops.softplus(scaled) - truth[None] * scaled, axis=-1)
+                truth, known = split_known(truth)
+                losses = ops.mean((ops.softplus(scaled) - truth[None] * scaled) * known[None], axis=-1)
+                count = ops.sum(ops.mean(known, axis=-1))
             self.sums.assign_add(ops.sum(losses, axis=1))
-            self.count.assign_add(ops.cast(ops.shape(truth)[0], "float32"))
+            self.count.assign_add(count)
 
         def result(self) -> Any:
             return ops.min(self.sums) / ops.maximum(self.count, 1.0)
@@ -100,12 +104,14 @@ def fit_temperature(logits: NDArray[Any], targets: NDArray[Any], classifier_type
 
     Args:
         logits: `(N, C)`.
-        targets: `(N,)` class indices, or `(N, C)` 0/1.
+        targets: `(N,)` class indices, or `(N, C)` 0/1, NaN where unknown.
         classifier_type: softmax (multi-class) or sigmoids with one temperature (multi-label).
     """
     from scipy.optimize import minimize_scalar  # Late: the code location needs none of it.
 
-    logits = logits.astype(np.float64)
+    logits, targets = _known(logits.astype(np.float64), targets)
+    if not logits.size:
+        return 1.0
     smoothed = _smoothed(targets, logits.shape[1], classifier_type)
     # In log T, which treats halving and doubling alike; the likelihood is convex in 1/T, so there is one minimum.
     found: Any = minimize_scalar(
@@ -120,10 +126,9 @@ def fit_temperature(logits: NDArray[Any], targets: NDArray[Any], classifier_type
 
 
 def negative_log_likelihood(logits: NDArray[Any], targets: NDArray[Any], classifier_type: ClassifierType) -> float:
-    """Returns the mean negative log-likelihood in nats: per image (multi-class), per image and class (multi-label)."""
-    return _cross_entropy(
-        logits.astype(np.float64), _indicators(targets, logits.shape[1], classifier_type), classifier_type
-    )
+    """Returns the mean negative log-likelihood in nats: per image (multi-class), per known label (multi-label)."""
+    logits, targets = _known(logits.astype(np.float64), targets)
+    return _cross_entropy(logits, _indicators(targets, logits.shape[1], classifier_type), classifier_type)
 
 
 def predict_logits(network: keras.Model, images: Images) -> NDArray[np.float64]:
@@ -143,6 +148,12 @@ def scale_logits(network: keras.Model, temperature: float) -> None:
     layer: Any = network.get_layer(LOGITS_NAME)
     # Divided in float64 and rounded once.
     layer.set_weights([(np.asarray(w, dtype=np.float64) / temperature).astype(w.dtype) for w in layer.get_weights()])
+
+
+def _known(logits: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Returns logits and targets of the known labels, as `(labels, 1)` where others are unknown: one T is for all."""
+    known = known_labels(targets, logits.shape[1])
+    return (logits, targets) if known.all() else (logits[known][:, None], targets[known][:, None])
 
 
 def _cross_entropy(logits: NDArray[Any], targets: NDArray[Any], classifier_type: ClassifierType) -> float:

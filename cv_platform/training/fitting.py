@@ -37,6 +37,7 @@ from cv_platform.training.mixing import Mixing
 from cv_platform.training.network import build_model, resolve_precision
 from cv_platform.training.schedules import build_optimizer
 from cv_platform.training.transfer import layer_rates, start_head
+from cv_platform.training.unknown_labels import known_cross_entropy, known_metrics
 
 if TYPE_CHECKING:
     import keras
@@ -89,7 +90,8 @@ def fit_model(
         spare_bytes: see `files.require_free_space`.
 
     Raises:
-        TrainingError: the network cannot be built, the data cannot be read, or the loss is not finite.
+        TrainingError: the network cannot be built, the data cannot be read, no label of a split is known, or the loss
+            is not finite.
         DiskSpaceError: the state of the training would fill the disk.
         TrackingError: MLflow is away at the end; another call with the same folder trains no epoch again.
     """
@@ -104,7 +106,8 @@ def fit_share(
     """Trains a network together with other processes, which call the same; see `fit_model`, which finds the result.
 
     The same weights as by one process, but for rounding, if nothing is drawn at random in a step; batch normalisation
-    sees the share's images, and its averages are the means of all.
+    sees the share's images, and its averages are the means of all. Where labels are unknown, the loss is the mean of
+    the shares' means over their known labels.
     """
     _train(config, train_split, valid_split, folder, member=member)
 
@@ -133,7 +136,8 @@ def _train(
     require_equal_parts(devices, batch_size=batches.batch_size, valid_images=len(valid_split.images))
     epochs = epochs_of(train, batches.images_per_epoch)
     with shared():
-        _compile(network, config, balance, total_steps=epochs * batches.steps)
+        is_open = _has_unknown(train_split, valid_split)
+        _compile(network, config, balance, total_steps=epochs * batches.steps, has_unknown=is_open)
     if not devices:
         _compile_steps(network)
     if member is not None:
@@ -236,7 +240,24 @@ def _batches(config: ExperimentConfig, split: PackedSplit, balance: ClassBalance
     )
 
 
-def _compile(network: keras.Model, config: ExperimentConfig, balance: ClassBalance, *, total_steps: int) -> None:
+def _has_unknown(*splits: PackedSplit) -> bool:
+    """Says whether labels of training or validation are unknown.
+
+    Raises:
+        TrainingError: all of a split are.
+    """
+    unknown = [np.isnan(split.targets) for split in splits if split.targets.ndim == 2 and len(split.targets)]
+    if any(of_split.all() for of_split in unknown):
+        raise TrainingError(
+            "Expected known labels in train and in valid. Received: a split of which no label is known. Give labels to "
+            "some of its images, or import the dataset with --unknown negative."
+        )
+    return any(bool(of_split.any()) for of_split in unknown)
+
+
+def _compile(
+    network: keras.Model, config: ExperimentConfig, balance: ClassBalance, *, total_steps: int, has_unknown: bool
+) -> None:
     import keras
 
     model, train, transfer = config.model, config.train, config.transfer
@@ -250,6 +271,8 @@ def _compile(network: keras.Model, config: ExperimentConfig, balance: ClassBalan
             keras.metrics.CategoricalAccuracy(name="accuracy"),
             keras.metrics.CategoricalCrossentropy(name="cross_entropy"),
         ]
+    elif has_unknown:
+        loss, metrics = known_cross_entropy(train.label_smoothing), known_metrics(model.threshold)
     else:
         loss = keras.losses.BinaryCrossentropy(label_smoothing=train.label_smoothing)
         metrics = [

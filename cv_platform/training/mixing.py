@@ -14,7 +14,8 @@ class Mixing:
     """Mixes the images of a batch in pairs, by one share for all of them; only the arguments decide the result.
 
     mixup adds their pixels (Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization"). CutMix puts a box of the
-    second into the first (Yun et al. 2019, "CutMix"). Where both are on, each batch gets one of them.
+    second into the first (Yun et al. 2019, "CutMix"). Where both are on, each batch gets one of them. A label of a
+    mixture is known where those of both images are: NaN is unknown, and stays so.
 
     Attributes:
         mixup_alpha: of the Beta(alpha, alpha) that the share is drawn from; 0: no mixup.

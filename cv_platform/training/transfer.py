@@ -17,6 +17,7 @@ from cv_platform.compute.blas import one_blas_thread
 from cv_platform.config import ClassifierType, ExperimentConfig, TransferConfig
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.datasets.shards.reading import Images
+from cv_platform.predictions import known_labels
 from cv_platform.training.architectures import find_architecture
 from cv_platform.training.batches import as_probabilities
 from cv_platform.training.imbalance import ClassBalance
@@ -99,9 +100,9 @@ def fit_head(
 
     Args:
         features: `(N, D)`.
-        targets: `(N, C)` 0/1.
+        targets: `(N, C)` 0/1, NaN where unknown.
         valid_features: `(M, D)`.
-        valid_targets: `(M, C)` 0/1.
+        valid_targets: `(M, C)`, likewise.
         classifier_type: softmax (multi-class), or a sigmoid for each class (multi-label).
         balance: of the classes; None: images count equally.
     """
@@ -188,7 +189,7 @@ def _loss(
     log_prior: NDArray[np.float32],
     row_weights: NDArray[np.float32] | np.float32,
 ) -> tuple[float, NDArray[np.float64]]:
-    """Returns the mean cross-entropy, and its derivative by the `(N, C)` logits."""
+    """Returns the mean cross-entropy (multi-label: of known labels), and its derivative by the `(N, C)` logits."""
     from scipy.special import expit, log_softmax
 
     logits = scaled @ weights[:-1].astype(scaled.dtype) + weights[-1]
@@ -197,10 +198,12 @@ def _loss(
         residual = (np.exp(logs) - targets) * row_weights / len(targets)
         return float(-(targets * logs * row_weights).sum() / len(targets)), residual
     losses = targets * np.logaddexp(0, -logits) + (1 - targets) * np.logaddexp(0, logits)
-    return float(losses.mean()), (expit(logits) - targets) / targets.size
+    known = known_labels(targets, targets.shape[1])
+    residual = (expit(logits) - targets) / int(known.sum())
+    return float(losses[known].mean()), np.where(known, residual, 0.0)
 
 
 def _accuracy(logits: NDArray[Any], targets: NDArray[Any], classifier_type: ClassifierType) -> float:
     if classifier_type == "multi-class":
         return float((logits.argmax(axis=1) == targets.argmax(axis=1)).mean())
-    return float(((logits > 0) == (targets > 0.5)).mean())
+    return float(((logits > 0) == (targets > 0.5))[known_labels(targets, targets.shape[1])].mean())

@@ -18,6 +18,7 @@ from cv_platform.training.batches import (
     ordered_dataset,
 )
 from cv_platform.training.fused import Pixels
+from cv_platform.training.mixing import Mixing
 
 UNTOUCHED = AugmentConfig()
 
@@ -235,3 +236,19 @@ def test_targets_become_rows() -> None:
 def test_refuses_targets_of_another_length() -> None:
     with pytest.raises(ValueError, match="as many targets as images"):
         batches_of(numbered_images(3), np.zeros(4, np.int64))
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_a_label_of_a_mixture_is_known_where_those_of_both_images_are(kind: str) -> None:
+    mixing = Mixing(mixup_alpha=float(kind == "mixup"), cutmix_alpha=float(kind == "cutmix"), seed=1)
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    targets = np.array([[0, 1], [0, 1], [0, 1], [np.nan, 1]], np.float32)
+    _, mixed = mixing(images, targets, epoch=0, batch_index=0)
+    others = np.random.default_rng((1, 0, 0, 1))
+    others.integers(1)
+    others.beta(1.0, 1.0)
+    partners = others.permutation(4)
+    expected = np.isnan(targets[:, 0]) | np.isnan(targets[partners, 0])
+    assert np.isnan(mixed[:, 0]).tolist() == expected.tolist()
+    assert mixed[:, 1].tolist() == [1.0] * 4
+    assert (mixed[~expected, 0] == 0).all()

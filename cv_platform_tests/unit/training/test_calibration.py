@@ -124,3 +124,29 @@ def test_scales_a_network_in_place_and_keeps_every_answer(kind: ClassifierType) 
     assert fit_temperature(after, targets, kind) == pytest.approx(1.0, abs=1e-3)
     scale_logits(network, 1 / temperature)
     np.testing.assert_allclose(predict_logits(network, images), before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_temperature_is_fitted_to_known_labels_alone():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(500, 3))
+    targets = (rng.random((500, 3)) < 1 / (1 + np.exp(-logits / 2))).astype(np.float32)
+    hidden = rng.random((500, 3)) < 0.4
+    doubtful = np.where(hidden, np.nan, targets)
+    spoilt = np.where(hidden, 50.0, logits)
+    found = fit_temperature(logits, doubtful, "multi-label")
+    assert found == pytest.approx(fit_temperature(spoilt, doubtful, "multi-label"))
+    kept = logits[~hidden][:, None], targets[~hidden][:, None]
+    assert found == pytest.approx(fit_temperature(*kept, "multi-label"))
+    assert negative_log_likelihood(logits, doubtful, "multi-label") == pytest.approx(
+        negative_log_likelihood(*kept, "multi-label")
+    )
+    assert fit_temperature(logits, np.full((500, 3), np.nan), "multi-label") == 1.0
+
+
+def test_the_calibrated_cross_entropy_is_that_of_known_labels():
+    probabilities = np.array([[0.9, 0.2], [0.3, 0.6]], np.float32)
+    metric = calibrated_cross_entropy("multi-label")
+    metric.update_state(np.array([[1, np.nan], [np.nan, 0]], np.float32), probabilities)
+    other = calibrated_cross_entropy("multi-label")
+    other.update_state(np.array([[1], [0]], np.float32), probabilities[[0, 1], [0, 1]][:, None])
+    assert float(metric.result()) == pytest.approx(float(other.result()), rel=1e-5)

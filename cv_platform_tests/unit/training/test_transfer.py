@@ -215,3 +215,24 @@ def test_lite0_refuses_images_that_leave_no_map() -> None:
     )
     with pytest.raises(TrainingError, match=r"at least 32×32 for efficientnet_lite0.*Received: 31×64"):
         build_model(small)
+
+
+def test_a_head_is_fitted_to_known_labels_alone():
+    rng = np.random.default_rng(5)
+    features = rng.normal(size=(600, 6)).astype(np.float32)
+    targets = (features[:, :2] + 0.3 * rng.normal(size=(600, 2)) > 0).astype(np.float32)
+    hidden = rng.random(targets.shape) < 0.3
+    doubtful = np.where(hidden, np.nan, targets).astype(np.float32)
+    fitted = fit_head(features[:400], doubtful[:400], features[400:], doubtful[400:], "multi-label")
+    assert np.isfinite(fitted.kernel).all()
+    # Class by class, the regression is that of the rows of which the class is known.
+    whole = fit_head(features[:400], targets[:400], features[400:], targets[400:], "multi-label")
+    as_no = fit_head(
+        features[:400], np.nan_to_num(doubtful[:400]), features[400:], np.nan_to_num(doubtful[400:]), "multi-label"
+    )
+    gap, worse = (np.abs(head.bias - whole.bias).max() for head in (fitted, as_no))
+    assert gap < 0.5 * worse
+    assert fitted.accuracy > 0.9
+    assert fitted.accuracy == pytest.approx(
+        ((features[:400] @ fitted.kernel + fitted.bias > 0) == (targets[:400] > 0.5))[~hidden[:400]].mean(), abs=0.01
+    )
