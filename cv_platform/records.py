@@ -419,7 +419,7 @@ class Evaluation(Illustrated):
         description="see compute_metrics; and `images`, `temperature`, `ece_uncalibrated`"
     )
     per_class: list[dict[str, Any]] = Field(
-        description="per class: class, precision, recall, f1, auc, support, intervals"
+        description="per class: class, precision, recall, f1, auc, support, intervals; where labels are unknown, known"
     )
     confusion: list[list[int]] = Field(description="see metrics.confusion_matrix")
     comparison: Comparison | None = Field(default=None, description="with the version in production")
@@ -447,7 +447,7 @@ class Evaluation(Illustrated):
 
     @property
     def predictions_path(self) -> Path:
-        """Parquet: path, sha256, label, predicted_class, correct, confidence, probabilities."""
+        """Parquet: path, sha256, label, unknown_labels if any, predicted_class, correct, confidence, probabilities."""
         return self.directory / "predictions.parquet"
 
     @property

@@ -150,7 +150,7 @@ class EvaluateConfig(Section):
     """What a model must reach before it may be exported and deployed."""
 
     min_accuracy: Fraction = Field(
-        default=0.0, description="multi-class: accuracy; multi-label: mean of per-class accuracies"
+        default=0.0, description="multi-class: accuracy; multi-label: share of right decisions about known labels"
     )
     min_macro_f1: Fraction = Field(default=0.0, description="mean of the classes' F1")
     thresholds: Literal["fixed", "f1"] = Field(

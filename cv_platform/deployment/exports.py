@@ -26,7 +26,7 @@ from cv_platform.errors import ExportError
 from cv_platform.evaluation.evaluate import load_classifier, predict
 from cv_platform.evaluation.latency import Answer, compiled, milliseconds
 from cv_platform.files import exclusive, file_sha256, whole_directory
-from cv_platform.predictions import one_hot, predicted_flags
+from cv_platform.predictions import known_labels, one_hot, predicted_flags
 from cv_platform.records import Export, ReferenceData, Task, TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -48,20 +48,22 @@ class Measured:
     Attributes:
         images: `(N, H, W, 3)` uint8, of the test split.
         truth: `(N, C)` bool.
+        known: `(N, C)` bool, see `predictions.known_labels`; of each image a label is.
         task: decides how probabilities become classes, with `threshold`.
         probabilities: the model's own, `(N, C)`.
     """
 
     images: np.ndarray
     truth: np.ndarray
+    known: np.ndarray
     task: Task
     threshold: Threshold
     model: Any
     probabilities: np.ndarray
 
     def right(self, probabilities: np.ndarray) -> np.ndarray:
-        """Returns which images are right, as a whole, `(N,)` bool."""
-        return (self.decided(probabilities) == self.truth).all(axis=1)
+        """Returns which images are right, as far as their labels are known, `(N,)` bool."""
+        return ((self.decided(probabilities) & self.known) == self.truth).all(axis=1)
 
     def decided(self, probabilities: np.ndarray) -> np.ndarray:
         """Returns the predicted classes, `(N, C)` bool."""
@@ -69,12 +71,14 @@ class Measured:
 
 
 def beside(trained: TrainedModel, test: PackedSplit, threshold: Threshold) -> Measured:
-    """Loads a model and lets it answer at most 2,000 images of the test split, a seeded choice."""
-    rows = np.sort(np.random.default_rng(0).permutation(len(test.paths))[:MOST_IMAGES])
-    images, classes = np.asarray(test.images[rows]), len(trained.task.class_names)
+    """Loads a model and lets it answer at most 2,000 images of the test split with a known label, a seeded choice."""
+    classes, targets = len(trained.task.class_names), np.asarray(test.targets)
+    judged = np.flatnonzero(known_labels(targets, classes).any(axis=1))
+    rows = judged[np.sort(np.random.default_rng(0).permutation(len(judged))[:MOST_IMAGES])]
+    images, targets = np.asarray(test.images[rows]), targets[rows]
     model = load_classifier(trained.keras_path, classes=classes)
-    truth = one_hot(np.asarray(test.targets)[rows], classes).astype(bool)
-    return Measured(images, truth, trained.task, threshold, model, predict(model, images))
+    known, truth = known_labels(targets, classes), one_hot(targets, classes).astype(bool)
+    return Measured(images, truth, known, trained.task, threshold, model, predict(model, images))
 
 
 def write_exports(

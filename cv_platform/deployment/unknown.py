@@ -17,7 +17,7 @@ from cv_platform.datasets.packing import PackedSplit
 from cv_platform.evaluation.intervals import wilson
 from cv_platform.images import resize
 from cv_platform.images.corruptions import corruptions
-from cv_platform.predictions import one_hot
+from cv_platform.predictions import known_labels, one_hot
 from cv_platform.records import UnknownKind, UnknownRate
 from cv_platform.serving.model.runtime import LoadedModel
 from cv_platform.serving.model.unknown import UnknownRule, measure_unknown
@@ -50,14 +50,24 @@ def unknown_rule(model: LoadedModel, keras_path: Path, train: PackedSplit, valid
     if len(weights) != 2 or weights[0].shape != (model.metadata.feature_dims, len(model.metadata.class_names)):
         return None
     (learned, labels), (held_out, _) = (_features(model, split) for split in (train, valid))
+    classes = len(model.metadata.class_names)
+    told = told_rows(labels, classes)
     return fit_unknown(
-        learned,
-        one_hot(labels, len(model.metadata.class_names)),
+        learned[told],
+        one_hot(labels[told], classes),
         held_out,
         kernel=weights[0],
         bias=weights[1],
         is_joint=model.metadata.classifier_type == "multi-label",
     )
+
+
+def told_rows(targets: np.ndarray, classes: int) -> np.ndarray:
+    """Returns `(N,)` bool: images of which it is known what they show, or that they show none of the classes.
+
+    Of several labels, an image without any known one may yet have one that nobody has looked for.
+    """
+    return one_hot(targets, classes).any(axis=1) | known_labels(targets, classes).all(axis=1)
 
 
 def unknown_rates(model: LoadedModel, test: PackedSplit) -> tuple[UnknownRate, ...]:

@@ -31,6 +31,7 @@ def estimate_accuracy(
     classifier_type: ClassifierType,
     threshold: Threshold = 0.5,
     has_drifted: bool,
+    reference_known: NDArray[np.bool_] | None = None,
 ) -> AccuracyEstimate:
     """Estimates the accuracy on the current images.
 
@@ -41,9 +42,11 @@ def estimate_accuracy(
         classifier_type: see `decisions`.
         threshold: multi-label only.
         has_drifted: the verdict on the current images.
+        reference_known: `(N, C)` bool, which of the targets are known (multi-label); None: all. The others' decisions
+            count for nothing.
 
     Raises:
-        ValueError: there is no row on one side, or shapes differ.
+        ValueError: there is no row on one side, or shapes differ, or no target is known.
     """
     if reference_probabilities.shape != reference_targets.shape:
         raise ValueError(
@@ -51,15 +54,28 @@ def estimate_accuracy(
         )
     if not len(reference_probabilities) or not len(current_probabilities):
         raise ValueError("Expected at least one reference and one current row. Received: none on one side.")
+    counted = None
+    if classifier_type == "multi-label" and reference_known is not None and not reference_known.all():
+        told = reference_known.any(axis=1)
+        if not told.any():
+            raise ValueError("Expected reference rows with known labels. Received: none.")
+        reference_probabilities, reference_targets = reference_probabilities[told], reference_targets[told]
+        counted = reference_known[told]
     known, is_right = decisions(reference_probabilities, reference_targets, classifier_type, threshold)
     current = confidences(current_probabilities, classifier_type, threshold)
     # An image's decisions are drawn together.
     known, is_right = known.reshape(len(reference_targets), -1), is_right.reshape(len(reference_targets), -1)
     current, rng = current.reshape(len(current_probabilities), -1), np.random.default_rng(0)
+
+    def counting(rows: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        inside = slice(None) if counted is None else counted[rows]
+        return known[rows][inside], is_right[rows][inside]
+
     drawn = [
-        _estimates(known[rows], is_right[rows], current[rng.choice(len(current), len(current))])
+        _estimates(*counting(rows), current[rng.choice(len(current), len(current))])
         for rows in (rng.choice(len(known), len(known)) for _ in range(_RESAMPLES))
     ]
+    known, is_right = counting(np.arange(len(known)))
     estimates = _estimates(known, is_right, current)
     bounds = {name: np.quantile([one[name] for one in drawn], (0.025, 0.975)).tolist() for name in estimates}
     return AccuracyEstimate(

@@ -37,7 +37,9 @@ from cv_platform.predictions import (
     PREDICTED_CLASS,
     PROPERTIES,
     UAE_FEATS,
+    UNKNOWN_LABELS,
     VECTOR_COLUMNS,
+    known_labels,
     label_texts,
     one_hot,
     predicted_flags,
@@ -109,6 +111,7 @@ def build_reference_data(
         paths=[held_out.paths[row] for row in chosen],
         sha256=[held_out.sha256[row] for row in chosen],
         labels=label_texts(one_hot(targets, len(class_names)), class_names),
+        unknown_labels=label_texts(~known_labels(targets, len(class_names)), class_names),
         predicted=label_texts(predicted, class_names),
     )
     url = storage.publish_reference_data(path, trained.model.model_name, trained.model.version)
@@ -127,6 +130,7 @@ def write_reference(
     sha256: Sequence[str],
     labels: Sequence[str],
     predicted: Sequence[str],
+    unknown_labels: Sequence[str] = (),
 ) -> None:
     """Writes a reference file, complete or not at all.
 
@@ -135,7 +139,9 @@ def write_reference(
         identity: what made the rows.
         sample: the rows' vectors.
         paths, sha256, labels, predicted: the other columns, aligned with `sample`.
+        unknown_labels: likewise; without any, there is no such column.
     """
+    has_unknown = any(unknown_labels)
     columns = {
         "path": paths,
         "sha256": sha256,
@@ -143,9 +149,13 @@ def write_reference(
         MODEL_NAME: [identity.model_name] * len(sample),
         MODEL_VERSION: [identity.model_version] * len(sample),
         PREDICTED_CLASS: predicted,
+        **({UNKNOWN_LABELS: unknown_labels} if has_unknown else {}),
     }
     schema = reference_schema(
-        uae_dims=sample.uae.shape[1], classes=sample.bbsd.shape[1], feature_dims=sample.features.shape[1]
+        uae_dims=sample.uae.shape[1],
+        classes=sample.bbsd.shape[1],
+        feature_dims=sample.features.shape[1],
+        has_unknown_labels=has_unknown,
     )
     arrays: dict[str, pa.Array] = {name: pa.array(values, pa.string()) for name, values in columns.items()}
     for column, attribute in _VECTORS.items():
@@ -220,8 +230,11 @@ def read_identity(path: Path) -> ReferenceIdentity:
 
 
 def read_reference_labels(path: Path) -> pd.DataFrame:
-    """Reads a reference file's path, sha256, label and predicted_class; rows as in `read_reference`."""
-    return pq.read_table(path, columns=["path", "sha256", LABEL, PREDICTED_CLASS]).to_pandas()
+    """Reads a reference file's path, sha256, label, predicted_class and unknown_labels; rows as in `read_reference`."""
+    columns = ["path", "sha256", LABEL, PREDICTED_CLASS]
+    if UNKNOWN_LABELS in pq.read_schema(path).names:
+        return pq.read_table(path, columns=[*columns, UNKNOWN_LABELS]).to_pandas()
+    return pq.read_table(path, columns=columns).to_pandas().assign(**{UNKNOWN_LABELS: ""})
 
 
 def label_targets(labels: Iterable[str], class_names: tuple[str, ...]) -> NDArray[np.bool_]:

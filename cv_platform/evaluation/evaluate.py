@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from cv_platform.evaluation.metrics import (
     confusion_matrix,
     expected_calibration_error,
     in_top,
+    label_counts,
     losses,
     per_class_metrics,
     reliability,
@@ -62,7 +63,14 @@ from cv_platform.evaluation.robustness import measure_robustness
 from cv_platform.evaluation.slices import judge_slices, slice_columns
 from cv_platform.evaluation.thresholds import best_thresholds
 from cv_platform.files import exclusive, whole_directory
-from cv_platform.predictions import label_texts, one_hot, predicted_flags
+from cv_platform.predictions import (
+    UNKNOWN_LABELS,
+    known_decisions,
+    known_labels,
+    label_texts,
+    one_hot,
+    predicted_flags,
+)
 from cv_platform.records import Evaluation, PackedImages, Robustness, Task, TrainedModel
 from cv_platform.tracking import MlflowRun
 
@@ -74,12 +82,14 @@ TEST_SPLIT = "test"
 
 @dataclass(frozen=True)
 class _Predictions:
-    """One row per image of the test split, in the split's order."""
+    """One row per image of the test split, in its order; those that are `judged` have a known label."""
 
     paths: Sequence[str]
     sha256: Sequence[str]
     label: list[str]
+    unknown_labels: list[str]
     predicted_class: list[str]
+    judged: np.ndarray
     correct: np.ndarray
     confidence: np.ndarray
     probabilities: np.ndarray
@@ -117,7 +127,7 @@ def evaluate_model(
 
     Raises:
         VerdictError: the model was trained beside other images.
-        InvalidDatasetError: the test split has no images.
+        InvalidDatasetError: the test split has no images, or no label of them is known.
         TrainingError: the model does not fit the class names, or gives probabilities that are not finite.
     """
     started = time.monotonic()
@@ -127,23 +137,34 @@ def evaluate_model(
             f"Expected images in the test split of {packed.provenance}. Received: none. "
             "Add some, or look at its validation report for quarantined ones."
         )
+    targets = np.asarray(test.targets)
+    judged = known_labels(targets, len(trained.task.class_names)).any(axis=1)
+    if not judged.any():
+        raise InvalidDatasetError(
+            f"Expected known labels in the test split of {packed.provenance}. Received: {len(judged)} images, of which "
+            "no label is known. Label some: cells that are blank or −1 say nothing."
+        )
     model = load_classifier(trained.keras_path, classes=len(trained.task.class_names))
     probabilities = predict_split(model, trained.keras_path, test)
     target = directory / trained.model.model_name / trained.model.version
     threshold = _threshold(model, trained, packed, config)
     (cpu_ms,) = milliseconds([compiled(model)], np.asarray(test.images[:8]))
-    evaluation = _measured(trained, test, probabilities, config, champion, threshold, cpu_ms).model_copy(
+    if champion is not None and champion.decisions is not None:
+        decisions = known_decisions(champion.decisions, targets)[judged]
+        champion = replace(champion, decisions=decisions, seen=None if champion.seen is None else champion.seen[judged])
+    measured = targets[judged], probabilities[judged]
+    evaluation = _measured(trained, *measured, config, champion, threshold, cpu_ms).model_copy(
         update={
             "directory": target,
             "mlflow_run_id": None if run is None else run.run_id,
             "parameters": model.count_params(),
             "keras_bytes": trained.keras_path.stat().st_size,
-            "robustness": _robustness(model, trained.task, test, config, threshold),
+            "robustness": _robustness(model, trained.task, test, judged, config, threshold),
         }
     )
     predictions = _predictions(test, probabilities, trained.task, evaluation.threshold)
-    columns = slice_columns(test.images, _rows(manifest, test.paths))
-    evaluation = evaluation.model_copy(update={"slices": judge_slices(columns, predictions.correct)})
+    columns = slice_columns(test.images, _rows(manifest, test.paths)).loc[judged].reset_index(drop=True)
+    evaluation = evaluation.model_copy(update={"slices": judge_slices(columns, predictions.correct[judged])})
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as folder:
         # What the record says of its folder holds of this one too, until it gets its name.
         unfinished = evaluation.model_copy(update={"directory": folder})
@@ -216,18 +237,18 @@ def predict_split(model: Any, keras_path: Path, split: PackedSplit) -> np.ndarra
 
 def _measured(
     trained: TrainedModel,
-    test: PackedSplit,
+    targets: np.ndarray,
     probabilities: np.ndarray,
     config: ExperimentConfig,
     champion: Champion | None,
     threshold: Threshold,
     cpu_ms: float,
 ) -> Evaluation:
-    """Returns the metrics with their intervals, and the gate's verdict."""
+    """Returns the metrics with their intervals, and the gate's verdict; of images with a known label."""
     task = trained.task
-    decided = (np.asarray(test.targets), probabilities, task.classifier_type)
-    truth = one_hot(decided[0], len(task.class_names))
-    decisions = predicted_flags(probabilities, task.classifier_type, threshold)
+    decided = (targets, probabilities, task.classifier_type)
+    truth = one_hot(targets, len(task.class_names))
+    decisions = known_decisions(predicted_flags(probabilities, task.classifier_type, threshold), targets)
     metrics = compute_metrics(*decided, threshold)
     gate = judge_promotion(
         metrics | {"cpu_ms": cpu_ms},
@@ -240,7 +261,7 @@ def _measured(
     metrics["ece_uncalibrated"] = uncalibrated_error(*decided, trained.temperature)
     metrics["temperature"] = trained.temperature
     metrics["images"] = float(len(truth))
-    aucs, ranked = score_intervals(truth, probabilities)
+    aucs, ranked = score_intervals(truth, probabilities, known_labels(targets, len(task.class_names)))
     rows = zip(
         task.class_names,
         per_class_metrics(*decided, threshold),
@@ -281,9 +302,9 @@ def _threshold(model: Any, trained: TrainedModel, packed: PackedImages, config: 
     if config.evaluate.thresholds == "fixed" or task.classifier_type != "multi-label":
         return common
     valid = open_split(packed, "valid", beside=trained)
-    return best_thresholds(
-        one_hot(np.asarray(valid.targets), len(task.class_names)), predict(model, valid.images), common
-    )
+    targets, classes = np.asarray(valid.targets), len(task.class_names)
+    probabilities = predict(model, valid.images)
+    return best_thresholds(one_hot(targets, classes), probabilities, common, known_labels(targets, classes))
 
 
 def _intervals(
@@ -294,7 +315,8 @@ def _intervals(
     truth: np.ndarray,
     decisions: np.ndarray,
 ) -> dict[str, Interval]:
-    exact = (truth == decisions).all(axis=1)
+    exact, known = (truth == decisions).all(axis=1), known_labels(targets, truth.shape[1])
+    counts = label_counts(known)
     found: dict[str, Interval | None] = dict(mean_intervals(truth, decisions))
     shares = {"accuracy" if kind == "multi-class" else "exact_match": exact}
     if kind == "multi-class":
@@ -302,11 +324,12 @@ def _intervals(
         if probabilities.shape[1] > TOP:
             shares[f"top{TOP}_accuracy"] = in_top(targets, probabilities)
     else:
-        found["accuracy"] = mean_interval((truth == decisions).mean(axis=1), are_shares=True)
+        right = ((truth == decisions) & known).sum(axis=1) / known.sum(axis=1)
+        found["accuracy"] = mean_interval(right, counts, are_shares=True)
     confidence, right, place = binned(targets, probabilities, kind)
     intervals = {
         **{name: wilson(int(right.sum()), len(right)) for name, right in shares.items()},
-        **{name: mean_interval(of_image) for name, of_image in losses(truth, probabilities, kind).items()},
+        **{name: mean_interval(each, counts) for name, each in losses(truth, probabilities, kind, known).items()},
         "ece": calibration_interval(confidence - right, place),
         "mean_confidence": mean_interval(confidence_of(probabilities, kind, threshold)),
     }
@@ -314,17 +337,20 @@ def _intervals(
 
 
 def _robustness(
-    model: Any, task: Task, test: PackedSplit, config: ExperimentConfig, threshold: Threshold
+    model: Any, task: Task, test: PackedSplit, judged: np.ndarray, config: ExperimentConfig, threshold: Threshold
 ) -> tuple[Robustness, ...]:
-    """Measures a seeded sample of the test images, the same for every model of a data version."""
-    wanted = min(config.evaluate.robustness_images, len(test.paths))
+    """Measures a seeded sample of the `judged` test images, the same for every model of a data version."""
+    rows = np.flatnonzero(judged)
+    wanted = min(config.evaluate.robustness_images, len(rows))
     if not wanted:
         return ()
-    chosen = np.sort(np.random.default_rng(0).permutation(len(test.paths))[:wanted])
-    truth = one_hot(np.asarray(test.targets)[chosen], len(task.class_names))
+    chosen = rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:wanted])]
+    targets = np.asarray(test.targets)[chosen]
+    truth = one_hot(targets, len(task.class_names))
 
     def is_right(probabilities: np.ndarray) -> np.ndarray:
-        return (predicted_flags(probabilities, task.classifier_type, threshold) == truth).all(axis=1)
+        flags = predicted_flags(probabilities, task.classifier_type, threshold)
+        return (known_decisions(flags, targets) == truth).all(axis=1)
 
     return measure_robustness(np.asarray(test.images[chosen]), lambda images: predict(model, images), is_right)
 
@@ -356,7 +382,9 @@ def worst_sheet(
         else [np.hstack([image, overlay(image, cell)]) for image, cell in zip(images, heat, strict=True)]
     )
     captions = [
-        caption(predictions.label[i], predictions.predicted_class[i], float(predictions.confidence[i])) for i in worst
+        caption(predictions.label[i], predictions.predicted_class[i], float(predictions.confidence[i]))
+        + (f"\nnot known: {predictions.unknown_labels[i]}" if predictions.unknown_labels[i] else "")
+        for i in worst
     ]
     if neighbours is not None and worst:
         names, train = config.model.classes, neighbours.train
@@ -376,7 +404,10 @@ def worst_errors(correct: np.ndarray, confidence: np.ndarray, count: int) -> lis
 
 
 def write_predictions(path: Path, predictions: _Predictions) -> None:
-    """Writes the parquet of predictions: a row per image, in the order of the split."""
+    """Writes the parquet of predictions: a row per image, in the order of the split.
+
+    `correct` is null of an image of which no label is known. Where labels are unknown a column names them.
+    """
     width = predictions.probabilities.shape[1]
     flat = pa.array(np.ascontiguousarray(predictions.probabilities, dtype=np.float32).ravel())
     table = pa.table(
@@ -384,8 +415,13 @@ def write_predictions(path: Path, predictions: _Predictions) -> None:
             "path": pa.array(predictions.paths, pa.string()),
             "sha256": pa.array(predictions.sha256, pa.string()),
             "label": pa.array(predictions.label, pa.string()),
+            **(
+                {UNKNOWN_LABELS: pa.array(predictions.unknown_labels, pa.string())}
+                if any(predictions.unknown_labels)
+                else {}
+            ),
             "predicted_class": pa.array(predictions.predicted_class, pa.string()),
-            "correct": pa.array(predictions.correct, pa.bool_()),
+            "correct": pa.array(predictions.correct, pa.bool_(), mask=~predictions.judged),
             "confidence": pa.array(predictions.confidence.astype(np.float32), pa.float32()),
             "probabilities": pa.FixedSizeListArray.from_arrays(flat, width),
         }
@@ -394,14 +430,17 @@ def write_predictions(path: Path, predictions: _Predictions) -> None:
 
 
 def _predictions(test: PackedSplit, probabilities: np.ndarray, task: Task, threshold: Threshold) -> _Predictions:
-    truth = one_hot(np.asarray(test.targets), len(task.class_names))
+    targets, names = np.asarray(test.targets), task.class_names
+    truth, known = one_hot(targets, len(names)), known_labels(targets, len(names))
     decisions = predicted_flags(probabilities, task.classifier_type, threshold)
     return _Predictions(
         paths=test.paths,
         sha256=test.sha256,
-        label=label_texts(truth, task.class_names),
-        predicted_class=label_texts(decisions, task.class_names),
-        correct=(truth == decisions).all(axis=1),
+        label=label_texts(truth, names),
+        unknown_labels=label_texts(~known, names),
+        predicted_class=label_texts(decisions, names),
+        judged=known.any(axis=1),
+        correct=(truth == known_decisions(decisions, targets)).all(axis=1),
         confidence=confidence_of(probabilities, task.classifier_type, threshold),
         probabilities=probabilities,
     )

@@ -67,7 +67,8 @@ def judge_promotion(
             what follows it.
         champion: None when nothing is in production.
         truth: `(N, C)` bool, with a champion: the labels of the test images.
-        decisions: `(N, C)` bool, with a champion: what the challenger decides.
+        decisions: `(N, C)` bool, with a champion: what the challenger decides; of both about known labels only, see
+            `predictions.known_decisions`.
         class_names: of the columns.
     """
     failed: list[str] = []

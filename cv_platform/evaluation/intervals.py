@@ -34,7 +34,7 @@ def class_intervals(truth: np.ndarray, decisions: np.ndarray) -> list[dict[str, 
 
     Args:
         truth: `(N, C)` bool.
-        decisions: `(N, C)` bool.
+        decisions: `(N, C)` bool, those about known labels (`predictions.known_decisions`).
     """
     f1s = _bootstrap(truth, decisions, _f1)
     return [
@@ -59,39 +59,50 @@ def mean_intervals(truth: np.ndarray, decisions: np.ndarray) -> dict[str, Interv
     return {name: interval for name, interval in found.items() if interval is not None}
 
 
-def score_intervals(truth: np.ndarray, probabilities: np.ndarray) -> tuple[list[Interval | None], dict[str, Interval]]:
+def score_intervals(
+    truth: np.ndarray, probabilities: np.ndarray, known: np.ndarray | None = None
+) -> tuple[list[Interval | None], dict[str, Interval]]:
     """Returns the intervals of what ranks images by a class's probability, of the same resamples for all classes.
 
     Args:
         truth: `(N, C)` bool.
         probabilities: `(N, C)`.
+        known: `(N, C)` bool: the labels that are known; None: all.
 
     Returns:
         Of each class's AUC, None where it has none; and of `auc_macro` and `mean_average_precision`.
     """
-    curves = [_Curve(*pair) for pair in zip(truth.T, probabilities.T, strict=True)]
+    known = np.ones_like(truth, dtype=bool) if known is None else known
+    curves = [_Curve(*column) for column in zip(truth.T, probabilities.T, known.T, strict=True)]
     weights = list(itertools.islice(_weights(len(truth)), _RANKED // _AT_ONCE))
     found = np.array([np.concatenate([curve.areas(part) for part in weights], axis=1) for curve in curves])
     names = ("auc_macro", "mean_average_precision")
-    tried = truth[:, np.isfinite(found[:, 0]).any(axis=1)], truth[:, truth.any(axis=0)]
+    ranked = np.isfinite(found[:, 0]).any(axis=1), truth.any(axis=0)
+    tried = [(truth[:, of], known[:, of]) for of in ranked]
     means = {
-        name: _unless_certain(_percentiles(_known_mean(found[:, at])), tried[at], has_ranks=not at)
+        name: _unless_certain(_percentiles(_known_mean(found[:, at])), *tried[at], has_ranks=not at)
         for at, name in enumerate(names)
     }
-    aucs = [_unless_certain(_percentiles(row[0]), of, has_ranks=True) for row, of in zip(found, truth.T, strict=True)]
+    aucs = [
+        _unless_certain(_percentiles(row[0]), *column, has_ranks=True)
+        for row, *column in zip(found, truth.T, known.T, strict=True)
+    ]
     return aucs, {name: ends for name, ends in means.items() if ends is not None}
 
 
 class _Curve:
     """The images by their scores for one class, of which equal ones are one step of its curves."""
 
-    def __init__(self, positive: np.ndarray, scores: np.ndarray) -> None:
-        self._order = np.argsort(-scores, kind="stable")
+    def __init__(self, positive: np.ndarray, scores: np.ndarray, known: np.ndarray) -> None:
+        order = np.argsort(-scores, kind="stable")
+        self._order = order[known[order]]
         self._positive = positive[self._order]
-        self._ends = np.append(np.flatnonzero(np.diff(scores[self._order])), len(scores) - 1)
+        self._ends = np.append(np.flatnonzero(np.diff(scores[self._order])), len(self._order) - 1)
 
     def areas(self, weights: np.ndarray) -> np.ndarray:
         """Returns `(2, R)`: the area under ROC and the average precision of `(R, N)` resamples; NaN where none is."""
+        if not len(self._order):
+            return np.full((2, len(weights)), np.nan)
         ranked = weights[:, self._order]
         hits = np.cumsum(ranked * self._positive, axis=1)[:, self._ends]
         false = np.cumsum(ranked, axis=1)[:, self._ends] - hits
@@ -101,9 +112,17 @@ class _Curve:
         return np.stack([_share(area, hits[:, -1] * false[:, -1]), _share(precision, hits[:, -1])])
 
 
-def mean_interval(values: np.ndarray, *, are_shares: bool = False) -> Interval | None:
-    """Returns the interval of the mean of `(N,)` values, one of each image; of shares, 1 is without an error."""
-    ends = _percentiles(np.concatenate([weights @ values / len(values) for weights in _weights(len(values))]))
+def mean_interval(values: np.ndarray, counts: np.ndarray | None = None, *, are_shares: bool = False) -> Interval | None:
+    """Returns the interval of the mean of `(N,)` values, one of each image; of shares, 1 is without an error.
+
+    With `counts`, `(N,)`, each value is itself the mean of so many, and weighs as much.
+    """
+    sums = values if counts is None else values * counts
+    means = (
+        weights @ sums / (len(values) if counts is None else np.maximum(weights @ counts, 1))
+        for weights in _weights(len(values))
+    )
+    ends = _percentiles(np.concatenate(list(means)))
     return _unless_certain(ends, np.ones(len(values), bool)) if are_shares else ends
 
 
@@ -114,12 +133,14 @@ def calibration_interval(gaps: np.ndarray, bins: np.ndarray) -> Interval | None:
 
     Args:
         gaps: `(N, K)`, of each decision about an image: its confidence minus whether it is right.
-        bins: `(N, K)` int, of the confidence.
+        bins: `(N, K)` int, of the confidence; −1 where it is not known whether it is right.
     """
+    known = bins >= 0
+    count = int(known.sum())
     table = np.zeros((len(gaps), int(bins.max()) + 1), np.float32)
-    np.add.at(table, (np.arange(len(gaps))[:, None], bins), gaps)
-    errors = np.concatenate([np.abs(weights @ table).sum(axis=1) for weights in _weights(len(gaps))]) / gaps.size
-    excess = float(errors.mean()) - float(np.abs(table.sum(axis=0)).sum()) / gaps.size
+    np.add.at(table, (np.arange(len(gaps))[:, None], np.maximum(bins, 0)), np.where(known, gaps, 0.0))
+    errors = np.concatenate([np.abs(weights @ table).sum(axis=1) for weights in _weights(len(gaps))]) / count
+    excess = float(errors.mean()) - float(np.abs(table.sum(axis=0)).sum()) / count
     return _percentiles(np.maximum(errors - excess, 0.0))
 
 
@@ -159,7 +180,9 @@ def _f1(hits: np.ndarray, support: np.ndarray, decided: np.ndarray) -> np.ndarra
     return _share(2 * hits, support + decided)
 
 
-def _unless_certain(ends: Interval | None, truth: np.ndarray, *, has_ranks: bool = False) -> Interval | None:
+def _unless_certain(
+    ends: Interval | None, truth: np.ndarray, known: np.ndarray | None = None, *, has_ranks: bool = False
+) -> Interval | None:
     """Returns an interval; of a score that is 1, or 0, in every resample, as wide as the images seen leave open.
 
     Without an error in n images, a class's rate of errors may be as large as Wilson's interval says of n of n. Errors
@@ -169,13 +192,15 @@ def _unless_certain(ends: Interval | None, truth: np.ndarray, *, has_ranks: bool
     Args:
         ends: those of the resamples.
         truth: `(N,)` or `(N, C)` bool, of the class, or of the classes of whose scores `ends` is the mean.
+        known: the same, of which images that is known; None: of all.
         has_ranks: the images with the class are compared with those without: as many pairs are independent as the fewer
             have images.
     """
     if ends not in {(1.0, 1.0), (0.0, 0.0)}:
         return ends
     with_class = truth.sum(axis=0)
-    fewest = int(np.min(np.minimum(with_class, len(truth) - with_class) if has_ranks else with_class))
+    images = len(truth) if known is None else known.sum(axis=0)
+    fewest = int(np.min(np.minimum(with_class, images - with_class) if has_ranks else with_class))
     seen = wilson(fewest, fewest)
     if seen is None:  # The class has no image, only answers.
         return ends

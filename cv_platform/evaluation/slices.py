@@ -23,8 +23,8 @@ _MOST_VALUES = 20
 _QUARTERS = 4
 _ALPHA = 0.05
 _NOT_SLICED = {
-    *("path", "sha256", "split", "labels", "status", "reason", "is_readable", "problem", "largest_sample"),
-    *PROPERTY_NAMES,
+    *("path", "sha256", "split", "labels", "unknown_labels", "status", "reason", "is_readable", "problem"),
+    *("largest_sample", *PROPERTY_NAMES),
 }
 """Most files have no largest sample. The manifest has the properties of an overview, and here are those of what the
 model sees."""

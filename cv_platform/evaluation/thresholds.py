@@ -9,22 +9,26 @@ from __future__ import annotations
 import numpy as np
 
 FEWEST = 20
-"""Images with the class, and without it."""
+"""Images that are known to show the class, and not to show it."""
 
 
-def best_thresholds(truth: np.ndarray, probabilities: np.ndarray, common: float) -> tuple[float, ...]:
+def best_thresholds(
+    truth: np.ndarray, probabilities: np.ndarray, common: float, known: np.ndarray | None = None
+) -> tuple[float, ...]:
     """Returns a threshold for each class; of equally good ones that next to `common`.
 
     Args:
         truth: `(N, C)` bool.
         probabilities: `(N, C)`.
         common: 0–1, of classes that have too few images.
+        known: `(N, C)` bool: the labels that are known, which alone count; None: all.
     """
+    known = np.ones_like(truth, dtype=bool) if known is None else known
     return tuple(
-        _best(shows, column.astype(np.float64), common)
-        if min(int(shows.sum()), int((~shows).sum())) >= FEWEST
+        _best(shows[of], column[of].astype(np.float64), common)
+        if min(int(shows[of].sum()), int((~shows[of]).sum())) >= FEWEST
         else common
-        for shows, column in zip(truth.T, probabilities.T, strict=True)
+        for shows, column, of in zip(truth.T, probabilities.T, known.T, strict=True)
     )
 
 

@@ -40,7 +40,7 @@ from cv_platform.monitoring.report_page import render_page
 from cv_platform.monitoring.sentences import drift_summary
 from cv_platform.monitoring.top_images import pictures_of, top_images
 from cv_platform.monitoring.window import Window, WindowBounds, read_window, window_bounds
-from cv_platform.predictions import LABEL, predicted_flags
+from cv_platform.predictions import LABEL, UNKNOWN_LABELS, predicted_flags
 from cv_platform.records import DriftDetectors, DriftReport, ModelIdentity, PackedImages
 from cv_platform.storage import CentralStorage
 
@@ -221,7 +221,8 @@ def _with_verdict(
         alpha=report.alpha,
     )
     scores = image_scores(reference, current, seed=monitor.seed)
-    targets = label_targets(read_reference_labels(reference_path)[LABEL].tolist(), class_names)
+    labels = read_reference_labels(reference_path)
+    targets, unknown = (label_targets(labels[name].tolist(), class_names) for name in (LABEL, UNKNOWN_LABELS))
     labelled = read_reference(reference_path) if report.reference else reference
     causes = None
     # Told by labelled images of before, which an accepted window has not.
@@ -235,14 +236,17 @@ def _with_verdict(
             seed=monitor.seed,
             detectors=monitor.detectors,
         )
-    estimate = estimate_accuracy(
-        labelled.bbsd,
-        targets,
-        current.bbsd,
-        classifier_type=facts.classifier_type,
-        threshold=facts.threshold,
-        has_drifted=verdict.drifted,
-    )
+    estimate = None  # Of a reference of which no label is known.
+    if not unknown.all():
+        estimate = estimate_accuracy(
+            labelled.bbsd,
+            targets,
+            current.bbsd,
+            classifier_type=facts.classifier_type,
+            threshold=facts.threshold,
+            has_drifted=verdict.drifted,
+            reference_known=~unknown,
+        )
     return report.model_copy(
         update={
             "verdict": "drift" if verdict.drifted else "no drift",

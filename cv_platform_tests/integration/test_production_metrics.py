@@ -372,3 +372,17 @@ def test_figures_plots_and_record_reach_mlflow(
     assert [file.path for file in client.list_artifacts(run.run_id, "production_metrics")] == [
         "production_metrics/production_metrics.json"
     ]
+
+
+def test_a_test_split_with_unknown_labels_is_no_measure_of_whole_answers(
+    engine: Engine, storage: CentralStorage, tmp_path: Path
+) -> None:
+    names = ("round", "red", "big")
+    metrics = {"exact_match": 0.95, "images": 200.0, "known_label_share": 0.7}
+    publish(storage, tmp_path, NEW, metrics, class_names=names, classifier_type="multi-label")
+    say(engine, predict(engine, "round|red", 12), "round|red")
+    say(engine, predict(engine, "round|big", 8), "round")
+    measured = measure(engine, storage, tmp_path, experiment(names, classifier_type="multi-label"))
+    (version,) = measured.versions
+    assert (version.right_share, version.test_right_share, version.verdict) == (12 / 20, None, "not comparable")
+    assert measured.problems == (f"{NEW}: not compared with its test split, of which labels are unknown.",)

@@ -8,14 +8,14 @@ from cv_platform.config import DeployConfig, ExportFormat
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment import quantization
 from cv_platform.deployment.bundle import Place, Splits, publish_model
-from cv_platform.deployment.exports import measure_int8, write_exports
+from cv_platform.deployment.exports import Measured, measure_int8, write_exports
 from cv_platform.deployment.int8 import open_int8, write_int8
 from cv_platform.errors import ExportError
 from cv_platform.files import file_sha256
 from cv_platform.records import DriftDetectors, ReferenceData, TrainedModel
 from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.storage import CentralStorage
-from cv_platform_tests.support.record_samples import VERSION, drift_detectors, evaluation, trained_model
+from cv_platform_tests.support.record_samples import VERSION, drift_detectors, evaluation, task, trained_model
 from cv_platform_tests.support.tiny_models import build_classifier, build_encoder, tiny_images
 
 pytestmark = pytest.mark.xdist_group("tensorflow")
@@ -148,3 +148,12 @@ def test_a_graph_in_8_bits_is_served_with_its_map_and_its_rule_for_unknown_image
 def test_weights_have_7_bits_where_the_cpu_would_overflow(tmp_path: Path, flags: str, whole: bool):
     (tmp_path / "cpuinfo").write_text(f"flags : sse {flags}\n")
     assert quantization._adds_without_overflow(tmp_path / "cpuinfo") is whole
+
+
+def test_an_export_is_right_as_far_as_labels_are_known():
+    truth = np.array([[True, False], [False, False]])
+    known = np.array([[True, False], [True, True]])
+    answers = np.array([[0.9, 0.9], [0.1, 0.9]], np.float32)
+    several = task(classifier_type="multi-label")
+    measured = Measured(np.zeros((2, 4, 4, 3), np.uint8), truth, known, several, 0.5, None, answers)
+    assert measured.right(answers).tolist() == [True, False]

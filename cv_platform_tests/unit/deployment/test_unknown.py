@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cv_platform.deployment.unknown import RATE, fit_unknown, unknown_rates, unknown_rule
+from cv_platform.deployment.unknown import RATE, fit_unknown, told_rows, unknown_rates, unknown_rule
 from cv_platform.errors import CorruptBundleError
 from cv_platform.predictions import one_hot
 from cv_platform.serving.model.explain import Explain
@@ -151,3 +151,8 @@ def test_an_export_with_a_rule_answers_whether_an_image_is_unknown(tiny_export: 
     assert all(rate.low <= rate.rate <= rate.high for rate in rates)
     assert answers[0]["is_unknown"] is (answers[0]["unknown_score"] > 1)
     assert (answers[1]["is_unknown"], answers[1]["unknown_score"]) == (None, None)
+
+
+def test_an_image_with_unknown_labels_need_not_be_one_without_any():
+    targets = np.array([[1, np.nan], [0, 0], [0, np.nan], [np.nan, np.nan]], np.float32)
+    assert told_rows(targets, 2).tolist() == [True, True, False, False]

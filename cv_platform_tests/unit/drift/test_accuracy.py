@@ -86,3 +86,20 @@ def test_refuses_misaligned_or_missing_rows() -> None:
         estimate_accuracy(REFERENCE, TARGETS[:2], REFERENCE, classifier_type="multi-class", has_drifted=False)
     with pytest.raises(ValueError, match="at least one"):
         estimate_accuracy(REFERENCE, TARGETS, REFERENCE[:0], classifier_type="multi-class", has_drifted=False)
+
+
+def test_unknown_labels_of_the_reference_count_for_nothing():
+    rng = np.random.default_rng(4)
+    probabilities = rng.random((300, 2)).astype(np.float32)
+    targets = rng.random((300, 2)) < probabilities
+    known = rng.random((300, 2)) < 0.6
+    options = {"classifier_type": "multi-label", "has_drifted": False}
+    hidden = estimate_accuracy(probabilities, targets & known, probabilities, **options, reference_known=known)
+    spoilt = np.where(known, targets, ~targets)
+    assert estimate_accuracy(probabilities, spoilt, probabilities, **options, reference_known=known) == hidden
+    right = (probabilities >= 0.5) == targets
+    assert hidden.reference_accuracy == pytest.approx(right[known].mean())
+    whole = estimate_accuracy(probabilities, targets, probabilities, **options)
+    assert estimate_accuracy(probabilities, targets, probabilities, **options, reference_known=known | True) == whole
+    with pytest.raises(ValueError, match="Expected reference rows with known labels"):
+        estimate_accuracy(probabilities, targets, probabilities, **options, reference_known=known & False)

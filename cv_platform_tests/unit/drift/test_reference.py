@@ -242,3 +242,20 @@ def test_label_texts_and_targets_are_each_others_inverse() -> None:
         [False, False, False],
     ]
     assert one_hot(np.array([2, 0]), 3).tolist() == [[False, False, True], [True, False, False]]
+
+
+def test_unknown_labels_have_a_column_of_their_own_where_there_are_any(
+    trained: TrainedModel, detectors: DriftDetectors, config: ExperimentConfig
+) -> None:
+    split = make_split(20, multi_label=True)
+    hidden = np.zeros(split.targets.shape, bool)
+    hidden[3, 1] = hidden[4] = True
+    doubtful = dataclasses.replace(split, targets=np.where(hidden, np.nan, split.targets))
+    several = trained.model_copy(update={"task": task(classifier_type="multi-label")})
+    path = made_by(several, detectors, doubtful, config).path
+    rows = read_reference_labels(path)
+    assert label_targets(rows["unknown_labels"].tolist(), CLASS_NAMES).tolist() == hidden.tolist()
+    assert label_targets(rows["label"].tolist(), CLASS_NAMES).tolist() == ((split.targets > 0.5) & ~hidden).tolist()
+    whole = made_by(several, detectors, split, config).path
+    assert "unknown_labels" not in pq.read_schema(whole).names
+    assert set(read_reference_labels(whole)["unknown_labels"]) == {""}

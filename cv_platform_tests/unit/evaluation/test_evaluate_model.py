@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,12 @@ def _image(colours: tuple[str, ...], seed: int) -> np.ndarray:
     return image
 
 
-def _pack(
-    folder: Path, test: list[tuple[str, tuple[str, ...], np.ndarray]], kind: ClassifierType = "multi-class"
-) -> PackedImages:
-    """Packs `(path, labels, image)` as the test split, beside a train split of one image per class."""
+def _pack(folder: Path, test: Sequence[tuple[Any, ...]], kind: ClassifierType = "multi-class") -> PackedImages:
+    """Packs `(path, labels, image)`, with unknown labels if any, as the test split, beside train of one per class."""
     rows = []
     train = [(f"train/{name}.png", (name,), _image((name,), 900 + i)) for i, name in enumerate(CLASSES)]
     for split, entries in (("train", train), ("test", test)):
-        for path, labels, image in entries:
+        for path, labels, image, *unknown in entries:
             target = folder / "checkout" / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
@@ -82,6 +81,7 @@ def _pack(
                     "split": split,
                     "split_origin": "given",
                     "labels": list(labels),
+                    "unknown_labels": list(*unknown),
                     "width_px": 8,
                     "height_px": 8,
                     "bytes": target.stat().st_size,
@@ -334,3 +334,35 @@ def test_logs_metrics_plots_and_report_to_the_mlflow_run(colours, softmax_model,
         "evaluation/predictions.parquet",
         "evaluation/report.html",
     }
+
+
+def test_unknown_labels_are_neither_right_nor_wrong_in_an_evaluation(sigmoid_model, tmp_path):
+    image = np.full((8, 8, 3), 20, np.uint8)
+    image[..., CHANNELS["blue"]] = 230  # The model says blue.
+    given = [(("blue",), ()), ((), ("blue",)), (("blue", "red"), ("green",)), ((), CLASSES)]
+    entries = [(f"test/{at}.png", labels, image + np.uint8(at), unknown) for at, (labels, unknown) in enumerate(given)]
+    packed = _pack(tmp_path, entries, "multi-label")
+    decisions = np.tile([name == "blue" for name in CLASSES], (4, 1))
+    champion = Champion("v0", decisions, np.array([False, False, True, False]))
+    evaluation = _evaluate(sigmoid_model, packed, tmp_path, champion=champion)
+    assert evaluation.metrics["images"] == 3  # Of the fourth nothing is known.
+    assert evaluation.metrics["known_label_share"] == pytest.approx(7 / 9)
+    assert evaluation.metrics["accuracy"] == pytest.approx(6 / 7)
+    assert evaluation.metrics["exact_match"] == pytest.approx(2 / 3)
+    assert [(row["class"], row["support"], row["known"]) for row in evaluation.per_class] == [
+        ("blue", 2, 2),
+        ("green", 0, 2),
+        ("red", 1, 3),
+    ]
+    rows = pq.read_table(evaluation.predictions_path).to_pylist()
+    assert [row["correct"] for row in rows] == [True, True, False, None]
+    assert [row["unknown_labels"] for row in rows] == ["", "blue", "green", "blue|green|red"]
+    assert evaluation.comparison is not None
+    assert (evaluation.comparison.images, evaluation.comparison.champion_accuracy) == (2, 1.0)
+    assert "known_label_share" in evaluation.report_path.read_text()
+
+
+def test_a_test_split_of_which_nothing_is_known_is_refused(sigmoid_model, tmp_path):
+    entries = [("test/0.png", (), np.full((8, 8, 3), 20, np.uint8), CLASSES)]
+    with pytest.raises(InvalidDatasetError, match="Received: 1 images, of which no label is known"):
+        _evaluate(sigmoid_model, _pack(tmp_path, entries, "multi-label"), tmp_path)

@@ -63,7 +63,7 @@ def test_rankings_have_the_areas_of_scikit_learn_in_each_resample() -> None:
     scores = np.round(0.4 * truth + 0.6 * rng.random((40, 3)), 1)
     for column in range(3):
         weights = rng.multinomial(40, np.full(40, 1 / 40), size=5)
-        found = _Curve(truth[:, column], scores[:, column]).areas(weights.astype(np.float32))
+        found = _Curve(truth[:, column], scores[:, column], np.ones(40, bool)).areas(weights.astype(np.float32))
         for row, (area, precision) in zip(weights, found.T, strict=True):
             drawn = np.repeat(np.arange(40), row)
             given = truth[drawn, column], scores[drawn, column]
@@ -143,3 +143,19 @@ def test_means_and_calibration_have_intervals_around_them() -> None:
     error = sum(abs(gaps[bins == index].sum()) for index in range(15)) / 300
     low, high = calibration_interval(gaps, bins) or (0.0, 0.0)
     assert low < error < high
+
+
+def test_unknown_labels_have_no_part_in_intervals() -> None:
+    rng = np.random.default_rng(3)
+    truth, known = rng.random((400, 2)) < 0.4, rng.random((400, 2)) < 0.7
+    scores = 0.5 * truth + 0.5 * rng.random((400, 2))
+    noise = np.where(known, scores, rng.random((400, 2)))  # What is said of unknown labels changes nothing.
+    assert score_intervals(truth, noise, known) == score_intervals(truth, scores, known)
+    nothing = np.stack([known[:, 0], np.zeros(400, bool)], axis=1)
+    assert score_intervals(truth & nothing, scores, nothing)[0][1] is None
+    gaps, bins = np.full((400, 2), 0.1), np.where(known, 3, -1)
+    low, high = calibration_interval(np.where(known, gaps, 0.9), bins) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((0.1, 0.1), abs=0.02)
+    counts = known.sum(axis=1)
+    values = np.where(counts > 0, 0.2, 0.9)
+    assert mean_interval(values, counts) == pytest.approx((0.2, 0.2), abs=1e-6)

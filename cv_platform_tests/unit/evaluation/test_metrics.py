@@ -204,3 +204,58 @@ def test_the_error_without_the_temperature_is_that_of_the_undivided_logits(tempe
         expected = expected_calibration_error(reliability(truth, read(logits), kind))
         found = uncalibrated_error(truth, read(logits / temperature).astype(np.float32), kind, temperature)
         assert found == pytest.approx(expected, abs=1e-3)
+
+
+UNKNOWN = np.nan
+DOUBTFUL = np.array([[1, 0], [0, UNKNOWN], [UNKNOWN, 1], [1, 0]], np.float32)
+ANSWERS = np.array([[0.9, 0.6], [0.2, 0.9], [0.1, 0.8], [0.4, 0.3]], np.float32)
+
+
+def test_metrics_of_several_labels_are_those_of_the_known_ones_by_hand():
+    found = compute_metrics(DOUBTFUL, ANSWERS, "multi-label")
+    # Known and decided: 1 as 1, 0 as 1; 0 as 0; 1 as 1; 1 as 0, 0 as 0.
+    assert found["known_label_share"] == pytest.approx(6 / 8)
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert found["exact_match"] == pytest.approx(2 / 4)
+    right = np.array([0.9, 0.4, 0.8, 0.8, 0.4, 0.7])
+    assert found["log_loss"] == pytest.approx(-np.log(right).mean(), abs=1e-6)
+    assert found["brier"] == pytest.approx(((1 - right) ** 2).mean(), abs=1e-6)
+    assert found["macro_recall"] == pytest.approx((1 / 2 + 1) / 2)
+    assert found["macro_precision"] == pytest.approx((1 + 1 / 2) / 2)
+    # Each class is ranked among the images of which it is known.
+    first, second = DOUBTFUL[[0, 1, 3], 0], DOUBTFUL[[0, 2, 3], 1]
+    scores = ANSWERS[[0, 1, 3], 0], ANSWERS[[0, 2, 3], 1]
+    for name, measure in (
+        ("auc_macro", oracle.roc_auc_score),
+        ("mean_average_precision", oracle.average_precision_score),
+    ):
+        each = [float(measure(*pair)) for pair in zip((first, second), scores, strict=True)]
+        assert found[name] == pytest.approx(sum(each) / 2)
+    assert confusion_matrix(DOUBTFUL, ANSWERS, "multi-label").tolist() == [[1, 0, 1, 1], [1, 1, 0, 1]]
+    rows = per_class_metrics(DOUBTFUL, ANSWERS, "multi-label")
+    assert [(row["support"], row["known"]) for row in rows] == [(2, 3), (1, 3)]
+    assert sum(row.count for row in reliability(DOUBTFUL, ANSWERS, "multi-label")) == 6
+
+
+def test_a_class_of_which_nothing_is_known_has_no_metrics_and_spoils_no_mean():
+    found = compute_metrics(np.array([[1, UNKNOWN], [0, UNKNOWN]]), ANSWERS[:2], "multi-label")
+    assert (found["auc_macro"], found["macro_f1"], found["accuracy"]) == (1.0, 1.0, 1.0)
+    nothing = per_class_metrics(np.array([[1, UNKNOWN], [0, UNKNOWN]]), ANSWERS[:2], "multi-label")[1]
+    assert nothing == dict.fromkeys(("precision", "recall", "f1", "auc")) | {"support": 0.0, "known": 0.0}
+
+
+def test_an_image_of_which_nothing_is_known_is_not_measured():
+    with pytest.raises(ValueError, match="Expected a known label of each image"):
+        compute_metrics(np.full((2, 2), UNKNOWN), ANSWERS[:2], "multi-label")
+
+
+def test_hidden_labels_leave_the_metrics_of_all_in_expectation():
+    targets, probabilities = _multi_label(1, count=4000)
+    whole = compute_metrics(targets, probabilities, "multi-label")
+    hidden = np.where(np.random.default_rng(2).random(targets.shape) < 0.3, UNKNOWN, targets)
+    judged = ~np.isnan(hidden).all(axis=1)
+    found = compute_metrics(hidden[judged], probabilities[judged], "multi-label")
+    for name in ("accuracy", "macro_f1", "auc_macro", "mean_average_precision", "log_loss", "brier", "ece"):
+        assert found[name] == pytest.approx(whole[name], abs=0.015), name
+    as_no = compute_metrics(np.nan_to_num(hidden), probabilities, "multi-label")
+    assert as_no["macro_precision"] < whole["macro_precision"] - 0.1

@@ -12,7 +12,7 @@ ROWS = [
 ]
 
 
-def _cards(folder: Path, licence: str, **changes) -> tuple[str, str]:
+def _cards(folder: Path, licence: str, *, known: float | None = None, **changes) -> tuple[str, str]:
     config = {
         "name": "animals",
         "description": "Animals of the <north> yard",
@@ -22,7 +22,8 @@ def _cards(folder: Path, licence: str, **changes) -> tuple[str, str]:
     }
     judged = evaluation(
         folder,
-        metrics={"accuracy": 0.8, "images": 60.0, "ece": 0.02, "ece_uncalibrated": 0.09},
+        metrics={"accuracy": 0.8, "images": 60.0, "ece": 0.02, "ece_uncalibrated": 0.09}
+        | ({} if known is None else {"known_label_share": known}),
         intervals={"accuracy": (0.68, 0.88)},
         per_class=ROWS,
         parameters=1234,
@@ -59,3 +60,9 @@ def test_what_nobody_has_said_is_named_as_missing(tmp_path: Path):
     for card in _cards(tmp_path, ""):
         assert "not stated: set deploy.data_licence in the config" in card
         assert "0 parts of the test split" in card
+
+
+def test_says_of_how_many_labels_the_numbers_are(tmp_path: Path):
+    for card in _cards(tmp_path, "CC BY 4.0", known=0.7):
+        assert "70.0% of whose labels are known: all numbers are of these" in card
+    assert "of whose labels are known" not in "".join(_cards(tmp_path, "CC BY 4.0"))

@@ -35,3 +35,13 @@ def test_the_service_names_classes_by_the_thresholds_of_its_bundle(threshold: Th
     metadata = tiny_metadata(classifier_type="multi-label", threshold=threshold)
     again = type(metadata).model_validate_json(metadata.model_dump_json())
     assert predicted_classes(np.array([0.3, 0.6, 0.2], np.float32), again) == named
+
+
+def test_unknown_labels_choose_no_threshold():
+    truth = np.array([[True]] * 20 + [[False]] * 20 + [[False]] * 30)
+    probabilities = np.concatenate([np.tile([0.8, 0.6], 10), np.full(20, 0.2), np.full(30, 0.7)])[:, None]
+    known = np.array([[True]] * 40 + [[False]] * 30)
+    assert best_thresholds(truth, probabilities, 0.5, known) == pytest.approx((0.4,), abs=1e-6)
+    # As if the thirty were negative: all that is above them has an F1 of 2/3, and all from 0.6 on of 4/7.
+    assert best_thresholds(truth, probabilities, 0.5) == pytest.approx((0.75,), abs=1e-6)
+    assert best_thresholds(truth, probabilities, 0.3, known & ~truth) == (0.3,)
