@@ -44,7 +44,10 @@ def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) 
         help="what splits never divide, such as a patient (default: the column group, if any)",
     )
     dataset.add_argument(
-        "--unknown", choices=["negative"], default="negative", help="what blank and -1 mean in a class's column"
+        "--unknown",
+        choices=["negative", "ignore"],
+        help="what blank and -1 mean in a class's column: no (the default), or that nobody knows (ignore), so that "
+        "loss and metrics leave the label out",
     )
     dataset.add_argument("--use-valid-as-test", action="store_true", help="where there is train and valid, but no test")
     dataset.add_argument("--zip-encoding", metavar="NAME", help="of a zip's file names, such as gbk, cp932 or cp437")
@@ -102,6 +105,7 @@ def _import_dataset(options: argparse.Namespace) -> int:
     rules = ImportRules(
         classes=tuple(next(csv.reader([options.classes], skipinitialspace=True))) if options.classes else None,
         group=options.group,
+        unknown=options.unknown,
         use_valid_as_test=options.use_valid_as_test,
         zip_encoding=options.zip_encoding,
         max_left_out_fraction=options.max_left_out,

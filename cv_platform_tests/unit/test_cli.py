@@ -118,6 +118,22 @@ def test_an_import_says_how_the_config_finds_it(
     assert "was made" not in out
 
 
+def test_an_import_that_ignores_unknown_labels_says_so_and_is_multi_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    source = write_pictures(tmp_path / "pets", ["1.png", "2.png"])
+    (source / "labels.csv").write_text("path,cat,dog\n1.png,1,\n2.png,0,1\n")
+    command = ["import-dataset", str(source), "--name", "pets"]
+    assert main([*command, "--tag", "v1", "--unknown", "ignore"]) == 0
+    out = capsys.readouterr().out
+    assert "labels.csv: 1 blank in the columns of classes are unknown (--unknown ignore)" in out
+    assert "  unknown labels: dog 1\n" in out
+    assert yaml.safe_load(out.partition("In the config:\n")[2])["model"]["classifier_type"] == "multi-label"
+    assert main([*command, "--tag", "v2"]) == 0
+    assert "1 blank in the columns of classes count as negative (--unknown negative)" in capsys.readouterr().out
+
+
 def test_an_import_writes_the_config_of_what_it_has_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
