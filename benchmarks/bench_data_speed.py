@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -32,9 +31,11 @@ from benchmarks.harness import (
     Report,
     Stopwatch,
     compare,
+    forget_peak,
     in_process,
     machine_line,
     measure_interleaved,
+    peak_mib,
 )
 from benchmarks.installation import isolated_environment, isolated_settings, scratch_folder, write_config
 from benchmarks.options import Options
@@ -402,21 +403,19 @@ def _experiment(side: int = 32) -> ExperimentConfig:
 def peak(folder: Path) -> str:
     """Makes manifest and pack of the images below `folder`, and returns this process's peak memory in MiB."""
     _pack_all(_version(folder), _experiment())
-    return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return str(peak_mib())
 
 
 def rows(folder: Path) -> str:
-    """Makes the manifest of the images below `folder` and what follows from it; the process's peak after each, as JSON.
-
-    A later one's is at least that of those before it.
-    """
+    """Makes the manifest of the images below `folder` and what follows from it; the process's peak of each, as JSON."""
     from cv_platform.datasets.contact_sheet import keep_contact_sheet
     from cv_platform.datasets.manifest import count_manifest
 
     peaks = dict[str, float]()
 
     def note(name: str) -> None:
-        peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peaks[name] = peak_mib()
+        forget_peak()
 
     version, config = _version(folder), _experiment(ROWS_SIDE_PX)
     note("manifest")

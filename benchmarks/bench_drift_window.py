@@ -7,7 +7,6 @@ window, `monitor.max_samples` rows are judged, as by default, and the report is 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import text
 
-from benchmarks.harness import Check, Report, Stopwatch, machine_line
+from benchmarks.harness import Check, Report, Stopwatch, machine_line, peak_mib
 from benchmarks.installation import isolated_settings, scratch_folder
 from benchmarks.options import Options
 from cv_platform.config import ExperimentConfig, parse_experiment
@@ -112,7 +111,7 @@ def make_report(place: Path, url: str) -> dict[str, object]:
         "requests": report.requests,
         "seconds": time.perf_counter() - begun,
         "cpu_seconds": time.process_time() - begun_cpu,
-        "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "mib": peak_mib(),
     }
 
 

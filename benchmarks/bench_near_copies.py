@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness import Check, Report, Stopwatch, machine_line
+from benchmarks.harness import Check, Report, Stopwatch, machine_line, peak_mib
 from benchmarks.options import Options
 from cv_platform.datasets import near_copies
 
@@ -31,12 +31,12 @@ def run(options: Options) -> Report:
     count = options.images[0] if options.images else IMAGES
     options.say(f"drawing {count:,} thumbnails …")
     images, planted = _draw(generator, count)
-    baseline = _peak_mib()
+    baseline = peak_mib()
     options.say("searching …")
     begun = _cpu_seconds()
     search = Stopwatch()
     found = near_copies.find_near_copies(images)
-    took, cpu_seconds, peak = search.seconds, _cpu_seconds() - begun, _peak_mib()
+    took, cpu_seconds, peak = search.seconds, _cpu_seconds() - begun, peak_mib()
     pairs = {tuple(pair) for pair in found.pairs.tolist()}
     share = sum(pair in pairs for pair in planted) / len(planted)
     honest = len({at for pair in pairs - set(planted) for at in pair}) / len(images)
@@ -116,7 +116,3 @@ def _vectors(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

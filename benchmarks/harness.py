@@ -225,6 +225,21 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def peak_mib() -> float:
+    """Returns the most memory that this process has had in MiB, since it began or since `forget_peak`.
+
+    Not `getrusage`'s, which begins with that of the process that started this one.
+    https://man7.org/linux/man-pages/man5/proc_pid_status.5.html
+    """
+    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Has `peak_mib` begin anew with the memory that is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def machine_line(libraries: Sequence[str]) -> str:
     """Returns one line that says what the numbers were taken on: CPU, cores, memory, Python, libraries, load."""
     parts = [
