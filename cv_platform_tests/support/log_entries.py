@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -44,6 +45,14 @@ def append_to(log: Spool | RequestLog, entry: LogEntry | FeedbackEntry) -> None:
     """Returns once the entry is durable."""
     spool = log.spool if isinstance(log, RequestLog) else log
     spool.submit(entry).result(WAIT_SECONDS)
+
+
+def hold_writer(spool: Spool) -> threading.Event:
+    """Returns once the writer of the spool hangs, until the event is set: what is queued meanwhile is another group."""
+    begun, goes_on = threading.Event(), threading.Event()
+    spool._writer.submit(lambda _: (begun.set(), goes_on.wait(WAIT_SECONDS)))
+    assert begun.wait(WAIT_SECONDS)
+    return goes_on
 
 
 def wait_until_drained(log: Drainer | RequestLog) -> None:

@@ -27,7 +27,7 @@ from cv_platform.serving.worker import open_worker
 from cv_platform.settings import Settings
 from cv_platform_tests.support.app_fixtures import ADMIN_TOKEN, MakeWorker, spooled
 from cv_platform_tests.support.http_client import Client, FixedModels, GatedRuntime, flat_image, png
-from cv_platform_tests.support.log_entries import wait_until_drained
+from cv_platform_tests.support.log_entries import hold_writer, wait_until_drained
 from cv_platform_tests.support.tiny_models import tiny_metadata
 from cv_platform_tests.support.waiting import wait_until
 
@@ -53,8 +53,7 @@ def test_a_disk_that_hangs_while_a_prediction_is_written_is_a_503_once(
     monkeypatch.setattr("cv_platform.serving.log.worker_log.APPEND_SECONDS", 0.3)
     worker = make_worker(limits=ServingLimits(predict_threads=1, predict_seconds=30))
     client = Client(create_app(worker))
-    go = threading.Event()
-    worker.log.opened.spool._writer.submit(lambda _: go.wait(60))
+    go = hold_writer(worker.log.opened.spool)
     response = client.predict(IMAGE)
     assert response.status_code == 503
     assert client.get("/health_check").status_code == 503

@@ -25,7 +25,7 @@ from cv_platform.serving.log.limits import LogLimits
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import BegunEntry, Spool
 from cv_platform.serving.log.spool_file import find_spooled
-from cv_platform_tests.support.log_entries import answered, append_to
+from cv_platform_tests.support.log_entries import answered, append_to, hold_writer
 
 
 @pytest.fixture
@@ -111,8 +111,7 @@ def test_what_is_being_deleted_is_not_read_again(spool: Spool) -> None:
     for _ in range(3):
         append_to(spool, answered())
     first, second, third = spool.read_batch(10, 10**9).rows
-    goes_on = threading.Event()
-    spool._writer.submit(lambda connection: goes_on.wait(30))
+    goes_on = hold_writer(spool)
     spool.begin_delete([first, second])
     assert spool.read_batch(10, 10**9).rows == [third]
     goes_on.set()
@@ -153,11 +152,9 @@ def test_a_full_spool_refuses_and_takes_entries_again_when_it_is_drained(tmp_pat
 
 def test_an_entry_that_fails_does_not_take_its_group_down(tmp_path: Path) -> None:
     spool = Spool(tmp_path, LogLimits(max_bytes=400_000))
-    gate = threading.Event()
-    held = spool._writer.submit(lambda _: gate.wait(60))  # Keeps the writer busy, so that the next ones form one group.
+    gate = hold_writer(spool)
     small, large, late = (spool.submit(answered(image=data)) for data in (b"s", b"l" * 900_000, b"n"))
     gate.set()
-    assert held.result(10) is None
     assert small.result(10) is None
     assert large.result(10) is None
     with pytest.raises(SpoolFullError):
@@ -170,9 +167,7 @@ def test_an_entry_that_is_given_up_while_the_disk_does_not_answer_never_arrives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spool = Spool(tmp_path)
-    started, gate = threading.Event(), threading.Event()
-    spool._writer.submit(lambda _: (started.set(), gate.wait(60)))
-    assert started.wait(60)
+    gate = hold_writer(spool)
     assert spool.submit(answered()).cancel()
     monkeypatch.setattr("cv_platform.serving.log.spool._TRY_SECONDS", 0.1)
     with pytest.raises(SpoolFullError, match=r"within 0\.1 s"):
