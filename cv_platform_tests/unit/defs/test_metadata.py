@@ -53,6 +53,8 @@ def test_a_check_of_validation_has_numbers_that_the_page_plots() -> None:
     shown = check_result("duplicates", outcome)
     assert {name: shown.metadata[name].value for name in ("measured", "limit")} == {"measured": 0.25, "limit": 0.05}
     assert isinstance(shown.metadata["measured"], dg.FloatMetadataValue)
-    assert [row.data for row in shown.metadata["offenders"].records] == [{"offender": "a.png"}]
+    offenders = shown.metadata["offenders"]
+    assert isinstance(offenders, dg.TableMetadataValue)
+    assert [row.data for row in offenders.records] == [{"offender": "a.png"}]
     unjudged = CheckOutcome(name="divided_groups", passed=True, severity="warn", summary="Not judged.")
     assert check_result("divided_groups", unjudged).metadata == {}
