@@ -30,6 +30,13 @@ def add_commands(command: AddCommand) -> None:
         "--output", type=Path, metavar="FOLDER", help="of diff: write differences.csv and contact_sheet.png there"
     )
     dataset.add_argument(
+        "--sample-bits",
+        type=int,
+        choices=range(9, 17),
+        metavar="BITS",
+        help="of diff: the config's model.sample_bits, 9 to 16, by which contact_sheet.png is drawn",
+    )
+    dataset.add_argument(
         "--tag", help="of grow: the new version's (default: the old one's, with a suffix that follows from it)"
     )
     dataset.add_argument("--dry-run", action="store_true", help="of grow: say what would be, and store nothing")
@@ -211,7 +218,7 @@ def _diff(repository: Path, options: argparse.Namespace, home: Path) -> int:
     print_table(difference.by_class())
     if options.output:
         write_file(options.output / "differences.csv", difference.write_csv())
-        write_file(options.output / "contact_sheet.png", difference.draw())
+        write_file(options.output / "contact_sheet.png", difference.draw(options.sample_bits))
         print(f"Written: {options.output / 'differences.csv'}, {options.output / 'contact_sheet.png'}")
     return 0
 

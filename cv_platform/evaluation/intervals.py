@@ -185,9 +185,8 @@ def _unless_certain(
 ) -> Interval | None:
     """Returns an interval; of a score that is 1, or 0, in every resample, as wide as the images seen leave open.
 
-    Without an error in n images, a class's rate of errors may be as large as Wilson's interval says of n of n. Errors
-    of several classes together are likeliest to be missed in the smallest class, so a mean falls by its part of that.
-    Where nothing is right, it is the other way round.
+    Without an error in n images of each of C classes, the mean rate of errors may be as large as Wilson's interval says
+    of nC of nC: errors that are spread evenly are likeliest to be missed. The smallest class counts for all.
 
     Args:
         ends: those of the resamples.
@@ -201,11 +200,9 @@ def _unless_certain(
     with_class = truth.sum(axis=0)
     images = len(truth) if known is None else known.sum(axis=0)
     fewest = int(np.min(np.minimum(with_class, images - with_class) if has_ranks else with_class))
-    seen = wilson(fewest, fewest)
-    if seen is None:  # The class has no image, only answers.
-        return ends
-    missed = (1.0 - seen[0]) / with_class.size
-    return (1.0 - missed, 1.0) if ends[0] else (0.0, missed)
+    tries = fewest * with_class.size
+    # Without any, the class has no image, only answers.
+    return wilson(tries if ends[0] else 0, tries) if tries else ends
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

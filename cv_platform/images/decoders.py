@@ -268,6 +268,7 @@ class _DeepSamples:
         self._channels = [0, 1, 2, 3]
         self._is_premultiplied = False
         self._plane_order = ""
+        self._grey = picture.mode if picture.mode.startswith("I;16") else ""
         if isinstance(picture, TiffImageFile) and picture.tag_v2.get(PLANAR) == 2 and len(picture.getbands()) > 1:
             self._plane_order = "L" if picture.tag_v2.prefix == b"II" else "B"
         if used_bits is not None and not picture.mode.startswith("I"):
@@ -279,6 +280,8 @@ class _DeepSamples:
     def _args(self, args: Any, *, is_lower: bool) -> Any:
         """Returns what a decoder is told, with the raw mode of the upper bytes, or of the lower ones."""
         raw, rest = (args, None) if isinstance(args, str) else (args[0], args[1:])
+        if self._grey and raw == "I":  # What Pillow would read a single plane by, if it is said to be one.
+            return self._grey if rest is None else (self._grey, *rest)
         if self._plane_order and len(raw) == 1:  # Pillow would read such planes as if they had 8 bits.
             raw = f"{raw};16{self._plane_order}"
         elif self._plane_order and is_lower:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from cv_platform.serving.log.deletion import delete_from_spools
 from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.log.request_log import RequestLog
-from cv_platform.serving.log.spool import Spool, SpoolRow
+from cv_platform.serving.log.spool import Spool, SpoolBatch, SpoolRow
 from cv_platform.serving.log.tables import find_prediction
 from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform_tests.support.postgres import count, scalar
@@ -193,11 +194,10 @@ def test_a_batch_that_was_read_ahead_is_read_again_when_the_one_before_fails_or_
     assert gone is not None
 
     def write_with_trouble(database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
-        assert drainer._ahead is not None or len(rows) < 3
+        assert spool in drainer._ahead or len(rows) < 3
         written.append([row.entry_id for row in rows])
         if len(written) == 1:  # The next three have been read, one of them is deleted then.
-            assert drainer._ahead is not None
-            assert len(drainer._ahead[1].result().rows) == 3
+            assert len(drainer._ahead[spool].result().rows) == 3
             assert delete_from_spools(tmp_path, gone)
         if len(written) == 4:
             raise psycopg2.OperationalError("the connection is gone")
@@ -213,6 +213,36 @@ def test_a_batch_that_was_read_ahead_is_read_again_when_the_one_before_fails_or_
     assert (count(engine, "predictions"), drainer.status().drained_rows) == (9, 10)
     drainer.close()
     spool.close()
+
+
+def test_each_spool_is_read_ahead_by_itself_and_none_is_blamed_for_another(
+    tmp_path: Path, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drainer_module, "_BATCH_ROWS", 3)
+    left = Spool(tmp_path)
+    for _ in range(12):
+        append_to(left, answered())
+    left.close()
+    own, read_batch, read = Spool(tmp_path), Spool.read_batch, Counter[str]()
+    for _ in range(6):
+        append_to(own, answered())
+
+    def read_batch_with_trouble(spool: Spool, *limits: int, after: int = 0) -> SpoolBatch:
+        read[spool.path.name] += 1
+        if spool is own and after and read[own.path.name] == 2:
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        return read_batch(spool, *limits, after=after)
+
+    monkeypatch.setattr(Spool, "read_batch", read_batch_with_trouble)
+    drainer = Drainer(own, database_url)
+    drainer.start()
+    wait_until(lambda: drainer.status().drained_rows == 18)
+    assert not list(tmp_path.glob("*.damaged*"))
+    assert count(engine, "api_log") == 18
+    # Four batches of the other's twelve entries, each read once.
+    assert read[left.path.name] == 4
+    drainer.close()
+    own.close()
 
 
 def test_a_damaged_record_is_put_aside(tmp_path: Path, database_url: str, engine: Engine) -> None:

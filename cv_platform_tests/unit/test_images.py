@@ -213,7 +213,7 @@ def deep_tiff(
     """
     height, width = samples.shape[:2]
     channels = 1 if samples.ndim == 2 else samples.shape[2]
-    strips = [samples[..., at] for at in range(channels)] if planes == 2 else [samples]
+    strips = [samples[..., at] for at in range(channels)] if planes == 2 and channels > 1 else [samples]
     contents = [np.ascontiguousarray(strip).astype(f"{order}u2").tobytes() for strip in strips]
     contents = [zlib.compress(content) if packs else content for content in contents]
     at, pieces = 8, [b"II*\0" if order == "<" else b"MM\0*", b""]
@@ -290,6 +290,14 @@ KINDS: dict[str, tuple[int, Any]] = {
             ("RGB and more", 4, {"extra": 0}),
             ("CMYK", 4, {"photometric": 5}),
         )
+    },
+    **{
+        f"grey, said to be in planes {order} TIFF{', packed' if packs else ''}": (
+            1,
+            lambda samples, order=order, packs=packs: deep_tiff(samples, order, packs=packs, planes=2),
+        )
+        for order in "<>"
+        for packs in (False, True)
     },
     "RGB in planes < TIFF": (3, lambda samples: deep_tiff(samples, planes=2)),
     "RGB in planes > TIFF": (3, lambda samples: deep_tiff(samples, ">", planes=2)),

@@ -78,8 +78,8 @@ class Drainer:
         self._adopts = adopt
         self._adopted: list[Spool] = []
         self._archive: Spool | None = None
-        self._ahead: tuple[Spool, Future[SpoolBatch]] | None = None
-        """The batch that is read while the database takes the one before."""
+        self._ahead: dict[Spool, Future[SpoolBatch]] = {}
+        """Of each spool, the batch that is read while the database takes the one before."""
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="request-log-reader")
         self._next_adoption = 0.0
         self._known_unusable: set[str] = set()
@@ -187,14 +187,14 @@ class Drainer:
             if rows:
                 if not are_all:
                     read = functools.partial(spool.read_batch, _BATCH_ROWS, _BATCH_BYTES, after=rows[-1].id)
-                    self._ahead = spool, self._reader.submit(read)
+                    self._ahead[spool] = self._reader.submit(read)
                 self._write(database, spool, rows)
         except ChangedMeanwhileError:
             logger.info("An entry was deleted on its way to the database; the batch is read again.")
-            self._forget_ahead()
+            self._forget_ahead(spool)
             return True
         except BaseException:  # What was not written has to come first.
-            self._forget_ahead()
+            self._forget_ahead(spool)
             raise
         if are_all:
             spool.finish_delete()
@@ -202,18 +202,13 @@ class Drainer:
         return not are_all
 
     def _next_batch(self, spool: Spool) -> SpoolBatch:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            batch = ahead[1].result()
-            if ahead[0] is spool:
-                return batch
-        return spool.read_batch(_BATCH_ROWS, _BATCH_BYTES)
+        ahead = self._ahead.pop(spool, None)
+        return ahead.result() if ahead is not None else spool.read_batch(_BATCH_ROWS, _BATCH_BYTES)
 
-    def _forget_ahead(self) -> None:
-        """Returns once nobody reads ahead any more."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead[1].exception()
+    def _forget_ahead(self, spool: Spool) -> None:
+        """Returns once nobody reads ahead in a spool any more."""
+        if (ahead := self._ahead.pop(spool, None)) is not None:
+            ahead.exception()
 
     def _write(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
         try:

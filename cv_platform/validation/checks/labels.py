@@ -60,7 +60,7 @@ def _untold(subject: Subject, counts: Mapping[tuple[str, str], int]) -> list[str
     doubts = Counter[tuple[str, str]]()
     manifest = subject.manifest
     for split, unknown in zip(manifest["split"], manifest["unknown_labels"], strict=True):
-        doubts.update((split, name) for name in unknown)
+        doubts.update((split, name) for name in unknown if name in subject.class_names)
     sizes = Counter(manifest["split"])
     untold: list[str] = []
     for (split, name), count in sorted(doubts.items()):

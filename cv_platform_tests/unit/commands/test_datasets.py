@@ -38,6 +38,18 @@ def test_versions_are_listed_and_told_apart(home: Path, tmp_path: Path, capsys: 
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"differences.csv", "contact_sheet.png"}
 
 
+def test_a_diff_draws_12_bit_images_by_the_bits_that_are_declared(home: Path, tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "source", 3)
+    imported(source, "v1")
+    cv2.imwrite(str(source / "cat" / "deep.png"), np.full((16, 16), 4095, np.uint16))
+    imported(source, "v2")
+    brightness = list[float]()
+    for bits in ([], ["--sample-bits", "12"]):
+        assert main(["dataset", "diff", "pets", "v1", "v2", "--output", str(tmp_path / "found"), *bits]) == 0
+        brightness.append(float(cv2.imread(str(tmp_path / "found" / "contact_sheet.png")).mean()))
+    assert brightness[1] > brightness[0] + 10
+
+
 def test_a_dataset_is_validated_reviewed_and_relabelled_without_dagster(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -323,6 +323,15 @@ def test_a_class_of_which_a_split_says_nothing_is_named(make_manifest):
     assert nothing.offenders == ("test/dog: no label is known, all 2 images leave it open", "test/dog: 0 images")
 
 
+def test_a_class_that_the_model_does_not_have_may_stay_open(make_manifest):
+    rows = [
+        (f"{split}/{name}.png", split, [name], f"{split}{name}", ["emu"]) for split in SPLITS for name in ("cat", "dog")
+    ]
+    kinds = {"class_names": ("cat", "dog"), "classifier_type": "multi-label"}
+    found = ClassCoverage().run(subject(make_manifest(*rows), **kinds))
+    assert (found.passed, found.offenders) == (True, ())
+
+
 def test_label_drift_compares_the_shares_of_known_labels(make_manifest):
     rows = [(f"train/{i}.png", "train", ["cat"] if i < 50 else [], f"a{i}") for i in range(100)]
     rows += [
