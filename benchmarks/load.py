@@ -1,25 +1,28 @@
 """Load upon a server, from a process of its own, so that its work is in nobody else's CPU time.
 
 `python -m benchmarks.load` reads a `LoadPlan` as JSON from standard input, keeps `concurrency` requests in flight on
-connections that stay open, and writes a `LoadResult` as JSON to standard output.
+connections that stay open, and writes a `LoadResult` as JSON to standard output. Requests are made before, and
+httptools reads the answers: what this process takes of the cores, the server lacks.
 """
 
 from __future__ import annotations
 
-import http.client
+import socket
 import subprocess
 import sys
 import threading
 import time
 import uuid
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+import httptools
 import numpy as np
 
 from benchmarks.harness import Record
 
 REQUEST_TIMEOUT_SECONDS = 120.0
+_READ_BYTES = 256 * 1024
 
 
 class LoadPlan(Record):
@@ -86,9 +89,56 @@ def multipart(content: bytes, *, name: str = "image.jpg", media_type: str = "ima
     return head.encode() + content + f"\r\n--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
+def _message(target: SplitResult, image: Path) -> bytes:
+    body, content_type = multipart(image.read_bytes(), name=image.name)
+    path = target.path + (f"?{target.query}" if target.query else "")
+    head = f"POST {path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: {content_type}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+class _Connection:
+    """A connection that stays open, by which one request after the other goes."""
+
+    def __init__(self, target: SplitResult) -> None:
+        self._address = target.hostname or "", target.port or 80
+        self._socket: socket.socket | None = None
+        self._size, self._is_complete = 0, False
+
+    def exchange(self, message: bytes) -> tuple[int, int]:
+        """Returns the answer's status and the bytes of its body."""
+        if self._socket is None:
+            self._socket = socket.create_connection(self._address, REQUEST_TIMEOUT_SECONDS)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._size, self._is_complete = 0, False
+        answer = httptools.HttpResponseParser(self)
+        self._socket.sendall(message)
+        while not self._is_complete:
+            if not (received := self._socket.recv(_READ_BYTES)):
+                raise ConnectionError("The server has closed the connection.")
+            answer.feed_data(received)
+        if not answer.should_keep_alive():
+            self.close()
+        return answer.get_status_code(), self._size
+
+    def on_body(self, body: bytes) -> None:
+        """Is called by httptools."""
+        self._size += len(body)
+
+    def on_message_complete(self) -> None:
+        """Is called by httptools."""
+        self._is_complete = True
+
+    def close(self) -> None:
+        """Closes it; the next request opens another."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
 def run(plan: LoadPlan) -> LoadResult:
     """Sends the plan's requests from threads of this process."""
-    bodies = [multipart(path.read_bytes(), name=path.name) for path in plan.images]
+    target = urlsplit(plan.url)
+    messages = [_message(target, path) for path in plan.images]
     begin = time.perf_counter()
     lock = threading.Lock()
     sent = 0
@@ -96,28 +146,24 @@ def run(plan: LoadPlan) -> LoadResult:
     statuses: dict[int, int] = {}
     received = 0
 
-    def next_body() -> tuple[bytes, str] | None:
+    def next_message() -> bytes | None:
         nonlocal sent
         with lock:
             if sent >= plan.minimum_requests and time.perf_counter() - begin >= plan.seconds:
                 return None
             sent += 1
-            return bodies[sent % len(bodies)]
+            return messages[sent % len(messages)]
 
     def client() -> None:
         nonlocal received
-        target = urlsplit(plan.url)
-        connection = http.client.HTTPConnection(target.netloc, timeout=REQUEST_TIMEOUT_SECONDS)
-        path = target.path + (f"?{target.query}" if target.query else "")
-        while (chosen := next_body()) is not None:
+        connection = _Connection(target)
+        while (message := next_message()) is not None:
             start = time.perf_counter()
             try:
-                connection.request("POST", path, body=chosen[0], headers={"Content-Type": chosen[1]})
-                response = connection.getresponse()
-                size, status = len(response.read()), response.status
-            except (OSError, http.client.HTTPException):
+                status, size = connection.exchange(message)
+            except (OSError, httptools.HttpParserError):
                 connection.close()
-                size, status = 0, 0
+                status, size = 0, 0
             elapsed_ms = 1e3 * (time.perf_counter() - start)
             with lock:
                 latencies.append(elapsed_ms)

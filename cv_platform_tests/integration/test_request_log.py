@@ -30,12 +30,12 @@ from cv_platform.database.migrate import migrate
 from cv_platform.errors import DatabaseUnavailableError
 from cv_platform.serving.log import drainer as drainer_module
 from cv_platform.serving.log.database import LogDatabase
-from cv_platform.serving.log.deletion import delete_from_spools
+from cv_platform.serving.log.deletion import delete_from_database, delete_from_spools
 from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool, SpoolBatch, SpoolRow
-from cv_platform.serving.log.tables import find_prediction
+from cv_platform.serving.log.tables import RequestRows, find_prediction
 from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform_tests.support.postgres import count, scalar
 from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
@@ -193,15 +193,18 @@ def test_a_batch_that_was_read_ahead_is_read_again_when_the_one_before_fails_or_
     gone = entries[4].prediction_id
     assert gone is not None
 
-    def write_with_trouble(database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+    def write_with_trouble(
+        database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow], made: RequestRows | None
+    ) -> None:
         assert spool in drainer._ahead or len(rows) < 3
+        assert made is None or len(made.predictions) == len(rows)
         written.append([row.entry_id for row in rows])
         if len(written) == 1:  # The next three have been read, one of them is deleted then.
             assert len(drainer._ahead[spool].result().rows) == 3
             assert delete_from_spools(tmp_path, gone)
         if len(written) == 4:
             raise psycopg2.OperationalError("the connection is gone")
-        write(database, spool, rows)
+        write(database, spool, rows, made)
 
     monkeypatch.setattr(LogDatabase, "write", write_with_trouble)
     drainer.start()
@@ -211,6 +214,30 @@ def test_a_batch_that_was_read_ahead_is_read_again_when_the_one_before_fails_or_
     assert written == [ids[:3], ids[3:6], ids[3:6], ids[6:9], ids[6:9], ids[9:]]
     assert entry_ids(engine) == sorted(ids)
     assert (count(engine, "predictions"), drainer.status().drained_rows) == (9, 10)
+    drainer.close()
+    spool.close()
+
+
+def test_rows_that_were_made_ahead_are_made_again_without_a_deleted_prediction_and_name_a_damaged_record(
+    tmp_path: Path, database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drainer_module, "_BATCH_ROWS", 2)
+    spool = Spool(tmp_path)
+    entries = [answered() for _ in range(6)]
+    for entry in entries:
+        append_to(spool, entry)
+    gone = entries[3].prediction_id
+    assert gone is not None
+    delete_from_database(engine, gone)  # As on another host: this spool still has it.
+    damage = "UPDATE entries SET record = '{' WHERE id = 5"
+    spool._writer.submit(lambda connection: connection.execute(damage)).result(10)
+    drainer = Drainer(spool, database_url)
+    drainer.start()
+    wait_until_drained(drainer)
+    stored = [find_prediction(engine, entry.prediction_id) for entry in entries if entry.prediction_id is not None]
+    assert [found is not None for found in stored] == [True, True, True, False, False, True]
+    assert count(engine, "api_log") == 5
+    assert [entry.entry_id for entry in spool.rejected()] == [str(entries[4].entry_id)]
     drainer.close()
     spool.close()
 

@@ -6,7 +6,6 @@ its thread, so that nobody waits for that.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from typing import cast
@@ -18,12 +17,11 @@ from sqlalchemy.pool import PoolProxiedConnection
 from cv_platform.database.connection import make_engine, normalise_url, typed_error
 from cv_platform.errors import DatabaseError
 from cv_platform.serving.log.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
-from cv_platform.serving.log.tables import Cursor, check_revision, write_entries
+from cv_platform.serving.log.tables import DAMAGED_RECORD, Cursor, RequestRows, check_revision, write_entries
 
 _STATEMENT_SECONDS = 120.0
 _POISON_CLASSES = frozenset({"21", "22", "23", "54", "P0"})
 """Cardinality, data, constraint, limit of the program, a trigger's own error: the row is at fault, and will stay so."""
-_DAMAGED_RECORD = (ValueError, KeyError, TypeError, AttributeError, struct.error)
 
 
 class LogDatabase:
@@ -58,8 +56,13 @@ class LogDatabase:
         self._connection = connection
         return True
 
-    def write(self, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+    def write(self, spool: Spool, rows: Sequence[SpoolRow], made: RequestRows | None = None) -> None:
         """Returns once the database has committed the rows.
+
+        Args:
+            spool: where they are.
+            rows: as they were read.
+            made: what `tables.make_requests` has returned for them.
 
         Raises:
             PoisonError: at least one of them can never be written; none was.
@@ -68,7 +71,7 @@ class LogDatabase:
         connection = self._connected()
         try:
             with _cursor(connection) as cursor:
-                write_entries(cursor, rows, spool.read_image)
+                write_entries(cursor, rows, spool.read_image, made)
             _require_unchanged(connection, spool, rows)  # What was deleted meanwhile must not arrive.
             connection.commit()
         except psycopg2.Error as err:
@@ -77,7 +80,7 @@ class LogDatabase:
                 _require_unchanged(connection, spool, rows)
                 raise PoisonError(str(err).strip()) from err
             raise
-        except _DAMAGED_RECORD as err:
+        except DAMAGED_RECORD as err:
             connection.rollback()
             _require_unchanged(connection, spool, rows)
             raise PoisonError(f"{type(err).__name__}: {err}") from err

@@ -12,7 +12,6 @@ Where there is no database, and none can be expected, the oldest entries leave a
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import random
 import sqlite3
@@ -22,18 +21,19 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cv_platform.database.address import postgres_url
 from cv_platform.errors import SchemaMismatchError, SpoolFullError
 from cv_platform.serving.log.damaged_spools import put_aside, remove_expired
 from cv_platform.serving.log.limits import LogLimits
-from cv_platform.serving.log.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolBatch, SpoolRow
+from cv_platform.serving.log.spool import ChangedMeanwhileError, PoisonError, Spool, SpoolRow
 from cv_platform.serving.log.spool_file import LOCK, SQLITE
 from cv_platform.serving.telemetry.log_status import DatabaseState, LogStatus
 
 if TYPE_CHECKING:
     from cv_platform.serving.log.database import LogDatabase
+    from cv_platform.serving.log.tables import RequestRows
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,14 @@ _NOTICE_SECONDS = 600.0
 _FIRST_WAIT_SECONDS = 0.2
 _LONGEST_WAIT_SECONDS = 15.0
 _NO_BOUND = 2**63 - 1
+
+
+class _ReadBatch(NamedTuple):
+    """A batch, and its requests as `COPY` takes them where there was time to make them."""
+
+    rows: list[SpoolRow]
+    are_all: bool
+    made: RequestRows | None = None
 
 
 class Drainer:
@@ -78,8 +86,8 @@ class Drainer:
         self._adopts = adopt
         self._adopted: list[Spool] = []
         self._archive: Spool | None = None
-        self._ahead: dict[Spool, Future[SpoolBatch]] = {}
-        """Of each spool, the batch that is read while the database takes the one before."""
+        self._ahead: dict[Spool, Future[_ReadBatch]] = {}
+        """Of each spool, the batch that is read and made while the database takes the one before."""
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="request-log-reader")
         self._next_adoption = 0.0
         self._known_unusable: set[str] = set()
@@ -182,13 +190,12 @@ class Drainer:
 
     def _drain_batch(self, database: LogDatabase, spool: Spool) -> bool:
         """Returns whether there was more than one batch."""
-        rows, are_all = self._next_batch(spool)
+        rows, are_all, made = self._next_batch(spool)
         try:
             if rows:
                 if not are_all:
-                    read = functools.partial(spool.read_batch, _BATCH_ROWS, _BATCH_BYTES, after=rows[-1].id)
-                    self._ahead[spool] = self._reader.submit(read)
-                self._write(database, spool, rows)
+                    self._ahead[spool] = self._reader.submit(_read_ahead, spool, rows[-1].id)
+                self._write(database, spool, rows, made)
         except ChangedMeanwhileError:
             logger.info("An entry was deleted on its way to the database; the batch is read again.")
             self._forget_ahead(spool)
@@ -201,18 +208,19 @@ class Drainer:
             spool.shrink()
         return not are_all
 
-    def _next_batch(self, spool: Spool) -> SpoolBatch:
-        ahead = self._ahead.pop(spool, None)
-        return ahead.result() if ahead is not None else spool.read_batch(_BATCH_ROWS, _BATCH_BYTES)
+    def _next_batch(self, spool: Spool) -> _ReadBatch:
+        if (ahead := self._ahead.pop(spool, None)) is not None:
+            return ahead.result()
+        return _ReadBatch(*spool.read_batch(_BATCH_ROWS, _BATCH_BYTES))  # Made while the database takes it.
 
     def _forget_ahead(self, spool: Spool) -> None:
         """Returns once nobody reads ahead in a spool any more."""
         if (ahead := self._ahead.pop(spool, None)) is not None:
             ahead.exception()
 
-    def _write(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow]) -> None:
+    def _write(self, database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow], made: RequestRows | None) -> None:
         try:
-            database.write(spool, rows)
+            database.write(spool, rows, made)
         except PoisonError as err:
             if len(rows) >= _PROBES:
                 self._require_one_taken(database, spool, rows, err)
@@ -347,6 +355,13 @@ class Drainer:
             self._adopted.remove(spool)
             spool.close()
             put_aside(spool.path, err)
+
+
+def _read_ahead(spool: Spool, after: int) -> _ReadBatch:
+    from cv_platform.serving.log.tables import make_requests
+
+    rows, are_all = spool.read_batch(_BATCH_ROWS, _BATCH_BYTES, after=after)
+    return _ReadBatch(rows, are_all, make_requests(rows))
 
 
 def _adopt_orphan(directory: Path, unusable: set[str], known: set[str]) -> Spool | None:

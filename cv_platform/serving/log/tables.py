@@ -1,8 +1,9 @@
 """Writes spooled entries to the tables of the request log, and reads a prediction back.
 
-A batch goes over by `COPY`, decoded while the server writes. Where the tables have some of its rows already, as after a
-crash, it goes by way of a temporary table and `INSERT … ON CONFLICT DO NOTHING`, so that writing it twice is writing it
-once. The order is that of the foreign keys: images, predictions, api_log.
+A batch goes over by `COPY`, its rows made while the server writes: those before, or the batch before. Where the tables
+have some of its rows already, as after a crash, it goes by way of a temporary table and `INSERT … ON CONFLICT DO
+NOTHING`, so that writing it twice is writing it once. The order is that of the foreign keys: images, predictions,
+api_log.
 
 Feedback has none, as its prediction may come later, from another replica's spool. What comes too late for a deletion is
 dropped: of a prediction that was deleted, only the row of its request is written, and nothing that was said of it.
@@ -11,6 +12,7 @@ dropped: of a prediction that was deleted, only the row of its request is writte
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import chain, islice
@@ -31,11 +33,15 @@ from cv_platform.serving.log.spool import SpoolRow
 logger = logging.getLogger(__name__)
 
 Cursor = psycopg2.extensions.cursor
+DAMAGED_RECORD = (ValueError, KeyError, TypeError, AttributeError, struct.error)
+"""What a spooled record raises that `entry.encode` has not written."""
 ReadImage = Callable[[str], tuple[bytes, str, str] | None]
 
 
 _CHUNK_BYTES = 64 * 1024
 """Of rows that are made while the server writes those before."""
+_MADE_CHUNK_BYTES = 4 * 1024 * 1024
+"""Of rows that are there: for each chunk Python's lock is waited for, beside who makes the next batch's."""
 _CHUNK_ROWS = 64
 """Whose arrays are turned round together."""
 
@@ -47,6 +53,13 @@ class _Load(NamedTuple):
     columns: tuple[str, ...]
     key: str
     encode: Callable[[Mapping[str, Any]], bytes]
+
+
+class RequestRows(NamedTuple):
+    """Requests of a batch as `COPY` takes them, none of whose predictions was deleted."""
+
+    predictions: list[bytes]
+    api_log: list[bytes]
 
 
 def _load(table: Table, key: str) -> _Load:
@@ -74,13 +87,29 @@ def check_revision(cursor: Cursor) -> None:
     require_revision(_first_value(cursor))
 
 
-def write_entries(cursor: Cursor, rows: Sequence[SpoolRow], read_image: ReadImage) -> None:
+def make_requests(rows: Sequence[SpoolRow]) -> RequestRows | None:
+    """Returns the requests among entries ready to be written; None if a record is damaged, which their writing names.
+
+    Made before they are written, while the server is at work on others.
+    """
+    made = RequestRows([], [])
+    try:
+        made.predictions.extend(_encoded([row for row in rows if row.kind != "feedback"], (), made.api_log))
+    except DAMAGED_RECORD:
+        return None
+    return made
+
+
+def write_entries(
+    cursor: Cursor, rows: Sequence[SpoolRow], read_image: ReadImage, made: RequestRows | None = None
+) -> None:
     """Writes entries, in the caller's transaction, which has to be rolled back after any error.
 
     Args:
         cursor: of that transaction.
         rows: the entries.
         read_image: returns an upload with its media type and time.
+        made: what `make_requests` has returned for the same entries.
 
     Raises:
         SchemaMismatchError: the database has another revision than this version.
@@ -98,21 +127,28 @@ def write_entries(cursor: Cursor, rows: Sequence[SpoolRow], read_image: ReadImag
     statements = [row for row in rows if row.kind == "feedback" and row.prediction_id not in deleted]
     _write_images(cursor, {row.image_sha256 for row in answered if row.image_sha256 is not None}, read_image)
     if requests:
-        # Bytes, of both tables at once: columns by name that wait for the second table would be visited by Python's
-        # collector of garbage, value by value, again and again.
         of_requests: list[bytes] = []
-
-        def of_predictions() -> Iterator[bytes]:
-            of_requests.clear()
-            for values in decoded_rows(requests, deleted):
-                of_requests.append(_API_LOG.encode(values))
-                if values["prediction_id"] is not None:
-                    yield _PREDICTIONS.encode(values)
-
-        _copy(cursor, _PREDICTIONS, of_predictions)
-        _copy(cursor, _API_LOG, lambda: of_requests)
+        if made is not None and not deleted:
+            of_requests = made.api_log
+            _copy(cursor, _PREDICTIONS, lambda: made.predictions, _MADE_CHUNK_BYTES)
+        else:
+            _copy(cursor, _PREDICTIONS, lambda: _encoded(requests, deleted, of_requests))
+        _copy(cursor, _API_LOG, lambda: of_requests, _MADE_CHUNK_BYTES)
     if statements:
         _copy(cursor, _FEEDBACK, lambda: map(_FEEDBACK.encode, decoded_rows(statements, deleted)))
+
+
+def _encoded(requests: Sequence[SpoolRow], deleted: Collection[str], of_requests: list[bytes]) -> Iterator[bytes]:
+    """Yields rows of `predictions`, and fills `of_requests` with those of `api_log`.
+
+    Bytes, of both tables at once: columns by name that wait for the second table would be visited by Python's
+    collector of garbage, value by value, again and again.
+    """
+    of_requests.clear()
+    for values in decoded_rows(requests, deleted):
+        of_requests.append(_API_LOG.encode(values))
+        if values["prediction_id"] is not None:
+            yield _PREDICTIONS.encode(values)
 
 
 def decoded_rows(rows: Iterable[SpoolRow], deleted: Collection[str] = ()) -> Iterator[dict[str, Any]]:
@@ -200,17 +236,19 @@ def _write_images(cursor: Cursor, wanted: set[str], read_image: ReadImage) -> No
         _copy(cursor, _IMAGES, lambda: map(_IMAGES.encode, rows))
 
 
-def _copy(cursor: Cursor, load: _Load, make_rows: Callable[[], Iterable[bytes]]) -> None:
+def _copy(
+    cursor: Cursor, load: _Load, make_rows: Callable[[], Iterable[bytes]], chunk_bytes: int = _CHUNK_BYTES
+) -> None:
     columns, table = ", ".join(load.columns), load.table.name
     cursor.execute("SAVEPOINT before_copy")
     try:
-        _stream(cursor, f"{table} ({columns})", make_rows())
+        _stream(cursor, f"{table} ({columns})", make_rows(), chunk_bytes)
     except psycopg2.errors.UniqueViolation:  # Some are there. A select makes a table without constraints.
         cursor.execute("ROLLBACK TO SAVEPOINT before_copy")
         cursor.execute(
             f"CREATE TEMPORARY TABLE incoming_{table} ON COMMIT DROP AS SELECT {columns} FROM {table} WITH NO DATA"
         )
-        _stream(cursor, f"incoming_{table} ({columns})", make_rows())
+        _stream(cursor, f"incoming_{table} ({columns})", make_rows(), chunk_bytes)
         cursor.execute(
             f"INSERT INTO {table} ({columns}) SELECT {columns} FROM incoming_{table} "
             f"ON CONFLICT ({load.key}) DO NOTHING"
@@ -218,10 +256,10 @@ def _copy(cursor: Cursor, load: _Load, make_rows: Callable[[], Iterable[bytes]])
     cursor.execute("RELEASE SAVEPOINT before_copy")
 
 
-def _stream(cursor: Cursor, target: str, rows: Iterable[bytes]) -> None:
+def _stream(cursor: Cursor, target: str, rows: Iterable[bytes], chunk_bytes: int) -> None:
     stream = CopyStream(rows)
     try:
-        cursor.copy_expert(f"COPY {target} FROM STDIN WITH (FORMAT binary)", stream, _CHUNK_BYTES)
+        cursor.copy_expert(f"COPY {target} FROM STDIN WITH (FORMAT binary)", stream, chunk_bytes)
     except psycopg2.errors.QueryCanceled as err:
         raise stream.error or err from None
 
