@@ -484,3 +484,10 @@ def process_environment(environ: Mapping[str, str] | None = None) -> dict[str, s
 def prepare_process() -> None:
     """Makes `process_environment` that of this process: before libraries are imported, as they read it then."""
     os.environ.update(process_environment())
+
+
+def prepare_worker() -> None:
+    """As `prepare_process`, for one of several: TensorFlow computes by one thread, unless the user says more."""
+    prepare_process()
+    for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(name, "1")

@@ -164,7 +164,8 @@ def _compare(
     notes: tuple[str, ...],
     say: Callable[[str], None],
 ) -> Reproduction:
-    from cv_platform.evaluation.evaluate import evaluate_model, load_classifier
+    from cv_platform.evaluation.classifier import load_classifier
+    from cv_platform.evaluation.evaluate import evaluate_model
     from cv_platform.training.trainer import train_model, weights_sha256, with_own_weights
 
     # What it began with is no part of it: a name of a model in the home, which the folder here does not have.

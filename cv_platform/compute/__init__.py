@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from cv_platform.compute.engine import Engine, R, S, Salvage
+from cv_platform.compute.engine import Engine, R, S, Salvage, alone
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import Progress
 from cv_platform.errors import ShardError
@@ -49,6 +50,7 @@ def map_shards(
     total: int,
     in_order: bool = True,
     salvage: Salvage[S, R] | None = None,
+    alone_seconds: float = 0.0,
 ) -> Iterator[tuple[S, R]]:
     """Yields each shard with what `function` returns of it; no more wait here than a few for each worker.
 
@@ -64,6 +66,8 @@ def map_shards(
         total: images of all shards.
         in_order: in the order of `shards`; else as they come.
         salvage: what becomes of the rest of a shard that kills its process.
+        alone_seconds: this process begins, and others are asked, whoever they are, once so much is left for it: where
+            each has to load a network first. 0: they are asked at once.
 
     Raises:
         ShardError: shards have killed each process that worked on them; all others are done.
@@ -71,7 +75,14 @@ def map_shards(
     engine = engine or LocalEngine()
     progress = Progress(title, total)
     lost: list[str] = []
-    for outcome in engine.run(function, shards, total=total, in_order=in_order):
+    shards = iter(shards)
+    if alone_seconds > 0:
+        for shard, result in alone(function, shards, worth_seconds=alone_seconds, total=total):
+            progress.add(shard.images)
+            yield shard, result
+    if not (first := list(islice(shards, 1))):
+        return  # And no cluster is started.
+    for outcome in engine.run(function, chain(first, shards), total=progress.left, in_order=in_order):
         if outcome.failure is None:
             result = outcome.result
         elif salvage is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from cv_platform.errors import DatabaseUnavailableError, LockHeldError, ServiceError, StorageError
+from cv_platform.settings import prepare_worker
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,7 @@ ATTEMPTS = 3
 AHEAD = 3
 """Shards for each worker that are given out, or wait for their turn."""
 _PASSING = (StorageError, DatabaseUnavailableError, LockHeldError, ServiceError, ConnectionError, TimeoutError)
+_TRIAL_SECONDS = 0.5
 _WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Before a shard is tried again whose storage is away: a minute together."""
 
@@ -118,6 +121,29 @@ class Turns(Generic[S, R]):
                 return
             self._given += 1
             yield self._settled.pop(number)
+
+
+def alone(
+    function: Callable[[S], R], shards: Iterable[S], *, worth_seconds: float, total: int
+) -> Iterator[tuple[S, R]]:
+    """Works on shards in this process until there is nothing left, or as much as others are worth their start."""
+    done, seconds = 0, 0.0
+    for shard in shards:
+        started = time.perf_counter()
+        result = call(function, shard)
+        seconds += time.perf_counter() - started
+        done += shard.images
+        yield shard, result
+        left = (total - done) * seconds / max(done, 1)
+        if seconds >= _TRIAL_SECONDS and left >= worth_seconds:
+            return
+
+
+def use_one_thread() -> None:
+    """Lets a process that works on shards compute by one thread: the other cores are the other processes'."""
+    prepare_worker()  # Before TensorFlow computes.
+    if opencv := sys.modules.get("cv2"):
+        opencv.setNumThreads(1)
 
 
 def call(function: Callable[[S], R], shard: S) -> R:

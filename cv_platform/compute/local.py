@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import pickle
 import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from subprocess import DEVNULL, Popen
 from typing import Any
 
-from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call
+from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, alone
 from cv_platform.cores import available_cores
 from cv_platform.errors import ComputeError
 
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 WORTH_SECONDS = 4.0
 """Work for this process alone from which on others are started; one costs it about half a second to start."""
-_TRIAL_SECONDS = 0.5
 _START = """
 import sys
 from multiprocessing.connection import Connection
@@ -58,27 +57,13 @@ class LocalEngine:
         self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
     ) -> Iterator[Outcome[S, R]]:
         """See `Engine.run`."""
-        turns: Turns[S, R] = Turns(shards, ahead=AHEAD * self.workers, in_order=in_order)
+        shards = iter(shards)
         if total is not None and self._worth_seconds > 0:
-            yield from _alone(function, turns, self._worth_seconds if self.workers > 1 else None, total)
+            worth_seconds = self._worth_seconds if self.workers > 1 else math.inf
+            for shard, result in alone(function, shards, worth_seconds=worth_seconds, total=total):
+                yield Outcome(shard, result)
+        turns: Turns[S, R] = Turns(shards, ahead=AHEAD * self.workers, in_order=in_order)
         yield from _Crew(function, turns, self.workers).outcomes()
-
-
-def _alone(
-    function: Callable[[S], R], turns: Turns[S, R], worth_seconds: float | None, total: int
-) -> Iterator[Outcome[S, R]]:
-    """Works in this process until there is nothing left, or as much as `worth_seconds` (None: never that much)."""
-    done, seconds = 0, 0.0
-    while (taken := turns.take()) is not None:
-        number, shard = taken
-        started = time.perf_counter()
-        turns.settle(number, Outcome(shard, call(function, shard)))
-        seconds += time.perf_counter() - started
-        done += shard.images
-        yield from turns.give()
-        left = (total - done) * seconds / max(done, 1)
-        if worth_seconds is not None and seconds >= _TRIAL_SECONDS and left >= worth_seconds:
-            return
 
 
 @dataclass

@@ -26,6 +26,11 @@ class Progress:
         self._title, self._total, self._done = title, total, 0
         self._started = self._said = time.monotonic()
 
+    @property
+    def left(self) -> int:
+        """Images that are not done."""
+        return self._total - self._done
+
     def add(self, images: int) -> None:
         """Counts images that are done."""
         self._done += images

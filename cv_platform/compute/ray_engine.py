@@ -12,19 +12,21 @@ import importlib.metadata
 import logging
 import platform
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call
+from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call, use_one_thread
 from cv_platform.cores import available_cores
 from cv_platform.errors import ComputeError
 from cv_platform.settings import prepare_process
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("cv-platform", "ray", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "onnxruntime", "pyarrow")
+PACKAGES = (
+    *("cv-platform", "ray", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "onnxruntime", "pyarrow"),
+    *("tensorflow", "keras"),
+)
 """What decides the bytes that come of a shard, or whether it can be read at all."""
 _STARTS = 3
 """On a busy machine, its agents may not be there within 15 s: https://github.com/ray-project/ray/issues/65983"""
@@ -233,10 +235,7 @@ def _work(function: Callable[[Any], Any], shard: Any) -> tuple[Exception | None,
         return err, None
 
 
-@functools.cache
-def _use_one_thread() -> None:
-    if opencv := sys.modules.get("cv2"):
-        opencv.setNumThreads(1)
+_use_one_thread = functools.cache(use_one_thread)
 
 
 def _outcome(ray: Any, reference: Any, shard: Any) -> Outcome[Any, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cv_platform.compute.engine import call
+from cv_platform.compute.engine import call, use_one_thread
 from cv_platform.errors import ComputeError, CvPlatformError
 
 _LOOK_SECONDS = 0.5
@@ -30,8 +29,7 @@ def serve(connection: Connection[Any, Any], *, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who gives out the shards.
     end_with(parent)
     function = connection.recv()
-    if opencv := sys.modules.get("cv2"):
-        opencv.setNumThreads(1)  # The other cores are the other processes'.
+    use_one_thread()
     connection.send((None, None))
     while True:
         try:

@@ -46,7 +46,7 @@ def drift_detectors_asset(branch: Branch) -> dg.AssetsDefinition:
         run = branch.run(context)
         reference = open_split(packed, "reference", beside=trained)
         test = open_split(packed, "test", beside=trained)
-        detectors = build_detectors(trained, reference, test, run.config, home=run.settings.home)
+        detectors = build_detectors(trained, reference, test, run.config, home=run.settings.home, engine=run.engine)
         alpha = run.config.monitor.alpha
         false = {f"false_alarms_{row.images}": row.rate for row in detectors.detection if row.shift == UNCHANGED}
         metadata = {
@@ -101,7 +101,9 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
         if run.config.deploy.runtime == INT8:
             write_int8(trained, detectors, open_split(packed, "train", beside=trained))
             answer = open_int8(trained.int8_path)
-        reference = build_reference_data(trained, detectors, held_out, run.config.model, storage=storage, answer=answer)
+        reference = build_reference_data(
+            trained, detectors, held_out, run.config.model, storage=storage, answer=answer, engine=run.engine
+        )
         return run.result(
             reference,
             metadata={

@@ -64,6 +64,7 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
                 run=mlflow_run,
                 manifest=version.manifest_path,
                 neighbours=Neighbours(open_split(packed, "train"), embeddings, version.manifest),
+                engine=run.engine,
             )
         url = dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages))
         checks = checked(gate, result.passed, "; ".join(result.reasons) or "All limits hold.")

@@ -23,7 +23,7 @@ from cv_platform.deployment.int8 import INT8, open_int8
 from cv_platform.deployment.onnx_export import write_classifier
 from cv_platform.deployment.quantization import calibration_images, quantise
 from cv_platform.errors import ExportError
-from cv_platform.evaluation.evaluate import load_classifier, predict
+from cv_platform.evaluation.classifier import load_classifier, predict
 from cv_platform.evaluation.latency import Answer, compiled, milliseconds
 from cv_platform.files import exclusive, file_sha256, whole_directory
 from cv_platform.predictions import known_labels, one_hot, predicted_flags

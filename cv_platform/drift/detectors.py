@@ -10,17 +10,22 @@ The false-alarm rate is measured, because a nominal level is a promise about ass
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Engine
+from cv_platform.compute.rows import ImageRows, Rows, row_shards
 from cv_platform.config import ExperimentConfig
 from cv_platform.drift.encoders import build_uae, encoder_hash
-from cv_platform.drift.extraction import extract
+from cv_platform.drift.extraction import KerasAnswer, require_finite
 from cv_platform.drift.power import UNCHANGED, detection_rates
 from cv_platform.drift.power_plot import save_power
 from cv_platform.drift.sample import DriftSample, Float32Matrix
@@ -37,20 +42,11 @@ logger = logging.getLogger(__name__)
 
 Answer = Callable[[NDArray[np.uint8]], tuple[Float32Matrix, Float32Matrix, Float32Matrix]]
 """From images `(n, H, W, 3)` to probabilities `(n, C)`, features `(n, F)` and UAE embedding `(n, D)`."""
-BATCH_ROWS = 256
 _MOST_REFERENCE, _MOST_TEST, _MOST_CHANGED = 1000, 1000, 200
 """Images of which windows are drawn."""
 FEWEST_FALSE_ALARM_IMAGES = 40
 """Fewer test or reference images than this, and no rate is measured; the config's descriptions name it."""
 _SHIFTS = ("noise", "blur", "darker", "JPEG", "rotation")
-
-
-class ImageRows(Protocol):
-    """`(N, H, W, 3)` uint8 RGB, in memory or on the disk: a number, a slice or an array of rows reads them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]: ...
 
 
 class HeldOutImages(Protocol):
@@ -78,7 +74,13 @@ class HeldOutImages(Protocol):
 
 
 def build_detectors(
-    trained: TrainedModel, held_out: HeldOutImages, test: HeldOutImages, config: ExperimentConfig, *, home: Path
+    trained: TrainedModel,
+    held_out: HeldOutImages,
+    test: HeldOutImages,
+    config: ExperimentConfig,
+    *,
+    home: Path,
+    engine: Engine | None = None,
 ) -> DriftDetectors:
     """Makes and saves the encoder, and measures what the verdict notices: see `power.py`.
 
@@ -88,6 +90,7 @@ def build_detectors(
         test: the test split; 1,000 likewise as they are, and 200 made worse.
         config: `model` has the encoder's width and seed, `monitor` the level, seed and detectors of the trials.
         home: `Settings.home`: has the pretrained encoder, where a detector needs it. It sees the packed images here.
+        engine: whose machines answer for images that take long; None: this process alone.
 
     Raises:
         InvalidModelError: the model has no layers "features" and "probabilities".
@@ -106,7 +109,7 @@ def build_detectors(
     chosen = [(split, seeded_rows(len(split.paths), most, monitor.seed)) for _, _, split, most in wanted]
     is_encoded = len(wanted) > 1 and monitor.needs_encoder
     pretrained = open_encoder(config.encoder, home) if is_encoded else None
-    reference, *samples = extract_samples(trained.keras_path, uae_path, chosen, encoder=pretrained)
+    reference, *samples = extract_samples(trained.keras_path, uae_path, chosen, encoder=pretrained, engine=engine)
     shifted = {(name, strength): sample for (name, strength, _, _), sample in zip(wanted[1:], samples, strict=True)}
     if shifted:
         shifted |= _without_a_class(test, samples[0], monitor.seed)
@@ -200,9 +203,10 @@ def extract_sample(
     held_out: HeldOutImages,
     rows: NDArray[np.intp],
     answer: Answer | None = None,
+    engine: Engine | None = None,
 ) -> DriftSample:
     """Returns the sample of these images, row i of it for image `rows[i]`; see `extract_samples`."""
-    (sample,) = extract_samples(keras_path, uae_path, [(held_out, rows)], answer)
+    (sample,) = extract_samples(keras_path, uae_path, [(held_out, rows)], answer, engine=engine)
     return sample
 
 
@@ -212,11 +216,14 @@ def extract_samples(
     wanted: Sequence[tuple[HeldOutImages, NDArray[np.intp]]],
     answer: Answer | None = None,
     encoder: Encoder | None = None,
+    *,
+    engine: Engine | None = None,
 ) -> list[DriftSample]:
     """Returns a sample for each split and its rows, in one ordered pass over the pixels of all.
 
-    Where `answer` is given, it answers for the Keras files; there is at least one row then. Where `encoder` is given,
-    the samples have its vectors, of the pixels as they are, resized.
+    Where `answer` is given, it answers for the Keras files, in this process. Where `encoder` is given, the samples have
+    its vectors, of the pixels as they are, resized. What takes long is shared out to the machines of `engine`, with the
+    same bytes.
 
     Raises:
         InvalidModelError: see `extract`.
@@ -229,29 +236,40 @@ def extract_samples(
                 f"Expected as many images as targets, paths and hashes. Received: {sorted(counts)}. Pack the images "
                 "again."
             )
-    properties: list[NDArray[np.float32]] = []
-    encoded: list[NDArray[np.float32]] = []
-
-    def batches() -> Iterator[NDArray[np.uint8]]:
-        for split, rows in wanted:
-            for start in range(0, len(rows), BATCH_ROWS):
-                images = np.asarray(split.images[rows[start : start + BATCH_ROWS]])
-                properties.append(batch_properties(images))
-                if encoder is not None:
-                    side = (encoder.input_px, encoder.input_px)
-                    encoded.append(encoder.embed(np.stack([resize(image, side) for image in images])))
-                yield images
-
+    by_keras = KerasAnswer.of(keras_path, uae_path)
+    parts = map_shards(
+        partial(answer_rows, answer or by_keras, encoder),
+        (shard for split, rows in wanted for shard in row_shards(split.images, rows)),
+        engine=engine,
+        title="Answers",
+        total=sum(len(rows) for _, rows in wanted),
+        alone_seconds=by_keras.device.alone_seconds(engine) if answer is None else math.inf,
+    )
+    columns = (np.concatenate(part) for part in zip(*(made for _, made in parts), strict=True))
+    probabilities, features, uae, properties, *encoded = columns
     if answer is None:
-        probabilities, features, uae = extract(keras_path, uae_path, batches())
-    else:
-        answers = [answer(images) for images in batches()]
-        probabilities, features, uae = (np.concatenate(part) for part in zip(*answers, strict=True))
-    whole = DriftSample(probabilities, features, uae, np.concatenate([batch_properties([]), *properties]))
+        require_finite(probabilities, features, uae)
+    whole = DriftSample(probabilities, features, uae, properties)
     if encoder is not None:
-        whole = whole.with_encoded(np.concatenate(encoded))
-    parts = np.split(np.arange(len(whole)), np.cumsum([len(rows) for _, rows in wanted])[:-1])
-    return [whole.take(part) for part in parts]
+        whole = whole.with_encoded(*encoded)
+    taken = np.split(np.arange(len(whole)), np.cumsum([len(rows) for _, rows in wanted])[:-1])
+    return [whole.take(part) for part in taken]
+
+
+def answer_rows(answer: Answer, encoder: Encoder | None, shard: Rows) -> tuple[NDArray[np.float32], ...]:
+    """Returns what `extract_samples` puts together, of a shard: what `answer` says, pixel statistics, and vectors."""
+    made: list[tuple[NDArray[np.float32], ...]] = []
+    for images in shard.batches():
+        seen = () if encoder is None else (encoder.embed(_resized(images, encoder.input_px)),)
+        made.append((*answer(images), batch_properties(images), *seen))
+    return tuple(np.concatenate(part) for part in zip(*made, strict=True))
+
+
+def _resized(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    resized = np.empty((len(images), side, side, 3), np.uint8)
+    for at, image in enumerate(images):
+        resized[at] = resize(image, (side, side))
+    return resized
 
 
 def seeded_rows(available: int, wanted: int | None, seed: int) -> NDArray[np.intp]:

@@ -10,16 +10,20 @@ out of one call on image i.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.compute.rows import Device
 from cv_platform.drift.encoders import UAE_LAYER
 from cv_platform.drift.sample import Float32Matrix
 from cv_platform.errors import InvalidModelError
+from cv_platform.files import file_stamp
 
 if TYPE_CHECKING:
     import keras
@@ -60,9 +64,75 @@ def extract(
     Raises:
         InvalidModelError: a model lacks its layers, the two take images of different sizes, or an output is not finite.
     """
+    said = KerasAnswer.of(keras_path, uae_path)
+    parts = [tuple(np.empty((0, width), np.float32) for width in said.widths), *map(said, images_batches)]
+    probabilities, features, uae = (np.concatenate(part) for part in zip(*parts, strict=True))
+    require_finite(probabilities, features, uae)
+    return probabilities, features, uae
+
+
+@dataclass(frozen=True)
+class KerasAnswer:
+    """What model and encoder say of images, in one call; each process loads them once.
+
+    Attributes:
+        keras_path, uae_path: see `extract`.
+        device: that they compute on.
+        stamps: of the files as they were given out.
+    """
+
+    keras_path: Path
+    uae_path: Path
+    device: Device
+    stamps: tuple[int, int]
+
+    @classmethod
+    def of(cls, keras_path: Path, uae_path: Path) -> KerasAnswer:
+        """Returns two files as this process computes them."""
+        return cls(keras_path, uae_path, Device.here(), (file_stamp(keras_path), file_stamp(uae_path)))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Returns C, F and D, see `extract`."""
+        return _combined(self)[1]
+
+    def __call__(self, images: NDArray[np.uint8]) -> tuple[Float32Matrix, Float32Matrix, Float32Matrix]:
+        """Returns `(n, C)`, `(n, F)` and `(n, D)` float32 of `(n, H, W, 3)` uint8; see `extract`.
+
+        Raises:
+            InvalidModelError: a model lacks its layers, or the two take images of different sizes.
+        """
+        import tensorflow as tf
+
+        run, _ = _combined(self)
+        outputs = run(tf.convert_to_tensor(np.ascontiguousarray(images)))
+        probabilities, features, uae = (np.asarray(output, dtype=np.float32) for output in outputs)
+        return probabilities, features, uae
+
+
+def require_finite(probabilities: Float32Matrix, features: Float32Matrix, uae: Float32Matrix) -> None:
+    """Refuses what a diverged model says.
+
+    Raises:
+        InvalidModelError: an output is not finite.
+    """
+    for name, array in ((PROBABILITIES_LAYER, probabilities), (FEATURES_LAYER, features), (UAE_LAYER, uae)):
+        broken = np.flatnonzero(~np.isfinite(array).all(axis=1))
+        if broken.size:
+            raise InvalidModelError(
+                f"Expected finite outputs. Received: {broken.size} of {len(array)} images with {name} that are not "
+                f"(first: image {broken[0]}). The model has diverged: train it again."
+            )
+
+
+@functools.lru_cache(maxsize=1)
+def _combined(answer: KerasAnswer) -> tuple[Any, tuple[int, ...]]:
+    """Returns the compiled call of both, and the widths of its outputs."""
     import keras
     import tensorflow as tf
 
+    answer.device.use()
+    keras_path, uae_path = answer.keras_path, answer.uae_path
     classifier, encoder = load_model(keras_path), load_model(uae_path)
     if classifier.input_shape != encoder.input_shape:
         raise InvalidModelError(
@@ -77,25 +147,10 @@ def extract(
     combined = keras.Model(classifier.inputs, outputs)
     signature = [tf.TensorSpec((None, *classifier.input_shape[1:]), tf.uint8)]  # One trace, whatever the batch's size.
 
-    def answer(images: Any) -> Any:
+    def run(images: Any) -> Any:
         return combined(images, training=False)
 
-    run: Any = tf.function(answer, input_signature=signature)
-    parts: tuple[list[Float32Matrix], ...] = tuple(
-        [np.empty((0, int(output.shape[-1])), dtype=np.float32)] for output in outputs
-    )
-    for images in images_batches:
-        for part, output in zip(parts, run(tf.convert_to_tensor(np.ascontiguousarray(images))), strict=True):
-            part.append(np.asarray(output, dtype=np.float32))
-    probabilities, features, uae = (np.concatenate(part) for part in parts)
-    for name, array in ((PROBABILITIES_LAYER, probabilities), (FEATURES_LAYER, features), (UAE_LAYER, uae)):
-        broken = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        if broken.size:
-            raise InvalidModelError(
-                f"Expected finite outputs. Received: {broken.size} of {len(array)} images with {name} that are not "
-                f"(first: image {broken[0]}). The model has diverged: train it again."
-            )
-    return probabilities, features, uae
+    return tf.function(run, input_signature=signature), tuple(int(output.shape[-1]) for output in outputs)
 
 
 def _layer(model: keras.Model, name: str) -> Any:

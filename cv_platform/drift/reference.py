@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from cv_platform.compute.engine import Engine
 from cv_platform.config import ModelConfig
 from cv_platform.drift.detectors import Answer, HeldOutImages, extract_sample, seeded_rows
 from cv_platform.drift.sample import DriftSample, Float32Matrix
@@ -71,6 +72,7 @@ def build_reference_data(
     *,
     storage: CentralStorage,
     answer: Answer | None = None,
+    engine: Engine | None = None,
 ) -> ReferenceData:
     """Writes and publishes the reference data: one ordered pass, features and label of a row from one image.
 
@@ -81,6 +83,7 @@ def build_reference_data(
         model: its configuration; `reference_data_n_sample` limits the rows (seeded), none takes all.
         storage: where it is published.
         answer: what is served, where it is the graph in 8 bits (`trained.int8_path`); None: Keras answers.
+        engine: whose machines answer for images that take long; None: this process alone.
 
     Raises:
         InvalidSampleError: the split has fewer than two images.
@@ -93,7 +96,7 @@ def build_reference_data(
             f"Expected at least 2 readable images in the reference split. Received: {len(rows)}. "
             "Raise dataset.reference_fraction, or give the dataset a larger reference split."
         )
-    sample = extract_sample(trained.keras_path, detectors.uae_path, held_out, rows, answer)
+    sample = extract_sample(trained.keras_path, detectors.uae_path, held_out, rows, answer, engine)
     targets = np.asarray(held_out.targets)[rows]
     chosen: list[int] = rows.tolist()
     predicted = predicted_flags(sample.bbsd, trained.task.classifier_type, model.threshold)

@@ -18,11 +18,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cv_platform.compute.engine import Engine
 from cv_platform.config import ClassifierType, ExperimentConfig, Threshold
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.packing import PackedSplit, open_split
-from cv_platform.datasets.shards.reading import Images
-from cv_platform.errors import InvalidDatasetError, TrainingError
+from cv_platform.errors import InvalidDatasetError
+from cv_platform.evaluation.classifier import Classifier, answer_split, predict, predict_split
 from cv_platform.evaluation.gate import Champion, judge_promotion
 from cv_platform.evaluation.heat_maps import grad_cam, overlay
 from cv_platform.evaluation.intervals import (
@@ -76,7 +77,6 @@ from cv_platform.tracking import MlflowRun
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 256
 TEST_SPLIT = "test"
 
 
@@ -105,6 +105,7 @@ def evaluate_model(
     run: MlflowRun | None,
     manifest: Path | None = None,
     neighbours: Neighbours | None = None,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Evaluates a model on the test split and judges whether it may be promoted.
 
@@ -121,6 +122,7 @@ def evaluate_model(
         run: MLflow run that metrics, plots and report are logged to; None logs nothing.
         manifest: of the images, whose columns give slices; None: only their pixels do.
         neighbours: finds the training images beside the worst errors; None shows none.
+        engine: whose machines predict a split that takes long; None: this process alone.
 
     Returns:
         The evaluation. A model that misses a limit gives `passed=False`, never an exception.
@@ -144,10 +146,11 @@ def evaluate_model(
             f"Expected known labels in the test split of {packed.provenance}. Received: {len(judged)} images, of which "
             "no label is known. Label some: cells that are blank or −1 say nothing."
         )
-    model = load_classifier(trained.keras_path, classes=len(trained.task.class_names))
-    probabilities = predict_split(model, trained.keras_path, test)
+    classifier = Classifier.of(trained)
+    probabilities, properties = answer_split(classifier, test, engine)
+    model = classifier.model
     target = directory / trained.model.model_name / trained.model.version
-    threshold = _threshold(model, trained, packed, config)
+    threshold = _threshold(classifier, trained, packed, config, engine)
     (cpu_ms,) = milliseconds([compiled(model)], np.asarray(test.images[:8]))
     if champion is not None and champion.decisions is not None:
         decisions = known_decisions(champion.decisions, targets)[judged]
@@ -163,7 +166,7 @@ def evaluate_model(
         }
     )
     predictions = _predictions(test, probabilities, trained.task, evaluation.threshold)
-    columns = slice_columns(test.images, _rows(manifest, test.paths)).loc[judged].reset_index(drop=True)
+    columns = slice_columns(properties, _rows(manifest, test.paths)).loc[judged].reset_index(drop=True)
     evaluation = evaluation.model_copy(update={"slices": judge_slices(columns, predictions.correct[judged])})
     with exclusive(target.with_name(f".{target.name}.lock")), whole_directory(target) as folder:
         # What the record says of its folder holds of this one too, until it gets its name.
@@ -184,55 +187,6 @@ def evaluate_model(
         "passed" if evaluation.passed else "; ".join(evaluation.reasons),
     )
     return evaluation
-
-
-def load_classifier(keras_path: Path, *, classes: int) -> Any:
-    """Loads a Keras model with so many outputs.
-
-    Raises:
-        TrainingError: the file is no such model.
-    """
-    import keras
-
-    try:
-        model: Any = keras.models.load_model(keras_path, compile=False)
-    except (OSError, ValueError, TypeError) as err:
-        raise TrainingError(f"{keras_path}: expected a Keras model. Received: {err}. Train the model again.") from err
-    shape = tuple(model.output_shape)
-    if len(shape) != 2 or shape[1] != classes:
-        raise TrainingError(
-            f"{keras_path}: expected a model with {classes} outputs, one per class. Received: output shape {shape}. "
-            "Train the model again with this config."
-        )
-    return model
-
-
-def predict(model: Any, images: Images, batch_size: int = BATCH_SIZE) -> np.ndarray:
-    """Returns `(N, C)` float32 probabilities of `(N, H, W, 3)` uint8 images, in order."""
-    # One compiled call per batch shape (there are at most two); `model.predict` would set up a data adapter as well.
-    starts = range(0, len(images), batch_size)
-    batches = (np.asarray(images[start : start + batch_size]) for start in starts)
-    return np.concatenate([np.asarray(model.predict_on_batch(batch), dtype=np.float32) for batch in batches])
-
-
-def predict_split(model: Any, keras_path: Path, split: PackedSplit) -> np.ndarray:
-    """Predicts every image of a split, in its order.
-
-    Returns:
-        `(N, C)` float32 probabilities.
-
-    Raises:
-        TrainingError: the model of `keras_path` gives probabilities that are not finite.
-    """
-    probabilities = predict(model, split.images)
-    broken = int((~np.isfinite(probabilities).all(axis=1)).sum())
-    if broken or len(probabilities) != len(split.paths):
-        raise TrainingError(
-            f"{keras_path}: expected finite probabilities of {len(split.paths)} images. "
-            f"Received: {len(probabilities)} rows, {broken} of them not finite. "
-            "The training has diverged: lower train.init_lr and train again."
-        )
-    return probabilities
 
 
 def _measured(
@@ -296,14 +250,20 @@ def _measured(
     )
 
 
-def _threshold(model: Any, trained: TrainedModel, packed: PackedImages, config: ExperimentConfig) -> Threshold:
+def _threshold(
+    classifier: Classifier,
+    trained: TrainedModel,
+    packed: PackedImages,
+    config: ExperimentConfig,
+    engine: Engine | None,
+) -> Threshold:
     """Returns the config's, or those that suit each class on the split that has chosen the model."""
     task, common = trained.task, config.model.threshold
     if config.evaluate.thresholds == "fixed" or task.classifier_type != "multi-label":
         return common
     valid = open_split(packed, "valid", beside=trained)
     targets, classes = np.asarray(valid.targets), len(task.class_names)
-    probabilities = predict(model, valid.images)
+    probabilities = predict_split(classifier, valid, engine)
     return best_thresholds(one_hot(targets, classes), probabilities, common, known_labels(targets, classes))
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cv_platform.datasets.shards.reading import Images
 from cv_platform.evaluation.intervals import wilson
-from cv_platform.properties import PROPERTY_NAMES, batch_properties
+from cv_platform.properties import PROPERTY_NAMES
 from cv_platform.records import Slice
 
 _FEWEST = 10
@@ -32,21 +31,21 @@ _KINDS = ("channels", "bit_depth", "orientation")
 """Columns whose numbers are names: a part is one of them."""
 
 
-def slice_columns(images: Images, manifest: pd.DataFrame) -> pd.DataFrame:
+def slice_columns(properties: np.ndarray, manifest: pd.DataFrame) -> pd.DataFrame:
     """Returns what the test images are sliced by: their properties, and the manifest's columns but for its keys.
 
     Args:
-        images: `(N, H, W, 3)` uint8.
+        properties: `(N, 7)` float32 of `batch_properties`.
         manifest: a row per image, in the same order.
     """
-    properties = pd.DataFrame(batch_properties(images), columns=pd.Index(PROPERTY_NAMES))
+    shown = pd.DataFrame(properties, columns=pd.Index(PROPERTY_NAMES))
     known = manifest.drop(columns=[name for name in manifest if name in _NOT_SLICED]).reset_index(drop=True)
     known = known.assign(**{name: known[name].astype(str) for name in _KINDS if name in known})
     if {"width_px", "height_px"} <= set(known):
         known = known.assign(
             pixels=known["width_px"] * known["height_px"], aspect=known["width_px"] / known["height_px"]
         )
-    return pd.concat([properties, known], axis=1)
+    return pd.concat([shown, known], axis=1)
 
 
 def judge_slices(columns: pd.DataFrame, correct: np.ndarray) -> tuple[Slice, ...]:

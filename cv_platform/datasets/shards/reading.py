@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ class ShardedImages:
         *,
         seen_as: tuple[int, int] | None = None,
     ) -> None:
+        self._given = tuple(files), tuple(counts), shape, sizes, seen_as
         self.shape = (sum(counts), *(seen_as or shape[:2]), shape[2])
         self._stored_shape = shape
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -57,6 +59,10 @@ class ShardedImages:
             else _JpegShard(file, shape, sizes[self._starts[at] : self._starts[at + 1]])
             for at, (file, count) in enumerate(zip(files, counts, strict=True))
         ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets another process open the same files."""
+        return _opened, self._given
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -103,6 +109,26 @@ class ShardedImages:
     def _seen(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = self.shape[1], self.shape[2]
         return images if size == self._stored_shape[:2] else np.stack([resize(image, size) for image in images])
+
+
+def _opened(
+    files: tuple[Path, ...],
+    counts: tuple[int, ...],
+    shape: tuple[int, int, int],
+    sizes: NDArray[np.int64] | None,
+    seen_as: tuple[int, int] | None,
+) -> ShardedImages:
+    """Opens images in another process: of uint8 shards once, whatever number of parts it is given of them."""
+    if sizes is not None:
+        return ShardedImages(files, counts, shape, sizes, seen_as=seen_as)
+    return _opened_once(files, counts, shape, seen_as)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened_once(
+    files: tuple[Path, ...], counts: tuple[int, ...], shape: tuple[int, int, int], seen_as: tuple[int, int] | None
+) -> ShardedImages:
+    return ShardedImages(files, counts, shape, seen_as=seen_as)
 
 
 Images: TypeAlias = np.ndarray | ShardedImages

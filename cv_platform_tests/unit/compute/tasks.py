@@ -43,6 +43,10 @@ def process_id(_: Numbers) -> int:
     return os.getpid()
 
 
+def tensorflow_threads(_: Numbers) -> str | None:
+    return os.environ.get("TF_NUM_INTRAOP_THREADS")
+
+
 @dataclass(frozen=True)
 class Noted(Numbers):
     """A shard whose workers leave a file each, and of which the first one is ended."""

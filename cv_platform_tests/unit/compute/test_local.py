@@ -5,6 +5,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from itertools import count
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import Progress, watched
 from cv_platform.errors import InvalidDatasetError, ShardError, StorageError
 
-from .tasks import Numbers, doubled, process_id, shards
+from .tasks import Numbers, doubled, process_id, shards, tensorflow_threads
 
 PROCESSES = LocalEngine(2, worth_seconds=0)
 
@@ -65,6 +67,24 @@ def test_little_work_starts_no_process() -> None:
     assert {process for _, process in results} == {os.getpid()}
 
 
+def test_what_each_process_would_have_to_load_is_begun_here_and_then_shared_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Nobody(LocalEngine):
+        def run(self, *_: Any, **__: Any) -> Iterator[Any]:
+            raise AssertionError("nobody is asked for little work")
+
+    little = map_shards(process_id, shards(5), engine=Nobody(), title="Counting", total=10, alone_seconds=1.0)
+    assert [process for _, process in little] == [os.getpid()] * 5
+
+    ticks = count(0.0, 0.25)  # A quarter of a second for each shard: after two, 8 of 10 are left.
+    monkeypatch.setattr(engines.time, "perf_counter", lambda: next(ticks))
+    much = map_shards(process_id, shards(10), engine=PROCESSES, title="Counting", total=20, alone_seconds=2.0)
+    outcomes = list(much)
+    assert [shard for shard, _ in outcomes] == shards(10)
+    assert [process == os.getpid() for _, process in outcomes] == [True] * 2 + [False] * 8
+
+
 def test_a_shard_waits_for_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(engines.time, "sleep", waits.append)
@@ -82,6 +102,13 @@ def test_a_shard_waits_for_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(StorageError, match="at all"):
         list(map_shards(never, shards(1), engine=None, title="Reading", total=2))
+
+
+def test_a_process_of_several_computes_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    results = map_shards(tensorflow_threads, shards(2), engine=PROCESSES, title="Asking", total=4)
+    assert [threads for _, threads in results] == ["1", "1"]
+    assert "TF_NUM_INTRAOP_THREADS" not in os.environ
 
 
 class _Terminal(io.StringIO):

@@ -17,6 +17,7 @@ from cv_platform.errors import ComputeError, InvalidDatasetError, ShardError
 from cv_platform.settings import Settings
 from cv_platform_tests.support.waiting import wait_until
 from cv_platform_tests.unit.datasets.test_engines import require_same_bytes
+from cv_platform_tests.unit.evaluation.test_engines import require_same_answers
 
 from .tasks import Noted, Numbers, doubled, noted, noted_slowly, read_back, shards
 
@@ -53,6 +54,12 @@ def ray(cluster: Any) -> RayEngine:
 @pytest.mark.timeout(900)
 def test_ray_makes_the_same_bytes(ray: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_same_bytes(tmp_path, ray, monkeypatch)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_networks_give_the_same_answers_by_ray(ray: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_same_answers(tmp_path, ray, monkeypatch)
 
 
 @pytest.mark.ray

@@ -8,6 +8,7 @@ from scipy import stats
 
 from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA
 from cv_platform.evaluation.slices import judge_slices, slice_columns
+from cv_platform.properties import batch_properties
 
 
 def test_the_part_that_is_worse_beyond_chance_is_named_first():
@@ -48,7 +49,7 @@ def test_columns_are_properties_sizes_and_what_the_manifest_says():
             "camera": ["x", None, "y"],
         }
     )
-    columns = slice_columns(images, manifest)
+    columns = slice_columns(batch_properties(images), manifest)
     assert {"luma_mean", "width_px", "camera", "pixels", "aspect"} <= set(columns)
     assert not {"sha256", "split"} & set(columns)
     assert columns["pixels"].tolist() == [100, 200, 300]
@@ -56,14 +57,15 @@ def test_columns_are_properties_sizes_and_what_the_manifest_says():
 
 def test_each_column_of_a_manifest_is_one_column():
     manifest = pd.DataFrame({name: [1, 2, 3] for name in MANIFEST_SCHEMA.names})
-    columns = slice_columns(np.zeros((3, 8, 8, 3), dtype=np.uint8), manifest)
+    columns = slice_columns(batch_properties(np.zeros((3, 8, 8, 3), np.uint8)), manifest)
     assert columns.columns.is_unique
     assert columns["luma_mean"].tolist() == [0, 0, 0]  # Of what the model sees, not of the manifest's overview.
 
 
 def test_a_manifest_without_deep_images_is_sliced():
     manifest = pd.DataFrame({"largest_sample": [np.nan] * 40, "channels": [1, 3] * 20})
-    slices = judge_slices(slice_columns(np.zeros((40, 8, 8, 3), np.uint8), manifest), np.arange(40) % 2 == 0)
+    columns = slice_columns(batch_properties(np.zeros((40, 8, 8, 3), np.uint8)), manifest)
+    slices = judge_slices(columns, np.arange(40) % 2 == 0)
     assert {part.column for part in slices} == {"channels"}
 
 
