@@ -157,7 +157,7 @@ def challenger_replay_asset(branch: Branch) -> dg.AssetsDefinition:
         else:
             places = {"storage": storage, "cache": home / "cache", "directory": directory}
             with run.installation.engine() as engine:
-                replay = replay_challenger(model, champion, run.config, engine=engine, **places)
+                replay = replay_challenger(model, champion, run.config, engine=engine, compute=run.engine, **places)
         override = run.installation.audit().override(model.model_name, model.version)
         overruled = "" if replay.passed or override is None else f"Overruled by {override.by}: {override.because}. "
         passed, reasons = replay.passed or override is not None, overruled + "; ".join(replay.reasons)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -20,6 +21,9 @@ from numpy.typing import NDArray
 from sqlalchemy import Engine, select
 
 from cv_platform import images
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Engine as ComputeEngine
+from cv_platform.compute.local import WORTH_SECONDS
 from cv_platform.config import EvaluateConfig, ExperimentConfig, ReplayConfig
 from cv_platform.database.schema import is_request, predictions
 from cv_platform.database.uploads import read_feedback, read_images
@@ -33,8 +37,8 @@ from cv_platform.files import whole_file
 from cv_platform.pages import picture, render
 from cv_platform.predictions import label_texts, predicted_flags
 from cv_platform.records import ChangedAnswer, Comparison, ModelIdentity, Replay
-from cv_platform.serving.model.runtime import LoadedModel, fetch, load_folder
-from cv_platform.storage import CentralStorage
+from cv_platform.serving.model.runtime import LoadedModel, PublishedModel, fetch
+from cv_platform.storage import BundleMetadata, CentralStorage
 
 _BATCH = 32
 _ROWS_PER_UPLOAD = 5
@@ -52,11 +56,45 @@ class _Upload:
     prediction_ids: list[UUID]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some uploads: a shard. It has their bytes, so that nobody else needs to reach the request log, or its password.
+
+    Attributes:
+        name: of the first one, by its sha256.
+        contents: of each; empty of one that is gone.
+    """
+
+    name: str
+    contents: Sequence[bytes]
+
+    @property
+    def images(self) -> int:
+        """How many it has."""
+        return len(self.contents)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says of the readable uploads of a part.
+
+    Attributes:
+        probabilities: `(n, C)`, by the model's own classes.
+        unknown: `(n,)`; None: it has no rule.
+        cpu_seconds: that it took.
+    """
+
+    probabilities: NDArray[np.float32]
+    unknown: NDArray[np.bool_] | None
+    cpu_seconds: float
+
+
 @dataclass
 class _Side:
     """One of the two models, and what it has answered."""
 
-    model: LoadedModel
+    model: PublishedModel
+    facts: BundleMetadata
     folder: Path
     class_names: Sequence[str]
     """The challenger's, by whose order both are compared."""
@@ -64,26 +102,16 @@ class _Side:
     unknown: list[NDArray[np.bool_]] = field(default_factory=list[NDArray[np.bool_]])
     cpu_seconds: float = 0.0
 
-    def pixels(self, content: bytes) -> NDArray[np.uint8]:
-        return images.preprocess(
-            content,
-            self.model.metadata.image_size,
-            max_pixels=images.MAX_LOCAL_PIXELS,
-            preprocessing=self.model.preprocessing,
-        )
-
-    def answer(self, batch: Sequence[NDArray[np.uint8]]) -> None:
-        before = time.process_time()
-        said = self.model.predict_batch(np.stack(batch))
-        self.cpu_seconds += time.process_time() - before
-        columns = [self.model.metadata.class_names.index(name) for name in self.class_names]
+    def take(self, said: Said) -> None:
+        columns = [self.facts.class_names.index(name) for name in self.class_names]
         self.probabilities.append(said.probabilities[:, columns])
-        if self.model.unknown is not None:
-            self.unknown.append(self.model.unknown.score(said.features) > 1.0)
+        if said.unknown is not None:
+            self.unknown.append(said.unknown)
+        self.cpu_seconds += said.cpu_seconds
 
     def decisions(self) -> NDArray[np.bool_]:
         """Returns `(N, C)`: what it decides, by its own thresholds."""
-        facts = self.model.metadata
+        facts = self.facts
         threshold = facts.threshold
         if isinstance(threshold, tuple):
             threshold = tuple(threshold[facts.class_names.index(name)] for name in self.class_names)
@@ -106,6 +134,7 @@ def replay_challenger(
     storage: CentralStorage,
     cache: Path,
     directory: Path,
+    compute: ComputeEngine | None = None,
 ) -> Replay:
     """Lets a published challenger answer the last logged uploads of the version in production, and judges it.
 
@@ -119,6 +148,7 @@ def replay_challenger(
         storage: central storage.
         cache: folder for downloads.
         directory: where the page goes, `replay.html`.
+        compute: who decodes and answers; None: processes of this machine.
 
     Raises:
         BundleNotFoundError, CorruptBundleError: the challenger cannot be loaded.
@@ -129,23 +159,21 @@ def replay_challenger(
     replay = Replay(model=challenger, champion=champion, directory=directory, not_kept=not_kept)
     if not uploads:
         return replay.model_copy(update={"reasons": (f"{champion.version} has answered no request that can be read",)})
-    folder, facts = fetch(storage, challenger.model_name, challenger.version, cache=cache)
-    new = _Side(load_folder(folder, facts), folder, facts.class_names)
+    new = _side(challenger, storage, cache)
     try:
-        old_folder, old_facts = fetch(storage, champion.model_name, champion.version, cache=cache)
-        problem = class_difference(old_facts, facts.class_names, facts.classifier_type)
-        old = None if problem else _Side(load_folder(old_folder, old_facts), old_folder, facts.class_names)
+        old = _side(champion, storage, cache, new.class_names)
+        problem = class_difference(old.facts, new.class_names, new.facts.classifier_type)
     except (BundleNotFoundError, CorruptBundleError) as err:
         problem, old = f"its bundle does not answer. {err}", None
-    if old is None:
+    if old is None or problem:
         reasons = (f"{champion.version} in production cannot be compared with: {problem}",)
         return replay.model_copy(update={"passed": False, "reasons": reasons})
-    answered, unreadable = _answer(engine, uploads, old, new)
+    answered, unreadable = _answer(engine, uploads, old, new, compute)
     replay = replay.model_copy(update={"unreadable": tuple(map(str, unreadable))})
     if not answered:
         return replay.model_copy(update={"reasons": ("no logged upload can be read (any more)",)})
     replay = _judged(_measured(replay, engine, answered, old, new, config.evaluate), limits, config.evaluate)
-    _write_page(replay, engine, new.model.preprocessing.sample_bits)
+    _write_page(replay, engine, new.model.load().preprocessing.sample_bits)
     return replay
 
 
@@ -171,30 +199,77 @@ def _last_uploads(engine: Engine, champion: ModelIdentity, count: int) -> tuple[
     return list(found.values()), not_kept
 
 
-def _answer(engine: Engine, uploads: Sequence[_Upload], old: _Side, new: _Side) -> tuple[list[_Upload], list[UUID]]:
+def _side(model: ModelIdentity, storage: CentralStorage, cache: Path, class_names: Sequence[str] = ()) -> _Side:
+    folder, facts = fetch(storage, model.model_name, model.version, cache=cache)
+    published = PublishedModel(storage.url, model.model_name, model.version, cache)
+    published.load()  # Refused here, if at all.
+    return _Side(published, facts, folder, class_names or facts.class_names)
+
+
+def _answer(
+    engine: Engine, uploads: Sequence[_Upload], old: _Side, new: _Side, compute: ComputeEngine | None
+) -> tuple[list[_Upload], list[UUID]]:
     """Lets both answer, a few images in memory at a time; returns the uploads that they have answered, and the rest."""
-    is_same = old.model.metadata.preprocessing_hash == new.model.metadata.preprocessing_hash
     answered: list[_Upload] = []
     unreadable: list[UUID] = []
-    for start in range(0, len(uploads), _BATCH):
-        part = uploads[start : start + _BATCH]
-        contents = read_images(engine, [upload.sha256 for upload in part])
-        batches: tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]] = ([], [])
-        for upload in part:
-            content = contents.get(upload.sha256, b"")  # Deleted a moment ago, say.
-            try:
-                pixels = new.pixels(content)
-                seen = pixels if is_same else old.pixels(content)
-            except ImageError:
+    starts = range(0, len(uploads), _BATCH)
+    parts = map_shards(
+        partial(answer_part, old.model, new.model),
+        (_part(engine, uploads[start : start + _BATCH]) for start in starts),
+        engine=compute,
+        title="Replay",
+        total=len(uploads),
+        alone_seconds=WORTH_SECONDS,
+    )
+    for start, (_, (is_readable, said)) in zip(starts, parts, strict=True):
+        for upload, readable in zip(uploads[start:], is_readable, strict=False):
+            if readable:
+                answered.append(upload)
+            else:
                 unreadable.append(upload.prediction_ids[0])
-                continue
-            batches[0].append(seen)
-            batches[1].append(pixels)
-            answered.append(upload)
-        if batches[0]:
-            old.answer(batches[0])
-            new.answer(batches[1])
+        for side, by_it in zip((old, new), said, strict=False):
+            side.take(by_it)
     return answered, unreadable
+
+
+def _part(engine: Engine, uploads: Sequence[_Upload]) -> Part:
+    contents = read_images(engine, [upload.sha256 for upload in uploads])
+    # One may have been deleted a moment ago.
+    return Part(uploads[0].sha256, [contents.get(upload.sha256, b"") for upload in uploads])
+
+
+def answer_part(old: PublishedModel, new: PublishedModel, part: Part) -> tuple[list[bool], list[Said]]:
+    """Returns which uploads of a part can be read, and what both models say of those; nothing if there are none."""
+    models = old.load(), new.load()
+    is_same = models[0].metadata.preprocessing_hash == models[1].metadata.preprocessing_hash
+    batches: tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]] = ([], [])
+    is_readable: list[bool] = []
+    for content in part.contents:
+        try:
+            pixels = _pixels(models[1], content)
+            seen = pixels if is_same else _pixels(models[0], content)
+        except ImageError:
+            is_readable.append(False)
+            continue
+        batches[0].append(seen)
+        batches[1].append(pixels)
+        is_readable.append(True)
+    if not batches[0]:
+        return is_readable, []
+    return is_readable, [_said(model, np.stack(batch)) for model, batch in zip(models, batches, strict=True)]
+
+
+def _pixels(model: LoadedModel, content: bytes) -> NDArray[np.uint8]:
+    limit = images.MAX_LOCAL_PIXELS
+    return images.preprocess(content, model.metadata.image_size, max_pixels=limit, preprocessing=model.preprocessing)
+
+
+def _said(model: LoadedModel, batch: NDArray[np.uint8]) -> Said:
+    before = time.process_time()
+    said = model.predict_batch(batch)
+    seconds = time.process_time() - before
+    unknown = None if model.unknown is None else model.unknown.score(said.features) > 1.0
+    return Said(said.probabilities, unknown, seconds)
 
 
 def _measured(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,9 @@ from cv_platform.predictions import (
     reference_schema,
 )
 from cv_platform.scoring.sources import read_file
-from cv_platform.serving.model.runtime import LoadedModel, load_bundle
+from cv_platform.serving.model.runtime import LoadedModel, PublishedModel
 from cv_platform.serving.routes.answer import Predicted, predict_upload
-from cv_platform.storage import BundleMetadata, CentralStorage
+from cv_platform.storage import BundleMetadata
 
 _VECTORS = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
 _SAID = ("sha256", PREDICTED_CLASS, "problem", "confidence", "unknown_score", "is_unknown")
@@ -36,28 +34,15 @@ _SAID = ("sha256", PREDICTED_CLASS, "problem", "confidence", "unknown_score", "i
 
 @dataclass(frozen=True)
 class Scorer:
-    """Which model answers, and where it is found; each process loads it once, with one thread.
+    """Which model answers.
 
     Attributes:
-        storage_url, model_name, version: of the bundle.
-        cache: folder for its download.
+        published: where it is found.
         max_pixels: of an image; more are not decoded, as by the service.
     """
 
-    storage_url: str
-    model_name: str
-    version: str
-    cache: Path
+    published: PublishedModel
     max_pixels: int
-
-    @property
-    def model(self) -> LoadedModel:
-        """Returns it, warm.
-
-        Raises:
-            BundleNotFoundError, CorruptBundleError, StorageError: see `load_bundle`.
-        """
-        return _loaded(self.storage_url, self.model_name, self.version, self.cache)
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,7 @@ def score_batch(scorer: Scorer, batch: Batch) -> pa.Table:
     Raises:
         BundleNotFoundError, CorruptBundleError, StorageError: the model, or the place of the images, is away.
     """
-    model = scorer.model
+    model = scorer.published.load()
     rows = _Rows(batch, model.metadata)
     for path in batch.paths:
         _answer(model, scorer, batch.root, path, rows)
@@ -182,8 +167,3 @@ class _Rows:
             values = pa.array(matrix.ravel(), pa.float32())
             arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=schema.field(name).type)
         return pa.table([arrays[name] for name in schema.names], schema=schema)
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(storage_url: str, model_name: str, version: str, cache: Path) -> LoadedModel:
-    return load_bundle(CentralStorage(storage_url), model_name, version, cache=cache, threads=1)

@@ -24,6 +24,7 @@ from cv_platform.errors import BundleNotFoundError, LockHeldError
 from cv_platform.files import exclusive, whole_file
 from cv_platform.scoring.rows import Batch, Scorer, score_batch, scores_schema, unanswered
 from cv_platform.scoring.sources import Found, find_images
+from cv_platform.serving.model.runtime import PublishedModel
 from cv_platform.settings import Settings
 from cv_platform.storage import BundleMetadata, CentralStorage
 
@@ -85,7 +86,8 @@ def score_images(
     """
     metadata = _published(CentralStorage(settings.storage_url), version)
     cache = settings.home / "cache" / "bundles"
-    scorer = Scorer(settings.storage_url, metadata.model_name, version, cache, settings.max_upload_pixels)
+    published = PublishedModel(settings.storage_url, metadata.model_name, version, cache)
+    scorer = Scorer(published, settings.max_upload_pixels)
     parts = output.absolute().with_name(f".{output.name}.parts")
     with _alone(parts, output), _kept_unless_empty(parts):
         found = find_images(source, parts)

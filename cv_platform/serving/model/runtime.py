@@ -8,6 +8,7 @@ module of the service that imports TensorFlow; each imports its framework late. 
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import shutil
 import zipfile
@@ -173,6 +174,35 @@ def fetch(storage: CentralStorage, model_name: str, version: str, *, cache: Path
             return fetched
     except OSError as err:
         raise StorageError(f"Cannot keep downloads in {cache}: {err}. Check its rights and the free space.") from err
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A bundle by where it was published: what a shard names, and each process loads once, with one thread.
+
+    Attributes:
+        storage_url: of central storage.
+        model_name, version: of the bundle.
+        cache: folder for its download.
+    """
+
+    storage_url: str
+    model_name: str
+    version: str
+    cache: Path
+
+    def load(self) -> LoadedModel:
+        """Returns it, warm.
+
+        Raises:
+            BundleNotFoundError, CorruptBundleError, StorageError: see `load_bundle`.
+        """
+        return _loaded(self)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(model: PublishedModel) -> LoadedModel:
+    return load_bundle(CentralStorage(model.storage_url), model.model_name, model.version, cache=model.cache, threads=1)
 
 
 @contextmanager

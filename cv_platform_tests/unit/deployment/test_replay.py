@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine, insert
 
+from benchmarks.ray_nodes import ray_nodes
+from cv_platform.compute.engine import Engine as ComputeEngine
+from cv_platform.compute.local import LocalEngine
+from cv_platform.compute.ray_engine import RayEngine
 from cv_platform.config import ExperimentConfig, ReplayConfig
 from cv_platform.database.schema import feedback, images, predictions
+from cv_platform.deployment import replay as replays
 from cv_platform.deployment.bundle import TRAINED_ON
 from cv_platform.deployment.export import export_bundle
 from cv_platform.deployment.replay import replay_challenger
@@ -72,7 +77,7 @@ def storage(tmp_path: Path, published: Path) -> CentralStorage:
 
 @pytest.fixture
 def replay(engine: Engine, storage: CentralStorage, tmp_path: Path) -> Callable[..., Replay]:
-    def replayed(version: str, **limits: Any) -> Replay:
+    def replayed(version: str, compute: ComputeEngine | None = None, **limits: Any) -> Replay:
         config: ExperimentConfig = experiment()
         deploy = config.deploy.model_copy(update={"replay": ReplayConfig(**limits)})
         return replay_challenger(
@@ -83,6 +88,7 @@ def replay(engine: Engine, storage: CentralStorage, tmp_path: Path) -> Callable[
             storage=storage,
             cache=tmp_path / "cache",
             directory=tmp_path / "replay",
+            compute=compute,
         )
 
     return replayed
@@ -134,6 +140,38 @@ def test_an_equal_challenger_passes_and_what_cannot_be_replayed_is_counted_and_n
     assert f"1 uploads are gone or do not decode, such as of {damaged}" in done.reasons
     few = replay(EQUAL, max_requests=7)
     assert few.replayed == 6, "the seven latest uploads, of which one is damaged"
+
+
+def require_same_replay(
+    compute: ComputeEngine, engine: Engine, replay: Callable[..., Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays 41 uploads, of which one is damaged, in six parts, by this process and by an engine."""
+    monkeypatch.setattr(replays, "_BATCH", 7)
+    for number in range(40):
+        log(engine, b"no image" if number == 30 else upload(number % 3, number), number, CLASSES[number % 3])
+    costs = {"cpu_ms": 0.0, "champion_cpu_ms": 0.0}
+    alone = replay(BLIND)
+    assert (alone.replayed, len(alone.changed), len(alone.unreadable)) == (39, 13, 1)
+    monkeypatch.setattr(replays, "WORTH_SECONDS", 0.0)
+    together = replay(BLIND, compute)
+    assert together.model_copy(update=costs).local_json() == alone.model_copy(update=costs).local_json()
+    assert together.cost_ratio
+
+
+def test_processes_replay_to_the_same_bit(
+    engine: Engine, replay: Callable[..., Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_same_replay(LocalEngine(2, worth_seconds=0), engine, replay, monkeypatch)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_ray_replays_to_the_same_bit(
+    engine: Engine, replay: Callable[..., Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray, of the extra ray")
+    with ray_nodes(2) as nodes:
+        require_same_replay(RayEngine(str(nodes.address)), engine, replay, monkeypatch)
 
 
 def test_a_challenger_that_changes_too_many_answers_is_refused_and_the_page_shows_them(
