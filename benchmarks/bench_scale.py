@@ -1,16 +1,19 @@
 """Packing, embedding and batch scoring by one core and by two, by processes and by Ray, and a bare loop beside scoring.
 
-Ray has two nodes of one core each on this machine; "one" gives all to the first of them. Wall-clock ratios need a
-quiet machine; the CPU's, which are of the whole tree of processes, do not.
+Ray has two nodes of one core each on this machine; "one" gives all to the first of them. What the machine allows is
+what two processes reach that share nothing but its cores, "apart". Wall-clock ratios need a quiet machine; the CPU's,
+which are of the whole tree of processes, do not.
 """
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ PARTS = ("bare", "packing", "embedding", "scoring")
 SIDE_PX, PACKED_PX = 224, 224
 LIBRARIES = ("ray", "numpy", "opencv-python-headless", "onnxruntime")
 SCALING, RAY_SHARE, BARE_SHARE = 1.8, 0.9, 0.9
+_APART_SECONDS = 600.0
 
 
 def run(options: Options) -> Report:
@@ -62,7 +66,7 @@ def run(options: Options) -> Report:
         (version,) = deploy_untrained(
             settings, environment, folder / "export", name="scale", architecture="resnet9s", side_px=SIDE_PX
         )
-        stages = _stages(folder, settings, version)
+        stages = _stages(folder, settings, version, folder / "photos")
         if "bare" in parts:
             options.say("scoring and a bare loop, in this process")
             cv2.setNumThreads(1)  # As in each process that scores.
@@ -77,7 +81,8 @@ def run(options: Options) -> Report:
             )
         stages = {name: work for name, work in stages.items() if name in parts}
         if stages:
-            observations |= _by_engines(stages, options)
+            apart = functools.partial(_apart, folder, settings, version)
+            observations |= _by_engines(stages, apart, options)
     ratios, checks = _compared(observations, list(stages), options.seed)
     return Report(
         name="scale",
@@ -93,8 +98,10 @@ def run(options: Options) -> Report:
     )
 
 
-def _by_engines(stages: dict[str, Callable[[Engine], int]], options: Options) -> dict[str, list[Observation]]:
-    """Measures each stage by one core and by two, by processes of this machine and by Ray's two nodes."""
+def _by_engines(
+    stages: dict[str, Callable[[Engine], int]], apart: Callable[[str, int], Observation], options: Options
+) -> dict[str, list[Observation]]:
+    """Measures each stage by one core and by two, by processes of this machine, by Ray's two nodes, and apart."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from cv_platform.compute.ray_engine import RayEngine
@@ -121,6 +128,10 @@ def _by_engines(stages: dict[str, Callable[[Engine], int]], options: Options) ->
                 [
                     Alternative(f"{stage}: {name}", _of_tree(functools.partial(work, engine)))
                     for name, engine in engines.items()
+                ]
+                + [
+                    Alternative(f"{stage}: apart, {name}", functools.partial(apart, stage, count))
+                    for name, count in (("one", 1), ("two", 2))
                 ],
                 rounds=options.rounds,
                 say=options.say,
@@ -135,7 +146,7 @@ def _compared(
     for stage in stages:
         wanted += [
             (f"{stage}: {engine}, two", f"{stage}: {engine}, one", "units_per_second", SCALING)
-            for engine in ("local", "ray")
+            for engine in ("apart", "local", "ray")
         ]
         wanted.append((f"{stage}: ray, two", f"{stage}: local, two", "units_per_second", RAY_SHARE))
         wanted.append((f"{stage}: local, two", f"{stage}: ray, two", "cpu_us_per_unit", RAY_SHARE))
@@ -149,7 +160,41 @@ def _compared(
     return ratios, checks
 
 
-def _stages(folder: Path, settings: Settings, version: str) -> dict[str, Callable[[Engine], int]]:
+def _apart(folder: Path, settings: Settings, version: str, stage: str, count: int) -> Observation:
+    """Has so many processes do a stage, each on its share of the photos, measured from start to end of all."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(count + 1)
+    shares = [folder / f"share-{number}-of-{count}" for number in range(count)]
+    for number, share in enumerate(shares):
+        if not share.exists():
+            (share / "photos").mkdir(parents=True)
+            for photo in sorted((folder / "photos").iterdir())[number::count]:
+                (share / "photos" / photo.name).hardlink_to(photo)
+    processes = [
+        context.Process(target=_do_share, args=(barrier, share, settings, version, stage), daemon=True)
+        for share in shares
+    ]
+    for process in processes:
+        process.start()
+    barrier.wait(_APART_SECONDS)
+    before, started = _tree_seconds(), time.perf_counter()
+    barrier.wait(_APART_SECONDS)
+    wall, cpu = time.perf_counter() - started, _tree_seconds() - before
+    for process in processes:
+        process.join()
+    return Observation(units=PHOTOS, wall_seconds=wall, cpu_seconds=cpu)
+
+
+def _do_share(barrier: Barrier, share: Path, settings: Settings, version: str, stage: str) -> None:
+    """Does a stage when all others are ready, and waits for their end."""
+    cv2.setNumThreads(1)
+    work = _stages(share, settings, version, share / "photos")[stage]
+    barrier.wait(_APART_SECONDS)
+    work(LocalEngine(1))
+    barrier.wait(_APART_SECONDS)
+
+
+def _stages(folder: Path, settings: Settings, version: str, photos: Path) -> dict[str, Callable[[Engine], int]]:
     from cv_platform.config import EncoderConfig
     from cv_platform.datasets.embeddings import embed_images
     from cv_platform.datasets.shards.pixels import PackForm
@@ -158,7 +203,7 @@ def _stages(folder: Path, settings: Settings, version: str) -> dict[str, Callabl
     from cv_platform.files import file_sha256
     from cv_platform.scoring.score import score_images
 
-    photos, home = folder / "photos", folder / "encoder"
+    home = folder / "encoder"
     paths = sorted(path.name for path in photos.iterdir())
     sha256 = [file_sha256(photos / name) for name in paths]
     encoder = open_encoder(EncoderConfig(), home)

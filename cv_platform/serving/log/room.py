@@ -37,16 +37,11 @@ class Room:
         Raises:
             SpoolFullError: there is none.
         """
-        file_name, log_name, folder = self._names
-        disk = os.statvfs(folder)
-        # Mostly the files tell enough, and spare three statements an entry; they lack what this transaction adds.
-        margin = 2 * MAX_QUEUED_BYTES
-        limits, size = self.limits, _size_bytes(log_name) + _size_bytes(file_name)
-        if disk.f_bavail * disk.f_frsize >= limits.reserve_bytes + margin and size + margin <= limits.max_bytes:
+        if self.is_ample():
             self._copy_log_from(LONG_LOG_PAGES, connection)
             return
         self._copy_log_from(SHORT_LOG_PAGES, connection)
-        usage = self.usage(connection)
+        usage, limits, file_name = self.usage(connection), self.limits, self._names[0]
         if usage.free < limits.reserve_bytes:
             raise SpoolFullError(
                 f"Expected {limits.reserve_bytes} bytes free on the disk of {file_name} (CV_SPARE_DISK_BYTES). "
@@ -57,6 +52,17 @@ class Room:
                 f"Expected less than {limits.max_bytes} bytes of entries that the database does not have yet "
                 f"(CV_SPOOL_MAX_BYTES). Received: {usage.used} in {file_name}. Bring the database back."
             )
+
+    def is_ample(self) -> bool:
+        """Says whether there is so much room that it need not be counted, as the files' sizes tell.
+
+        They lack what the present transaction adds. This spares three statements an entry.
+        """
+        file_name, log_name, folder = self._names
+        margin, disk = 2 * MAX_QUEUED_BYTES, os.statvfs(folder)
+        size = _size_bytes(log_name) + _size_bytes(file_name)
+        is_disk_ample = disk.f_bavail * disk.f_frsize >= self.limits.reserve_bytes + margin
+        return is_disk_ample and size + margin <= self.limits.max_bytes
 
     def usage(self, connection: sqlite3.Connection) -> Usage:
         """Returns how much is taken, and how much there is."""

@@ -46,6 +46,7 @@ from cv_platform.serving.log.spool_file import (
     find_in_file,
     free_pages,
     insert_entry,
+    lengthen_log,
     move_to_rejected,
     prepare,
     try_insert,
@@ -126,6 +127,9 @@ class Spool:
     def __init__(self, directory: Path, limits: LogLimits | None = None) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._open(*_own_new(directory), limits or LogLimits())
+        with contextlib.suppress(OSError):  # Who appends hears of a disk that is full.
+            if self._room.is_ample():
+                lengthen_log(self.path)
 
     @classmethod
     def adopt(cls, path: Path) -> Spool | None:

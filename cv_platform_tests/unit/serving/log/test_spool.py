@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -68,6 +69,30 @@ def test_an_appended_entry_is_on_disk_for_another_process(spool: Spool) -> None:
 def test_every_commit_is_synced_to_the_disk(spool: Spool) -> None:
     assert spool._writer._connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
     assert spool._writer._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_the_log_has_its_length_before_the_first_entry_and_a_copy_of_the_files_has_the_entries(
+    spool: Spool, tmp_path: Path
+) -> None:
+    files = [spool.path.with_name(f"{spool.path.name}{extension}") for extension in ("", "-wal")]
+    length = files[1].stat().st_size
+    assert length > 15 * 2**20
+    entries = [answered() for _ in range(3)]
+    for entry in entries:
+        append_to(spool, entry)
+    assert files[1].stat().st_size == length
+    for file in files:  # As a machine that dies leaves them.
+        shutil.copy(file, tmp_path)
+    left = Spool.adopt(tmp_path / spool.path.name)
+    assert left is not None
+    assert [row.entry_id for row in left.read_batch(10, 10**9).rows] == [str(entry.entry_id) for entry in entries]
+    left.close()
+
+
+def test_the_log_of_a_spool_with_little_room_grows_as_it_is_written(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, LogLimits(max_bytes=2**20))
+    assert spool.path.with_name(f"{spool.path.name}-wal").stat().st_size < 2**20
+    spool.close()
 
 
 def test_the_folder_of_uploads_is_closed_to_others(spool: Spool) -> None:
