@@ -93,7 +93,7 @@ def draw(image: NDArray[np.uint8], cam: NDArray[np.float32], explain: Explain) -
         raise ValueError(f"Expected jpeg or png. Received: {explain}.")
     picture = cv2.cvtColor(_picture_sized(image), cv2.COLOR_RGB2BGR)
     height, width = picture.shape[:2]
-    small = np.clip(np.nan_to_num(cam.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
+    small = np.minimum(np.fmax(cam.astype(np.float32), 0.0), 1.0)  # `fmax` passes over what is not a number.
     # Cubic is smooth where linear shows the cells as diamonds. In 8 bits, which is what the colours have, as OpenCV's
     # cubic and its blending on floats take four times as long, more than a small model's answer.
     opencv: Any = cv2  # Its types know neither 8 bits nor which of its results are.
