@@ -47,6 +47,8 @@ PHOTOS = 2048
 """Of which two workers get as many parts each, in every stage; so few that two rounds of a stage take two minutes."""
 PARTS = ("bare", "packing", "embedding", "scoring")
 SIDE_PX, PACKED_PX = 224, 224
+NETWORKS = ("resnet9s", "efficientnet_lite0")
+"""Whose scoring stands beside a bare loop: a small one, and that of photographs. All else is by the first."""
 LIBRARIES = ("ray", "numpy", "opencv-python-headless", "onnxruntime")
 SCALING, RAY_SHARE, BARE_SHARE = 1.8, 0.9, 0.9
 _APART_SECONDS = 600.0
@@ -63,22 +65,28 @@ def run(options: Options) -> Report:
         settings = isolated_settings(folder / "home", folder)
         write_photos(folder / "photos", PHOTOS)
         environment = isolated_environment(settings, database_url="")
-        (version,) = deploy_untrained(
-            settings, environment, folder / "export", name="scale", architecture="resnet9s", side_px=SIDE_PX
-        )
-        stages = _stages(folder, settings, version, folder / "photos")
+        versions = {
+            name: deploy_untrained(
+                settings, environment, folder / f"export-{name}", name=name, architecture=name, side_px=SIDE_PX
+            )[0]
+            for name in (NETWORKS if "bare" in parts else NETWORKS[:1])
+        }
         if "bare" in parts:
             options.say("scoring and a bare loop, in this process")
             cv2.setNumThreads(1)  # As in each process that scores.
-            bare = functools.partial(_bare_loop, folder / "photos", _session(settings, version))
-            observations |= measure_interleaved(
-                [
-                    Alternative("bare loop", in_process(bare)),
-                    Alternative("scoring", in_process(functools.partial(stages["scoring"], LocalEngine(1)))),
-                ],
-                rounds=options.rounds,
-                say=options.say,
-            )
+            for name, version in versions.items():
+                bare = functools.partial(_bare_loop, folder / "photos", _session(settings, name, version))
+                scoring = functools.partial(_score, folder, settings, version, folder / "photos", LocalEngine(1))
+                observations |= measure_interleaved(
+                    [
+                        Alternative(f"{name}: bare loop", in_process(bare)),
+                        Alternative(f"{name}: scoring", in_process(scoring)),
+                    ],
+                    rounds=options.rounds,
+                    say=options.say,
+                )
+        version = versions[NETWORKS[0]]
+        stages = _stages(folder, settings, version, folder / "photos")
         stages = {name: work for name, work in stages.items() if name in parts}
         if stages:
             apart = functools.partial(_apart, folder, settings, version)
@@ -142,7 +150,11 @@ def _by_engines(
 def _compared(
     observations: dict[str, list[Observation]], stages: list[str], seed: int
 ) -> tuple[list[Ratio], list[Check]]:
-    wanted = [("bare loop", "scoring", "cpu_us_per_unit", BARE_SHARE)] if "scoring" in observations else []
+    wanted = [
+        (f"{name}: bare loop", f"{name}: scoring", "cpu_us_per_unit", BARE_SHARE)
+        for name in NETWORKS
+        if f"{name}: scoring" in observations
+    ]
     for stage in stages:
         wanted += [
             (f"{stage}: {engine}, two", f"{stage}: {engine}, one", "units_per_second", SCALING)
@@ -201,7 +213,6 @@ def _stages(folder: Path, settings: Settings, version: str, photos: Path) -> dic
     from cv_platform.datasets.shards.writing import Rows, write_shards
     from cv_platform.encoders.encoder import open_encoder
     from cv_platform.files import file_sha256
-    from cv_platform.scoring.score import score_images
 
     home = folder / "encoder"
     paths = sorted(path.name for path in photos.iterdir())
@@ -225,11 +236,17 @@ def _stages(folder: Path, settings: Settings, version: str, photos: Path) -> dic
         shutil.rmtree(home / "cache" / "embeddings")
         return len(rows)
 
-    def score(engine: Engine) -> int:
-        output = folder / "scores.parquet"
-        return score_images(str(photos), version, output, settings=settings, engine=engine).computed
+    return {
+        "packing": pack,
+        "embedding": embed,
+        "scoring": functools.partial(_score, folder, settings, version, photos),
+    }
 
-    return {"packing": pack, "embedding": embed, "scoring": score}
+
+def _score(folder: Path, settings: Settings, version: str, photos: Path, engine: Engine) -> int:
+    from cv_platform.scoring.score import score_images
+
+    return score_images(str(photos), version, folder / "scores.parquet", settings=settings, engine=engine).computed
 
 
 def write_photos(folder: Path, count: int) -> None:
@@ -259,11 +276,13 @@ def _bare_loop(folder: Path, run: Callable[..., object]) -> int:
     return len(photos)
 
 
-def _session(settings: Settings, version: str) -> Callable[..., object]:
+def _session(settings: Settings, name: str, version: str) -> Callable[..., object]:
     from cv_platform.serving.model.runtime_onnx import OnnxRuntime
     from cv_platform.storage import CentralStorage
 
-    bundle, _ = CentralStorage(settings.storage_url).fetch_bundle("scale_classifier", version, settings.home / "cache")
+    bundle, _ = CentralStorage(settings.storage_url).fetch_bundle(
+        f"{name}_classifier", version, settings.home / "cache"
+    )
     return OnnxRuntime(bundle / "model.onnx", threads=1)
 
 
