@@ -151,14 +151,6 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def file_stamp(path: Path) -> int:
-    """Returns when a file was changed last, in nanoseconds; 0: there is none."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
 def file_sha256(path: Path) -> str:
     """Returns a file's sha256 as 64 hex digits."""
     with path.open("rb") as file:

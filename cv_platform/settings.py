@@ -431,6 +431,15 @@ class Settings(BaseModel):
         return {name: str(field.validation_alias) for name, field in cls.model_fields.items()}
 
 
+def home_here(home: Path) -> Path:
+    """Returns where a process on any machine has what the installation in `home` has: there, else in its own `CV_HOME`.
+
+    Raises:
+        ConfigError: the environment is wrong.
+    """
+    return home if home.is_dir() else Settings.from_environment().home
+
+
 def overlooked_home() -> Path | None:
     """Returns an installation in the folder where a command is typed, which it does not use; None: there is none.
 

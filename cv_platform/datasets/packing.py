@@ -8,13 +8,14 @@ there is made again under the same name: its pixels are the same, and models kee
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from cv_platform.datasets.shards.sharing import (
     drop_shard,
     is_still_shared,
     publish_pack,
+    published_in,
     take_pack,
 )
 from cv_platform.datasets.shards.writing import Rows, remove_seals, write_shards
@@ -42,6 +44,7 @@ from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError
 from cv_platform.files import exclusive, file_sha256, require_free_space, sync_file, whole_directory
 from cv_platform.images import Preprocessing
 from cv_platform.records import DatasetVersion, PackedImages, Task, TrainedModel
+from cv_platform.settings import home_here
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +194,8 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
             larger or tuple(marker["shape"]),
             rows["bytes"].to_numpy() if marker["encodings"][split] == "jpeg" else None,
         )
-        pixels = ShardedImages(*stored, seen_as=task.image_size if larger else None)
+        source = PackSource(directory, split, published_in(directory), packed)
+        pixels = ShardedImages(*stored, seen_as=task.image_size if larger else None, reopened=(open_images, source))
         targets = np.load(directory / f"{split}.targets.npy")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as err:
         raise DatasetError(f"Expected a pack at {directory}. Received: {err}. {_REMEDY}") from err
@@ -205,6 +209,41 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
         )
     paths, sha256 = rows["path"].to_pylist(), rows["sha256"].to_pylist()
     return PackedSplit(pixels, targets, paths, sha256, ShardedImages(*stored) if larger else None)
+
+
+@dataclass(frozen=True)
+class PackSource:
+    """The images of a split, for another process.
+
+    Attributes:
+        directory: of the pack, where this process has it.
+        split: see `open_split`.
+        shared_in: URL of the central storage that has the pack; None: none has.
+        packed: the pack.
+    """
+
+    directory: Path
+    split: str
+    shared_in: str | None
+    packed: PackedImages = field(compare=False, repr=False)
+
+
+@functools.lru_cache(maxsize=2)
+def open_images(source: PackSource) -> Images:
+    """Opens the images of a split where its pack is, or takes them from central storage into this process's home.
+
+    Raises:
+        DatasetError: see `open_split`.
+        StorageError: central storage cannot be reached.
+    """
+    packed = source.packed
+    if source.shared_in and not packed.directory.is_dir():
+        directory = home_here(packed.directory.parents[1]) / "packed" / packed.directory.name
+        with exclusive(directory.parent / f".{directory.name}.lock"):
+            if not _intact(directory):
+                take_pack(directory, source.shared_in)
+        packed = packed.model_copy(update={"directory": directory})
+    return open_split(packed, source.split).images
 
 
 def _usable(version: DatasetVersion, quarantined: Collection[str]) -> dict[str, pa.Table]:

@@ -155,7 +155,7 @@ def challenger_replay_asset(branch: Branch) -> dg.AssetsDefinition:
             reasons = ("no other version of this model is in production to compare with",)
             replay = Replay(model=model, champion=None, directory=directory, reasons=reasons)
         else:
-            places = {"storage": storage, "cache": home / "cache", "directory": directory}
+            places = {"storage": storage, "home": home, "directory": directory}
             with run.installation.engine() as engine:
                 replay = replay_challenger(model, champion, run.config, engine=engine, compute=run.engine, **places)
         override = run.installation.audit().override(model.model_name, model.version)

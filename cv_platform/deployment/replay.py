@@ -132,7 +132,7 @@ def replay_challenger(
     *,
     engine: Engine,
     storage: CentralStorage,
-    cache: Path,
+    home: Path,
     directory: Path,
     compute: ComputeEngine | None = None,
 ) -> Replay:
@@ -146,7 +146,7 @@ def replay_challenger(
         config: `deploy.replay` has the limits; `evaluate` says how accuracies are compared.
         engine: of the request log.
         storage: central storage.
-        cache: folder for downloads.
+        home: downloads are kept in `home/cache`.
         directory: where the page goes, `replay.html`.
         compute: who decodes and answers; None: processes of this machine.
 
@@ -159,9 +159,9 @@ def replay_challenger(
     replay = Replay(model=challenger, champion=champion, directory=directory, not_kept=not_kept)
     if not uploads:
         return replay.model_copy(update={"reasons": (f"{champion.version} has answered no request that can be read",)})
-    new = _side(challenger, storage, cache)
+    new = _side(challenger, storage, home)
     try:
-        old = _side(champion, storage, cache, new.class_names)
+        old = _side(champion, storage, home, new.class_names)
         problem = class_difference(old.facts, new.class_names, new.facts.classifier_type)
     except (BundleNotFoundError, CorruptBundleError) as err:
         problem, old = f"its bundle does not answer. {err}", None
@@ -199,9 +199,9 @@ def _last_uploads(engine: Engine, champion: ModelIdentity, count: int) -> tuple[
     return list(found.values()), not_kept
 
 
-def _side(model: ModelIdentity, storage: CentralStorage, cache: Path, class_names: Sequence[str] = ()) -> _Side:
-    folder, facts = fetch(storage, model.model_name, model.version, cache=cache)
-    published = PublishedModel(storage.url, model.model_name, model.version, cache)
+def _side(model: ModelIdentity, storage: CentralStorage, home: Path, class_names: Sequence[str] = ()) -> _Side:
+    folder, facts = fetch(storage, model.model_name, model.version, cache=home / "cache")
+    published = PublishedModel(storage.url, model.model_name, model.version, home, "cache")
     published.load()  # Refused here, if at all.
     return _Side(published, facts, folder, class_names or facts.class_names)
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_platform.compute.carried import CarriedFile
 from cv_platform.compute.rows import Device
 from cv_platform.drift.encoders import UAE_LAYER
 from cv_platform.drift.sample import Float32Matrix
 from cv_platform.errors import InvalidModelError
-from cv_platform.files import file_stamp
 
 if TYPE_CHECKING:
     import keras
@@ -76,20 +76,18 @@ class KerasAnswer:
     """What model and encoder say of images, in one call; each process loads them once.
 
     Attributes:
-        keras_path, uae_path: see `extract`.
+        classifier, encoder: files, see `extract`.
         device: that they compute on.
-        stamps: of the files as they were given out.
     """
 
-    keras_path: Path
-    uae_path: Path
+    classifier: CarriedFile
+    encoder: CarriedFile
     device: Device
-    stamps: tuple[int, int]
 
     @classmethod
     def of(cls, keras_path: Path, uae_path: Path) -> KerasAnswer:
         """Returns two files as this process computes them."""
-        return cls(keras_path, uae_path, Device.here(), (file_stamp(keras_path), file_stamp(uae_path)))
+        return cls(CarriedFile.of(keras_path), CarriedFile.of(uae_path), Device.here())
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -132,8 +130,9 @@ def _combined(answer: KerasAnswer) -> tuple[Any, tuple[int, ...]]:
     import tensorflow as tf
 
     answer.device.use()
-    keras_path, uae_path = answer.keras_path, answer.uae_path
-    classifier, encoder = load_model(keras_path), load_model(uae_path)
+    keras_path, uae_path = answer.classifier.path, answer.encoder.path
+    with answer.classifier.open_path() as one, answer.encoder.open_path() as other:
+        classifier, encoder = load_model(one), load_model(other)
     if classifier.input_shape != encoder.input_shape:
         raise InvalidModelError(
             f"Expected one image size. Received: {classifier.input_shape} in {keras_path.name} "

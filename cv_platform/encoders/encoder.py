@@ -22,7 +22,7 @@ from cv_platform.encoders.torch_file import read_state_dict
 from cv_platform.errors import EncoderError
 from cv_platform.files import file_sha256, whole_file
 from cv_platform.images import MAX_PIXELS, Preprocessing, preprocess
-from cv_platform.settings import prepare_process
+from cv_platform.settings import home_here, prepare_process
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def open_encoder(config: EncoderConfig, home: Path, sample_bits: int | None = No
 
 @functools.cache
 def _opened_once(config: EncoderConfig, home: Path, sample_bits: int | None) -> Encoder:
-    return open_encoder(config, home, sample_bits)
+    return open_encoder(config, home_here(home), sample_bits)
 
 
 @functools.cache

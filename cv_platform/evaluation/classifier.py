@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from cv_platform.compute import map_shards
+from cv_platform.compute.carried import CarriedFile
 from cv_platform.compute.engine import Engine
 from cv_platform.compute.rows import BATCH_ROWS, Device, Rows, row_shards
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.datasets.shards.reading import Images
 from cv_platform.errors import TrainingError
-from cv_platform.files import file_stamp
 from cv_platform.properties import batch_properties
 from cv_platform.records import TrainedModel
 
@@ -30,22 +30,19 @@ class Classifier:
     """A trained model by its file; each process loads it once.
 
     Attributes:
-        keras_path: of the file.
+        file: of Keras.
         classes: outputs that it has to have.
         device: that it computes on.
-        stamp: of the file as it was given out.
     """
 
-    keras_path: Path
+    file: CarriedFile
     classes: int
     device: Device
-    stamp: int
 
     @classmethod
     def of(cls, trained: TrainedModel) -> Classifier:
         """Returns a model as this process computes it."""
-        path = trained.keras_path
-        return cls(path, len(trained.task.class_names), Device.here(), file_stamp(path))
+        return cls(CarriedFile.of(trained.keras_path), len(trained.task.class_names), Device.here())
 
     @property
     def model(self) -> Any:
@@ -113,7 +110,7 @@ def answer_split(classifier: Classifier, split: PackedSplit, engine: Engine | No
     broken = int((~np.isfinite(probabilities).all(axis=1)).sum())
     if broken or len(probabilities) != len(split.paths):
         raise TrainingError(
-            f"{classifier.keras_path}: expected finite probabilities of {len(split.paths)} images. "
+            f"{classifier.file.path}: expected finite probabilities of {len(split.paths)} images. "
             f"Received: {len(probabilities)} rows, {broken} of them not finite. "
             "The training has diverged: lower train.init_lr and train again."
         )
@@ -155,4 +152,5 @@ def _probabilities(model: Any, batch: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def _loaded(classifier: Classifier) -> Any:
     classifier.device.use()
-    return load_classifier(classifier.keras_path, classes=classifier.classes)
+    with classifier.file.open_path() as path:
+        return load_classifier(path, classes=classifier.classes)

@@ -85,8 +85,7 @@ def score_images(
         LockHeldError: another process writes the same output.
     """
     metadata = _published(CentralStorage(settings.storage_url), version)
-    cache = settings.home / "cache" / "bundles"
-    published = PublishedModel(settings.storage_url, metadata.model_name, version, cache)
+    published = PublishedModel(settings.storage_url, metadata.model_name, version, settings.home)
     scorer = Scorer(published, settings.max_upload_pixels)
     parts = output.absolute().with_name(f".{output.name}.parts")
     with _alone(parts, output), _kept_unless_empty(parts):

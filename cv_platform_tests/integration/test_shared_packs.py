@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,19 @@ import numpy as np
 import pytest
 from fsspec.core import url_to_fs
 
+from cv_platform.compute import rows
+from cv_platform.compute.carried import CarriedFile
+from cv_platform.compute.rows import row_shards
 from cv_platform.datasets.packing import open_split, pack_images
 from cv_platform.datasets.shards import reading, writing
 from cv_platform.errors import DatasetError, StorageError
+from cv_platform.evaluation.classifier import Classifier, answer_rows
 from cv_platform.records import DatasetVersion, PackedImages
+from cv_platform.serving.model.runtime import PublishedModel
+from cv_platform.storage import CentralStorage
+from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.pictures import class_folders
+from cv_platform_tests.support.tiny_models import build_classifier, publish_tiny
 from cv_platform_tests.unit.datasets.conftest import model
 from cv_platform_tests.unit.datasets.test_packing import version_of
 
@@ -80,6 +93,51 @@ def test_another_machine_takes_the_pack_and_each_shard_when_it_is_first_used(
     assert not hashed
     assert pack(version, tmp_path / "there", storage, uint8_budget_bytes=budget) == taken
     np.testing.assert_array_equal(pixels(taken, "test"), pixels(made, "test"))
+
+
+_WORKER = """
+import pickle, sys
+function, shards = pickle.load(sys.stdin.buffer)
+pickle.dump([function(shard) for shard in shards], sys.stdout.buffer)
+"""
+
+
+def test_a_process_of_another_home_answers_for_images_that_it_takes_from_central_storage(
+    version: DatasetVersion, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_SHARD_ROWS", 12)
+    home, own = tmp_path / "here", tmp_path / "own"
+    packed = pack_images(version, model(size=16), quarantined=(), home=home, shared_in=storage)
+    build_classifier(seed=1).save(home / "classifier.keras")
+    classifier = Classifier(CarriedFile.of(home / "classifier.keras"), 3, rows.Device(is_gpu=False))
+    function, shards_ = partial(answer_rows, classifier), list(row_shards(open_split(packed, "train").images))
+    assert len(shards_) > 2
+    expected, work = [function(shard) for shard in shards_], pickle.dumps((function, shards_))
+    home.rename(tmp_path / "away")
+    process = subprocess.run(
+        [sys.executable, "-c", _WORKER],
+        input=work,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "CV_HOME": str(own)},
+        check=True,
+        timeout=300,
+    )
+    for answered, alone in zip(pickle.loads(process.stdout), expected, strict=True):
+        assert [array.tobytes() for array in answered] == [array.tobytes() for array in alone]
+    assert not home.exists()
+    assert list((own / "packed" / packed.directory.name).glob("train-*.uint8"))
+
+
+def test_a_process_of_another_home_loads_a_bundle_into_its_own(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = publish_tiny(CentralStorage(storage), hand_made_export(tmp_path / "export"))
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "own"))
+    published = PublishedModel(storage, metadata.model_name, metadata.version, tmp_path / "here")
+    assert pickle.loads(pickle.dumps(published)).load().metadata == metadata
+    assert not (tmp_path / "here").exists()
+    cached = list((tmp_path / "own").glob("cache/bundles/*/*/.complete"))
+    assert len(cached) == storage.startswith("s3:")
 
 
 def test_a_shard_of_other_bytes_is_refused_and_packed_anew_when_it_is_taken_away(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import mmap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +32,7 @@ class ShardedImages:
         shape: (H, W, 3) of one image.
         sizes: bytes of each image in JPEG shards; None: the shards are uint8.
         seen_as: (height, width) that larger images are resized to as they are read; None: they are read as they are.
+        reopened: what another process opens them by, a function of a module and its argument; None: by the same files.
 
     Raises:
         OSError, ValueError: a shard is missing or of another size.
@@ -48,8 +49,10 @@ class ShardedImages:
         sizes: NDArray[np.int64] | None = None,
         *,
         seen_as: tuple[int, int] | None = None,
+        reopened: tuple[Callable[[Any], Images], Any] | None = None,
     ) -> None:
-        self._given = tuple(files), tuple(counts), shape, sizes, seen_as
+        self._by_files = partial(ShardedImages, files, counts, shape, sizes, seen_as=seen_as)
+        self._reopened = reopened
         self.shape = (sum(counts), *(seen_as or shape[:2]), shape[2])
         self._stored_shape = shape
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -61,8 +64,11 @@ class ShardedImages:
         ]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Lets another process open the same files."""
-        return _opened, self._given
+        """Lets another process open them."""
+        if self._reopened is None:
+            return self._by_files, ()
+        function, argument = self._reopened
+        return function, (argument,)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -109,26 +115,6 @@ class ShardedImages:
     def _seen(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = self.shape[1], self.shape[2]
         return images if size == self._stored_shape[:2] else np.stack([resize(image, size) for image in images])
-
-
-def _opened(
-    files: tuple[Path, ...],
-    counts: tuple[int, ...],
-    shape: tuple[int, int, int],
-    sizes: NDArray[np.int64] | None,
-    seen_as: tuple[int, int] | None,
-) -> ShardedImages:
-    """Opens images in another process: of uint8 shards once, whatever number of parts it is given of them."""
-    if sizes is not None:
-        return ShardedImages(files, counts, shape, sizes, seen_as=seen_as)
-    return _opened_once(files, counts, shape, seen_as)
-
-
-@functools.lru_cache(maxsize=1)
-def _opened_once(
-    files: tuple[Path, ...], counts: tuple[int, ...], shape: tuple[int, int, int], seen_as: tuple[int, int] | None
-) -> ShardedImages:
-    return ShardedImages(files, counts, shape, seen_as=seen_as)
 
 
 Images: TypeAlias = np.ndarray | ShardedImages

@@ -15,12 +15,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cv_platform.errors import DatasetError, StorageError
-from cv_platform.files import exclusive, require_free_space, whole_directory, whole_file
+from cv_platform.files import exclusive, require_free_space, whole_directory, whole_file, write_file
 from cv_platform.object_store import ObjectStore
 
 ORIGIN = "origin.json"
 _FOLDER = "shards"
 _SHARED = "shared.json"
+_PUBLISHED = "published.json"
+"""In a pack that central storage has: where that is."""
 _SHARD_SUFFIXES = frozenset({".uint8", ".jpeg"})
 
 
@@ -36,7 +38,9 @@ def publish_pack(directory: Path, files: Sequence[str], storage_url: str) -> Non
     """
     store = ObjectStore(storage_url)
     pack = store.path(_FOLDER, directory.name)
+    note = json.dumps({"storage": storage_url})
     if _published(store, directory.name) is not None:
+        write_file(directory / _PUBLISHED, note)
         return
     bring_shards(directory, files)
     folder, copied = secrets.token_hex(4), sorted(files)
@@ -47,6 +51,7 @@ def publish_pack(directory: Path, files: Sequence[str], storage_url: str) -> Non
     if _published(store, directory.name) != (folder, copied):
         with store.errors(f"remove a second copy of the packed images {directory.name}"):
             store.remove(f"{pack}/{folder}")
+    write_file(directory / _PUBLISHED, note)
 
 
 def take_pack(directory: Path, storage_url: str) -> bool:
@@ -68,6 +73,14 @@ def take_pack(directory: Path, storage_url: str) -> bool:
                 store.download(f"{source}/{name}", partial / name)
         (partial / ORIGIN).write_text(json.dumps({"storage": storage_url, "folder": folder}), encoding="utf-8")
     return True
+
+
+def published_in(directory: Path) -> str | None:
+    """Returns the URL of the central storage that a pack was published to, or taken from; None: it is not shared."""
+    for name in (_PUBLISHED, ORIGIN):
+        if (directory / name).exists():
+            return str(json.loads((directory / name).read_bytes())["storage"])
+    return None
 
 
 def is_still_shared(directory: Path) -> bool:

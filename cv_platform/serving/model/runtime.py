@@ -25,6 +25,7 @@ from cv_platform.errors import CorruptBundleError, StorageError
 from cv_platform.images import KNOWN_VERSIONS, find_preprocessing
 from cv_platform.predictions import decide
 from cv_platform.serving.model.unknown import UNKNOWN, UnknownRule, load_rule
+from cv_platform.settings import home_here
 from cv_platform.storage import MODEL_PATHS, BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
@@ -183,13 +184,15 @@ class PublishedModel:
     Attributes:
         storage_url: of central storage.
         model_name, version: of the bundle.
-        cache: folder for its download.
+        home: of the installation, see `settings.home_here`.
+        cache: folder below it for downloads.
     """
 
     storage_url: str
     model_name: str
     version: str
-    cache: Path
+    home: Path
+    cache: str = "cache/bundles"
 
     def load(self) -> LoadedModel:
         """Returns it, warm.
@@ -202,7 +205,8 @@ class PublishedModel:
 
 @functools.lru_cache(maxsize=2)
 def _loaded(model: PublishedModel) -> LoadedModel:
-    return load_bundle(CentralStorage(model.storage_url), model.model_name, model.version, cache=model.cache, threads=1)
+    storage, cache = CentralStorage(model.storage_url), home_here(model.home) / model.cache
+    return load_bundle(storage, model.model_name, model.version, cache=cache, threads=1)
 
 
 @contextmanager

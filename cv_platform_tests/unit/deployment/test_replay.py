@@ -86,7 +86,7 @@ def replay(engine: Engine, storage: CentralStorage, tmp_path: Path) -> Callable[
             config.model_copy(update={"deploy": deploy}),
             engine=engine,
             storage=storage,
-            cache=tmp_path / "cache",
+            home=tmp_path,
             directory=tmp_path / "replay",
             compute=compute,
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cv_platform.compute import rows
+from cv_platform.compute.carried import CarriedFile
 from cv_platform.compute.engine import Engine, Outcome, R, S
 from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets.packing import open_split
@@ -20,7 +21,6 @@ from cv_platform.drift.encoders import build_uae
 from cv_platform.drift.sample import REPRESENTATIONS
 from cv_platform.encoders.encoder import open_encoder
 from cv_platform.evaluation.classifier import Classifier, answer_split
-from cv_platform.files import file_stamp
 from cv_platform.records import PackedImages
 from cv_platform_tests.support.tiny_models import build_classifier
 from cv_platform_tests.support.tiny_training import pack_tiny
@@ -31,7 +31,7 @@ def answers(folder: Path, packed: PackedImages, engine: Engine | None) -> dict[s
     """Returns the sha256 of all that a classifier, a UAE and an encoder say of the images of a pack."""
     keras_path, uae_path = folder / "classifier.keras", folder / "uae.keras"
     train, test = open_split(packed, "train"), open_split(packed, "test")
-    classifier = Classifier(keras_path, 3, rows.Device.here(), file_stamp(keras_path))
+    classifier = Classifier(CarriedFile.of(keras_path), 3, rows.Device.here())
     probabilities, properties = answer_split(classifier, train, engine)
     wanted = [(train, seeded_rows(48, 20, 1)), (test, np.arange(6))]
     encoder = open_encoder(own_file(folder, ["N", 3]), folder)
