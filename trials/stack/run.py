@@ -79,7 +79,8 @@ def run(options: Options) -> Report:
         try:
             options.say(f"limits × {slowness():.1f}, as this machine is slower than the one they were set on …")
             _prepare(stage, options)
-            for name in (name for name in PHASES if name in options.phases):
+            phases = _with_a_model(stage, set(options.phases))
+            for name in (name for name in PHASES if name in phases):
                 left = allowed(BUDGET_SECONDS) - clock.seconds
                 checks += _judged(stage, name, min(allowed(PHASES[name].seconds), left), options)
                 if name == "up" and not stage.is_well():
@@ -111,6 +112,13 @@ def _prepare(stage: Stage, options: Options) -> None:
             stage.checkout.run("stack-up", stage.artifacts / "commands.log")
         except ServiceError as err:
             raise ServiceError(f"{err}\nThe containers' logs are kept in {stage.keep_logs('start')}") from err
+
+
+def _with_a_model(stage: Stage, phases: set[str]) -> set[str]:
+    """Returns the phases, and `digits` where others are to be played on a stack that serves no model yet."""
+    if phases <= {"up", "digits"} or ("up" not in phases and stage.health().get("model_version")):
+        return phases
+    return phases | {"digits"}
 
 
 def _built_images() -> dict[str, str]:

@@ -26,6 +26,7 @@ from trials.stack.checkout import PROJECT, Checkout, free_ports, own_values, wit
 from trials.stack.dagster_api import DagsterApi
 from trials.stack.run import BUDGET_SECONDS, PHASES, bounded
 from trials.stack.scans import listeners, places_of, process_status
+from trials.stack.stage import Stage
 from trials.stack.up import size_of
 
 
@@ -259,3 +260,19 @@ def test_a_failed_run_says_which_step_and_why() -> None:
 def test_what_dagster_refuses_is_an_error_with_its_words(act: Callable[[DagsterApi], Any], message: str) -> None:
     with dagster("SUCCESS") as api, pytest.raises(ServiceError, match=message):
         act(api)
+
+
+@pytest.mark.parametrize(
+    ("asked", "served", "played"),
+    [
+        ({"ray"}, None, {"ray", "digits"}),
+        ({"ray"}, "a version", {"ray"}),
+        ({"up", "kills"}, "of the stack before", {"up", "kills", "digits"}),
+        ({"up"}, None, {"up"}),
+    ],
+)
+def test_a_phase_by_name_has_a_model_to_ask(
+    asked: set[str], served: str | None, played: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stage, "health", lambda stage: {"status_code": 200, "model_version": served})
+    assert stack_run._with_a_model(Stage(Checkout(tmp_path), tmp_path), asked) == played
