@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -73,33 +74,33 @@ def map_shards(
         ShardError: shards have killed each process that worked on them; all others are done.
     """
     engine = engine or LocalEngine()
-    progress = Progress(title, total)
-    lost: list[str] = []
-    shards = iter(shards)
-    if alone_seconds > 0:
-        for shard, result in alone(function, shards, worth_seconds=alone_seconds, total=total):
-            progress.add(shard.images)
-            yield shard, result
-    if not (first := list(islice(shards, 1))):
-        return  # And no cluster is started.
-    for outcome in engine.run(function, chain(first, shards), total=progress.left, in_order=in_order):
-        if outcome.failure is None:
-            result = outcome.result
-        elif salvage is not None:
-            logger.warning("%s: %s %s; its images are tried one by one", title, outcome.shard.name, outcome.failure)
-            singles = engine.run(function, salvage.divide(outcome.shard), total=None, in_order=True)
-            result = salvage.join(
-                [one.result if one.failure is None else salvage.lost(one.shard, one.failure) for one in singles]
+    with closing(Progress(title, total)) as progress:
+        lost: list[str] = []
+        shards = iter(shards)
+        if alone_seconds > 0:
+            for shard, result in alone(function, shards, worth_seconds=alone_seconds, total=total):
+                progress.add(shard.images)
+                yield shard, result
+        if not (first := list(islice(shards, 1))):
+            return  # And no cluster is started.
+        for outcome in engine.run(function, chain(first, shards), total=progress.left, in_order=in_order):
+            if outcome.failure is None:
+                result = outcome.result
+            elif salvage is not None:
+                logger.warning("%s: %s %s; its images are tried one by one", title, outcome.shard.name, outcome.failure)
+                singles = engine.run(function, salvage.divide(outcome.shard), total=None, in_order=True)
+                result = salvage.join(
+                    [one.result if one.failure is None else salvage.lost(one.shard, one.failure) for one in singles]
+                )
+            else:
+                logger.error("%s: %s %s; the rest goes on", title, outcome.shard.name, outcome.failure)
+                lost.append(f"{outcome.shard.name} ({outcome.failure})")
+                continue
+            progress.add(outcome.shard.images)
+            yield outcome.shard, result
+        if lost:
+            more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+            raise ShardError(
+                f"{title}: expected every shard. Received: {', '.join(lost[:_SHOWN])}{more}. All others are done. Look "
+                "at the images of these shards, and at the memory of the machine; then run it again."
             )
-        else:
-            logger.error("%s: %s %s; the rest goes on", title, outcome.shard.name, outcome.failure)
-            lost.append(f"{outcome.shard.name} ({outcome.failure})")
-            continue
-        progress.add(outcome.shard.images)
-        yield outcome.shard, result
-    if lost:
-        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-        raise ShardError(
-            f"{title}: expected every shard. Received: {', '.join(lost[:_SHOWN])}{more}. All others are done. Look at "
-            "the images of these shards, and at the memory of the machine; then run it again."
-        )

@@ -6,7 +6,11 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from contextlib import closing
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +19,9 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Counts images, and says how many there are, how fast they come and when the last one will.
+    """Counts images, and shows how many there are, how fast they come and when the last one will.
+
+    By a bar where standard error is a terminal, until it is closed, else by lines in the log.
 
     Args:
         title: of the work.
@@ -25,6 +31,11 @@ class Progress:
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
         self._started = self._said = time.monotonic()
+        self._bar: tqdm[NoReturn] | None = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # Late: each process that works on shards imports this package.
+
+            self._bar = tqdm(total=total, desc=title, unit=" images", dynamic_ncols=True, file=sys.stderr)
 
     @property
     def left(self) -> int:
@@ -34,10 +45,18 @@ class Progress:
     def add(self, images: int) -> None:
         """Counts images that are done."""
         self._done += images
+        if self._bar is not None:
+            self._bar.update(images)
+            return
         now = time.monotonic()
         if now - self._said >= _EVERY_SECONDS:
             self._said = now
             logger.info(self.line(now - self._started))
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
 
     def line(self, seconds: float) -> str:
         """Returns what there is to say after so many seconds."""
@@ -48,18 +67,13 @@ class Progress:
 
 
 def watched(images: Sequence[T], title: str) -> Iterator[T]:
-    """Yields images, and shows how far it is: by a bar where standard error is a terminal, else by lines in the log.
+    """Yields images, and shows how far it is.
 
     Args:
         images: of the work, or what stands for each of them.
         title: of the work.
     """
-    if sys.stderr.isatty():
-        from tqdm import tqdm  # Late: each process that works on shards imports this package.
-
-        yield from tqdm(images, desc=title, unit=" images", dynamic_ncols=True, file=sys.stderr)
-        return
-    progress = Progress(title, len(images))
-    for image in images:
-        yield image
-        progress.add(1)
+    with closing(Progress(title, len(images))) as progress:
+        for image in images:
+            yield image
+            progress.add(1)

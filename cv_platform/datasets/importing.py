@@ -14,7 +14,6 @@ from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cv_platform.compute.progress import watched
 from cv_platform.config import DatasetConfig
 from cv_platform.datasets.dvc_store import store_images
 from cv_platform.datasets.repository import (
@@ -36,7 +35,7 @@ from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import descend, read_layout, write_annotations
 from cv_platform.datasets.sources.phone_photos import SUFFIX, is_phone_photo
 from cv_platform.datasets.sources.staging import Staging, Traits, filled_once
-from cv_platform.datasets.sources.tree import Folder, is_image, walk
+from cv_platform.datasets.sources.tree import Folder, images_among, walk
 from cv_platform.datasets.splits import SPLITS
 from cv_platform.datasets.stand_ins.tars import tars_above, write_rule
 from cv_platform.errors import DatasetError, InvalidDatasetError
@@ -324,8 +323,7 @@ def _judge_images(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
     What is called an image and is none stays: the manifest quarantines it by name, with its reason.
     """
     try:
-        entries = watched(layout.entries, "Images looked at")
-        whole = {entry.path for entry in entries if is_image(root.path / entry.path)}
+        whole = images_among(root.path, [entry.path for entry in layout.entries])
     except OSError as err:
         raise InvalidDatasetError(f"Expected images that can be read. Received: {err}. Correct their rights.") from err
     broken = [entry.path for entry in layout.entries if entry.path not in whole]

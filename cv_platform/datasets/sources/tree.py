@@ -6,17 +6,20 @@ What folders and names mean is `layouts`' business; whether an image is whole is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from cv_platform import images
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Salvage
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo
 from cv_platform.errors import ImageError, InvalidDatasetError
 from cv_platform.images.files import format_by_signature, is_litter, seems_image
 
 MAX_DEPTH = 64
+_SHARD_FILES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,53 @@ def walk(path: Path, _above: tuple[tuple[int, int], ...] = ()) -> Folder:
         ) from err
     below = tuple(walk(folder, (*_above, identity)) for folder in sorted(folders))
     return Folder(path, tuple(sorted(files)), below, tuple(litter))
+
+
+@dataclass(frozen=True)
+class Files:
+    """Some files below a folder: a shard of those that are looked at."""
+
+    root: Path
+    paths: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its first and its last file."""
+        return " to ".join(dict.fromkeys((self.paths[0], self.paths[-1])))
+
+    @property
+    def images(self) -> int:
+        """How many it has."""
+        return len(self.paths)
+
+
+def images_among(root: Path, paths: Sequence[str]) -> set[str]:
+    """Returns those files below `root` that are images, see `is_image`, by processes of this machine.
+
+    One whose decoding ends its process is none.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    salvage: Salvage[Files, list[bool]] = Salvage(
+        divide=lambda shard: (Files(root, (path,)) for path in shard.paths),
+        join=lambda parts: [one for part in parts for one in part],
+        lost=lambda shard, why: [False],
+    )
+    looked_at = map_shards(
+        are_images,
+        (Files(root, tuple(paths[start : start + _SHARD_FILES])) for start in range(0, len(paths), _SHARD_FILES)),
+        engine=None,
+        title="Images looked at",
+        total=len(paths),
+        salvage=salvage,
+    )
+    return {path for shard, found in looked_at for path, is_one in zip(shard.paths, found, strict=True) if is_one}
+
+
+def are_images(files: Files) -> list[bool]:
+    """Returns `is_image` of each file."""
+    return [is_image(files.root / path) for path in files.paths]
 
 
 def is_image(path: Path) -> bool:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import base64
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cv_platform.compute import local
 from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.repository import read_version
+from cv_platform.datasets.sources import staging, tree
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo, to_jpeg
 from cv_platform_tests.support.pictures import write_pictures
 
@@ -78,3 +82,39 @@ def test_telephones_photographs_are_imported_whatever_they_are_called(tmp_path: 
     again = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds", rules=rules)
     assert again.dvc_md5 == imported.dvc_md5 == read_version(imported.directory, "v1").dvc_md5
     assert sorted(path.name for path in (source / "cat").iterdir()) == ["0.jpg", "1.HEIC", "1.jpg"]
+
+
+def test_processes_look_at_photographs_and_convert_them_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    write_pictures(source, [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)])
+    for number in range(7):
+        image = np.random.default_rng(number).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        write_avif(source / "cat" / f"{number}.avif", image)
+    (source / "dog" / "4.heic").write_bytes(HEIC)
+    (source / "dog" / "5.heic").write_bytes(HEIC[:-20])
+
+    def imported(name: str) -> tuple[str, dict[str, int]]:
+        root = tmp_path / name
+        made = import_dataset(source, ds_root=root, ds_name="pets", tag="v1.0.0", rules=ImportRules())
+        return made.dvc_md5, made.left_out
+
+    alone = imported("alone")
+    for module, name, most in ((tree, "_SHARD_FILES", 3), (staging, "_SHARD_PHOTOS", 3), (local, "WORTH_SECONDS", 0.0)):
+        monkeypatch.setattr(module, name, most)
+    assert imported("together") == alone
+    assert sum(alone[1].values()) == 1
+
+
+def test_a_photograph_that_ends_its_process_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    monkeypatch.setattr(tree, "are_images", dies_of_b)
+    monkeypatch.setattr(local, "WORTH_SECONDS", 0.0)
+    assert tree.images_among(tmp_path, ["a.png", "b.png", "c.png"]) == {"a.png", "c.png"}
+
+
+def dies_of_b(files: tree.Files) -> list[bool]:
+    if "b.png" in files.paths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tree.are_images(files)
