@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="training images of a learning curve: 100,300,1000; near-copies: how many; data-speed: memory of few,many "
         "and how many again",
     )
+    parser.add_argument(
+        "--rows", type=int, help="of the larger log of log-rows, from a million on (default 10,000,000)"
+    )
     parser.add_argument("--config", type=Path, help="config for training (default: as each set has it)")
     parser.add_argument("--output", type=Path, help="default: $CV_HOME/benchmarks or build/benchmarks")
     options = parser.parse_args(arguments)
@@ -92,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts=options.parts,
         budget=options.budget,
         images=tuple(int(count) for count in options.images),
+        rows=options.rows,
         config=options.config.absolute() if options.config else None,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )

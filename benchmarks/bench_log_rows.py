@@ -1,114 +1,101 @@
 """The request log with many rows: what of a window and of a night of retention grows with the table.
 
-Rows are simulated in the database itself, at a million a year, with vectors as a small network has them; every tenth
-has an upload of its own, of a few bytes. One log has a year of them, another ten years: a window, and a slice that
-retention deletes, have as many rows in both, and are measured in turns.
+One log has a million rows, another ten million, or as many as `--rows` says; both have 100 million a year (three a
+second), so that a window, and what a night deletes, have as many rows in both. They are measured in turns. A row has
+the vectors of a small network; in a log of more than ten million rows those of the smallest that there may be.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from benchmarks.harness import Check, Report, Stopwatch, machine_line
-from benchmarks.installation import isolated_settings, scratch_folder
+from benchmarks.installation import scratch_folder
 from benchmarks.options import Options
+from benchmarks.simulated_log import (
+    END,
+    MODEL,
+    SPARE_BYTES,
+    UPLOAD_EVERY,
+    YEAR_ROWS,
+    Widths,
+    drop_from_memory,
+    fill,
+    loading_server,
+    moment_before,
+)
 from cv_platform.config import MonitorConfig
 from cv_platform.database.connection import make_engine
+from cv_platform.database.embedded import embedded_database
+from cv_platform.database.migrate import migrate
 from cv_platform.database.retention import BATCH_ROWS, delete_expired
+from cv_platform.errors import ConfigError
+from cv_platform.files import require_free_space
 from cv_platform.monitoring.window import WindowBounds, read_window
-from cv_platform.records import ModelIdentity
 
-YEAR_ROWS, SIZES = 1_000_000, (1_000_000, 10_000_000)
-WINDOW_DAYS, MONTH_DAYS = 7, 30
-WINDOW = f"{WINDOW_DAYS} days, {YEAR_ROWS * WINDOW_DAYS // 365:,} rows"
-MONTH = f"{MONTH_DAYS} days, {YEAR_ROWS * MONTH_DAYS // 365:,} rows"
-END = datetime(2026, 1, 1, tzinfo=UTC)
-MODEL = ModelIdentity(model_name="simulated", version="20250101T000000Z-00000001")
+FIRST_ROWS, ROWS = 1_000_000, 10_000_000
+SMALL, SMALLEST = (32, 10, 128), (2, 2, 3)
+"""Widths of the vectors; the latter where there are more than `ROWS`."""
+DAY_ROWS, WEEK_ROWS = YEAR_ROWS // 3650 * UPLOAD_EVERY, YEAR_ROWS * 7 // 365
+WINDOWS = {"1.7 hours": 19_178, "a day": DAY_ROWS}
+TURN_ROWS = 10 * BATCH_ROWS
 SLICE = f"seconds of a slice of {BATCH_ROWS:,} rows that retention deletes"
-NIGHT = "seconds of a night of retention that finds nothing too old"
+NOTHING = "seconds of a night of retention that finds nothing too old"
+DAY = f"seconds of a slice of {BATCH_ROWS:,} rows in a night that deletes a day's, {DAY_ROWS:,}"
 MOST_GROWTH = 2.0
-"""Of what has as many rows as before, when the log grows tenfold."""
+"""Of what has as many rows as before, for each tenfold that the log grows."""
 MOST_SECONDS = 1.0
 """Of a window, of a slice of retention, and of a night that finds nothing too old, whatever the size of the table."""
-_UPLOAD = "CASE WHEN mod(n, 10) = 0 THEN encode(sha256(n::text::bytea), 'hex') END"
-_COLUMNS = (
-    "prediction_id, model_name, model_version, predicted_class, prediction_json, uae_feats, bbsd_feats, features, "
-    "properties, image_sha256, created_on, logged_on"
-)
-_SIMULATED = """
-SELECT n, timestamptz '{end}' - interval '1 day' * (365 * (n + 0.5) / {year}) AS moment
-FROM generate_series({start}, {stop} - 1) AS n
-"""
-"""Their times are spread evenly over the years before `END`."""
-_IMAGES = """
-INSERT INTO images (sha256, content, bytes, media_type, created_on)
-SELECT {upload}, 'simulated'::bytea, 9, 'image/jpeg', moment FROM ({simulated}) AS simulated WHERE mod(n, 10) = 0
-"""
-_ROWS = """
-INSERT INTO predictions ({columns})
-SELECT gen_random_uuid(), '{name}', '{version}', 'class ' || mod(n, 10), '{{"class 0": 0.1}}'::jsonb,
-    array_fill(n::real, ARRAY[32]), array_fill(0.1::real, ARRAY[10]), array_fill(n::real, ARRAY[128]),
-    array_fill(1::real, ARRAY[7]), {upload}, moment, moment
-FROM ({simulated}) AS simulated
-"""
+_SORTING = 1.1
+"""Of the bytes that rows and indexes have in the end: what is needed while they are made."""
 
 
 def run(options: Options) -> Report:
-    """Measures two sizes of the log in turns, then drops a month as a partition for comparison."""
-    from cv_platform.database.connection import database_url
+    """Measures two sizes of the log in turns, then drops a day as a partition for comparison.
 
+    Raises:
+        ConfigError: `--rows` is too small.
+        DiskSpaceError: the larger one does not fit on the disk.
+    """
     clock = Stopwatch()
+    sizes = (FIRST_ROWS, options.rows or ROWS)
+    if sizes[1] <= FIRST_ROWS or sizes[1] % UPLOAD_EVERY:
+        raise ConfigError(f"Expected --rows of more than {FIRST_ROWS:,}, in tens. Received: {sizes[1]:,}.")
+    widths = SMALL if sizes[1] <= ROWS else SMALLEST
     notes: list[str] = []
-    with (
-        scratch_folder("bench-log-rows") as scratch,
-        database_url(isolated_settings(scratch / "home", scratch / "configs")) as url,
-    ):
-        engines = [_log(url, rows, options, notes) for rows in SIZES]
-        costs = {
-            f"seconds of a window by {by} ({WINDOW})": _in_turns(
-                [partial(_window, engine, by) for engine in engines], options.rounds
-            )
-            for by in ("answered", "logged")
-        }
-        # Each night has another three days to delete.
-        nights = [
-            [partial(_night, engine, 365 * rows // YEAR_ROWS - 3 * turn) for turn in range(options.rounds + 2)]
-            for engine, rows in zip(engines, SIZES, strict=True)
-        ]
-        nights = [iter(of_one) for of_one in nights]
-        seconds = _in_turns([lambda of_one=of_one: next(of_one)() for of_one in nights], options.rounds)
-        costs[SLICE] = [one / (3 * YEAR_ROWS / 365 / BATCH_ROWS) for one in seconds]
-        costs[NIGHT] = _in_turns([partial(_night, engine, 36_500) for engine in engines], options.rounds)
-        notes.append(f"seconds to drop a partition of {MONTH}: {_drop_partition(engines[-1]):,.3g}")
-        for engine in engines:
-            engine.dispose()
+    with scratch_folder("bench-log-rows") as scratch:
+        home = scratch / "home"
+        with loading_server(home) as url:
+            each = _made(url, FIRST_ROWS, widths, home, options, notes)
+            needed = round(_SORTING * each * sizes[1])
+            notes.append(f"GB of disk for {sizes[1]:,} rows: {needed / 1e9:,.3g}, and {SPARE_BYTES / 1e9:g} to spare")
+            purpose = f"{sizes[1]:,} simulated rows of {each:,.0f} bytes with their indexes"
+            require_free_space(home, needed, purpose=purpose, spare_bytes=SPARE_BYTES)
+            _made(url, sizes[1], widths, home, options, notes)
+        drop_from_memory(home)
+        with embedded_database(home) as url:  # Again, with the platform's own settings.
+            engines = [make_engine(_named(url, rows)) for rows in sizes]
+            cold = _timed(partial(_window, engines[1], "logged", DAY_ROWS))
+            notes.append(f"seconds of the first window of a day, when all is read from the disk: {cold:.3g}")
+            costs = _measured(dict(zip(sizes, engines, strict=True)), options)
+            week = _timed(partial(_window, engines[1], "answered", min(WEEK_ROWS, sizes[1] // 2)))
+            notes.append(f"seconds of a window of {min(WEEK_ROWS, sizes[1] // 2):,} rows: {week:.3g}")
+            notes.append(f"seconds to drop a partition of a day: {_drop_partition(engines[1]):,.3g}")
+            for engine in engines:
+                engine.dispose()
+    slices = math.ceil(DAY_ROWS / BATCH_ROWS)
+    notes.append(f"seconds of a night that deletes a day's rows by {slices} slices: {costs[DAY][1] * slices:,.3g}")
     for name, of_sizes in costs.items():
-        notes += [f"{name}, among {rows:,} rows: {one:,.3g}" for rows, one in zip(SIZES, of_sizes, strict=True)]
-    checks = [
-        Check(
-            what=f"{name}, when the log grows tenfold",
-            expected=f"≤ {MOST_GROWTH:g} times",
-            received=f"{of_sizes[1] / of_sizes[0]:.2f}",
-            held=of_sizes[1] <= MOST_GROWTH * of_sizes[0],
-        )
-        for name, of_sizes in costs.items()
-    ]
-    checks += [
-        Check(
-            what=f"{name}, among {SIZES[1]:,} rows",
-            expected=f"≤ {MOST_SECONDS:g}",
-            received=f"{of_sizes[1]:.3f}",
-            held=of_sizes[1] <= MOST_SECONDS,
-        )
-        for name, of_sizes in costs.items()
-    ]
+        notes += [f"{name}, among {rows:,} rows: {one:,.3g}" for rows, one in zip(sizes, of_sizes, strict=True)]
     return Report(
         name="log-rows",
         title="The request log with many rows",
@@ -116,12 +103,60 @@ def run(options: Options) -> Report:
         started_utc=clock.started_utc,
         seconds=clock.seconds,
         machine=machine_line(("psycopg2-binary",)),
-        settings={"rows": SIZES[1], "first": SIZES[0], "rows_a_year": YEAR_ROWS, "window_days": WINDOW_DAYS},
+        settings={"rows": sizes[1], "first": sizes[0], "rows_a_year": YEAR_ROWS, "floats": sum(widths) + 7},
         observations={},
         ratios=[],
-        checks=checks,
+        checks=_checks(costs, sizes),
         notes=notes,
     )
+
+
+def _checks(costs: Mapping[str, Sequence[float]], sizes: tuple[int, int]) -> list[Check]:
+    most = max(MOST_GROWTH, MOST_GROWTH ** math.log10(sizes[1] / sizes[0]))
+    growth = [
+        Check(
+            what=f"{name}, when the log grows from {sizes[0]:,} to {sizes[1]:,} rows",
+            expected=f"≤ {most:.3g} times",
+            received=f"{second / first:.2f}",
+            held=second <= most * first,
+        )
+        for name, (first, second) in costs.items()
+    ]
+    return growth + [
+        Check(
+            what=f"{name}, among {sizes[1]:,} rows",
+            expected=f"≤ {MOST_SECONDS:g}",
+            received=f"{second:.3f}",
+            held=second <= MOST_SECONDS,
+        )
+        for name, (_, second) in costs.items()
+    ]
+
+
+def _measured(engines: Mapping[int, Engine], options: Options) -> dict[str, list[float]]:
+    """Returns by name the median seconds in each log."""
+    costs = {
+        f"seconds of a window by {by} ({name}, {rows:,} rows)": _in_turns(
+            [partial(_window, engine, by, rows) for engine in engines.values()], options.rounds
+        )
+        for by in ("answered", "logged")
+        for name, rows in WINDOWS.items()
+    }
+    options.say("windows were read")
+    # Each night has as many others to delete.
+    turns = options.rounds + 1
+    nights = [iter(range(rows - TURN_ROWS, 0, -TURN_ROWS)) for rows in engines]
+    slices = [
+        partial(lambda engine, of_one: _night(engine, next(of_one), TURN_ROWS), engine, of_one)
+        for engine, of_one in zip(engines.values(), nights, strict=True)
+    ]
+    costs[SLICE] = [one * BATCH_ROWS / TURN_ROWS for one in _in_turns(slices, options.rounds)]
+    nothing = [partial(_night, engine, 2 * rows, 0) for rows, engine in engines.items()]
+    costs[NOTHING] = _in_turns(nothing, options.rounds)
+    options.say("slices were deleted")
+    days = [partial(_night, engine, rows - turns * TURN_ROWS - DAY_ROWS, DAY_ROWS) for rows, engine in engines.items()]
+    costs[DAY] = [_timed(day) * BATCH_ROWS / DAY_ROWS for day in days]
+    return costs
 
 
 def _in_turns(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
@@ -132,58 +167,55 @@ def _in_turns(works: Sequence[Callable[[], object]], rounds: int) -> list[float]
     return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
 
 
-def _log(url: str, rows: int, options: Options, notes: list[str]) -> Engine:
-    """Makes a database of so many rows on the server of `url`."""
-    from cv_platform.database.migrate import migrate
-
-    name = f"rows_{rows}"
+def _made(url: str, rows: int, widths: Widths, home: Path, options: Options, notes: list[str]) -> float:
+    """Makes a database of so many rows on the server of `url`, and returns what each takes of the disk, in bytes."""
+    of_rows = _named(url, rows)
     with create_engine(url, isolation_level="AUTOCOMMIT").connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    of_rows = make_url(url).set(database=name).render_as_string(hide_password=False)
+        connection.exec_driver_sql(f"CREATE DATABASE {make_url(of_rows).database}")
     migrate(of_rows)
     engine = make_engine(of_rows)
-    seconds = _timed(lambda: simulate(engine, 0, rows))
-    options.say(f"{rows:,} rows, {seconds:.0f} s")
-    notes.append(f"microseconds to write each of {rows:,} rows: {1e6 * seconds / rows:,.3g}")
-    notes.append(f"bytes of each of {rows:,} rows, with indexes: {_bytes(engine, 'predictions') / rows:,.0f}")
-    return engine
+    seconds = _timed(lambda: fill(engine, rows, widths, home, options.say))
+    with engine.connect() as connection:
+        sizes = text("SELECT pg_database_size(current_database()), pg_total_relation_size('predictions')")
+        whole, of_predictions = connection.execute(sizes).one()
+    engine.dispose()
+    notes.append(f"seconds to make {rows:,} rows with their indexes: {seconds:,.0f}")
+    notes.append(f"bytes of each of {rows:,} rows, with indexes: {of_predictions / rows:,.0f}")
+    notes.append(f"the same with `images`: {whole / rows:,.0f}")
+    return whole / rows
 
 
-def simulate(engine: Engine, have: int, rows: int) -> None:
-    """Writes the rows from `have` on."""
-    simulated = _SIMULATED.format(end=END.isoformat(), year=YEAR_ROWS, start=have, stop=rows)
-    values = {"columns": _COLUMNS, "upload": _UPLOAD, "simulated": simulated}
-    _execute(engine, _IMAGES.format(**values))
-    _execute(engine, _ROWS.format(name=MODEL.model_name, version=MODEL.version, **values))
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE"))
+def _named(url: str, rows: int) -> str:
+    return make_url(url).set(database=f"rows_{rows}").render_as_string(hide_password=False)
 
 
-def _night(engine: Engine, days: int) -> None:
-    delete_expired(engine, now=END, log_retention_days=days, image_retention_days=None, windows={})
+def _night(engine: Engine, keep: int, gone: int) -> None:
+    """Lets retention delete all but the last `keep` rows, which are to be `gone` ones."""
+    days = 1
+    now = moment_before(keep) + timedelta(days=days)
+    found = delete_expired(engine, now=now, log_retention_days=days, image_retention_days=None, windows={})
+    assert (found.predictions, found.images) == (gone, gone // UPLOAD_EVERY), found
 
 
-def _window(engine: Engine, by: Literal["answered", "logged"]) -> None:
-    window = read_window(
-        engine, MODEL, WindowBounds(END - timedelta(days=WINDOW_DAYS), END, by), MonitorConfig(max_samples=1000)
-    )
-    assert window.requests > 0
+def _window(engine: Engine, by: Literal["answered", "logged"], rows: int) -> None:
+    window = read_window(engine, MODEL, WindowBounds(moment_before(rows), END, by), MonitorConfig(max_samples=1000))
+    assert window.sample is not None
+    assert (window.requests, window.repeats, len(window.sample)) == (rows, 0, 1000), window
 
 
 def _drop_partition(engine: Engine) -> float:
-    """Makes a copy of a month's rows as a partition of a table of its own, and returns how long it takes to drop it."""
-    first = END - timedelta(days=MONTH_DAYS)
-    _execute(engine, "CREATE TABLE by_month (LIKE predictions) PARTITION BY RANGE (created_on)")
-    _execute(engine, "CREATE INDEX ON by_month (model_name, model_version, created_on)")
+    """Makes a copy of a day's rows as a partition of a table of its own, and returns how long it takes to drop it."""
+    first = moment_before(DAY_ROWS)
     bounds = f"FROM ('{first.isoformat()}') TO ('{END.isoformat()}')"
-    _execute(engine, f"CREATE TABLE by_month_00 PARTITION OF by_month FOR VALUES {bounds}")
-    _execute(engine, f"INSERT INTO by_month SELECT * FROM predictions WHERE created_on >= '{first.isoformat()}'")
-    return _timed(lambda: _execute(engine, "DROP TABLE by_month_00"))
-
-
-def _bytes(engine: Engine, table: str) -> int:
-    with engine.connect() as connection:
-        return int(connection.execute(text(f"SELECT pg_total_relation_size('{table}')")).scalar_one())
+    for statement in (
+        "CREATE TABLE by_day (LIKE predictions) PARTITION BY RANGE (created_on)",
+        "CREATE INDEX ON by_day (model_name, model_version, created_on)",
+        f"CREATE TABLE by_day_00 PARTITION OF by_day FOR VALUES {bounds}",
+        f"INSERT INTO by_day SELECT * FROM predictions WHERE created_on >= '{first.isoformat()}' "
+        f"AND model_name = '{MODEL.model_name}' AND model_version = '{MODEL.version}'",
+    ):
+        _execute(engine, statement)
+    return _timed(lambda: _execute(engine, "DROP TABLE by_day_00"))
 
 
 def _execute(engine: Engine, statement: str) -> None:

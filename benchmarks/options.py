@@ -35,6 +35,8 @@ class Options:
     images: tuple[int, ...]
     """Training images, for a learning curve (training); how many are searched (near-copies), or few and many (memory of
     data-speed) and how many are made again; none: as each has it."""
+    rows: int | None
+    """Of the larger request log (log-rows); None: ten million."""
     config: Path | None
     """A config instead of each set's (training)."""
     say: Callable[[str], None]

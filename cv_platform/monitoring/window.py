@@ -23,7 +23,20 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, func, select, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    Text,
+    case,
+    cast,
+    func,
+    literal_column,
+    select,
+    text,
+    true,
+)
 
 from cv_platform.config import ExperimentConfig, MonitorConfig
 from cv_platform.database.schema import api_log, is_request, predictions
@@ -34,7 +47,12 @@ from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.records import ModelIdentity
 
 _VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
+_WORK_MEMORY = "64MB"
+"""In which PostgreSQL sorts a window: some 300,000 requests; it takes files for more."""
 _ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256", *SLICE_COLUMNS)
+_order = (predictions.c.created_on, predictions.c.prediction_id)
+_place: ColumnElement[str] = literal_column("predictions.ctid")
+"""Of a row, in one snapshot: https://www.postgresql.org/docs/17/ddl-system-columns.html"""
 
 
 @dataclass(frozen=True)
@@ -171,30 +189,28 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
     Raises:
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
     """
-    inside = (
-        (predictions.c.model_name == model.model_name)
-        & (predictions.c.model_version == model.version)
-        & bounds.holds()
-        & is_request()
-    )
-    picture = func.coalesce(predictions.c.image_sha256, cast(predictions.c.properties, Text))
-    order = [predictions.c.created_on, predictions.c.prediction_id]
-    nth = func.row_number().over(partition_by=picture, order_by=order)
-    request = select(predictions.c.prediction_id, bounds.is_late().label("is_late"), nth.label("nth")).where(inside)
-    request = request.subquery()
+    # Used twice, so that PostgreSQL makes it once.
+    request = _requests(model, bounds).cte("request")
     counts = select(
-        func.count(), func.count().filter(request.c.is_late), func.count().filter(request.c.nth > 1)
+        func.count().label("requests"),
+        func.count().filter(request.c.is_late).label("late"),
+        func.count().filter(request.c.nth > 1).label("repeats"),
     ).select_from(request)
-    chosen = select(request.c.prediction_id).order_by(
+    counts = counts.subquery("counts")
+    chosen = select(request.c.place).order_by(
         func.hashtextextended(cast(request.c.prediction_id, Text), monitor.seed), request.c.prediction_id
     )
     if monitor.repeats == "once":
         chosen = chosen.where(request.c.nth == 1)
+    # By their place in this snapshot: the index of ids would have to be read at another page for each.
+    is_chosen = _place == func.any(func.array(chosen.limit(monitor.max_samples).scalar_subquery()))
     columns = [predictions.c[name] for name in (*_ROW_COLUMNS, *_VECTORS)]
-    rows = select(*columns).where(predictions.c.prediction_id.in_(chosen.limit(monitor.max_samples))).order_by(*order)
+    rows = select(*counts.c, *columns).join_from(predictions, counts, true()).where(is_chosen).order_by(*_order)
     with bounds.snapshot(engine) as connection:
-        requests, late, repeats = connection.execute(counts).one()
-        records = [tuple(record) for record in connection.execute(rows)]
+        connection.execute(text(f"SET LOCAL work_mem = '{_WORK_MEMORY}'"))
+        found = [tuple(row) for row in connection.execute(rows)]
+    requests, late, repeats = found[0][: len(counts.c)] if found else (0, 0, 0)
+    records = [row[len(counts.c) :] for row in found]
     table = pd.DataFrame(records, columns=pd.Index([column.name for column in columns]))
     sample, kept = _sample(table)
     return Window(
@@ -205,6 +221,23 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
         repeats=int(repeats),
         is_sampled=int(requests) - (int(repeats) if monitor.repeats == "once" else 0) > monitor.max_samples,
         unusable=len(table) - int(kept.sum()),
+    )
+
+
+def _requests(model: ModelIdentity, bounds: WindowBounds) -> Select:
+    """Returns the query of a version's requests in the window: their places, `is_late`, and `nth` of their picture."""
+    sha256 = predictions.c.image_sha256
+    statistics = case((sha256.is_(None), predictions.c.properties))
+    # By a hash first, which is compared at once: only what is equal by it is compared whole.
+    digest = func.coalesce(func.hashtextextended(sha256, 0), func.hash_array_extended(statistics, 0))
+    nth = func.row_number().over(partition_by=[digest, sha256, statistics], order_by=_order)
+    return select(
+        _place.label("place"), predictions.c.prediction_id, bounds.is_late().label("is_late"), nth.label("nth")
+    ).where(
+        (predictions.c.model_name == model.model_name)
+        & (predictions.c.model_version == model.version)
+        & bounds.holds()
+        & is_request()
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from sqlalchemy import Engine, event, insert, text
+from sqlalchemy import Engine, event, insert, text, update
 
 from cv_platform.config import MonitorConfig
 from cv_platform.database.schema import feedback, images, predictions
@@ -164,6 +164,19 @@ def test_an_upload_that_is_sent_again_and_again_is_judged_once(engine: Engine) -
     assert sorted(once.sample.uae[:, 0].tolist()) == [0.0, 10.0, 20.0, 21.0]
     assert len(every.sample) == 10
     assert [(found.requests, found.repeats, found.is_sampled) for found in (once, every)] == [(10, 6, False)] * 2
+
+
+def test_rows_that_have_given_up_their_uploads_are_drawn_once_each(engine: Engine) -> None:
+    """They lie at another place than before."""
+    with engine.begin() as connection:
+        connection.execute(insert(images).values(sha256="a" * 64, content=b"x", media_type="image/png", bytes=1))
+    log(engine, *(row(START + timedelta(hours=i), i, image_sha256="a" * 64) for i in range(120)))
+    with engine.begin() as connection:
+        connection.execute(update(predictions).where(predictions.c.created_on > START).values(image_sha256=None))
+    found, some = window(engine), window(engine, max_samples=100)
+    assert seen(found) == list(range(120))
+    assert (found.requests, found.repeats, found.is_sampled) == (120, 0, False)
+    assert (len(some.rows), some.requests, some.is_sampled) == (100, 120, True)
 
 
 def test_vectors_come_back_to_the_last_bit(engine: Engine) -> None:
