@@ -1109,6 +1109,24 @@ class BatchScores(Record):
         return cls(model=model, source=source, sha256=file_sha256(directory / cls.FILE), directory=directory)
 
 
+# batch_drift_report
+
+
+class BatchDriftReport(DriftReport):
+    """The verdict on images that were scored in one go; its window is the moment in which it was made.
+
+    Attributes:
+        source: where the images are; `prediction_id` of a top image is its path there.
+        directory: its folder, which has the report as a page.
+    """
+
+    CIRCUMSTANCES = DriftReport.CIRCUMSTANCES | {"window_start_utc", "window_end_utc"}
+    FILE: ClassVar[str] = "drift.html"
+
+    source: str
+    directory: HomePath
+
+
 # labelled_version
 
 
@@ -1159,6 +1177,7 @@ RECORDS: Mapping[str, type[Record]] = {
     "production_metrics": ProductionMetrics,
     "labeling_queue": LabelingQueue,
     "batch_scores": BatchScores,
+    "batch_drift_report": BatchDriftReport,
     "labelled_version": LabelledVersion,
 }
 """By the name of the asset that hands it on, in the order of the graph."""

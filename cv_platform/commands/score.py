@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cv_platform.compute import open_engine
 from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage
 
 
 def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) -> None:
@@ -18,6 +20,12 @@ def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) 
     score.add_argument(
         "--output", required=True, type=Path, help="a Parquet file; a scoring that was killed goes on where it was"
     )
+    score.add_argument(
+        "--report",
+        type=Path,
+        metavar="PAGE",
+        help="an HTML file: whether the images look like those that the model was tested on, and what moved",
+    )
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -26,4 +34,31 @@ def _score(options: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     engine = open_engine(settings)
     print(score_images(options.source, options.model, options.output, settings=settings, engine=engine).line())
+    if options.report is not None:
+        _report(options, settings)
     return 0
+
+
+def _report(options: argparse.Namespace, settings: Settings) -> None:
+    import pyarrow.parquet as pq
+
+    from cv_platform.config import MonitorConfig
+    from cv_platform.monitoring.scored import ScoredImages, report_on_scores
+    from cv_platform.monitoring.sentences import drift_summary
+    from cv_platform.predictions import MODEL_NAME
+    from cv_platform.records import ModelIdentity
+
+    name = (pq.read_schema(options.output).metadata or {})[MODEL_NAME.encode()].decode()
+    cache = settings.home / "cache"
+    report = report_on_scores(
+        ScoredImages(
+            ModelIdentity(model_name=name, version=options.model), options.source, options.output, cache / "unlabelled"
+        ),
+        MonitorConfig(),
+        options.report.absolute(),
+        experiment=name,
+        storage=CentralStorage(settings.storage_url),
+        cache=cache,
+        now=datetime.now(UTC),
+    )
+    print(drift_summary(report))

@@ -21,7 +21,7 @@ from cv_platform.defs.loop import labelled_version_asset, loop_page_asset, loop_
 from cv_platform.defs.monitoring import drift_report_asset, labeling_queue_asset, production_metrics_asset
 from cv_platform.defs.observed import observed_assets, observed_sensor
 from cv_platform.defs.resources import experiment_resource
-from cv_platform.defs.scoring import batch_scores_asset
+from cv_platform.defs.scoring import batch_drift_report_asset, batch_scores_asset
 from cv_platform.defs.training import model_asset
 from cv_platform.defs.validation import validation_report_asset
 
@@ -63,7 +63,7 @@ def experiment_assets(branch: Branch) -> list[dg.AssetsDefinition]:
         production_metrics_asset(branch),
         labeling_queue_asset(branch),
         labelled_version_asset(branch),
-        *([batch_scores_asset(branch)] if branch.config.score.source else []),
+        *([batch_scores_asset(branch), batch_drift_report_asset(branch)] if branch.config.score.source else []),
     ]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import Engine, select
@@ -42,23 +42,34 @@ from cv_platform.monitoring.top_images import pictures_of, top_images
 from cv_platform.monitoring.window import Window, WindowBounds, read_window, window_bounds
 from cv_platform.predictions import LABEL, UNKNOWN_LABELS, predicted_flags
 from cv_platform.records import DriftDetectors, DriftReport, ModelIdentity, PackedImages
-from cv_platform.storage import CentralStorage
+from cv_platform.storage import BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
 
 _MOST_REPEATED = 0.1
 _NAMESPACE = uuid.UUID("0d7a7bb2-6c6e-4b7b-9d83-1b8f2f3f0c55")
+_R = TypeVar("_R", bound=DriftReport)
 _COLUMNS = ("report_id", "experiment", "window_start_utc", "window_end_utc", "rows", "verdict")
 
 
 @dataclass(frozen=True)
-class _ModelFacts:
-    """What the report must know of the version that answered: its bundle's metadata, not today's config."""
+class ModelFacts:
+    """What the report must know of the version that answered: its bundle's metadata, not today's config.
+
+    Attributes:
+        classifier_type, threshold: how it decides.
+        preprocessing_hash, encoder_hash: what reference data have to be of.
+    """
 
     classifier_type: ClassifierType
     threshold: Threshold
     preprocessing_hash: str
     encoder_hash: str | None
+
+    @classmethod
+    def of(cls, metadata: BundleMetadata) -> ModelFacts:
+        """Returns those of a published version."""
+        return cls(metadata.classifier_type, metadata.threshold, metadata.preprocessing_hash, metadata.encoder_hash)
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,7 @@ def make_drift_report(
                 config, engine, place.home, reference, accepted or reference_path, window, is_accepted=bool(accepted)
             )
             seen = {"encoded_rows": encoded.rows, "problems": (*report.problems, *encoded.problems)}
-            report = _with_verdict(report.model_copy(update=seen), config, encoded, reference_path, window, facts)
+            report = with_verdict(report.model_copy(update=seen), monitor, encoded, reference_path, window, facts)
     report = _publish(report, engine, place, reference, window, config.model.sample_bits)
     logger.info("%s (%.1f s)", drift_summary(report), time.monotonic() - started)
     return report
@@ -193,15 +204,28 @@ def report_on_service(
     return report, accepted.told() if accepted else "the reference split"
 
 
-def _with_verdict(
-    report: DriftReport,
-    config: ExperimentConfig,
+def with_verdict(
+    report: _R,
+    monitor: MonitorConfig,
     compared: Encoded,
     reference_path: Path,
     window: Window,
-    facts: _ModelFacts,
-) -> DriftReport:
-    reference, current, monitor = compared.reference, compared.current, config.monitor
+    facts: ModelFacts,
+) -> _R:
+    """Returns a report with its verdict at `report.alpha`, and what explains it.
+
+    Args:
+        report: of the window.
+        monitor: the test's settings.
+        compared: both sides.
+        reference_path: local parquet of the reference split, with its labels.
+        window: whose rows are the current side's.
+        facts: of the model that answered.
+
+    Raises:
+        InvalidSampleError: the sides cannot be compared.
+    """
+    reference, current = compared.reference, compared.current
     class_names = read_identity(reference_path).class_names
     verdict = judge(
         reference,
@@ -283,7 +307,7 @@ def _with_order(report: DriftReport, sample: DriftSample, seed: int) -> DriftRep
 
 
 def _with_feedback(
-    report: DriftReport, engine: Engine, window: Window, class_names: tuple[str, ...], facts: _ModelFacts
+    report: DriftReport, engine: Engine, window: Window, class_names: tuple[str, ...], facts: ModelFacts
 ) -> DriftReport:
     """Measures the accuracy where people have stated the true class."""
     stated = read_feedback(engine, window.rows["prediction_id"].tolist())
@@ -384,15 +408,14 @@ def _earlier_run(engine: Engine, report_id: str) -> str | None:
         return connection.execute(wanted).scalar_one_or_none()
 
 
-def _model_facts(storage: CentralStorage, config: ExperimentConfig, model: ModelIdentity) -> _ModelFacts:
+def _model_facts(storage: CentralStorage, config: ExperimentConfig, model: ModelIdentity) -> ModelFacts:
     try:
-        metadata = storage.read_metadata(model.model_name, model.version)
+        return ModelFacts.of(storage.read_metadata(model.model_name, model.version))
     except BundleNotFoundError:
         # A version that was never published as a bundle, such as one evaluated offline: today's config is all there is.
         today = config.model
         preprocessing = preprocessing_hash(today.image_size, Preprocessing.of(today))
-        return _ModelFacts(today.classifier_type, today.threshold, preprocessing, None)
-    return _ModelFacts(metadata.classifier_type, metadata.threshold, metadata.preprocessing_hash, metadata.encoder_hash)
+        return ModelFacts(today.classifier_type, today.threshold, preprocessing, None)
 
 
 def _window_problems(window: Window, monitor: MonitorConfig) -> tuple[str, ...]:

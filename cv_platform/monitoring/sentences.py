@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from cv_platform.records import DriftCauses, DriftReport, EffectSizes, ProductionMetrics, VersionMetrics
+from cv_platform.records import (
+    BatchDriftReport,
+    DriftCauses,
+    DriftReport,
+    EffectSizes,
+    ProductionMetrics,
+    VersionMetrics,
+)
 
 SLICE_NAMES = {"client": "API key", "tag": "tag", "network": "network"}
 
 
 def drift_summary(report: DriftReport) -> str:
     """Returns the report in a few sentences, for alerts, logs and check descriptions."""
-    window = f"{report.window_start_utc:%Y-%m-%d %H:%M} to {report.window_end_utc:%Y-%m-%d %H:%M} UTC"
-    head = f"{report.verdict} in {report.rows} requests of {report.model}, {window}."
+    if isinstance(report, BatchDriftReport):
+        unit, of = "images", f"of {report.source}, scored by {report.model}"
+    else:
+        window = f"{report.window_start_utc:%Y-%m-%d %H:%M} to {report.window_end_utc:%Y-%m-%d %H:%M} UTC"
+        unit, of = "requests", f"of {report.model}, {window}"
+    head = f"{report.verdict} in {report.rows} {unit} {of}."
     parts = [head[0].upper() + head[1:]]
     if report.verdict == "insufficient data":
-        parts.append(f"At least {report.min_samples} usable requests are needed; the window has {report.rows}.")
+        parts.append(f"At least {report.min_samples} usable {unit} are needed; there are {report.rows}.")
     if report.drifted_detectors:
         fired = ", ".join(f"{name} (p {report.adjusted_p_values[name]:.2g})" for name in report.drifted_detectors)
         parts.append(f"Fired: {fired}.")

@@ -80,15 +80,27 @@ def pictures_of(
         sample_bits: by which uploads are decoded, see `images.Preprocessing`.
     """
     wanted = {row["image_sha256"] for row in report.top_images if row["image_sha256"]}
-    beside = {one["image_sha256"] for row in report.top_images for one in row["nearest"] if one["image_sha256"]}
-    uploads = read_images(engine, sorted(wanted | beside if report.reference else wanted))
+    uploads = read_images(engine, sorted(wanted | _beside(report) if report.reference else wanted))
     pictures, problems = thumbnails(uploads, sample_bits)
-    if report.reference or not beside or packed is None:
+    if report.reference:
         return pictures, problems
+    reference, unseen = pictures_of_reference(report, packed)
+    return {**reference, **pictures}, [*problems, *unseen]
+
+
+def pictures_of_reference(report: DriftReport, packed: PackedImages | None) -> tuple[dict[str, str], list[str]]:
+    """Returns data URLs by sha256 of the reference split's images beside the top images; see `pictures_of`."""
+    beside = _beside(report)
+    if not beside or packed is None:
+        return {}, []
     try:
-        return {**_packed(packed, beside), **pictures}, problems
+        return _packed(packed, beside), []
     except DatasetError as err:
-        return pictures, [*problems, f"Images of the reference cannot be shown: {err}"]
+        return {}, [f"Images of the reference cannot be shown: {err}"]
+
+
+def _beside(report: DriftReport) -> set[str]:
+    return {one["image_sha256"] for row in report.top_images for one in row["nearest"] if one["image_sha256"]}
 
 
 def contact_sheet(report: DriftReport, engine: Engine, sample_bits: int | None = None) -> bytes | None:

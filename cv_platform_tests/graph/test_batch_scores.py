@@ -1,16 +1,20 @@
-"""The asset `batch_scores`, which a config has to ask for."""
+"""The assets `batch_scores` and `batch_drift_report`, which a config has to ask for."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
+from cv_platform.config import MonitorConfig
 from cv_platform.definitions import build_defs
+from cv_platform.drift.reference import ReferenceIdentity, write_reference
+from cv_platform.monitoring.scored import read_scores
 from cv_platform.record_store import RecordStore
-from cv_platform.records import BatchScores
+from cv_platform.records import BatchDriftReport, BatchScores
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.pictures import write_pictures
@@ -28,7 +32,8 @@ def test_the_images_of_a_folder_are_scored_by_the_model_in_production(
     images = write_pictures(tmp_path / "images", ["a.png", "b.png"])
     config = tmp_path / "digits.yaml"
     config.write_text(f"{DIGITS.read_text()}\nscore: {{source: {images}}}\n")
-    publish_tiny(CentralStorage(tmp_path / "home" / "storage"), hand_made_export(tmp_path / "export"), VERSION)
+    storage = CentralStorage(tmp_path / "home" / "storage")
+    metadata = publish_tiny(storage, hand_made_export(tmp_path / "export"), VERSION)
     records = RecordStore(tmp_path / "home", "digits")
     records.write("deployment", deployment(), run_id="0")
     assert KEY not in build_defs(DIGITS).resolve_asset_graph().get_all_asset_keys()
@@ -40,3 +45,23 @@ def test_the_images_of_a_folder_are_scored_by_the_model_in_production(
     assert record is not None
     assert (record.model, record.source) == (identity(), str(images))
     assert pq.read_table(record.directory / BatchScores.FILE)["path"].to_pylist() == ["a.png", "b.png"]
+
+    window = read_scores(record.directory / BatchScores.FILE, MonitorConfig(), datetime(2026, 2, 1, tzinfo=UTC))
+    assert window.sample is not None
+    origin = ReferenceIdentity(
+        model_name=metadata.model_name,
+        model_version=VERSION,
+        preprocessing_hash=metadata.preprocessing_hash,
+        encoder_hash=metadata.encoder_hash,
+        class_names=metadata.class_names,
+    )
+    said, path = window.rows["predicted_class"].tolist(), tmp_path / "reference.parquet"
+    write_reference(path, origin, window.sample, paths=said, sha256=said, labels=said, predicted=said)
+    storage.publish_reference_data(path, metadata.model_name, VERSION)
+    judged = job.execute_in_process(asset_selection=[dg.AssetKey(["digits", "batch_drift_report"])])
+    (check,) = judged.get_asset_check_evaluations()
+    assert (check.check_name, check.passed) == ("no_drift", True)
+    report = records.latest(BatchDriftReport)
+    assert report is not None
+    assert (report.verdict, report.rows, report.source) == ("insufficient data", 2, str(images))
+    assert (report.directory / BatchDriftReport.FILE).exists()

@@ -221,7 +221,8 @@ def test_deployment_refuses_a_model_whose_latest_evaluation_failed(demo: Demo) -
 def test_the_deployment_names_the_records_that_it_was_made_from(demo: Demo) -> None:
     made_from = demo.record(Deployment).made_from
     assert set(made_from) == RECORDS.keys() - {
-        *("deployment", "drift_report", "production_metrics", "labeling_queue", "labelled_version", "batch_scores")
+        *("deployment", "drift_report", "production_metrics", "labeling_queue", "labelled_version"),
+        *("batch_scores", "batch_drift_report"),
     }
     used = RecordStore(demo.home, "digits").read("model", TrainedModel, made_from["model"])
     assert used.model == demo.record(Deployment).model

@@ -74,7 +74,7 @@ def test_summary_names_verdict_detectors_effect_and_classes() -> None:
 
 def test_summary_of_a_short_window_says_what_is_missing() -> None:
     summary = drift_summary(make_report())
-    assert "At least 100 usable requests are needed; the window has 30." in summary
+    assert "At least 100 usable requests are needed; there are 30." in summary
 
 
 def test_a_class_that_moved_without_drift_is_told_apart_from_the_verdict() -> None:
