@@ -21,6 +21,9 @@ def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) 
         "--output", required=True, type=Path, help="a Parquet file; a scoring that was killed goes on where it was"
     )
     score.add_argument(
+        "--heat-maps", action="store_true", help="each row has its heat-map (Grad-CAM) over the image, a JPEG of 256 px"
+    )
+    score.add_argument(
         "--report",
         type=Path,
         metavar="PAGE",
@@ -33,7 +36,9 @@ def _score(options: argparse.Namespace) -> int:
 
     settings = Settings.from_environment()
     engine = open_engine(settings)
-    print(score_images(options.source, options.model, options.output, settings=settings, engine=engine).line())
+    source, version, output = options.source, options.model, options.output
+    scored = score_images(source, version, output, settings=settings, engine=engine, heat_maps=options.heat_maps)
+    print(scored.line())
     if options.report is not None:
         _report(options, settings)
     return 0

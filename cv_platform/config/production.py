@@ -281,6 +281,7 @@ class ScoreConfig(Section):
         min_length=1,
         description="a folder, a tar or zip, or a URL such as s3://bucket/prefix; without it there is no such asset",
     )
+    heat_maps: bool = Field(default=False, description="each row has its heat-map over the image, a JPEG of 256 px")
 
 
 class LoopConfig(Section):

@@ -29,10 +29,12 @@ def batch_scores_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.scoring.score import score_images
 
         run = branch.run(context)
-        source = run.config.score.source or ""
+        source, heat_maps = run.config.score.source or "", run.config.score.heat_maps
         directory = run.settings.home.absolute() / "scores" / run.config.name / deployment.model.version
         output = directory / BatchScores.FILE
-        scored = score_images(source, deployment.model.version, output, settings=run.settings, engine=run.engine)
+        scored = score_images(
+            source, deployment.model.version, output, settings=run.settings, engine=run.engine, heat_maps=heat_maps
+        )
         record = BatchScores.of_file(deployment.model, source, directory)
         return run.result(
             record,

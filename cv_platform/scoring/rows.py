@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 
@@ -23,12 +24,14 @@ from cv_platform.predictions import (
     reference_schema,
 )
 from cv_platform.scoring.sources import read_file
+from cv_platform.serving.model.explain import SMALLEST_SIDE_PX, Explain, draw
 from cv_platform.serving.model.runtime import LoadedModel, PublishedModel
 from cv_platform.serving.routes.answer import Predicted, predict_upload
 from cv_platform.storage import BundleMetadata
 
 _VECTORS = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
-_SAID = ("sha256", PREDICTED_CLASS, "problem", "confidence", "unknown_score", "is_unknown")
+HEAT_MAP = "heat_map"
+_SAID = ("sha256", PREDICTED_CLASS, "problem", "confidence", "unknown_score", "is_unknown", HEAT_MAP)
 """Columns that come with each answer."""
 
 
@@ -39,10 +42,12 @@ class Scorer:
     Attributes:
         published: where it is found.
         max_pixels: of an image; more are not decoded, as by the service.
+        heat_maps: whether each row has the heat-map over its image.
     """
 
     published: PublishedModel
     max_pixels: int
+    heat_maps: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,23 +70,25 @@ class Batch:
         return len(self.paths)
 
 
-def scores_schema(metadata: BundleMetadata) -> pa.Schema:
+def scores_schema(metadata: BundleMetadata, *, heat_maps: bool = False) -> pa.Schema:
     """Returns the schema of `scores.parquet`; a row is one image, by `path`, in their order.
 
     As in reference data (`predictions.reference_schema`), without labels: `path`, `sha256`, `model_name`,
     `model_version`, `predicted_class` (of several labels, joined by |), `uae_feats`, `bbsd_feats` (the probabilities,
     in the order of `classes`, JSON in the file's metadata), `features`, `properties`. Besides, `confidence` (the
     highest probability), `unknown_score`, `is_unknown` (none without a rule), and the `problem` of an image that has no
-    answer: then what comes of the model is null, and its vectors are NaN.
+    answer: then what comes of the model is null, and its vectors are NaN. With `heat_maps`, `heat_map` is a JPEG of
+    256 px, the heat-map (Grad-CAM) over the image.
     """
     shared = reference_schema(
         uae_dims=metadata.uae_dims, classes=len(metadata.class_names), feature_dims=metadata.feature_dims
     )
     own = [("problem", pa.string()), ("confidence", pa.float32()), ("unknown_score", pa.float32())]
     fields = [field for field in shared if field.name != "label"]
+    own += [("is_unknown", pa.bool_()), *([(HEAT_MAP, pa.binary())] if heat_maps else [])]
     names = {b"model_name": metadata.model_name, b"model_version": metadata.version}
     return pa.schema(
-        [*fields, *(pa.field(*one) for one in own), pa.field("is_unknown", pa.bool_())],
+        [*fields, *(pa.field(*one) for one in own)],
         metadata={**names, b"classes": json.dumps(metadata.class_names)},
     )
 
@@ -93,15 +100,15 @@ def score_batch(scorer: Scorer, batch: Batch) -> pa.Table:
         BundleNotFoundError, CorruptBundleError, StorageError: the model, or the place of the images, is away.
     """
     model = scorer.published.load()
-    rows = _Rows(batch, model.metadata)
+    rows = _Rows(batch, scores_schema(model.metadata, heat_maps=scorer.heat_maps), model.metadata)
     for path in batch.paths:
         _answer(model, scorer, batch.root, path, rows)
     return rows.table()
 
 
-def unanswered(metadata: BundleMetadata, batch: Batch, problem: str) -> pa.Table:
+def unanswered(metadata: BundleMetadata, schema: pa.Schema, batch: Batch, problem: str) -> pa.Table:
     """Returns the rows of images that nobody can score, and why."""
-    rows = _Rows(batch, metadata)
+    rows = _Rows(batch, schema, metadata)
     for path in batch.paths:
         rows.add(hashlib.sha256(read_file(batch.root, path)).hexdigest(), problem)
     return rows.table()
@@ -127,8 +134,8 @@ class _Rows:
     that has to be fetched from the system, and out of every cache.
     """
 
-    def __init__(self, batch: Batch, metadata: BundleMetadata) -> None:
-        self._schema, self._count = scores_schema(metadata), batch.images
+    def __init__(self, batch: Batch, schema: pa.Schema, metadata: BundleMetadata) -> None:
+        self._schema, self._count = schema, batch.images
         self._vectors = {
             # Parquet cannot give back lists of a fixed size of which some are null.
             name: np.full((self._count, self._schema.field(name).type.list_size), np.nan, np.float32)
@@ -138,7 +145,7 @@ class _Rows:
             "path": list(batch.paths),
             MODEL_NAME: [metadata.model_name] * self._count,
             MODEL_VERSION: [metadata.version] * self._count,
-            **{name: [] for name in _SAID},
+            **{name: [] for name in _SAID if name in schema.names},
         }
 
     def add(self, digest: str | None, said: Predicted | str) -> None:
@@ -152,11 +159,13 @@ class _Rows:
             values[PREDICTED_CLASS] = LABEL_SEPARATOR.join(said.predicted_classes)
             values["confidence"] = prediction.probabilities.max()
             values |= {"unknown_score": score, "is_unknown": None if score is None else score > 1}
+            if HEAT_MAP in self._columns:
+                values[HEAT_MAP] = _heat_map(said)
             self._vectors[UAE_FEATS][row] = prediction.uae
             self._vectors[BBSD_FEATS][row] = prediction.probabilities
             self._vectors[FEATURES][row] = prediction.features
             self._vectors[PROPERTIES][row] = said.properties
-        for name in _SAID:
+        for name in self._columns.keys() & _SAID:
             self._columns[name].append(values.get(name))
 
     def table(self) -> pa.Table:
@@ -167,3 +176,13 @@ class _Rows:
             values = pa.array(matrix.ravel(), pa.float32())
             arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=schema.field(name).type)
         return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+
+def _heat_map(said: Predicted) -> bytes:
+    height, width = said.image.shape[:2]
+    scale = SMALLEST_SIDE_PX / max(height, width)
+    image = said.image
+    if scale < 1:
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+    return draw(image, said.prediction.cam, Explain.JPEG).overlaid

@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,13 @@ class Scored:
 
 
 def score_images(
-    source: str, version: str, output: Path, *, settings: Settings, engine: Engine | None = None
+    source: str,
+    version: str,
+    output: Path,
+    *,
+    settings: Settings,
+    engine: Engine | None = None,
+    heat_maps: bool = False,
 ) -> Scored:
     """Writes `output`, a Parquet file with exactly one row for each image of `source`; see `rows.scores_schema`.
 
@@ -78,6 +84,7 @@ def score_images(
         output: of the rows; replaced if it is there.
         settings: storage, cache, and the most pixels of an image.
         engine: who scores; None: processes of this machine.
+        heat_maps: whether each row has the heat-map over its image, which takes some 12 KB.
 
     Raises:
         BundleNotFoundError, CorruptBundleError, StorageError: the model cannot be had.
@@ -86,14 +93,16 @@ def score_images(
     """
     metadata = _published(CentralStorage(settings.storage_url), version)
     published = PublishedModel(settings.storage_url, metadata.model_name, version, settings.home)
-    scorer = Scorer(published, settings.max_upload_pixels)
+    scorer = Scorer(published, settings.max_upload_pixels, heat_maps)
+    schema = scores_schema(metadata, heat_maps=heat_maps)
     parts = output.absolute().with_name(f".{output.name}.parts")
     with _alone(parts, output), _kept_unless_empty(parts):
         found = find_images(source, parts)
         started = time.perf_counter()
-        computed = _make_parts(found, scorer, metadata, parts, engine)
+        batches = list(_batches(found, metadata, schema))
+        computed = _make_parts(batches, scorer, metadata, schema, parts, engine)
         seconds = time.perf_counter() - started
-        problems, unknown = _join(found, metadata, parts, output)
+        problems, unknown = _join(batches, schema, parts, output)
         shutil.rmtree(parts)
     return Scored(len(found.paths), problems, unknown, computed, seconds)
 
@@ -131,10 +140,10 @@ def _kept_unless_empty(parts: Path) -> Iterator[None]:
             parts.rmdir()
 
 
-def _batches(found: Found, metadata: BundleMetadata) -> Iterator[Batch]:
-    """Yields the batches of a source, the same ones for the same files and the same model."""
+def _batches(found: Found, metadata: BundleMetadata, schema: pa.Schema) -> Iterator[Batch]:
+    """Yields the batches of a source, the same ones for the same files, the same model and the same columns."""
     size = min(_MOST_IMAGES, max(_FEWEST_IMAGES, len(found.paths) // _BATCHES))
-    model = [metadata.model_name, metadata.version, sorted(metadata.checksums.items())]
+    model = [metadata.model_name, metadata.version, sorted(metadata.checksums.items()), schema.names]
     base = hashlib.sha256(json.dumps(model).encode())
     for start in range(0, len(found.paths), size):
         rows = slice(start, start + size)
@@ -143,20 +152,28 @@ def _batches(found: Found, metadata: BundleMetadata) -> Iterator[Batch]:
         yield Batch(digest.hexdigest()[:32], found.root, tuple(found.paths[rows]))
 
 
-def _make_parts(found: Found, scorer: Scorer, metadata: BundleMetadata, parts: Path, engine: Engine | None) -> int:
+def _make_parts(
+    batches: Sequence[Batch],
+    scorer: Scorer,
+    metadata: BundleMetadata,
+    schema: pa.Schema,
+    parts: Path,
+    engine: Engine | None,
+) -> int:
     """Scores the batches that have no part yet, and returns how many images these were."""
     done = {path.stem for path in parts.glob(f"*{_PART}")}
-    missing = sum(batch.images for batch in _batches(found, metadata) if batch.key not in done)
-    if missing < len(found.paths):
-        logger.info("%d of %d images were scored before", len(found.paths) - missing, len(found.paths))
+    todo = [batch for batch in batches if batch.key not in done]
+    missing, total = (sum(batch.images for batch in some) for some in (todo, batches))
+    if missing < total:
+        logger.info("%d of %d images were scored before", total - missing, total)
     salvage = Salvage(
         divide=lambda batch: (replace(batch, paths=(path,)) for path in batch.paths),
         join=pa.concat_tables,
-        lost=lambda batch, why: unanswered(metadata, batch, f"its decoding {why}"),
+        lost=lambda batch, why: unanswered(metadata, schema, batch, f"its decoding {why}"),
     )
     for batch, rows in map_shards(
         partial(score_batch, scorer),
-        (batch for batch in _batches(found, metadata) if batch.key not in done),
+        todo,
         engine=engine,
         title="Scoring",
         total=missing,
@@ -168,17 +185,16 @@ def _make_parts(found: Found, scorer: Scorer, metadata: BundleMetadata, parts: P
     return missing
 
 
-def _join(found: Found, metadata: BundleMetadata, parts: Path, output: Path) -> tuple[int, int]:
+def _join(batches: Sequence[Batch], schema: pa.Schema, parts: Path, output: Path) -> tuple[int, int]:
     """Writes the parts, in order, as one file; returns how many images have a problem, and how many are unknown."""
     problems = unknown = 0
-    schema = scores_schema(metadata)
     # Numbers hardly repeat: a dictionary of them would be made only to be thrown away.
     options: dict[str, Any] = {"use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)]}
     with (
         whole_file(output) as partial_file,
         pq.ParquetWriter(partial_file, schema, compression="zstd", **options) as writer,
     ):
-        for batch in _batches(found, metadata):
+        for batch in batches:
             rows = feather.read_table(str(parts / f"{batch.key}{_PART}")).replace_schema_metadata(schema.metadata)
             problems += len(rows) - rows["problem"].null_count
             unknown += rows.filter(rows["is_unknown"]).num_rows  # Null, where there is no rule, is no.

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -77,6 +78,22 @@ def test_each_image_has_one_row_with_the_answer_of_the_service(
         assert rows["confidence"][row] == max(rows["bbsd_feats"][row])
         assert (len(rows["uae_feats"][row]), len(rows["features"][row]), len(rows["properties"][row])) == (4, 5, 7)
     assert set(rows["model_version"]) == {VERSION}
+
+
+def test_each_row_has_its_heat_map_where_that_is_asked_for(settings: Settings, images: Path, tmp_path: Path) -> None:
+    (images / "large.png").write_bytes(picture(7, (300, 600)))
+    output = tmp_path / "scores.parquet"
+    score_images(str(images), VERSION, output, settings=settings, heat_maps=True, engine=PROCESSES)
+    rows = read(output)
+    for path, problem, jpeg in zip(rows["path"], rows["problem"], rows["heat_map"], strict=True):
+        if path == "a/cut.png":
+            assert (problem is None, jpeg) == (False, None)
+            continue
+        drawn = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+        assert drawn is not None
+        assert drawn.shape == ((128, 256, 3) if path == "large.png" else (256, 256, 3))
+    score_images(str(images), VERSION, output, settings=settings)
+    assert "heat_map" not in read(output)
 
 
 KILLED = """
