@@ -53,10 +53,10 @@ class Rows:
         """How many it has."""
         return len(self.rows)
 
-    def batches(self) -> Iterator[NDArray[np.uint8]]:
+    def batches(self, size: int = BATCH_ROWS) -> Iterator[NDArray[np.uint8]]:
         """Yields `(n, H, W, 3)` uint8, of no rows one without images."""
-        for start in range(0, max(1, len(self.rows)), BATCH_ROWS):
-            rows = self.rows[start : start + BATCH_ROWS]
+        for start in range(0, max(1, len(self.rows)), size):
+            rows = self.rows[start : start + size]
             is_run = len(rows) and rows[-1] - rows[0] == len(rows) - 1
             yield np.asarray(self.pixels[rows[0] : rows[-1] + 1] if is_run else self.pixels[rows])  # A view, if it can.
 

@@ -52,7 +52,8 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
             version,
             service=run.config.deploy.service,
             storage=run.installation.storage(),
-            cache=run.settings.home / "cache",
+            home=run.settings.home,
+            engine=run.engine,
         )
         with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
             result = evaluate_model(

@@ -9,11 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from cv_platform import images
+from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Engine as ComputeEngine
+from cv_platform.compute.rows import Device, Rows, row_shards
 from cv_platform.config import ClassifierType
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment.bundle import TRAINED_ON
@@ -21,7 +27,7 @@ from cv_platform.errors import BundleNotFoundError, CorruptBundleError, ImageErr
 from cv_platform.evaluation.gate import Champion
 from cv_platform.predictions import predicted_flags
 from cv_platform.records import DatasetVersion, ModelIdentity, Task
-from cv_platform.serving.model.runtime import LoadedModel, fetch, load_folder
+from cv_platform.serving.model.runtime import LoadedModel, PublishedModel, fetch, load_folder
 from cv_platform.storage import BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
@@ -38,7 +44,8 @@ def ask_champion(
     *,
     service: str,
     storage: CentralStorage,
-    cache: Path,
+    home: Path,
+    engine: ComputeEngine | None = None,
 ) -> Champion | None:
     """Returns what `service` would answer to the test images; None where it serves no other version of this model.
 
@@ -51,7 +58,9 @@ def ask_champion(
         version: the checkout that they come from, for a champion that sees other pixels.
         service: whose pointer is read.
         storage: central storage.
-        cache: folder for downloads.
+        home: downloads are kept in `home/cache`.
+        engine: whose machines answer where that takes long and the champion sees the same pixels; None: this process
+            alone.
 
     Raises:
         StorageError: central storage cannot be reached. That may pass, and says nothing about a model.
@@ -60,11 +69,16 @@ def ask_champion(
     if champion is None:
         return None
     try:
-        folder, metadata = fetch(storage, champion.model_name, champion.version, cache=cache)
+        folder, metadata = fetch(storage, champion.model_name, champion.version, cache=home / "cache")
         if problem := class_difference(metadata, task.class_names, task.classifier_type):
             return Champion(champion.version, problem=problem)
         model = load_folder(folder, metadata)
-        probabilities = [model.predict_batch(batch).probabilities for batch in _batches(model, task, test, version)]
+        if (metadata.image_size, metadata.preprocessing_hash) == (task.image_size, task.preprocessing_hash):
+            published = PublishedModel(storage.url, champion.model_name, champion.version, home, "cache")
+            probabilities = _shared_out(Answers(published, model), test, engine)
+        else:
+            decoded = _decoded(model, version, test.paths)
+            probabilities = [model.predict_batch(batch).probabilities for batch in decoded]
     except (BundleNotFoundError, CorruptBundleError) as err:
         return Champion(champion.version, problem=f"its bundle does not answer. {err}")
     except (OSError, ImageError, ValueError) as err:
@@ -102,20 +116,42 @@ def class_difference(metadata: BundleMetadata, class_names: Sequence[str], class
     return f"it has other classes; the new model has {' and '.join(parts)}" if parts else ""
 
 
-def _batches(model: LoadedModel, task: Task, test: PackedSplit, version: DatasetVersion) -> Iterator[np.ndarray]:
+@dataclass(frozen=True)
+class Answers:
+    """The champion's: by the model at hand, with all cores; in another process by the published one, with one."""
+
+    published: PublishedModel
+    model: LoadedModel | None = None
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Answers, (self.published,)
+
+    def __call__(self, shard: Rows) -> np.ndarray:
+        """Returns `(n, C)` float32 probabilities of a shard's images."""
+        model = self.model or self.published.load()
+        return np.concatenate([model.predict_batch(batch).probabilities for batch in shard.batches(_BATCH)])
+
+
+def _shared_out(answers: Answers, test: PackedSplit, engine: ComputeEngine | None) -> list[np.ndarray]:
+    shards = row_shards(test.images)
+    alone_seconds = Device.here().alone_seconds(engine)
+    total = len(test.paths)
+    made = map_shards(answers, shards, engine=engine, title="Champion", total=total, alone_seconds=alone_seconds)
+    return [probabilities for _, probabilities in made]
+
+
+def _decoded(model: LoadedModel, version: DatasetVersion, paths: Sequence[str]) -> Iterator[np.ndarray]:
     """Yields `(n, H, W, 3)` uint8 as the champion sees the test images, in order."""
     size = model.metadata.image_size
-    if (size, model.metadata.preprocessing_hash) == (task.image_size, task.preprocessing_hash):
-        yield from (batch for batch, _ in test.batches(_BATCH))
-        return
 
     def decode(path: str) -> np.ndarray:
         data = (version.directory / path).read_bytes()
         return images.preprocess(data, size, max_pixels=images.MAX_LOCAL_PIXELS, preprocessing=model.preprocessing)
 
     with ThreadPoolExecutor(_DECODERS) as pool:
-        for start in range(0, len(test.paths), _BATCH):
-            yield np.stack(list(pool.map(decode, test.paths[start : start + _BATCH])))
+        for start in range(0, len(paths), _BATCH):
+            yield np.stack(list(pool.map(decode, paths[start : start + _BATCH])))
 
 
 def images_seen(path: Path, sha256: Sequence[str]) -> np.ndarray | None:

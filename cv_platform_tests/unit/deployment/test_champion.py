@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cv_platform.compute import rows
+from cv_platform.compute.engine import Engine as ComputeEngine
 from cv_platform.datasets.packing import open_split, pack_images
 from cv_platform.deployment.bundle import TRAINED_ON
 from cv_platform.deployment.champion import ask_champion
@@ -21,6 +23,7 @@ from cv_platform.images import preprocessing_hash
 from cv_platform.records import DatasetVersion, Evaluation, PackedImages
 from cv_platform.storage import CentralStorage, ProductionPointer
 from cv_platform_tests.support.channel_models import MODEL, save_encoder, save_model
+from cv_platform_tests.support.elsewhere import Elsewhere
 from cv_platform_tests.support.record_samples import identity, trained_model
 from cv_platform_tests.support.tiny_models import tiny_metadata
 from cv_platform_tests.support.tiny_training import CLASSES, experiment, tiny_version
@@ -88,7 +91,12 @@ def _serve(storage: CentralStorage, version: str = OLD, model_name: str = MODEL)
     )
 
 
-def _ask(storage: CentralStorage, challenge: tuple[DatasetVersion, PackedImages], cache: Path) -> Champion | None:
+def _ask(
+    storage: CentralStorage,
+    challenge: tuple[DatasetVersion, PackedImages],
+    home: Path,
+    engine: ComputeEngine | None = None,
+) -> Champion | None:
     version, packed = challenge
     return ask_champion(
         identity(MODEL, NEW),
@@ -97,7 +105,8 @@ def _ask(storage: CentralStorage, challenge: tuple[DatasetVersion, PackedImages]
         version,
         service=SERVICE,
         storage=storage,
-        cache=cache,
+        home=home,
+        engine=engine,
     )
 
 
@@ -118,7 +127,7 @@ def _judge(champion: Champion | None, challenge: tuple[DatasetVersion, PackedIma
 
 
 def test_a_worse_challenger_on_a_new_data_version_is_refused_and_an_equal_one_passes(deploy, challenge, tmp_path):
-    champion = _ask(deploy(), challenge, tmp_path / "cache")
+    champion = _ask(deploy(), challenge, tmp_path)
     assert champion is not None
     refused = _judge(champion, challenge, save_model(tmp_path / "worse", 16, blind_to="blue"))
     assert not refused.passed
@@ -136,7 +145,7 @@ def test_a_worse_challenger_on_a_new_data_version_is_refused_and_an_equal_one_pa
 
 
 def test_the_bundle_decides_by_its_own_pixels_and_order_of_classes(deploy, challenge, tmp_path):
-    champion = _ask(deploy(blind_to="green"), challenge, tmp_path / "cache")
+    champion = _ask(deploy(blind_to="green"), challenge, tmp_path)
     assert champion is not None
     assert champion.decisions is not None
     truth = np.asarray(open_split(challenge[1], "test").targets)
@@ -145,9 +154,28 @@ def test_the_bundle_decides_by_its_own_pixels_and_order_of_classes(deploy, chall
     assert right[truth != CLASSES.index("green")].all()
 
 
+def test_other_machines_answer_for_the_same_pixels_as_this_process_does(deploy, challenge, tmp_path, monkeypatch):
+    version, _ = challenge
+    model = experiment(model__input_size={"h": 8, "w": 8}).model
+    packed = pack_images(version, model, quarantined=(), home=tmp_path)
+    monkeypatch.setattr(rows, "_SHARD_ROWS", 20)
+    storage = deploy(blind_to="green")
+    alone = _ask(storage, (version, packed), tmp_path)
+    monkeypatch.setattr(rows, "WORTH_SECONDS", 0.0)
+    asked = Elsewhere()
+    together = _ask(storage, (version, packed), tmp_path, asked)
+    assert asked.shards == 5
+    assert alone is not None
+    assert together is not None
+    assert alone.decisions is not None
+    assert together.decisions is not None
+    np.testing.assert_array_equal(together.decisions, alone.decisions)
+    assert alone.decisions.shape == (90, 3)
+
+
 def test_test_images_that_the_champion_was_trained_on_are_recognised(deploy, challenge, tmp_path):
     sha256 = open_split(challenge[1], "test").sha256
-    champion = _ask(deploy(trained_on=[*sha256[:12], "f" * 64]), challenge, tmp_path / "cache")
+    champion = _ask(deploy(trained_on=[*sha256[:12], "f" * 64]), challenge, tmp_path)
     assert champion is not None
     assert champion.seen is not None
     assert np.flatnonzero(champion.seen).tolist() == list(range(12))
@@ -158,14 +186,14 @@ def test_test_images_that_the_champion_was_trained_on_are_recognised(deploy, cha
 
 
 def test_a_bundle_of_an_earlier_release_says_that_its_training_images_are_not_known(deploy, challenge, tmp_path):
-    champion = _ask(deploy(trained_on=None), challenge, tmp_path / "cache")
+    champion = _ask(deploy(trained_on=None), challenge, tmp_path)
     assert champion is not None
     assert champion.seen is None
     assert "is not known" in _judge(champion, challenge, save_model(tmp_path / "equal", 16)).reasons[-1]
 
 
 def test_a_champion_with_other_classes_stops_the_challenger(deploy, challenge, tmp_path):
-    champion = _ask(deploy(class_names=("red", "green", "black")), challenge, tmp_path / "cache")
+    champion = _ask(deploy(class_names=("red", "green", "black")), challenge, tmp_path)
     assert champion is not None
     assert champion.problem == "it has other classes; the new model has no black and also blue"
     evaluation = _judge(champion, challenge, save_model(tmp_path / "equal", 16))
@@ -176,12 +204,12 @@ def test_a_champion_with_other_classes_stops_the_challenger(deploy, challenge, t
 def test_a_champion_whose_bundle_is_gone_or_damaged_stops_the_challenger(deploy, challenge, tmp_path):
     storage = deploy()
     (tmp_path / "storage" / "models" / MODEL / OLD / "golden.npz").write_bytes(b"broken")
-    damaged = _ask(storage, challenge, tmp_path / "cache")
+    damaged = _ask(storage, challenge, tmp_path)
     assert damaged is not None
     assert damaged.decisions is None
     assert "Missing or changed: golden.npz" in damaged.problem
     storage.delete_bundle(MODEL, OLD)
-    gone = _ask(storage, challenge, tmp_path / "cache")
+    gone = _ask(storage, challenge, tmp_path)
     assert gone is not None
     assert "Expected a published version of tiny_model" in gone.problem
     assert not _judge(gone, challenge, save_model(tmp_path / "equal", 16)).passed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from cv_platform.compute import rows
 from cv_platform.compute.carried import CarriedFile
-from cv_platform.compute.engine import Engine, Outcome, R, S
+from cv_platform.compute.engine import Engine
 from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets.packing import open_split
 from cv_platform.datasets.shards import writing
@@ -22,6 +21,7 @@ from cv_platform.drift.sample import REPRESENTATIONS
 from cv_platform.encoders.encoder import open_encoder
 from cv_platform.evaluation.classifier import Classifier, answer_split
 from cv_platform.records import PackedImages
+from cv_platform_tests.support.elsewhere import Elsewhere
 from cv_platform_tests.support.tiny_models import build_classifier
 from cv_platform_tests.support.tiny_training import pack_tiny
 from cv_platform_tests.unit.encoders.test_encoder import own_file
@@ -59,20 +59,10 @@ def require_same_answers(folder: Path, engine: Engine, monkeypatch: pytest.Monke
     assert answers(folder, packed, engine) == alone
 
 
-class Elsewhere:
-    """Two processes, taken for other machines: on its own, TensorFlow uses all cores."""
-
-    workers = 2
-
-    def run(
-        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
-    ) -> Iterator[Outcome[S, R]]:
-        processes = LocalEngine(self.workers, worth_seconds=0)
-        return processes.run(function, shards, total=total, in_order=in_order)
-
-
 def test_other_processes_give_the_same_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require_same_answers(tmp_path, Elsewhere(), monkeypatch)
+    engine = Elsewhere()
+    require_same_answers(tmp_path, engine, monkeypatch)
+    assert engine.shards == 10
 
 
 @pytest.mark.parametrize(
