@@ -1,4 +1,4 @@
-"""The engine `ray`: tasks of a Ray cluster, one core each, on this machine or on many (extra `ray`).
+"""The engine `ray`: tasks of a Ray cluster, one core and 1 GiB each, on this machine or on many (extra `ray`).
 
 Ray brings shards back that a killed worker or node had, and spills results that do not fit into memory; one task waits
 for each core and two more. Workers see `CV_HOME` and `CV_STORAGE` at the same places as who gives out the shards.
@@ -28,6 +28,8 @@ PACKAGES = (
     *("tensorflow", "keras"),
 )
 """What decides the bytes that come of a shard, or whether it can be read at all."""
+_TASK_BYTES = 2**30
+"""Of memory for each task, by which Ray places it: TensorFlow with a network takes 0.8 GB, a decoded photograph 0.1."""
 _STARTS = 3
 """On a busy machine, its agents may not be there within 15 s: https://github.com/ray-project/ray/issues/65983"""
 _INSTALL = "Install the extra: pip install 'cv-platform[ray]', or set CV_COMPUTE=local."
@@ -82,8 +84,10 @@ class RayEngine:
                 ray.cancel(reference, force=True)
 
     def _task(self, ray: Any) -> Any:
+        sizes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
+        memory = min(_TASK_BYTES, max(sizes))  # More than any node has would never be there.
         # Otherwise tasks wait for the first node, for seconds at times, while another one has nothing to do.
-        return ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(_work)
+        return ray.remote(num_cpus=1, memory=memory, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(_work)
 
     @contextmanager
     def together(self, function: Callable[[int, list[str]], None], count: int) -> Iterator[Callable[[], str | None]]:

@@ -75,3 +75,10 @@ def read_back(shard: Noted) -> int:
     if not (shard.folder / "storage").is_dir():
         raise StorageError("Expected the storage. Received: nothing.")
     return shard.images
+
+
+def assigned(shard: Numbers) -> dict[str, float]:
+    """Returns what Ray keeps for the task, by resource."""
+    import ray
+
+    return dict(ray.get_runtime_context().get_assigned_resources())

@@ -19,7 +19,7 @@ from cv_platform_tests.support.waiting import wait_until
 from cv_platform_tests.unit.datasets.test_engines import require_same_bytes
 from cv_platform_tests.unit.evaluation.test_engines import require_same_answers
 
-from .tasks import Noted, Numbers, doubled, noted, noted_slowly, read_back, shards
+from .tasks import Noted, Numbers, assigned, doubled, noted, noted_slowly, read_back, shards
 
 
 def test_without_ray_the_error_says_which_extra_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,3 +123,10 @@ def test_a_killed_node_costs_the_shards_that_it_worked_on(ray: RayEngine, cluste
     counts = [len(list(tmp_path.glob(f"{number}-*"))) for number in range(12)]
     assert min(counts) == 1
     assert sum(counts) <= 12 + 2, "what another node had finished is not done again"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_task_has_memory_kept_for_it(ray: RayEngine) -> None:
+    made = [result for _, result in map_shards(assigned, shards(3), engine=ray, title="Memory", total=6)]
+    assert [(round(one["CPU"]), round(one["memory"])) for one in made] == 3 * [(1, 2**30)]
