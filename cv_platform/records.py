@@ -1117,6 +1117,7 @@ class BatchDriftReport(DriftReport):
 
     Attributes:
         source: where the images are; `prediction_id` of a top image is its path there.
+        unanswered: images without an answer, which have no part in the verdict; `requests` are those with one.
         directory: its folder, which has the report as a page.
     """
 
@@ -1124,6 +1125,7 @@ class BatchDriftReport(DriftReport):
     FILE: ClassVar[str] = "drift.html"
 
     source: str
+    unanswered: int
     directory: HomePath
 
 

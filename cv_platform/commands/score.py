@@ -32,38 +32,46 @@ def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) 
 
 
 def _score(options: argparse.Namespace) -> int:
-    from cv_platform.scoring.score import score_images
+    from cv_platform.scoring.score import published_metadata, score_images
 
     settings = Settings.from_environment()
+    storage, cache = CentralStorage(settings.storage_url), settings.home / "cache"
+    metadata = published_metadata(storage, options.model)
+    if options.report is not None:
+        from cv_platform.monitoring.scored import comparable_reference
+
+        comparable_reference(storage, metadata, cache)  # Before hours of work: what the report cannot do without.
     engine = open_engine(settings)
-    source, version, output = options.source, options.model, options.output
-    scored = score_images(source, version, output, settings=settings, engine=engine, heat_maps=options.heat_maps)
+    scored = score_images(
+        options.source,
+        options.model,
+        options.output,
+        settings=settings,
+        engine=engine,
+        heat_maps=options.heat_maps,
+    )
     print(scored.line())
     if options.report is not None:
-        _report(options, settings)
+        print(_report(options, storage, metadata.model_name, cache))
     return 0
 
 
-def _report(options: argparse.Namespace, settings: Settings) -> None:
-    import pyarrow.parquet as pq
-
+def _report(options: argparse.Namespace, storage: CentralStorage, model_name: str, cache: Path) -> str:
+    """Writes the page of what has been scored, and returns what it says."""
     from cv_platform.config import MonitorConfig
     from cv_platform.monitoring.scored import ScoredImages, report_on_scores
     from cv_platform.monitoring.sentences import drift_summary
-    from cv_platform.predictions import MODEL_NAME
     from cv_platform.records import ModelIdentity
+    from cv_platform.scoring.sources import reader_of
 
-    name = (pq.read_schema(options.output).metadata or {})[MODEL_NAME.encode()].decode()
-    cache = settings.home / "cache"
+    model = ModelIdentity(model_name=model_name, version=options.model)
     report = report_on_scores(
-        ScoredImages(
-            ModelIdentity(model_name=name, version=options.model), options.source, options.output, cache / "unlabelled"
-        ),
+        ScoredImages(model, options.source, options.output, reader_of(options.source)),
         MonitorConfig(),
         options.report.absolute(),
-        experiment=name,
-        storage=CentralStorage(settings.storage_url),
+        experiment=model_name,
+        storage=storage,
         cache=cache,
         now=datetime.now(UTC),
     )
-    print(drift_summary(report))
+    return " ".join([drift_summary(report), *report.problems])

@@ -60,7 +60,7 @@ def batch_drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=BatchDriftReport,
         is_retried=True,
-        kinds={"parquet"},
+        kinds={"html"},
         reads=[f"monitor.{field}" for field in JUDGING],
         ins={"batch_scores": "batch_scores"},
         deps=["reference_data"],
@@ -74,12 +74,13 @@ def batch_drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.monitoring.scored import ScoredImages, report_on_scores
         from cv_platform.monitoring.sentences import drift_summary
         from cv_platform.record_store import RecordStore
+        from cv_platform.scoring.sources import reader_of
 
         run = branch.run(context)
-        home, model = run.settings.home, batch_scores.model
+        home, source = run.settings.home, batch_scores.source
         scores = batch_scores.directory / BatchScores.FILE
         report = report_on_scores(
-            ScoredImages(model, batch_scores.source, scores, home / "cache" / "unlabelled"),
+            ScoredImages(batch_scores.model, source, scores, reader_of(source)),
             run.config.monitor,
             page := batch_scores.directory / BatchDriftReport.FILE,
             experiment=run.config.name,

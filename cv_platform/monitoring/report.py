@@ -146,18 +146,10 @@ def make_drift_report(
         window_start_utc=bounds.start,
         window_end_utc=bounds.end,
         window_by=bounds.by,
-        requests=window.requests,
-        late_rows=window.late,
-        rows=len(window.rows),
-        unusable_rows=window.unusable,
-        repeated_rows=window.repeats,
-        is_sampled=window.is_sampled,
-        reference_rows=len(reference),
         reference=accepted.name.partition(".")[0] if accepted else "",
         alpha=level,
         false_alarms_per_year=monitor.false_alarms_per_year,
-        min_samples=monitor.min_samples,
-        problems=_window_problems(window, monitor),
+        **window_facts(window, reference, monitor, "requests"),
     )
     if window.sample is not None:
         class_names = read_identity(reference_path).class_names
@@ -418,24 +410,42 @@ def _model_facts(storage: CentralStorage, config: ExperimentConfig, model: Model
         return ModelFacts(today.classifier_type, today.threshold, preprocessing, None)
 
 
-def _window_problems(window: Window, monitor: MonitorConfig) -> tuple[str, ...]:
+def window_facts(window: Window, reference: DriftSample, monitor: MonitorConfig, unit: str) -> dict[str, Any]:
+    """Returns the fields of a report that say what was compared, and what was wrong with it.
+
+    Args:
+        window: what is judged.
+        reference: what it is compared with.
+        monitor: the test's settings.
+        unit: what its rows are called, such as requests.
+    """
     problems: list[str] = []
     if window.unusable:
         problems.append(
-            f"{window.unusable} requests were left out: their embeddings are not finite or of another width. "
-            "A model that answers so is broken, or another program writes to the request log."
+            f"{window.unusable} {unit} were left out: their embeddings are not finite or of another width. "
+            "A model that answers so is broken, or another program has written them."
         )
     if window.repeats > _MOST_REPEATED * window.requests:
-        tests = "The tests take requests as independent: "
+        tests = f"The tests take {unit} as independent: "
         problems.append(
-            f"{window.repeats} of {window.requests} requests repeat an upload of the window. {tests}"
+            f"{window.repeats} of {window.requests} {unit} repeat a picture of the window. {tests}"
             + (
-                "each upload was judged once (monitor.repeats)."
+                "each picture was judged once (monitor.repeats)."
                 if monitor.repeats == "once"
-                else "a client that sends an image again and again can look like drift (monitor.repeats: once)."
+                else "an image that comes again and again can look like drift (monitor.repeats: once)."
             )
         )
-    return tuple(problems)
+    return {
+        "requests": window.requests,
+        "late_rows": window.late,
+        "rows": len(window.rows),
+        "unusable_rows": window.unusable,
+        "repeated_rows": window.repeats,
+        "is_sampled": window.is_sampled,
+        "reference_rows": len(reference),
+        "min_samples": monitor.min_samples,
+        "problems": tuple(problems),
+    }
 
 
 def _report_id(experiment: str, model: ModelIdentity, bounds: WindowBounds) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,23 +21,23 @@ from numpy.typing import NDArray
 
 from cv_platform.config import MonitorConfig
 from cv_platform.drift.detectors import seeded_rows
+from cv_platform.drift.family import DETECTORS
 from cv_platform.drift.map_plot import draw_map
 from cv_platform.drift.reference import read_reference
 from cv_platform.drift.sample import DriftSample
 from cv_platform.drift.slices import SLICE_COLUMNS
-from cv_platform.errors import DatasetError
-from cv_platform.files import whole_file
+from cv_platform.errors import StorageError
+from cv_platform.files import file_sha256, whole_file
 from cv_platform.images import find_preprocessing
 from cv_platform.monitoring.encoded import Encoded
-from cv_platform.monitoring.report import ModelFacts, with_verdict
+from cv_platform.monitoring.report import ModelFacts, window_facts, with_verdict
 from cv_platform.monitoring.report_page import render_page, thumbnails
 from cv_platform.monitoring.sentences import drift_summary
 from cv_platform.monitoring.top_images import pictures_of_reference
 from cv_platform.monitoring.window import Window
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PREDICTED_CLASS, PROPERTIES, UAE_FEATS
 from cv_platform.records import BatchDriftReport, ModelIdentity, PackedImages
-from cv_platform.scoring.sources import open_source, read_file
-from cv_platform.storage import CentralStorage
+from cv_platform.storage import BundleMetadata, CentralStorage
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +51,32 @@ class ScoredImages:
 
     Attributes:
         model: that has answered.
-        source: where they are, see `scoring.sources.find_images`.
+        source: where they are, for the page.
         scores: `scores.parquet` of them.
-        scratch: where an archive is unpacked.
+        read: returns an image as it was scored, by path and sha256, or raises StorageError; None: the page shows none.
     """
 
     model: ModelIdentity
     source: str
     scores: Path
-    scratch: Path
+    read: Callable[[str, str], bytes] | None
+
+
+def comparable_reference(storage: CentralStorage, metadata: BundleMetadata, cache: Path) -> tuple[Path, DriftSample]:
+    """Returns the reference data of a published version: a local parquet, and its rows.
+
+    Raises:
+        BundleNotFoundError, StorageError: they cannot be had.
+        ReferenceMismatchError: they were made by another version, preprocessing or encoder.
+    """
+    path = storage.fetch_reference_data(metadata.model_name, metadata.version, cache)
+    return path, read_reference(
+        path,
+        model_name=metadata.model_name,
+        model_version=metadata.version,
+        preprocessing_hash=metadata.preprocessing_hash,
+        encoder_hash=metadata.encoder_hash,
+    )
 
 
 def report_on_scores(
@@ -88,45 +105,31 @@ def report_on_scores(
         packed: the images of the reference split, for the page; None: they are not here.
 
     Raises:
-        BundleNotFoundError, StorageError: the version or its reference data cannot be had.
-        ReferenceMismatchError: the reference was made by another version, preprocessing or encoder.
+        BundleNotFoundError, StorageError, ReferenceMismatchError: see `comparable_reference`.
     """
     model = scored.model
     metadata = storage.read_metadata(model.model_name, model.version)
-    reference_path = storage.fetch_reference_data(model.model_name, model.version, cache)
-    reference = read_reference(
-        reference_path,
-        model_name=model.model_name,
-        model_version=model.version,
-        preprocessing_hash=metadata.preprocessing_hash,
-        encoder_hash=metadata.encoder_hash,
-    )
-    window = read_scores(scored.scores, monitor, now)
+    reference_path, reference = comparable_reference(storage, metadata, cache)
+    window, unanswered = read_scores(scored.scores, monitor)
     report = BatchDriftReport(
-        report_id=str(uuid.uuid5(_NAMESPACE, f"{experiment}\n{model}\n{scored.source}")),
+        report_id=str(uuid.uuid5(_NAMESPACE, f"{experiment}\n{model}\n{file_sha256(scored.scores)}")),
         experiment=experiment,
         model=model,
         source=scored.source,
         directory=page.parent,
+        unanswered=unanswered,
         window_start_utc=now,
         window_end_utc=now,
-        requests=window.requests,
-        rows=len(window.rows),
-        unusable_rows=window.unusable,
-        repeated_rows=window.repeats,
-        is_sampled=window.is_sampled,
-        reference_rows=len(reference),
         alpha=monitor.alpha,
-        min_samples=monitor.min_samples,
+        **window_facts(window, reference, monitor, "images"),
     )
-    places = None
-    if window.sample is not None and report.rows >= monitor.min_samples:
+    problems, places = [*report.problems, *_problems(report, monitor)], None
+    if window.sample is not None and report.rows >= monitor.min_samples and _detectors(monitor):
         compared = Encoded(reference, window.sample, reference_path)
         report = with_verdict(report, monitor, compared, reference_path, window, ModelFacts.of(metadata))
         places = draw_map(reference, window.sample, seed=0)
-    preprocessing = find_preprocessing(metadata.preprocessing_hash, metadata.image_size)
-    pictures, problems = _pictures(report, scored, packed, None if preprocessing is None else preprocessing.sample_bits)
-    report = report.model_copy(update={"problems": tuple(problems)})
+    pictures, unseen = _pictures(report, scored, packed, _sample_bits(metadata))
+    report = report.model_copy(update={"problems": (*problems, *unseen)})
     page.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(page) as partial:
         partial.write_text(render_page(report, pictures, None, places), encoding="utf-8")
@@ -134,34 +137,46 @@ def report_on_scores(
     return report
 
 
-def read_scores(scores: Path, monitor: MonitorConfig, now: datetime) -> Window:
-    """Returns the answered images of `scores.parquet` as `window.read_window` returns requests.
+def read_scores(scores: Path, monitor: MonitorConfig) -> tuple[Window, int]:
+    """Returns the answered images of `scores.parquet` as `window.read_window` returns requests, and how many others.
 
     `monitor.max_samples` of them at most, drawn by `monitor.seed`, in the order of the file; each by its path, in the
-    column `prediction_id`. Row groups are read one after the other, so that a file of millions fits into memory.
+    column `prediction_id`. Row groups are read one after the other: of all rows, eight bytes stay.
     """
     with pq.ParquetFile(scores) as file:
-        answered = file.read(columns=["sha256", "problem"]).to_pandas()
-        known = answered["problem"].isna()
-        first = known & ~answered.loc[known, "sha256"].duplicated().reindex(answered.index, fill_value=True)
-        rows = np.flatnonzero(first if monitor.repeats == "once" else known)
-        chosen = rows[seeded_rows(len(rows), monitor.max_samples, monitor.seed)]
+        is_answered, digests = _facts(file)
+        rows = np.flatnonzero(is_answered)
+        first = rows[np.sort(np.unique(digests[rows], return_index=True)[1])]
+        judged = first if monitor.repeats == "once" else rows
+        chosen = judged[seeded_rows(len(judged), monitor.max_samples, monitor.seed)]
         table = _rows(file, chosen)
     sample, is_finite = None, np.zeros(0, np.bool_)
     if len(table):
         sample, is_finite = DriftSample.from_rows({name: _matrix(table, column) for name, column in _VECTORS.items()})
     columns = {"prediction_id": "path", "predicted_class": PREDICTED_CLASS, "image_sha256": "sha256"}
     shown = pd.DataFrame({name: table[column].to_pylist() for name, column in columns.items()})
-    shown = shown.assign(created_on=now, **dict.fromkeys(SLICE_COLUMNS))
-    return Window(
+    shown = shown.assign(created_on="", **dict.fromkeys(SLICE_COLUMNS))  # Nobody has asked at any time.
+    window = Window(
         sample=sample if sample is not None and len(sample) else None,
         rows=shown.loc[is_finite].reset_index(drop=True),
-        requests=int(known.sum()),
+        requests=len(rows),
         late=0,
-        repeats=int(known.sum() - first.sum()),
-        is_sampled=len(chosen) < len(rows),
+        repeats=len(rows) - len(first),
+        is_sampled=len(chosen) < len(judged),
         unusable=len(table) - int(is_finite.sum()),
     )
+    return window, len(is_answered) - len(rows)
+
+
+def _facts(file: pq.ParquetFile) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+    """Returns of each row whether it has an answer, and the first 64 bits of its sha256."""
+    parts = [(np.zeros(0, np.bool_), np.zeros(0, np.uint64))]
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=["sha256", "problem"])
+        digests = bytes.fromhex("".join((one or "0" * 64)[:16] for one in table["sha256"].to_pylist()))
+        parts.append((table["problem"].is_null().to_numpy(), np.frombuffer(digests, np.uint64)))
+    is_answered, digests = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return is_answered, digests
 
 
 def _rows(file: pq.ParquetFile, chosen: NDArray[np.intp]) -> pa.Table:
@@ -173,7 +188,7 @@ def _rows(file: pq.ParquetFile, chosen: NDArray[np.intp]) -> pa.Table:
         if len(inside) or not group:
             parts.append(file.read_row_group(group, columns=columns).take(pa.array(inside, pa.int64())))
         start += count
-    return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
+    return pa.concat_tables(parts)
 
 
 def _matrix(table: pa.Table, column: str) -> NDArray[np.float32]:
@@ -182,16 +197,43 @@ def _matrix(table: pa.Table, column: str) -> NDArray[np.float32]:
     return np.asarray(flat, np.float32).reshape(len(values), values.type.list_size)
 
 
+def _detectors(monitor: MonitorConfig) -> list[str]:
+    """Returns the configured detectors that need no vectors of the pretrained encoder."""
+    return [one.name for one in DETECTORS if one.name in monitor.detectors and not one.name.startswith("encoder_")]
+
+
+def _problems(report: BatchDriftReport, monitor: MonitorConfig) -> list[str]:
+    problems: list[str] = []
+    if report.unanswered:
+        problems.append(
+            f"{report.unanswered} images have no answer, and no part in the verdict: the column `problem` of their "
+            "rows says why."
+        )
+    if not _detectors(monitor):
+        problems.append(
+            "monitor.detectors names those of the pretrained encoder alone, whose vectors scores do not have. Name "
+            "another one for a verdict."
+        )
+    return problems
+
+
+def _sample_bits(metadata: BundleMetadata) -> int | None:
+    preprocessing = find_preprocessing(metadata.preprocessing_hash, metadata.image_size)
+    return None if preprocessing is None else preprocessing.sample_bits
+
+
 def _pictures(
     report: BatchDriftReport, scored: ScoredImages, packed: PackedImages | None, sample_bits: int | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Returns data URLs by sha256 of the top images and what is beside them; files that are gone have none."""
+    """Returns data URLs by sha256 of the top images and what is beside them, and sentences for what is not shown."""
     contents: dict[str, bytes] = {}
-    with suppress(DatasetError):
-        root = open_source(scored.source, scored.scratch) if report.top_images else ""
+    problems: list[str] = []
+    if (read := scored.read) is not None:
         for row in report.top_images:
-            with suppress(OSError):
-                contents[row["image_sha256"]] = read_file(root, row["prediction_id"])
-    pictures, problems = thumbnails(contents, sample_bits)
+            try:
+                contents[row["image_sha256"]] = read(row["prediction_id"], row["image_sha256"])
+            except StorageError as err:
+                problems.append(f"{row['prediction_id']} is not shown: {err}")
+    pictures, undecoded = thumbnails(contents, sample_bits)
     beside, unseen = pictures_of_reference(report, packed)
-    return {**beside, **pictures}, [*problems, *unseen]
+    return {**beside, **pictures}, [*problems, *undecoded, *unseen]

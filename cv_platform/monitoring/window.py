@@ -47,8 +47,11 @@ from cv_platform.predictions import BBSD_FEATS, FEATURES, PROPERTIES, UAE_FEATS
 from cv_platform.records import ModelIdentity
 
 _VECTORS = {BBSD_FEATS: "bbsd", FEATURES: "features", UAE_FEATS: "uae", PROPERTIES: "properties"}
-_WORK_MEMORY = "64MB"
-"""In which PostgreSQL sorts a window: some 300,000 requests; it takes files for more."""
+_more_memory = text(
+    "SELECT set_config('work_mem', '64MB', true) "
+    "WHERE pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB')"
+)
+"""In which PostgreSQL sorts a window, unless it has more: some 300,000 requests; it takes files for more."""
 _ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256", *SLICE_COLUMNS)
 _order = (predictions.c.created_on, predictions.c.prediction_id)
 _place: ColumnElement[str] = literal_column("predictions.ctid")
@@ -207,7 +210,7 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
     columns = [predictions.c[name] for name in (*_ROW_COLUMNS, *_VECTORS)]
     rows = select(*counts.c, *columns).join_from(predictions, counts, true()).where(is_chosen).order_by(*_order)
     with bounds.snapshot(engine) as connection:
-        connection.execute(text(f"SET LOCAL work_mem = '{_WORK_MEMORY}'"))
+        connection.execute(_more_memory)
         found = [tuple(row) for row in connection.execute(rows)]
     requests, late, repeats = found[0][: len(counts.c)] if found else (0, 0, 0)
     records = [row[len(counts.c) :] for row in found]

@@ -37,7 +37,7 @@ _SAID = ("sha256", PREDICTED_CLASS, "problem", "confidence", "unknown_score", "i
 
 @dataclass(frozen=True)
 class Scorer:
-    """Which model answers.
+    """The model that answers, and what is kept of its answers.
 
     Attributes:
         published: where it is found.

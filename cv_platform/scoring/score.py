@@ -22,7 +22,7 @@ from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine, Salvage
 from cv_platform.errors import BundleNotFoundError, LockHeldError
 from cv_platform.files import exclusive, whole_file
-from cv_platform.scoring.rows import Batch, Scorer, score_batch, scores_schema, unanswered
+from cv_platform.scoring.rows import HEAT_MAP, Batch, Scorer, score_batch, scores_schema, unanswered
 from cv_platform.scoring.sources import Found, find_images
 from cv_platform.serving.model.runtime import PublishedModel
 from cv_platform.settings import Settings
@@ -91,7 +91,7 @@ def score_images(
         DatasetError: there are no images.
         LockHeldError: another process writes the same output.
     """
-    metadata = _published(CentralStorage(settings.storage_url), version)
+    metadata = published_metadata(CentralStorage(settings.storage_url), version)
     published = PublishedModel(settings.storage_url, metadata.model_name, version, settings.home)
     scorer = Scorer(published, settings.max_upload_pixels, heat_maps)
     schema = scores_schema(metadata, heat_maps=heat_maps)
@@ -107,7 +107,13 @@ def score_images(
     return Scored(len(found.paths), problems, unknown, computed, seconds)
 
 
-def _published(storage: CentralStorage, version: str) -> BundleMetadata:
+def published_metadata(storage: CentralStorage, version: str) -> BundleMetadata:
+    """Returns the metadata of a version, whatever its model is called.
+
+    Raises:
+        BundleNotFoundError: it is not published.
+        StorageError: storage cannot be read.
+    """
     for model_name, known in storage.stored_bundles():
         if known == version and version in storage.bundle_versions(model_name):
             return storage.read_metadata(model_name, version)
@@ -143,7 +149,8 @@ def _kept_unless_empty(parts: Path) -> Iterator[None]:
 def _batches(found: Found, metadata: BundleMetadata, schema: pa.Schema) -> Iterator[Batch]:
     """Yields the batches of a source, the same ones for the same files, the same model and the same columns."""
     size = min(_MOST_IMAGES, max(_FEWEST_IMAGES, len(found.paths) // _BATCHES))
-    model = [metadata.model_name, metadata.version, sorted(metadata.checksums.items()), schema.names]
+    model = [metadata.model_name, metadata.version, sorted(metadata.checksums.items())]
+    model += [HEAT_MAP] if HEAT_MAP in schema.names else []
     base = hashlib.sha256(json.dumps(model).encode())
     for start in range(0, len(found.paths), size):
         rows = slice(start, start + size)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,34 @@ def read_file(root: str, path: str) -> bytes:
         raise
     except OSError as err:
         raise StorageError(f"Cannot read {path} at {root}: {err}. Check that it is reached from here.") from err
+
+
+def read_scored(source: str, scratch: Path, path: str, sha256: str) -> bytes:
+    """Returns an image of a source as it was scored.
+
+    Args:
+        source: see `find_images`.
+        scratch: an archive is unpacked below it, once.
+        path: of the image.
+        sha256: that it had.
+
+    Raises:
+        StorageError: it is gone, another one is in its place, or its place cannot be reached.
+    """
+    try:
+        content = read_file(open_source(source, scratch), path)
+    except (FileNotFoundError, PermissionError, DatasetError) as err:
+        raise StorageError(f"Expected {path} of {source}. Received: {err}.") from err
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise StorageError(f"Expected {path} as it was scored. Received: another file. Materialise batch_scores.")
+    return content
+
+
+def reader_of(source: str) -> Callable[[str, str], bytes] | None:
+    """Returns `read_scored` of a folder or URL; None of an archive, which would be unpacked for a few images."""
+    if "://" not in source and Path(source).expanduser().is_file():
+        return None
+    return functools.partial(read_scored, source, Path())
 
 
 def _unpacked(path: Path, scratch: Path) -> Path:

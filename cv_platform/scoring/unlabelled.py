@@ -6,7 +6,6 @@ answer of `client` "folder", which no window, replay or accuracy counts: nobody 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cv_platform.database.schema import FOLDER
-from cv_platform.errors import StorageError
 from cv_platform.predictions import BBSD_FEATS, FEATURES, MODEL_VERSION, PREDICTED_CLASS, PROPERTIES, UAE_FEATS
 from cv_platform.records import BatchScores
-from cv_platform.scoring.sources import open_source, read_file
+from cv_platform.scoring.sources import read_scored
 
 _COLUMNS = ("path", "sha256", MODEL_VERSION, PREDICTED_CLASS, UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
 _NAMESPACE = UUID("5b0c4f0e-6f57-4c11-9a7e-2d3c1c0f7a61")
@@ -75,10 +73,4 @@ class UnlabelledImages:
         Raises:
             StorageError: it is gone, or another one is in its place.
         """
-        try:
-            content = read_file(open_source(self.scores.source, self.scratch), path)
-        except (FileNotFoundError, PermissionError) as err:
-            raise StorageError(f"Expected {path} of {self.scores.source}. Received: {err}.") from err
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise StorageError(f"Expected {path} as it was scored. Received: another file. Materialise batch_scores.")
-        return content
+        return read_scored(self.scores.source, self.scratch, path, sha256)

@@ -461,4 +461,4 @@ def test_one_upload_sent_again_and_again_is_judged_once_and_mentioned(installati
     shown = [row["image_sha256"] for row in report.top_images]
     assert len(shown) == len(set(shown))
     assert (report.requests, report.repeated_rows, report.rows) == (120, 59, 61)
-    assert any("59 of 120 requests repeat an upload" in problem for problem in report.problems)
+    assert any("59 of 120 requests repeat a picture" in problem for problem in report.problems)

@@ -35,7 +35,7 @@ from cv_platform.serving.log.drainer import Drainer
 from cv_platform.serving.log.entry import FeedbackEntry, LogEntry, StoredPrediction
 from cv_platform.serving.log.request_log import RequestLog
 from cv_platform.serving.log.spool import Spool, SpoolBatch, SpoolRow
-from cv_platform.serving.log.tables import RequestRows, find_prediction
+from cv_platform.serving.log.tables import RequestRows, find_prediction, make_requests
 from cv_platform_tests.support.log_entries import answered, append_to, wait_until_drained
 from cv_platform_tests.support.postgres import count, scalar
 from cv_platform_tests.support.waiting import WAIT_SECONDS, wait_until
@@ -190,6 +190,7 @@ def test_a_batch_that_was_read_ahead_is_read_again_when_the_one_before_fails_or_
     for entry in entries:
         append_to(spool, entry)
     drainer, write, written = Drainer(spool, database_url), LogDatabase.write, list[list[str]]()
+    was_made = list[int]()
     gone = entries[4].prediction_id
     assert gone is not None
 
@@ -197,7 +198,9 @@ def test_a_batch_that_was_read_ahead_is_read_again_when_the_one_before_fails_or_
         database: LogDatabase, spool: Spool, rows: Sequence[SpoolRow], made: RequestRows | None
     ) -> None:
         assert spool in drainer._ahead or len(rows) < 3
-        assert made is None or len(made.predictions) == len(rows)
+        if made is not None:
+            was_made.append(len(made.predictions))
+            assert make_requests(rows) == made
         written.append([row.entry_id for row in rows])
         if len(written) == 1:  # The next three have been read, one of them is deleted then.
             assert len(drainer._ahead[spool].result().rows) == 3
@@ -212,6 +215,7 @@ def test_a_batch_that_was_read_ahead_is_read_again_when_the_one_before_fails_or_
     ids = [str(entry.entry_id) for entry in entries]
     # The second batch twice, as it had changed; the third again, after the connection was lost.
     assert written == [ids[:3], ids[3:6], ids[3:6], ids[6:9], ids[6:9], ids[9:]]
+    assert was_made == [3, 3, 1], "what was read ahead: the second batch, the third, and the last"
     assert entry_ids(engine) == sorted(ids)
     assert (count(engine, "predictions"), drainer.status().drained_rows) == (9, 10)
     drainer.close()

@@ -42,6 +42,9 @@ _LINGER_SECONDS = 0.5
 """After an append, and after each batch that was not full: gathers the next entries into one transaction. Under load a
 transaction for each few rows would take the processor from the predictions."""
 _BATCH_BYTES = 32 * 1024 * 1024
+_MADE_BYTES = 16 * 1024 * 1024
+"""Of records and arrays, from which on a batch is not made ahead: as rows it takes up to twice that, beside the one
+that is being written."""
 _PROBES = 10
 """Entries of a refused batch that are tried one by one, to learn whether any is taken."""
 _IDLE_SECONDS = 5.0
@@ -361,7 +364,8 @@ def _read_ahead(spool: Spool, after: int) -> _ReadBatch:
     from cv_platform.serving.log.tables import make_requests
 
     rows, are_all = spool.read_batch(_BATCH_ROWS, _BATCH_BYTES, after=after)
-    return _ReadBatch(rows, are_all, make_requests(rows))
+    is_small = sum(len(row.record) + len(row.vectors) for row in rows) <= _MADE_BYTES
+    return _ReadBatch(rows, are_all, make_requests(rows) if is_small else None)
 
 
 def _adopt_orphan(directory: Path, unusable: set[str], known: set[str]) -> Spool | None:

@@ -18,9 +18,11 @@ from cv_platform.compute.engine import Outcome, R, S
 from cv_platform.compute.local import LocalEngine
 from cv_platform.errors import BundleNotFoundError, DatasetError, LockHeldError
 from cv_platform.files import exclusive
+from cv_platform.images import read_image, resize
 from cv_platform.scoring import score
 from cv_platform.scoring.score import score_images
 from cv_platform.serving.app import create_app
+from cv_platform.serving.model.explain import Explain, draw
 from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
@@ -85,13 +87,21 @@ def test_each_row_has_its_heat_map_where_that_is_asked_for(settings: Settings, i
     output = tmp_path / "scores.parquet"
     score_images(str(images), VERSION, output, settings=settings, heat_maps=True, engine=PROCESSES)
     rows = read(output)
+    model = load_bundle(CentralStorage(settings.storage_url), MODEL_NAME, VERSION, cache=tmp_path / "cache", threads=1)
     for path, problem, jpeg in zip(rows["path"], rows["problem"], rows["heat_map"], strict=True):
         if path == "a/cut.png":
             assert (problem is None, jpeg) == (False, None)
             continue
-        drawn = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+        image = read_image((images / path).read_bytes(), max_pixels=10**6, preprocessing=model.preprocessing).pixels
+        cam = model.predict(resize(image, model.metadata.image_size)).cam
+        if path == "large.png":
+            image = np.asarray(cv2.resize(image, (256, 128), interpolation=cv2.INTER_AREA), np.uint8)
+        expected = draw(image, cam, Explain.JPEG).overlaid
+        drawn, wanted = (cv2.imdecode(np.frombuffer(one, np.uint8), cv2.IMREAD_COLOR) for one in (jpeg, expected))
         assert drawn is not None
-        assert drawn.shape == ((128, 256, 3) if path == "large.png" else (256, 256, 3))
+        assert wanted is not None
+        assert drawn.shape == wanted.shape
+        assert np.abs(drawn.astype(int) - wanted.astype(int)).mean() < 2.0
     score_images(str(images), VERSION, output, settings=settings)
     assert "heat_map" not in read(output)
 
