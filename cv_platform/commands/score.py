@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cv_platform.compute import open_engine
+from cv_platform.errors import ConfigError
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 
@@ -34,6 +35,9 @@ def add_command(command: Callable[[str, object, str], argparse.ArgumentParser]) 
 def _score(options: argparse.Namespace) -> int:
     from cv_platform.scoring.score import published_metadata, score_images
 
+    for path in filter(None, (options.output, options.report)):
+        if path.is_dir():
+            raise ConfigError(f"Expected a file to write to. Received: {path}, which is a folder. Name a file in it.")
     settings = Settings.from_environment()
     storage, cache = CentralStorage(settings.storage_url), settings.home / "cache"
     metadata = published_metadata(storage, options.model)

@@ -6,7 +6,6 @@ page: a folder is judged when somebody asks, at `monitor.alpha`, and is no part 
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,14 +31,11 @@ from cv_platform.images import find_preprocessing
 from cv_platform.monitoring.encoded import Encoded
 from cv_platform.monitoring.report import ModelFacts, window_facts, with_verdict
 from cv_platform.monitoring.report_page import render_page, thumbnails
-from cv_platform.monitoring.sentences import drift_summary
 from cv_platform.monitoring.top_images import pictures_of_reference
 from cv_platform.monitoring.window import Window
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PREDICTED_CLASS, PROPERTIES, UAE_FEATS
 from cv_platform.records import BatchDriftReport, ModelIdentity, PackedImages
 from cv_platform.storage import BundleMetadata, CentralStorage
-
-logger = logging.getLogger(__name__)
 
 _VECTORS = {"bbsd": BBSD_FEATS, "features": FEATURES, "uae": UAE_FEATS, "properties": PROPERTIES}
 _NAMESPACE = uuid.UUID("6d4b0b0e-54a5-4a55-9f1c-0f4f5d1f6c4e")
@@ -133,7 +129,6 @@ def report_on_scores(
     page.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(page) as partial:
         partial.write_text(render_page(report, pictures, None, places), encoding="utf-8")
-    logger.info("%s", drift_summary(report))
     return report
 
 

@@ -171,6 +171,16 @@ def test_the_command_writes_the_page_and_says_the_verdict(
     assert "<h2>Tests</h2>" in page.read_text()
 
 
+@pytest.mark.parametrize("option", ["--output", "--report"])
+def test_a_folder_in_place_of_a_file_is_named_before_anything_is_scored(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"--output": tmp_path / "scores.parquet", "--report": tmp_path / "page.html"} | {option: tmp_path}
+    options = [str(one) for pair in paths.items() for one in pair]
+    assert main(["score", str(tmp_path), "--model", VERSION, *options]) == 1
+    assert f"Received: {tmp_path}, which is a folder" in capsys.readouterr().err
+
+
 def test_a_version_without_reference_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
     bare = Settings.from_environment()
