@@ -21,9 +21,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Engine, Table, delete, exists, func, select, text, true, tuple_, update
+from sqlalchemy import Connection, Engine, Table, delete, exists, func, select, text, true, update
 
 from cv_platform.database.schema import api_log, deletions, feedback, images, predictions
+from cv_platform.database.version_index import model_versions
 from cv_platform.errors import DatabaseError
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def _delete(engine: Engine, limits: Retention, batch_rows: int) -> dict[str, int
             with engine.begin() as connection:
                 counts["requests"] += connection.execute(delete(api_log).where(slice_)).rowcount
         with engine.connect() as connection:
-            versions = list(_versions(connection))
+            versions = [tuple(row) for row in connection.execute(select(model_versions()))]
         for model_name, version in versions:
             key = (predictions.c.model_name == model_name) & (predictions.c.model_version == version)
             for slice_ in _slices(engine, predictions, key, before, batch_rows):
@@ -196,16 +197,6 @@ def _delete(engine: Engine, limits: Retention, batch_rows: int) -> dict[str, int
             for name, count in _delete_images(connection, batch).items():
                 counts[name] += count
     return counts
-
-
-def _versions(connection: Connection) -> Iterator[tuple[str, str]]:
-    """Yields the model versions that have predictions, by a step in the index for each; DISTINCT reads all of it."""
-    key = (predictions.c.model_name, predictions.c.model_version)
-    following = select(*key).order_by(*key).limit(1)
-    found = connection.execute(following).first()
-    while found is not None:
-        yield found[0], found[1]
-        found = connection.execute(following.where(tuple_(*key) > tuple_(*found))).first()
 
 
 def _slices(engine: Engine, table: Table, key: Any, before: datetime, rows: int) -> Iterator[Any]:

@@ -84,18 +84,23 @@ def drift_schedule(branch: Branch) -> dg.ScheduleDefinition:
 def _next_window(
     branch: Branch, instance: dg.DagsterInstance, asked: dict[str, str], end: datetime, *, run_key: str
 ) -> dg.RunRequest:
-    """Returns the request for a report of what was logged since the window of the latest run with the tag `asked`.
+    """Returns the request for a report of what was logged since the window of the latest run with the tag `asked`."""
+    start = _window_start(branch, instance, asked, end)
+    window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat(), "window_by": "logged"}
+    return dg.RunRequest(
+        run_key=run_key, run_config=branch.overrides({"monitor": window}), tags={_WINDOW_END: end.isoformat()}
+    )
+
+
+def _window_start(branch: Branch, instance: dg.DagsterInstance, asked: dict[str, str], end: datetime) -> datetime:
+    """Returns where the window of the latest run with the tag `asked` ended; without one, `window_days` before `end`.
 
     By what was asked, not by the cron: an edited cron, and ticks missed while nothing ran, leave no gap.
     """
     runs = instance.get_runs(dg.RunsFilter(tags=asked), limit=_RUNS_LOOKED_AT)
     ends = [datetime.fromisoformat(run.tags[_WINDOW_END]) for run in runs if _WINDOW_END in run.tags]
     first = end - timedelta(days=branch.config.monitor.window_days)
-    start = max((before for before in ends if before < end), default=first)
-    window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat(), "window_by": "logged"}
-    return dg.RunRequest(
-        run_key=run_key, run_config=branch.overrides({"monitor": window}), tags={_WINDOW_END: end.isoformat()}
-    )
+    return max((before for before in ends if before < end), default=first)
 
 
 def new_predictions_sensor(branch: Branch) -> dg.SensorDefinition:
@@ -110,33 +115,36 @@ def new_predictions_sensor(branch: Branch) -> dg.SensorDefinition:
         job_name=f"{config.name}_drift_report",
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Asks for a drift report after enough new predictions. The cursor is their largest log id.",
+        description="Asks for a drift report after enough new predictions. The cursor is the end of its last window.",
     )
     def new_predictions(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         from cv_platform.database.address import running_database_url
         from cv_platform.database.connection import make_engine
         from cv_platform.errors import DatabaseError
-        from cv_platform.monitoring.window import count_new_predictions
+        from cv_platform.monitoring.window import count_requests
 
         url = running_database_url(Settings.from_environment())
         if url is None:
             return dg.SkipReason("The request log is not running; `make up` starts it, or set DATABASE_URL.")
+        asked, now, known = {"dagster/sensor_name": sensor_name}, datetime.now(UTC), context.cursor or ""
+        # A former release's cursor is a number of the log, which says nothing of the time.
+        has_moment = known and not known.isdigit()
+        since = datetime.fromisoformat(known) if has_moment else _window_start(branch, context.instance, asked, now)
+        # Of fewer than `min_samples` each report would say no more than that.
+        needed = max(config.monitor.new_rows_trigger, config.monitor.min_samples)
         engine = make_engine(url)
         try:
-            rows, largest_id = count_new_predictions(
-                engine, model_name=config.model.model_name, after_id=int(context.cursor or 0)
-            )
+            rows = count_requests(engine, model_name=config.model.model_name, after=since, most=needed)
         except DatabaseError as err:
             return dg.SkipReason(str(err))
         finally:
             engine.dispose()
-        # Of fewer than `min_samples` each report would say no more than that.
-        needed = max(config.monitor.new_rows_trigger, config.monitor.min_samples)
         if rows < needed:
             return dg.SkipReason(f"{rows} new predictions; a report is made from {needed} on.")
-        asked, key = {"dagster/sensor_name": sensor_name}, f"{config.name}-predictions-{largest_id}"
-        request = _next_window(branch, context.instance, asked, datetime.now(UTC), run_key=key)
-        return dg.SensorResult(run_requests=[request], cursor=str(largest_id))
+        # The same again, should Dagster die before it has kept the cursor: it makes one run of a key.
+        key = f"{config.name}-predictions-since-{since.isoformat()}"
+        request = _next_window(branch, context.instance, asked, now, run_key=key)
+        return dg.SensorResult(run_requests=[request], cursor=now.isoformat())
 
     return new_predictions
 

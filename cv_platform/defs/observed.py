@@ -16,6 +16,10 @@ from cv_platform.defs.metadata import table
 from cv_platform.errors import CvPlatformError, DatabaseUnavailableError, UnknownDatasetVersionError
 from cv_platform.settings import Settings
 
+COUNTED_ROWS = 10_000
+"""Of a log up to which they are counted at each look; a larger one has PostgreSQL's estimate."""
+_ESTIMATE = "estimated_rows"
+
 
 class _Source(NamedTuple):
     spec: dg.AssetSpec
@@ -71,7 +75,8 @@ def observed_sensor(config: ExperimentConfig) -> dg.SensorDefinition:
             except CvPlatformError as err:
                 problems.append(str(err))
                 continue
-            mark = repr(sorted(metadata.items(), key=lambda item: item[0]))
+            # An estimate changes with every ANALYZE.
+            mark = repr(sorted((name, value) for name, value in metadata.items() if name != _ESTIMATE))
             if known.get(spec.key.to_user_string()) != mark:
                 known[spec.key.to_user_string()] = mark
                 events.append(observation(spec.key, version, metadata))
@@ -102,7 +107,9 @@ def _sources(config: ExperimentConfig) -> list[_Source]:
         _Source(
             dg.AssetSpec(
                 request_log_key(config.name),
-                description="The model's answered requests in PostgreSQL. New ones make no report stale: windows do.",
+                description="The model's answered requests in PostgreSQL: when the last one was answered, and how many "
+                f"rows there are, counted up to {COUNTED_ROWS:,}; of more, `{_ESTIMATE}` is PostgreSQL's own estimate. "
+                "New ones make no report stale: windows do.",
                 kinds={"postgres"},
                 **shared,
             ),
@@ -124,14 +131,17 @@ def _look_at_repository(config: ExperimentConfig) -> tuple[str | None, dict[str,
 def _look_at_log(config: ExperimentConfig) -> tuple[str | None, dict[str, Any]]:
     from cv_platform.database.address import running_database_url
     from cv_platform.database.connection import make_engine
-    from cv_platform.monitoring.window import count_predictions
+    from cv_platform.monitoring.window import count_requests, estimate_rows, last_request
 
     url = running_database_url(Settings.from_environment())
     if url is None:
         raise DatabaseUnavailableError("Expected the request log. Received: none that runs. Run: make up.")
-    engine = make_engine(url)
+    engine, model_name = make_engine(url), config.model.model_name
     try:
-        rows, last = count_predictions(engine, model_name=config.model.model_name)
+        last = last_request(engine, model_name=model_name)
+        rows = count_requests(engine, model_name=model_name, most=COUNTED_ROWS + 1)
+        is_counted = rows <= COUNTED_ROWS
+        size = {"dagster/row_count": rows} if is_counted else {_ESTIMATE: estimate_rows(engine, model_name=model_name)}
     finally:
         engine.dispose()
-    return None, {"dagster/row_count": rows, **({"last_row": dg.MetadataValue.timestamp(last)} if last else {})}
+    return None, {**size, **({"last_row": dg.MetadataValue.timestamp(last)} if last else {})}

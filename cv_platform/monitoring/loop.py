@@ -149,8 +149,7 @@ def read_facts(
     attempt = records.latest(LabelledVersion)
     target = target_config(config, attempt, home=home)
     made, looked_at = (attempt.statements, attempt.looked_at) if attempt else (0, 0)
-    labels, last = _count_labels(engine, config.model.model_name, made)
-    fresh, _ = _count_labels(engine, config.model.model_name, looked_at)
+    labels, fresh, last = _count_labels(engine, config.model.model_name, made, looked_at)
     pointer = storage.read_pointer(config.deploy.service)
     episode = None
     if pointer is not None and pointer.model_name == config.model.model_name:
@@ -214,7 +213,7 @@ def grow_by_labels(
     """
     before = RecordStore(home, config.name).latest(LabelledVersion)
     base, loop = target_config(config, before, home=home), config.loop
-    _, last = _count_labels(engine, config.model.model_name, 0)
+    *_, last = _count_labels(engine, config.model.model_name, 0, 0)
     tag = base.dataset.dvc_tag
     is_next = before is not None and before.tag == tag
     record = LabelledVersion(
@@ -240,21 +239,25 @@ def grow_by_labels(
     return record.model_copy(update=made)
 
 
-def _count_labels(engine: Engine, model_name: str, after: int) -> tuple[int, int]:
-    """Returns how many kept uploads were labelled by statements after one, and the last statement of the model."""
-    said = feedback.c
-    of_model = (predictions.c.model_name == model_name) & predictions.c.image_sha256.is_not(None)
+def _count_labels(engine: Engine, model_name: str, made: int, looked_at: int) -> tuple[int, int, int]:
+    """Returns how many kept uploads were labelled by statements after each of two, and the model's last statement.
+
+    What is not after the earlier of the two is not read: where there is nothing else, that one is the last.
+    """
+    said, upload = feedback.c, predictions.c.image_sha256
+    earlier = min(made, looked_at)
     labelled = (
         select(
-            func.count(predictions.c.image_sha256.distinct()).filter(said.id > after),
-            func.coalesce(func.max(said.id), 0),
+            func.count(upload.distinct()).filter(said.id > made),
+            func.count(upload.distinct()).filter(said.id > looked_at),
+            func.coalesce(func.max(said.id), earlier),
         )
         .join(predictions, predictions.c.prediction_id == said.prediction_id)
-        .where(of_model)
+        .where((said.id > earlier) & (predictions.c.model_name == model_name) & upload.is_not(None))
     )
     with engine.connect() as connection:
-        count, last = connection.execute(labelled).one()
-    return int(count), int(last)
+        labels, fresh, last = connection.execute(labelled).one()
+    return int(labels), int(fresh), int(last)
 
 
 def _challenger(records: RecordStore, served: str) -> dict[str, str]:

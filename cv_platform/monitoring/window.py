@@ -39,7 +39,8 @@ from sqlalchemy import (
 )
 
 from cv_platform.config import ExperimentConfig, MonitorConfig
-from cv_platform.database.schema import api_log, is_request, predictions
+from cv_platform.database.schema import is_request, predictions
+from cv_platform.database.version_index import latest_requests
 from cv_platform.drift.sample import DriftSample, Float32Matrix
 from cv_platform.drift.slices import SLICE_COLUMNS
 from cv_platform.errors import ConfigError
@@ -244,34 +245,40 @@ def _requests(model: ModelIdentity, bounds: WindowBounds) -> Select:
     )
 
 
-def count_new_predictions(engine: Engine, *, model_name: str, after_id: int) -> tuple[int, int]:
-    """Returns how many predictions of a model have an `api_log.id` above `after_id`, and the largest such id.
+def count_requests(engine: Engine, *, model_name: str, after: datetime | None = None, most: int) -> int:
+    """Counts the logged requests of a model that were answered after a moment, by an index; stops at `most`.
 
     Raises:
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
     """
-    logged = (
-        select(func.count(), func.coalesce(func.max(api_log.c.id), after_id))
-        .join(predictions, predictions.c.prediction_id == api_log.c.prediction_id)
-        .where((api_log.c.id > after_id) & (predictions.c.model_name == model_name))
-    )
+    answered = predictions.c.created_on
+    rows = latest_requests(model_name, most, answered, where=None if after is None else answered > after)
     with engine.connect() as connection:
-        count, largest = connection.execute(logged).one()
-    return int(count), int(largest)
+        counted = select(func.count()).select_from(rows.limit(most).subquery())
+        return int(connection.execute(counted).scalar_one())
 
 
-def count_predictions(engine: Engine, *, model_name: str) -> tuple[int, datetime | None]:
-    """Returns how many answered requests of a model are logged, and when the last was answered; by an index alone.
+def last_request(engine: Engine, *, model_name: str) -> datetime | None:
+    """Returns when the last logged request of a model was answered, by an index; None without any.
 
     Raises:
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
     """
-    logged = select(func.count(), func.max(predictions.c.created_on)).where(
-        (predictions.c.model_name == model_name) & is_request()
-    )
+    latest = latest_requests(model_name, 1, predictions.c.created_on).subquery()
     with engine.connect() as connection:
-        count, last = connection.execute(logged).one()
-    return int(count), last
+        return connection.execute(select(func.max(latest.c.created_on))).scalar_one()
+
+
+def estimate_rows(engine: Engine, *, model_name: str) -> int:
+    """Returns about how many predictions of a model PostgreSQL takes the log to have, by its last ANALYZE.
+
+    Raises:
+        DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
+    """
+    explain = text("EXPLAIN (FORMAT JSON) SELECT FROM predictions WHERE model_name = :model_name")
+    with engine.connect() as connection:
+        ((plan,),) = connection.execute(explain, {"model_name": model_name}).scalars()
+    return int(plan["Plan"]["Plan Rows"])
 
 
 def _sample(table: pd.DataFrame) -> tuple[DriftSample | None, np.ndarray]:

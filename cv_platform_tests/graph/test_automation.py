@@ -128,17 +128,55 @@ def test_the_report_on_new_predictions_begins_where_the_one_before_ended(
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", database_url)
     sensor = new_predictions_sensor(Branch(experiment))
-    log_predictions(engine, 20)
     with dg.DagsterInstance.ephemeral() as instance:
         windows = []
-        for _ in range(2):
-            with dg.build_sensor_context(instance=instance, cursor="0") as context:
+        for cursor in (None, "20"):  # A former release's cursor is the log's number, not a moment.
+            log_predictions(engine, 20)
+            with dg.build_sensor_context(instance=instance, cursor=cursor) as context:
                 (request,) = Tick.of(sensor.evaluate_tick(context)).run_requests
             instance.create_run_for_job(_nothing, tags={**request.tags, "dagster/sensor_name": sensor.name})
             windows.append(request.run_config["resources"]["cats_config"]["config"]["monitor"])
     first, second = windows
     assert second["window_start_utc"] == first["window_end_utc"] < second["window_end_utc"]
     assert first["window_by"] == second["window_by"] == "logged"
+
+
+def test_a_large_log_is_estimated_and_what_postgresql_does_by_itself_is_no_news(
+    experiment: ExperimentConfig, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setattr("cv_platform.defs.observed.COUNTED_ROWS", 20)
+    sensor = observed_sensor(experiment)
+
+    def analyze() -> None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("VACUUM ANALYZE predictions"))
+
+    log_predictions(engine, 20)
+    counted = tick(sensor)
+    (seen,) = counted.asset_events
+    assert {name: seen.metadata[name].value for name in seen.metadata if name != "last_row"} == {
+        "dagster/row_count": 20
+    }
+    log_predictions(engine, 10)
+    analyze()
+    estimated = tick(sensor, cursor=counted.cursor)
+    (seen,) = estimated.asset_events
+    assert set(seen.metadata) == {"estimated_rows", "last_row"}
+    assert seen.metadata["estimated_rows"].value == pytest.approx(30, abs=1)
+    with engine.begin() as connection:  # Retention, say: the estimate is another.
+        connection.execute(
+            text(
+                "DELETE FROM predictions WHERE prediction_id IN (SELECT prediction_id FROM predictions"
+                " ORDER BY created_on LIMIT 5)"
+            )
+        )
+    analyze()
+    again = tick(sensor, cursor=estimated.cursor)
+    assert again.asset_events == []
+    log_predictions(engine, 1)
+    (seen,) = tick(sensor, cursor=again.cursor).asset_events
+    assert seen.metadata["estimated_rows"].value == pytest.approx(26, abs=1)
 
 
 def test_without_a_database_the_sensor_says_so(experiment: ExperimentConfig, home: Path) -> None:

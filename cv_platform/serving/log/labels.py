@@ -24,6 +24,8 @@ Mode = Literal["queue", "second", "review"]
 """What is asked: the labelling queue; what one other labeller has labelled; the latest answers of low confidence."""
 _MOST_REVIEWED = 1000
 """Latest answers among which those of the lowest confidence are looked for."""
+_MOST_ROWS = 10 * _MOST_REVIEWED
+"""Latest answers of each version among which those are looked for: one in ten has its upload, if they are sampled."""
 _MOST_COMPARED = 20_000
 """Latest labels that the agreement is of."""
 
@@ -141,11 +143,15 @@ def _labelled_by_one_other(shown: Any, wish: Wish) -> Any:
 def _unsure(shown: Any, wish: Wish) -> Any:
     from sqlalchemy import func, literal, select
 
-    from cv_platform.database.schema import is_request, predictions
+    from cv_platform.database.schema import predictions
+    from cv_platform.database.version_index import latest_requests
 
     answer = predictions.c
-    answers = shown.with_only_columns(answer.prediction_id).where(is_request())
-    latest = answers.order_by(answer.created_on.desc()).limit(_MOST_REVIEWED)
+    columns = (answer.prediction_id, answer.image_sha256, answer.created_on)
+    rows = latest_requests(wish.model.model_name, _MOST_ROWS, *columns).subquery()
+    kept = select(rows.c.prediction_id).where(rows.c.image_sha256.is_not(None))
+    kept = kept.where(rows.c.prediction_id.not_in(wish.passed))
+    latest = kept.order_by(rows.c.created_on.desc()).limit(_MOST_REVIEWED)
     share = func.unnest(answer.bbsd_feats).column_valued("share")
     # Of several labels the least certain decides: none of them is what an image mostly shows.
     sure = func.min(func.abs(share - 0.5)) if wish.model.classifier_type == "multi-label" else func.max(share)
