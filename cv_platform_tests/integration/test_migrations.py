@@ -101,6 +101,38 @@ def test_a_large_log_is_not_written_anew(unmigrated_url: str) -> None:
     engine.dispose()
 
 
+def test_what_an_older_release_has_logged_is_in_the_index_of_its_time(unmigrated_url: str) -> None:
+    """What came since a vacuum was not, and each window by `logged_on` read all of it."""
+    engine = make_engine(unmigrated_url)
+
+    def upgrade(revision: str) -> None:
+        with engine.begin() as connection:
+            config = alembic_config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, revision)
+
+    def ask(statement: str) -> object:
+        with engine.begin() as connection:
+            return connection.execute(text(statement)).scalar_one()
+
+    upgrade("0010")
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE predictions SET (autovacuum_enabled = off)"))
+        connection.execute(
+            text(
+                "INSERT INTO predictions (prediction_id, model_name, model_version, predicted_class, prediction_json,"
+                " uae_feats, bbsd_feats, features, properties)"
+                " SELECT gen_random_uuid(), 'm', 'v', 'a', '{}', array_fill(1::real, ARRAY[400]), '{}', '{}', '{}'"
+                " FROM generate_series(1, 2000)"
+            )
+        )
+    assert ask("SELECT pg_relation_size('predictions') / 8192 > 3 * 128")
+    upgrade("head")
+    assert ask("SELECT reloptions FROM pg_class WHERE relname = 'ix_predictions_logged_on'") == ["autosummarize=on"]
+    assert ask("SELECT brin_summarize_new_values('ix_predictions_logged_on')") == 0
+    engine.dispose()
+
+
 def test_a_newer_database_is_left_alone(database_url: str, engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
