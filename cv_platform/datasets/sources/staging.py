@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Salvage
+from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import watched
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.phone_photos import GROWTH, to_jpeg
@@ -45,7 +47,7 @@ class Staging:
         """Brings each to its name, and returns what the version's commit needs beside the labels.
 
         Raises:
-            InvalidDatasetError: one cannot be read.
+            InvalidDatasetError: one cannot be read, or ends each process that converts it.
             DiskSpaceError: there is no room for a copy.
         """
         pairs = list(zip((origin.path for origin in found), (entry.path for entry in named), strict=True))
@@ -96,15 +98,22 @@ class Staging:
         partial.replace(target)
 
     def _convert(self, pairs: list[tuple[str, Path]]) -> None:
-        """Converts photographs by processes of this machine: each takes a third of a second."""
-        runs = (tuple(pairs[start : start + _SHARD_PHOTOS]) for start in range(0, len(pairs), _SHARD_PHOTOS))
-        photos = (Photos(self.root, self.images, run) for run in runs)
-        for _ in map_shards(convert, photos, engine=None, title="Images converted", total=len(pairs)):
+        """Converts photographs by processes of this machine: one that ends its process does not end the import's."""
+        starts, total = range(0, len(pairs), _SHARD_PHOTOS), len(pairs)
+        photos = PhotoShard(self.root, self.images, tuple(pairs))
+        shards = (replace(photos, pairs=photos.pairs[start : start + _SHARD_PHOTOS]) for start in starts)
+        salvage: Salvage[PhotoShard, None] = Salvage(
+            divide=lambda shard: (replace(shard, pairs=(pair,)) for pair in shard.pairs),
+            join=lambda _: None,
+            lost=_refuse,
+        )
+        engine, title = LocalEngine(worth_seconds=0), "Images converted"
+        for _ in map_shards(convert, shards, engine=engine, title=title, total=total, salvage=salvage):
             pass
 
 
 @dataclass(frozen=True)
-class Photos:
+class PhotoShard:
     """Some photographs in HEIC or AVIF, and the JPEGs that they are to be: a shard.
 
     Attributes:
@@ -119,16 +128,16 @@ class Photos:
 
     @property
     def name(self) -> str:
-        """Its first and its last photograph."""
+        """Returns its first and its last photograph, for the log."""
         return " to ".join(dict.fromkeys((self.pairs[0][0], self.pairs[-1][0])))
 
     @property
     def images(self) -> int:
-        """How many it has."""
+        """Returns how many photographs it has."""
         return len(self.pairs)
 
 
-def convert(photos: Photos) -> None:
+def convert(photos: PhotoShard) -> None:
     """Makes the JPEGs; each gets its name when it is whole.
 
     Raises:
@@ -141,6 +150,13 @@ def convert(photos: Photos) -> None:
         if not to_jpeg(photos.root / path, partial):
             raise InvalidDatasetError(f"Expected {path} as it was a moment ago. Received: damaged. Import again.")
         partial.replace(target)
+
+
+def _refuse(photo: PhotoShard, why: str) -> None:
+    raise InvalidDatasetError(
+        f"Expected {photo.name} to become a JPEG. Received: it {why}. Remove it, or give the machine more memory; then "
+        "import again."
+    )
 
 
 def filled_once(folder: Path, fill: Callable[[Path], None]) -> Path:

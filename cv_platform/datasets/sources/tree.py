@@ -9,11 +9,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 from cv_platform import images
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Salvage
+from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo
 from cv_platform.errors import ImageError, InvalidDatasetError
 from cv_platform.images.files import format_by_signature, is_litter, seems_image
@@ -106,7 +108,7 @@ def walk(path: Path, _above: tuple[tuple[int, int], ...] = ()) -> Folder:
 
 
 @dataclass(frozen=True)
-class Files:
+class FileShard:
     """Some files below a folder: a shard of those that are looked at."""
 
     root: Path
@@ -114,40 +116,42 @@ class Files:
 
     @property
     def name(self) -> str:
-        """Its first and its last file."""
+        """Returns its first and its last path, for the log."""
         return " to ".join(dict.fromkeys((self.paths[0], self.paths[-1])))
 
     @property
     def images(self) -> int:
-        """How many it has."""
+        """Returns how many files it has."""
         return len(self.paths)
 
 
 def images_among(root: Path, paths: Sequence[str]) -> set[str]:
     """Returns those files below `root` that are images, see `is_image`, by processes of this machine.
 
-    One whose decoding ends its process is none.
+    A HEIC or AVIF whose decoding ends its process is none.
 
     Raises:
         OSError: one cannot be read.
     """
-    salvage: Salvage[Files, list[bool]] = Salvage(
-        divide=lambda shard: (Files(root, (path,)) for path in shard.paths),
+    salvage: Salvage[FileShard, list[bool]] = Salvage(
+        divide=lambda shard: (FileShard(root, (path,)) for path in shard.paths),
         join=lambda parts: [one for part in parts for one in part],
         lost=lambda shard, why: [False],
     )
-    looked_at = map_shards(
-        are_images,
-        (Files(root, tuple(paths[start : start + _SHARD_FILES])) for start in range(0, len(paths), _SHARD_FILES)),
-        engine=None,
-        title="Images looked at",
-        total=len(paths),
-        salvage=salvage,
-    )
-    return {path for shard, found in looked_at for path, is_one in zip(shard.paths, found, strict=True) if is_one}
+    photos = [path for path in paths if is_phone_photo(root / path)]
+    others = sorted(set(paths).difference(photos))
+    found: set[str] = set()
+    # A photograph that ends the process which decodes it must never be decoded by this one.
+    for chosen, engine in ((others, LocalEngine()), (photos, LocalEngine(worth_seconds=0))):
+        starts = range(0, len(chosen), _SHARD_FILES)
+        shards = (FileShard(root, tuple(chosen[start : start + _SHARD_FILES])) for start in starts)
+        title, total = "Images looked at", len(chosen)
+        for shard, is_one in map_shards(are_images, shards, engine=engine, title=title, total=total, salvage=salvage):
+            found.update(compress(shard.paths, is_one))
+    return found
 
 
-def are_images(files: Files) -> list[bool]:
+def are_images(files: FileShard) -> list[bool]:
     """Returns `is_image` of each file."""
     return [is_image(files.root / path) for path in files.paths]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cv_platform.compute import local
 from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.repository import read_version
 from cv_platform.datasets.sources import staging, tree
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo, to_jpeg
+from cv_platform.errors import InvalidDatasetError
 from cv_platform_tests.support.pictures import write_pictures
 
 # 48×32, red on the left and blue on the right; libde265 decodes, and nothing here encodes HEVC.
@@ -101,20 +101,38 @@ def test_processes_look_at_photographs_and_convert_them_to_the_same_bytes(
         return made.dvc_md5, made.left_out
 
     alone = imported("alone")
-    for module, name, most in ((tree, "_SHARD_FILES", 3), (staging, "_SHARD_PHOTOS", 3), (local, "WORTH_SECONDS", 0.0)):
+    for module, name, most in ((tree, "_SHARD_FILES", 3), (staging, "_SHARD_PHOTOS", 3)):
         monkeypatch.setattr(module, name, most)
     assert imported("together") == alone
     assert sum(alone[1].values()) == 1
 
 
 def test_a_photograph_that_ends_its_process_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    names = [f"{name}.avif" for name in "abc"]
+    for name in names:
+        write_avif(tmp_path / name, np.full((16, 16, 3), 90, np.uint8))
     monkeypatch.setattr(tree, "are_images", dies_of_b)
-    monkeypatch.setattr(local, "WORTH_SECONDS", 0.0)
-    assert tree.images_among(tmp_path, ["a.png", "b.png", "c.png"]) == {"a.png", "c.png"}
+    assert tree.images_among(tmp_path, names) == {"a.avif", "c.avif"}
 
 
-def dies_of_b(files: tree.Files) -> list[bool]:
-    if "b.png" in files.paths:
+def dies_of_b(files: tree.FileShard) -> list[bool]:
+    if "b.avif" in files.paths:
         os.kill(os.getpid(), signal.SIGKILL)
     return tree.are_images(files)
+
+
+def test_a_photograph_whose_conversion_ends_its_process_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_pictures(tmp_path / "pets", ["cat/0.jpg", "dog/0.jpg"])
+    for name in "abc":
+        write_avif(source / f"cat/{name}.avif", np.full((16, 16, 3), 90, np.uint8))
+    monkeypatch.setattr(staging, "convert", dies_converting_b)
+    with pytest.raises(InvalidDatasetError, match=r"Expected cat/b\.avif to become a JPEG.* by SIGKILL\. Remove it"):
+        import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
+
+
+def dies_converting_b(photos: staging.PhotoShard) -> None:
+    if any(path == "cat/b.avif" for path, _ in photos.pairs):
+        os.kill(os.getpid(), signal.SIGKILL)
+    staging.convert(photos)
