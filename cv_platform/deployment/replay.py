@@ -10,7 +10,7 @@ Only what is sure refuses a challenger: a share counts as beyond its limit where
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine as ComputeEngine
 from cv_platform.compute.local import WORTH_SECONDS
 from cv_platform.config import EvaluateConfig, ExperimentConfig, ReplayConfig
+from cv_platform.database.schema import images as stored_images
 from cv_platform.database.schema import is_request, predictions
 from cv_platform.database.uploads import read_feedback, read_images
 from cv_platform.deployment.bundle import TRAINED_ON
@@ -41,6 +42,8 @@ from cv_platform.serving.model.runtime import LoadedModel, PublishedModel, fetch
 from cv_platform.storage import BundleMetadata, CentralStorage
 
 _BATCH = 32
+_BATCH_BYTES = 16 * 2**20
+"""The most that the uploads of a shard have, unless it is one alone: the driver holds three shards for each worker."""
 _ROWS_PER_UPLOAD = 5
 """So many requests are looked at for each upload that is wanted: an upload may have been sent again and again."""
 _SHOWN = 24
@@ -50,19 +53,20 @@ _PICTURE_PX = 120
 
 @dataclass(frozen=True)
 class _Upload:
-    """An upload, and the requests that sent it, the latest first."""
+    """An upload, its size, and the requests that sent it, the latest first."""
 
     sha256: str
+    bytes: int
     prediction_ids: list[UUID]
 
 
 @dataclass(frozen=True)
-class Part:
+class UploadShard:
     """Some uploads: a shard. It has their bytes, so that nobody else needs to reach the request log, or its password.
 
     Attributes:
-        name: of the first one, by its sha256.
-        contents: of each; empty of one that is gone.
+        name: the sha256 of the first one.
+        contents: the bytes of each; none of one that is gone.
     """
 
     name: str
@@ -70,18 +74,18 @@ class Part:
 
     @property
     def images(self) -> int:
-        """How many it has."""
+        """Returns how many uploads it has."""
         return len(self.contents)
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a model says of the readable uploads of a part.
+class ModelAnswers:
+    """What a model says of the readable uploads of a shard.
 
     Attributes:
         probabilities: `(n, C)`, by the model's own classes.
-        unknown: `(n,)`; None: it has no rule.
-        cpu_seconds: that it took.
+        unknown: `(n,)`, whether each image is unknown to it; None: it has no rule for that.
+        cpu_seconds: CPU time that the answers took.
     """
 
     probabilities: NDArray[np.float32]
@@ -102,12 +106,12 @@ class _Side:
     unknown: list[NDArray[np.bool_]] = field(default_factory=list[NDArray[np.bool_]])
     cpu_seconds: float = 0.0
 
-    def take(self, said: Said) -> None:
+    def take(self, answers: ModelAnswers) -> None:
         columns = [self.facts.class_names.index(name) for name in self.class_names]
-        self.probabilities.append(said.probabilities[:, columns])
-        if said.unknown is not None:
-            self.unknown.append(said.unknown)
-        self.cpu_seconds += said.cpu_seconds
+        self.probabilities.append(answers.probabilities[:, columns])
+        if answers.unknown is not None:
+            self.unknown.append(answers.unknown)
+        self.cpu_seconds += answers.cpu_seconds
 
     def decisions(self) -> NDArray[np.bool_]:
         """Returns `(N, C)`: what it decides, by its own thresholds."""
@@ -181,7 +185,8 @@ def _last_uploads(engine: Engine, champion: ModelIdentity, count: int) -> tuple[
     """Returns the uploads that it was asked about last, the latest first, and how many requests have none any more."""
     table = predictions.c
     latest = (
-        select(table.prediction_id, table.image_sha256)
+        select(table.prediction_id, table.image_sha256, stored_images.c.bytes)
+        .outerjoin(stored_images, stored_images.c.sha256 == table.image_sha256)
         .where(table.model_name == champion.model_name, table.model_version == champion.version, is_request())
         .order_by(table.created_on.desc(), table.prediction_id)
         .limit(count * _ROWS_PER_UPLOAD)
@@ -189,13 +194,13 @@ def _last_uploads(engine: Engine, champion: ModelIdentity, count: int) -> tuple[
     found: dict[str, _Upload] = {}
     not_kept = 0
     with engine.connect() as connection:
-        for prediction_id, sha256 in connection.execute(latest):
+        for prediction_id, sha256, size in connection.execute(latest):
             if sha256 is None:
                 not_kept += 1
             elif sha256 in found:
                 found[sha256].prediction_ids.append(prediction_id)
             elif len(found) < count:
-                found[sha256] = _Upload(sha256, [prediction_id])
+                found[sha256] = _Upload(sha256, size or 0, [prediction_id])
     return list(found.values()), not_kept
 
 
@@ -209,42 +214,56 @@ def _side(model: ModelIdentity, storage: CentralStorage, home: Path, class_names
 def _answer(
     engine: Engine, uploads: Sequence[_Upload], old: _Side, new: _Side, compute: ComputeEngine | None
 ) -> tuple[list[_Upload], list[UUID]]:
-    """Lets both answer, a few images in memory at a time; returns the uploads that they have answered, and the rest."""
+    """Lets both answer, shard by shard; returns the uploads that they have answered, and requests of the rest."""
     answered: list[_Upload] = []
     unreadable: list[UUID] = []
-    starts = range(0, len(uploads), _BATCH)
-    parts = map_shards(
-        partial(answer_part, old.model, new.model),
-        (_part(engine, uploads[start : start + _BATCH]) for start in starts),
+    batches = list(_batches(uploads))
+    shards = map_shards(
+        partial(answer_uploads, old.model, new.model),
+        (_with_contents(engine, batch) for batch in batches),
         engine=compute,
         title="Replay",
         total=len(uploads),
         alone_seconds=WORTH_SECONDS,
     )
-    for start, (_, (is_readable, said)) in zip(starts, parts, strict=True):
-        for upload, readable in zip(uploads[start:], is_readable, strict=False):
+    for batch, (_, (is_readable, answers)) in zip(batches, shards, strict=True):
+        for upload, readable in zip(batch, is_readable, strict=True):
             if readable:
                 answered.append(upload)
             else:
                 unreadable.append(upload.prediction_ids[0])
-        for side, by_it in zip((old, new), said, strict=False):
+        for side, by_it in zip((old, new), answers, strict=False):
             side.take(by_it)
     return answered, unreadable
 
 
-def _part(engine: Engine, uploads: Sequence[_Upload]) -> Part:
+def _batches(uploads: Sequence[_Upload]) -> Iterator[list[_Upload]]:
+    """Yields the uploads of each shard, in order."""
+    batch: list[_Upload] = []
+    for upload in uploads:
+        is_full = sum(one.bytes for one in batch) + upload.bytes > _BATCH_BYTES or len(batch) == _BATCH
+        if batch and is_full:
+            yield batch
+            batch = []
+        batch.append(upload)
+    yield batch
+
+
+def _with_contents(engine: Engine, uploads: Sequence[_Upload]) -> UploadShard:
     contents = read_images(engine, [upload.sha256 for upload in uploads])
     # One may have been deleted a moment ago.
-    return Part(uploads[0].sha256, [contents.get(upload.sha256, b"") for upload in uploads])
+    return UploadShard(uploads[0].sha256, [contents.get(upload.sha256, b"") for upload in uploads])
 
 
-def answer_part(old: PublishedModel, new: PublishedModel, part: Part) -> tuple[list[bool], list[Said]]:
-    """Returns which uploads of a part can be read, and what both models say of those; nothing if there are none."""
+def answer_uploads(
+    old: PublishedModel, new: PublishedModel, shard: UploadShard
+) -> tuple[list[bool], list[ModelAnswers]]:
+    """Returns which uploads of a shard can be read, and what both models say of those; nothing if there are none."""
     models = old.load(), new.load()
     is_same = models[0].metadata.preprocessing_hash == models[1].metadata.preprocessing_hash
     batches: tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]] = ([], [])
     is_readable: list[bool] = []
-    for content in part.contents:
+    for content in shard.contents:
         try:
             pixels = _pixels(models[1], content)
             seen = pixels if is_same else _pixels(models[0], content)
@@ -256,7 +275,7 @@ def answer_part(old: PublishedModel, new: PublishedModel, part: Part) -> tuple[l
         is_readable.append(True)
     if not batches[0]:
         return is_readable, []
-    return is_readable, [_said(model, np.stack(batch)) for model, batch in zip(models, batches, strict=True)]
+    return is_readable, [_answers(model, np.stack(batch)) for model, batch in zip(models, batches, strict=True)]
 
 
 def _pixels(model: LoadedModel, content: bytes) -> NDArray[np.uint8]:
@@ -264,12 +283,12 @@ def _pixels(model: LoadedModel, content: bytes) -> NDArray[np.uint8]:
     return images.preprocess(content, model.metadata.image_size, max_pixels=limit, preprocessing=model.preprocessing)
 
 
-def _said(model: LoadedModel, batch: NDArray[np.uint8]) -> Said:
+def _answers(model: LoadedModel, batch: NDArray[np.uint8]) -> ModelAnswers:
     before = time.process_time()
-    said = model.predict_batch(batch)
+    answer = model.predict_batch(batch)
     seconds = time.process_time() - before
-    unknown = None if model.unknown is None else model.unknown.score(said.features) > 1.0
-    return Said(said.probabilities, unknown, seconds)
+    unknown = None if model.unknown is None else model.unknown.score(answer.features) > 1.0
+    return ModelAnswers(answer.probabilities, unknown, seconds)
 
 
 def _measured(

@@ -142,6 +142,14 @@ def test_an_equal_challenger_passes_and_what_cannot_be_replayed_is_counted_and_n
     assert few.replayed == 6, "the seven latest uploads, of which one is damaged"
 
 
+def test_a_shard_has_few_megabytes_of_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replays, "_BATCH_BYTES", 16)
+    monkeypatch.setattr(replays, "_BATCH", 3)
+    uploads = [replays._Upload(str(at), size, []) for at, size in enumerate((10, 7, 9, 40, 1, 1, 1, 1))]
+    batches = [[upload.bytes for upload in batch] for batch in replays._batches(uploads)]
+    assert batches == [[10], [7, 9], [40], [1, 1, 1], [1]]
+
+
 def require_same_replay(
     compute: ComputeEngine, engine: Engine, replay: Callable[..., Replay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
