@@ -21,7 +21,7 @@ from cv_platform.compute import rows
 from cv_platform.compute.carried import CarriedFile
 from cv_platform.compute.rows import row_shards
 from cv_platform.datasets.packing import open_split, pack_images
-from cv_platform.datasets.shards import reading, writing
+from cv_platform.datasets.shards import reading, sharing, writing
 from cv_platform.errors import DatasetError, StorageError
 from cv_platform.evaluation.classifier import Classifier, answer_rows
 from cv_platform.records import DatasetVersion, PackedImages
@@ -93,6 +93,24 @@ def test_another_machine_takes_the_pack_and_each_shard_when_it_is_first_used(
     assert not hashed
     assert pack(version, tmp_path / "there", storage, uint8_budget_bytes=budget) == taken
     np.testing.assert_array_equal(pixels(taken, "test"), pixels(made, "test"))
+
+
+def test_where_a_published_pack_is_is_noted_once_and_not_in_a_folder_that_cannot_be_written(
+    version: DatasetVersion, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pack(version, tmp_path / "here", storage)
+    note = made.directory / "published.json"
+    inode = note.stat().st_ino
+    assert pack(version, tmp_path / "here", storage) == made
+    assert note.stat().st_ino == inode
+
+    def refuse(path: Path, _: str) -> None:
+        raise PermissionError(f"{path} is another user's")
+
+    note.unlink()
+    monkeypatch.setattr(sharing, "write_file", refuse)
+    assert pack(version, tmp_path / "here", storage) == made
+    assert not note.exists()
 
 
 _WORKER = """

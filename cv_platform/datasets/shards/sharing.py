@@ -9,6 +9,7 @@ where it lies if central storage is a folder (a link), else downloaded; then it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ ORIGIN = "origin.json"
 _FOLDER = "shards"
 _SHARED = "shared.json"
 _PUBLISHED = "published.json"
-"""In a pack that central storage has: where that is."""
+"""A file in a pack that central storage has, which says where that storage is."""
 _SHARD_SUFFIXES = frozenset({".uint8", ".jpeg"})
 
 
@@ -38,9 +39,8 @@ def publish_pack(directory: Path, files: Sequence[str], storage_url: str) -> Non
     """
     store = ObjectStore(storage_url)
     pack = store.path(_FOLDER, directory.name)
-    note = json.dumps({"storage": storage_url})
     if _published(store, directory.name) is not None:
-        write_file(directory / _PUBLISHED, note)
+        _note_published(directory, storage_url)
         return
     bring_shards(directory, files)
     folder, copied = secrets.token_hex(4), sorted(files)
@@ -51,7 +51,15 @@ def publish_pack(directory: Path, files: Sequence[str], storage_url: str) -> Non
     if _published(store, directory.name) != (folder, copied):
         with store.errors(f"remove a second copy of the packed images {directory.name}"):
             store.remove(f"{pack}/{folder}")
-    write_file(directory / _PUBLISHED, note)
+    _note_published(directory, storage_url)
+
+
+def _note_published(directory: Path, storage_url: str) -> None:
+    note = json.dumps({"storage": storage_url})
+    # In a folder of another user, say: then only who sees that folder works on its images.
+    with contextlib.suppress(OSError):
+        if not (directory / _PUBLISHED).exists() or (directory / _PUBLISHED).read_text(encoding="utf-8") != note:
+            write_file(directory / _PUBLISHED, note)
 
 
 def take_pack(directory: Path, storage_url: str) -> bool:
