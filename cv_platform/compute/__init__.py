@@ -67,8 +67,8 @@ def map_shards(
         total: images of all shards.
         in_order: in the order of `shards`; else as they come.
         salvage: what becomes of the rest of a shard that kills its process.
-        alone_seconds: this process begins, and others are asked, whoever they are, once so much is left for it: where
-            each has to load a network first. 0: they are asked at once.
+        alone_seconds: of work, from which others are worth asking where each has to load a network first. Until this
+            process has so much left, or `engine.worth_seconds` if that is more, it works alone; 0: the engine says.
 
     Raises:
         ShardError: shards have killed each process that worked on them; all others are done.
@@ -77,18 +77,18 @@ def map_shards(
     with closing(Progress(title, total)) as progress:
         lost: list[str] = []
         shards = iter(shards)
-        if alone_seconds > 0:
-            for shard, result in alone(function, shards, worth_seconds=alone_seconds, total=total):
+        if (worth_seconds := max(alone_seconds, engine.worth_seconds)) > 0:
+            for shard, result in alone(function, shards, worth_seconds=worth_seconds, total=total):
                 progress.add(shard.images)
                 yield shard, result
         if not (first := list(islice(shards, 1))):
             return  # And no cluster is started.
-        for outcome in engine.run(function, chain(first, shards), total=progress.left, in_order=in_order):
+        for outcome in engine.run(function, chain(first, shards), in_order=in_order):
             if outcome.failure is None:
                 result = outcome.result
             elif salvage is not None:
                 logger.warning("%s: %s %s; its images are tried one by one", title, outcome.shard.name, outcome.failure)
-                singles = engine.run(function, salvage.divide(outcome.shard), total=None, in_order=True)
+                singles = engine.run(function, salvage.divide(outcome.shard), in_order=True)
                 result = salvage.join(
                     [one.result if one.failure is None else salvage.lost(one.shard, one.failure) for one in singles]
                 )
@@ -99,8 +99,12 @@ def map_shards(
             progress.add(outcome.shard.images)
             yield outcome.shard, result
         if lost:
-            more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-            raise ShardError(
-                f"{title}: expected every shard. Received: {', '.join(lost[:_SHOWN])}{more}. All others are done. Look "
-                "at the images of these shards, and at the memory of the machine; then run it again."
-            )
+            raise _lost_shards(title, lost)
+
+
+def _lost_shards(title: str, lost: list[str]) -> ShardError:
+    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return ShardError(
+        f"{title}: expected every shard. Received: {', '.join(lost[:_SHOWN])}{more}. All others are done. Look at the "
+        "images of these shards, and at the memory of the machine; then run it again."
+    )

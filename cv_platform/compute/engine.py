@@ -20,6 +20,7 @@ AHEAD = 3
 """Shards for each worker that are given out, or wait for their turn."""
 _PASSING = (StorageError, DatabaseUnavailableError, LockHeldError, ServiceError, ConnectionError, TimeoutError)
 _TRIAL_SECONDS = 0.5
+"""Of work after which this process knows how long the rest takes it."""
 _WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Before a shard is tried again whose storage is away: a minute together."""
 
@@ -74,15 +75,17 @@ class Engine(Protocol):
         """Returns how many shards it works on at a time."""
         ...
 
-    def run(
-        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
-    ) -> Iterator[Outcome[S, R]]:
+    @property
+    def worth_seconds(self) -> float:
+        """Returns how much work it is worth asking for: what is less, the process that has it does itself."""
+        ...
+
+    def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         """Yields what came of each shard, a shard that kills its process included.
 
         Args:
             function: see `map_shards`.
             shards: taken as the work goes on.
-            total: images of all of them; None: each has to have a process of its own, as it may kill it.
             in_order: in the order of `shards`; else as they come.
 
         Raises:

@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from subprocess import DEVNULL, Popen
 from typing import Any
 
-from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, alone
+from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns
 from cv_platform.cores import available_cores
 from cv_platform.errors import ComputeError
 
@@ -46,22 +46,16 @@ class LocalEngine:
 
     Args:
         workers: how many; None: as many as there are cores that this process may use.
-        worth_seconds: work that this process would do in less is done by it; 0: none is.
+        worth_seconds: work that this process would do in less is done by it; 0: none is, as where a shard may kill it.
     """
 
     def __init__(self, workers: int | None = None, *, worth_seconds: float | None = None) -> None:
         self.workers = available_cores() if workers is None else workers
-        self._worth_seconds = WORTH_SECONDS if worth_seconds is None else worth_seconds
+        worth_seconds = WORTH_SECONDS if worth_seconds is None else worth_seconds
+        self.worth_seconds = math.inf if worth_seconds > 0 and self.workers == 1 else worth_seconds
 
-    def run(
-        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
-    ) -> Iterator[Outcome[S, R]]:
+    def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         """See `Engine.run`."""
-        shards = iter(shards)
-        if total is not None and self._worth_seconds > 0:
-            worth_seconds = self._worth_seconds if self.workers > 1 else math.inf
-            for shard, result in alone(function, shards, worth_seconds=worth_seconds, total=total):
-                yield Outcome(shard, result)
         turns: Turns[S, R] = Turns(shards, ahead=AHEAD * self.workers, in_order=in_order)
         yield from _Crew(function, turns, self.workers).outcomes()
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Progress:
     """Counts images, and shows how many there are, how fast they come and when the last one will.
 
-    By a bar where standard error is a terminal, until it is closed, else by lines in the log.
+    By a bar where standard error is a terminal, until it is closed, else by lines in the log; nothing of no images.
 
     Args:
         title: of the work.
@@ -32,15 +32,10 @@ class Progress:
         self._title, self._total, self._done = title, total, 0
         self._started = self._said = time.monotonic()
         self._bar: tqdm[NoReturn] | None = None
-        if sys.stderr.isatty():
+        if total > 0 and sys.stderr.isatty():
             from tqdm import tqdm  # Late: each process that works on shards imports this package.
 
             self._bar = tqdm(total=total, desc=title, unit=" images", dynamic_ncols=True, file=sys.stderr)
-
-    @property
-    def left(self) -> int:
-        """Images that are not done."""
-        return self._total - self._done
 
     def add(self, images: int) -> None:
         """Counts images that are done."""
@@ -54,7 +49,7 @@ class Progress:
             logger.info(self.line(now - self._started))
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Ends the bar, which stays on the terminal as it is."""
         if self._bar is not None:
             self._bar.close()
 

@@ -29,7 +29,7 @@ PACKAGES = (
 )
 """What decides the bytes that come of a shard, or whether it can be read at all."""
 _TASK_BYTES = 2**30
-"""Of memory for each task, by which Ray places it: TensorFlow with a network takes 0.8 GB, a decoded photograph 0.1."""
+"""Memory that Ray keeps for each task: TensorFlow with a network takes 0.8 GB, a decoded photograph 0.1."""
 _STARTS = 3
 """On a busy machine, its agents may not be there within 15 s: https://github.com/ray-project/ray/issues/65983"""
 _INSTALL = "Install the extra: pip install 'cv-platform[ray]', or set CV_COMPUTE=local."
@@ -46,6 +46,8 @@ class RayEngine:
         ComputeError: Ray is not installed.
     """
 
+    worth_seconds = 0.0
+
     def __init__(self, address: str | None = None, *, workers: int | None = None) -> None:
         self._address, self._most = address, workers
         _ray()
@@ -59,9 +61,7 @@ class RayEngine:
         """Returns one that gives a shard out when there is a core for it, and none ahead."""
         return RayEngine(self._address, workers=self.workers)
 
-    def run(
-        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
-    ) -> Iterator[Outcome[S, R]]:
+    def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         """See `Engine.run`."""
         ray = self._joined()
         turns: Turns[S, R] = Turns(shards, ahead=self._most or AHEAD * self.workers, in_order=in_order)

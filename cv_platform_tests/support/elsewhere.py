@@ -11,15 +11,13 @@ from cv_platform.compute.local import LocalEngine
 class Elsewhere:
     """Works on shards by two processes, and counts those that came back."""
 
-    workers = 2
+    workers, worth_seconds = 2, 0.0
 
     def __init__(self) -> None:
         self.shards = 0
 
-    def run(
-        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
-    ) -> Iterator[Outcome[S, R]]:
+    def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         processes = LocalEngine(self.workers, worth_seconds=0)
-        for outcome in processes.run(function, shards, total=total, in_order=in_order):
+        for outcome in processes.run(function, shards, in_order=in_order):
             self.shards += 1
             yield outcome

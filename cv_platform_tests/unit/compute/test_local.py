@@ -67,8 +67,9 @@ def test_little_work_starts_no_process() -> None:
     assert {process for _, process in results} == {os.getpid()}
 
 
-def test_what_each_process_would_have_to_load_is_begun_here_and_then_shared_out(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("engine", [PROCESSES, LocalEngine(2, worth_seconds=1.0)])
+def test_what_each_process_would_have_to_load_is_begun_here_once_and_then_shared_out(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Nobody(LocalEngine):
         def run(self, *_: Any, **__: Any) -> Iterator[Any]:
@@ -79,7 +80,7 @@ def test_what_each_process_would_have_to_load_is_begun_here_and_then_shared_out(
 
     ticks = count(0.0, 0.25)  # A quarter of a second for each shard: after two, 8 of 10 are left.
     monkeypatch.setattr(engines.time, "perf_counter", lambda: next(ticks))
-    much = map_shards(process_id, shards(10), engine=PROCESSES, title="Counting", total=20, alone_seconds=2.0)
+    much = map_shards(process_id, shards(10), engine=engine, title="Counting", total=20, alone_seconds=2.0)
     outcomes = list(much)
     assert [shard for shard, _ in outcomes] == shards(10)
     assert [process == os.getpid() for _, process in outcomes] == [True] * 2 + [False] * 8
@@ -120,6 +121,8 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := _Terminal())
+    assert list(watched([], "Images converted")) == []
+    assert terminal.getvalue() == "", "nothing of no images"
     assert list(watched(range(30), "Images copied")) == list(range(30))
     assert re.search(r"Images copied: 100%.* 30/30 \[", terminal.getvalue())
     monkeypatch.setattr(sys, "stderr", file := io.StringIO())

@@ -147,11 +147,9 @@ def test_a_killed_scoring_loses_only_what_was_not_finished(
 class DiesOf:
     """An engine whose processes die of one image."""
 
-    workers = 1
+    workers, worth_seconds = 1, 0.0
 
-    def run(
-        self, function: Callable[[S], R], shards: Iterable[S], *, total: int | None, in_order: bool
-    ) -> Iterator[Outcome[S, R]]:
+    def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         for shard in shards:
             dies = "b/2.png" in getattr(shard, "paths", ())
             yield Outcome(shard, None if dies else function(shard), "has ended 3 processes" if dies else None)
