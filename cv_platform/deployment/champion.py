@@ -19,7 +19,7 @@ from typing_extensions import override
 from cv_platform import images
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine as ComputeEngine
-from cv_platform.compute.rows import Device, Rows, row_shards
+from cv_platform.compute.rows import Device, RowShard, row_shards
 from cv_platform.config import ClassifierType
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment.bundle import TRAINED_ON
@@ -118,7 +118,7 @@ def class_difference(metadata: BundleMetadata, class_names: Sequence[str], class
 
 @dataclass(frozen=True)
 class Answers:
-    """The champion's: by the model at hand, with all cores; in another process by the published one, with one."""
+    """What the champion answers: by the model at hand with all cores; elsewhere by the published one with one core."""
 
     published: PublishedModel
     model: LoadedModel | None = None
@@ -127,7 +127,7 @@ class Answers:
     def __reduce__(self) -> tuple[Any, ...]:
         return Answers, (self.published,)
 
-    def __call__(self, shard: Rows) -> np.ndarray:
+    def __call__(self, shard: RowShard) -> np.ndarray:
         """Returns `(n, C)` float32 probabilities of a shard's images."""
         model = self.model or self.published.load()
         return np.concatenate([model.predict_batch(batch).probabilities for batch in shard.batches(_BATCH)])

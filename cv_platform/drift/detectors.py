@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine
-from cv_platform.compute.rows import ImageRows, Rows, row_shards
+from cv_platform.compute.rows import ImageRows, RowShard, row_shards
 from cv_platform.config import ExperimentConfig
 from cv_platform.drift.encoders import build_uae, encoder_hash
 from cv_platform.drift.extraction import KerasAnswer, require_finite
@@ -223,7 +223,7 @@ def extract_samples(
 
     Where `answer` is given, it answers for the Keras files, in this process. Where `encoder` is given, the samples have
     its vectors, of the pixels as they are, resized. What takes long is shared out to the machines of `engine`, with the
-    same bytes.
+    same bytes where their processors have the same vector instructions.
 
     Raises:
         InvalidModelError: see `extract`.
@@ -256,7 +256,7 @@ def extract_samples(
     return [whole.take(part) for part in taken]
 
 
-def answer_rows(answer: Answer, encoder: Encoder | None, shard: Rows) -> tuple[NDArray[np.float32], ...]:
+def answer_rows(answer: Answer, encoder: Encoder | None, shard: RowShard) -> tuple[NDArray[np.float32], ...]:
     """Returns what `extract_samples` puts together, of a shard: what `answer` says, pixel statistics, and vectors."""
     made: list[tuple[NDArray[np.float32], ...]] = []
     for images in shard.batches():

@@ -1,6 +1,7 @@
 """A trained model that answers images: those of a large split in shards, by other machines as well.
 
-Batches are of the same rows whoever predicts them, so that the same probabilities come out, to the bit.
+Batches are of the same rows whoever predicts them, so that the same probabilities come out, to the bit, of processors
+with the same vector instructions; others round otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from cv_platform.compute import map_shards
 from cv_platform.compute.carried import CarriedFile
 from cv_platform.compute.engine import Engine
-from cv_platform.compute.rows import BATCH_ROWS, Device, Rows, row_shards
+from cv_platform.compute.rows import Device, RowShard, batch_slices, row_shards
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.datasets.shards.reading import Images
 from cv_platform.errors import TrainingError
@@ -78,7 +79,7 @@ def load_classifier(keras_path: Path, *, classes: int) -> Any:
 def predict(model: Any, images: Images) -> np.ndarray:
     """Returns `(N, C)` float32 probabilities of `(N, H, W, 3)` uint8 images, in order."""
     # One compiled call per batch shape (there are at most two); `model.predict` would set up a data adapter as well.
-    batches = (np.asarray(images[start : start + BATCH_ROWS]) for start in range(0, len(images), BATCH_ROWS))
+    batches = (np.asarray(images[rows]) for rows in batch_slices(len(images)))
     return np.concatenate([_probabilities(model, batch) for batch in batches])
 
 
@@ -117,19 +118,19 @@ def answer_split(classifier: Classifier, split: PackedSplit, engine: Engine | No
     return probabilities, properties
 
 
-def predict_rows(classifier: Classifier, shard: Rows) -> tuple[np.ndarray, ...]:
+def predict_rows(classifier: Classifier, shard: RowShard) -> tuple[np.ndarray, ...]:
     """Returns the probabilities of a shard's images."""
     return (np.concatenate([_probabilities(classifier.model, batch) for batch in shard.batches()]),)
 
 
-def answer_rows(classifier: Classifier, shard: Rows) -> tuple[np.ndarray, ...]:
+def answer_rows(classifier: Classifier, shard: RowShard) -> tuple[np.ndarray, ...]:
     """Returns the probabilities of a shard's images, and their pixel statistics."""
     made = [(_probabilities(classifier.model, batch), batch_properties(batch)) for batch in shard.batches()]
     return tuple(np.concatenate(part) for part in zip(*made, strict=True))
 
 
 def _shared_out(
-    function: Callable[[Classifier, Rows], tuple[np.ndarray, ...]],
+    function: Callable[[Classifier, RowShard], tuple[np.ndarray, ...]],
     classifier: Classifier,
     split: PackedSplit,
     engine: Engine | None,
