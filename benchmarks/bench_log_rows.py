@@ -52,11 +52,11 @@ SLICE = f"seconds of a slice of {BATCH_ROWS:,} rows that retention deletes"
 NOTHING = "seconds of a night of retention that finds nothing too old"
 DAY = f"seconds of a slice of {BATCH_ROWS:,} rows in a night that deletes a day's, {DAY_ROWS:,}"
 MOST_GROWTH = 2.0
-"""Of what has as many rows as before, for each tenfold that the log grows."""
+"""How many times as long a slice of as many rows may take, for each tenfold that the log grows."""
 MOST_SECONDS = 1.0
-"""Of a window, of a slice of retention, and of a night that finds nothing too old, whatever the size of the table."""
+"""The most that a window, a slice of retention or a night that finds nothing too old may take, in any table."""
 _SORTING = 1.1
-"""Of the bytes that rows and indexes have in the end: what is needed while they are made."""
+"""Disk space that is needed while rows and indexes are made, as a multiple of what they have in the end."""
 
 
 def run(options: Options) -> Report:

@@ -36,7 +36,7 @@ class Options:
     """Training images, for a learning curve (training); how many are searched (near-copies), or few and many (memory of
     data-speed) and how many are made again; none: as each has it."""
     rows: int | None
-    """Of the larger request log (log-rows); None: ten million."""
+    """Rows of the larger request log (log-rows); None: ten million."""
     config: Path | None
     """A config instead of each set's (training)."""
     say: Callable[[str], None]

@@ -35,7 +35,7 @@ SPARE_BYTES = 8_000_000_000
 """What stays free on the disk while rows are written, as others write, too."""
 UPLOAD_EVERY = 10
 Widths = tuple[int, int, int]
-"""Of `uae_feats`, `bbsd_feats` (one a class) and `features`; `properties` has 7 numbers in any log."""
+"""Lengths of `uae_feats`, `bbsd_feats` (one a class) and `features`; `properties` has 7 numbers in any log."""
 _CHUNK_ROWS = 50_000
 _MICROSECONDS_A_ROW = 365 * 86_400 * 1_000_000 / YEAR_ROWS
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)

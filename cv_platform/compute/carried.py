@@ -28,7 +28,7 @@ class CarriedFile:
 
     @classmethod
     def of(cls, path: Path) -> CarriedFile:
-        """Returns a file as it is now."""
+        """Returns the file at a path as it is now."""
         try:
             return cls(path, path.stat().st_mtime_ns)
         except FileNotFoundError:
@@ -41,7 +41,7 @@ class CarriedFile:
 
     @contextmanager
     def open_path(self) -> Iterator[Path]:
-        """Yields where it can be read, under its own name."""
+        """Yields a path at which the file can be read, under its own name."""
         if self.content is None:
             yield self.path
             return

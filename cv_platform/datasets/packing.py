@@ -213,7 +213,7 @@ def open_split(packed: PackedImages, split: str, *, beside: TrainedModel | None 
 
 @dataclass(frozen=True)
 class PackSource:
-    """The images of a split, for another process.
+    """Where another process finds the images of a split.
 
     Attributes:
         directory: of the pack, where this process has it.

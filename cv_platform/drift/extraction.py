@@ -86,7 +86,7 @@ class KerasAnswer:
 
     @classmethod
     def of(cls, keras_path: Path, uae_path: Path) -> KerasAnswer:
-        """Returns two files as this process computes them."""
+        """Returns the answer by two files, as this process computes it."""
         return cls(CarriedFile.of(keras_path), CarriedFile.of(uae_path), Device.here())
 
     @property

@@ -68,7 +68,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, metadata: BundleMetadata) -> ModelFacts:
-        """Returns those of a published version."""
+        """Returns what a published version's metadata say."""
         return cls(metadata.classifier_type, metadata.threshold, metadata.preprocessing_hash, metadata.encoder_hash)
 
 

@@ -52,11 +52,11 @@ _more_memory = text(
     "SELECT set_config('work_mem', '64MB', true) "
     "WHERE pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB')"
 )
-"""In which PostgreSQL sorts a window, unless it has more: some 300,000 requests; it takes files for more."""
+"""Gives PostgreSQL memory to sort a window of some 300,000 requests, unless it has more; it takes files for more."""
 _ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256", *SLICE_COLUMNS)
 _order = (predictions.c.created_on, predictions.c.prediction_id)
 _place: ColumnElement[str] = literal_column("predictions.ctid")
-"""Of a row, in one snapshot: https://www.postgresql.org/docs/17/ddl-system-columns.html"""
+"""Where a row lies, which holds for one snapshot: https://www.postgresql.org/docs/17/ddl-system-columns.html"""
 
 
 @dataclass(frozen=True)

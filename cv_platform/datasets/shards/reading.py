@@ -64,7 +64,7 @@ class ShardedImages:
         ]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Lets another process open them."""
+        """Returns what another process opens the images by."""
         if self._reopened is None:
             return self._by_files, ()
         function, argument = self._reopened
