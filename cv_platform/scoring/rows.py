@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 
@@ -160,7 +159,8 @@ class _Rows:
             values["confidence"] = prediction.probabilities.max()
             values |= {"unknown_score": score, "is_unknown": None if score is None else score > 1}
             if HEAT_MAP in self._columns:
-                values[HEAT_MAP] = _heat_map(said)
+                cam = said.prediction.cam
+                values[HEAT_MAP] = draw(said.image, cam, Explain.JPEG, longest_px=SMALLEST_SIDE_PX).overlaid
             self._vectors[UAE_FEATS][row] = prediction.uae
             self._vectors[BBSD_FEATS][row] = prediction.probabilities
             self._vectors[FEATURES][row] = prediction.features
@@ -176,13 +176,3 @@ class _Rows:
             values = pa.array(matrix.ravel(), pa.float32())
             arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=schema.field(name).type)
         return pa.table([arrays[name] for name in schema.names], schema=schema)
-
-
-def _heat_map(said: Predicted) -> bytes:
-    height, width = said.image.shape[:2]
-    scale = SMALLEST_SIDE_PX / max(height, width)
-    image = said.image
-    if scale < 1:
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
-    return draw(image, said.prediction.cam, Explain.JPEG).overlaid

@@ -71,16 +71,19 @@ class Pictures:
         return _encode(self.image, self.explain)
 
 
-def draw(image: NDArray[np.uint8], cam: NDArray[np.float32], explain: Explain) -> Pictures:
+def draw(
+    image: NDArray[np.uint8], cam: NDArray[np.float32], explain: Explain, *, longest_px: int = LONGEST_SIDE_PX
+) -> Pictures:
     """Draws an explanation.
 
     Args:
         image: `(H, W, 3)` uint8, RGB, upright; of any size.
         cam: `(h, w)` float, 0–1, any size of its own; what lies outside is clipped, what is not a number counts as 0.
         explain: JPEG or PNG.
+        longest_px: most pixels of the longest side, at least `SMALLEST_SIDE_PX`.
 
     Returns:
-        Pictures with a longest side of `SMALLEST_SIDE_PX` to `LONGEST_SIDE_PX` and the proportions of the image.
+        Pictures with a longest side of `SMALLEST_SIDE_PX` to `longest_px` and the proportions of the image.
 
     Raises:
         ValueError: the arrays are not as described, or `explain` asks for no pictures.
@@ -91,7 +94,7 @@ def draw(image: NDArray[np.uint8], cam: NDArray[np.float32], explain: Explain) -
         raise ValueError(f"Expected a map of (h, w). Received: {cam.shape}.")
     if explain.media_type is None:
         raise ValueError(f"Expected jpeg or png. Received: {explain}.")
-    picture = cv2.cvtColor(_picture_sized(image), cv2.COLOR_RGB2BGR)
+    picture = cv2.cvtColor(_picture_sized(image, longest_px), cv2.COLOR_RGB2BGR)
     height, width = picture.shape[:2]
     small = np.minimum(np.fmax(cam.astype(np.float32), 0.0), 1.0)  # `fmax` passes over what is not a number.
     # Cubic is smooth where linear shows the cells as diamonds. In 8 bits, which is what the colours have, as OpenCV's
@@ -150,11 +153,11 @@ def to_base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _picture_sized(image: NDArray[Any]) -> NDArray[Any]:
+def _picture_sized(image: NDArray[Any], longest_px: int) -> NDArray[Any]:
     height, width = image.shape[:2]
     longest = max(height, width)
-    if longest > LONGEST_SIDE_PX:
-        scale, interpolation = LONGEST_SIDE_PX / longest, cv2.INTER_AREA
+    if longest > longest_px:
+        scale, interpolation = longest_px / longest, cv2.INTER_AREA
     elif longest < SMALLEST_SIDE_PX:
         scale, interpolation = SMALLEST_SIDE_PX / longest, cv2.INTER_NEAREST
     else:
