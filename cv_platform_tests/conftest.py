@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,10 @@ def _process_as_found() -> Iterator[None]:
     os.environ.pop(_TRACKING, None)
     if _GIVEN_TRACKING is not None:
         os.environ[_TRACKING] = _GIVEN_TRACKING
+    if absl := sys.modules.get("absl.logging"):
+        # Loaded after tqdm, whose colorama wraps standard error, it has the wrapper, and closes through it what pytest
+        # captures: Dagster closes all handlers when it begins a run.
+        absl.get_absl_handler().python_handler.stream = sys.stderr
 
 
 @pytest.fixture(scope="session")
