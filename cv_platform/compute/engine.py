@@ -39,6 +39,11 @@ class Shard(Protocol):
         ...
 
 
+def span(first: str, last: str) -> str:
+    """Returns the name of a shard of several things: the first and the last, or the one that it has."""
+    return first if first == last else f"{first} to {last}"
+
+
 S = TypeVar("S", bound=Shard)
 R = TypeVar("R")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cv_platform.compute.engine import Salvage
+from cv_platform.compute.engine import Salvage, span
 from cv_platform.config import DatasetConfig
 from cv_platform.datasets.inspection import Inspected, describe_undecoded, inspect_file
 from cv_platform.datasets.near_copies import THUMBNAIL_PX
@@ -72,7 +72,7 @@ class Part:
     @property
     def name(self) -> str:
         """Its first and its last image."""
-        return " to ".join(dict.fromkeys((self.entries[0].path, self.entries[-1].path)))
+        return span(self.entries[0].path, self.entries[-1].path)
 
     @property
     def images(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cv_platform.compute.engine import span
 from cv_platform.errors import ImageError
 from cv_platform.predictions import (
     BBSD_FEATS,
@@ -60,12 +61,12 @@ class Batch:
 
     @property
     def name(self) -> str:
-        """Its first and its last image."""
-        return " to ".join(dict.fromkeys((self.paths[0], self.paths[-1])))
+        """Returns its first and its last image, for the log."""
+        return span(self.paths[0], self.paths[-1])
 
     @property
     def images(self) -> int:
-        """How many it has."""
+        """Returns how many images it has."""
         return len(self.paths)
 
 

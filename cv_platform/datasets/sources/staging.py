@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Salvage
+from cv_platform.compute.engine import Salvage, span
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import watched
 from cv_platform.datasets.sources.entries import ImageEntry
@@ -129,7 +129,7 @@ class PhotoShard:
     @property
     def name(self) -> str:
         """Returns its first and its last photograph, for the log."""
-        return " to ".join(dict.fromkeys((self.pairs[0][0], self.pairs[-1][0])))
+        return span(self.pairs[0][0], self.pairs[-1][0])
 
     @property
     def images(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cv_platform import images
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Salvage
+from cv_platform.compute.engine import Salvage, span
 from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo
 from cv_platform.errors import ImageError, InvalidDatasetError
@@ -117,7 +117,7 @@ class FileShard:
     @property
     def name(self) -> str:
         """Returns its first and its last path, for the log."""
-        return " to ".join(dict.fromkeys((self.paths[0], self.paths[-1])))
+        return span(self.paths[0], self.paths[-1])
 
     @property
     def images(self) -> int:
