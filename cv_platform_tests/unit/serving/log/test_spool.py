@@ -95,6 +95,33 @@ def test_the_log_of_a_spool_with_little_room_grows_as_it_is_written(tmp_path: Pa
     spool.close()
 
 
+def test_a_spool_of_a_former_release_whose_uploads_have_no_row_numbers_is_read_written_and_emptied(
+    tmp_path: Path,
+) -> None:
+    kept = Spool(tmp_path)
+    first = answered()
+    append_to(kept, first)
+    kept.close()
+    with sqlite3.connect(kept.path) as connection:
+        (made,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'images'").fetchone()
+        connection.execute("ALTER TABLE images RENAME TO numbered")
+        connection.execute(f"{made} WITHOUT ROWID")
+        connection.execute("INSERT INTO images SELECT * FROM numbered")
+        connection.execute("DROP TABLE numbered")
+    connection.close()
+    spool = Spool.adopt(kept.path)
+    assert spool is not None
+    second = answered(image=b"another")
+    append_to(spool, second)
+    rows = spool.read_batch(10, 10**9).rows
+    assert [row.entry_id for row in rows] == [str(first.entry_id), str(second.entry_id)]
+    found = [spool.read_image(row.image_sha256) for row in rows if row.image_sha256 is not None]
+    assert [one[0] for one in found if one is not None] == [first.image, second.image]
+    spool.delete(rows)
+    assert images_in(spool) == 0
+    spool.close()
+
+
 def test_the_folder_of_uploads_is_closed_to_others(spool: Spool) -> None:
     assert spool.path.parent.stat().st_mode & 0o777 == 0o700
 
