@@ -16,10 +16,8 @@ import os
 import platform
 import subprocess
 import sys
-from typing import Any
 
-import numpy as np
-
+from cv_platform.compute.ray_engine import simd_found
 from cv_platform.local.environment import REPOSITORY
 
 NUMERICAL = (
@@ -39,12 +37,6 @@ NUMERICAL = (
     "unit/validation/checks/test_label_issues.py",
 )
 """Folders and modules whose results are computed floats. A new one is added here."""
-
-
-def simd_found() -> list[str]:
-    """Returns what NumPy found in this CPU, and was not told to hold back."""
-    config: Any = np.show_config
-    return config(mode="dicts")["SIMD Extensions"].get("found", [])  # NumPy's own types know no `mode`.
 
 
 def settings() -> dict[str, dict[str, str]]:

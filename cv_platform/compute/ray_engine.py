@@ -28,6 +28,8 @@ PACKAGES = (
     *("tensorflow", "keras"),
 )
 """What decides the bytes that come of a shard, or whether it can be read at all."""
+_WIDTHS = {"AVX512F": "AVX-512", "FMA3": "AVX2", "AVX": "AVX"}
+"""NumPy's names of what x86 processors round by, the widest first, as everybody knows them."""
 _TASK_BYTES = 2**30
 """Memory that Ray keeps for each task: TensorFlow with a network takes 0.8 GB, a decoded photograph 0.1."""
 _STARTS = 3
@@ -182,10 +184,10 @@ def _join(ray: Any, address: str | None, attempts: int = _STARTS) -> None:
 
 
 def _require_same(ray: Any) -> None:
-    """Refuses a cluster of which a node has other packages than this process: its bytes could differ."""
+    """Refuses a cluster of which a node has other packages than this process; names processors that round otherwise."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here, task = versions(), ray.remote(num_cpus=0)(versions)
+    task = ray.remote(num_cpus=0)(_described)
     nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     asked = {
         f"{name} ({node[:8]})": task.options(
@@ -201,12 +203,40 @@ def _require_same(ray: Any) -> None:
             f"Expected cv-platform on each node of the Ray cluster. Received: {str(err).strip().splitlines()[-1]}. "
             "Install the same packages there as here."
         ) from err
-    if differences := different_versions(here, found):
+    if differences := different_versions(versions(), {name: there for name, (there, _) in found.items()}):
         ray.shutdown()
         raise ComputeError(
             f"Expected a Ray cluster with the packages of this process. Received: {'; '.join(differences)}. "
             "Install the same ones there: requirements.lock."
         )
+    here = processor()
+    if others := [f"{name} has {there}" for name, (_, there) in found.items() if there != here]:
+        logger.warning(
+            "The Ray cluster computes by processors that round otherwise than this one (%s): %s. Vectors, scores and "
+            "what models say then differ in their last bits by who computed them, and what is kept under its content's "
+            "name stays as the first one made it. Where runs are to be repeated to the byte, use one kind of processor",
+            here,
+            "; ".join(others),
+        )
+
+
+def _described() -> tuple[dict[str, str], str]:
+    return versions(), processor()
+
+
+def processor() -> str:
+    """Returns what libraries round floats by, as they choose their code by it: architecture and vector instructions."""
+    found = simd_found()
+    widest = next((said for name, said in _WIDTHS.items() if name in found), " ".join(found))
+    return f"{platform.machine()} {widest}".strip()
+
+
+def simd_found() -> list[str]:
+    """Returns the vector instructions that NumPy found in this processor, and was not told to hold back."""
+    import numpy as np
+
+    config: Any = np.show_config
+    return config(mode="dicts")["SIMD Extensions"].get("found", [])  # NumPy's own types know no `mode`.
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from cv_platform.compute import map_shards, open_engine, ray_engine
 from cv_platform.compute.ray_engine import RayEngine, different_versions
 from cv_platform.errors import ComputeError, InvalidDatasetError, ShardError
 from cv_platform.settings import Settings
+from cv_platform_tests import portable
 from cv_platform_tests.support.waiting import wait_until
 from cv_platform_tests.unit.datasets.test_engines import require_same_bytes
 from cv_platform_tests.unit.evaluation.test_engines import require_same_answers
@@ -36,6 +39,19 @@ def test_what_nodes_have_otherwise_is_named() -> None:
         "two has python 3.12.1 instead of 3.11.7",
         "two has numpy none instead of 1.26.4",
     ]
+
+
+def test_a_processor_is_told_by_what_it_rounds_by() -> None:
+    told = {name: _processor(environment) for name, environment in portable.settings().items()}
+    assert len({ray_engine.processor(), *told.values()}) == 1 + len(told)
+    for name, processor in told.items():
+        assert processor.split()[0] == ray_engine.platform.machine()
+        assert not name.startswith("AVX2 ") or processor.endswith(" AVX2")
+
+
+def _processor(environment: dict[str, str]) -> str:
+    code = "from cv_platform.compute.ray_engine import processor; print(processor())"
+    return subprocess.check_output([sys.executable, "-c", code], env={**os.environ, **environment}, text=True).strip()
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +107,26 @@ def test_a_cluster_with_other_packages_is_refused(ray: RayEngine, monkeypatch: p
     monkeypatch.setattr(ray_engine.importlib.metadata, "version", lambda name: "1.0" if name == "numpy" else real(name))
     with pytest.raises(ComputeError, match=rf"has numpy {real('numpy')} instead of 1\.0\. Install the same ones"):
         ray_engine._require_same(sys.modules["ray"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_processors_that_round_otherwise_are_named(
+    ray: RayEngine, cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ray.workers >= 1
+    ray_engine._require_same(sys.modules["ray"])
+    assert caplog.messages == [], "nodes of this machine are alike"
+    older = next(iter(portable.settings().values()))
+    node = cluster.add_node(num_cpus=1, env_vars=older)
+    try:
+        cluster.wait_for_nodes()
+        ray_engine._require_same(sys.modules["ray"])
+    finally:
+        cluster.remove_node(node)
+    (said,) = caplog.messages
+    assert f"than this one ({ray_engine.processor()}): " in said
+    assert f"({node.node_id[:8]}) has {_processor(older)}. Vectors" in said
 
 
 @pytest.mark.ray
