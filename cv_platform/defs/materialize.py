@@ -25,7 +25,7 @@ import dagster as dg
 from cv_platform.errors import CvPlatformError
 
 _POLL_SECONDS = 0.5
-_PROGRESS = ("going on after epoch ", "starting at epoch ")
+_PROGRESS = ("going on after epoch ", "starting at epoch ", "to be started at ")
 """How lines of the training's log begin that people wait for."""
 _WRAPPERS = ("Dagster", "Failure", "RetryRequested")
 """How classes begin that stand around an error of an asset's body, and say nothing of their own."""

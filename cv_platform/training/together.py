@@ -8,8 +8,8 @@ strategy's scope; here it trains an ordinary model whose optimizer asks the othe
 `train_elsewhere` leaves a training to one process, wherever that is (`train.job_gpus`).
 
 `train_together` starts the processes, on this machine or by Ray on others, and starts all of them again from the last
-whole epoch when one dies. By hand each is started with a TF_CONFIG that names all of them:
-`python -m cv_platform.training.together FOLDER`, FOLDER being the training's own, on a file system that all share.
+whole epoch when one dies. Where TF_CONFIG names all of them, and this process as the first, a person starts the others,
+by `python -m cv_platform.training.together FOLDER`: FOLDER is the training's own, on a file system that all share.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import json
 import logging
 import os
 import pickle
+import shlex
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,9 @@ TASK, PROBLEM = "together.pickle", "together.problem"
 """In the training's folder: what its processes train, and why they cannot."""
 ATTEMPTS = 3
 """Times in a row that a process may die without an epoch being done since."""
+TO_START = "to be started at "
+"""How the lines of the log begin that people wait for who start processes by hand."""
+_EXAMPLE = '{"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": "worker", "index": 0}}'
 _LOOK_SECONDS = 0.2
 _SHOWN = 1000
 """Characters at either end of what a process elsewhere has printed."""
@@ -82,8 +86,8 @@ class Member:
         count = len(resolver.cluster_spec().as_dict().get("worker", []))
         if not count:
             raise TrainingError(
-                'Expected TF_CONFIG to name all workers: {"cluster": {"worker": ["HOST:PORT", …]}, "task": {"type": '
-                '"worker", "index": 0}}. Received: none. Set it for each process, with its own index.'
+                f"Expected TF_CONFIG to name all workers: {_EXAMPLE}. Received: none. Set it for each process, with "
+                "its own index."
             )
         return cls(int(resolver.task_id or 0), count, tf.distribute.MultiWorkerMirroredStrategy())
 
@@ -133,12 +137,15 @@ def train_together(
         packed: the pixels.
         config: the experiment.
         folder: the training's own; see `fitting.fit_model`.
-        engine: Ray places the processes; any other: they are this machine's.
+        engine: Ray places the processes; any other: they are this machine's. Neither is asked where TF_CONFIG is set.
 
     Raises:
-        TrainingError: a process says that it cannot train, or processes die time and again.
+        TrainingError: a process says that it cannot train, or processes die time and again; by hand: once.
     """
     write_file(folder / TASK, pickle.dumps((packed, config)))
+    if place := process_environment().get("TF_CONFIG"):
+        _lead(folder, place, config.train.workers)
+        return
     died = 0
     while True:
         before = _epochs(folder)
@@ -147,7 +154,8 @@ def train_together(
             with engine.together(partial(_work, folder), config.train.workers) as first_death:
                 death = first_death()
         else:
-            with _processes(folder, config.train.workers) as processes:
+            workers = [f"127.0.0.1:{port}" for port in _free_ports(config.train.workers)]
+            with _processes(folder, [_place(index, workers) for index in range(len(workers))]) as processes:
                 death = _first_death(processes)
         if death is None:
             return
@@ -195,17 +203,46 @@ def _epochs(folder: Path) -> int:
     return max((int(path.stem.removeprefix("epoch-")) for path in folder.glob("epoch-*.json")), default=0)
 
 
+def _lead(folder: Path, place: str, count: int) -> None:
+    """Trains as the first of those that TF_CONFIG names, in a process of its own, and says how to start the others."""
+    try:
+        given = json.loads(place)
+        workers, index = list[str](given["cluster"]["worker"]), int(given["task"]["index"])
+    except (ValueError, TypeError, KeyError) as err:
+        raise TrainingError(f"Expected TF_CONFIG to be such as {_EXAMPLE}. Received: {place}. Correct it.") from err
+    if len(workers) != count or index != 0:
+        raise TrainingError(
+            f"Expected TF_CONFIG to name {count} workers (train.workers), and this process as the first, index 0. "
+            f"Received: {len(workers)} workers, index {index}. Correct it; the others are started by "
+            f"python -m {__name__} FOLDER, which the first one names."
+        )
+    (folder / PROBLEM).unlink(missing_ok=True)
+    for other in range(1, count):
+        given["task"]["index"] = other
+        command = shlex.join(["python", "-m", __name__, str(folder)])
+        logger.info("%s%s: TF_CONFIG=%s %s", TO_START, workers[other], shlex.quote(json.dumps(given)), command)
+    with _processes(folder, [place]) as processes:
+        death = _first_death(processes)
+    if death is None:
+        return
+    if (folder / PROBLEM).is_file():
+        raise TrainingError((folder / PROBLEM).read_text(encoding="utf-8"))
+    raise TrainingError(
+        f"Expected {count} processes to train together. Received: the first {death}, as it does when another is gone. "
+        f"Its {_epochs(folder)} whole epochs are kept: start all again, and they go on from there."
+    )
+
+
 @contextlib.contextmanager
-def _processes(folder: Path, count: int) -> Iterator[list[Popen[bytes]]]:
-    """Starts the members on shares of the cores; none is left behind."""
-    workers = [f"127.0.0.1:{port}" for port in _free_ports(count)]
+def _processes(folder: Path, places: Sequence[str]) -> Iterator[list[Popen[bytes]]]:
+    """Starts a member for each TF_CONFIG on a share of the cores; none is left behind."""
     cores = sorted(os.sched_getaffinity(0))[: available_cores()]
-    each = max(1, len(cores) // count)
+    each = max(1, len(cores) // len(places))
     started: list[Popen[bytes]] = []
     try:
-        for index in range(count):
+        for index, place in enumerate(places):
             share = [cores[(index * each + core) % len(cores)] for core in range(each)]
-            environment = {**process_environment(), "TF_CONFIG": _place(index, workers)}
+            environment = {**process_environment(), "TF_CONFIG": place}
             arguments = [sys.executable, "-m", __name__, str(folder), str(os.getpid()), *map(str, share)]
             started.append(Popen(arguments, env=environment, stdin=DEVNULL))
         yield started

@@ -50,6 +50,7 @@ def broken() -> None:
 @dg.asset(key_prefix="tiny")
 def whole(context) -> None:
     context.log.info("going on after epoch 3")
+    context.log.info("to be started at 10.0.0.2:2222: a command")
 
 
 @dg.asset(key_prefix="tiny", deps=[evaluation])
@@ -74,7 +75,11 @@ def test_a_failed_run_gives_reasons_and_no_stack_trace() -> None:
         "    tiny/evaluation: the check third did not pass. slow",
     ]
     rest = [line for line in said if "check" not in line]
-    assert [line.partition(":")[0] for line in rest] == ["    going on after epoch 3", "    tiny/whole"]
+    assert [line.partition(":")[0] for line in rest] == [
+        "    going on after epoch 3",
+        "    to be started at 10.0.0.2",
+        "    tiny/whole",
+    ]
     assert failure == [
         "tiny/broken: ValueError: odd",
         "  The platform does not expect this error: its traceback is in the log.",
@@ -104,7 +109,11 @@ def test_a_failure_outside_of_any_asset_is_told_too() -> None:
 def test_a_run_that_succeeds_has_its_assets_told() -> None:
     succeeded, said, _ = told(dg.Definitions(assets=[whole]))
     assert succeeded
-    assert [line.partition(":")[0] for line in said] == ["    going on after epoch 3", "    tiny/whole"]
+    assert [line.partition(":")[0] for line in said] == [
+        "    going on after epoch 3",
+        "    to be started at 10.0.0.2",
+        "    tiny/whole",
+    ]
 
 
 @pytest.fixture
