@@ -122,7 +122,7 @@ def test_decisions_are_still_there_when_the_page_is_opened_again(open_review: Op
 
 
 def test_arrows_and_the_mouse_mark_images_and_the_filter_hides_others(open_review: OpenReview) -> None:
-    page = open_review(with_wrong((3, ["horse"]), (4, ["horse"]), (70, ["cat"])))
+    page = open_review(with_wrong((3, ["horse"]), (40, ["horse"]), (70, ["cat"])))
     cards = page.locator(".card")
     page.keyboard.press("ArrowRight")
     expect(cards.nth(1)).to_have_attribute("aria-current", "true")

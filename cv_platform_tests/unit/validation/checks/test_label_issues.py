@@ -15,8 +15,12 @@ from cv_platform.config import ClassifierType, EncoderConfig, ValidateConfig
 from cv_platform.encoders.encoder import open_encoder
 from cv_platform.records import CheckOutcome
 from cv_platform.validation.checks.label_issues import (
+    FOLDS,
+    RESAMPLES,
     LabelIssues,
+    _resampled,
     balanced_accuracy,
+    even_folds,
     label_questions,
     probe_labels,
     wrong_label_chances,
@@ -156,6 +160,52 @@ def test_chances_of_a_wrong_label_by_hand():
 def test_labels_that_contradict_everywhere_are_not_judged():
     second = np.array([0.1] * 50)
     assert wrong_label_chances(np.array([0, 1] * 25), np.stack([1.0 - second, second], axis=1)) is None
+
+
+def test_of_images_that_are_as_confident_the_first_are_counted() -> None:
+    # The most confident 10 of 50 are one of 0.9 and the first nine of 0.8, of which two contradict: e = 2.5 / 11.
+    second = np.array([0.8] * 20 + [0.9] + [0.5] * 29)
+    given = np.array([1] * 7 + [0] * 13 + [1] * 30)
+    chances = wrong_label_chances(given, np.stack([1.0 - second, second], axis=1))
+    assert chances is not None
+    np.testing.assert_allclose(chances[21:], 2.5 / 11, atol=1e-9)
+
+
+def test_the_interval_is_that_of_images_drawn_anew() -> None:
+    generator = np.random.default_rng(1)
+    probabilities = generator.dirichlet(np.ones(4) / 4, 300).round(1)  # So that many are alike.
+    given = np.array([generator.choice(4, p=row / row.sum()) for row in probabilities])
+    chances, weights = wrong_label_chances(given, probabilities), generator.integers(1, 4, 300)
+    assert chances is not None
+    shares = [np.average(chances, weights=weights)]
+    draws = np.random.default_rng(0)
+    for _ in range(RESAMPLES):
+        drawn = draws.integers(0, 300, 300)
+        found = wrong_label_chances(given[drawn], probabilities[drawn])
+        shares.append(shares[0] if found is None else np.average(found, weights=weights[drawn]))
+    np.testing.assert_allclose(_resampled(given, probabilities, weights, chances), shares, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_fold_has_as_many_of_each_class(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    given = generator.permutation(np.repeat(np.arange(5), [5, 7, 300, 61, 12]))
+    folds = even_folds(given, np.arange(len(given)))
+    counts = np.array([np.bincount(folds[given == label], minlength=FOLDS) for label in range(5)])
+    assert (np.ptp(counts, axis=1) <= 1).all()
+    assert np.ptp(counts.sum(axis=0)) <= 1
+    assert counts[0].tolist() == [1] * FOLDS, "a class of five has an image in each fold, and four that are fitted on"
+
+
+def test_copies_are_in_one_fold_and_the_rest_makes_up_for_them() -> None:
+    # Two images with ten copies each go to two folds; the other 40 of their class to where fewer are, first.
+    given = np.array([0] * 60 + [1] * 10)
+    groups = np.array([7] * 10 + [3] * 10 + list(range(100, 150)))
+    folds = even_folds(given, groups)
+    assert len(set(folds[:10])) == len(set(folds[10:20])) == 1
+    assert np.bincount(folds[given == 0]).tolist() == [12] * FOLDS
+    assert np.bincount(folds[given == 1]).tolist() == [2] * FOLDS
+    assert np.array_equal(folds, even_folds(given, groups)), "the same for the same images"
 
 
 def test_finds_wrong_labels_of_digits_with_the_encoder(tmp_path: Path) -> None:
