@@ -7,7 +7,7 @@ https://filesystem-spec.readthedocs.io
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,18 @@ class ObjectStore:
         protocol = self._fs.protocol
         protocols = (protocol,) if isinstance(protocol, str) else protocol
         self.is_local, self.is_s3 = "file" in protocols, "s3" in protocols
+        self._failures: tuple[type[Exception], ...] = (OSError, LockHeldError)
+        if self.is_s3:  # Whose driver raises some as they come: a server that is not there, no credentials.
+            from botocore.exceptions import BotoCoreError
+
+            self._failures += (BotoCoreError,)
 
     @contextmanager
     def errors(self, action: str) -> Iterator[None]:
         """Says what could not be done, and where."""
         try:
             yield
-        except (OSError, LockHeldError) as err:
+        except self._failures as err:
             raise StorageError(
                 f"Cannot {action} at {self.url}: {err}. Check CV_STORAGE, its rights and the free space."
             ) from err
@@ -92,6 +97,11 @@ class ObjectStore:
                 return None
             except UnicodeDecodeError as err:
                 raise CorruptBundleError(f"{path}: expected text. Received: {err}") from err
+
+    def read_parts(self, parts: Sequence[tuple[str, int | None, int | None]]) -> list[bytes]:
+        """Returns the bytes of parts of files, all asked for at once: path, start and end; None: from end to end."""
+        paths, starts, ends = (list(values) for values in zip(*parts, strict=True))
+        return self._fs.cat_ranges(paths, starts, ends, on_error="raise")
 
     def download(self, path: str, target: Path) -> None:
         """Copies a file to `target`."""

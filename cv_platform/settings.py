@@ -101,7 +101,8 @@ class Settings(BaseModel):
         validation_alias="CV_SHARE_PACKS",
         description="Packed images are published to `CV_STORAGE`, in its folder shards, and taken from there if "
         "another installation has made them: the index at once, a shard when it is first used, and verified then. In "
-        "a folder they are read where they lie. `cv-platform gc` leaves them alone.",
+        "a folder they are read where they lie. `cv-platform gc` leaves them alone. Images of a version are sent to "
+        "its folder images where a Ray node does not see them otherwise.",
     )
     dagster_home: Folder = Field(
         validation_alias="DAGSTER_HOME",
@@ -119,7 +120,8 @@ class Settings(BaseModel):
         validation_alias="CV_RAY_ADDRESS",
         examples=["192.168.1.10:6379"],
         description="With `CV_COMPUTE=ray`: a running cluster, whose nodes see `CV_HOME` and `CV_STORAGE` where this "
-        "machine does. Without it, one is started on this machine.",
+        "machine does, or read and write `CV_STORAGE` alone (`CV_SHARE_PACKS`). Without it, one is started on this "
+        "machine.",
     )
     ray_jobs_url: str | None = Field(
         default=None,

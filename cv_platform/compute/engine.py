@@ -85,6 +85,14 @@ class Engine(Protocol):
         """Returns how much work it is worth asking for: what is less, the process that has it does itself."""
         ...
 
+    def ask(self, question: Callable[[], R]) -> dict[str, R]:
+        """Returns what each machine that works on shards answers, by its name; nothing where it is this one alone.
+
+        Raises:
+            ComputeError: one cannot be asked.
+        """
+        ...
+
     def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         """Yields what came of each shard, a shard that kills its process included.
 

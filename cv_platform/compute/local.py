@@ -54,6 +54,10 @@ class LocalEngine:
         worth_seconds = WORTH_SECONDS if worth_seconds is None else worth_seconds
         self.worth_seconds = math.inf if worth_seconds > 0 and self.workers == 1 else worth_seconds
 
+    def ask(self, question: Callable[[], R]) -> dict[str, R]:
+        """See `Engine.ask`: all processes are of this machine."""
+        return {}
+
     def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         """See `Engine.run`."""
         turns: Turns[S, R] = Turns(shards, ahead=AHEAD * self.workers, in_order=in_order)

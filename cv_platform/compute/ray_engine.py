@@ -1,7 +1,7 @@
 """The engine `ray`: tasks of a Ray cluster, one core and 1 GiB each, on this machine or on many (extra `ray`).
 
 Ray brings shards back that a killed worker or node had, and spills results that do not fit into memory; one task waits
-for each core and two more. Workers see `CV_HOME` and `CV_STORAGE` at the same places as who gives out the shards.
+for each core and two more. What nodes have to see is said in docs/scale.md.
 https://docs.ray.io/en/latest/ray-core/fault-tolerance.html
 """
 
@@ -62,6 +62,17 @@ class RayEngine:
     def one_each(self) -> RayEngine:
         """Returns one that gives a shard out when there is a core for it, and none ahead."""
         return RayEngine(self._address, workers=self.workers)
+
+    def ask(self, question: Callable[[], R]) -> dict[str, R]:
+        """See `Engine.ask`; a node without cores, as a head may be, is not asked: it gets no shards."""
+        ray = self._joined()
+        try:
+            return _ask(ray, question, [node for node in ray.nodes() if node["Resources"].get("CPU")])
+        except ray.exceptions.RayError as err:
+            raise ComputeError(
+                "Expected each node of the Ray cluster to say what it sees. Received: "
+                f"{str(err).strip().splitlines()[-1]}. Look at the nodes with `ray status`, then try again."
+            ) from err
 
     def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         """See `Engine.run`."""
@@ -185,18 +196,8 @@ def _join(ray: Any, address: str | None, attempts: int = _STARTS) -> None:
 
 def _require_same(ray: Any) -> None:
     """Refuses a cluster of which a node has other packages than this process; names processors that round otherwise."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task = ray.remote(num_cpus=0)(_described)
-    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    asked = {
-        f"{name} ({node[:8]})": task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote()
-        for node, name in nodes.items()
-    }
     try:
-        found = {name: ray.get(answer, timeout=60.0) for name, answer in asked.items()}
+        found = _ask(ray, _described, ray.nodes())
     except (ray.exceptions.RayError, ImportError) as err:
         ray.shutdown()
         raise ComputeError(
@@ -218,6 +219,25 @@ def _require_same(ray: Any) -> None:
             here,
             "; ".join(others),
         )
+
+
+def _ask(ray: Any, question: Callable[[], R], nodes: Iterable[Mapping[str, Any]]) -> dict[str, R]:
+    """Returns what each living one of `nodes` answers, by its name."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0)(_answer)
+    asked = {
+        f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})": task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(question)
+        for node in nodes
+        if node["Alive"]
+    }
+    return {name: ray.get(answer, timeout=60.0) for name, answer in asked.items()}
+
+
+def _answer(question: Callable[[], R]) -> R:
+    return question()
 
 
 def _described() -> tuple[dict[str, str], str]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SHARED = "cv-platform-shared"
+
 
 def store_images(scratch: Path, *, repository: Path) -> str:
     """Moves `scratch/images` into the cache of `repository` and returns the text of its `images.dvc`."""
@@ -66,11 +68,16 @@ def check_out(version: StoredVersion, scratch: Path, *, repository: Path) -> Non
     shutil.rmtree(scratch / ".dvc")
 
 
-def push_images(versions: Iterable[StoredVersion], *, repository: Path) -> int:
-    """Sends the images of versions to the repository's default remote, and returns how many files it did not have.
+def push_images(versions: Iterable[StoredVersion], *, repository: Path, url: str | None = None) -> int:
+    """Sends the images of versions to a remote, and returns how many files it did not have.
+
+    Args:
+        versions: of the repository.
+        repository: whose cache has the files.
+        url: of the remote, a folder or what DVC has a driver of; None: the repository's default remote.
 
     Raises:
-        DatasetError: there is no default remote, it is away, or neither cache nor remote has all the files.
+        DatasetError: there is no such remote, it is away, or neither cache nor remote has all the files.
     """
     from dvc.exceptions import DvcException
 
@@ -82,7 +89,7 @@ def push_images(versions: Iterable[StoredVersion], *, repository: Path) -> int:
         for version in versions:
             dvc_file = scratch / DVC_FILE
             dvc_file.write_text(version.dvc_file, encoding="utf-8")
-            with _dvc_in(scratch, repository) as repo:
+            with _dvc_in(scratch, repository, remote=url) as repo:
                 if not (remote := repo.config["core"].get("remote")):
                     raise DatasetError(
                         f"Expected a default DVC remote of {repository}. Received: none. Run there: "
@@ -92,10 +99,48 @@ def push_images(versions: Iterable[StoredVersion], *, repository: Path) -> int:
                     sent += repo.push([str(dvc_file)])  # pyright: ignore[reportArgumentType]  # as `add` above
                 except (DvcException, OSError) as err:
                     raise DatasetError(
-                        f"{version.tag}: expected the DVC remote {remote!r} to take the images. Received: "
+                        f"{version.tag}: expected the DVC remote {url or remote!r} to take the images. Received: "
                         f"{_one_line(err)} Check its address and rights; what it has is not sent again."
                     ) from err
     return sent
+
+
+def object_name(md5: str, version: StoredVersion) -> str:
+    """Returns where a remote has the file that a version's listing names by its md5, relative to the remote."""
+    return f"{'files/md5/' if is_exact(version) else ''}{md5[:2]}/{md5[2:]}"
+
+
+def listing_name(version: StoredVersion) -> str:
+    """Returns where a remote has the listing of a version's files, relative to the remote."""
+    return object_name(str(yaml.safe_load(version.dvc_file)["outs"][0]["md5"]), version)
+
+
+def listed_files(version: StoredVersion, *, repository: Path) -> dict[str, str]:
+    """Returns the md5 of each file that DVC tracks of a version, by its POSIX path below `data_path`.
+
+    Raises:
+        DatasetError: DVC's cache has no listing of the version.
+    """
+    with scratch_directory(repository.parent, repository.name) as scratch, _dvc_in(scratch, repository) as repo:
+        cache = Path((repo.cache.local if is_exact(version) else repo.cache.legacy).path)
+    try:
+        return _listing(version, cache)
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise DatasetError(
+            f"{version.tag}: expected its listing in the DVC cache {cache}. Received: {err}. Run `dvc fetch` in "
+            f"{repository}, or import the dataset again."
+        ) from err
+
+
+def is_exact(version: StoredVersion) -> bool:
+    """Tells whether md5s are of files as they are; those of DVC 2 are of normalised line ends."""
+    return bool(yaml.safe_load(version.dvc_file)["outs"][0].get("hash") == "md5")
+
+
+def _listing(version: StoredVersion, cache: Path) -> dict[str, str]:
+    name = str(yaml.safe_load(version.dvc_file)["outs"][0]["md5"])
+    entries = json.loads((cache / name[:2] / name[2:]).read_bytes())
+    return {str(entry["relpath"]): str(entry["md5"]) for entry in entries}
 
 
 def _fetch(repo: Repo, dvc_file: Path, version: StoredVersion, *, has_remote: bool) -> None:
@@ -125,12 +170,9 @@ def _fetch(repo: Repo, dvc_file: Path, version: StoredVersion, *, has_remote: bo
 
 def _damaged_files(version: StoredVersion, images: Path, cache: Path) -> dict[str, str]:
     """Returns the recorded md5 of each file whose content differs from it, by relative path."""
-    out = yaml.safe_load(version.dvc_file)["outs"][0]
-    if out.get("hash") != "md5":
-        return {}  # Files of DVC 2 have md5s over normalised line ends; DVC itself vouches for those.
-    name = str(out["md5"])
-    listing = json.loads((cache / name[:2] / name[2:]).read_bytes())
-    expected = {str(entry["relpath"]): str(entry["md5"]) for entry in listing}
+    if not is_exact(version):
+        return {}  # DVC itself vouches for those.
+    expected = _listing(version, cache)
 
     def md5_of(relative: str) -> str:
         try:
@@ -145,8 +187,8 @@ def _damaged_files(version: StoredVersion, images: Path, cache: Path) -> dict[st
 
 
 @contextmanager
-def _dvc_in(scratch: Path, repository: Path) -> Iterator[Repo]:
-    """Opens DVC in `scratch`, with the cache and remotes of `repository`."""
+def _dvc_in(scratch: Path, repository: Path, *, remote: str | None = None) -> Iterator[Repo]:
+    """Opens DVC in `scratch`, with the cache and remotes of `repository`; a remote's URL is then the default one's."""
     from dvc.config import Config
     from dvc.config import ConfigError as DvcConfigError
     from dvc.repo import Repo
@@ -168,6 +210,9 @@ def _dvc_in(scratch: Path, repository: Path) -> Iterator[Repo]:
         cache = config.setdefault("cache", {})
         cache.setdefault("dir", str(dvc_folder / "cache"))
         cache["type"] = "reflink,hardlink,copy"
+        if remote is not None:
+            core["remote"] = _SHARED
+            config.setdefault("remote", {})[_SHARED] = {"url": remote}
         (scratch / ".dvc").mkdir(exist_ok=True)
         (scratch / ".dvc" / "config").touch()
         repo = Repo(str(scratch), config=config)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cv_platform import images
 from cv_platform.datasets.near_copies import OVERVIEW_PX, THUMBNAIL_PX, thumbnail
-from cv_platform.errors import EmptyImageError, ImageError, ImageTooLargeError, InvalidDatasetError
+from cv_platform.errors import EmptyImageError, ImageError, ImageTooLargeError
 from cv_platform.files import file_sha256
 from cv_platform.images.files import has_more_pictures
 
@@ -56,25 +56,15 @@ class Inspected:
     """`(32, 32, 3)`, of which the properties are taken."""
 
 
-def inspect_file(path: str, max_pixels: int, sample_bits: int | None = None) -> Inspected:
+def inspect_file(name: str, data: bytes, max_pixels: int, sample_bits: int | None = None) -> Inspected:
     """Describes one file; one that does not decode is described by its problem.
 
     Args:
-        path: of the file.
+        name: of the file, for its suffix.
+        data: its bytes.
         max_pixels: above which it is not decoded.
         sample_bits: see `images.Preprocessing`.
-
-    Raises:
-        InvalidDatasetError: it cannot be read.
     """
-    try:
-        # Not by a `Path`, whose making takes longer than the reading of a small file.
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-            data = file.readall()
-    except OSError as err:
-        raise InvalidDatasetError(
-            f"Expected the images of the dataset as they were listed. Received: {err}. Materialise the dataset again."
-        ) from err
     sha256, made = hashlib.sha256(data).hexdigest(), images.Preprocessing(sample_bits=sample_bits)
     try:
         image = images.read_image(data, max_pixels=max_pixels, preprocessing=made, overview_px=OVERVIEW_PX)
@@ -89,7 +79,7 @@ def inspect_file(path: str, max_pixels: int, sample_bits: int | None = None) -> 
         return Inspected(
             sha256, len(data), width_px, height_px, image_format, problem=problem, problem_kind=_kind_of(err)
         )
-    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
     return Inspected(
         sha256,
         len(data),
@@ -115,10 +105,10 @@ def inspect_file(path: str, max_pixels: int, sample_bits: int | None = None) -> 
     )
 
 
-def describe_undecoded(path: str, why: str) -> Inspected:
+def describe_undecoded(path: Path, why: str) -> Inspected:
     """Describes a file by its bytes alone, and by the problem that nobody can decode it."""
     problem = f"UnsupportedImageError: Expected an image that can be decoded. Received: one that {why}. Save it anew."
-    return Inspected(file_sha256(Path(path)), Path(path).stat().st_size, problem=problem, problem_kind="unreadable")
+    return Inspected(file_sha256(path), path.stat().st_size, problem=problem, problem_kind="unreadable")
 
 
 def _header(data: bytes) -> tuple[str | None, int, int]:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial as partial_of
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA, ONE_BY_ONE, Part, describe
 from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies
+from cv_platform.datasets.origins import Origin
 from cv_platform.datasets.quarantine import judge_duplicates, kind_of
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.label_files import LabelRules
@@ -71,6 +73,7 @@ def build_manifest(
     model: ModelConfig,
     dataset: DatasetConfig,
     engine: Engine | None = None,
+    origin: Origin | None = None,
 ) -> Path:
     """Describes the images of a checkout and returns the manifest's path; each file is read once.
 
@@ -103,6 +106,7 @@ def build_manifest(
         model: classes, classifier type, and how many bits samples use.
         dataset: split fractions and seed.
         engine: who reads and decodes the images; None: processes of this machine.
+        origin: where they read the images; None: in `directory`, which all of them see.
 
     Raises:
         InvalidDatasetError: the classes found are not the configured ones, a class has no images, labels do not fit the
@@ -113,8 +117,8 @@ def build_manifest(
     are_given = set(listed["split"].unique().to_pylist()) == set(SPLITS)
     with TemporaryDirectory(dir=directory, prefix=".manifest-") as folder, whole_file(path) as partial:
         inspected = partial if are_given and dataset.quarantine.duplicate == "keep" else Path(folder) / "rows.parquet"
-        none = Part(directory, data_path, (), frozenset(model.classes), dataset, model.sample_bits)
-        _write(inspected, _rows(listed, none, engine))
+        part = partial_of(Part, classes=frozenset(model.classes), dataset=dataset, sample_bits=model.sample_bits)
+        _write(inspected, _rows(listed, origin or Origin(directory), data_path, part, engine))
         if inspected != partial:
             _write(partial, _decided(inspected, dataset, are_given=are_given))
     return path
@@ -130,11 +134,13 @@ def _listed(images: Path, annotations: bytes | None, model: ModelConfig, dataset
     return pa.concat_tables(pa.table(part, schema=_LISTED) for part in columns)
 
 
-def _rows(listed: pa.Table, none: Part, engine: Engine | None) -> Iterator[pa.Table]:
-    """Yields the rows of all images, a row group at a time; `none` is a part without images."""
+def _rows(
+    listed: pa.Table, origin: Origin, data_path: str, make: Callable[..., Part], engine: Engine | None
+) -> Iterator[pa.Table]:
+    """Yields the rows of all images, a row group at a time."""
     parts = (
-        replace(
-            none,
+        make(
+            files=origin.files([f"{data_path}/{path}" for path in part["path"].to_pylist()]),
             entries=tuple(ImageEntry(**row | {name: tuple(row[name]) for name in _LISTS}) for row in part.to_pylist()),
         )
         for part in listed.to_batches(_IMAGES_PER_PART)

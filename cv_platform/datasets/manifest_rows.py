@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from cv_platform.compute.engine import Salvage, span
 from cv_platform.config import DatasetConfig
 from cv_platform.datasets.inspection import Inspected, describe_undecoded, inspect_file
 from cv_platform.datasets.near_copies import THUMBNAIL_PX
+from cv_platform.datasets.origins import Files
 from cv_platform.datasets.quarantine import judge
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.splits import GIVEN
@@ -62,8 +62,7 @@ _INSPECTED = tuple(one.name for one in fields(Inspected) if one.name in MANIFEST
 class Part:
     """Some consecutive images: what one process describes at a time."""
 
-    directory: Path
-    data_path: str
+    files: Files
     entries: tuple[ImageEntry, ...]
     classes: frozenset[str]
     dataset: DatasetConfig
@@ -79,10 +78,6 @@ class Part:
         """How many it has."""
         return len(self.entries)
 
-    def file(self, entry: ImageEntry) -> str:
-        """Returns where an image lies."""
-        return f"{self.directory}/{self.data_path}/{entry.path}"
-
     def table(self, files: Iterable[Inspected]) -> pa.Table:
         """Returns the rows of its images, with the splits that are given."""
         inspected = list(files)
@@ -96,7 +91,7 @@ class Part:
         columns |= zip(PROPERTY_NAMES, _properties(inspected).T, strict=True)
         is_used = [status == "used" for status, _ in judged]
         columns |= {
-            "path": [f"{self.data_path}/{entry.path}" for entry in self.entries],
+            "path": self.files.paths,
             "split": [entry.split if used else None for entry, used in zip(self.entries, is_used, strict=True)],
             "split_origin": [GIVEN if used else None for used in is_used],
             "labels": [entry.labels for entry in self.entries],
@@ -121,14 +116,17 @@ def describe(part: Part) -> pa.Table:
     """Returns the rows of a part's images, each of which is read once.
 
     Raises:
-        InvalidDatasetError: a file is not there any more, or cannot be read.
+        InvalidDatasetError, StorageError: a file is not there any more, or cannot be read, see `Files`.
     """
     limit, bits = part.dataset.max_image_pixels, part.sample_bits
-    return part.table(inspect_file(part.file(entry), limit, bits) for entry in part.entries)
+    read = zip(part.files.paths, part.files, strict=True)
+    return part.table(inspect_file(path, data, limit, bits) for path, data in read)
 
 
 ONE_BY_ONE = Salvage(
-    divide=lambda part: (replace(part, entries=(entry,)) for entry in part.entries),
+    divide=lambda part: (
+        replace(part, files=part.files.only(at), entries=(entry,)) for at, entry in enumerate(part.entries)
+    ),
     join=pa.concat_tables,
-    lost=lambda part, why: part.table([describe_undecoded(part.file(part.entries[0]), why)]),
+    lost=lambda part, why: part.table([describe_undecoded(part.files.directory / part.files.paths[0], why)]),
 )

@@ -18,6 +18,7 @@ from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.digits import make_digits_repository
 from cv_platform.datasets.dvc_store import check_out
 from cv_platform.datasets.manifest import build_manifest, is_manifest, manifest_name
+from cv_platform.datasets.publishing import Sharing, find_origin
 from cv_platform.datasets.repository import (
     ANNOTATIONS,
     StoredVersion,
@@ -53,7 +54,12 @@ def list_tags(dataset: DatasetConfig, *, home: Path) -> dict[str, str]:
 
 
 def checkout_version(
-    dataset: DatasetConfig, model: ModelConfig, *, home: Path, engine: Engine | None = None
+    dataset: DatasetConfig,
+    model: ModelConfig,
+    *,
+    home: Path,
+    engine: Engine | None = None,
+    shared_in: str | None = None,
 ) -> DatasetVersion:
     """Checks the configured tag out and describes its images; a built-in source is made on first use.
 
@@ -65,14 +71,19 @@ def checkout_version(
         model: its classes, and how many bits samples use.
         home: `Settings.home`.
         engine: who reads and decodes the images; None: processes of this machine.
+        shared_in: URL of central storage, where machines that do not see the check-out read them; None: they are
+            refused.
 
     Raises:
         DatasetNotFoundError: there is no repository.
         UnknownDatasetVersionError: it has no such tag; the message lists the tags.
         InvalidDatasetError: images, annotations or classes do not fit the config; all mistakes are named.
         DatasetError: neither DVC's cache nor its remote has the images.
+        ComputeError, StorageError: see `publishing.find_origin`.
     """
-    version, directory = check_out_images(open_repository(dataset, home=home), dataset.dvc_tag, home=home)
+    repository = open_repository(dataset, home=home)
+    version, directory = check_out_images(repository, dataset.dvc_tag, home=home)
+    provenance = Provenance(ds_name=dataset.ds_name, dvc_tag=version.tag, dvc_md5=version.dvc_md5)
     with exclusive(_lock_of(directory)):
         manifest = directory / manifest_name(model, dataset)
         if not is_manifest(manifest):
@@ -83,9 +94,16 @@ def checkout_version(
                 model=model,
                 dataset=dataset,
                 engine=engine,
+                origin=find_origin(
+                    directory,
+                    provenance,
+                    seen_by=directory / _MARKER,
+                    engine=engine,
+                    sharing=Sharing(shared_in, repository) if shared_in else None,
+                ),
             )
     return DatasetVersion(
-        provenance=Provenance(ds_name=dataset.ds_name, dvc_tag=version.tag, dvc_md5=version.dvc_md5),
+        provenance=provenance,
         git_commit=version.commit,
         directory=directory,
         manifest=manifest.name,

@@ -55,6 +55,11 @@ class AssetRun:
         """Returns who works on shards in this installation."""
         return open_engine(self.settings)
 
+    @property
+    def shared_in(self) -> str | None:
+        """Returns the URL of central storage, if this installation shares data by it."""
+        return self.settings.storage_url if self.settings.share_packs else None
+
     def alert(self, title: str, body: str, picture: bytes | None = None) -> None:
         """Tells people; who could not be reached is named in the run's log."""
         from cv_platform.monitoring.alerts import send_alert

@@ -41,7 +41,13 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
 
         run = branch.run(context)
         previous = RecordStore(run.settings.home, run.config.name).latest(DatasetVersion)
-        version = checkout_version(run.config.dataset, run.config.model, home=run.settings.home, engine=run.engine)
+        version = checkout_version(
+            run.config.dataset,
+            run.config.model,
+            home=run.settings.home,
+            engine=run.engine,
+            shared_in=run.shared_in,
+        )
         md5 = version.provenance.dvc_md5
         context.log_event(observation(repository, md5, {"tag": version.provenance.dvc_tag, "dvc_md5": md5}))
         metadata = {**_contents(version), **_changes(run, previous, version)}
@@ -137,7 +143,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             uint8_budget_bytes=run.config.dataset.packed_uint8_bytes,
             engine=run.engine,
             pack_scale=run.config.train.pack_scale,
-            shared_in=run.settings.storage_url if run.settings.share_packs else None,
+            shared_in=run.shared_in,
         )
         expected, found = _usable(dataset, verdict), {split: n for split, n in packed.counts.items() if n}
         metadata = {

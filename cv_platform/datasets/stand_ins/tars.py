@@ -16,15 +16,18 @@ check-out of the dataset has are linked to it: versions share them on the disk.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import os
 import tarfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 from cv_platform.compute.progress import watched
@@ -44,7 +47,9 @@ _COLUMNS = ("path", "offset", "bytes", "sha256")
 
 
 @dataclass(frozen=True)
-class _Row:
+class TarredImage:
+    """A row of a tar's index: an image's path in the version, and where its bytes are."""
+
     path: str
     offset: int
     bytes: int
@@ -130,6 +135,39 @@ def place_tars(images: Path, *, version: str) -> None:
         list(pool.map(lambda index: _take_out(index, images, version), sorted(indexes.glob("*.csv"))))
 
 
+class TarIndexes:
+    """Which tar of a check-out has had an image, and where; the rows of few tars are in memory at a time.
+
+    Args:
+        directory: of the check-out.
+        version: for messages.
+
+    Raises:
+        InvalidDatasetError: (when it is searched) an index is not as the import writes it.
+    """
+
+    def __init__(self, directory: Path, *, version: str) -> None:
+        self._version = version
+        self._indexes = sorted((_first_path(index), index) for index in (directory / TARS).glob("*.csv"))
+        self._rows = functools.lru_cache(maxsize=2)(self._read)
+
+    def find(self, path: str) -> tuple[str, TarredImage] | None:
+        """Returns the tar's path in the version, and the image's row; None: it is in no tar."""
+        if (at := bisect_right(self._indexes, path, key=itemgetter(0))) == 0:
+            return None
+        index = self._indexes[at - 1][1]
+        row = self._rows(index).get(path)
+        return row and (f"{TARS}/{index.with_suffix('.tar').name}", row)
+
+    def _read(self, index: Path) -> dict[str, TarredImage]:
+        return {row.path: row for row in _read(index.read_bytes(), f"{TARS}/{index.name}", self._version)}
+
+
+def _first_path(index: Path) -> str:
+    with index.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return next((row[0] for row in islice(csv.reader(file), 1, 2)), "")
+
+
 def _runs(paths: Sequence[str]) -> Iterator[Sequence[str]]:
     """Cuts sorted paths where the next one has the least hash of those that may be the first of the next tar.
 
@@ -158,8 +196,8 @@ def _is_written(index: Path) -> bool:
     return index.exists() and index.with_suffix(".tar").exists()
 
 
-def _write_tar(target: Path, paths: Iterable[str], files: Mapping[str, Path]) -> list[_Row]:
-    rows: list[_Row] = []
+def _write_tar(target: Path, paths: Iterable[str], files: Mapping[str, Path]) -> list[TarredImage]:
+    rows: list[TarredImage] = []
     # Of what a header may have beside path and size nothing is set: no time, no owner.
     with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as tar:
         for path in paths:
@@ -168,7 +206,7 @@ def _write_tar(target: Path, paths: Iterable[str], files: Mapping[str, Path]) ->
             header.size, header.mode = len(data), 0o444
             tar.addfile(header, io.BytesIO(data))
             padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            rows.append(_Row(path, tar.offset - padded, len(data), hashlib.sha256(data).hexdigest()))
+            rows.append(TarredImage(path, tar.offset - padded, len(data), hashlib.sha256(data).hexdigest()))
     return rows
 
 
@@ -196,9 +234,9 @@ def _take_out(index: Path, images: Path, version: str) -> None:
     tar.unlink()
 
 
-def _read(content: bytes, name: str, version: str) -> list[_Row]:
+def _read(content: bytes, name: str, version: str) -> list[TarredImage]:
     try:
-        rows = [_Row(path, int(at), int(size), sha) for path, at, size, sha in read_rows(content, _COLUMNS)]
+        rows = [TarredImage(path, int(at), int(size), sha) for path, at, size, sha in read_rows(content, _COLUMNS)]
     except (ValueError, csv.Error) as err:
         raise InvalidDatasetError(
             f"{version}: expected {name} as the import writes it. Received: {err}. Import the images again."

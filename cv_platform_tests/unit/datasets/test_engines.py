@@ -69,6 +69,9 @@ class DiesOf:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def ask(self, question: Callable[[], R]) -> dict[str, R]:
+        return {}
+
     def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
         for shard in shards:
             dies = self.name in [entry.path for entry in getattr(shard, "entries", ())]

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cv_platform.datasets.inspection import inspect_file
 from cv_platform.datasets.manifest import (
     MANIFEST_SCHEMA,
     build_manifest,
@@ -25,6 +24,7 @@ from cv_platform.datasets.manifest import (
     read_thumbnails,
 )
 from cv_platform.datasets.near_copies import thumbnail
+from cv_platform.datasets.origins import Files
 from cv_platform.datasets.quarantine import kind_of
 from cv_platform.errors import DatasetError, InvalidDatasetError
 from cv_platform.images import Preprocessing, decode, preprocess
@@ -385,7 +385,7 @@ def test_splits_that_are_made_never_divide_a_group(tmp_path: Path) -> None:
 
 def test_a_file_that_goes_while_it_is_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidDatasetError, match=r"as they were listed.*gone\.png"):
-        inspect_file(str(tmp_path / "gone.png"), 100)
+        list(Files(tmp_path, ("gone.png",)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,180 @@
+"""Images of a version in central storage, for machines that work on them and do not see the check-out.
+
+    images/<ds_name>/versions/<dvc_md5>.json    written first: which listing is the version's, and when it was last used
+    images/<ds_name>/files/md5/ab/cdef…         what DVC tracks of it, as in any of its remotes
+
+It is DVC that sends them, and what versions have in common it sends once. Nobody reads them but those machines, while
+they work; `cv-platform gc` removes what no version needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+
+from cv_platform.compute.engine import Engine
+from cv_platform.compute.sight import Proof, blind_machines
+from cv_platform.datasets.dvc_store import is_exact, listed_files, listing_name, object_name, push_images
+from cv_platform.datasets.origins import Origin, Place, Stored
+from cv_platform.datasets.repository import StoredVersion, read_version
+from cv_platform.datasets.stand_ins.links import LINKED_FILES
+from cv_platform.datasets.stand_ins.tars import TarIndexes
+from cv_platform.errors import ComputeError, CvPlatformError, DatasetError, InvalidDatasetError
+from cv_platform.object_store import ObjectStore
+from cv_platform.records import Provenance
+
+FOLDER = "images"
+VERSIONS = "versions"
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What installations and machines share data by.
+
+    Attributes:
+        url: of central storage.
+        repository: of the dataset, whose DVC sends images there; None: they are not sent.
+    """
+
+    url: str
+    repository: Path | None = None
+
+
+def find_origin(
+    directory: Path, provenance: Provenance, *, seen_by: Path, engine: Engine | None, sharing: Sharing | None
+) -> Origin:
+    """Returns where an engine's machines read the images of a check-out, which are sent there if one does not see it.
+
+    Args:
+        directory: of the check-out.
+        provenance: of it.
+        seen_by: a file in it that is only there: by it a machine tells that it sees the check-out.
+        engine: who works on the images; None: processes of this machine.
+        sharing: central storage; None: nothing may be sent there.
+
+    Raises:
+        ComputeError: a machine sees neither the check-out nor central storage, or nothing may be sent there, or the
+            images were left where they are.
+        DatasetError: DVC cannot send them.
+        StorageError: central storage cannot be reached or written.
+    """
+    if engine is None or not (blind := blind_machines(engine, Proof.of(seen_by))):
+        return Origin(directory)
+    expected = f"Expected {directory} on each machine that works on its images. Received: none on {_named(blind)}."
+    if sharing is None or sharing.repository is None:
+        raise ComputeError(
+            f"{expected} Put CV_HOME at the same path of all of them, on a shared file system; or set "
+            "CV_SHARE_PACKS=1, and CV_STORAGE to what they all reach, such as s3://bucket/prefix: images are then sent "
+            "there, and read from there."
+        )
+    version = read_version(sharing.repository, provenance.dvc_tag)
+    if version.dvc_md5 != provenance.dvc_md5:
+        raise DatasetError(
+            f"Expected {provenance} in {sharing.repository}. Received: {version.dvc_md5}; somebody has moved the tag. "
+            "Materialise the dataset again."
+        )
+    listed = _Listed(version, directory, sharing.repository, expected)
+    url = f"{sharing.url.rstrip('/')}/{FOLDER}/{provenance.ds_name}"
+    note = _send(version, sharing.repository, ObjectStore(sharing.url), provenance.ds_name)
+    answers = engine.ask(functools.partial(_unread, sharing.url, note))
+    if unread := [f"{name}: {why}" for name, why in sorted(answers.items()) if why is not None]:
+        raise ComputeError(
+            f"{expected} Nor do all of them read what was sent to central storage instead: {_named(unread)}. Set "
+            "CV_STORAGE to what they all reach, such as s3://bucket/prefix, and give each node what that needs."
+        )
+    return Origin(directory, functools.partial(_stored, url, Proof.of(seen_by), listed))
+
+
+def _named(machines: list[str]) -> str:
+    more = f" and {len(machines) - _SHOWN} more" if len(machines) > _SHOWN else ""
+    return "; ".join(machines[:_SHOWN]) + more
+
+
+def _send(version: StoredVersion, repository: Path, store: ObjectStore, ds_name: str) -> str:
+    """Sends what central storage does not have of a version, and returns the path of the note that it is in use."""
+    remote, note = store.path(FOLDER, ds_name), store.path(FOLDER, ds_name, VERSIONS, f"{version.dvc_md5}.json")
+    used = {"listing": listing_name(version), "used_utc": datetime.now(UTC).isoformat()}
+    with store.errors(f"send the images of {ds_name} {version.tag}"):
+        store.replace(note, json.dumps(used))
+    # A chain such as simplecache::s3://bucket names its storage last.
+    url = remote if store.is_local else store.url_of(remote).rpartition("::")[2]
+    push_images([version], repository=repository, url=url)
+    return note
+
+
+def _unread(url: str, note: str) -> str | None:
+    """Returns why this process cannot read a file of central storage; None: it can."""
+    try:
+        return None if ObjectStore(url).read(note) else f"{note} is not there"
+    except CvPlatformError as err:
+        return str(err)
+
+
+def _stored(url: str, proof: Proof, listed: _Listed, paths: Sequence[str]) -> Stored:
+    return Stored(url, proof, tuple(listed.places(paths)))
+
+
+def _as_bytes(value: pa.Scalar) -> bytes:
+    return value.as_py()
+
+
+class _Listed:
+    """Where DVC's remote has the files of a check-out: 16 bytes and its path in memory of each that it tracks."""
+
+    def __init__(self, version: StoredVersion, directory: Path, repository: Path, expected: str) -> None:
+        listing = listed_files(version, repository=repository)
+        if LINKED_FILES in listing:
+            raise ComputeError(
+                f"{expected} {version.tag} was imported with --link, so that DVC has no copy to send them. Put "
+                f"{directory} and the folder of its images at the same paths of all of them, or import it without."
+            )
+        self._version = version
+        self._tars = TarIndexes(directory, version=version.tag)
+        self._of_tars = {name: md5 for name, md5 in listing.items() if name.endswith(".tar")}
+        of_files = sorted((name.encode(errors="surrogateescape"), bytes.fromhex(md5)) for name, md5 in listing.items())
+        self._paths = pa.array([path for path, _ in of_files], pa.large_binary())
+        self._md5 = pa.array([md5 for _, md5 in of_files], pa.binary(16))
+
+    def places(self, paths: Sequence[str]) -> list[Place]:
+        """Returns where files are, by their paths in the check-out.
+
+        Raises:
+            InvalidDatasetError: DVC does not track one.
+        """
+        inside = [path.removeprefix(f"{self._version.data_path}/") for path in paths]
+        places = {path: place for path in inside if (place := self._in_tar(path))}
+        if alone := [path for path in inside if path not in places]:
+            places |= self._whole(alone)
+        return [places[path] for path in inside]
+
+    def _in_tar(self, path: str) -> Place | None:
+        if (found := self._tars.find(path)) is None:
+            return None
+        name, row = found
+        place = object_name(self._of_tars[name], self._version)
+        return Place(place, bytes.fromhex(row.sha256), row.offset, row.offset + row.bytes)
+
+    def _whole(self, paths: Sequence[str]) -> dict[str, Place]:
+        wanted = {path.encode(errors="surrogateescape"): path for path in paths}
+        # Of those between the first and the last: consecutive images, or those of a split.
+        start = bisect_left(self._paths, min(wanted), key=_as_bytes)
+        end = bisect_right(self._paths, max(wanted), key=_as_bytes)
+        between = zip(self._paths[start:end].to_pylist(), self._md5[start:end].to_pylist(), strict=True)
+        found = {wanted[path]: md5 for path, md5 in between if path in wanted}
+        if missing := [path for path in paths if path not in found]:
+            raise InvalidDatasetError(
+                f"{self._version.tag}: expected DVC to track {missing[0]}. Received: its listing is without it. "
+                "Materialise the dataset again."
+            )
+        exact = is_exact(self._version)
+        return {
+            path: Place(object_name(md5.hex(), self._version), md5 if exact else b"") for path, md5 in found.items()
+        }

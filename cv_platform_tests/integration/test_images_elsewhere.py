@@ -1,0 +1,136 @@
+"""Machines that do not see the check-out: its images come from central storage, a folder or a real S3 API (moto)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fsspec.core import url_to_fs
+from s3fs import S3FileSystem
+
+from cv_platform.compute.engine import Engine, Outcome, R, S
+from cv_platform.datasets import manifest as manifests
+from cv_platform.datasets import origins
+from cv_platform.datasets.importing import ImportRules, import_dataset
+from cv_platform.datasets.manifest import read_manifest
+from cv_platform.datasets.stand_ins import tars
+from cv_platform.datasets.versions import checkout_version
+from cv_platform.errors import ComputeError
+from cv_platform.files import file_sha256
+from cv_platform_tests.support.blind_node import blind_cluster
+from cv_platform_tests.support.elsewhere import Apart
+from cv_platform_tests.support.pictures import class_folders
+from cv_platform_tests.unit.datasets.conftest import dataset, model
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "central") if request.param == "folder" else request.getfixturevalue("s3_url")
+
+
+def import_pets(tmp_path: Path, *homes: Path, above: int) -> None:
+    """Imports 40 images, of which one does not decode, into installations."""
+    source = class_folders(tmp_path / "pets", 20)
+    (source / "dog/cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for home in homes:
+        rules = ImportRules(tar_above=above, max_left_out_fraction=0.1)
+        import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=home / "datasets", rules=rules)
+
+
+def stored_files(storage: str) -> dict[str, int]:
+    files, root = url_to_fs(storage)
+    return {path.removeprefix(root): entry["size"] for path, entry in files.find(root, detail=True).items()}
+
+
+@contextmanager
+def one_apart(kind: str, hidden: Path, node_home: Path) -> Iterator[Engine]:
+    """Yields an engine of a machine that does not see `hidden`."""
+    if kind == "apart":
+        yield Apart(hidden)
+        return
+    pytest.importorskip("ray", reason="Ray, of the extra ray")
+    with blind_cluster(hidden, node_home) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("kind", ["apart", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("above", [1000, 8], ids=["files", "tars"])
+def test_what_is_made_by_who_does_not_see_the_check_out_has_the_same_bytes(
+    storage: str, above: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "MOST_IMAGES", 6)
+    monkeypatch.setattr(manifests, "_IMAGES_PER_PART", 7)
+    alone, hidden = tmp_path / "alone", tmp_path / "hidden"
+    home = hidden / "home"
+    import_pets(tmp_path, alone, home, above=above)
+    expected = checkout_version(dataset(), model(), home=alone)
+    with one_apart(kind, hidden, tmp_path / "node") as engine:
+        with pytest.raises(ComputeError, match="CV_SHARE_PACKS=1"):
+            checkout_version(dataset(), model(), home=home, engine=engine)
+        made = checkout_version(dataset(), model(), home=home, engine=engine, shared_in=storage)
+        assert file_sha256(made.manifest_path) == file_sha256(expected.manifest_path)
+        sent = stored_files(storage)
+        again = checkout_version(dataset(split_seed=1), model(), home=home, engine=engine, shared_in=storage)
+        assert again.manifest != made.manifest
+        assert stored_files(storage).keys() == sent.keys()
+
+
+def test_without_central_storage_a_machine_that_does_not_see_the_check_out_is_refused(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    import_pets(tmp_path, home, above=1000)
+    with pytest.raises(ComputeError, match=r"Received: none on apart\. Put CV_HOME .* or set CV_SHARE_PACKS=1"):
+        checkout_version(dataset(), model(), home=home, engine=Apart(home))
+    with pytest.raises(ComputeError, match=r"Nor do all of them read .* apart: .* is not there\. Set CV_STORAGE"):
+        checkout_version(dataset(), model(), home=home, engine=Apart(home), shared_in=str(home / "storage"))
+
+
+class Leaving(Apart):
+    """Has central storage leave when the first shard is there, and come back when a shard has missed it."""
+
+    def __init__(self, hidden: Path, leave: Callable[[], object], come_back: Callable[[], object]) -> None:
+        super().__init__(hidden)
+        self._leave, self._come_back, self.missed = leave, come_back, 0
+
+    def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
+        log, handler = logging.getLogger("cv_platform.compute.engine"), logging.Handler()
+        handler.emit = self._note
+        log.addHandler(handler)
+        self._leave()
+        try:
+            yield from super().run(function, shards, in_order=in_order)
+        finally:
+            log.removeHandler(handler)
+
+    def _note(self, record: logging.LogRecord) -> None:
+        assert "is tried again" in record.getMessage()
+        self.missed += 1
+        self._come_back()
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_central_storage_that_is_away_for_a_moment_is_waited_for(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    import_pets(tmp_path, home, above=1000)
+    if kind == "folder":
+        storage, central = str(tmp_path / "central"), tmp_path / "central"
+        leave, come_back = partial(central.rename, tmp_path / "away"), partial((tmp_path / "away").rename, central)
+    else:
+        storage = str(request.getfixturevalue("s3_url"))
+        address = os.environ["AWS_ENDPOINT_URL"]
+
+        def move(url: str) -> None:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+            S3FileSystem.clear_instance_cache()
+            origins._store.cache_clear()
+
+        leave, come_back = partial(move, "http://127.0.0.1:9"), partial(move, address)
+    engine = Leaving(home, leave, come_back)
+    made = checkout_version(dataset(), model(), home=home, engine=engine, shared_in=storage)
+    assert (engine.missed, len(read_manifest(made.manifest_path))) == (1, 41)

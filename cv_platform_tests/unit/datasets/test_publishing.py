@@ -1,0 +1,87 @@
+"""When images are sent to central storage; `integration/test_images_elsewhere.py` reads them there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cv_platform.datasets.importing import ImportRules, import_dataset
+from cv_platform.datasets.publishing import Sharing, find_origin
+from cv_platform.datasets.repository import run_git
+from cv_platform.datasets.versions import checkout_version
+from cv_platform.errors import ComputeError, DatasetError, InvalidDatasetError
+from cv_platform.records import DatasetVersion
+from cv_platform_tests.support.elsewhere import Apart, Elsewhere
+from cv_platform_tests.support.pictures import class_folders
+
+from .conftest import dataset, model
+
+
+def check_out(tmp_path: Path, *, links: bool = False) -> DatasetVersion:
+    source, root = class_folders(tmp_path / "source", 10), tmp_path / "home" / "datasets"
+    import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=root, rules=ImportRules(links=links))
+    return checkout_version(dataset(), model(), home=tmp_path / "home")
+
+
+def sharing(tmp_path: Path) -> Sharing:
+    return Sharing(str(tmp_path / "central"), tmp_path / "home" / "datasets" / "pets")
+
+
+def test_nothing_is_sent_where_all_see_the_check_out(tmp_path: Path) -> None:
+    version = check_out(tmp_path)
+    for engine in (None, Elsewhere()):
+        origin = find_origin(
+            version.directory,
+            version.provenance,
+            seen_by=version.manifest_path,
+            engine=engine,
+            sharing=sharing(tmp_path),
+        )
+        assert origin.files(["images/cat/0.png"]).stored is None
+    assert not (tmp_path / "central").exists()
+
+
+def test_images_that_were_left_in_place_cannot_be_sent(tmp_path: Path) -> None:
+    version = check_out(tmp_path, links=True)
+    with pytest.raises(
+        ComputeError, match=r"none on apart\. v1\.0\.0 was imported with --link, so that DVC has no copy"
+    ):
+        find_origin(
+            version.directory,
+            version.provenance,
+            seen_by=version.manifest_path,
+            engine=Apart(tmp_path / "home"),
+            sharing=sharing(tmp_path),
+        )
+
+
+def test_a_tag_that_somebody_has_moved_is_not_sent_in_its_place(tmp_path: Path) -> None:
+    version = check_out(tmp_path)
+    root = tmp_path / "home" / "datasets"
+    import_dataset(class_folders(tmp_path / "other", 11), ds_name="pets", tag="v2.0.0", ds_root=root)
+    run_git(root / "pets", "tag", "--force", "v1.0.0", "v2.0.0")
+    with pytest.raises(DatasetError, match="somebody has moved the tag"):
+        find_origin(
+            version.directory,
+            version.provenance,
+            seen_by=version.manifest_path,
+            engine=Apart(version.directory),
+            sharing=sharing(tmp_path),
+        )
+
+
+def test_a_file_that_dvc_does_not_track_is_named(tmp_path: Path) -> None:
+    version = check_out(tmp_path)
+    origin = find_origin(
+        version.directory,
+        version.provenance,
+        seen_by=version.manifest_path,
+        engine=Apart(version.directory),
+        sharing=sharing(tmp_path),
+    )
+    stored = origin.files(["images/dog/3.png", "images/cat/0.png"]).stored
+    assert stored is not None
+    assert [len(place.digest) for place in stored.places] == [16, 16]
+    with pytest.raises(InvalidDatasetError, match=r"expected DVC to track cat/x\.png"):
+        origin.files(["images/cat/0.png", "images/cat/x.png"])
