@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cv_platform.config.fields import ExperimentName, Section
 from cv_platform.config.images import DatasetConfig, EncoderConfig, ValidateConfig
@@ -23,6 +24,9 @@ from cv_platform.config.production import (
 )
 from cv_platform.config.recipe import EvaluateConfig, TrainConfig, TransferConfig
 from cv_platform.config.search import Span, TuneConfig
+
+_OWNER = re.compile(r"team:.+|\w[\w.%+-]*@[a-z0-9.-]+\.[a-z]{2,7}", re.ASCII | re.IGNORECASE)
+"""What Dagster takes."""
 
 
 class ExperimentConfig(Section):
@@ -47,6 +51,16 @@ class ExperimentConfig(Section):
     score: ScoreConfig = Field(default=ScoreConfig(), description="images that are answered in one go")
     loop: LoopConfig = Field(default=LoopConfig(), description="what follows drift and labels by itself")
     alerts: AlertsConfig = Field(default=AlertsConfig(), description="what is worth a message")
+
+    @field_validator("owners")
+    @classmethod
+    def _known_to_dagster(cls, owners: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [owner for owner in owners if not _OWNER.fullmatch(owner)]:
+            raise ValueError(
+                "expected e-mail addresses whose last part has 2 to 7 letters, or team:NAME. "
+                f"Received: {', '.join(map(repr, wrong))}. Correct them."
+            )
+        return owners
 
     @model_validator(mode="after")
     def _require_epochs(self) -> Self:

@@ -4,11 +4,12 @@ back.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cv_platform.config.cron import Cron
 from cv_platform.config.fields import ExperimentName, Fraction, Section
 
 ExportFormat = Literal["onnx", "onnx_int8", "litert", "litert_int8"]
@@ -191,7 +192,9 @@ class MonitorConfig(Section):
     max_encoded: int = Field(
         default=500, ge=20, description="images of a window that the encoder looks at, a seeded sample, for its tests"
     )
-    schedule_cron: str = Field(default="0 6 * * 1", description="when the report runs (UTC)")
+    schedule_cron: str = Field(
+        default="0 6 * * 1", description="when the report runs (UTC): five fields of cron, or @daily and the like"
+    )
     new_rows_trigger: int = Field(
         default=1000, ge=1, description="new requests that make the sensor run a report on them; min_samples at least"
     )
@@ -201,6 +204,17 @@ class MonitorConfig(Section):
     def needs_encoder(self) -> bool:
         """Whether a detector looks at the vectors of the pretrained encoder."""
         return any(name.startswith("encoder_") for name in self.detectors)
+
+    @property
+    def period(self) -> timedelta:
+        """The longest time from one scheduled report to the next one."""
+        return Cron.parse(self.schedule_cron).longest_gap()
+
+    @field_validator("schedule_cron")
+    @classmethod
+    def _runs(cls, value: str) -> str:
+        Cron.parse(value)
+        return value
 
     @field_validator("window_start_utc", "window_end_utc")
     @classmethod

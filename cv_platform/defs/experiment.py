@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import dagster as dg
 
 from cv_platform.config import ExperimentConfig
@@ -67,16 +70,17 @@ def experiment_assets(branch: Branch) -> list[dg.AssetsDefinition]:
     ]
 
 
-def broken_config_definitions(file_name: str, error: str) -> dg.Definitions:
-    """Returns one asset, named after a config file that cannot be loaded, whose description is the error."""
-    name = "".join(c if c.isalnum() or c == "_" else "_" for c in file_name)
-    return dg.Definitions(
-        assets=[
-            dg.AssetSpec(
-                key=dg.AssetKey(["broken_configs", name]),
-                group_name="broken_configs",
-                description=f"This config cannot be loaded, so its experiment is missing.\n\n```\n{error}\n```",
-                kinds={"yaml"},
-            )
-        ]
-    )
+def broken_configs_definitions(broken: Mapping[str, str]) -> dg.Definitions:
+    """Returns an asset for each config file that cannot be loaded, named after it, whose description is the error."""
+    specs = dict[str, dg.AssetSpec]()
+    for file_name, error in broken.items():
+        name = re.sub(r"\W", "_", file_name, flags=re.ASCII)
+        while name in specs:  # Of `cats-1.yaml` beside `cats_1.yaml`.
+            name += "_"
+        specs[name] = dg.AssetSpec(
+            key=dg.AssetKey(["broken_configs", name]),
+            group_name="broken_configs",
+            description=f"This config cannot be loaded, so its experiment is missing.\n\n```\n{error}\n```",
+            kinds={"yaml"},
+        )
+    return dg.Definitions(assets=list(specs.values()))

@@ -17,6 +17,7 @@ from cv_platform.config import load_experiment
 from cv_platform.definitions import build_defs
 from cv_platform.defs.automation import TRAINING_ASSETS
 from cv_platform.defs.resources import experiment_resource
+from cv_platform.errors import ConfigError
 from cv_platform.record_store import RecordStore
 from cv_platform.records import DatasetVersion
 
@@ -151,6 +152,59 @@ def test_a_broken_file_is_one_asset_with_its_error_and_the_others_stay(tmp_path:
     node = definitions.resolve_asset_graph().get(dg.AssetKey(["broken_configs", "broken_one_yaml"]))
     assert "model.model_name: missing" in (node.description or "")
     assert not node.is_materializable
+
+
+def test_an_experiment_that_dagster_refuses_is_one_asset_with_its_error_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "digits.yaml", DIGITS.read_text())
+    digits = load_experiment(DIGITS)
+    # Stands for whatever no validator of the config looks at.
+    refused = digits.model_copy(update={"name": "refused", "owners": ("nobody",)})
+    broken = tmp_path / "refused.yaml"
+    loaded = {tmp_path / "digits.yaml": digits, broken: refused}
+    monkeypatch.setattr("cv_platform.definitions.load_experiments", lambda files: (dict(loaded), {}))
+    definitions = build_defs(tmp_path)
+    dg.Definitions.validate_loadable(definitions)
+    assert {"broken_configs/refused_yaml", "digits/model"} <= keys(definitions)
+    assert "refused/model" not in keys(definitions)
+    node = definitions.resolve_asset_graph().get(dg.AssetKey(["broken_configs", "refused_yaml"]))
+    assert "DagsterInvalidDefinitionError: Invalid owner 'nobody'" in (node.description or "")
+    monkeypatch.setenv("CV_STRICT_CONFIGS", "1")
+    with pytest.raises(ConfigError, match=r"refused\.yaml: expected an experiment that becomes definitions"):
+        build_defs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("owners: [the-team]", "owners: expected e-mail addresses"),
+        ("monitor: {schedule_cron: weekly}", "monitor.schedule_cron: expected five fields of cron"),
+    ],
+)
+def test_a_wrong_cron_or_owner_is_one_asset_with_its_error_and_the_others_stay(
+    tmp_path: Path, line: str, error: str
+) -> None:
+    write(tmp_path, "digits.yaml", DIGITS.read_text())
+    text = DIGITS.read_text().replace("name: digits\n", "name: other\n", 1).partition("monitor:")[0]
+    write(tmp_path, "other.yaml", f"{text}\n{line}\n".replace("digits_classifier", "other_classifier"))
+    definitions = build_defs(tmp_path)
+    dg.Definitions.validate_loadable(definitions)
+    assert {"broken_configs/other_yaml", "digits/model"} <= keys(definitions)
+    node = definitions.resolve_asset_graph().get(dg.AssetKey(["broken_configs", "other_yaml"]))
+    assert error in (node.description or "")
+
+
+def test_broken_files_of_almost_one_name_are_an_asset_each(tmp_path: Path) -> None:
+    names = ("cats-1.yaml", "cats_1.yaml", "cats 1.yaml", "kätzchen.yaml")
+    for name in names:
+        write(tmp_path, name, "name: x\nmodel: {}\n")
+    definitions = build_defs(tmp_path)
+    dg.Definitions.validate_loadable(definitions)
+    graph = definitions.resolve_asset_graph()
+    described = [graph.get(key).description or "" for key in graph.get_all_asset_keys()]
+    assert len(described) == len(names)
+    assert all(sum(f"{name}: " in text for text in described) == 1 for name in names)
 
 
 def test_two_configs_of_one_name_are_both_refused(tmp_path: Path) -> None:

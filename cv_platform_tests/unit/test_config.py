@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from dagster._core.definitions.utils import is_valid_owner
 
 from cv_platform.config import (
     ExperimentConfig,
@@ -164,6 +166,26 @@ def test_class_names_have_one_form_of_their_accents() -> None:
 def test_a_window_without_its_zone_is_refused() -> None:
     with pytest.raises(ConfigError, match="with its zone"):
         experiment(monitor={"window_start_utc": "2026-01-31T06:00:00"})
+
+
+def test_a_cron_that_says_nothing_is_refused_and_a_period_is_from_report_to_report() -> None:
+    with pytest.raises(ConfigError, match=r"monitor\.schedule_cron: expected five fields .* \"weekly\": it has 1"):
+        experiment(monitor={"schedule_cron": "weekly"})
+    assert experiment().monitor.period == timedelta(days=7)
+    assert experiment(monitor={"schedule_cron": "@daily", "window_days": 30}).monitor.period == timedelta(days=1)
+
+
+@pytest.mark.parametrize("owner", ["the-team", "team:", "a@b", "a@b.museums1", ".a@b.de", "a@b.technology", ""])
+def test_an_owner_that_dagster_does_not_know_is_refused(owner: str) -> None:
+    with pytest.raises(ConfigError, match=r"owners: expected e-mail addresses .* or team:NAME\. Received: "):
+        experiment(owners=["team:yard", owner])
+    assert not is_valid_owner(owner)
+
+
+@pytest.mark.parametrize("owner", ["team:computer vision", "first.last+cv@lab.example.org", "A_1@B.DE"])
+def test_owners_are_addresses_and_teams(owner: str) -> None:
+    assert experiment(owners=[owner]).owners == (owner,)
+    assert is_valid_owner(owner)
 
 
 def test_a_dumped_experiment_is_read_back_as_itself() -> None:
