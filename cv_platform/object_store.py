@@ -7,6 +7,8 @@ https://filesystem-spec.readthedocs.io
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,8 +23,28 @@ _ATTEMPTS = 20
 """Of a compare-and-set on S3: each but the last lost to a write between its reading and its writing."""
 _CONFLICTS = {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}
 """Error codes of S3 for a condition that does not hold, or for an object that another request is changing."""
+_DRIVERS = (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError"))
+"""Roots of what S3's driver raises of its own where a storage refuses connections, or breaks off in an answer."""
 _LOCK_SECONDS = 60.0
 """A pointer is moved in milliseconds; a host that was frozen meanwhile keeps its lock."""
+
+
+def driver_errors() -> tuple[type[Exception], ...]:
+    """Returns what drivers of fsspec raise where a storage is away: OSError, and S3's own errors, once it is loaded."""
+    loaded = ((sys.modules.get(module), name) for module, name in _DRIVERS)
+    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
+
+
+def has_anything(file_system: Any, root: str) -> bool:
+    """Tells whether anything is at a place now: a folder that is not mounted is empty, or none."""
+    try:
+        if "file" in file_system.protocol:
+            with os.scandir(root) as entries:
+                return any(entries)
+        file_system.invalidate_cache()
+        return bool(file_system.exists(root))
+    except driver_errors():
+        return False
 
 
 class ObjectStore:
@@ -44,18 +66,13 @@ class ObjectStore:
         protocol = self._fs.protocol
         protocols = (protocol,) if isinstance(protocol, str) else protocol
         self.is_local, self.is_s3 = "file" in protocols, "s3" in protocols
-        self._failures: tuple[type[Exception], ...] = (OSError, LockHeldError)
-        if self.is_s3:  # Whose driver raises some as they come: a server that is not there, no credentials.
-            from botocore.exceptions import BotoCoreError
-
-            self._failures += (BotoCoreError,)
 
     @contextmanager
     def errors(self, action: str) -> Iterator[None]:
         """Says what could not be done, and where."""
         try:
             yield
-        except self._failures as err:
+        except (*driver_errors(), LockHeldError) as err:
             raise StorageError(
                 f"Cannot {action} at {self.url}: {err}. Check CV_STORAGE, its rights and the free space."
             ) from err
@@ -70,6 +87,10 @@ class ObjectStore:
     def url_of(self, path: str) -> str:
         """Returns a path's URL."""
         return str(self._fs.unstrip_protocol(path))
+
+    def has_anything(self) -> bool:
+        """Returns whether there is anything at all, now; see the function."""
+        return has_anything(self._fs, self._root)
 
     def exists(self, path: str) -> bool:
         """Returns whether there is such a file or folder, now."""

@@ -194,6 +194,10 @@ class CentralStorage:
         self._store = ObjectStore(url)
         self.url, self.is_local = self._store.url, self._store.is_local
 
+    def has_anything(self) -> bool:
+        """Tells whether there is anything at all, now: a folder that is not mounted is empty, or none."""
+        return self._store.has_anything()
+
     # Bundles
 
     def publish_bundle(self, directory: Path, metadata: BundleMetadata) -> BundleMetadata:

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from cv_platform.errors import DatabaseUnavailableError, LockHeldError, ServiceError, StorageError
+from cv_platform.errors import (
+    BundleExistsError,
+    BundleNotFoundError,
+    CorruptBundleError,
+    DatabaseUnavailableError,
+    LockHeldError,
+    ServiceError,
+    StorageError,
+)
 from cv_platform.settings import prepare_worker
 
 logger = logging.getLogger(__name__)
@@ -19,6 +27,8 @@ ATTEMPTS = 3
 AHEAD = 3
 """Shards for each worker that are given out, or wait for their turn."""
 _PASSING = (StorageError, DatabaseUnavailableError, LockHeldError, ServiceError, ConnectionError, TimeoutError)
+_LASTING = (BundleExistsError, BundleNotFoundError, CorruptBundleError)
+"""Of these, what no waiting mends."""
 _TRIAL_SECONDS = 0.5
 """Of work after which this process knows how long the rest takes it."""
 _WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -167,6 +177,8 @@ def call(function: Callable[[S], R], shard: S) -> R:
     for wait in _WAITS_SECONDS:
         try:
             return function(shard)
+        except _LASTING:
+            raise
         except _PASSING as err:
             logger.warning("%s is tried again in %.0f s: %s", shard.name, wait, err)
             time.sleep(wait)

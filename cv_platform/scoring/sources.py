@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from cv_platform.datasets.sources.tree import walk
 from cv_platform.errors import DatasetError, StorageError
 from cv_platform.files import whole_directory
 from cv_platform.images.files import IMAGE_SUFFIXES, is_litter
+from cv_platform.object_store import driver_errors, has_anything
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,24 @@ def read_file(root: str, path: str) -> bytes:
 
     Raises:
         FileNotFoundError, PermissionError: it is gone, or may not be read.
-        StorageError: its place cannot be reached, which may pass.
+        StorageError: its place cannot be reached, or has nothing at all, which may pass.
     """
     try:
         if "://" in root:
             return _file_system(root).cat_file(f"{_root(root)}/{path}")
         with open(f"{root}/{path}", "rb") as file:  # noqa: PTH123 -- Path takes as long as the reading.
             return file.read()
-    except (FileNotFoundError, PermissionError):
+    except PermissionError:
         raise
-    except OSError as err:
+    except FileNotFoundError as err:
+        if has_anything(_file_system(root), _root(root)):
+            raise
+        raise StorageError(
+            f"Expected images at {root}. Received: nothing, as {socket.gethostname()} sees it. Mount it, if it is "
+            "away. Each machine that scores has to see it: name a folder that all of them share, or a URL such as "
+            "s3://bucket/prefix."
+        ) from err
+    except driver_errors() as err:
         raise StorageError(f"Cannot read {path} at {root}: {err}. Check that it is reached from here.") from err
 
 
@@ -130,7 +140,7 @@ def _of_path(path: Path) -> Found:
 def _of_url(url: str) -> Found:
     try:
         listed: dict[str, dict[str, Any]] = _file_system(url).find(_root(url), detail=True)
-    except OSError as err:
+    except driver_errors() as err:
         raise StorageError(f"Expected images at {url}. Received: {err}. Check the URL and its rights.") from err
     below = {path.removeprefix(f"{_root(url)}/"): facts for path, facts in listed.items()}
     names = sorted(
@@ -143,17 +153,17 @@ def _of_url(url: str) -> Found:
 
 
 @functools.cache
-def _file_system(url: str) -> Any:
+def _file_system(root: str) -> Any:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)[0]
+        return fsspec.core.url_to_fs(root)[0] if "://" in root else fsspec.filesystem("file")
     except (ImportError, ValueError) as err:
         raise StorageError(
-            f"Expected a URL whose driver is installed. Received: {url} ({err}). "
+            f"Expected a URL whose driver is installed. Received: {root} ({err}). "
             "For s3:// install the extra: pip install 'cv-platform[s3]'."
         ) from err
 
 
-def _root(url: str) -> str:
-    return str(_file_system(url)._strip_protocol(url)).rstrip("/")
+def _root(root: str) -> str:
+    return str(_file_system(root)._strip_protocol(root)).rstrip("/") if "://" in root else root

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import logging
 import shutil
+import socket
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.errors import CorruptBundleError, StorageError
+from cv_platform.errors import BundleNotFoundError, CorruptBundleError, StorageError
 from cv_platform.images import KNOWN_VERSIONS, find_preprocessing
 from cv_platform.predictions import decide
 from cv_platform.serving.model.unknown import UNKNOWN, UnknownRule, load_rule
@@ -206,7 +207,16 @@ class PublishedModel:
 @functools.lru_cache(maxsize=2)
 def _loaded(model: PublishedModel) -> LoadedModel:
     storage, cache = CentralStorage(model.storage_url), home_here(model.home) / model.cache
-    return load_bundle(storage, model.model_name, model.version, cache=cache, threads=1)
+    try:
+        return load_bundle(storage, model.model_name, model.version, cache=cache, threads=1)
+    except BundleNotFoundError as err:
+        if storage.has_anything():
+            raise
+        raise StorageError(
+            f"Expected {model.model_name} {model.version} in {model.storage_url}. Received: nothing, as "
+            f"{socket.gethostname()} sees it. Mount it, if it is away. Each machine that works on shards has to see "
+            "it: name a folder that all of them share, or a URL such as s3://bucket/prefix, as CV_STORAGE."
+        ) from err
 
 
 @contextmanager

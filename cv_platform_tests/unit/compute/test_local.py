@@ -15,7 +15,14 @@ from cv_platform.compute import map_shards, progress
 from cv_platform.compute.engine import AHEAD, Salvage
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import Progress, watched
-from cv_platform.errors import InvalidDatasetError, ShardError, StorageError
+from cv_platform.errors import (
+    BundleNotFoundError,
+    CorruptBundleError,
+    CvPlatformError,
+    InvalidDatasetError,
+    ShardError,
+    StorageError,
+)
 
 from .tasks import Numbers, doubled, process_id, shards, tensorflow_threads
 
@@ -103,6 +110,17 @@ def test_a_shard_waits_for_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(StorageError, match="at all"):
         list(map_shards(never, shards(1), engine=None, title="Reading", total=2))
+
+
+@pytest.mark.parametrize("error", [BundleNotFoundError, CorruptBundleError])
+def test_what_no_waiting_mends_is_not_waited_for(error: type[CvPlatformError], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.time, "sleep", lambda _: pytest.fail("it waits"))
+
+    def load(_: Numbers) -> int:
+        raise error("Expected a published version.")
+
+    with pytest.raises(error, match="published"):
+        list(map_shards(load, shards(1), engine=None, title="Loading", total=2))
 
 
 def test_a_process_of_several_computes_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

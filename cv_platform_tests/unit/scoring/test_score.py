@@ -5,8 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,22 +17,26 @@ import pyarrow.parquet as pq
 import pytest
 
 from cv_platform.cli import main
+from cv_platform.compute import engine as engines
+from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Outcome, R, S
 from cv_platform.compute.local import LocalEngine
-from cv_platform.errors import BundleNotFoundError, DatasetError, LockHeldError
+from cv_platform.errors import BundleNotFoundError, DatasetError, LockHeldError, StorageError
 from cv_platform.files import exclusive
 from cv_platform.images import read_image, resize
 from cv_platform.scoring import score
 from cv_platform.scoring.score import score_images
+from cv_platform.scoring.sources import read_file
 from cv_platform.serving.app import create_app
 from cv_platform.serving.model.explain import Explain, draw
-from cv_platform.serving.model.runtime import load_bundle
+from cv_platform.serving.model.runtime import PublishedModel, load_bundle
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.app_fixtures import MakeWorker
 from cv_platform_tests.support.http_client import Client, FixedModels
 from cv_platform_tests.support.pictures import picture, write_pictures
 from cv_platform_tests.support.tiny_models import MODEL_NAME, TinyExport, publish_tiny
+from cv_platform_tests.support.waiting import wait_until
 
 VERSION = "20260101T000000Z-00000001"
 PROCESSES = LocalEngine(2, worth_seconds=0)
@@ -142,6 +149,68 @@ def test_a_killed_scoring_loses_only_what_was_not_finished(
     assert score_images(str(images), VERSION, output, settings=settings).computed in {5, 6}
     assert output.read_bytes() == whole.read_bytes(), "whoever scores it, and in how many goes"
     assert [path.name for path in tmp_path.glob(".*.parts")] == []
+
+
+def test_a_folder_that_is_away_for_a_while_is_waited_for(
+    settings: Settings,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(score, "_FEWEST_IMAGES", 2)
+    monkeypatch.setattr(engines, "_WAITS_SECONDS", (0.1,) * 600)
+    whole, output, away = tmp_path / "whole.parquet", tmp_path / "scores.parquet", tmp_path / "away"
+    score_images(str(images), VERSION, whole, settings=settings)
+
+    def come_back() -> None:
+        wait_until(lambda: f"Expected images at {images}. Received: nothing" in caplog.text)
+        away.rename(images)
+
+    returning = threading.Thread(target=come_back)
+
+    def go_away() -> None:
+        images.rename(away)
+        returning.start()
+
+    monkeypatch.setattr(score, "map_shards", after_the_first(go_away))
+    score_images(str(images), VERSION, output, settings=settings)
+    returning.join()
+    assert output.read_bytes() == whole.read_bytes(), "no image has the absence as its problem"
+
+
+def after_the_first(action: Callable[[], object]) -> Callable[..., Iterator[Any]]:
+    """Returns `map_shards`, but for what happens once the first shard is done."""
+
+    def mapped(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, made in enumerate(map_shards(*arguments, **options)):
+            if number == 0:
+                action()
+            yield made
+
+    return mapped
+
+
+def test_an_image_that_is_gone_is_told_from_a_folder_that_is_away(images: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_file(str(images), "a/9.png")
+    with pytest.raises(FileNotFoundError):
+        read_file(images.as_uri(), "a/9.png")
+    shutil.rmtree(images)
+    for _ in range(2):  # Not there, and then not mounted.
+        for root in (str(images), images.as_uri()):
+            with pytest.raises(StorageError, match=r"Received: nothing, as .* sees it\. Mount it.* or a URL such as"):
+                read_file(root, "a/0.png")
+        images.mkdir(exist_ok=True)
+
+
+def test_a_machine_that_does_not_see_central_storage_says_what_it_needs(settings: Settings, tmp_path: Path) -> None:
+    model = PublishedModel(settings.storage_url, MODEL_NAME, VERSION, tmp_path)
+    with pytest.raises(BundleNotFoundError, match="Received: other"):
+        replace(model, version="other").load()
+    with pytest.raises(StorageError, match=r"Received: nothing, as .* sees it\..* as CV_STORAGE") as caught:
+        replace(model, storage_url=str(tmp_path / "nowhere")).load()
+    assert not isinstance(caught.value, BundleNotFoundError), "it may pass, and is waited for"
 
 
 class DiesOf:

@@ -1,0 +1,113 @@
+"""Images in a bucket of a real S3 API (moto's server over HTTP): scored as those of a folder, and waited for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
+
+from cv_platform.compute import engine as engines
+from cv_platform.errors import StorageError
+from cv_platform.scoring import score
+from cv_platform.scoring.score import score_images
+from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage
+from cv_platform_tests.support.hand_made import hand_made_export
+from cv_platform_tests.support.pictures import write_pictures
+from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
+from cv_platform_tests.support.waiting import wait_until
+from cv_platform_tests.unit.scoring.test_score import PROCESSES, VERSION, after_the_first
+
+
+@dataclass
+class Storage:
+    """A server that can be stopped, and started again at the same port with all that it had."""
+
+    server: ThreadedMotoServer
+
+    def stop(self) -> None:
+        self.port = self.server.get_host_and_port()[1]
+        self.server.stop()
+
+    def start(self) -> None:
+        self.server = ThreadedMotoServer("127.0.0.1", port=self.port, verbose=False)
+        self.server.start()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Storage]:
+    made = Storage(ThreadedMotoServer("127.0.0.1", port=0, verbose=False))
+    made.server.start()
+    yield made
+    made.server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint(server: Storage) -> str:
+    return "http://{}:{}".format(*server.server.get_host_and_port())
+
+
+@pytest.fixture(scope="module")
+def hand_made(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
+    return hand_made_export(tmp_path_factory.mktemp("tiny") / "export")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, s3_url: str, hand_made: TinyExport, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # Else the driver tries for ten seconds by itself.
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(score, "_FEWEST_IMAGES", 2)
+    made = Settings.from_environment({"CV_HOME": str(tmp_path / "home"), "CV_STORAGE": s3_url})
+    publish_tiny(CentralStorage(s3_url), hand_made, VERSION)
+    return made
+
+
+@pytest.fixture
+def images(tmp_path: Path, s3_url: str) -> str:
+    """Returns the URL of ten images, which lie in `tmp_path / "images"` as well."""
+    folder = write_pictures(tmp_path / "images", [f"{name}/{i}.png" for name in "ab" for i in range(5)])
+    S3FileSystem().put(str(folder), f"{s3_url}-images", recursive=True)
+    return f"{s3_url}-images"
+
+
+def test_images_in_a_bucket_have_the_rows_of_those_in_a_folder(settings: Settings, images: str, tmp_path: Path) -> None:
+    folder, bucket = tmp_path / "folder.parquet", tmp_path / "bucket.parquet"
+    assert score_images(str(tmp_path / "images"), VERSION, folder, settings=settings).images == 10
+    assert score_images(images, VERSION, bucket, settings=settings, engine=PROCESSES).images == 10
+    assert pq.read_table(bucket).equals(pq.read_table(folder))
+
+
+def test_a_storage_that_refuses_connections_is_waited_for(
+    settings: Settings,
+    images: str,
+    server: Storage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(engines, "_WAITS_SECONDS", (0.1,) * 600)
+    whole, output = tmp_path / "whole.parquet", tmp_path / "scores.parquet"
+    score_images(images, VERSION, whole, settings=settings)
+
+    def come_back() -> None:
+        wait_until(lambda: "is tried again in" in caplog.text)
+        server.start()
+
+    returning = threading.Thread(target=come_back)
+
+    def go_away() -> None:
+        server.stop()
+        with pytest.raises(StorageError, match=r"Cannot list the versions of .* Could not connect to the endpoint"):
+            CentralStorage(settings.storage_url).bundle_versions("tiny")
+        returning.start()
+
+    monkeypatch.setattr(score, "map_shards", after_the_first(go_away))
+    score_images(images, VERSION, output, settings=settings)
+    returning.join()
+    assert output.read_bytes() == whole.read_bytes()
