@@ -138,7 +138,8 @@ def _earlier(moment: datetime, protected: datetime | None) -> datetime:
 def _warnings(now: datetime, windows: Mapping[str, datetime], days_of: Mapping[str, int | None]) -> tuple[str, ...]:
     return tuple(
         f"{variable} is {days}, but the monitor of {name} judges requests since {start:%Y-%m-%d %H:%M} UTC: they are "
-        f"kept until then. Raise {variable}, or shorten monitor.window_days of {name}."
+        f"kept until then. Raise {variable}, or shorten monitor.window_days, or the time from one "
+        "report of monitor.schedule_cron to the next."
         for variable, days in days_of.items()
         if days is not None
         for name, start in sorted(windows.items())

@@ -271,7 +271,7 @@ def run_failure_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefi
 
 def service_alerts_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefinition:
     """Returns the sensor that tells people what is wrong with the service, its log and its monitoring."""
-    names = [config.name for config in experiments]
+    periods = {config.name: config.monitor.period for config in experiments}
 
     @dg.sensor(
         name="service_alerts",
@@ -297,7 +297,7 @@ def service_alerts_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorD
             return len(failures) < len(urls)
 
         try:
-            troubles, state = look(settings, AlertState.read(context.cursor), names, now)
+            troubles, state = look(settings, AlertState.read(context.cursor), periods, now)
         except CvPlatformError as err:
             return dg.SkipReason(str(err))
         state = tell(state, troubles, send)

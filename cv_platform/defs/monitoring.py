@@ -197,10 +197,10 @@ def labeling_queue_asset(branch: Branch) -> dg.AssetsDefinition:
 
 
 def _freshness(branch: Branch) -> dg.FreshnessPolicy:
-    """Returns when the page warns: two hours after the window that nobody has judged, and a day after it, fails."""
-    window = timedelta(days=branch.config.monitor.window_days)
+    """Returns when the page warns: two hours after a scheduled window that nobody has judged; a day after it, fails."""
+    period = branch.config.monitor.period
     return dg.FreshnessPolicy.time_window(
-        fail_window=window + timedelta(days=1), warn_window=window + timedelta(hours=2)
+        fail_window=period + timedelta(days=1), warn_window=period + timedelta(hours=2)
     )
 
 

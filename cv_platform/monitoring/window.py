@@ -173,12 +173,15 @@ def window_bounds(monitor: MonitorConfig, now: datetime) -> WindowBounds:
 
 
 def monitored_since(experiments: Iterable[ExperimentConfig], now: datetime) -> dict[str, datetime]:
-    """Returns by experiment where the window begins that its monitor judges now.
+    """Returns by experiment where the window begins that its monitor judges now, or its schedule at its next tick.
 
     Raises:
         ConfigError: see `window_bounds`.
     """
-    return {config.name: window_bounds(config.monitor, now).start for config in experiments}
+    return {
+        config.name: min(window_bounds(config.monitor, now).start, now - config.monitor.period)
+        for config in experiments
+    }
 
 
 def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, monitor: MonitorConfig) -> Window:

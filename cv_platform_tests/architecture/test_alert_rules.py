@@ -10,6 +10,7 @@ import prometheus_client
 import pytest
 import yaml
 
+from cv_platform.config import MonitorConfig
 from cv_platform.monitoring import service_alerts
 from cv_platform.monitoring.exported_metrics import HELP
 from cv_platform.serving.telemetry.metrics import ServingMetrics
@@ -145,7 +146,8 @@ def test_without_prometheus_the_same_thresholds_hold() -> None:
 
     assert limits("SpoolOld") == [service_alerts.OLDEST_ENTRY_SECONDS]
     assert limits("UnknownImages") == [service_alerts.UNKNOWN_SHARE, service_alerts.FEWEST_IMAGES]
-    assert limits("MonitoringStale") == [service_alerts.STALE_AFTER.days]
+    weekly = MonitorConfig().period + service_alerts.STALE_AFTER
+    assert limits("MonitoringStale") == [weekly.days]
     assert limits("LogEntriesRejected") == limits("ModelSwapFailed") == [0]
     source = Path(service_alerts.__file__).read_text()
     judged = set(re.findall(r'Trouble\(\s*"(\w+)"', source))

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
 import yaml
+from dagster._core.definitions.freshness import TimeWindowFreshnessPolicy
 
 from cv_platform.config import load_experiment
 from cv_platform.definitions import build_defs
@@ -103,6 +105,22 @@ def test_reports_become_stale_when_nobody_has_judged_a_window(digits: dg.Definit
     graph = digits.resolve_asset_graph()
     with_policy = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).freshness_policy}
     assert with_policy == {"drift_report", "production_metrics"}
+
+
+@pytest.mark.parametrize(("cron", "days"), [("0 6 * * 1", 7), ("@daily", 1), ("0 6 1 * *", 31), ("0 6 * * mon-fri", 3)])
+def test_a_report_is_late_two_hours_after_the_schedules_next_tick_whatever_a_window_by_hand_is(
+    tmp_path: Path, cron: str, days: int
+) -> None:
+    content = yaml.safe_load(DIGITS.read_text())
+    content["monitor"] |= {"schedule_cron": cron, "window_days": 5}
+    write(tmp_path, "digits.yaml", yaml.safe_dump(content))
+    graph = build_defs(tmp_path).resolve_asset_graph()
+    for name in ("drift_report", "production_metrics"):
+        policy = graph.get(dg.AssetKey(["digits", name])).freshness_policy
+        assert isinstance(policy, TimeWindowFreshnessPolicy)
+        assert policy.warn_window is not None
+        assert policy.warn_window.to_timedelta() == timedelta(days=days, hours=2)
+        assert policy.fail_window.to_timedelta() == timedelta(days=days + 1)
 
 
 def test_errors_block_and_warnings_do_not(digits: dg.Definitions) -> None:

@@ -116,7 +116,12 @@ def test_reports_that_have_ceased_are_told_and_those_that_never_began_are_not(en
     _write_row(engine, day(0, "no drift"))
     name = day(0, "no drift").experiment
     now = datetime.now(UTC)
-    assert stale_reports(engine, [name, "another"], now + timedelta(days=7)) == []
-    (found,) = stale_reports(engine, [name, "another"], now + timedelta(days=9))
-    assert (found.name, found.subject) == ("MonitoringStale", name)
-    assert stale_reports(engine, ["another"], now + timedelta(days=9)) == []
+    week, daily = {name: timedelta(days=7), "another": timedelta(days=7)}, {name: timedelta(days=1)}
+    assert stale_reports(engine, week, now + timedelta(days=7)) == []
+    assert stale_reports(engine, daily, now + timedelta(days=1)) == []
+    assert stale_reports(engine, {name: timedelta(days=31)}, now + timedelta(days=31)) == []
+    for periods, days in ((week, 9), (daily, 3), ({name: timedelta(days=31)}, 33)):
+        (found,) = stale_reports(engine, periods, now + timedelta(days=days))
+        assert (found.name, found.subject) == ("MonitoringStale", name)
+        assert found.text.endswith(f"one was due by {now + timedelta(days=days - 2):%Y-%m-%d}.")
+    assert stale_reports(engine, {"another": timedelta(days=1)}, now + timedelta(days=9)) == []

@@ -173,15 +173,17 @@ def test_each_setting_may_be_for_ever(
 
 
 def test_never_touches_the_window_of_a_monitor_and_says_why(engine: Engine) -> None:
-    def experiment(name: str, days: float):
+    def experiment(name: str, days: float, cron: str = "0 6 * * 1"):
         content = {
             "name": name,
             "model": {"model_name": name, "classes": ["a", "b"], "input_size": {"h": 8, "w": 8}},
             "dataset": {"ds_name": name, "dvc_tag": "v1"},
-            "monitor": {"window_days": days},
+            "monitor": {"window_days": days, "schedule_cron": cron},
         }
         return parse_experiment(content, origin="test")
 
+    monthly = monitored_since([experiment("monthly", 7, "@monthly")], NOW)
+    assert monthly == {"monthly": days_ago(31)}
     windows = monitored_since([experiment("weekly", 7), experiment("quarterly", 60)], NOW)
     for sha256, days in (("outside", 61), ("inside", 59)):
         predict(engine, days, upload(engine, sha256, days))
