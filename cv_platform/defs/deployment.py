@@ -13,6 +13,7 @@ from cv_platform.defs.automation import RUN
 from cv_platform.defs.branch import AssetRun, Branch, checked
 from cv_platform.defs.metadata import file_link, table
 from cv_platform.defs.versions import Reads
+from cv_platform.deployment.bento import SOURCES
 from cv_platform.errors import VerdictError
 from cv_platform.probation import Probation
 from cv_platform.records import (
@@ -44,7 +45,7 @@ def bento_asset(branch: Branch) -> dg.AssetsDefinition:
                 "deploy.golden_images",
                 "deploy.data_licence",
             ],
-            code=["cv_platform.serving", "bentos"],
+            code=SOURCES,
         ),
         ins={
             "trained": "model",

@@ -23,7 +23,7 @@ def model_asset(branch: Branch) -> dg.AssetsDefinition:
         reads=Reads(
             ["train", "model"],
             ignores=["train.mlflow", "train.job_gpus", "model.threshold", "model.drift_detection"],
-            code=["cv_platform.training.architectures"],
+            code=["cv_platform/training/architectures"],
             functions=["model.architecture"],
         ),
         pool=GPU,

@@ -28,7 +28,7 @@ def validation_report_asset(branch: Branch) -> dg.AssetsDefinition:
     @branch.asset(
         value=ValidationVerdict,
         kinds={"deepchecks"},
-        reads=Reads(["validate"], code=["cv_platform.validation.checks"]),
+        reads=Reads(["validate"], code=["cv_platform/validation/checks"]),
         ins={"dataset": "dataset", "embeddings": "embeddings"},
         checks=specs,
     )

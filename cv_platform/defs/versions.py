@@ -79,7 +79,7 @@ class Recipe:
         return _digest([own, self.code, *users, *(recipe._inherited(config) for recipe in self.upstream)])
 
 
-def code_fingerprint(body: FunctionType, packages: Sequence[str] = ()) -> str:
+def code_fingerprint(body: FunctionType, paths: Sequence[str] = ()) -> str:
     """Returns a digest of a function and of every domain module that it imports, directly or not.
 
     Comments, docstrings and where a line stands do not count: it is the bytecode that is hashed, which differs between
@@ -87,23 +87,23 @@ def code_fingerprint(body: FunctionType, packages: Sequence[str] = ()) -> str:
 
     Args:
         body: the function.
-        packages: folders of modules that it finds by name at run time, or ships: their files count as they are.
+        paths: files and folders of the repository that it finds by name at run time, or ships: they count as they are.
     """
     code = body.__code__
     if body.__doc__:  # Its first constant, which modules are compiled without.
         code = code.replace(co_consts=(None, *code.co_consts[1:]))
     own, found = _read(code)
     todo, seen = [*found], dict[str, str]()
-    for package in packages:
-        folder = _ROOT / package.replace(".", "/")
-        files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-        digests = (f"{path.relative_to(folder)} {file_sha256(path)}" for path in sorted(files))
-        seen[package] = _digest(digests)
+    taken = [_ROOT / path for path in paths]
+    for start in taken:
+        files = [path for path in (start, *start.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+        digests = (f"{path.relative_to(_ROOT)} {file_sha256(path)}" for path in sorted(files))
+        seen[start.relative_to(_ROOT).as_posix()] = _digest(digests)
     while todo:
         name = todo.pop()
-        if name in seen or name.startswith(tuple(packages)):
+        if name in seen:
             continue
-        if (path := _source(name)) is not None:
+        if (path := _source(name)) is not None and not any(path.is_relative_to(start) for start in taken):
             seen[name], imported = _module(path)
             todo += imported
     return _digest([own, *(f"{name} {seen[name]}" for name in sorted(seen))])

@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 from cv_platform.errors import ExportError
-from cv_platform.serving.model.fallback import write_fallback
 from cv_platform.storage import BundleMetadata
 
 logger = logging.getLogger(__name__)
@@ -39,6 +38,8 @@ SHIPPED: tuple[str, ...] = (
     "database",
 )
 """The files and folders of `cv_platform` that a Bento holds: what serving may import, nothing else."""
+SOURCES: tuple[str, ...] = ("bentofile.yaml", "bentos", *(f"cv_platform/{name}" for name in SHIPPED))
+"""All files and folders that a Bento is built from, beside its model."""
 BENTO_FOLDER = Path("bentos", "image_classifier")
 BUNDLED_FOLDER = "bundled_model"
 """Beside the Bento's service.py: the model that it starts with when central storage names none."""
@@ -102,6 +103,8 @@ def write_build_context(context: Path, folder: Path, metadata: BundleMetadata, *
 
     Its requirements hold what the model's runtime needs: TensorFlow only for a model that runs by it.
     """
+    from cv_platform.serving.model.fallback import write_fallback
+
     source = source or _PACKAGE.parent
     skip = shutil.ignore_patterns("__pycache__", "*.pyc", BUNDLED_FOLDER)
     package = context / _PACKAGE.name

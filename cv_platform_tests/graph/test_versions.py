@@ -156,8 +156,14 @@ def test_a_moved_tag_makes_the_dataset_stale_before_it_is_looked_at(
         ("evaluation/gate.py", "\nPEAK = 2\n", {"evaluation", "bento", *REPLAYED}),
         ("drift/encoders.py", "\nPEAK = 2\n", MADE_OF_DETECTORS),
         ("serving/app.py", "\nPEAK = 2\n", {"bento", *REPLAYED}),
+        ("serving/page/feedback.js", "\nconst PEAK = 2;\n", {"bento", *REPLAYED}),
+        ("storage.py", "\nPEAK = 2\n", {"bento", *REPLAYED}),
+        ("database/schema.py", "\nPEAK = 2\n", {"bento", *REPLAYED}),
+        ("probation.py", "\nPEAK = 2\n", {"bento", *REPLAYED}),
+        ("config/fields.py", "\n# A comment is shipped, too.\n", {"bento", *REPLAYED}),
+        ("../bentofile.yaml", "\n# A comment.\n", {"bento", *REPLAYED}),
         ("monitoring/report_page.py", "\nPEAK = 2\n", {"drift_report", *GROWN}),
-        ("images.py", "\nPEAK = 2\n", ALL),
+        ("images/decoders.py", "\nPEAK = 2\n", ALL),
         ("tracking.py", "\nPEAK = 2\n", set()),
     ],
 )
@@ -166,10 +172,13 @@ def test_a_line_of_code_makes_stale_what_runs_it(
 ) -> None:
     for package in ("cv_platform", "bentos"):
         shutil.copytree(REPOSITORY / package, tmp_path / package)
+    shutil.copy(REPOSITORY / "bentofile.yaml", tmp_path)
+    edited = tmp_path / "cv_platform" / module
+    assert edited.is_file()
     monkeypatch.setattr(versions, "_ROOT", tmp_path)
     clear_caches()
     try:
-        with (tmp_path / "cv_platform" / module).open("a") as source:
+        with edited.open("a") as source:
             source.write(edit)
         assert installation.stale({}) == stale
     finally:
