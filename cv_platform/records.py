@@ -850,7 +850,8 @@ class DriftReport(Record):
         window_by: by which of its times a request belongs to the window, see `config.MonitorConfig`.
         requests: answered requests in the window.
         late_rows: of them, those that were answered before it, and reached the log in it.
-        rows: of them, those that were judged.
+        other_requests: requests in the window beside them, which other versions of the model answered.
+        rows: of `requests`, those that were judged.
         encoded_rows: of those, the ones whose image the pretrained encoder looked at, where a detector needs it.
         unusable_rows: read but left out, because an embedding is not finite or of another width.
         repeated_rows: of the requests, those whose upload had been sent in the window before.
@@ -890,6 +891,7 @@ class DriftReport(Record):
     window_by: Literal["answered", "logged"] = "answered"
     requests: int
     late_rows: int = 0
+    other_requests: int = 0
     rows: int
     encoded_rows: int = 0
     unusable_rows: int

@@ -90,7 +90,7 @@ def drift_report_asset(branch: Branch) -> dg.AssetsDefinition:
         if change and run.config.alerts.on_drift:
             run.alert(change, summary, sheet)
         export_drift(home, report)
-        metadata = {**_drift_metadata(report), "reference": reference}
+        metadata = {**drift_metadata(report), "reference": reference}
         return run.result(report, metadata, checked(no_drift, report.verdict != "drift", summary))
 
     return drift_report
@@ -204,12 +204,14 @@ def _freshness(branch: Branch) -> dg.FreshnessPolicy:
     )
 
 
-def _drift_metadata(report: DriftReport) -> dict[str, Any]:
+def drift_metadata(report: DriftReport) -> dict[str, Any]:
+    """Returns what Dagster's page shows of a report."""
     columns = {"class_name", "ks_distance", "reference_share", "current_share", "adjusted_p_value"}
     return {
         "verdict": report.verdict,
         "dagster/row_count": report.rows,
         "late_rows": report.late_rows,
+        "other_requests": report.other_requests,
         "model_version": report.model.version,
         "window_start_utc": dg.MetadataValue.text(report.window_start_utc.isoformat()),
         "window_end_utc": dg.MetadataValue.text(report.window_end_utc.isoformat()),

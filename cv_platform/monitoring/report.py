@@ -438,6 +438,7 @@ def window_facts(window: Window, reference: DriftSample, monitor: MonitorConfig,
     return {
         "requests": window.requests,
         "late_rows": window.late,
+        "other_requests": window.others,
         "rows": len(window.rows),
         "unusable_rows": window.unusable,
         "repeated_rows": window.repeats,

@@ -109,6 +109,7 @@ class Window:
         repeats: of them, those whose upload had been sent in the window before.
         is_sampled: not all were read that might have been, because there are more than the limit.
         unusable: rows read but left out: an embedding is not finite, or has another width than the others.
+        others: requests in the window beside `requests`, which other versions of the model answered.
     """
 
     sample: DriftSample | None
@@ -118,6 +119,7 @@ class Window:
     repeats: int
     is_sampled: bool
     unusable: int
+    others: int = 0
 
 
 def parse_utc(text: str) -> datetime:
@@ -216,6 +218,7 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
     with bounds.snapshot(engine) as connection:
         connection.execute(_more_memory)
         found = [tuple(row) for row in connection.execute(rows)]
+        others = int(connection.execute(_of_others(model, bounds)).scalar_one())
     requests, late, repeats = found[0][: len(counts.c)] if found else (0, 0, 0)
     records = [row[len(counts.c) :] for row in found]
     table = pd.DataFrame(records, columns=pd.Index([column.name for column in columns]))
@@ -228,6 +231,16 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
         repeats=int(repeats),
         is_sampled=int(requests) - (int(repeats) if monitor.repeats == "once" else 0) > monitor.max_samples,
         unusable=len(table) - int(kept.sum()),
+        others=others,
+    )
+
+
+def _of_others(model: ModelIdentity, bounds: WindowBounds) -> Select:
+    return select(func.count()).where(
+        (predictions.c.model_name == model.model_name)
+        & (predictions.c.model_version != model.version)
+        & bounds.holds()
+        & is_request()
     )
 
 

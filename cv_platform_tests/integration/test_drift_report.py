@@ -22,6 +22,7 @@ from cv_platform.cli import main
 from cv_platform.config import ExperimentConfig, MonitorConfig, parse_experiment
 from cv_platform.database.schema import deletions, drift_reports, feedback, images, predictions, upload_vectors
 from cv_platform.datasets.packing import open_split
+from cv_platform.defs.monitoring import drift_metadata
 from cv_platform.drift.reference import (
     ReferenceIdentity,
     read_identity,
@@ -84,6 +85,7 @@ class Installation:
         *,
         upload: bool = False,
         minutes: int = 0,
+        version: str = VERSION,
         origin: Mapping[str, str | None] | None = None,
     ) -> list[UUID]:
         """Logs a sample as requests, a minute apart; with uploads of its own for each if asked for."""
@@ -100,7 +102,7 @@ class Installation:
                     {
                         "prediction_id": prediction_id,
                         "model_name": "insects",
-                        "model_version": VERSION,
+                        "model_version": version,
                         "predicted_class": CLASSES[int(sample.bbsd[i].argmax())],
                         "prediction_json": {},
                         "uae_feats": sample.uae[i].tolist(),
@@ -432,6 +434,18 @@ def test_requests_of_another_version_do_not_count(installation: Installation) ->
     with pytest.raises(ReferenceMismatchError, match=f"model_version {VERSION} instead of {other}"):
         installation.report(version=other)
     assert installation.stored() == []
+
+
+def test_a_window_in_which_the_pointer_moved_says_how_many_requests_it_does_not_judge(
+    installation: Installation,
+) -> None:
+    installation.log(draw_sample(np.random.default_rng(3), 7), version="20260201T060000Z-00000000")
+    installation.log(draw_sample(np.random.default_rng(4), 150), minutes=7)
+    report = installation.report()
+    assert (report.requests, report.rows, report.other_requests) == (150, 150, 7)
+    assert drift_metadata(report)["other_requests"] == 7
+    page = Path(report.report_url.removeprefix("file://")).read_text()
+    assert "Other versions of the model answered 7 requests more, which this report does not judge." in page
 
 
 def test_rows_of_another_width_than_the_reference_are_refused(installation: Installation) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from sqlalchemy import Engine, event, insert, text, update
 
 from cv_platform.config import MonitorConfig
-from cv_platform.database.schema import feedback, images, predictions
+from cv_platform.database.schema import FOLDER, feedback, images, predictions
 from cv_platform.database.uploads import read_feedback, read_images
 from cv_platform.monitoring.window import Window, WindowBounds, read_window
 from cv_platform.records import ModelIdentity
@@ -124,11 +124,14 @@ def test_without_its_own_time_a_row_gets_the_one_at_which_it_came(engine: Engine
     assert window(engine, start=before, end=before + timedelta(hours=1), by="logged").late == 1
 
 
-def test_never_mixes_versions_or_models(engine: Engine) -> None:
-    log(engine, row(START, 1), row(START, 2, model_version="v2"), row(START, 3, model_name="other"))
+def test_never_mixes_versions_or_models_and_counts_what_other_versions_answered(engine: Engine) -> None:
+    others = (row(time, 2, model_version=v) for time, v in ((START, "v2"), (START, "v0"), (END, "v2")))
+    log(engine, row(START, 1), *others, row(START, 3, model_name="other"))
+    log(engine, row(START, 2, model_version="v2", client=FOLDER))  # Nobody sent it.
     found = window(engine)
     assert found.sample is not None
     assert found.sample.uae[:, 0].tolist() == [1.0]
+    assert (found.requests, found.others) == (1, 2)
 
 
 def test_a_limit_draws_from_the_whole_window_in_order_of_time_and_the_same_at_a_retry(engine: Engine) -> None:
