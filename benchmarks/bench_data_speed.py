@@ -204,13 +204,14 @@ def _build_manifest(folder: Path) -> Path:
 
 def _pack(folder: Path, side: int) -> int:
     from cv_platform.compute.local import LocalEngine
+    from cv_platform.datasets.origins import Origin
     from cv_platform.datasets.shards.pixels import PackForm
     from cv_platform.datasets.shards.writing import Rows, write_shards
 
     target = folder / "pack"
     target.mkdir()
     rows = Rows("train", _rows(folder), "uint8", PackForm((side, side)))
-    write_shards(target, folder, [rows], engine=LocalEngine(1))
+    write_shards(target, Origin(folder), [rows], engine=LocalEngine(1))
     shutil.rmtree(target)
     return len(rows.images)
 
@@ -245,9 +246,10 @@ def _bare_embedding(folder: Path) -> int:
 def _embed(folder: Path) -> int:
     from cv_platform.compute.local import LocalEngine
     from cv_platform.datasets.embeddings import embed_images
+    from cv_platform.datasets.origins import Origin
 
     rows = _rows(folder).to_pandas()
-    embed_images(rows, folder, _encoder(folder), folder / "encoder", engine=LocalEngine(1))
+    embed_images(rows, Origin(folder).files, _encoder(folder), folder / "encoder", engine=LocalEngine(1))
     shutil.rmtree(folder / "encoder" / "cache" / "embeddings")
     return len(rows)
 

@@ -117,6 +117,7 @@ def _head(vectors: Vectors, labels: Labels):
 
 def _vectors(archive: Path, folder: Path, options: Options) -> dict[str, tuple[Vectors, Labels]]:
     from cv_platform.datasets.embeddings import embed_images
+    from cv_platform.datasets.origins import Origin
     from cv_platform.encoders.encoder import open_encoder
 
     with tarfile.open(archive) as opened:
@@ -127,7 +128,7 @@ def _vectors(archive: Path, folder: Path, options: Options) -> dict[str, tuple[V
     encoder = open_encoder(EncoderConfig(), home)
     options.say(f"{len(files)} images of {len(names)} classes; embedding …")
     rows = {"path": [path.relative_to(folder).as_posix() for path in files], "sha256": [*map(file_sha256, files)]}
-    vectors = embed_images(pd.DataFrame(rows), folder, encoder, home)
+    vectors = embed_images(pd.DataFrame(rows), Origin(folder).files, encoder, home)
     labels = np.array([names.index(path.parent.name) for path in files])
     splits = np.array([path.parents[1].name for path in files])
     return {

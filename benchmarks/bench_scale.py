@@ -212,6 +212,7 @@ def _do_share(barrier: Barrier, share: Path, settings: Settings, version: str, s
 def _stages(folder: Path, settings: Settings, version: str, photos: Path) -> dict[str, Callable[[Engine], int]]:
     from cv_platform.config import EncoderConfig
     from cv_platform.datasets.embeddings import embed_images
+    from cv_platform.datasets.origins import Origin
     from cv_platform.datasets.shards.pixels import PackForm
     from cv_platform.datasets.shards.writing import Rows, write_shards
     from cv_platform.encoders.encoder import open_encoder
@@ -227,7 +228,7 @@ def _stages(folder: Path, settings: Settings, version: str, photos: Path) -> dic
         target.mkdir()
         images = pa.table({"path": paths, "sha256": sha256})
         rows = Rows("train", images, "uint8", PackForm((PACKED_PX, PACKED_PX)))
-        write_shards(target, photos, [rows], engine=engine)
+        write_shards(target, Origin(photos), [rows], engine=engine)
         shutil.rmtree(target)
         return len(paths)
 
@@ -235,7 +236,7 @@ def _stages(folder: Path, settings: Settings, version: str, photos: Path) -> dic
         import pandas as pd
 
         rows = pd.DataFrame({"path": paths, "sha256": sha256})
-        embed_images(rows, photos, encoder, home, engine=engine)
+        embed_images(rows, Origin(photos).files, encoder, home, engine=engine)
         shutil.rmtree(home / "cache" / "embeddings")
         return len(rows)
 

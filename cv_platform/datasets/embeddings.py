@@ -7,10 +7,11 @@ version had: `encoders.embeddings` keeps their vectors by content.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from cv_platform.compute.engine import Engine
 from cv_platform.config import EncoderConfig
 from cv_platform.datasets.image_files import ImageFiles
 from cv_platform.datasets.manifest import manifest_parts
+from cv_platform.datasets.origins import Files, Origin
+from cv_platform.datasets.publishing import Sharing, find_origin
 from cv_platform.encoders.embeddings import embed_files
 from cv_platform.encoders.encoder import Encoder, open_encoder
-from cv_platform.errors import DatasetError, InvalidDatasetError
+from cv_platform.errors import DatasetError
 from cv_platform.files import exclusive, require_free_space, whole_directory
 from cv_platform.records import DatasetVersion, Embeddings
 
@@ -41,6 +44,7 @@ def embed_dataset(
     home: Path,
     spare_bytes: int | None = None,
     engine: Engine | None = None,
+    sharing: Sharing | None = None,
 ) -> Embeddings:
     """Returns the vectors of a version's images that are used, and computes those that no version had.
 
@@ -52,11 +56,13 @@ def embed_dataset(
         home: `Settings.home`.
         spare_bytes: see `files.require_free_space`.
         engine: who computes; None: processes of this machine.
+        sharing: central storage, where machines that do not see the checkout read its images; None: they are refused.
 
     Raises:
         EncoderError: the encoder cannot be used.
         InvalidDatasetError: a file is not the one that the manifest describes.
         DiskSpaceError: there is not enough disk space.
+        ComputeError, StorageError: see `publishing.find_origin`.
     """
     encoder = open_encoder(config, home, version.sample_bits)
     name = hashlib.sha256(f"{version.manifest}\n{encoder.key}".encode()).hexdigest()[:12]
@@ -72,7 +78,15 @@ def embed_dataset(
             purpose = f"the embeddings of {version.provenance.ds_name}"
             require_free_space(home, needed, purpose=purpose, spare_bytes=spare_bytes)
             started = time.perf_counter()
-            vectors = embed_images(readable, version.directory, encoder, home, engine=engine)
+
+            @functools.cache
+            def origin() -> Origin:  # Late: where all vectors are known, nobody needs the images.
+                seen_by = version.manifest_path
+                return find_origin(
+                    version.directory, version.provenance, seen_by=seen_by, engine=engine, sharing=sharing
+                )
+
+            vectors = embed_images(readable, lambda paths: origin().files(paths), encoder, home, engine=engine)
             with whole_directory(directory) as partial:
                 images = _write(partial / file.name, readable, vectors)
             logger.info("%d images have embeddings, after %.1f s: %s", images, time.perf_counter() - started, directory)
@@ -87,32 +101,32 @@ def embed_dataset(
 
 
 def embed_images(
-    rows: pd.DataFrame, directory: Path, encoder: Encoder, home: Path, *, engine: Engine | None = None
+    rows: pd.DataFrame,
+    files: Callable[[Sequence[str]], Files],
+    encoder: Encoder,
+    home: Path,
+    *,
+    engine: Engine | None = None,
 ) -> NDArray[np.float16]:
     """Returns `(N, features)` float16 of rows of a manifest, NaN where an image does not decode.
 
     Args:
         rows: columns path and sha256.
-        directory: what the paths are relative to.
+        files: returns some of them, by their paths, see `Origin.files`.
         encoder: what computes the vectors.
         home: keeps them, see `encoders.embeddings`.
         engine: who computes; None: processes of this machine.
 
     Raises:
-        InvalidDatasetError: a file is not the one that the manifest describes.
+        InvalidDatasetError, StorageError: see `Files.described`.
     """
     paths, sha256 = rows["path"].tolist(), rows["sha256"].tolist()
 
-    def files(part: Sequence[int]) -> ImageFiles:
-        names, digests = tuple(paths[at] for at in part), tuple(sha256[at] for at in part)
-        return ImageFiles(directory, names, digests, encoder.input_px, encoder.sample_bits)
+    def pixels(part: Sequence[int]) -> ImageFiles:
+        digests = tuple(sha256[at] for at in part)
+        return ImageFiles(files([paths[at] for at in part]), digests, encoder.input_px, encoder.sample_bits)
 
-    try:
-        return embed_files(sha256, files, encoder, home, engine=engine)
-    except OSError as err:
-        raise InvalidDatasetError(
-            f"Expected the images of the manifest in {directory}. Received: {err}. Materialise the dataset again."
-        ) from err
+    return embed_files(sha256, pixels, encoder, home, engine=engine)
 
 
 def read_embeddings(embeddings: Embeddings, manifest: str, paths: Iterable[str]) -> NDArray[np.float16]:

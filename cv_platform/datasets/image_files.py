@@ -5,16 +5,15 @@ Imports little, as each of them does it anew.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cv_platform.errors import ImageError, InvalidDatasetError
+from cv_platform.datasets.origins import Files
+from cv_platform.errors import ImageError
 from cv_platform.images import MAX_LOCAL_PIXELS, Preprocessing, preprocess
 
 logger = logging.getLogger(__name__)
@@ -27,25 +26,17 @@ class ImageFiles:
     Going through them gives `(side_px, side_px, 3)` uint8 RGB of each, or None where it does not decode.
 
     Raises:
-        InvalidDatasetError: (while they are read) a file has other bytes.
-        OSError: it is gone.
+        InvalidDatasetError, StorageError: (while they are read) see `Files.described`.
     """
 
-    directory: Path
-    paths: tuple[str, ...]
+    files: Files
     sha256: tuple[str, ...]
     side_px: int
     sample_bits: int | None = None
 
     def __iter__(self) -> Iterator[NDArray[np.uint8] | None]:
         size, made = (self.side_px, self.side_px), Preprocessing(sample_bits=self.sample_bits)
-        for path, sha256 in zip(self.paths, self.sha256, strict=True):
-            data = (self.directory / path).read_bytes()
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise InvalidDatasetError(
-                    f"Expected {path} in {self.directory} as the manifest describes it. Received: other bytes. "
-                    "Materialise the dataset again."
-                )
+        for path, data in self.files.described(self.sha256):
             try:
                 yield preprocess(data, size, max_pixels=MAX_LOCAL_PIXELS, preprocessing=made)
             except ImageError as err:

@@ -27,6 +27,7 @@ from cv_platform.compute.engine import Engine
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.manifest import manifest_parts
 from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA
+from cv_platform.datasets.publishing import Sharing, find_origin
 from cv_platform.datasets.shards.pixels import Encoding, PackForm
 from cv_platform.datasets.shards.reading import Images, ShardedImages, find_damage, note_verified
 from cv_platform.datasets.shards.sharing import (
@@ -108,7 +109,7 @@ def pack_images(
     uint8_budget_bytes: int = _UINT8_BUDGET_BYTES,
     engine: Engine | None = None,
     pack_scale: float = 1.0,
-    shared_in: str | None = None,
+    sharing: Sharing | None = None,
 ) -> PackedImages:
     """Decodes the readable images that are not quarantined, or returns the pack that has them already.
 
@@ -123,7 +124,8 @@ def pack_images(
         uint8_budget_bytes: a larger training split is kept as JPEG; what judges a model stays as the service sees it.
         engine: who decodes; None: processes of this machine.
         pack_scale: of the training split, see `train.pack_scale`; what judges a model stays as the service sees it.
-        shared_in: URL of central storage, that gives and gets packs; None: packs are this installation's own.
+        sharing: central storage, that gives and gets packs, and has the images for machines that do not see the
+            checkout; None: packs are this installation's own, and such machines are refused.
 
     Raises:
         InvalidDatasetError: nothing is left to train on, quarantined paths are not in the manifest, or a file is not
@@ -131,6 +133,7 @@ def pack_images(
         DiskSpaceError: there is not enough disk space.
         ShardError: an image ends each process that decodes it.
         StorageError: packs are shared, and central storage cannot be reached or written.
+        ComputeError: see `publishing.find_origin`.
     """
     usable = _usable(version, quarantined)
     forms = pack_forms(model, pack_scale)
@@ -142,11 +145,11 @@ def pack_images(
     directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{key}"
     with exclusive(directory.parent / f".{directory.name}.lock"):
         facts = _intact(directory)
-        if not facts and shared_in and take_pack(directory, shared_in):
+        if not facts and sharing and take_pack(directory, sharing.url):
             facts = _intact(directory)
-        facts = facts or _pack(version, model, usable, (forms, encodings), directory, spare_bytes, engine)
-        if shared_in:
-            publish_pack(directory, [*_read_marker(directory)["files"], _MARKER], shared_in)
+        facts = facts or _pack(version, model, usable, (forms, encodings), directory, spare_bytes, engine, sharing)
+        if sharing:
+            publish_pack(directory, [*_read_marker(directory)["files"], _MARKER], sharing.url)
     task = Task(
         image_size=model.image_size,
         preprocessing_hash=forms["test"].preprocessing_hash,
@@ -334,6 +337,7 @@ def _pack(
     directory: Path,
     spare_bytes: int | None,
     engine: Engine | None,
+    sharing: Sharing | None,
 ) -> dict[str, Any]:
     """Makes the pack and returns its facts, which stand in its marker too."""
     (forms, encodings), started = stored_as, time.perf_counter()
@@ -346,7 +350,9 @@ def _pack(
         needed += 4 * sum(counts.values()) * len(model.classes)
         needed -= sum(path.stat().st_size for path in partial.iterdir())
         require_free_space(directory.parent, max(0, needed), purpose=purpose, spare_bytes=spare_bytes)
-        shards = write_shards(partial, version.directory, splits, engine=engine)
+        seen_by, provenance = version.manifest_path, version.provenance
+        origin = find_origin(version.directory, provenance, seen_by=seen_by, engine=engine, sharing=sharing)
+        shards = write_shards(partial, origin, splits, engine=engine)
         files = {shard.file: (shard.bytes, shard.sha256) for of in shards.values() for shard in of}
         for rows in splits:
             targets = _targets(rows.images["labels"], rows.images["unknown_labels"], model)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -12,6 +12,9 @@ from cv_platform.defs.observed import observation, repository_key
 from cv_platform.defs.versions import Reads
 from cv_platform.record_store import RecordStore
 from cv_platform.records import DatasetVersion, Embeddings, PackedImages, ValidationVerdict
+
+if TYPE_CHECKING:  # The code location has no need of DVC's module.
+    from cv_platform.datasets.publishing import Sharing
 
 
 def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -95,12 +98,27 @@ def embeddings_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.datasets.embeddings import embed_dataset
 
         run = branch.run(context)
-        home, spare = run.settings.home, run.settings.spare_disk_bytes
-        made = embed_dataset(dataset, run.config.encoder, home=home, spare_bytes=spare, engine=run.engine)
+        made = embed_dataset(
+            dataset,
+            run.config.encoder,
+            home=run.settings.home,
+            spare_bytes=run.settings.spare_disk_bytes,
+            engine=run.engine,
+            sharing=_sharing(run),
+        )
         figures = made.model_dump(include={"features", "encoder"})
         return run.result(made, {"dagster/row_count": made.images, "file": file_link(made.path), **figures})
 
     return embeddings
+
+
+def _sharing(run: AssetRun) -> "Sharing | None":
+    """Returns what the run shares its dataset's images and packs by."""
+    from cv_platform.datasets.publishing import Sharing
+    from cv_platform.datasets.versions import repository_directory
+
+    repository = repository_directory(run.config.dataset, home=run.settings.home)
+    return Sharing(run.shared_in, repository) if run.shared_in else None
 
 
 def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
@@ -143,7 +161,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             uint8_budget_bytes=run.config.dataset.packed_uint8_bytes,
             engine=run.engine,
             pack_scale=run.config.train.pack_scale,
-            shared_in=run.shared_in,
+            sharing=_sharing(run),
         )
         expected, found = _usable(dataset, verdict), {split: n for split, n in packed.counts.items() if n}
         metadata = {

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from cv_platform.compute.carried import CarriedFile
 from cv_platform.config import EncoderConfig
 from cv_platform.encoders.efficientnet_lite import write_onnx
 from cv_platform.encoders.torch_file import read_state_dict
@@ -85,8 +86,8 @@ class Encoder:
     features: int
     _run: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     sample_bits: int | None = None
-    _source: tuple[EncoderConfig, Path, int | None] | None = None
-    """What `open_encoder` was given."""
+    _source: tuple[EncoderConfig, Path, int | None, Path] | None = None
+    """What `open_encoder` was given, and the ONNX file that it has made of it, or found."""
 
     def pixels(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Returns `(input_px, input_px, 3)` uint8 RGB of an image file's bytes.
@@ -109,10 +110,11 @@ class Encoder:
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
-        """Lets another process open it anew, once."""
+        """Lets another process open it anew, once; a file of one's own goes along, as that process may not see it."""
         if self._source is None:
             raise TypeError("Expected an encoder of open_encoder, which other processes can open.")
-        return _opened_once, self._source
+        config, home, sample_bits, graph = self._source
+        return _opened_once, (config, home, sample_bits, CarriedFile.of(graph) if config.file else None)
 
 
 def open_encoder(config: EncoderConfig, home: Path, sample_bits: int | None = None) -> Encoder:
@@ -136,18 +138,28 @@ def open_encoder(config: EncoderConfig, home: Path, sample_bits: int | None = No
             with whole_file(graph) as partial:
                 partial.write_bytes(content)
             logger.info("Converted the encoder %s to %s", config.name, graph)
-        identity: list[Any] = [pretrained.sha256, _CONVERSION, config.input_px]
-        return _opened(graph, config, home, identity, sample_bits)
+        return _opened(graph, config, home, sample_bits)
     path = config.file.expanduser()
     _require_sha256(path, config.sha256)
-    identity = [config.sha256, config.input_px, config.mean, config.std]
     graph = _converted(path, config, home) if path.suffix == KERAS_SUFFIX else path
-    return _opened(graph, config, home, identity, sample_bits)
+    return _opened(graph, config, home, sample_bits)
 
 
 @functools.cache
-def _opened_once(config: EncoderConfig, home: Path, sample_bits: int | None) -> Encoder:
-    return open_encoder(config, home_here(home), sample_bits)
+def _opened_once(config: EncoderConfig, home: Path, sample_bits: int | None, carried: CarriedFile | None) -> Encoder:
+    if carried is None:
+        return open_encoder(config, home_here(home), sample_bits)
+    # Where it lies, if that is seen here: what it refers to lies beside it.
+    seen = CarriedFile.of(carried.path)
+    with (seen if seen == carried else carried).open_path() as graph:
+        return _opened(graph, config, home, sample_bits)
+
+
+def _identity(config: EncoderConfig) -> list[Any]:
+    """Returns what a key is made of."""
+    if config.file is None:
+        return [PRETRAINED[config.name].sha256, _CONVERSION, config.input_px]
+    return [config.sha256, config.input_px, config.mean, config.std]
 
 
 @functools.cache
@@ -210,7 +222,7 @@ def _converted(path: Path, config: EncoderConfig, home: Path) -> Path:
     return graph
 
 
-def _opened(path: Path, config: EncoderConfig, home: Path, identity: list[Any], sample_bits: int | None) -> Encoder:
+def _opened(path: Path, config: EncoderConfig, home: Path, sample_bits: int | None) -> Encoder:
     # ONNX Runtime tells its maker which model runs, unless the environment says no.
     prepare_process()
     # It has no types that a checker could follow.
@@ -238,10 +250,11 @@ def _opened(path: Path, config: EncoderConfig, home: Path, identity: list[Any], 
             f"Expected an encoder at {path} whose first output is (N, features). Received: {probe.shape} for one image "
             f"of {config.input_px} px. Export it with pooled features as its first output."
         )
+    identity = _identity(config)
     if sample_bits is not None:  # Vectors that there were before there was a choice keep their key.
         identity = [*identity, {"sample_bits": sample_bits}]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return Encoder(key, config.input_px, probe.shape[1], run, sample_bits, (config, home, sample_bits))
+    return Encoder(key, config.input_px, probe.shape[1], run, sample_bits, (config, home, sample_bits, path))
 
 
 def _prepared(config: EncoderConfig) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:

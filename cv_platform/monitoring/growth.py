@@ -34,6 +34,7 @@ from cv_platform.datasets.embeddings import embed_dataset, embed_images, read_em
 from cv_platform.datasets.importing import check_names
 from cv_platform.datasets.manifest import read_manifest, read_thumbnails
 from cv_platform.datasets.near_copies import OVERVIEW_PX, find_near_copies, thumbnail
+from cv_platform.datasets.origins import Origin
 from cv_platform.datasets.repository import StoredVersion, read_file
 from cv_platform.datasets.sources.entries import ImageEntry, Layout, contradict
 from cv_platform.datasets.sources.label_files import LabelRules
@@ -351,7 +352,7 @@ def _judge(
         # Vectors are kept of what becomes a version; a deletion is to reach all of the rest.
         with TemporaryDirectory(prefix="cv-labels-") as folder:
             encoder = open_encoder(config.encoder, home, config.model.sample_bits)
-            parts.append(embed_images(rows, Path("/"), encoder, Path(folder)))
+            parts.append(embed_images(rows, Origin(Path("/")).files, encoder, Path(folder)))
     vectors = np.concatenate(parts).astype(np.float32)
     labels = [*(image.labels for image in own), *(upload.labels for upload in wanted)]
     unknown = [*(image.unknown_labels for image in own), *[()] * len(wanted)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fsspec.core import url_to_fs
@@ -16,16 +17,23 @@ from s3fs import S3FileSystem
 from cv_platform.compute.engine import Engine, Outcome, R, S
 from cv_platform.datasets import manifest as manifests
 from cv_platform.datasets import origins
+from cv_platform.datasets.embeddings import embed_dataset
 from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.manifest import read_manifest
+from cv_platform.datasets.packing import pack_images
+from cv_platform.datasets.publishing import Sharing
+from cv_platform.datasets.shards import writing
 from cv_platform.datasets.stand_ins import tars
 from cv_platform.datasets.versions import checkout_version
+from cv_platform.encoders import embeddings
 from cv_platform.errors import ComputeError
 from cv_platform.files import file_sha256
+from cv_platform.records import DatasetVersion
 from cv_platform_tests.support.blind_node import blind_cluster
 from cv_platform_tests.support.elsewhere import Apart
 from cv_platform_tests.support.pictures import class_folders
 from cv_platform_tests.unit.datasets.conftest import dataset, model
+from cv_platform_tests.unit.encoders.test_encoder import own_file
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -42,9 +50,17 @@ def import_pets(tmp_path: Path, *homes: Path, above: int) -> None:
         import_dataset(source, ds_name="pets", tag="v1.0.0", ds_root=home / "datasets", rules=rules)
 
 
-def stored_files(storage: str) -> dict[str, int]:
+def stored_files(storage: str) -> list[str]:
+    """Lists what central storage has of images."""
     files, root = url_to_fs(storage)
-    return {path.removeprefix(root): entry["size"] for path, entry in files.find(root, detail=True).items()}
+    return sorted(path.removeprefix(f"{root}/images/pets/") for path in files.find(f"{root}/images"))
+
+
+def packed_files(version: DatasetVersion, **options: Any) -> dict[str, str]:
+    """Returns the sha256 of each file of a pack, train as JPEG, in shards of 4 images, and no notes."""
+    packed = pack_images(version, model(), quarantined=(), uint8_budget_bytes=0, **options)
+    notes = {"packed.json", "verified.json", "published.json"}
+    return {path.name: file_sha256(path) for path in packed.directory.iterdir() if path.name not in notes}
 
 
 @contextmanager
@@ -65,19 +81,33 @@ def test_what_is_made_by_who_does_not_see_the_check_out_has_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(tars, "MOST_IMAGES", 6)
     monkeypatch.setattr(manifests, "_IMAGES_PER_PART", 7)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 4 * model().image_size[0] ** 2 * 3)
+    monkeypatch.setattr(embeddings, "_PART_IMAGES", 16)
     alone, hidden = tmp_path / "alone", tmp_path / "hidden"
     home = hidden / "home"
     import_pets(tmp_path, alone, home, above=above)
+    encoder, sharing = own_file(hidden, ["N", 3]), Sharing(storage, home / "datasets" / "pets")
     expected = checkout_version(dataset(), model(), home=alone)
+    wanted = [
+        file_sha256(expected.manifest_path),
+        file_sha256(embed_dataset(expected, encoder, home=alone).path),
+        packed_files(expected, home=alone),
+    ]
     with one_apart(kind, hidden, tmp_path / "node") as engine:
         with pytest.raises(ComputeError, match="CV_SHARE_PACKS=1"):
             checkout_version(dataset(), model(), home=home, engine=engine)
         made = checkout_version(dataset(), model(), home=home, engine=engine, shared_in=storage)
-        assert file_sha256(made.manifest_path) == file_sha256(expected.manifest_path)
         sent = stored_files(storage)
+        with pytest.raises(ComputeError, match="CV_SHARE_PACKS=1"):
+            embed_dataset(made, encoder, home=home, engine=engine)
+        vectors = embed_dataset(made, encoder, home=home, engine=engine, sharing=sharing)
+        with pytest.raises(ComputeError, match="CV_SHARE_PACKS=1"):
+            packed_files(made, home=home, engine=engine)
+        packs = packed_files(made, home=home, engine=engine, sharing=sharing)
+        assert [file_sha256(made.manifest_path), file_sha256(vectors.path), packs] == wanted
         again = checkout_version(dataset(split_seed=1), model(), home=home, engine=engine, shared_in=storage)
         assert again.manifest != made.manifest
-        assert stored_files(storage).keys() == sent.keys()
+        assert stored_files(storage) == sent
 
 
 def test_without_central_storage_a_machine_that_does_not_see_the_check_out_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cv_platform.compute import rows
 from cv_platform.compute.carried import CarriedFile
 from cv_platform.compute.rows import row_shards
 from cv_platform.datasets.packing import open_split, pack_images
+from cv_platform.datasets.publishing import Sharing
 from cv_platform.datasets.shards import reading, sharing, writing
 from cv_platform.errors import DatasetError, StorageError
 from cv_platform.evaluation.classifier import Classifier, answer_rows
@@ -50,7 +51,9 @@ def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DatasetVersion:
 
 
 def pack(version: DatasetVersion, home: Path, storage: str | None, **options: Any) -> PackedImages:
-    return pack_images(version, model(size=SIZE), quarantined=(), home=home, shared_in=storage, **options)
+    return pack_images(
+        version, model(size=SIZE), quarantined=(), home=home, sharing=Sharing(storage) if storage else None, **options
+    )
 
 
 def pixels(packed: PackedImages, split: str) -> np.ndarray:
@@ -125,7 +128,7 @@ def test_a_process_of_another_home_answers_for_images_that_it_takes_from_central
 ) -> None:
     monkeypatch.setattr(rows, "_SHARD_ROWS", 12)
     home, own = tmp_path / "here", tmp_path / "own"
-    packed = pack_images(version, model(size=16), quarantined=(), home=home, shared_in=storage)
+    packed = pack_images(version, model(size=16), quarantined=(), home=home, sharing=Sharing(storage))
     build_classifier(seed=1).save(home / "classifier.keras")
     classifier = Classifier(CarriedFile.of(home / "classifier.keras"), 3, rows.Device(is_gpu=False))
     function, shards_ = partial(answer_rows, classifier), list(row_shards(open_split(packed, "train").images))

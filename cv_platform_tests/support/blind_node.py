@@ -21,7 +21,7 @@ def blind_cluster(hidden: Path, home: Path) -> Iterator[RayEngine]:
 
     A mount namespace does that; a user namespace lets those mount who are not root. See unshare(1).
     """
-    hidden.mkdir(exist_ok=True)
+    hidden.mkdir(parents=True, exist_ok=True)
     with ray_nodes(1, cores=0) as cluster:
         ray = [str(Path(sys.executable).with_name("ray")), "start", f"--address={cluster.address}", "--block"]
         script = f"mount -t tmpfs tmpfs {shlex.quote(str(hidden))} && exec {shlex.join([*ray, '--num-cpus=1'])}"

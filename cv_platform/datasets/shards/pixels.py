@@ -5,9 +5,8 @@ Imports little, as every one of them does it anew.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from cv_platform import images
+from cv_platform.datasets.origins import Files
 from cv_platform.errors import ImageError, InvalidDatasetError
 
 JPEG_QUALITY = 90
@@ -64,24 +64,16 @@ def stored(pixels: NDArray[np.uint8], encoding: Encoding) -> bytes | memoryview:
     return simplejpeg.encode_jpeg(pixels, JPEG_QUALITY, "RGB", "444") if encoding == "jpeg" else pixels.data
 
 
-def read_pixels(source: Path, path: str, sha256: str, form: PackForm) -> NDArray[np.uint8]:
-    """Returns `form.shape` uint8, RGB, 0–255, of an image file at `path` below `source`.
+def read_pixels(files: Files, sha256: Sequence[str], form: PackForm) -> Iterator[NDArray[np.uint8]]:
+    """Yields `form.shape` uint8, RGB, 0–255, of each image file.
 
     Raises:
-        InvalidDatasetError: the file is not the one that the manifest describes.
+        InvalidDatasetError: a file is not the one that the manifest describes, or does not decode.
+        StorageError: see `Files`.
     """
-    try:
-        # Not by a `Path`, whose making takes longer than the reading of a small file.
-        with open(f"{source}/{path}", "rb", buffering=0) as file:  # noqa: PTH123
-            data = file.readall()
-    except OSError as err:
-        raise InvalidDatasetError(f"Expected {path}. Received: {err}. Materialise the dataset again.") from err
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise InvalidDatasetError(
-            f"Expected {path} in {source} as the manifest describes it. Received: other bytes. "
-            "Materialise the dataset again."
-        )
-    try:
-        return np.ascontiguousarray(packed_pixels(data, form))
-    except ImageError as err:
-        raise InvalidDatasetError(f"Expected a readable image at {path}. Received: {err}") from err
+    for path, data in files.described(sha256):
+        try:
+            pixels = np.ascontiguousarray(packed_pixels(data, form))
+        except ImageError as err:
+            raise InvalidDatasetError(f"Expected a readable image at {path}. Received: {err}") from err
+        yield pixels

@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine
+from cv_platform.compute.sight import Proof, blind_machines
+from cv_platform.datasets.origins import Files, Origin
 from cv_platform.datasets.shards.pixels import Encoding, PackForm, read_pixels, stored
 from cv_platform.files import file_sha256, whole_file, write_file
 
@@ -26,6 +34,8 @@ _LEAST_SHARD_BYTES = 8 * 2**20
 _SHARDS = 32
 """Of a split, if they are of a size between the two above: enough for many workers."""
 _SEAL = ".sealed.json"
+_HERE = ".here"
+"""A file that is there while shards are made, by which others tell that they see the folder."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +91,19 @@ class Plan:
 
     folder: Path
     """Of the unfinished pack."""
-    source: Path
-    """What the paths are relative to."""
     name: str
     """Of the shard's file."""
-    paths: tuple[str, ...]
+    files: Files
     sha256: tuple[str, ...]
     form: PackForm
     encoding: Encoding
+    seen_by: Proof | None = None
+    """Tells who sees `folder`; None: whoever works on it does."""
 
     @property
     def images(self) -> int:
         """How many rows it has."""
-        return len(self.paths)
+        return len(self.sha256)
 
     @property
     def contents(self) -> str:
@@ -105,24 +115,28 @@ class Plan:
         """The file that says that the shard is whole."""
         return self.folder / f"{self.name}{_SEAL}"
 
+    def sealed(self, shard: Shard) -> None:
+        """Says that the shard is whole, on the disk."""
+        write_file(self.seal, json.dumps({"contents": self.contents, "shard": asdict(shard)}))
+
 
 def write_shards(
-    folder: Path, source: Path, splits: Sequence[Rows], *, engine: Engine | None = None
+    folder: Path, origin: Origin, splits: Sequence[Rows], *, engine: Engine | None = None
 ) -> dict[str, list[Shard]]:
     """Makes the shards of all splits in `folder`, and returns those of each split.
 
     Args:
         folder: of the unfinished pack; shards that are sealed there are kept if they are whole.
-        source: what the paths are relative to.
+        origin: where the images are.
         splits: the images, and the form of their pixels.
-        engine: who makes them; it sees both folders.
+        engine: who makes them; what does not see `folder` hands them back.
 
     Raises:
         InvalidDatasetError: a file is not the one that the manifest describes.
         ShardError: see `compute.map_shards`.
         OSError: the disk is full, say.
     """
-    finished = {plan.name: shard for plan in _plans(folder, source, splits) if (shard := _sealed(plan))}
+    finished = {plan.name: shard for plan in _plans(folder, None, splits) if (shard := _sealed(plan))}
     if finished:
         planned = sum(len(rows.shards()) for rows in splits)
         logger.info("%d of %d shards were finished by a packing that was killed", len(finished), planned)
@@ -131,30 +145,66 @@ def write_shards(
         if path.name not in kept:
             path.unlink()
     total = sum(len(rows.images) for rows in splits) - sum(shard.images for shard in finished.values())
-    todo = _plans(folder, source, splits, without=frozenset(finished))
-    made = map_shards(write_shard, todo, engine=engine, title="Packing", total=total, in_order=False)
-    finished |= {plan.name: shard for plan, shard in made}
+    if total:
+        with _seen_by(folder, engine) as seen_by:
+            todo = _plans(folder, origin, splits, without=frozenset(finished), seen_by=seen_by)
+            made = map_shards(write_shard, todo, engine=engine, title="Packing", total=total, in_order=False)
+            finished |= {plan.name: _written(plan, *of_plan) for plan, of_plan in made}
     return {rows.split: [finished[name] for name in rows.shards()] for rows in splits}
 
 
-def write_shard(plan: Plan) -> Shard:
-    """Writes a shard and its seal, on the disk when it returns.
+def write_shard(plan: Plan) -> tuple[Shard, NDArray[np.uint8] | None]:
+    """Makes a shard, and returns `(shard, bytes)`: where its folder is seen, on the disk with its seal, and None.
 
     Raises:
         InvalidDatasetError: a file is not the one that the manifest describes.
+        StorageError: see `Files`.
         OSError: it cannot be written.
     """
+    if plan.seen_by is None or plan.seen_by.holds():
+        with whole_file(plan.folder / plan.name) as partial, partial.open("wb") as file:
+            shard = _fill(file, plan)
+        plan.sealed(shard)
+        return shard, None
+    with TemporaryFile() as file:
+        shard = _fill(file, plan)
+        file.seek(0)
+        return shard, np.fromfile(file, np.uint8)
+
+
+def _fill(file: IO[bytes], plan: Plan) -> Shard:
     digest, sizes = hashlib.sha256(), list[int]()
-    with whole_file(plan.folder / plan.name) as partial, partial.open("wb") as file:
-        for path, sha256 in zip(plan.paths, plan.sha256, strict=True):
-            row = stored(read_pixels(plan.source, path, sha256, plan.form), plan.encoding)
-            # Written, not mapped: a full disk is then an error, where a memory map would be a SIGBUS.
-            sizes.append(file.write(row))
-            digest.update(row)
+    for pixels in read_pixels(plan.files, plan.sha256, plan.form):
+        row = stored(pixels, plan.encoding)
+        # Written, not mapped: a full disk is then an error, where a memory map would be a SIGBUS.
+        sizes.append(file.write(row))
+        digest.update(row)
     differing = tuple(sizes) if plan.encoding == "jpeg" else ()
-    shard = Shard(plan.name, plan.images, sum(sizes), digest.hexdigest(), differing)
-    write_file(plan.seal, json.dumps({"contents": plan.contents, "shard": asdict(shard)}))
+    return Shard(plan.name, plan.images, sum(sizes), digest.hexdigest(), differing)
+
+
+def _written(plan: Plan, shard: Shard, content: NDArray[np.uint8] | None) -> Shard:
+    """Writes a shard that was handed back, and its seal."""
+    if content is not None:
+        with whole_file(plan.folder / plan.name) as partial, partial.open("wb") as file:
+            file.write(content.data)
+        plan.sealed(shard)
     return shard
+
+
+@contextmanager
+def _seen_by(folder: Path, engine: Engine | None) -> Iterator[Proof | None]:
+    """Yields what tells who sees a folder, if a machine of the engine does not, else None."""
+    if engine is None:
+        yield None
+        return
+    file = folder / _HERE
+    file.write_text(secrets.token_hex(16), encoding="utf-8")
+    try:
+        proof = Proof.of(file)
+        yield proof if blind_machines(engine, proof) else None
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def remove_seals(folder: Path) -> None:
@@ -164,7 +214,12 @@ def remove_seals(folder: Path) -> None:
 
 
 def _plans(
-    folder: Path, source: Path, splits: Sequence[Rows], *, without: Collection[str] = frozenset()
+    folder: Path,
+    origin: Origin | None,
+    splits: Sequence[Rows],
+    *,
+    without: Collection[str] = frozenset(),
+    seen_by: Proof | None = None,
 ) -> Iterator[Plan]:
     """Yields the plans of all shards but those named: one at a time, as it names each of its images."""
     for rows in splits:
@@ -172,7 +227,8 @@ def _plans(
             if name not in without:
                 part = rows.images.slice(start, rows.per_shard)
                 paths, sha256 = (tuple(part[column].to_pylist()) for column in ("path", "sha256"))
-                yield Plan(folder, source, name, paths, sha256, rows.form, rows.encoding)
+                files = origin.files(paths) if origin else Files(folder, ())
+                yield Plan(folder, name, files, sha256, rows.form, rows.encoding, seen_by)
 
 
 def _sealed(plan: Plan) -> Shard | None:

@@ -98,6 +98,19 @@ def test_another_process_opens_the_same_encoder(lite0: Encoder) -> None:
         pickle.dumps(replace(lite0, _source=None))
 
 
+def test_another_machine_opens_a_file_of_ones_own_that_it_does_not_see(tmp_path: Path) -> None:
+    here, images = tmp_path / "here", noise(2, 32)
+    here.mkdir()
+    encoder = open_encoder(own_file(here, ["N", 3]), here / "home")
+    sent = pickle.dumps(encoder)
+    here.rename(tmp_path / "away")
+    opened = pickle.loads(sent)
+    assert opened is not encoder
+    assert opened.key == encoder.key
+    np.testing.assert_array_equal(opened.embed(images), encoder.embed(images))
+    assert not here.exists()
+
+
 @pytest.mark.parametrize("images", [noise(1, 32), noise(1, 64).astype(np.float32), noise(1, 64)[0]])
 def test_pixels_of_another_form_are_refused(images: NDArray[np.uint8], lite0: Encoder) -> None:
     with pytest.raises(ValueError, match=r"Expected \(N, 64, 64, 3\) uint8"):
@@ -164,6 +177,9 @@ def test_a_keras_file_of_ones_own_is_converted_once_and_computes_what_keras_does
     (graph,) = (tmp_path / "cache" / "encoders").iterdir()
     made = graph.stat().st_mtime_ns
     assert (open_encoder(config, tmp_path).key, graph.stat().st_mtime_ns) == (encoder.key, made)
+    sent = pickle.dumps(encoder)  # With what it was converted to: who takes it has no need of Keras.
+    graph.rename(tmp_path / "away")
+    np.testing.assert_array_equal(pickle.loads(sent).embed(images), encoder.embed(images))
 
     keras.Sequential([keras.Input((32, 32, 3)), layers.Conv2D(8, 3)]).save(path)
     maps = config.model_copy(update={"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
