@@ -101,6 +101,20 @@ def test_trainings_exclude_each_other_and_reports_wait_for_none(digits: dg.Defin
     assert "tag_concurrency_limits" not in limits["runs"]
 
 
+def test_what_asks_servers_is_tried_again_and_what_computes_is_not(tmp_path: Path) -> None:
+    text = f"{DIGITS.read_text()}\nscore: {{source: photos}}\n"
+    write(tmp_path, "digits.yaml", text)
+    graph = build_defs(tmp_path).resolve_asset_graph()
+    retried = {
+        asset.key.path[-1]: asset.node_def.retry_policy
+        for asset in graph.assets_defs
+        if asset.is_executable and isinstance(asset.node_def, dg.OpDefinition) and asset.node_def.retry_policy
+    }
+    reports = {"drift_report", "production_metrics", "labeling_queue", "batch_scores", "batch_drift_report"}
+    assert set(retried) == {"bento", "challenger_replay", "deployment", "labelled_version", *reports}
+    assert {policy.max_retries for policy in retried.values()} == {2}
+
+
 def test_reports_become_stale_when_nobody_has_judged_a_window(digits: dg.Definitions) -> None:
     graph = digits.resolve_asset_graph()
     with_policy = {key.path[-1] for key in graph.get_all_asset_keys() if graph.get(key).freshness_policy}

@@ -103,25 +103,62 @@ def measure(instance: dg.DagsterInstance, tmp_path: Path, config: Any, tags: dic
     return record
 
 
-def test_a_scheduled_window_is_the_same_after_a_retry_and_a_late_row_is_in_the_next_one(
-    log: Engine, tmp_path: Path
-) -> None:
-    def scheduled(start: datetime) -> dict[str, int]:
-        end = start + timedelta(days=7)
-        window = {"window_start_utc": start.isoformat(), "window_end_utc": end.isoformat(), "window_by": "logged"}
-        config = {"resources": {"digits_config": {"config": {"monitor": window}}}}
-        with dg.DagsterInstance.ephemeral() as instance:
-            metrics = measure(instance, tmp_path, config, {})
-        assert (metrics.window_start_utc, metrics.window_end_utc) == (start, end)
-        return metrics.model_dump(include={"predictions", "late_rows"})
+class Scheduled:
+    """The digits' own schedule and job, as Dagster's daemon runs them on an instance."""
 
-    first, hour = datetime(2026, 2, 2, 6, tzinfo=UTC), timedelta(hours=1)
-    second = first + timedelta(days=7)
-    add_prediction(log, first + hour, first + hour)
-    assert scheduled(first) == {"predictions": 1, "late_rows": 0}
-    add_prediction(log, second - hour, second + hour)
-    assert scheduled(first) == {"predictions": 1, "late_rows": 0}
-    assert scheduled(second) == {"predictions": 1, "late_rows": 1}
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self.instance = instance
+        repository = build_defs(DIGITS).get_repository_def()
+        self.schedule = repository.get_schedule_def("digits_weekly_drift_report")
+        self.job = repository.get_job(self.schedule.job_name)
+
+    def tick(self, moment: datetime) -> str | None:
+        """Runs what the schedule asks for; returns the id of a run that failed."""
+        context = dg.build_schedule_context(instance=self.instance, scheduled_execution_time=moment)
+        (request,) = self.schedule.evaluate_tick(context).run_requests or []
+        tags = {"dagster/schedule_name": self.schedule.name, "dagster/run_key": request.run_key or ""}
+        return self.run(request.run_config, {**request.tags, **tags})
+
+    def retry(self, run_id: str) -> str | None:
+        """Runs a failed run again with its config and tags, and those that `run_retries` gives it."""
+        failed = self.instance.get_run_by_id(run_id)
+        assert failed is not None
+        lineage = {"dagster/parent_run_id": run_id, "dagster/root_run_id": run_id, "dagster/retry_number": "1"}
+        return self.run(failed.run_config, {**failed.tags, **lineage})
+
+    def run(self, config: Any, tags: dict[str, str]) -> str | None:
+        done = self.job.execute_in_process(
+            config, asset_selection=[KEY], instance=self.instance, tags=tags, raise_on_error=False
+        )
+        return None if done.success else done.run_id
+
+
+def test_a_tick_whose_run_fails_has_its_window_at_the_retry_and_a_late_row_is_in_that_of_the_next_tick(
+    log: Engine, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branch, "_RETRIES", dg.RetryPolicy(max_retries=0))
+    store = RecordStore(tmp_path / "home", "digits")
+
+    def measured() -> tuple[datetime, datetime, int, int]:
+        record = store.latest(ProductionMetrics)
+        assert record is not None
+        return record.window_start_utc, record.window_end_utc, record.predictions, record.late_rows
+
+    start, hour, week = datetime(2026, 1, 26, 6, tzinfo=UTC), timedelta(hours=1), timedelta(days=7)
+    first, second = start + week, start + 2 * week
+    add_prediction(log, start, start)
+    with dg.instance_for_test() as instance:
+        scheduled = Scheduled(instance)
+        monkeypatch.setenv("DATABASE_URL", "postgresql://user:word@127.0.0.1:1/none")
+        failed = scheduled.tick(first)
+        assert failed is not None
+        assert store.latest(ProductionMetrics) is None
+        monkeypatch.setenv("DATABASE_URL", database_url)
+        add_prediction(log, first - hour, first + hour)  # Answered before the tick; it comes while the run has failed.
+        assert scheduled.retry(failed) is None
+        assert measured() == (start, first, 1, 0)
+        assert scheduled.tick(second) is None
+        assert measured() == (first, second, 1, 1)
 
 
 def test_a_retry_of_a_run_by_hand_has_the_window_of_the_first_attempt(log: Engine, tmp_path: Path) -> None:
