@@ -16,6 +16,7 @@ what serves is imported in workers alone. https://docs.bentoml.com/en/latest/bui
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,11 +33,19 @@ from cv_platform.serving.telemetry.log_format import configure_logging
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 
-if __name__ == "service" and sys.argv[1:2] == ["build"]:  # Without a bentofile BentoML takes this folder alone.
-    raise ImportError(
-        "Expected a build of the whole service. Received: one of this folder, which lacks cv_platform. Run "
-        "`bentoml build` at the top of the checkout, or `bentoml build -f ../../bentofile.yaml ../..` here."
-    )
+if __name__ == "service" and sys.argv[1:2] == ["build"]:  # BentoML takes this folder alone, which lacks cv_platform.
+    _folder = Path(__file__).resolve().parent
+    _checkout = _folder.parents[1]
+    if not (_checkout / "bentofile.yaml").is_file():
+        raise ImportError(
+            f"Expected a checkout, with bentofile.yaml, around {_folder}. Received: {_checkout}, which has none. Run "
+            "`bentoml build` in a checkout."
+        )
+    _starts = (Path(), Path(os.environ.get("PWD", "")))  # BentoML has changed into the folder.
+    _options = [part for part in sys.argv[2:] if _folder not in {(start / part).resolve() for start in _starts}]
+    _whole = ["-m", "bentoml", "build", *_options, "-f", str(_checkout / "bentofile.yaml"), str(_checkout)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *_whole])
 _settings = Settings.from_environment()
 configure_logging(_settings)
 # Without these no worker could start, and each would be started again and again.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -20,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 
-from cv_platform.deployment.bento import build_bento
+from cv_platform.deployment.bento import SHIPPED, build_bento
 from cv_platform.local.http import free_port, wait_for_http
 from cv_platform.serving.model.runtime import load_folder
 from cv_platform.storage import CentralStorage, ProductionPointer
@@ -37,6 +38,7 @@ from cv_platform_tests.support.tiny_models import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
+SERVICE = REPOSITORY / "bentos" / "image_classifier"
 pytestmark = [pytest.mark.xdist_group("bento_alone"), pytest.mark.timeout(300)]
 
 
@@ -145,15 +147,49 @@ def test_it_answers_as_the_model_that_was_exported(alone: Alone, url: str) -> No
             assert body["overlaid_img"]
 
 
-def test_built_by_hand_it_serves_what_storage_names_and_logs_it(alone: Alone) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bentoml", "build", "-f", "../../bentofile.yaml", "../..", "--output", "tag"],
-        cwd=REPOSITORY / "bentos" / "image_classifier",
+def build_by_hand(alone: Alone, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bentoml", "build", *arguments, "--output", "tag"],
+        cwd=folder,
         env={**os.environ, "BENTOML_HOME": alone.environment["BENTOML_HOME"], "CV_HOME": alone.environment["CV_HOME"]},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "arguments"),
+    [
+        (SERVICE, ("-f", "../../bentofile.yaml", "../..")),
+        (SERVICE, (".", "--name", "image_classifier")),
+        (REPOSITORY, ("bentos/image_classifier",)),
+    ],
+)
+def test_typed_by_hand_a_build_takes_the_whole_service(
+    alone: Alone, folder: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PWD", str(folder))
+    done = build_by_hand(alone, folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    name, _, version = done.stdout.strip().splitlines()[-1].removeprefix("__tag__:").partition(":")
+    built = Path(alone.environment["BENTOML_HOME"], "bentos", name, version, "src")
+    assert {path.name for path in (built / "cv_platform").iterdir()} == set(SHIPPED)
+    assert (built / "bentos" / "image_classifier" / "service.py").is_file()
+
+
+def test_a_build_of_the_folder_alone_says_where_to_build(alone: Alone, tmp_path: Path) -> None:
+    shutil.copytree(SERVICE, tmp_path / "bentos" / "image_classifier", ignore=shutil.ignore_patterns("__pycache__"))
+    done = build_by_hand(alone, tmp_path / "bentos" / "image_classifier")
+    assert done.returncode != 0
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "Expected a checkout, with bentofile.yaml, around" in said
+    assert "Run `bentoml build` in a checkout." in said
+
+
+def test_built_by_hand_it_serves_what_storage_names_and_logs_it(alone: Alone) -> None:
+    done = build_by_hand(alone, SERVICE)
+    assert done.returncode == 0, done.stderr
     tag = done.stdout.strip().splitlines()[-1].removeprefix("__tag__:")
     assert tag.startswith("image_classifier:")
     storage, home = CentralStorage(alone.folder / "storage"), alone.folder / "by_hand"

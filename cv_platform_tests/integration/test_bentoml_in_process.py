@@ -17,11 +17,12 @@ from cv_platform_tests.support.http_client import flat_image, png
 REPOSITORY = Path(__file__).parents[2]
 IMAGE = png(flat_image(200, 30, 30))
 BEGIN = """
-import asyncio, json, sys, warnings
+import asyncio, json, os, sys, warnings
 from pathlib import Path
 with warnings.catch_warnings(action="ignore"):  # It would rather have another HTTP library.
     from starlette.testclient import TestClient
 import cv_platform.serving.worker as worker
+from cv_platform_tests.support.app_fixtures import spooled_at
 from cv_platform_tests.support.http_client import FixedModels
 worker.ModelHolder = lambda *args, **options: FixedModels()  # The model that computes by hand.
 from bentos.image_classifier.service import ImageClassifier
@@ -145,6 +146,7 @@ def test_the_methods_answer_and_log_as_the_routes_do(tmp_path: Path) -> None:
 service = ImageClassifier()
 async def ask():
     said["one"] = await service.predict(file=image, explain="png")
+    said["logged"] = [record.get("prediction_id") for record in spooled_at(Path(os.environ["CV_HOME"]))]
     said["batch"] = await service.predict_batch(files=[image, Path("pyproject.toml")])
     said["feedback"] = await service.feedback(prediction_id=said["one"]["prediction_id"], true_class="owl")
     for name, call in {
@@ -166,6 +168,7 @@ service.stop()
         CV_MAX_UPLOAD_BYTES="20000",
         CV_RATE_LIMIT_PER_MINUTE="9",
     )
+    assert said["logged"] == [said["one"]["prediction_id"]]  # Before the answer left.
     assert said["one"]["predicted_class"] == "cat"
     assert said["one"]["media_type"] == "image/png"
     good, bad = said["batch"]["results"]

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from cv_platform.local.leftovers import leftover_pids, program_mark
 from cv_platform.local.programs import programs
 from cv_platform.local.supervisor import control
 from cv_platform.settings import Settings
-from cv_platform_tests.support.demo_run import Stack, cli
+from cv_platform_tests.support.demo_run import REPOSITORY, Stack, cli
 from cv_platform_tests.support.http_client import flat_image, png
 from cv_platform_tests.support.waiting import wait_until
 
@@ -104,6 +107,21 @@ def test_bentomls_clients_predict_and_their_answers_reach_the_database(settings:
 
     wait_until(lambda: count() == len(ids))
     engine.dispose()
+
+
+def test_the_readmes_example_prints_a_class(settings: Settings, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert ":4242" in example
+    (tmp_path / "seven.png").write_bytes(png(flat_image(90, 90, 90)))
+    done = subprocess.run(
+        [sys.executable, "-c", example.replace(":4242", f":{settings.service_port}")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() in {str(digit) for digit in range(10)}
 
 
 def test_a_killed_service_comes_back_on_its_port(settings: Settings) -> None:
