@@ -5,8 +5,8 @@ from them. So what is over is left out here: live gauges of workers that died wi
 longer serves, and all but the last few model versions. https://prometheus.github.io/client_python/multiprocess/
 
 BentoML's own metrics of requests are off, as their label `endpoint` is whatever path a client asks for. Dashboards that
-are made for them find those of answers by the same names, with a route's template for endpoint, read from ours. Its
-two gauges, requests in progress and the time of the last one, are left out: each would be a write more at a request, and
+are made for them find those of answers by the same names, with a route's template for endpoint, read from ours. Its two
+gauges, requests in progress and the time of the last one, are left out: each would be a write more at a request, and
 `cv_in_flight` and an increase of the counter say it.
 https://docs.bentoml.com/en/latest/build-with-bentoml/observability/metrics.html
 """
