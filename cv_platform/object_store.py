@@ -101,6 +101,12 @@ class ObjectStore:
         """Returns the bytes of a file, or of all files below a folder."""
         return int(self._fs.du(path))
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Returns the bytes of each file below a folder, now, by its path relative to it."""
+        self._fs.invalidate_cache()
+        found = self._fs.find(folder, detail=True)
+        return {path[len(folder) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+
     def names(self, folder: str, kind: str) -> list[str]:
         """Lists what is in a folder, of the kind `file` or `directory`; nothing where there is no folder."""
         if not self.exists(folder):
@@ -157,6 +163,11 @@ class ObjectStore:
             self._fs.rm(path, recursive=True)
             if self.is_local:
                 sync_folder(Path(path).parent)
+
+    def remove_files(self, paths: Sequence[str]) -> None:
+        """Deletes files that are there, many at a time where the storage can."""
+        if paths:
+            self._fs.rm(list(paths))
 
     def update(self, path: str, change: Callable[[str | None], str | None]) -> bool:
         """Writes what `change` makes of a file's text, unless another host writes it meanwhile; returns whether it did.

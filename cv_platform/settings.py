@@ -102,7 +102,8 @@ class Settings(BaseModel):
         description="Packed images are published to `CV_STORAGE`, in its folder shards, and taken from there if "
         "another installation has made them: the index at once, a shard when it is first used, and verified then. In "
         "a folder they are read where they lie. `cv-platform gc` leaves them alone. Images of a version are sent to "
-        "its folder images where a Ray node does not see them otherwise.",
+        "its folder images where a Ray node does not see them otherwise; of those `cv-platform gc` removes what no "
+        "version needs.",
     )
     dagster_home: Folder = Field(
         validation_alias="DAGSTER_HOME",

@@ -9,6 +9,7 @@ A folder or any fsspec URL (`s3://bucket/prefix` with the `s3` extra). Layout:
     ref_data/<model_name>/<version>/<model_name>_ref_data.parquet
     reports/<name>/<report_id>/…
     audit/<time>-<random>.json                           who did what, when and why (`audit`)
+    shards/<pack>/…, images/<ds_name>/…                  what installations and machines share (`datasets`)
 
 Bundles are never overwritten; pointer, heartbeats, reference data and reports are replaced file by file, each in one
 step (`object_store`). A process that dies while it publishes leaves a folder without metadata, which no reader sees.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from cv_platform.datasets.origins import Origin, Place, Stored
 from cv_platform.datasets.repository import StoredVersion, read_version
 from cv_platform.datasets.stand_ins.links import LINKED_FILES
 from cv_platform.datasets.stand_ins.tars import TarIndexes
-from cv_platform.errors import ComputeError, CvPlatformError, DatasetError, InvalidDatasetError
+from cv_platform.errors import ComputeError, CvPlatformError, DatasetError, InvalidDatasetError, StorageError
 from cv_platform.object_store import ObjectStore
 from cv_platform.records import Provenance
 
@@ -178,3 +178,88 @@ class _Listed:
         return {
             path: Place(object_name(md5.hex(), self._version), md5 if exact else b"") for path, md5 in found.items()
         }
+
+
+@dataclass(frozen=True)
+class Unneeded:
+    """What central storage has of a dataset's images and no version needs.
+
+    Attributes:
+        ds_name: of the dataset.
+        bytes: of the files.
+        files: their paths, relative to the dataset's folder; notes come last, so that a killed deletion is seen again.
+        is_all: there is nothing else.
+    """
+
+    ds_name: str
+    bytes: int
+    files: tuple[str, ...]
+    is_all: bool
+
+    def remove(self, url: str) -> None:
+        """Deletes them. Who needs one by now sends it again, when it has waited for it in vain.
+
+        Raises:
+            StorageError: central storage cannot be reached or written.
+        """
+        store = ObjectStore(url)
+        folder = store.path(FOLDER, self.ds_name)
+        with store.errors(f"remove images of {self.ds_name}"):
+            if self.is_all:
+                store.remove(folder)
+                return
+            for is_note in (False, True):
+                chosen = (name for name in self.files if name.startswith(f"{VERSIONS}/") == is_note)
+                store.remove_files([f"{folder}/{name}" for name in chosen])
+
+
+def find_unneeded(url: str, is_needed: Callable[[str, datetime], bool]) -> list[Unneeded]:
+    """Lists what central storage has of images that no version needs: nothing of a dataset that is being sent.
+
+    Args:
+        url: of central storage.
+        is_needed: tells of a version, by its md5 and when its images were last used, whether they stay.
+
+    Raises:
+        StorageError: central storage cannot be reached, or what it says of a version is unreadable.
+    """
+    store, found = ObjectStore(url), list[Unneeded]()
+    with store.errors("list the images"):
+        for ds_name in store.names(store.path(FOLDER), "directory"):
+            folder = store.path(FOLDER, ds_name)
+            sizes = store.sizes(folder)
+            needed = set[str]()
+            for note in [name for name in sizes if name.startswith(f"{VERSIONS}/")]:
+                listing, used_utc = _read_note(store, f"{folder}/{note}")
+                if is_needed(Path(note).stem, used_utc):
+                    needed |= {note, listing}
+                    needed |= _objects(store, f"{folder}/{listing}") if listing in sizes else set(sizes)
+            if files := tuple(name for name in sizes if name not in needed):
+                size = sum(sizes[name] for name in files)
+                found.append(Unneeded(ds_name, size, files, is_all=len(files) == len(sizes)))
+    return found
+
+
+def _read_note(store: ObjectStore, path: str) -> tuple[str, datetime]:
+    """Returns the listing of a version, and when its images were last used."""
+    try:
+        note = json.loads(store.read(path) or "")
+        return str(note["listing"]), datetime.fromisoformat(note["used_utc"]).astimezone(UTC)
+    except (ValueError, KeyError, TypeError) as err:
+        raise StorageError(
+            f"{path} in {store.url}: expected what the images of a version are. Received: {err!r}. Remove it: whoever "
+            "needs them sends them again."
+        ) from err
+
+
+def _objects(store: ObjectStore, listing: str) -> set[str]:
+    """Returns the names of what a listing has, relative to the dataset's folder, as `dvc_store.object_name` says."""
+    kind = "files/md5/" if listing.rsplit("/", 2)[0].endswith("/files/md5") else ""
+    try:
+        found = [str(entry["md5"]) for entry in json.loads(store.read(listing) or "")]
+    except (ValueError, KeyError, TypeError) as err:
+        raise StorageError(
+            f"{listing} in {store.url}: expected DVC's listing of a version. Received: {err!r}. Remove it: whoever "
+            "needs it sends it again."
+        ) from err
+    return {f"{kind}{md5[:2]}/{md5[2:]}" for md5 in found}

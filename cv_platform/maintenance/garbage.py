@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cv_platform.audit import AuditLog, Note, this_user
+from cv_platform.datasets.publishing import find_unneeded
 from cv_platform.errors import LockHeldError
 from cv_platform.files import exclusive
 from cv_platform.maintenance.backup import maintenance_lock
@@ -103,6 +104,7 @@ def find_garbage(settings: Settings, *, unfinished_runs: Sequence[str], now: flo
         )
     else:
         items += [*search.data(), *search.records(), *search.trainings(), *search.bundles(), *search.bentos()]
+        items += search.sent_images()
         if search.artifacts is not None:
             items += search.mlflow_artifacts(search.artifacts)
         else:
@@ -231,6 +233,20 @@ class _Search:
                         functools.partial(_delete_bundle, self._storage, model, version),
                     )
 
+    def sent_images(self) -> Iterator[Item]:
+        """Images in central storage of versions that no record names, and that no installation has used for long."""
+
+        def is_needed(dvc_md5: str, used_utc: datetime) -> bool:
+            return used_utc.timestamp() >= self._oldest_kept or self._in_use.names(dvc_md5)
+
+        for found in find_unneeded(self._storage.url, is_needed):
+            yield Item(
+                f"images of {found.ds_name} in central storage",
+                found.bytes,
+                "sent to nodes, of versions that no record names",
+                functools.partial(_remove_sent, self._storage.url, found.ds_name, is_needed),
+            )
+
     def bentos(self) -> Iterator[Item]:
         for parent in sorted((self._home / "bentoml" / "bentos").glob("*")):
             builds = {path: match for path in parent.glob("*") if (match := _BENTO_VERSION.match(path.name))}
@@ -279,6 +295,13 @@ def _delete_bundle(storage: CentralStorage, model: str, version: str) -> bool:
     note = Note(this_user(), "garbage: nothing refers to it")
     with AuditLog(storage.url).noted("delete", f"bundle {model} {version}", note):
         return storage.delete_bundle(model, version, is_wanted=is_served)
+
+
+def _remove_sent(url: str, ds_name: str, is_needed: Callable[[str, datetime], bool]) -> bool:
+    for found in find_unneeded(url, is_needed):  # Again: by now another host may have sent some.
+        if found.ds_name == ds_name:
+            found.remove(url)
+    return True
 
 
 def _delete_folder(path: Path, lock_path: Path | None) -> bool:

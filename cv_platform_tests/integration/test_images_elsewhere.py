@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,12 +29,14 @@ from cv_platform.datasets.shards import writing
 from cv_platform.datasets.stand_ins import tars
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.encoders import embeddings
-from cv_platform.errors import ComputeError
-from cv_platform.files import file_sha256
+from cv_platform.errors import ComputeError, StorageError
+from cv_platform.files import file_sha256, write_file
+from cv_platform.maintenance.garbage import Garbage, collect, find_garbage
 from cv_platform.records import DatasetVersion
+from cv_platform.settings import Settings
 from cv_platform_tests.support.blind_node import blind_cluster
 from cv_platform_tests.support.elsewhere import Apart
-from cv_platform_tests.support.pictures import class_folders
+from cv_platform_tests.support.pictures import class_folders, picture
 from cv_platform_tests.unit.datasets.conftest import dataset, model
 from cv_platform_tests.unit.encoders.test_encoder import own_file
 
@@ -164,3 +169,55 @@ def test_central_storage_that_is_away_for_a_moment_is_waited_for(
     engine = Leaving(home, leave, come_back)
     made = checkout_version(dataset(), model(), home=home, engine=engine, shared_in=storage)
     assert (engine.missed, len(read_manifest(made.manifest_path))) == (1, 41)
+
+
+def test_garbage_collection_removes_the_images_that_no_version_needs(storage: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    settings = Settings.from_environment({"CV_HOME": str(home), "CV_STORAGE": storage})
+    made = dict[str, DatasetVersion]()
+    for tag, count in (("v1.0.0", 5), ("v2.0.0", 6)):
+        source = class_folders(tmp_path / tag, count)
+        (source / "cat" / "0.png").write_bytes(picture(100 + count))  # Which no other version has.
+        import_dataset(source, ds_name="pets", tag=tag, ds_root=home / "datasets")
+        made[tag] = checkout_version(dataset(tag=tag), model(), home=home, engine=Apart(home), shared_in=storage)
+    record = home / "records" / "tiny" / "dataset.json"
+    write_file(record, json.dumps({"directory": str(made["v2.0.0"].directory)}))
+    item, later = "images of pets in central storage", time.time() + 100 * 86_400
+
+    def garbage(now: float) -> Garbage:
+        return find_garbage(settings, unfinished_runs=(), now=now)
+
+    assert item not in {it.name for it in garbage(time.time()).items}
+    before = stored_files(storage)
+    found = garbage(later)
+    collect(settings, found)
+    old, new = made["v1.0.0"].provenance.dvc_md5, made["v2.0.0"].provenance.dvc_md5
+    only_old = hashlib.md5(picture(105)).hexdigest()
+    gone = {f"versions/{old}.json", *(f"files/md5/{md5[:2]}/{md5[2:]}" for md5 in (f"{old}.dir", only_old))}
+    assert set(before) - set(stored_files(storage)) == gone
+    assert {it.name: it.bytes for it in found.items}[item] > len(picture(105))
+    assert item not in {it.name for it in garbage(later).items}
+
+    record.unlink()
+    files, root = url_to_fs(storage)
+    listing = f"{root}/images/pets/files/md5/{new[:2]}/{new[2:]}.dir"
+    content = files.cat_file(listing)
+    files.rm(listing)
+    assert item not in {it.name for it in garbage(time.time()).items}, "as where somebody is sending it"
+    files.pipe_file(listing, content)
+    assert collect(settings, garbage(later))
+    assert stored_files(storage) == []
+    again = checkout_version(
+        dataset(tag="v2.0.0", split_seed=1), model(), home=home, engine=Apart(home), shared_in=storage
+    )
+    assert len(read_manifest(again.manifest_path)) == 12
+
+
+def test_what_says_which_images_are_used_and_is_unreadable_is_named(storage: str, tmp_path: Path) -> None:
+    files, root = url_to_fs(storage)
+    note = f"{root}/images/pets/versions/{'0' * 32}.json"
+    files.makedirs(note.rsplit("/", 1)[0], exist_ok=True)
+    files.pipe_file(note, b"{}")
+    settings = Settings.from_environment({"CV_HOME": str(tmp_path / "home"), "CV_STORAGE": storage})
+    with pytest.raises(StorageError, match=r"0\.json in .*: expected what the images of a version are"):
+        find_garbage(settings, unfinished_runs=())
