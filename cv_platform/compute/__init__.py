@@ -11,6 +11,7 @@ How to add an engine: a class as `engine.Engine` describes it, and its name in `
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import chain, islice
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from cv_platform.compute.engine import Engine, R, S, Salvage, alone
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import Progress
+from cv_platform.compute.tries import Tries
 from cv_platform.errors import ShardError
 
 if TYPE_CHECKING:  # Late: each process that works on shards imports this package.
@@ -35,11 +37,12 @@ def open_engine(settings: Settings) -> Engine:
     Raises:
         ComputeError: the settings ask for Ray, which is not installed.
     """
+    notes = settings.home / "cache" / "tried"
     if settings.compute == "local":
-        return LocalEngine()
+        return LocalEngine(notes=notes)
     from cv_platform.compute.ray_engine import RayEngine
 
-    return RayEngine(settings.ray_address)
+    return RayEngine(settings.ray_address, notes=notes)
 
 
 def map_shards(
@@ -56,8 +59,9 @@ def map_shards(
     """Yields each shard with what `function` returns of it; no more wait here than a few for each worker.
 
     A shard whose process dies is tried again. One that kills it each time does not keep the others from being done: it
-    is named at the end, or saved as far as `salvage` says. An error that `function` raises ends the work at once,
-    unless it is one that passes by itself.
+    is named at the end, or saved as far as `salvage` says. One that kills this process, where it works alone, is left
+    to others from the next call on. An error that `function` raises ends the work at once, unless it is one that passes
+    by itself.
 
     Args:
         function: of a module, so that another process finds it by its name; it has to bear being called twice.
@@ -77,15 +81,22 @@ def map_shards(
     with closing(Progress(title, total)) as progress:
         lost: list[str] = []
         shards = iter(shards)
-        if (worth_seconds := max(alone_seconds, engine.worth_seconds)) > 0:
-            for shard, result in alone(function, shards, worth_seconds=worth_seconds, total=total):
-                progress.add(shard.images)
-                yield shard, result
+        # Where nobody else is to be asked at all, as with a GPU, others could not do it any better.
+        tries = Tries(engine.notes if alone_seconds < math.inf else None, title)
+        if deaths := tries.deaths():
+            named = ", ".join(deaths[:_SHOWN])
+            logger.warning("%s: a process that worked alone has died at %s: now others do all of it", title, named)
+        elif (worth_seconds := max(alone_seconds, engine.worth_seconds)) > 0:
+            with tries.noted(shards) as noted:
+                for shard, result in alone(function, noted, worth_seconds=worth_seconds, total=total):
+                    progress.add(shard.images)
+                    yield shard, result
         if not (first := list(islice(shards, 1))):
             return  # And no cluster is started.
         for outcome in engine.run(function, chain(first, shards), in_order=in_order):
             if outcome.failure is None:
                 result = outcome.result
+                tries.survived(outcome.shard.name)
             elif salvage is not None:
                 logger.warning("%s: %s %s; its images are tried one by one", title, outcome.shard.name, outcome.failure)
                 singles = engine.run(function, salvage.divide(outcome.shard), in_order=True)

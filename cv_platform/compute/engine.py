@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from cv_platform.errors import (
@@ -93,6 +94,11 @@ class Engine(Protocol):
     @property
     def worth_seconds(self) -> float:
         """Returns how much work it is worth asking for: what is less, the process that has it does itself."""
+        ...
+
+    @property
+    def notes(self) -> Path | None:
+        """Returns where processes note what they work on themselves, see `tries`; None: nowhere."""
         ...
 
     def ask(self, question: Callable[[], R]) -> dict[str, R]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
+from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import Any
 
@@ -47,9 +48,13 @@ class LocalEngine:
     Args:
         workers: how many; None: as many as there are cores that this process may use.
         worth_seconds: work that this process would do in less is done by it; 0: none is, as where a shard may kill it.
+        notes: see `Engine.notes`.
     """
 
-    def __init__(self, workers: int | None = None, *, worth_seconds: float | None = None) -> None:
+    def __init__(
+        self, workers: int | None = None, *, worth_seconds: float | None = None, notes: Path | None = None
+    ) -> None:
+        self.notes = notes
         self.workers = available_cores() if workers is None else workers
         worth_seconds = WORTH_SECONDS if worth_seconds is None else worth_seconds
         self.worth_seconds = math.inf if worth_seconds > 0 and self.workers == 1 else worth_seconds

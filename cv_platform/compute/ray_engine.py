@@ -14,6 +14,7 @@ import platform
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call, use_one_thread
@@ -43,6 +44,7 @@ class RayEngine:
     Args:
         address: of a running cluster; None: one is started on this machine, and ends with this process.
         workers: most shards at a time; None: as many as the cluster has cores.
+        notes: see `Engine.notes`.
 
     Raises:
         ComputeError: Ray is not installed.
@@ -50,8 +52,8 @@ class RayEngine:
 
     worth_seconds = 0.0
 
-    def __init__(self, address: str | None = None, *, workers: int | None = None) -> None:
-        self._address, self._most = address, workers
+    def __init__(self, address: str | None = None, *, workers: int | None = None, notes: Path | None = None) -> None:
+        self._address, self._most, self.notes = address, workers, notes
         _ray()
 
     @property
@@ -61,7 +63,7 @@ class RayEngine:
 
     def one_each(self) -> RayEngine:
         """Returns one that gives a shard out when there is a core for it, and none ahead."""
-        return RayEngine(self._address, workers=self.workers)
+        return RayEngine(self._address, workers=self.workers, notes=self.notes)
 
     def ask(self, question: Callable[[], R]) -> dict[str, R]:
         """See `Engine.ask`; a node without cores, as a head may be, is not asked: it gets no shards."""

@@ -14,7 +14,7 @@ from cv_platform.compute.local import LocalEngine
 class Elsewhere:
     """Works on shards by two processes, and counts those that came back."""
 
-    workers, worth_seconds = 2, 0.0
+    workers, worth_seconds, notes = 2, 0.0, None
 
     def __init__(self) -> None:
         self.shards = 0
@@ -36,7 +36,7 @@ class Apart:
         hidden: the folder.
     """
 
-    workers, worth_seconds = 1, 0.0
+    workers, worth_seconds, notes = 1, 0.0, None
 
     def __init__(self, hidden: Path) -> None:
         self._hidden = hidden

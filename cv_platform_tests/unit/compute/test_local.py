@@ -3,9 +3,13 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ from cv_platform.errors import (
     ShardError,
     StorageError,
 )
+from cv_platform.files import exclusive
 
 from .tasks import Numbers, doubled, process_id, shards, tensorflow_threads
 
@@ -91,6 +96,62 @@ def test_what_each_process_would_have_to_load_is_begun_here_once_and_then_shared
     outcomes = list(much)
     assert [shard for shard, _ in outcomes] == shards(10)
     assert [process == os.getpid() for _, process in outcomes] == [True] * 2 + [False] * 8
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from cv_platform.compute import map_shards
+from cv_platform.compute.local import LocalEngine
+from cv_platform_tests.unit.compute.tasks import doubled, shards
+engine = LocalEngine(int(sys.argv[2]), notes=Path(sys.argv[1]))
+print([sum(result) for _, result in map_shards(doubled, shards(4), engine=engine, title="Doubling", total=8)])
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_shard_that_has_killed_who_worked_alone_is_left_to_other_processes(
+    workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = subprocess.run([sys.executable, "-c", ALONE, str(tmp_path), str(workers)], capture_output=True, timeout=100)
+    assert (run.returncode, run.stdout) == (-signal.SIGKILL, b"")
+    engine, done = LocalEngine(workers, notes=tmp_path), list[int]()
+    for _ in range(2):
+        caplog.clear()
+        with pytest.raises(ShardError, match="numbers from 6"):
+            done.extend(sum(r) for _, r in map_shards(doubled, shards(4), engine=engine, title="Doubling", total=8))
+        assert "Doubling: a process that worked alone has died at numbers from 6: now" in caplog.text
+    assert done == [2, 10, 18] * 2
+
+
+def test_a_death_is_forgotten_that_was_not_the_shards_doing(tmp_path: Path) -> None:
+    def work(title: str) -> set[bool]:
+        made = map_shards(process_id, shards(4), engine=LocalEngine(2, notes=tmp_path), title=title, total=8)
+        return {process == os.getpid() for _, process in made}
+
+    def leave(name: str, days: int = 0) -> Path:
+        note = tmp_path / f"Counting.{name}"
+        note.write_text(name)
+        then = time.time() - 86_400 * days
+        os.utime(note, (then, then))
+        return note
+
+    died = leave("numbers from 2")
+    assert work("Countings") == {True}, "another work"
+    assert work("Counting") == {False}
+    assert not died.exists(), "others have lived through that shard"
+    assert work("Counting") == {True}
+    gone = leave("numbers from 99", days=29)
+    assert work("Counting") == {False}
+    assert gone.exists(), "nobody has worked on that shard"
+    leave("numbers from 99", days=31)
+    assert work("Counting") == {True}
+    with exclusive(leave("numbers from 4")):
+        assert work("Counting") == {True}, "of a process that lives"
+    (tmp_path / "Counting.numbers from 4").unlink()
+    with pytest.raises(InvalidDatasetError):
+        list(map_shards(doubled, [Numbers((9,))], engine=LocalEngine(notes=tmp_path), title="Doubling", total=1))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shard_waits_for_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:

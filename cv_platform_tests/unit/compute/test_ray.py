@@ -15,12 +15,24 @@ import pytest
 from benchmarks.ray_nodes import ray_nodes
 from cv_platform.compute import map_shards, open_engine, ray_engine
 from cv_platform.compute.ray_engine import RayEngine, different_versions
+from cv_platform.datasets import manifest as manifests
+from cv_platform.datasets.manifest import build_manifest
 from cv_platform.errors import ComputeError, InvalidDatasetError, ShardError
+from cv_platform.scoring import score
+from cv_platform.scoring.score import score_images
 from cv_platform.settings import Settings
+from cv_platform.storage import CentralStorage
 from cv_platform_tests import portable
+from cv_platform_tests.support import poison
+from cv_platform_tests.support.pictures import class_folders
+from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.support.waiting import wait_until
+from cv_platform_tests.unit.datasets.conftest import dataset, model
+from cv_platform_tests.unit.datasets.test_engines import require_poison_named as require_poison_in_manifest
 from cv_platform_tests.unit.datasets.test_engines import require_same_bytes
 from cv_platform_tests.unit.evaluation.test_engines import require_same_answers
+from cv_platform_tests.unit.scoring.test_score import VERSION
+from cv_platform_tests.unit.scoring.test_score import require_poison_named as require_poison_in_scores
 
 from .tasks import Noted, Numbers, assigned, doubled, noted, noted_slowly, read_back, shards
 
@@ -76,6 +88,24 @@ def test_ray_makes_the_same_bytes(ray: RayEngine, tmp_path: Path, monkeypatch: p
 @pytest.mark.timeout(900)
 def test_networks_give_the_same_answers_by_ray(ray: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_same_answers(tmp_path, ray, monkeypatch)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_an_image_that_kills_workers_is_a_row_of_a_manifest_and_of_scores(
+    ray: RayEngine, tmp_path: Path, hand_made: TinyExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = class_folders(tmp_path / "images", 6)
+    monkeypatch.setattr(manifests, "describe", poison.describes)
+    monkeypatch.setattr(score, "score_batch", poison.scores)
+    build_manifest(tmp_path, data_path="images", annotations=None, model=model(), dataset=dataset(), engine=ray)
+    require_poison_in_manifest(tmp_path)
+    settings = Settings.from_environment({"CV_HOME": str(tmp_path / "home")})
+    publish_tiny(CentralStorage(settings.storage_url), hand_made, VERSION)
+    output = tmp_path / "scores.parquet"
+    scored = score_images(str(images), VERSION, output, settings=settings, engine=ray)
+    assert (scored.images, scored.problems) == (12, 1)
+    require_poison_in_scores(output, images)
 
 
 @pytest.mark.ray

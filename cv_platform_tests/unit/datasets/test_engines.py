@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from cv_platform.compute.engine import Engine, Outcome, R, S
+from cv_platform.compute.engine import Engine
 from cv_platform.compute.local import LocalEngine
 from cv_platform.config import EncoderConfig
 from cv_platform.datasets import manifest as manifests
@@ -61,36 +63,37 @@ def test_processes_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monke
     require_same_bytes(tmp_path, LocalEngine(2, worth_seconds=0), monkeypatch)
 
 
-class DiesOf:
-    """An engine whose processes die of one image."""
+MANIFEST = """
+import sys
+from pathlib import Path
+from cv_platform.compute.local import LocalEngine
+from cv_platform.datasets import manifest as manifests
+from cv_platform_tests.support import poison
+from cv_platform_tests.unit.datasets.conftest import dataset, model
+manifests.describe = poison.describes
+folder = Path(sys.argv[1])
+engine = LocalEngine(notes=folder / "notes")
+manifests.build_manifest(
+    folder, data_path="images", annotations=None, model=model(), dataset=dataset(), engine=engine
+)
+"""
 
-    workers, worth_seconds = 1, 0.0
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def ask(self, question: Callable[[], R]) -> dict[str, R]:
-        return {}
-
-    def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
-        for shard in shards:
-            dies = self.name in [entry.path for entry in getattr(shard, "entries", ())]
-            yield Outcome(shard, None if dies else function(shard), "has ended 3 processes" if dies else None)
-
-
-def test_an_image_that_no_process_survives_is_a_row_like_others_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_manifest_that_an_image_has_ended_names_it_when_it_is_made_again(tmp_path: Path) -> None:
     class_folders(tmp_path / "images", 6)
-    path = build_manifest(
-        tmp_path,
-        data_path="images",
-        annotations=None,
-        model=model(),
-        dataset=dataset(),
-        engine=DiesOf("cat/3.png"),
-    )
+    command = [sys.executable, "-c", MANIFEST, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    require_poison_named(tmp_path)
+
+
+def require_poison_named(directory: Path) -> None:
+    """Looks into the manifest of 12 images, one of which ends its process."""
+    (path,) = directory.glob("manifest-*.parquet")
     manifest = read_manifest(path).set_index("path")
     assert manifest["is_readable"].sum() == 11
     row = manifest.loc["images/cat/3.png"]
-    assert row["problem"].endswith("one that has ended 3 processes. Save it anew.")
+    assert "one that has ended 3 processes, the last of which " in row["problem"]
     assert (row["status"], row["split"]) == ("quarantined", None)
-    assert row["sha256"] == file_sha256(tmp_path / "images/cat/3.png")
+    assert row["sha256"] == file_sha256(directory / "images/cat/3.png")

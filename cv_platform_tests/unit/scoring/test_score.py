@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import pytest
 from cv_platform.cli import main
 from cv_platform.compute import engine as engines
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Outcome, R, S
 from cv_platform.compute.local import LocalEngine
 from cv_platform.errors import BundleNotFoundError, DatasetError, LockHeldError, StorageError
 from cv_platform.files import exclusive
@@ -32,6 +32,7 @@ from cv_platform.serving.model.explain import Explain, draw
 from cv_platform.serving.model.runtime import PublishedModel, load_bundle
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
+from cv_platform_tests.support import poison
 from cv_platform_tests.support.app_fixtures import MakeWorker
 from cv_platform_tests.support.http_client import Client, FixedModels
 from cv_platform_tests.support.pictures import picture, write_pictures
@@ -213,31 +214,40 @@ def test_a_machine_that_does_not_see_central_storage_says_what_it_needs(settings
     assert not isinstance(caught.value, BundleNotFoundError), "it may pass, and is waited for"
 
 
-class DiesOf:
-    """An engine whose processes die of one image."""
-
-    workers, worth_seconds = 1, 0.0
-
-    def ask(self, question: Callable[[], R]) -> dict[str, R]:
-        return {}
-
-    def run(self, function: Callable[[S], R], shards: Iterable[S], *, in_order: bool) -> Iterator[Outcome[S, R]]:
-        for shard in shards:
-            dies = "b/2.png" in getattr(shard, "paths", ())
-            yield Outcome(shard, None if dies else function(shard), "has ended 3 processes" if dies else None)
+POISONED = """
+import os, sys
+from cv_platform.cli import main
+from cv_platform.scoring import score
+from cv_platform_tests.support import poison
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # Where a command always begins alone.
+score.score_batch = poison.scores
+sys.exit(main(["score", *sys.argv[1:]]))
+"""
 
 
-def test_an_image_that_ends_its_process_has_a_row_that_says_so(
+def test_a_command_that_an_image_has_ended_names_it_when_it_is_called_again(
     settings: Settings, images: Path, tmp_path: Path
 ) -> None:
-    scored = score_images(str(images), VERSION, tmp_path / "scores.parquet", settings=settings, engine=DiesOf())
-    rows = read(tmp_path / "scores.parquet")
-    assert (scored.images, scored.problems, len(rows["path"])) == (11, 2, 11)
+    write_pictures(images, [poison.POISON])
+    output = tmp_path / "scores.parquet"
+    command = [sys.executable, "-c", POISONED, str(images), "--model", VERSION, "--output", str(output)]
+    environment = {**os.environ, "CV_HOME": str(settings.home)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, "")
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "12 images: 2 without an answer" in again.stdout
+    require_poison_named(output, images)
+
+
+def require_poison_named(output: Path, images: Path) -> None:
+    """Looks into the scores of images, one of which ends its process, and one of which may be cut off."""
+    rows = read(output)
     problems = dict(zip(rows["path"], rows["problem"], strict=True))
-    assert problems["b/2.png"] == "its decoding has ended 3 processes"
-    assert (
-        rows["sha256"][rows["path"].index("b/2.png")] == hashlib.sha256((images / "b/2.png").read_bytes()).hexdigest()
-    )
+    assert problems.pop("cat/3.png").startswith("its decoding has ended 3 processes, the last of which ")
+    assert [path for path, problem in problems.items() if problem and path != "a/cut.png"] == []
+    digest = hashlib.sha256((images / "cat/3.png").read_bytes()).hexdigest()
+    assert rows["sha256"][rows["path"].index("cat/3.png")] == digest
 
 
 def test_the_command_scores_an_archive(

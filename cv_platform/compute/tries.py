@@ -1,0 +1,83 @@
+"""What a process works on itself, noted in a folder, so that the next one knows of what it has died.
+
+A shard that ends its process costs an engine one of its processes. One that works alone ends with the shard, and so
+would each that begins anew. It therefore says in a file, which it holds locked, what it works on: a file that nobody
+holds is of one that has died.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from glob import escape
+from pathlib import Path
+
+from cv_platform.compute.engine import S
+from cv_platform.files import exclusive, is_locked
+
+logger = logging.getLogger(__name__)
+
+_KEPT_SECONDS = 30 * 86_400.0
+"""After which a death is forgotten whose shard nobody has worked on since: its data may be gone."""
+
+
+class Tries:
+    """The notes of those who do one work.
+
+    Args:
+        folder: of the notes; None: nothing is noted.
+        title: of the work.
+    """
+
+    def __init__(self, folder: Path | None, title: str) -> None:
+        self._folder, self._title = folder, title
+        self._deaths: dict[str, list[Path]] = {}
+
+    def deaths(self) -> list[str]:
+        """Returns the names of the shards at which processes have died that worked alone."""
+        for path in self._folder.glob(f"{escape(self._title)}.*") if self._folder else ():
+            try:
+                is_old = time.time() - path.stat().st_mtime > _KEPT_SECONDS
+                if is_locked(path):
+                    continue
+                if is_old:
+                    path.unlink()
+                elif name := path.read_text(encoding="utf-8"):  # Nothing, of one who has not begun yet.
+                    self._deaths.setdefault(name, []).append(path)
+            except OSError:  # Somebody else has removed it meanwhile.
+                continue
+        return sorted(self._deaths)
+
+    @contextmanager
+    def noted(self, shards: Iterable[S]) -> Iterator[Iterator[S]]:
+        """Yields what yields the shards, and notes each before; with the block the note goes."""
+        with ExitStack() as until_then:
+            path = self._note(until_then)
+            yield self._noting(path, shards)
+
+    def _noting(self, path: Path | None, shards: Iterable[S]) -> Iterator[S]:
+        for shard in shards:  # Others go on with them: never `yield from`, by whose end they would be closed.
+            if path is not None:
+                path.write_text(shard.name, encoding="utf-8")
+            yield shard
+
+    def _note(self, until_then: ExitStack) -> Path | None:
+        """Makes a note and holds it, where there is a folder in which this process may write."""
+        if self._folder is None:
+            return None
+        path = self._folder / f"{self._title}.{secrets.token_hex(4)}"
+        try:
+            until_then.enter_context(exclusive(path))
+        except OSError as err:
+            logger.warning("Expected to note in %s what is worked on. Received: %s. Correct its rights", path, err)
+            return None
+        until_then.callback(path.unlink, missing_ok=True)
+        return path
+
+    def survived(self, name: str) -> None:
+        """Forgets deaths at a shard that others have lived through: they had another reason."""
+        for path in self._deaths.pop(name, ()):
+            path.unlink(missing_ok=True)
