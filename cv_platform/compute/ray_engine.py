@@ -12,10 +12,11 @@ import importlib.metadata
 import logging
 import platform
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call, use_one_thread
 from cv_platform.cores import available_cores
@@ -24,6 +25,8 @@ from cv_platform.settings import prepare_process
 
 logger = logging.getLogger(__name__)
 
+Packages: TypeAlias = tuple[tuple[str, str], ...]
+"""Names and versions, as `versions` finds them."""
 PACKAGES = (
     *("cv-platform", "ray", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "onnxruntime", "pyarrow"),
     *("tensorflow", "keras"),
@@ -35,6 +38,8 @@ _TASK_BYTES = 2**30
 """Memory that Ray keeps for each task: TensorFlow with a network takes 0.8 GB, a decoded photograph 0.1."""
 _STARTS = 3
 """On a busy machine, its agents may not be there within 15 s: https://github.com/ray-project/ray/issues/65983"""
+_PLACE_SECONDS = 300.0
+"""That processes wait for nodes to come, before a cluster counts as too small for all of them."""
 _INSTALL = "Install the extra: pip install 'cv-platform[ray]', or set CV_COMPUTE=local."
 
 
@@ -81,12 +86,12 @@ class RayEngine:
         ray = self._joined()
         turns: Turns[S, R] = Turns(shards, ahead=self._most or AHEAD * self.workers, in_order=in_order)
         task = self._task(ray)
-        shared = ray.put(function)
+        shared, packages = ray.put(function), ray.put(_packages())
         at_work: dict[Any, tuple[int, S]] = {}
         try:
             while True:
                 while (taken := turns.take()) is not None:
-                    at_work[task.remote(shared, taken[1])] = taken
+                    at_work[task.remote(shared, taken[1], packages)] = taken
                 if not at_work:
                     return
                 done, _ = ray.wait(list(at_work), num_returns=1)
@@ -104,36 +109,41 @@ class RayEngine:
         # Otherwise tasks wait for the first node, for seconds at times, while another one has nothing to do.
         return ray.remote(num_cpus=1, memory=memory, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(_work)
 
+    def gpus_each(self, count: int) -> int:
+        """Returns how many GPUs each of so many processes gets that work together: one, where the cluster has as many.
+
+        Otherwise none, as those that meet in each step have to compute on the same kind of device.
+        """
+        return int(self._joined().cluster_resources().get("GPU", 0) >= count)
+
     @contextmanager
-    def together(self, function: Callable[[int, list[str]], None], count: int) -> Iterator[Callable[[], str | None]]:
+    def together(
+        self, function: Callable[[int, list[str]], None], count: int, *, gpus_each: int = 0
+    ) -> Iterator[Callable[[], str | None]]:
         """Calls a function in several processes at the same time, on as many nodes as there are; leaves none behind.
+
+        Waits where others have the cores and GPUs; where there are too few, five minutes for nodes that come.
 
         Args:
             function: of a module; gets its place, from 0, and an address that is free for each place, HOST:PORT.
             count: of the processes.
+            gpus_each: that a process has to itself, beside a core.
 
         Yields:
             What waits until all calls have returned, or one has not, and returns how that one ended.
 
         Raises:
-            ComputeError: the cluster has fewer cores.
+            ComputeError: the cluster has fewer cores or GPUs, or a node has other packages.
         """
         ray = self._joined()
-        cores = int(ray.cluster_resources().get("CPU", 0))
-        if cores < count:
-            raise ComputeError(
-                f"Expected a Ray cluster with a core for each of {count} processes that work together. Received: "
-                f"{cores}. Add nodes, or lower train.workers."
-            )
-        member = ray.remote(num_cpus=1, max_restarts=0)(_Member).options(scheduling_strategy="SPREAD")
-        members = [member.remote() for _ in range(count)]
+        member = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=0)(_Member)
+        member = member.options(scheduling_strategy="SPREAD")
+        members, addresses = _placed(ray, member, count, {"CPU": count, "GPU": gpus_each * count})
         try:
-            addresses = ray.get([one.address.remote() for one in members])
             calls = [one.work.remote(function, index, addresses) for index, one in enumerate(members)]
             yield functools.partial(_first_death, ray, calls)
         finally:
-            for one in members:
-                ray.kill(one)
+            _end(ray, members)
 
     def _joined(self) -> Any:
         ray = _ray()
@@ -146,15 +156,58 @@ class RayEngine:
 class _Member:
     """A process of those that work together: an actor, which Ray does not start again by itself."""
 
-    def address(self) -> str:
+    def address(self, expected: Packages) -> tuple[Exception | None, str]:
+        """Returns `(error, HOST:PORT)`; the error is what this node has otherwise than who asks."""
         import ray
 
         with socket.socket() as free:
             free.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+            return _unlike(expected), f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def work(self, function: Callable[[int, list[str]], None], index: int, addresses: list[str]) -> None:
         function(index, addresses)
+
+
+def _placed(ray: Any, member: Any, count: int, needs: Mapping[str, int]) -> tuple[list[Any], list[str]]:
+    """Starts so many members, and returns them with their addresses."""
+    deadline = time.monotonic() + _PLACE_SECONDS
+    while True:
+        members = [member.remote() for _ in range(count)]
+        try:
+            return members, _addresses(ray, members, needs)
+        except ray.exceptions.RayActorError as err:  # On a node that Ray does not know yet to be gone.
+            _end(ray, members)
+            if time.monotonic() > deadline:
+                raise ComputeError(
+                    f"Expected Ray to start {count} processes that work together. Received: {err}. Look at its nodes."
+                ) from err
+            time.sleep(1.0)
+        except BaseException:
+            _end(ray, members)
+            raise
+
+
+def _end(ray: Any, members: list[Any]) -> None:
+    for one in members:
+        ray.kill(one)
+
+
+def _addresses(ray: Any, members: list[Any], needs: Mapping[str, int]) -> list[str]:
+    """Returns where the members are, once Ray has placed all of them."""
+    asked = [one.address.remote(_packages()) for one in members]
+    while ray.wait(asked, num_returns=len(asked), timeout=_PLACE_SECONDS)[1]:
+        has = {name: int(ray.cluster_resources().get(name, 0)) for name in needs}
+        if any(has[name] < count for name, count in needs.items()):
+            raise ComputeError(
+                f"Expected a Ray cluster with {needs['CPU']} cores and {needs['GPU']} GPUs, for {len(members)} "
+                f"members. Received: {has['CPU']} and {has['GPU']}, {_PLACE_SECONDS / 60:.0f} minutes later. Add "
+                "nodes, or lower train.workers."
+            )
+        logger.warning("Processes that are to work together still wait for cores or GPUs of the Ray cluster")
+    found = ray.get(asked)
+    for error in filter(None, (error for error, _ in found)):
+        raise error
+    return [address for _, address in found]
 
 
 def _first_death(ray: Any, calls: list[Any]) -> str | None:
@@ -208,10 +261,7 @@ def _require_same(ray: Any) -> None:
         ) from err
     if differences := different_versions(versions(), {name: there for name, (there, _) in found.items()}):
         ray.shutdown()
-        raise ComputeError(
-            f"Expected a Ray cluster with the packages of this process. Received: {'; '.join(differences)}. "
-            "Install the same ones there: requirements.lock."
-        )
+        raise _refusal(differences)
     here = processor()
     if others := [f"{name} has {there}" for name, (_, there) in found.items() if there != here]:
         logger.warning(
@@ -240,6 +290,13 @@ def _ask(ray: Any, question: Callable[[], R], nodes: Iterable[Mapping[str, Any]]
 
 def _answer(question: Callable[[], R]) -> R:
     return question()
+
+
+def _refusal(differences: list[str]) -> ComputeError:
+    return ComputeError(
+        f"Expected a Ray cluster with the packages of this process. Received: {'; '.join(differences)}. "
+        "Install the same ones there: requirements.lock."
+    )
 
 
 def _described() -> tuple[dict[str, str], str]:
@@ -282,8 +339,24 @@ def different_versions(here: Mapping[str, str], nodes: Mapping[str, Mapping[str,
     ]
 
 
-def _work(function: Callable[[Any], Any], shard: Any) -> tuple[Exception | None, Any]:
+def _packages() -> Packages:
+    return tuple(versions().items())
+
+
+@functools.cache
+def _unlike(expected: Packages) -> ComputeError | None:
+    """Returns what this worker has otherwise than who gives out the work: its node may have come after that joined."""
+    import ray
+
+    name = f"{platform.node()} ({ray.get_runtime_context().get_node_id()[:8]})"
+    differences = different_versions(dict(expected), {name: versions()})
+    return _refusal(differences) if differences else None
+
+
+def _work(function: Callable[[Any], Any], shard: Any, expected: Packages) -> tuple[Exception | None, Any]:
     """Works on a shard in a worker, and returns `(error, result)`, of which one is None."""
+    if (refusal := _unlike(expected)) is not None:
+        return refusal, None
     _use_one_thread()
     try:
         return None, call(function, shard)

@@ -147,11 +147,13 @@ def train_together(
         _lead(folder, place, config.train.workers)
         return
     died = 0
+    gpus_each = engine.gpus_each(config.train.workers) if isinstance(engine, RayEngine) else 0
     while True:
         before = _epochs(folder)
         (folder / PROBLEM).unlink(missing_ok=True)
         if isinstance(engine, RayEngine):
-            with engine.together(partial(_work, folder), config.train.workers) as first_death:
+            work = partial(_work, folder, gpus_each > 0)
+            with engine.together(work, config.train.workers, gpus_each=gpus_each) as first_death:
                 death = first_death()
         else:
             workers = [f"127.0.0.1:{port}" for port in _free_ports(config.train.workers)]
@@ -256,8 +258,10 @@ def _place(index: int, workers: list[str]) -> str:
     return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
 
 
-def _work(folder: Path, index: int, workers: list[str]) -> None:
+def _work(folder: Path, has_gpu: bool, index: int, workers: list[str]) -> None:
     """Trains in a process of Ray's."""
+    if not has_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides none: https://github.com/ray-project/ray/issues/54868
     os.environ["TF_CONFIG"] = _place(index, workers)
     main(folder)
 

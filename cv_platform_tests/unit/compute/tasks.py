@@ -82,3 +82,10 @@ def assigned(shard: Numbers) -> dict[str, float]:
     import ray
 
     return dict(ray.get_runtime_context().get_assigned_resources())
+
+
+def note_gpu(folder: Path, index: int, addresses: list[str]) -> None:
+    """Notes which GPU a process has that works together with others, by the others' number."""
+    import ray
+
+    (folder / f"{index}-of-{len(addresses)}").write_text(f"{ray.get_gpu_ids()} {os.environ['CUDA_VISIBLE_DEVICES']}")

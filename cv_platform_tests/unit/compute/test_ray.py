@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from cv_platform_tests.unit.evaluation.test_engines import require_same_answers
 from cv_platform_tests.unit.scoring.test_score import VERSION
 from cv_platform_tests.unit.scoring.test_score import require_poison_named as require_poison_in_scores
 
-from .tasks import Noted, Numbers, assigned, doubled, noted, noted_slowly, read_back, shards
+from .tasks import Noted, Numbers, assigned, doubled, note_gpu, noted, noted_slowly, read_back, shards
 
 
 def test_without_ray_the_error_says_which_extra_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,3 +198,51 @@ def test_a_killed_node_costs_the_shards_that_it_worked_on(ray: RayEngine, cluste
 def test_a_task_has_memory_kept_for_it(ray: RayEngine) -> None:
     made = [result for _, result in map_shards(assigned, shards(3), engine=ray, title="Memory", total=6)]
     assert [(round(one["CPU"]), round(one["memory"])) for one in made] == 3 * [(1, 2**30)]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_node_that_comes_later_with_another_package_is_refused(ray: RayEngine, cluster: Any, tmp_path: Path) -> None:
+    assert ray.workers == 2, "the cluster is joined, and its nodes are asked"
+    other = tmp_path / "simplejpeg-99.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: simplejpeg\nVersion: 99.0\n")
+    node = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path)})
+    try:
+        wait_until(lambda: ray.workers == 3)  # Cluster counts a node that another test has killed, too.
+        wrong = rf"\({node.node_id[:8]}\) has simplejpeg 99\.0 instead of .*\. Install the same ones there"
+        work = [Noted((number,), tmp_path) for number in range(12)]
+        with pytest.raises(ComputeError, match=wrong):
+            list(map_shards(noted_slowly, work, engine=ray, title="Noting", total=12))
+        with pytest.raises(ComputeError, match=wrong), ray.together(partial(note_gpu, tmp_path), 3):
+            pass
+    finally:
+        cluster.remove_node(node)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_processes_that_work_together_wait_for_a_gpu_each(
+    ray: RayEngine, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ray.gpus_each(1) == 0
+    work = partial(note_gpu, tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(ray_engine, "_PLACE_SECONDS", 0.1)
+        with pytest.raises(ComputeError, match=r"2 cores and 2 GPUs, for 2 members. Received: 2 and 0, "):
+            ray.together(work, 2, gpus_each=1).__enter__()
+
+    def wait_for_all() -> str | None:
+        with ray.together(work, 2, gpus_each=1) as first_death:
+            return first_death()
+
+    with ThreadPoolExecutor(1) as pool:
+        death = pool.submit(wait_for_all)
+        nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+        try:
+            assert death.result() is None
+            assert (ray.gpus_each(2), ray.gpus_each(3)) == (1, 0)
+        finally:
+            for node in nodes:
+                cluster.remove_node(node)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0-of-2": "[0] 0", "1-of-2": "[0] 0"}
