@@ -36,6 +36,7 @@ PROFILE_OF_PORT = {
 }
 """Whose page a port is; nginx publishes it with its profile off too."""
 GPU_PROFILE = "gpu"
+_RAY_PROFILE = "ray"
 _GPU_CODE_HOST = "dagster-code-gpu"
 _IMAGE_OF_PROFILE = {"notebook": "NOTEBOOK_IMAGE", GPU_PROFILE: "GPU_IMAGE"}
 
@@ -56,6 +57,7 @@ def preflight(*, needs_images: bool = True) -> list[str]:
     problems += capacity_problems(values, information, free_memory_bytes(), is_running=_is_running(values))
     problems += volume_problems(volume_labels(values))
     problems += run_container_problems(values)
+    problems += run_job_problems(values)
     problems += code_host_problems(values)
     if needs_images:
         problems += image_problems(values)
@@ -246,6 +248,19 @@ def run_container_problems(values: Mapping[str, str]) -> list[str]:
         if named == group
         else [f"DOCKER_GID: expected {group}, the group of {path}. Received: {named}. Mend docker/.env."]
     )
+
+
+def run_job_problems(values: Mapping[str, str]) -> list[str]:
+    """Returns what keeps runs from being jobs of the Ray cluster; nothing unless RUN_JOBS is set."""
+    chosen = values.get("RUN_JOBS")
+    if not chosen:
+        return []
+    problems = [] if chosen == "1" else [f"RUN_JOBS: expected 1, or nothing. Received: {chosen!r}. Mend docker/.env."]
+    if _RAY_PROFILE not in engine.profiles(values):
+        problems.append(f"RUN_JOBS: expected the profile {_RAY_PROFILE} in COMPOSE_PROFILES. Received: none. Add it.")
+    if values.get("RUN_CONTAINERS"):
+        problems.append("RUN_JOBS: expected one kind of runs. Received: RUN_CONTAINERS, too. Empty one of them.")
+    return problems
 
 
 def code_host_problems(values: Mapping[str, str]) -> list[str]:

@@ -98,7 +98,7 @@ def test_mounts_nothing_of_the_machine_but_the_repositorys_files_read_only(name:
     for volume in SERVICES[name].get("volumes", []):
         if (name, volume) == ("run-gate", SOCKET):
             continue  # Runs only with RUN_CONTAINERS=1, for the one who chose it; no other service reaches the socket.
-        # dagster${RUN_CONTAINERS:+-runs}.yaml: read here as without it; another test compares both files.
+        # dagster${RUN_CONTAINERS:+-runs}${RUN_JOBS:+-ray}.yaml: read here as without; other tests compare the files.
         source, _, rest = re.sub(r"\$\{[A-Z_]+:\+[^}]*\}", "", volume).partition(":")
         assert "docker.sock" not in volume
         assert "SOCKET" not in volume
@@ -482,6 +482,18 @@ def test_runs_as_jobs_of_ray_change_the_launcher_and_nothing_else() -> None:
     runs = yaml.safe_load((DOCKER / "dagster" / "dagster-ray.yaml").read_text())
     assert runs.pop("run_launcher")["class"] == "RayRunLauncher"
     assert runs == stack
+
+
+def test_one_variable_each_chooses_the_launcher_for_all_that_start_runs_or_are_started() -> None:
+    template = "./dagster/dagster${RUN_CONTAINERS:+-runs}${RUN_JOBS:+-ray}.yaml:/opt/dagster/dagster.yaml:ro"
+    mounted = {name for name, service in SERVICES.items() if template in service.get("volumes", [])}
+    daggers = {"migrate", "dagster-code", "dagster-code-gpu", "dagster-webserver", "dagster-daemon"}
+    assert mounted == daggers | {"ray-head", "ray-worker"}
+    for variable, suffix in (("", ""), ("RUN_CONTAINERS", "-runs"), ("RUN_JOBS", "-ray")):
+        chosen = re.sub(r"\$\{([A-Z_]+):\+([^}]*)\}", lambda one: one[2] if one[1] == variable else "", template)  # noqa: B023
+        assert chosen.startswith(f"./dagster/dagster{suffix}.yaml:")
+        assert f"dagster{suffix}.yaml" in LAUNCHERS
+    assert EXAMPLE["RUN_JOBS"] == ""
 
 
 LAUNCHERS = {

@@ -282,6 +282,22 @@ def test_run_containers_need_the_socket_and_its_group(tmp_path: Path) -> None:
     assert "Received: 4242" in wrong
 
 
+@pytest.mark.parametrize(
+    ("values", "problems"),
+    [
+        ({"RUN_JOBS": ""}, []),
+        ({"RUN_JOBS": "1", "COMPOSE_PROFILES": "monitoring,ray"}, []),
+        ({"RUN_JOBS": "yes", "COMPOSE_PROFILES": "ray"}, ["expected 1, or nothing. Received: 'yes'"]),
+        ({"RUN_JOBS": "1"}, ["expected the profile ray in COMPOSE_PROFILES"]),
+        ({"RUN_JOBS": "1", "COMPOSE_PROFILES": "ray", "RUN_CONTAINERS": "1"}, ["expected one kind of runs"]),
+    ],
+)
+def test_runs_as_jobs_need_the_ray_cluster_and_no_other_launcher(values: dict[str, str], problems: list[str]) -> None:
+    found = preflight.run_job_problems(values)
+    assert len(found) == len(problems)
+    assert all(said in line for said, line in zip(problems, found, strict=True))
+
+
 def test_run_containers_is_one_or_nothing() -> None:
     (problem,) = preflight.run_container_problems({"RUN_CONTAINERS": "0"})
     assert "expected 1, or nothing" in problem
