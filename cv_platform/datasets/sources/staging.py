@@ -53,9 +53,7 @@ class Staging:
         pairs = list(zip((origin.path for origin in found), (entry.path for entry in named), strict=True))
         try:
             if self.stays:
-                return write_links(
-                    self.images, {name: self.root / path for path, name in watched(pairs, "Images read")}
-                )
+                return write_links(self.images, {name: self.root / path for path, name in pairs})
             folder = self.images.with_name("converted") if self.is_tarred else self.images
             own = {name: folder / name for path, name in pairs if not self.is_tarred or path in self.converted}
             self._bring_all([(path, own[name]) for path, name in pairs if name in own])

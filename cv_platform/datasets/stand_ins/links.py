@@ -13,9 +13,11 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from cv_platform.compute.progress import Progress
 from cv_platform.cores import available_cores
 from cv_platform.datasets.stand_ins.listing import read_rows, require_inside, write_rows
 from cv_platform.errors import InvalidDatasetError
@@ -65,8 +67,11 @@ def write_links(images: Path, origins: Mapping[str, Path]) -> dict[str, bytes]:
         file = origins[path]
         return _Link(path, file.relative_to(root).as_posix(), file.stat().st_size, file_sha256(file))
 
-    with ThreadPoolExecutor(available_cores()) as pool:
-        links = list(pool.map(link, sorted(origins)))
+    links: list[_Link] = []
+    with ThreadPoolExecutor(available_cores()) as pool, closing(Progress("Images hashed", len(origins))) as progress:
+        for made in pool.map(link, sorted(origins)):
+            links.append(made)
+            progress.add(1)
     images.mkdir(parents=True, exist_ok=True)
     (images / LINKED_FILES).write_bytes(write_rows(_COLUMNS, map(astuple, links)))
     return {PLACE: json.dumps({"root": str(root)}).encode(errors="surrogateescape")}

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from cv_platform.compute import progress
 from cv_platform.datasets.importing import ImportedDataset, ImportRules, import_dataset
 from cv_platform.datasets.manifest import read_manifest
 from cv_platform.datasets.relabelling import Decision, relabel
-from cv_platform.datasets.stand_ins.links import LINKED_FILES, PLACE, place_links
+from cv_platform.datasets.stand_ins.links import LINKED_FILES, PLACE, place_links, write_links
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import InvalidDatasetError
 from cv_platform.records import DatasetVersion
@@ -42,6 +44,18 @@ def test_images_that_are_linked_stay_where_they_are_and_are_in_the_manifest(tmp_
     stored = [path for path in (imported.directory / ".dvc/cache").rglob("*") if path.is_file()]
     assert len(stored) == 2  # The list of files, and DVC's own of the folder.
     assert link(source, root).summary()[-1] == "nothing new: v1.0.0 has had the same images and labels before"
+
+
+def test_the_progress_of_a_link_is_that_of_the_hashing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.0)
+    source = class_folders(tmp_path / "pets", per_class=1)
+    files = {path.name + path.parent.name: path for path in source.rglob("*.png")}
+    with caplog.at_level(logging.INFO), pytest.raises(FileNotFoundError):
+        write_links(tmp_path / "images", {**files, "the last": source / "gone.png"})
+    lines = [line.partition(" images")[0] for line in caplog.messages]
+    assert lines == ["Images hashed: 1 of 3", "Images hashed: 2 of 3"]
 
 
 def test_a_linked_image_that_changed_or_is_gone_is_named_before_anything_uses_it(tmp_path: Path) -> None:
