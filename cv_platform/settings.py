@@ -113,8 +113,9 @@ class Settings(BaseModel):
     compute: Literal["local", "ray"] = Field(
         default="local",
         validation_alias="CV_COMPUTE",
-        description="Who works on manifests, packed pixels, embeddings and scores: processes of this machine, or Ray "
-        "(extra `ray`).",
+        description="Who works on manifests, packed pixels, embeddings, batch scores and replays: processes of this "
+        "machine, or a cluster of Ray (extra `ray`), which evaluates, answers for reference data and drift detectors, "
+        "and does trials of a search and `train.workers`, too.",
     )
     ray_address: str | None = Field(
         default=None,

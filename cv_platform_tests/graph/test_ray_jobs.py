@@ -112,6 +112,24 @@ def test_a_job_needs_a_server_of_jobs() -> None:
         experiment(train__workers=2, train__job_gpus=1)
 
 
+def test_a_job_without_dagster_ray_says_which_extra_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dagster_ray", None)
+    settings = Settings.from_environment({"CV_RAY_JOBS_URL": "http://127.0.0.1:1"})
+    with dg.build_asset_context() as context, pytest.raises(ComputeError, match=r"dagster-ray\. .*cv-platform\[ray\]"):
+        jobs.ray_job(context, settings, 0)
+
+
+def test_a_job_is_done_by_the_nodes_own_python_where_the_drivers_is_not(tmp_path: Path) -> None:
+    for name in ("python", "python of the driver"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s|" "${0##*/}" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    folder, environment = Path("/home of it/.training-1"), {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for there, expected in ((tmp_path / "python of the driver", "python of the driver"), (tmp_path / "none", "python")):
+        command = jobs.entrypoint(folder, str(there))
+        said = subprocess.check_output(command, shell=True, env=environment, text=True)
+        assert said == f"{expected}|-m|{jobs.__name__}|{folder}|"
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_run_of_the_stacks_instance_is_a_job(

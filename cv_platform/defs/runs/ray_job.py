@@ -47,13 +47,19 @@ def ray_job(context: dg.AssetExecutionContext, settings: Settings, gpus: int | N
         client.run(
             context=context,
             submit_job_params={
-                "entrypoint": shlex.join([sys.executable, "-m", __name__, str(folder)]),
+                "entrypoint": entrypoint(folder, sys.executable),
                 "entrypoint_num_cpus": 1,
                 "entrypoint_num_gpus": gpus,
             },
         )
 
     return launch
+
+
+def entrypoint(folder: Path, python: str) -> str:
+    """Returns the job's command, for a shell of a node: by the Python at a path, or the node's own if none is there."""
+    arguments = shlex.join(["-m", "cv_platform.defs.runs.ray_job", str(folder)])
+    return f'exec "$(command -v {shlex.quote(python)} || echo python)" {arguments}'
 
 
 if __name__ == "__main__":
