@@ -17,7 +17,7 @@ from contextlib import closing
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from cv_platform.compute.engine import Engine, R, S, Salvage, alone
+from cv_platform.compute.engine import Engine, Outcome, R, S, Salvage, alone
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import Progress
 from cv_platform.compute.tries import Tries
@@ -99,9 +99,8 @@ def map_shards(
                 tries.survived(outcome.shard.name)
             elif salvage is not None:
                 logger.warning("%s: %s %s; its images are tried one by one", title, outcome.shard.name, outcome.failure)
-                singles = engine.run(function, salvage.divide(outcome.shard), in_order=True)
                 result = salvage.join(
-                    [one.result if one.failure is None else salvage.lost(one.shard, one.failure) for one in singles]
+                    [_saved(one, salvage, title) for one in _singles(function, outcome, salvage, engine)]
                 )
             else:
                 logger.error("%s: %s %s; the rest goes on", title, outcome.shard.name, outcome.failure)
@@ -111,6 +110,22 @@ def map_shards(
             yield outcome.shard, result
         if lost:
             raise _lost_shards(title, lost)
+
+
+def _singles(
+    function: Callable[[S], R], outcome: Outcome[S, R], salvage: Salvage[S, R], engine: Engine
+) -> Iterator[Outcome[S, R]]:
+    """Yields what came of each image of a shard that nobody has survived; of one alone that is known."""
+    if outcome.shard.images == 1:
+        return iter((outcome,))
+    return engine.run(function, salvage.divide(outcome.shard), in_order=True)
+
+
+def _saved(one: Outcome[S, R], salvage: Salvage[S, R], title: str) -> R:
+    if one.failure is None:
+        return one.result
+    logger.error("%s: %s %s; the rest goes on", title, one.shard.name, one.failure)
+    return salvage.lost(one.shard, one.failure)
 
 
 def _lost_shards(title: str, lost: list[str]) -> ShardError:

@@ -73,7 +73,7 @@ class Salvage(Generic[S, R]):
     """How the rest of a shard is saved of which one image kills the process.
 
     Attributes:
-        divide: returns a shard of each image.
+        divide: returns a shard of each image; not asked where there is one.
         join: returns the shard's result from theirs, in order.
         lost: returns the result of an image that kills its process, given why.
     """

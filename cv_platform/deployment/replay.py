@@ -9,6 +9,7 @@ Only what is sure refuses a challenger: a share counts as beyond its limit where
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from sqlalchemy import Engine, select
 from cv_platform import images
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine as ComputeEngine
+from cv_platform.compute.engine import Salvage
 from cv_platform.compute.local import WORTH_SECONDS
 from cv_platform.config import EvaluateConfig, ExperimentConfig, ReplayConfig
 from cv_platform.database.schema import images as stored_images
@@ -225,6 +227,7 @@ def _answer(
         title="Replay",
         total=len(uploads),
         alone_seconds=WORTH_SECONDS,
+        salvage=_ONE_BY_ONE,
     )
     for batch, (_, (is_readable, answers)) in zip(batches, shards, strict=True):
         for upload, readable in zip(batch, is_readable, strict=True):
@@ -276,6 +279,28 @@ def answer_uploads(
     if not batches[0]:
         return is_readable, []
     return is_readable, [_answers(model, np.stack(batch)) for model, batch in zip(models, batches, strict=True)]
+
+
+def _joined(parts: Sequence[tuple[list[bool], list[ModelAnswers]]]) -> tuple[list[bool], list[ModelAnswers]]:
+    """Returns what several calls of `answer_uploads` have returned as one."""
+    answers = [
+        ModelAnswers(
+            np.concatenate([one.probabilities for one in by_it]),
+            None
+            if by_it[0].unknown is None
+            else np.concatenate([one.unknown for one in by_it if one.unknown is not None]),
+            sum(one.cpu_seconds for one in by_it),
+        )
+        for by_it in zip(*(answers for _, answers in parts if answers), strict=True)
+    ]
+    return [one for is_readable, _ in parts for one in is_readable], answers
+
+
+_ONE_BY_ONE: Salvage[UploadShard, tuple[list[bool], list[ModelAnswers]]] = Salvage(
+    divide=lambda shard: (UploadShard(hashlib.sha256(one).hexdigest(), [one]) for one in shard.contents),
+    join=_joined,
+    lost=lambda upload, why: ([False], []),
+)
 
 
 def _pixels(model: LoadedModel, content: bytes) -> NDArray[np.uint8]:

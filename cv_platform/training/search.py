@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from cv_platform.compute import map_shards
+from cv_platform.compute.engine import Salvage
 from cv_platform.compute.ray_engine import RayEngine
 from cv_platform.config import ExperimentConfig, Span
 from cv_platform.datasets.packing import open_split
@@ -103,8 +104,17 @@ def _run_trials(search: Search, config: ExperimentConfig, engine: Engine | None)
     outcomes: Iterable[tuple[Proposal, tuple[str, Any]]] = ((one, work(one)) for one in proposals)
     if isinstance(engine, RayEngine):
         single = engine.one_each()
+        salvage: Salvage[Proposal, tuple[str, Any]] = Salvage(
+            divide=lambda one: [one], join=lambda found: found[0], lost=lambda one, why: ("FAIL", f"it {why}")
+        )
         outcomes = map_shards(
-            work, proposals, engine=single, title="Searching", total=config.tune.trials, in_order=False
+            work,
+            proposals,
+            engine=single,
+            title="Searching",
+            total=config.tune.trials,
+            in_order=False,
+            salvage=salvage,
         )
     for one, (state, found) in outcomes:
         if state == "COMPLETE":

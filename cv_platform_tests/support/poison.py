@@ -10,10 +10,15 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cv_platform.config import ExperimentConfig
     from cv_platform.datasets.manifest_rows import Part
+    from cv_platform.deployment.replay import UploadShard
     from cv_platform.scoring.rows import Batch, Scorer
+    from cv_platform.serving.model.runtime import PublishedModel
+    from cv_platform.training.search import Proposal, Search
 
 POISON = "cat/3.png"
+MARK = b"poison"
 
 
 def scores(scorer: Scorer, batch: Batch) -> Any:
@@ -30,6 +35,22 @@ def describes(part: Part) -> Any:
 
     _survive(POISON not in [entry.path for entry in part.entries])
     return describe(part)
+
+
+def answers(old: PublishedModel, new: PublishedModel, shard: UploadShard) -> Any:
+    """Answers uploads of which none ends with the mark."""
+    from cv_platform.deployment.replay import answer_uploads
+
+    _survive(not any(content.endswith(MARK) for content in shard.contents))
+    return answer_uploads(old, new, shard)
+
+
+def trains(search: Search, config: ExperimentConfig, proposal: Proposal) -> Any:
+    """Trains a trial that is not the first one."""
+    from cv_platform.training.search import _outcome
+
+    _survive(proposal.number > 0)
+    return _outcome(search, config, proposal)
 
 
 def _survive(is_well: bool) -> None:

@@ -53,6 +53,17 @@ def test_the_rest_of_such_a_shard_can_be_saved_in_its_place() -> None:
     assert [result for _, result in done] == [[0, 2], [4, 6], [8, 10], [12, -1]]
 
 
+def test_an_image_alone_is_not_tried_again_to_save_it(caplog: pytest.LogCaptureFixture) -> None:
+    def divide(shard: Numbers) -> list[Numbers]:
+        raise AssertionError(f"what is in {shard.name} is known")
+
+    salvage: Salvage[Numbers, list[int]] = Salvage(divide, join=lambda parts: parts[0], lost=lambda shard, why: [-1])
+    one = [Numbers((7,))]
+    done = map_shards(doubled, one, engine=PROCESSES, title="Doubling", total=1, salvage=salvage)
+    assert [result for _, result in done] == [[-1]]
+    assert re.search(r"Doubling: numbers from 7 has ended 3 processes, .* by SIGKILL; the rest goes on", caplog.text)
+
+
 def test_an_error_of_the_function_ends_the_work_as_it_is() -> None:
     with pytest.raises(InvalidDatasetError, match="Expected no 9"):
         list(map_shards(doubled, [Numbers((9,))], engine=PROCESSES, title="Doubling", total=1))

@@ -28,6 +28,7 @@ from cv_platform.deployment.replay import replay_challenger
 from cv_platform.images import preprocessing_hash
 from cv_platform.records import Replay
 from cv_platform.storage import CentralStorage
+from cv_platform_tests.support import poison
 from cv_platform_tests.support.channel_models import MODEL, save_encoder, save_model
 from cv_platform_tests.support.record_samples import identity
 from cv_platform_tests.support.tiny_models import tiny_metadata
@@ -170,6 +171,20 @@ def test_processes_replay_to_the_same_bit(
     engine: Engine, replay: Callable[..., Replay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_same_replay(LocalEngine(2, worth_seconds=0), engine, replay, monkeypatch)
+
+
+def test_an_upload_that_ends_its_process_counts_as_unreadable(
+    engine: Engine, replay: Callable[..., Replay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(7):
+        log(engine, upload(number % 3, number), number)
+    deadly = log(engine, upload(0, 7) + poison.MARK, 8)
+    log(engine, b"no image", 9)
+    monkeypatch.setattr(replays, "answer_uploads", poison.answers)
+    monkeypatch.setattr(replays, "WORTH_SECONDS", 0.0)
+    done = replay(EQUAL, LocalEngine(2, worth_seconds=0))
+    assert (done.replayed, done.agreed, len(done.unreadable)) == (7, 7, 2)
+    assert str(deadly) in done.unreadable
 
 
 @pytest.mark.ray

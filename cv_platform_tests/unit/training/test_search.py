@@ -17,7 +17,9 @@ from cv_platform.config import ExperimentConfig, load_experiment
 from cv_platform.errors import ConfigError, DatabaseUnavailableError, TrainingError
 from cv_platform.records import PackedImages
 from cv_platform.tracking import start_run
+from cv_platform.training import search as searching
 from cv_platform.training.search import Search, run_search, search_page, study_name
+from cv_platform_tests.support import poison
 from cv_platform_tests.support.tiny_training import experiment
 
 SPACE = {
@@ -77,6 +79,25 @@ def test_a_killed_search_goes_on_and_writes_the_best_config(tiny_packed: PackedI
     # Booleans: to show where a text of megabytes differs takes minutes.
     assert bool("Plotly.newPlot" in page)
     assert re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=[\"']?(?:https?:)?//[^\"'> ]*", page) == []
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_trial_that_ends_rays_workers_has_failed_and_the_others_go_on(
+    tiny_packed: PackedImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import optuna
+
+    monkeypatch.setattr(searching, "_outcome", poison.trains)
+    uri, storage = f"sqlite:///{tmp_path}/mlflow.db", optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/studies.db")
+    with (
+        start_run(uri, "tiny", run_name="tune", artifact_root=tmp_path / "artifacts") as run,
+        ray_nodes(2) as cluster,
+    ):
+        study = run_search(
+            Search(tiny_packed, storage, tmp_path / "work", run), searched(2), RayEngine(str(cluster.address))
+        )
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
 
 
 @pytest.mark.ray
