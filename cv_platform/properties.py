@@ -7,6 +7,8 @@ and colour shifts that embeddings miss (Rabanser et al. 2019, "Failing Loudly", 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable
 
 import cv2
@@ -23,7 +25,9 @@ PROPERTY_NAMES: tuple[str, ...] = (
     "saturation",
 )
 _LAPLACIAN_MAX = 4 * 255
-_LAPLACIANS = np.arange(-_LAPLACIAN_MAX, _LAPLACIAN_MAX + 1, dtype=np.float64)
+_LEVELS = 2 * _LAPLACIAN_MAX + 1
+_MOMENTS = np.array([(level, level**2) for level in range(-_LAPLACIAN_MAX, _LAPLACIAN_MAX + 1)], dtype=np.float64).T
+"""`(2, _LEVELS)`: each number that a Laplacian may have, and its square."""
 
 
 def image_properties(image: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -49,8 +53,8 @@ def image_properties(image: NDArray[np.uint8]) -> NDArray[np.float32]:
         [
             luma_mean,
             luma_std,
-            np.log1p(laplacian_variance),
-            np.log1p(laplacian_mad),
+            math.log1p(laplacian_variance),
+            math.log1p(laplacian_mad),
             red - green,
             blue - (red + green) / 2,
             cv2.mean(cv2.subtract(high, low))[0],
@@ -65,26 +69,20 @@ def _spread(luma: NDArray[np.uint8] | cv2.typing.MatLike) -> tuple[float, float]
     It has whole numbers within ±4·255, so counting them once takes the place of sorting the pixels twice.
     """
     shifted = np.asarray(cv2.Laplacian(luma, cv2.CV_16S, delta=_LAPLACIAN_MAX), dtype=np.int16).view(np.uint16)
-    levels = len(_LAPLACIANS)
-    counts = cv2.calcHist([shifted], [0], None, [levels], [0, levels]).ravel().astype(np.float64)
-    mean = float(counts @ _LAPLACIANS) / luma.size
-    variance = float(counts @ (_LAPLACIANS - mean) ** 2) / luma.size
-    # Twice the median, which may lie between two numbers; as often as each number below it, that above it deviates.
-    twice = sum(_middle(counts))
-    at = twice // 2
-    deviations = np.zeros(levels + 1)
-    deviations[: at + 1] = counts[at::-1]
-    above, first = counts[at + 1 :], 1 - twice % 2
-    deviations[first : first + len(above)] += above
-    return variance, sum(_middle(deviations)) / 2 + (twice % 2) / 2
-
-
-def _middle(counts: NDArray[np.float64]) -> tuple[int, int]:
-    """Returns where the two middle ones are of things that are counted in order; twice the same, if they are odd."""
+    counts = cv2.calcHist([shifted], [0], None, [_LEVELS], [0, _LEVELS]).ravel().astype(np.float64)
+    size = luma.size
+    total, squares = (int(moment) for moment in _MOMENTS @ counts)  # Whole numbers, so that no processor rounds them.
     occurred = counts.cumsum()
-    total = int(occurred[-1])
-    lower, upper = occurred.searchsorted([(total - 1) // 2, total // 2], side="right")
-    return int(lower), int(upper)
+    middle = (size - 1) // 2, size // 2
+    lower, upper = (bisect_right(occurred, rank) for rank in middle)
+    below, above = (lower + upper) // 2, (lower + upper + 1) // 2  # The median, or the numbers that it lies between.
+
+    def within(steps: int) -> float:
+        beyond = below - steps - 1
+        return occurred[min(above + steps, _LEVELS - 1)] - (occurred[beyond] if beyond >= 0 else 0.0)
+
+    near, far = (bisect_right(range(_LEVELS), rank, key=within) for rank in middle)
+    return (squares * size - total**2) / size**2, (near + far + above - below) / 2
 
 
 def batch_properties(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:

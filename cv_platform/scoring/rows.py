@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cv_platform.compute.engine import span
 from cv_platform.errors import ImageError
@@ -23,6 +24,7 @@ from cv_platform.predictions import (
     UAE_FEATS,
     reference_schema,
 )
+from cv_platform.properties import image_properties
 from cv_platform.scoring.sources import read_file
 from cv_platform.serving.model.explain import SMALLEST_SIDE_PX, Explain, draw
 from cv_platform.serving.model.runtime import LoadedModel, PublishedModel
@@ -31,6 +33,8 @@ from cv_platform.storage import BundleMetadata
 
 _VECTORS = (UAE_FEATS, BBSD_FEATS, FEATURES, PROPERTIES)
 HEAT_MAP = "heat_map"
+_AT_ONCE = 16
+"""Images whose pixel statistics are computed one after the other: after a network's call, their code is in no cache."""
 _SAID = ("sha256", PREDICTED_CLASS, "problem", "confidence", "unknown_score", "is_unknown", HEAT_MAP)
 """Columns that come with each answer."""
 
@@ -130,8 +134,8 @@ def _answer(model: LoadedModel, scorer: Scorer, root: str, path: str, rows: _Row
 class _Rows:
     """The rows of a batch, image after image.
 
-    Of an answer only the row is kept: where decoded images stay until the batch is done, each is decoded into memory
-    that has to be fetched from the system, and out of every cache.
+    Of an answer only the row is kept, and of a few the network's input: where decoded images stay until the batch is
+    done, each is decoded into memory that has to be fetched from the system, and out of every cache.
     """
 
     def __init__(self, batch: Batch, schema: pa.Schema, metadata: BundleMetadata) -> None:
@@ -141,11 +145,13 @@ class _Rows:
             name: np.full((self._count, self._schema.field(name).type.list_size), np.nan, np.float32)
             for name in _VECTORS
         }
+        self._unmeasured: list[tuple[int, NDArray[np.uint8]]] = []
+        self._said = [name for name in _SAID if name in schema.names]
         self._columns: dict[str, list[Any]] = {
             "path": list(batch.paths),
             MODEL_NAME: [metadata.model_name] * self._count,
             MODEL_VERSION: [metadata.version] * self._count,
-            **{name: [] for name in _SAID if name in schema.names},
+            **{name: [] for name in self._said},
         }
 
     def add(self, digest: str | None, said: Predicted | str) -> None:
@@ -165,12 +171,20 @@ class _Rows:
             self._vectors[UAE_FEATS][row] = prediction.uae
             self._vectors[BBSD_FEATS][row] = prediction.probabilities
             self._vectors[FEATURES][row] = prediction.features
-            self._vectors[PROPERTIES][row] = said.properties
-        for name in self._columns.keys() & _SAID:
+            self._unmeasured.append((row, said.pixels))
+            if len(self._unmeasured) == _AT_ONCE:
+                self._measure()
+        for name in self._said:
             self._columns[name].append(values.get(name))
+
+    def _measure(self) -> None:
+        for row, pixels in self._unmeasured:
+            self._vectors[PROPERTIES][row] = image_properties(pixels)
+        self._unmeasured.clear()
 
     def table(self) -> pa.Table:
         """Returns them."""
+        self._measure()
         schema = self._schema
         arrays = {name: pa.array(values, schema.field(name).type) for name, values in self._columns.items()}
         for name, matrix in self._vectors.items():

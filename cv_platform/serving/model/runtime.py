@@ -101,7 +101,8 @@ class LoadedModel:
         Raises:
             ValueError: another shape or dtype, or no such class.
         """
-        batch = self.predict_batch(image[np.newaxis], np.array([class_index], dtype=np.int32))
+        asked = None if class_index == PREDICTED_CLASS else np.array([class_index], dtype=np.int32)
+        batch = self.predict_batch(image[np.newaxis], asked)
         return Prediction(batch.probabilities[0], batch.features[0], batch.uae[0], batch.cam[0])
 
     def predict_batch(self, images: NDArray[np.uint8], class_index: NDArray[np.int32] | None = None) -> Prediction:
@@ -116,7 +117,7 @@ class LoadedModel:
                 f"Expected (N, {height}, {width}, 3) uint8 RGB images. Received: {images.dtype} {images.shape}."
             )
         if class_index is None:
-            class_index = np.full(len(images), PREDICTED_CLASS, dtype=np.int32)
+            return self._runtime(images, np.full(len(images), PREDICTED_CLASS, dtype=np.int32))
         classes = len(self.metadata.class_names)
         if class_index.shape != images.shape[:1] or ((class_index < PREDICTED_CLASS) | (class_index >= classes)).any():
             raise ValueError(
@@ -130,7 +131,7 @@ def predicted_classes(probabilities: NDArray[np.float32], metadata: BundleMetada
     if metadata.classifier_type == "multi-label":
         decisions = decide(probabilities, metadata.threshold)
         return tuple(name for name, chosen in zip(metadata.class_names, decisions, strict=True) if chosen)
-    return (metadata.class_names[int(np.argmax(probabilities))],)
+    return (metadata.class_names[int(probabilities.argmax())],)
 
 
 def load_bundle(

@@ -6,6 +6,7 @@ All of it runs in a worker's thread. Decoding happens once: the decoded image is
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
@@ -54,7 +55,7 @@ class Predicted:
         model: metadata of the model that answered.
         prediction: its outputs.
         predicted_classes: one class name, or for multi-label any number.
-        properties: `(7,)` float32 of the preprocessed image.
+        pixels: `(height, width, 3)` uint8 RGB, the preprocessed image.
         image: `(H, W, 3)` uint8 RGB, the decoded upload.
         media_type: of the upload.
         unknown_score: see `UnknownRule.score`; None where the model has no rule.
@@ -64,10 +65,15 @@ class Predicted:
     model: BundleMetadata
     prediction: Prediction
     predicted_classes: tuple[str, ...]
-    properties: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
     image: NDArray[np.uint8]
     media_type: str
     unknown_score: float | None = None
+
+    @functools.cached_property
+    def properties(self) -> NDArray[np.float32]:
+        """Returns `(7,)`, see `image_properties`, when it is first asked for."""
+        return image_properties(self.pixels)
 
 
 @dataclass(frozen=True)
@@ -149,10 +155,7 @@ def _predict(model: LoadedModel, prediction_id: UUID, data: bytes, max_pixels: i
         is_unknown=unknown_score is not None and unknown_score > 1,
     )
     media_type = f"image/{decoded.format.lower()}"
-    properties = image_properties(pixels)
-    return Predicted(
-        prediction_id, metadata, prediction, classes, properties, decoded.pixels, media_type, unknown_score
-    )
+    return Predicted(prediction_id, metadata, prediction, classes, pixels, decoded.pixels, media_type, unknown_score)
 
 
 def answer_body(predicted: Predicted, explain: Explain, *, on_explain_failure: Callable[[], None]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from cv_platform.compute import map_shards
 from cv_platform.compute.local import LocalEngine
 from cv_platform.errors import BundleNotFoundError, DatasetError, LockHeldError, StorageError
 from cv_platform.files import exclusive
-from cv_platform.images import read_image, resize
+from cv_platform.images import preprocess, read_image, resize
+from cv_platform.properties import image_properties
 from cv_platform.scoring import score
 from cv_platform.scoring.score import score_images
 from cv_platform.scoring.sources import read_file
@@ -88,6 +89,23 @@ def test_each_image_has_one_row_with_the_answer_of_the_service(
         assert rows["confidence"][row] == max(rows["bbsd_feats"][row])
         assert (len(rows["uae_feats"][row]), len(rows["features"][row]), len(rows["properties"][row])) == (4, 5, 7)
     assert set(rows["model_version"]) == {VERSION}
+
+
+def test_each_row_has_the_pixel_statistics_of_its_own_image(settings: Settings, images: Path, tmp_path: Path) -> None:
+    write_pictures(images, [f"b/more-{i}.png" for i in range(20)], first_seed=100)
+    score_images(str(images), VERSION, tmp_path / "scores.parquet", settings=settings)
+    rows = read(tmp_path / "scores.parquet")
+    model = load_bundle(CentralStorage(settings.storage_url), MODEL_NAME, VERSION, cache=tmp_path / "cache", threads=1)
+    size, made = model.metadata.image_size, model.preprocessing
+    seen = {
+        path: image_properties(preprocess((images / path).read_bytes(), size, preprocessing=made))
+        for path, problem in zip(rows["path"], rows["problem"], strict=True)
+        if problem is None
+    }
+    assert (len(rows["path"]), len(seen)) == (31, 30)
+    assert len({values.tobytes() for values in seen.values()}) == 30, "no two images are alike"
+    for path, properties in zip(rows["path"], rows["properties"], strict=True):
+        np.testing.assert_array_equal(np.float32(properties), seen.get(path, np.full(7, np.nan, np.float32)))
 
 
 def test_each_row_has_its_heat_map_where_that_is_asked_for(settings: Settings, images: Path, tmp_path: Path) -> None:
