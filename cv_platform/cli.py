@@ -355,12 +355,9 @@ def _retention(options: argparse.Namespace) -> int:
 
     from cv_platform.database.connection import database_url, make_engine
     from cv_platform.database.migrate import check_schema
-    from cv_platform.database.retention import delete_expired
-    from cv_platform.monitoring.accept import forget_deleted
-    from cv_platform.monitoring.window import monitored_since
-    from cv_platform.storage import CentralStorage
+    from cv_platform.monitoring.log_retention import expire_log
 
-    settings, now = _installation(), datetime.now(UTC)
+    settings = _installation()
     experiments, broken = load_experiments(config_files(settings.configs))
     for error in dict.fromkeys(broken.values()):
         print(f"error: {error}", file=sys.stderr)
@@ -374,17 +371,7 @@ def _retention(options: argparse.Namespace) -> int:
         check_schema(url)
         engine = make_engine(url)
         try:
-            if not options.dry_run:
-                names_of_models = [one.model.model_name for one in experiments.values()]
-                forget_deleted(engine, CentralStorage(settings.storage_url), names_of_models, settings.home / "cache")
-            result = delete_expired(
-                engine,
-                now=now,
-                log_retention_days=settings.log_retention_days,
-                image_retention_days=settings.image_retention_days,
-                windows=monitored_since(experiments.values(), now),
-                is_dry_run=options.dry_run,
-            )
+            result = expire_log(engine, experiments.values(), settings, datetime.now(UTC), is_dry_run=options.dry_run)
         finally:
             engine.dispose()
     print(result.summary())

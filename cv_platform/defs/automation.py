@@ -236,23 +236,11 @@ def run_failure_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefi
         from cv_platform.tracking import end_leftover_runs
 
         settings, run = Settings.from_environment(), context.dagster_run
-        message = context.failure_event.message
+        if _goes_on(run, context.instance):
+            return
+        message, names = context.failure_event.message, _experiments_of(context)
         if run.tags.get("dagster/will_retry") == "true":
-            # Killed, and retried (run_retries in dagster.yaml): the last one alerts, and this one's MLflow runs go on.
-            if "dagster/auto_retry_run_id" in run.tags:
-                return
-            if run.tags.get(_TOLD_AGAIN) != run.run_id:
-                # Dagster 1.13 stores the event of a failure before the run's new status (1.13.27, `handle_new_event`).
-                # When its daemon looks between the two, it takes the run for one at work and never looks again; a
-                # second event makes it look, and this sensor too. To be removed with a release that does not forget:
-                # https://github.com/dagster-io/dagster/issues/33741
-                context.instance.add_run_tags(run.run_id, {_TOLD_AGAIN: run.run_id})
-                context.instance.report_run_failed(run, "Killed, and not retried yet: Dagster is told again.")
-                return
             message = f"{message} No retry was started: run it again from Dagster's page."
-        # A job's runs carry a tag; of those of `dagster asset materialize` the failed steps (digits__model) tell.
-        steps = {event.step_key for event in context.get_step_failure_events() if event.step_key}
-        names = {run.tags["experiment"]} if "experiment" in run.tags else {step.partition("__")[0] for step in steps}
         if not names or not names <= silent:
             failures = send_alert(
                 [url.get_secret_value() for url in settings.alert_urls],
@@ -267,6 +255,32 @@ def run_failure_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefi
             context.log.warning(f"Runs that MLflow still shows as running were not closed: {err}")
 
     return run_failure
+
+
+def _goes_on(run: dg.DagsterRun, instance: dg.DagsterInstance) -> bool:
+    """Whether a failed run is retried, or may be: the last one alerts, and this one's MLflow runs go on.
+
+    One that was killed is retried by Dagster's daemon (run_retries in dagster.yaml), which is told a second time where
+    it has not begun.
+    """
+    if "dagster/auto_retry_run_id" in run.tags:
+        return True
+    if run.tags.get("dagster/will_retry") != "true" or run.tags.get(_TOLD_AGAIN) == run.run_id:
+        return False
+    # Dagster 1.13 stores the event of a failure before the run's new status (1.13.27, `handle_new_event`). When its
+    # daemon looks between the two, it takes the run for one at work and never looks again; a second event makes it
+    # look, and the sensor too. To be removed with a release that does not forget:
+    # https://github.com/dagster-io/dagster/issues/33741
+    instance.add_run_tags(run.run_id, {_TOLD_AGAIN: run.run_id})
+    instance.report_run_failed(run, "Killed, and not retried yet: Dagster is told again.")
+    return True
+
+
+def _experiments_of(context: dg.RunFailureSensorContext) -> set[str]:
+    """Returns whose a run is: a job's has a tag; of `dagster asset materialize` failed steps (digits__model) tell."""
+    if (name := context.dagster_run.tags.get("experiment")) is not None:
+        return {name}
+    return {event.step_key.partition("__")[0] for event in context.get_step_failure_events() if event.step_key}
 
 
 def service_alerts_sensor(experiments: Sequence[ExperimentConfig]) -> dg.SensorDefinition:

@@ -164,16 +164,20 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
             sharing=_sharing(run),
         )
         expected, found = _usable(dataset, verdict), {split: n for split, n in packed.counts.items() if n}
-        metadata = {
-            "dagster/row_count": sum(packed.counts.values()),
-            "directory": file_link(packed.directory),
-            **packed.model_dump(include={"bytes", "images_per_second"}),
-            "preprocessing_hash": packed.task.preprocessing_hash,
-            "splits": table([{"split": split, "images": count} for split, count in packed.counts.items()]),
-        }
-        return run.result(packed, metadata, checked(complete, expected == found, expected=expected, packed=found))
+        checks = checked(complete, expected == found, expected=expected, packed=found)
+        return run.result(packed, _pack_metadata(packed), checks)
 
     return packed_images
+
+
+def _pack_metadata(packed: PackedImages) -> dict[str, Any]:
+    return {
+        "dagster/row_count": sum(packed.counts.values()),
+        "directory": file_link(packed.directory),
+        **packed.model_dump(include={"bytes", "images_per_second"}),
+        "preprocessing_hash": packed.task.preprocessing_hash,
+        "splits": table([{"split": split, "images": count} for split, count in packed.counts.items()]),
+    }
 
 
 def _usable(dataset: DatasetVersion, verdict: ValidationVerdict) -> dict[str, int]:

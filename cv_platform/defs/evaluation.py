@@ -45,26 +45,22 @@ def evaluation_asset(branch: Branch) -> dg.AssetsDefinition:
         from cv_platform.evaluation.neighbours import Neighbours
 
         run = branch.run(context)
+        home, storage, service = run.settings.home, run.installation.storage(), run.config.deploy.service
+        test = open_split(packed, "test", beside=trained)
         champion = ask_champion(
-            trained.model,
-            packed.task,
-            open_split(packed, "test", beside=trained),
-            version,
-            service=run.config.deploy.service,
-            storage=run.installation.storage(),
-            home=run.settings.home,
-            engine=run.engine,
+            trained.model, packed.task, test, version, service=service, storage=storage, home=home, engine=run.engine
         )
+        neighbours = Neighbours(open_split(packed, "train"), embeddings, version.manifest)
         with run.mlflow.stage(context, run.settings, run.config, run.config.evaluate.mlflow) as mlflow_run:
             result = evaluate_model(
                 trained,
                 packed,
                 run.config,
                 champion=champion,
-                directory=run.settings.home / "evaluation",
+                directory=home / "evaluation",
                 run=mlflow_run,
                 manifest=version.manifest_path,
-                neighbours=Neighbours(open_split(packed, "train"), embeddings, version.manifest),
+                neighbours=neighbours,
                 engine=run.engine,
             )
         url = dg.MetadataValue.url(mlflow_run.url(run.settings.mlflow_pages))

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -18,6 +18,9 @@ from cv_platform.record_store import RecordStore
 from cv_platform.records import LabelledVersion
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
+
+if TYPE_CHECKING:
+    from cv_platform.monitoring.loop import Decision, LoopFacts
 
 _ACTION, _DATA = "cv-platform/loop", "cv-platform/loop_data"
 """Tags of the runs that the loop has asked for: what for, and on which data and recipe."""
@@ -89,18 +92,18 @@ def labelled_version_asset(branch: Branch) -> dg.AssetsDefinition:
 def loop_sensor(branch: Branch, experiment_jobs: Sequence[Any]) -> dg.SensorDefinition:
     """Returns the sensor that closes the loop, where `loop.enabled` says so; else it shows what it would do."""
     config, loop = branch.config, branch.config.loop
-    jobs = {"grow": f"{config.name}_grow", "retrain": f"{config.name}_retrain"}
+    acting = {f"{config.name}_grow", f"{config.name}_retrain"}
 
     @dg.sensor(
         name=f"{config.name}_loop",
-        jobs=[job for job in experiment_jobs if job.name in jobs.values()],
+        jobs=[job for job in experiment_jobs if job.name in acting],
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="After drift or enough new labels: grows the dataset and retrains, within its budget and never on "
         "the same data twice. Acts where loop.enabled is set. The cursor is its last decision.",
     )
     def closes_the_loop(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        from cv_platform.monitoring.loop import decide, loop_page
+        from cv_platform.monitoring.loop import decide
 
         settings = Settings.from_environment()
         try:
@@ -111,45 +114,44 @@ def loop_sensor(branch: Branch, experiment_jobs: Sequence[Any]) -> dg.SensorDefi
             return dg.SkipReason("The request log is not running; `make up` starts it, or set DATABASE_URL.")
         decision = decide(facts, loop)
         said = f"{decision.step}: {decision.reason}"
-        page = dg.MetadataValue.md(loop_page(facts, decision, config))
         cursor = json.dumps([loop.enabled, said, facts.progress])
-        is_new = context.cursor != cursor
-        told: dict[str, Any] = {
-            "page": page,
-            "step": decision.step,
-            "decision": decision.action,
-            "why": decision.reason,
-        }
-        events = [dg.AssetObservation(loop_key(config.name), metadata={**told, "enabled": loop.enabled})]
+        events = [_shown(config, facts, decision)]
         if not loop.enabled or decision.action == "wait":
             off = "" if loop.enabled else "Off (loop.enabled). It would be "
-            return dg.SensorResult(
-                asset_events=events if is_new else [],
-                cursor=cursor,
-                skip_reason=f"{off}{said}",
-            )
+            is_new = context.cursor != cursor
+            return dg.SensorResult(asset_events=events if is_new else [], cursor=cursor, skip_reason=f"{off}{said}")
+        done = f"{config.name}: {decision.action} {facts.target}"
         try:
-            AuditLog(settings.storage_url).write(
-                "loop", f"{config.name}: {decision.action} {facts.target}", Note("the loop", decision.reason)
-            )
+            AuditLog(settings.storage_url).write("loop", done, Note("the loop", decision.reason))
         except CvPlatformError as err:
             return dg.SkipReason(f"What cannot be noted is not done. {err}")
-        key = (
-            facts.target_key if decision.action == "retrain" else f"{facts.last_statement}-{loop.trust}-{loop.without}"
-        )
-        sections = {"dataset": {"dvc_tag": facts.target}} if decision.action == "retrain" else {}
-        request = dg.RunRequest(
-            run_key=f"{config.name}-loop-{decision.action}-{key}",
-            job_name=jobs[decision.action],
-            run_config=branch.overrides(sections),
-            tags={_ACTION: decision.action, _DATA: key, "reason": decision.reason[:200], "experiment": config.name},
-        )
-        return dg.SensorResult(run_requests=[request], asset_events=events, cursor=cursor)
+        return dg.SensorResult(run_requests=[_request(branch, facts, decision)], asset_events=events, cursor=cursor)
 
     return closes_the_loop
 
 
-def _facts(branch: Branch, settings: Settings, instance: dg.DagsterInstance) -> Any:
+def _shown(config: ExperimentConfig, facts: "LoopFacts", decision: "Decision") -> dg.AssetObservation:
+    """Returns where the loop stands, for Dagster's page."""
+    from cv_platform.monitoring.loop import loop_page
+
+    page = dg.MetadataValue.md(loop_page(facts, decision, config))
+    told = {"step": decision.step, "decision": decision.action, "why": decision.reason}
+    return dg.AssetObservation(loop_key(config.name), metadata={"page": page, **told, "enabled": config.loop.enabled})
+
+
+def _request(branch: Branch, facts: "LoopFacts", decision: "Decision") -> dg.RunRequest:
+    """Returns the run that grows the dataset or retrains, once on the same data."""
+    name, loop, is_retrain = branch.config.name, branch.config.loop, decision.action == "retrain"
+    key = facts.target_key if is_retrain else f"{facts.last_statement}-{loop.trust}-{loop.without}"
+    return dg.RunRequest(
+        run_key=f"{name}-loop-{decision.action}-{key}",
+        job_name=f"{name}_{decision.action}",
+        run_config=branch.overrides({"dataset": {"dvc_tag": facts.target}} if is_retrain else {}),
+        tags={_ACTION: decision.action, _DATA: key, "reason": decision.reason[:200], "experiment": name},
+    )
+
+
+def _facts(branch: Branch, settings: Settings, instance: dg.DagsterInstance) -> "LoopFacts | None":
     """Returns the facts with what Dagster knows of runs; None where no request log is running."""
     from dataclasses import replace
 

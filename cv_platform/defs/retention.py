@@ -33,30 +33,18 @@ def retention_definitions(experiments: Sequence[ExperimentConfig], broken: Colle
     def delete_expired_log(context: dg.OpExecutionContext, config: RetentionOptions) -> None:
         from datetime import UTC, datetime
 
-        from cv_platform.database.retention import delete_expired
-        from cv_platform.monitoring.accept import forget_deleted
         from cv_platform.monitoring.exported_metrics import export_retention
-        from cv_platform.monitoring.window import monitored_since
+        from cv_platform.monitoring.log_retention import expire_log
 
         if broken:
             raise ConfigError(
                 "Expected configs that can be loaded, as their monitors say which requests are still needed. "
                 f"Received: {', '.join(sorted(broken))}. Correct them, or take them out of the folder."
             )
-        installation, now = context.resources.installation, datetime.now(UTC)
+        installation = context.resources.installation
         settings: Settings = installation.settings()
         with installation.engine() as engine:
-            if not config.is_dry_run:
-                names = [experiment.model.model_name for experiment in experiments]
-                forget_deleted(engine, installation.storage(), names, settings.home / "cache")
-            result = delete_expired(
-                engine,
-                now=now,
-                log_retention_days=settings.log_retention_days,
-                image_retention_days=settings.image_retention_days,
-                windows=monitored_since(experiments, now),
-                is_dry_run=config.is_dry_run,
-            )
+            result = expire_log(engine, experiments, settings, datetime.now(UTC), is_dry_run=config.is_dry_run)
         if not config.is_dry_run:
             export_retention(settings.home)
         context.log.info(result.summary())
