@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=_listed,
         default=(),
         help="of data-speed: stages,deepchecks,again,memory,rows; of input-pipeline: 32,224,training; of scale: "
-        "bare,packing,embedding,scoring (default: all)",
+        "memory,bare,packing,embedding,scoring (default: all)",
     )
     parser.add_argument("--budget", type=float, help="CPU seconds of a training (default: as each set has it)")
     parser.add_argument(

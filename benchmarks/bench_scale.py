@@ -1,8 +1,8 @@
-"""Packing, embedding and batch scoring by one core and by two, by processes and by Ray, and a bare loop beside scoring.
+"""Packing, embedding and batch scoring by one core and by two, by processes and by Ray; beside scoring a bare loop.
 
 Ray has two nodes of one core each on this machine; "one" gives all to the first of them. What the machine allows is
 what two processes reach that share nothing but its cores, "apart". Wall-clock ratios need a quiet machine; the CPU's,
-which are of the whole tree of processes, do not.
+which are of the whole tree of processes, do not. The driver's memory is compared for few shards and for many.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
+from benchmarks.entries import peak_of
 from benchmarks.harness import (
     Alternative,
     Check,
@@ -45,7 +46,9 @@ from cv_platform.settings import Settings
 
 PHOTOS = 2048
 """Of which two workers get as many parts each, in every stage; so few that two rounds of a stage take two minutes."""
-PARTS = ("bare", "packing", "embedding", "scoring")
+PARTS = ("memory", "bare", "packing", "embedding", "scoring")
+ENTRIES, MOST_GROWTH = (10_000, 1_000_000), 0.1
+"""Shards whose driver's peak memory is compared, and by which share it may grow from the first to the second."""
 SIDE_PX, PACKED_PX = 224, 224
 NETWORKS = ("resnet9s", "efficientnet_lite0")
 """Whose scoring stands beside a bare loop: a small one, and that of photographs. All else is by the first."""
@@ -62,6 +65,27 @@ def run(options: Options) -> Report:
     parts = options.parts or PARTS
     if unknown := set(parts) - set(PARTS):
         raise ConfigError(f"Expected parts of scale: {', '.join(PARTS)}. Received: {', '.join(sorted(unknown))}.")
+    observations, stages = _measured(parts, options) if {*parts} != {"memory"} else ({}, [])
+    ratios, checks = _compared(observations, stages, options.seed)
+    if "memory" in parts:
+        options.say("the driver's memory")
+        checks.append(_memory())
+    return Report(
+        name="scale",
+        title="Shards by one core and by two, by processes and by Ray",
+        unit="image",
+        started_utc=clock.started_utc,
+        seconds=clock.seconds,
+        machine=machine_line(LIBRARIES),
+        settings={"photos": PHOTOS, "input_px": SIDE_PX, "packed_px": PACKED_PX},
+        observations=observations,
+        ratios=ratios,
+        checks=checks,
+    )
+
+
+def _measured(parts: tuple[str, ...], options: Options) -> tuple[dict[str, list[Observation]], list[str]]:
+    """Returns the observations of all parts with images, and which stages are among them."""
     observations: dict[str, list[Observation]] = {}
     with scratch_folder("scale") as folder:
         settings = isolated_settings(folder / "home", folder)
@@ -93,19 +117,7 @@ def run(options: Options) -> Report:
         if stages:
             apart = functools.partial(_apart, folder, settings, version)
             observations |= _by_engines(stages, apart, options)
-    ratios, checks = _compared(observations, list(stages), options.seed)
-    return Report(
-        name="scale",
-        title="Shards by one core and by two, by processes and by Ray",
-        unit="image",
-        started_utc=clock.started_utc,
-        seconds=clock.seconds,
-        machine=machine_line(LIBRARIES),
-        settings={"photos": PHOTOS, "input_px": SIDE_PX, "packed_px": PACKED_PX},
-        observations=observations,
-        ratios=ratios,
-        checks=checks,
-    )
+    return observations, list(stages)
 
 
 def _by_engines(
@@ -155,6 +167,8 @@ def _compared(
     ratios, checks = list[Ratio](), list[Check]()
 
     def state(numerator: str, denominator: str, quantity: str, asked: float | None = None) -> float:
+        if numerator not in observations:  # Of a part that is not asked for.
+            return 0.0
         if (ratio := compare(observations, numerator, denominator, quantity, seed=seed)) is None:
             return 0.0
         ratios.append(ratio)
@@ -173,6 +187,16 @@ def _compared(
         state(f"{stage}: ray, two", f"{stage}: local, two", "units_per_second", RAY_SHARE)
         state(f"{stage}: local, two", f"{stage}: ray, two", "cpu_us_per_unit", RAY_SHARE)
     return ratios, checks
+
+
+def _memory() -> Check:
+    few, many = map(peak_of, ENTRIES)
+    return Check(
+        what=f"the driver's peak memory, {ENTRIES[1]:,} shards instead of {ENTRIES[0]:,}",
+        expected=f"≤ {MOST_GROWTH:.0%} more",
+        received=f"{few:.1f} MiB, then {many:.1f} MiB: {many / few - 1:.1%} more",
+        held=many / few - 1 <= MOST_GROWTH,
+    )
 
 
 def _apart(folder: Path, settings: Settings, version: str, stage: str, count: int) -> Observation:
@@ -254,7 +278,7 @@ def _score(folder: Path, settings: Settings, version: str, photos: Path, engine:
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Writes `count` JPEGs of about 110 KB: crops of scikit-learn's two photographs, each with noise of its own."""
+    """Writes `count` JPEGs of about 77 KB: crops of scikit-learn's two photographs, each with noise of its own."""
     from sklearn.datasets import load_sample_images
 
     folder.mkdir(parents=True)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
@@ -22,6 +24,7 @@ from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.pictures import write_pictures
 from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.support.waiting import wait_until
+from cv_platform_tests.unit.monitoring.test_scored import folder, report_on, scores_of, with_reference
 from cv_platform_tests.unit.scoring.test_score import PROCESSES, VERSION, after_the_first
 
 
@@ -81,6 +84,43 @@ def test_images_in_a_bucket_have_the_rows_of_those_in_a_folder(settings: Setting
     assert score_images(str(tmp_path / "images"), VERSION, folder, settings=settings).images == 10
     assert score_images(images, VERSION, bucket, settings=settings, engine=PROCESSES).images == 10
     assert pq.read_table(bucket).equals(pq.read_table(folder))
+
+
+def test_a_scoring_of_a_bucket_that_was_stopped_goes_on_where_it_was(
+    settings: Settings, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, output = tmp_path / "whole.parquet", tmp_path / "scores.parquet"
+    score_images(images, VERSION, whole, settings=settings)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(score, "map_shards", after_the_first(stop, at=2))
+        with pytest.raises(KeyboardInterrupt):
+            score_images(images, VERSION, output, settings=settings)
+    assert score_images(images, VERSION, output, settings=settings).computed == 6
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_the_report_on_a_bucket_is_that_on_its_folder(
+    tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    settings = with_reference(tmp_path)
+    images, bucket = folder(tmp_path / "images", 120, first_seed=2000), f"{s3_url}-images"
+    for path in images.iterdir():
+        cv2.imwrite(str(path), np.asarray(cv2.imread(str(path))) // 2)
+    S3FileSystem().put(str(images), bucket, recursive=True)
+    scores = scores_of(images, settings)
+    here = report_on(images, settings, scores=scores)
+    page = images.with_suffix(".html").read_text()
+    score_images(bucket, VERSION, scores, settings=settings)
+    there = report_on(images, settings, scores=scores, source=bucket)
+    assert (there.verdict, there.rows, there.top_images) == ("drift", 120, here.top_images)
+    assert there.p_values == pytest.approx(here.p_values)
+    assert page.count("data:image/jpeg") == 12
+    assert images.with_suffix(".html").read_text().replace(bucket, str(images)) == page
 
 
 def test_a_storage_that_refuses_connections_is_waited_for(

@@ -32,8 +32,12 @@ MONITOR = MonitorConfig()
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """An installation with a published model, and reference data of 300 pictures that it has answered."""
     monkeypatch.setenv("CV_HOME", str(tmp_path / "home"))
+    return with_reference(tmp_path)
+
+
+def with_reference(tmp_path: Path) -> Settings:
+    """Returns an installation with a published model, and reference data of 300 pictures that it has answered."""
     made = Settings.from_environment()
     storage = CentralStorage(made.storage_url)
     metadata = publish_tiny(storage, hand_made_export(tmp_path / "export"), VERSION)
@@ -64,11 +68,16 @@ def scores_of(images: Path, settings: Settings) -> Path:
 
 
 def report_on(
-    images: Path, settings: Settings, monitor: MonitorConfig = MONITOR, *, scores: Path | None = None
+    images: Path,
+    settings: Settings,
+    monitor: MonitorConfig = MONITOR,
+    *,
+    scores: Path | None = None,
+    source: str | None = None,
 ) -> BatchDriftReport:
-    model = ModelIdentity(model_name=MODEL_NAME, version=VERSION)
+    model, source = ModelIdentity(model_name=MODEL_NAME, version=VERSION), source or str(images)
     return report_on_scores(
-        ScoredImages(model, str(images), scores or scores_of(images, settings), reader_of(str(images))),
+        ScoredImages(model, source, scores or scores_of(images, settings), reader_of(source)),
         monitor,
         images.with_suffix(".html"),
         experiment="tiny",

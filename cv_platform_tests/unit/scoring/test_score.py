@@ -198,12 +198,12 @@ def test_a_folder_that_is_away_for_a_while_is_waited_for(
     assert output.read_bytes() == whole.read_bytes(), "no image has the absence as its problem"
 
 
-def after_the_first(action: Callable[[], object]) -> Callable[..., Iterator[Any]]:
-    """Returns `map_shards`, but for what happens once the first shard is done."""
+def after_the_first(action: Callable[[], object], *, at: int = 0) -> Callable[..., Iterator[Any]]:
+    """Returns `map_shards`, but for what happens once the first shard is done, or another one, counted from 0."""
 
     def mapped(*arguments: Any, **options: Any) -> Iterator[Any]:
         for number, made in enumerate(map_shards(*arguments, **options)):
-            if number == 0:
+            if number == at:
                 action()
             yield made
 
