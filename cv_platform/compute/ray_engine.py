@@ -233,9 +233,11 @@ def _ray() -> Any:
 
 
 def _join(ray: Any, address: str | None, attempts: int = _STARTS) -> None:
-    own = {} if address else {"num_cpus": available_cores(), "include_dashboard": False}
+    # "local": without an address Ray would join whatever cluster runs on this machine, or RAY_ADDRESS names.
+    own = {"address": "local", "num_cpus": available_cores(), "include_dashboard": False}
+    which = {"address": address} if address else own
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, configure_logging=False, **own)
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, configure_logging=False, **which)
     # A cluster of another Ray or Python is a RuntimeError, none at all a ConnectionError, a slow start an Exception.
     except Exception as err:
         ray.shutdown()

@@ -163,6 +163,21 @@ def test_processors_that_round_otherwise_are_named(
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
+def test_without_an_address_a_ray_of_its_own_is_started_beside_a_running_cluster(cluster: Any) -> None:
+    code = """
+from cv_platform.compute.ray_engine import RayEngine
+engine = RayEngine()
+engine.workers
+import ray
+print(ray.get_runtime_context().gcs_address)
+"""
+    environment = {**os.environ, "RAY_ADDRESS": str(cluster.address)}
+    own = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()[-1]
+    assert own != str(cluster.address)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_shards_wait_for_a_storage_that_is_away(ray: RayEngine, tmp_path: Path) -> None:
     def come_back() -> None:
         wait_until(lambda: list(tmp_path.glob("asked-*")))
