@@ -1,4 +1,7 @@
-"""`python -m trials bento`: a Bento that `bentoml containerize` has made an image of, its log on a volume, and SIGKILL.
+"""`python -m trials bento`: Bentos that `bentoml containerize` has made images of, their log on a volume, and SIGKILL.
+
+Twice: the asset's Bento, with a model inside, and one that `bentoml build` makes in a checkout, which serves what
+storage names, on a second volume.
 
 Needs a container engine, and an index that the build installs the Bento's requirements from. The containers use the
 host's network, on a port of loopback. https://docs.bentoml.com/en/latest/get-started/packaging-for-deployment.html
@@ -10,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +21,47 @@ import httpx
 
 from benchmarks.harness import Report, Stopwatch, machine_line
 from benchmarks.installation import ORIGINAL_ARCHITECTURE, isolated_environment, isolated_settings, scratch_folder
+from benchmarks.options import REPOSITORY
 from benchmarks.untrained import deploy_untrained
 from benchmarks.uploads import write_uploads
 from cv_platform.containers import engine
 from cv_platform.errors import CvPlatformError, ServiceError
 from cv_platform.local.http import free_port
+from cv_platform.settings import Settings
 from trials.findings import Findings, wait_until
 from trials.options import Options
 
 NAME = "cv-platform-bento-trial"
-"""Of the image, of the container and of the volume: nobody else's."""
+"""Of the images, of the containers and of the volumes: nobody else's."""
 BUILD_SECONDS = 900.0
 START_SECONDS = 120.0
 _USER = "1034:1034"
 """Of BentoML's images."""
+
+
+@dataclass(frozen=True)
+class Containers:
+    """How a Bento is served: its image, its volumes by the folder where they lie, and what its environment says."""
+
+    what: str
+    image: str
+    volumes: dict[str, str]
+    variables: dict[str, str]
+
+    @property
+    def mounts(self) -> list[str]:
+        """Options of `docker run`."""
+        return [part for name, folder in self.volumes.items() for part in ("--volume", f"{name}:{folder}")]
+
+
+INSIDE = Containers("with a model inside", f"{NAME}:1", {NAME: "/data"}, {"CV_HOME": "/data"})
+BY_HAND = Containers(
+    "built by hand",
+    f"{NAME}:by-hand",
+    {f"{NAME}-home": "/data/service", f"{NAME}-storage": "/data/storage"},
+    {"CV_HOME": "/data/service", "CV_STORAGE": "/data/storage"},
+)
+"""As docs/how-to/deploy.md says."""
 
 
 def run(options: Options) -> Report:
@@ -42,78 +73,108 @@ def run(options: Options) -> Report:
     clock, findings = Stopwatch(), Findings()
     with scratch_folder("bento-trial") as scratch, _removed_afterwards():
         options.say("publishing a network and building its Bento …")
-        tag = _build(scratch)
-        options.say(f"bentoml containerize {tag} …")
-        _containerize(tag, scratch)
+        settings, version = _publish(scratch)
+        model = f"trial_classifier:{version.lower()}"
         (image,) = write_uploads("photos", scratch / "uploads", count=1, seed=options.seed)
-        options.say("serving, killing, serving again …")
-        try:
-            _kill_after_an_answer(image, tag, findings)
-        except ServiceError as err:
-            findings.add("this trial to be played to its end", err, False)
+        for containers in (INSIDE, BY_HAND):
+            tag = model if containers is INSIDE else _build_by_hand(scratch)
+            options.say(f"{containers.what}: bentoml containerize {tag} …")
+            _containerize(tag, containers, scratch)
+            if containers is BY_HAND:
+                _fill_storage(settings.storage_url)
+            options.say(f"{containers.what}: serving, killing, serving again …")
+            try:
+                _kill_after_an_answer(image, containers, model, findings)
+            except ServiceError as err:
+                findings.add(f"{containers.what}: this trial to be played to its end", err, False)
+            engine.docker("rm", "--force", NAME)
     version = engine.docker("version", "--format", "{{.Server.Version}}")
     return Report(
         name="bento",
-        title="A containerised Bento with its log on a volume",
+        title="Containerised Bentos with their log on a volume",
         unit="request",
         started_utc=clock.started_utc,
         seconds=clock.seconds,
         machine=f"{machine_line(('bentoml',))}, Docker {version}",
-        settings={"tag": tag},
+        settings={"model": model},
         observations={},
         ratios=[],
         checks=findings.checks("bento"),
     )
 
 
-def _build(scratch: Path) -> str:
-    """Returns the tag of a Bento in `scratch/bentoml` with a network of random weights inside."""
+def _publish(scratch: Path) -> tuple[Settings, str]:
+    """Publishes a network of random weights, with a Bento in `scratch/bentoml`; returns its version."""
     settings = isolated_settings(scratch / "home", scratch / "configs")
-    side = ORIGINAL_ARCHITECTURE["input_size"]["h"]
     (version,) = deploy_untrained(
         settings,
         isolated_environment(settings, database_url=""),
         scratch,
         name="trial",
         architecture=ORIGINAL_ARCHITECTURE["architecture"],
-        side_px=side,
+        side_px=ORIGINAL_ARCHITECTURE["input_size"]["h"],
     )
-    return f"trial_classifier:{version.lower()}"
+    return settings, version
 
 
-def _containerize(tag: str, scratch: Path) -> None:
-    command = [sys.executable, "-m", "bentoml", "containerize", tag, "-t", f"{NAME}:1"]
+def _build_by_hand(scratch: Path) -> str:
+    """Types `bentoml build` at the top of the checkout; returns the tag."""
+    said = _bentoml(scratch, "build", "-f", "bentofile.yaml", ".", "--output", "tag")
+    return said.strip().splitlines()[-1].removeprefix("__tag__:")
+
+
+def _containerize(tag: str, containers: Containers, scratch: Path) -> None:
+    _bentoml(scratch, "containerize", tag, "-t", containers.image)
+    own = ["--user", "0", "--entrypoint", "chown", *containers.mounts]
+    engine.docker("run", "--rm", *own, containers.image, "-R", _USER, "/data")
+
+
+def _bentoml(scratch: Path, *arguments: str) -> str:
     variables = {**engine.environment(), "BENTOML_HOME": str(scratch / "bentoml"), "BENTOML_DO_NOT_TRACK": "True"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS)
+    command = [sys.executable, "-m", "bentoml", *arguments]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS
+    )
     if done.returncode:
-        raise CvPlatformError(f"Expected an image of {tag}. Received: {(done.stdout + done.stderr)[-3000:]}")
-    own = ["--user", "0", "--entrypoint", "chown", "--volume", f"{NAME}:/data"]
-    engine.docker("run", "--rm", *own, f"{NAME}:1", _USER, "/data")
+        said = (done.stdout + done.stderr)[-3000:]
+        raise CvPlatformError(f"Expected bentoml {' '.join(arguments)} to end well. Received: {said}")
+    return done.stdout
 
 
-def _kill_after_an_answer(image: Path, tag: str, findings: Findings) -> None:
+def _fill_storage(storage_url: str) -> None:
+    """Lays the installation's central storage into the volume, for the image's user."""
+    folder = BY_HAND.volumes[f"{NAME}-storage"]
+    engine.docker("create", "--name", NAME, *BY_HAND.mounts, BY_HAND.image)
+    engine.docker("cp", f"{storage_url.removeprefix('file://')}/.", f"{NAME}:{folder}")
+    engine.docker("rm", NAME)
+    own = ["--user", "0", "--entrypoint", "chown", *BY_HAND.mounts]
+    engine.docker("run", "--rm", *own, BY_HAND.image, "-R", _USER, folder)
+
+
+def _kill_after_an_answer(image: Path, containers: Containers, model: str, findings: Findings) -> None:
     import bentoml
 
-    url = _serve()
+    url = _serve(containers)
     client: Any = bentoml.SyncHTTPClient(url)  # Its methods are made when it starts.
     with client:
         answer = client.predict(file=image)
     said = f"{answer['model_name']}:{answer['model_version'].lower()}"
-    findings.add("BentoML's client answered by the model inside", said, said == tag)
+    findings.add(f"{containers.what}: BentoML's client answered by the model", said, said == model)
     engine.docker("rm", "--force", NAME)  # By SIGKILL.
-    url = _serve()
+    url = _serve(containers)
     found = httpx.get(f"{url}/predictions/{answer['prediction_id']}", timeout=30)
     is_same = found.status_code == 200 and found.json()["predicted_class"] == answer["predicted_class"]
-    findings.add("its answer, by another container on the volume", found.status_code, is_same)
+    findings.add(f"{containers.what}: its answer, by another container on the volume", found.status_code, is_same)
     user = engine.docker("exec", NAME, "id", "--user")
-    findings.add("no root", f"user {user}", user != "0")
+    findings.add(f"{containers.what}: no root", f"user {user}", user != "0")
 
 
-def _serve() -> str:
+def _serve(containers: Containers) -> str:
     port = free_port()
-    volume = ["--volume", f"{NAME}:/data", "--env", "CV_HOME=/data"]
+    variables = [part for name, value in containers.variables.items() for part in ("--env", f"{name}={value}")]
     serve = ["serve", "--host", "127.0.0.1", "--port", str(port)]
-    engine.docker("run", "--detach", "--name", NAME, "--network", "host", *volume, f"{NAME}:1", *serve)
+    options = ["--detach", "--name", NAME, "--network", "host", *containers.mounts, *variables]
+    engine.docker("run", *options, containers.image, *serve)
     url = f"http://127.0.0.1:{port}"
 
     def is_ready() -> bool:
@@ -131,7 +192,13 @@ def _serve() -> str:
 @contextmanager
 def _removed_afterwards() -> Iterator[None]:
     def remove() -> None:
-        for command in (("rm", "--force", NAME), ("volume", "rm", "--force", NAME), ("rmi", "--force", f"{NAME}:1")):
+        volumes = [name for containers in (INSIDE, BY_HAND) for name in containers.volumes]
+        removals = [
+            ("rm", "--force", NAME),
+            *(("volume", "rm", "--force", name) for name in volumes),
+            *(("rmi", "--force", containers.image) for containers in (INSIDE, BY_HAND)),
+        ]
+        for command in removals:
             with suppress(ServiceError):  # There is none.
                 engine.docker(*command)
 
