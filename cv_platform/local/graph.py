@@ -44,6 +44,7 @@ def materialize(
     log: Path,
     say: Callable[[str], None],
     config: Mapping[str, Any] | None = None,
+    module: str = "cv_platform.definitions",
 ) -> None:
     """Materialises `selection` in a process of its own.
 
@@ -53,11 +54,12 @@ def materialize(
         log: receives everything that Dagster prints.
         say: is given a line per finished asset, per check that did not pass, and where a training goes on.
         config: run config.
+        module: that has the definitions.
 
     Raises:
         CvPlatformError: the run failed; the message says which asset, why, and where the log is, without a traceback.
     """
-    command = [sys.executable, "-m", "cv_platform.defs.materialize", "cv_platform.definitions", selection]
+    command = [sys.executable, "-m", "cv_platform.defs.materialize", module, selection]
     if config is not None:
         command += ["--config-json", json.dumps(config)]
     failed = ""

@@ -34,8 +34,9 @@ def score_on_ray(stage: Stage, findings: Findings) -> None:
     equal = "equal" if by["local"] == by["ray"] else "different"
     findings.add("scores of all digits by Ray, with the bytes of local", f"{equal}: {by['ray'][:16]}", equal == "equal")
     tasks = stage.get("RAY_PORT", "/api/v0/tasks/summarize")["data"]["result"]["result"]["node_id_to_summary"]
-    done = sum(task["state_counts"].get("FINISHED", 0) for task in tasks["cluster"]["summary"].values())
-    findings.add("shards that Ray has worked on", f"{done} tasks", done > WORKERS)
+    shards = tasks["cluster"]["summary"].get("_work", {"state_counts": {}})  # Other tasks ask nodes for their versions.
+    done = shards["state_counts"].get("FINISHED", 0)
+    findings.add("shards that Ray has worked on", f"{done}", done >= WORKERS)
 
 
 def _scores_sha256(stage: Stage, version: str, engine: str) -> str:
