@@ -482,6 +482,8 @@ def quiet_variables() -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "180",
+        # Without end by default: an image that needs too much memory would hold its work for ever.
+        "RAY_task_oom_retries": "2",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TF_ENABLE_ONEDNN_OPTS": "1",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cv_platform.compute.engine import ATTEMPTS
 from cv_platform.containers.databases import OWNERS
 from cv_platform.containers.engine import DEFAULTS, RESTORED_VOLUMES
 from cv_platform.containers.engine import ONE_SHOTS as TOLD_ONE_SHOTS
@@ -22,6 +23,7 @@ from cv_platform.containers.preflight import PORTS, PROFILE_OF_PORT
 from cv_platform.deployment.bento import SHIPPED
 from cv_platform.maintenance.volumes import MOUNTS
 from cv_platform.serving.capacity.limits import ServingLimits
+from cv_platform.settings import quiet_variables
 from cv_platform_tests.support.stack_files import COMPOSE, COMPOSE_TEXT, DOCKER, REPOSITORY, SERVICES
 
 PLATFORM = (DOCKER / "platform.Dockerfile").read_text()
@@ -371,6 +373,11 @@ def test_nginx_waits_longer_than_the_service_for_each_of_its_time_outs(tmp_path:
     limits = ServingLimits(predict_seconds=float(predict_seconds))
     assert limits.longest_seconds < int(waits[1]) < limits.longest_seconds + 15
     assert "include /etc/nginx/conf.d/read_timeout.inc;" in (DOCKER / "nginx" / "service.inc").read_text()
+
+
+def test_ray_kills_for_want_of_memory_as_often_as_for_other_reasons() -> None:
+    tries_again = {quiet_variables()["RAY_task_oom_retries"], COMPOSE["x-ray-environment"]["RAY_task_oom_retries"]}
+    assert tries_again == {str(ATTEMPTS - 1)}
 
 
 def test_every_volume_says_which_format_it_has() -> None:

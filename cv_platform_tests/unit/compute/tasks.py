@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,11 @@ def read_back(shard: Noted) -> int:
     if not (shard.folder / "storage").is_dir():
         raise StorageError("Expected the storage. Received: nothing.")
     return shard.images
+
+
+def held(_: Numbers) -> None:
+    """Never ends by itself."""
+    threading.Event().wait()
 
 
 def assigned(shard: Numbers) -> dict[str, float]:

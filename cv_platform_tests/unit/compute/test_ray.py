@@ -122,6 +122,23 @@ def test_a_shard_that_kills_its_workers_is_named_and_an_error_is_raised_as_it_is
         list(map_shards(doubled, [Numbers((9,))], engine=ray, title="Doubling", total=1))
 
 
+FULL = """
+from cv_platform.compute import map_shards, ray_engine
+from cv_platform_tests.unit.compute.tasks import held, shards
+ray_engine._require_same = lambda ray: None  # A task that the monitor would end, too.
+list(map_shards(held, shards(1), engine=ray_engine.RayEngine(), title="Holding", total=2))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_shard_that_rays_memory_monitor_ends_is_given_up() -> None:
+    pytest.importorskip("ray", reason="Ray, of the extra ray")
+    monitor = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    run = subprocess.run([sys.executable, "-c", FULL], env={**os.environ, **monitor}, capture_output=True, text=True)
+    assert "numbers from 0 (has ended 3 processes, the last of which by OutOfMemory)" in run.stderr
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_killed_worker_costs_its_shard_alone(ray: RayEngine, tmp_path: Path) -> None:
