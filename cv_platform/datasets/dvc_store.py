@@ -105,14 +105,14 @@ def push_images(versions: Iterable[StoredVersion], *, repository: Path, url: str
     return sent
 
 
-def object_name(md5: str, version: StoredVersion) -> str:
-    """Returns where a remote has the file that a version's listing names by its md5, relative to the remote."""
-    return f"{'files/md5/' if is_exact(version) else ''}{md5[:2]}/{md5[2:]}"
+def object_name(md5: str, *, exact: bool) -> str:
+    """Returns where a remote has a file, relative to the remote, by its md5 and whether that is exact."""
+    return f"{'files/md5/' if exact else ''}{md5[:2]}/{md5[2:]}"
 
 
 def listing_name(version: StoredVersion) -> str:
     """Returns where a remote has the listing of a version's files, relative to the remote."""
-    return object_name(str(yaml.safe_load(version.dvc_file)["outs"][0]["md5"]), version)
+    return object_name(str(yaml.safe_load(version.dvc_file)["outs"][0]["md5"]), exact=is_exact(version))
 
 
 def listed_files(version: StoredVersion, *, repository: Path) -> dict[str, str]:

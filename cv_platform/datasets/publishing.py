@@ -14,7 +14,7 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,6 +33,8 @@ from cv_platform.records import Provenance
 FOLDER = "images"
 VERSIONS = "versions"
 _SHOWN = 3
+_SENDING = timedelta(days=1)
+"""What a version's listing is waited for, from when it was to be sent: a machine that died has sent none."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,18 @@ def find_origin(
             "Materialise the dataset again."
         )
     listed = _Listed(version, directory, sharing.repository, expected)
-    url = f"{sharing.url.rstrip('/')}/{FOLDER}/{provenance.ds_name}"
-    note = _send(version, sharing.repository, ObjectStore(sharing.url), provenance.ds_name)
+    url, store = f"{sharing.url.rstrip('/')}/{FOLDER}/{provenance.ds_name}", ObjectStore(sharing.url)
+    note = _note_use(version, store, provenance.ds_name)
     answers = engine.ask(functools.partial(_unread, sharing.url, note))
-    if unread := [f"{name}: {why}" for name, why in sorted(answers.items()) if why is not None]:
+    if unread := [f"{name}: {why}" for name in blind if (why := answers.get(name)) is not None]:
         raise ComputeError(
-            f"{expected} Nor do all of them read what was sent to central storage instead: {_named(unread)}. Set "
-            "CV_STORAGE to what they all reach, such as s3://bucket/prefix, and give each node what that needs."
+            f"{expected} Nor do all of them read central storage instead: {_named(unread)}. Set CV_STORAGE to what "
+            "they all reach, such as s3://bucket/prefix, and give each node what that needs."
         )
+    # A chain such as simplecache::s3://bucket names its storage last.
+    remote = store.path(FOLDER, provenance.ds_name)
+    remote = remote if store.is_local else store.url_of(remote).rpartition("::")[2]
+    push_images([version], repository=sharing.repository, url=remote)
     return Origin(directory, functools.partial(_stored, url, Proof.of(seen_by), listed))
 
 
@@ -98,15 +104,12 @@ def _named(machines: list[str]) -> str:
     return "; ".join(machines[:_SHOWN]) + more
 
 
-def _send(version: StoredVersion, repository: Path, store: ObjectStore, ds_name: str) -> str:
-    """Sends what central storage does not have of a version, and returns the path of the note that it is in use."""
-    remote, note = store.path(FOLDER, ds_name), store.path(FOLDER, ds_name, VERSIONS, f"{version.dvc_md5}.json")
+def _note_use(version: StoredVersion, store: ObjectStore, ds_name: str) -> str:
+    """Notes in central storage that a version is in use from now on, and returns the path of the note."""
+    note = store.path(FOLDER, ds_name, VERSIONS, f"{version.dvc_md5}.json")
     used = {"listing": listing_name(version), "used_utc": datetime.now(UTC).isoformat()}
-    with store.errors(f"send the images of {ds_name} {version.tag}"):
+    with store.errors(f"note that {ds_name} {version.tag} is in use"):
         store.replace(note, json.dumps(used))
-    # A chain such as simplecache::s3://bucket names its storage last.
-    url = remote if store.is_local else store.url_of(remote).rpartition("::")[2]
-    push_images([version], repository=repository, url=url)
     return note
 
 
@@ -136,7 +139,7 @@ class _Listed:
                 f"{expected} {version.tag} was imported with --link, so that DVC has no copy to send them. Put "
                 f"{directory} and the folder of its images at the same paths of all of them, or import it without."
             )
-        self._version = version
+        self._version, self._exact = version, is_exact(version)
         self._tars = TarIndexes(directory, version=version.tag)
         self._of_tars = {name: md5 for name, md5 in listing.items() if name.endswith(".tar")}
         of_files = sorted((name.encode(errors="surrogateescape"), bytes.fromhex(md5)) for name, md5 in listing.items())
@@ -159,7 +162,7 @@ class _Listed:
         if (found := self._tars.find(path)) is None:
             return None
         name, row = found
-        place = object_name(self._of_tars[name], self._version)
+        place = object_name(self._of_tars[name], exact=self._exact)
         return Place(place, bytes.fromhex(row.sha256), row.offset, row.offset + row.bytes)
 
     def _whole(self, paths: Sequence[str]) -> dict[str, Place]:
@@ -174,9 +177,9 @@ class _Listed:
                 f"{self._version.tag}: expected DVC to track {missing[0]}. Received: its listing is without it. "
                 "Materialise the dataset again."
             )
-        exact = is_exact(self._version)
         return {
-            path: Place(object_name(md5.hex(), self._version), md5 if exact else b"") for path, md5 in found.items()
+            path: Place(object_name(md5.hex(), exact=self._exact), md5 if self._exact else b"")
+            for path, md5 in found.items()
         }
 
 
@@ -233,7 +236,10 @@ def find_unneeded(url: str, is_needed: Callable[[str, datetime], bool]) -> list[
                 listing, used_utc = _read_note(store, f"{folder}/{note}")
                 if is_needed(Path(note).stem, used_utc):
                     needed |= {note, listing}
-                    needed |= _objects(store, f"{folder}/{listing}") if listing in sizes else set(sizes)
+                    if listing in sizes:  # Which DVC sends last.
+                        needed |= _objects(store, f"{folder}/{listing}")
+                    elif datetime.now(UTC) - used_utc < _SENDING:
+                        needed |= sizes.keys()
             if files := tuple(name for name in sizes if name not in needed):
                 size = sum(sizes[name] for name in files)
                 found.append(Unneeded(ds_name, size, files, is_all=len(files) == len(sizes)))
@@ -254,7 +260,7 @@ def _read_note(store: ObjectStore, path: str) -> tuple[str, datetime]:
 
 def _objects(store: ObjectStore, listing: str) -> set[str]:
     """Returns the names of what a listing has, relative to the dataset's folder, as `dvc_store.object_name` says."""
-    kind = "files/md5/" if listing.rsplit("/", 2)[0].endswith("/files/md5") else ""
+    exact = listing.rsplit("/", 2)[0].endswith("/files/md5")
     try:
         found = [str(entry["md5"]) for entry in json.loads(store.read(listing) or "")]
     except (ValueError, KeyError, TypeError) as err:
@@ -262,4 +268,4 @@ def _objects(store: ObjectStore, listing: str) -> set[str]:
             f"{listing} in {store.url}: expected DVC's listing of a version. Received: {err!r}. Remove it: whoever "
             "needs it sends it again."
         ) from err
-    return {f"{kind}{md5[:2]}/{md5[2:]}" for md5 in found}
+    return {object_name(md5, exact=exact) for md5 in found}

@@ -32,9 +32,10 @@ from subprocess import DEVNULL, Popen
 from typing import TYPE_CHECKING, Any
 
 from cv_platform.compute.ray_engine import RayEngine
+from cv_platform.compute.sight import Proof, blind_machines
 from cv_platform.compute.worker import end_with
 from cv_platform.cores import available_cores
-from cv_platform.errors import CvPlatformError, TrainingError
+from cv_platform.errors import ComputeError, CvPlatformError, TrainingError
 from cv_platform.files import write_file
 from cv_platform.settings import process_environment
 
@@ -141,11 +142,18 @@ def train_together(
 
     Raises:
         TrainingError: a process says that it cannot train, or processes die time and again; by hand: once.
+        ComputeError: a machine of Ray's does not see the folder.
     """
     write_file(folder / TASK, pickle.dumps((packed, config)))
     if place := process_environment().get("TF_CONFIG"):
         _lead(folder, place, config.train.workers)
         return
+    if isinstance(engine, RayEngine) and (blind := blind_machines(engine, Proof.of(folder / TASK))):
+        raise ComputeError(
+            f"Expected {folder} on each node, as processes that train together go on from what is in it. Received: "
+            f"none on {', '.join(blind)}. Put CV_HOME at the same path of all of them, on a shared file system; or set "
+            "train.workers: 1."
+        )
     died = 0
     gpus_each = engine.gpus_each(config.train.workers) if isinstance(engine, RayEngine) else 0
     while True:

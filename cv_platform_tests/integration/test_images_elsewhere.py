@@ -27,7 +27,7 @@ from cv_platform.datasets.packing import pack_images
 from cv_platform.datasets.publishing import Sharing
 from cv_platform.datasets.shards import writing
 from cv_platform.datasets.stand_ins import tars
-from cv_platform.datasets.versions import checkout_version
+from cv_platform.datasets.versions import checkout_version, list_tags
 from cv_platform.encoders import embeddings
 from cv_platform.errors import ComputeError, StorageError
 from cv_platform.files import file_sha256, write_file
@@ -122,6 +122,7 @@ def test_without_central_storage_a_machine_that_does_not_see_the_check_out_is_re
         checkout_version(dataset(), model(), home=home, engine=Apart(home))
     with pytest.raises(ComputeError, match=r"Nor do all of them read .* apart: .* is not there\. Set CV_STORAGE"):
         checkout_version(dataset(), model(), home=home, engine=Apart(home), shared_in=str(home / "storage"))
+    assert stored_files(str(home / "storage")) == [f"versions/{list_tags(dataset(), home=home)['v1.0.0']}.json"]
 
 
 class Leaving(Apart):

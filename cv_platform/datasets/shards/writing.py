@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine
-from cv_platform.compute.sight import Proof, blind_machines
+from cv_platform.compute.sight import Proof
 from cv_platform.datasets.origins import Files, Origin
 from cv_platform.datasets.shards.pixels import Encoding, PackForm, read_pixels, stored
 from cv_platform.files import file_sha256, whole_file, write_file
@@ -98,7 +98,7 @@ class Plan:
     form: PackForm
     encoding: Encoding
     seen_by: Proof | None = None
-    """Tells who sees `folder`; None: whoever works on it does."""
+    """Tells who sees `folder`; None: nobody works on it."""
 
     @property
     def images(self) -> int:
@@ -146,7 +146,7 @@ def write_shards(
             path.unlink()
     total = sum(len(rows.images) for rows in splits) - sum(shard.images for shard in finished.values())
     if total:
-        with _seen_by(folder, engine) as seen_by:
+        with _seen_by(folder) as seen_by:
             todo = _plans(folder, origin, splits, without=frozenset(finished), seen_by=seen_by)
             made = map_shards(write_shard, todo, engine=engine, title="Packing", total=total, in_order=False)
             finished |= {plan.name: _written(plan, *of_plan) for plan, of_plan in made}
@@ -161,7 +161,7 @@ def write_shard(plan: Plan) -> tuple[Shard, NDArray[np.uint8] | None]:
         StorageError: see `Files`.
         OSError: it cannot be written.
     """
-    if plan.seen_by is None or plan.seen_by.holds():
+    if plan.seen_by and plan.seen_by.holds():
         with whole_file(plan.folder / plan.name) as partial, partial.open("wb") as file:
             shard = _fill(file, plan)
         plan.sealed(shard)
@@ -193,16 +193,12 @@ def _written(plan: Plan, shard: Shard, content: NDArray[np.uint8] | None) -> Sha
 
 
 @contextmanager
-def _seen_by(folder: Path, engine: Engine | None) -> Iterator[Proof | None]:
-    """Yields what tells who sees a folder, if a machine of the engine does not, else None."""
-    if engine is None:
-        yield None
-        return
+def _seen_by(folder: Path) -> Iterator[Proof]:
+    """Yields what tells who sees a folder."""
     file = folder / _HERE
     file.write_text(secrets.token_hex(16), encoding="utf-8")
     try:
-        proof = Proof.of(file)
-        yield proof if blind_machines(engine, proof) else None
+        yield Proof.of(file)
     finally:
         file.unlink(missing_ok=True)
 
