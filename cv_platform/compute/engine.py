@@ -27,6 +27,8 @@ ATTEMPTS = 3
 """Processes that a shard may kill before it is given up."""
 AHEAD = 3
 """Shards for each worker that are given out, or wait for their turn."""
+TASK_BYTES = 2**30
+"""Memory of a process that works on shards: TensorFlow with a network takes 0.8 GB, a decoded photograph 0.1."""
 _PASSING = (StorageError, DatabaseUnavailableError, LockHeldError, ServiceError, ConnectionError, TimeoutError)
 _LASTING = (BundleExistsError, BundleNotFoundError, CorruptBundleError)
 """Of these, what no waiting mends."""

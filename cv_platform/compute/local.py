@@ -1,4 +1,4 @@
-"""The engine `local`: processes of this machine, as many as there are cores that this process may use.
+"""The engine `local`: processes of this machine, as many as cores and memory allow that this process may use.
 
 Each has a pipe of its own, so that the shard is known that a process dies of, and no lock is left by one that does.
 Threads would not do: decoding small images holds Python's lock for most of its time. A work that is not worth the start
@@ -23,8 +23,8 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import Any
 
-from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns
-from cv_platform.cores import available_cores
+from cv_platform.compute.engine import AHEAD, ATTEMPTS, TASK_BYTES, Outcome, R, S, Turns
+from cv_platform.cores import available_cores, free_memory_bytes
 from cv_platform.errors import ComputeError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class LocalEngine:
     """Works on shards in processes of this machine.
 
     Args:
-        workers: how many; None: as many as there are cores that this process may use.
+        workers: how many; None: as many as there are cores that this process may use, with 1 GiB of memory for each.
         worth_seconds: work that this process would do in less is done by it; 0: none is, as where a shard may kill it.
         notes: see `Engine.notes`.
     """
@@ -55,7 +55,7 @@ class LocalEngine:
         self, workers: int | None = None, *, worth_seconds: float | None = None, notes: Path | None = None
     ) -> None:
         self.notes = notes
-        self.workers = available_cores() if workers is None else workers
+        self.workers = _fitting() if workers is None else workers
         worth_seconds = WORTH_SECONDS if worth_seconds is None else worth_seconds
         self.worth_seconds = math.inf if worth_seconds > 0 and self.workers == 1 else worth_seconds
 
@@ -67,6 +67,15 @@ class LocalEngine:
         """See `Engine.run`."""
         turns: Turns[S, R] = Turns(shards, ahead=AHEAD * self.workers, in_order=in_order)
         yield from _Crew(function, turns, self.workers).outcomes()
+
+
+def _fitting() -> int:
+    """Returns how many processes this machine bears besides what runs on it, at least one."""
+    cores, free = available_cores(), free_memory_bytes()
+    if free is None or free >= cores * TASK_BYTES:
+        return cores
+    logger.info("%d MB of memory are free, of %d for each of %d processes", free // 10**6, TASK_BYTES // 10**6, cores)
+    return max(1, free // TASK_BYTES)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cv_platform.compute.engine import AHEAD, ATTEMPTS, Outcome, R, S, Turns, call, use_one_thread
+from cv_platform.compute.engine import AHEAD, ATTEMPTS, TASK_BYTES, Outcome, R, S, Turns, call, use_one_thread
 from cv_platform.cores import available_cores
 from cv_platform.errors import ComputeError
 from cv_platform.settings import prepare_process
@@ -34,8 +34,6 @@ PACKAGES = (
 """What decides the bytes that come of a shard, or whether it can be read at all."""
 _WIDTHS = {"AVX512F": "AVX-512", "FMA3": "AVX2", "AVX": "AVX"}
 """NumPy's names of what x86 processors round by, the widest first, as everybody knows them."""
-_TASK_BYTES = 2**30
-"""Memory that Ray keeps for each task: TensorFlow with a network takes 0.8 GB, a decoded photograph 0.1."""
 _STARTS = 3
 """On a busy machine, its agents may not be there within 15 s: https://github.com/ray-project/ray/issues/65983"""
 _PLACE_SECONDS = 300.0
@@ -105,7 +103,7 @@ class RayEngine:
 
     def _task(self, ray: Any) -> Any:
         sizes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
-        memory = min(_TASK_BYTES, max(sizes))  # More than any node has would never be there.
+        memory = min(TASK_BYTES, max(sizes))  # More than any node has would never be there.
         # Otherwise tasks wait for the first node, for seconds at times, while another one has nothing to do.
         return ray.remote(num_cpus=1, memory=memory, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(_work)
 

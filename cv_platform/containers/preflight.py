@@ -13,6 +13,7 @@ from typing import Any
 from cv_platform.containers import engine
 from cv_platform.containers.certificate import certificate_problems, certificate_warnings, has_tls
 from cv_platform.containers.env_file import env_problems, read_env
+from cv_platform.cores import free_memory_bytes
 from cv_platform.errors import ConfigError, ServiceError
 
 OLDEST_ENGINE = (20, 10)
@@ -330,15 +331,6 @@ def is_free(address: str, port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def free_memory_bytes() -> int | None:
-    """Returns the memory that is available without swapping; None where the system does not say."""
-    information = Path("/proc/meminfo")
-    if not information.is_file():
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", information.read_text(encoding="ascii"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def dotted(version: tuple[int, ...]) -> str:

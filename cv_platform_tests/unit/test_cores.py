@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from cv_platform.compute import local
 from cv_platform.compute.blas import one_blas_thread
-from cv_platform.cores import available_cores
+from cv_platform.compute.local import LocalEngine
+from cv_platform.cores import available_cores, free_memory_bytes
 
 
 @pytest.mark.parametrize(("text", "cores"), [("100000 100000", 1), ("150000 100000", 1), ("50000 100000", 1)])
@@ -22,6 +24,46 @@ def test_without_a_quota_all_cores_of_the_process_count(tmp_path: Path, text: st
     if text is not None:
         limit.write_text(text)
     assert available_cores(limit) == available_cores(tmp_path / "missing") >= 1
+
+
+MEMORY = "MemTotal:       16000 kB\nMemFree:          100 kB\nMemAvailable:    8000 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "kilobytes"),
+    [
+        ({}, 8000),
+        ({"memory.max": "max", "memory.current": "1024"}, 8000),
+        ({"memory.max": f"{6000 * 1024}", "memory.current": f"{5000 * 1024}"}, 1000 + 300 + 200),
+        ({"memory.max": f"{1000 * 1024}", "memory.current": f"{2000 * 1024}"}, 0),
+        ({"memory/memory.limit_in_bytes": f"{6000 * 1024}", "memory/memory.usage_in_bytes": f"{2000 * 1024}"}, 4007),
+        ({"memory/memory.limit_in_bytes": f"{2**63 - 4096}", "memory/memory.usage_in_bytes": "0"}, 8000),
+    ],
+)
+def test_free_memory_is_the_machines_or_what_the_containers_limit_leaves(
+    tmp_path: Path, files: dict[str, str], kilobytes: int
+) -> None:
+    (tmp_path / "meminfo").write_text(MEMORY)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory.stat").write_text(f"anon 9\ninactive_file {300 * 1024}\nactive_file {200 * 1024}\n")
+    (tmp_path / "memory/memory.stat").write_text("inactive_file 1\ntotal_inactive_file 7168\ntotal_active_file 0\n")
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    assert free_memory_bytes(tmp_path / "meminfo", tmp_path) == kilobytes * 1024
+
+
+def test_without_a_word_of_the_system_nothing_is_known_of_memory(tmp_path: Path) -> None:
+    assert free_memory_bytes(tmp_path / "meminfo", tmp_path) is None
+
+
+@pytest.mark.parametrize(("free", "workers"), [(None, 4), (0, 1), (2**30 - 1, 1), (3 * 2**30, 3), (2**40, 4)])
+def test_there_are_as_many_processes_as_cores_and_memory_allow(
+    free: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "available_cores", lambda: 4)
+    monkeypatch.setattr(local, "free_memory_bytes", lambda: free)
+    assert LocalEngine().workers == workers
+    assert LocalEngine(7).workers == 7
 
 
 def test_products_of_matrices_stay_in_one_thread_for_a_while() -> None:
