@@ -10,7 +10,7 @@ SOAK_PHASES = tuple("abcdefg")
 """In their order."""
 STACK_PHASES = ("up", "digits", "predict", "monitoring", "scans", "kills", "roll", "tls", "reboot", "restore")
 """In their order: those that are played when none is named."""
-STACK_EXTRA_PHASES = ("processes", "ray", "containers")
+STACK_EXTRA_PHASES = ("processes", "ray", "jobs", "containers")
 """Also of the stack, when they are named: each takes five minutes."""
 
 

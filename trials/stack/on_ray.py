@@ -1,4 +1,4 @@
-"""Phase `ray`: two workers beside the core, and scores of all digits by them, with the bytes of one process."""
+"""Phases `ray` and `jobs`: two workers beside the core, scores of all digits and a run of Dagster by them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from trials.findings import Findings
 from trials.stack.stage import EXPERIMENT, Stage
 
 START_SECONDS = 400.0
+RUN_SECONDS = 240.0
+JOB = "log_retention"
 WORKERS = 2
 _SCORE = (
     'images=$(dirname "$(find /data/home -type d -name test -path "*{experiment}*" | head -n 1)") && '
@@ -37,6 +39,26 @@ def score_on_ray(stage: Stage, findings: Findings) -> None:
     shards = tasks["cluster"]["summary"].get("_work", {"state_counts": {}})  # Other tasks ask nodes for their versions.
     done = shards["state_counts"].get("FINISHED", 0)
     findings.add("shards that Ray has worked on", f"{done}", done >= WORKERS)
+
+
+def run_as_job(stage: Stage, findings: Findings) -> None:
+    """Restarts the stack with RUN_JOBS=1, and has Dagster do a run in a job of the cluster."""
+    stage.checkout.change(COMPOSE_PROFILES="ray", RAY_WORKERS=str(WORKERS), RUN_JOBS="1")
+    log = stage.artifacts / "commands.log"
+    stage.checkout.run("stack-up", log, seconds=START_SECONDS)
+    try:
+        run = stage.dagster.launch(JOB, {"ops": {"delete_expired_log": {"config": {"is_dry_run": True}}}})
+        end = stage.dagster.wait(run, seconds=RUN_SECONDS)
+        jobs = [job for job in stage.get("RAY_PORT", "/api/jobs/") if run in str(job["submission_id"])]
+    finally:
+        stage.checkout.change(RUN_JOBS="")
+        stage.checkout.run("stack-up", log, seconds=START_SECONDS)
+    states = [job["status"] for job in jobs]
+    findings.add(
+        "a run of Dagster as a job of Ray",
+        f"{end.status}, jobs: {states}" + (f": {end.problem}" if end.problem else ""),
+        end.status == "SUCCESS" and states == ["SUCCEEDED"],
+    )
 
 
 def _scores_sha256(stage: Stage, version: str, engine: str) -> str:

@@ -22,7 +22,7 @@ from trials.stack.checkout import PROJECT, Checkout, remove_project
 from trials.stack.experiment import predict_and_report, run_digits
 from trials.stack.kills import kill_each, reboot
 from trials.stack.monitoring import monitor
-from trials.stack.on_ray import score_on_ray
+from trials.stack.on_ray import run_as_job, score_on_ray
 from trials.stack.restore import destroy_and_restore
 from trials.stack.rolling import roll_under_load
 from trials.stack.run_isolation import resume_after_code_location, resume_in_containers
@@ -60,6 +60,7 @@ PHASES: dict[str, Phase] = {
     "restore": Phase("backup, everything destroyed, restored", destroy_and_restore, 480),
     "processes": Phase("a training resumed after its code location's death", resume_after_code_location, 480),
     "ray": Phase("scores by Ray on two workers, with the bytes of one process", score_on_ray, 600),
+    "jobs": Phase("a run of Dagster as a job of Ray", run_as_job, 600),
     "containers": Phase("runs in containers: a training resumed after its own's death", resume_in_containers, 600),
 }
 
@@ -116,7 +117,7 @@ def _prepare(stage: Stage, options: Options) -> None:
 
 def _with_a_model(stage: Stage, phases: set[str]) -> set[str]:
     """Returns the phases, and `digits` where others are to be played on a stack that serves no model yet."""
-    if phases <= {"up", "digits"} or ("up" not in phases and stage.health().get("model_version")):
+    if phases <= {"up", "digits", "jobs"} or ("up" not in phases and stage.health().get("model_version")):
         return phases
     return phases | {"digits"}
 
