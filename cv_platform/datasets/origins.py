@@ -75,9 +75,6 @@ class Files:
     paths: tuple[str, ...]
     stored: Stored | None = None
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __iter__(self) -> Iterator[bytes]:
         if self.stored is not None and not self.stored.proof.holds():
             yield from self._by_url(self.stored)

@@ -103,6 +103,7 @@ from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets import packing
 from cv_platform.datasets.shards import writing
 from cv_platform.records import DatasetVersion
+from cv_platform_tests.support.elsewhere import Apart
 from cv_platform_tests.unit.datasets.conftest import model
 
 whole = writing.map_shards
@@ -115,21 +116,22 @@ def killed(*arguments, **options):
 writing.SHARD_BYTES = 4 * 192
 writing.map_shards = killed
 version = DatasetVersion.model_validate_json(sys.argv[1], context={"home": Path(sys.argv[2])})
-engine = LocalEngine(2, worth_seconds=0)
+engine = Apart(Path(sys.argv[3])) if sys.argv[4] == "apart" else LocalEngine(2, worth_seconds=0)
 packing.pack_images(version, model(size=8), quarantined=(), home=Path(sys.argv[3]), engine=engine)
 """
 
 
+@pytest.mark.parametrize("engine", ["local", "apart"])
 @pytest.mark.usefixtures("small_shards")
 def test_a_killed_packing_goes_on_with_the_shards_that_it_finished(
-    version: DatasetVersion, plain: np.ndarray, tmp_path: Path
+    version: DatasetVersion, plain: np.ndarray, tmp_path: Path, engine: str
 ) -> None:
     home = version.directory.parent
-    arguments = [version.model_dump_json(context={"home": home}), str(home), str(tmp_path)]
+    arguments = [version.model_dump_json(context={"home": home}), str(home), str(tmp_path), engine]
     run = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=120)
     assert run.returncode == -9, run.stderr
     workers = [int(pid) for pid in run.stdout.split()]
-    assert workers
+    assert bool(workers) == (engine == "local")
     # They end with it, as nobody else would end them.
     wait_until(lambda: not any(_is_alive(pid) for pid in workers), seconds=30)
     (unfinished,) = (tmp_path / "packed").glob(".*.partial-resumes")
