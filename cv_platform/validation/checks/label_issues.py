@@ -26,6 +26,8 @@ from cv_platform.validation.label_review import write_review_page
 from cv_platform.validation.sample import ImageSample
 
 FOLDS = 5
+DRAWS, FEW_IMAGES = 5, 10_000
+"""Of the folds, whose logits are averaged: of few images a single draw decides too much. Fewer of more than 2,000."""
 MIN_IMAGES = 10
 MIN_PER_CLASS = 5
 """Images of smaller classes are not judged: some fold would have none to learn from."""
@@ -269,20 +271,23 @@ def out_of_fold(
         calibrated_on: `(N,)`, the images whose labels are not in question; None: all of them.
 
     Returns:
-        `(N, C)` float64: one temperature makes them fit the labels best.
+        `(N, C)` float64, of logits averaged over `DRAWS` of the folds: one temperature makes them fit the labels best.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    logits = np.full((len(given), int(given.max()) + 1), -30.0)
-    fold_of = even_folds(given, groups)
-    for fold in range(FOLDS):
-        fitted, asked = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
-        if len(asked) == 0 or len(known := np.unique(given[fitted])) < 2:
-            continue  # Copies of one image are most of the data.
-        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE).fit(vectors[fitted], given[fitted])
-        logits[np.ix_(asked, known)] = np.maximum(model.predict_log_proba(vectors[asked]), -30.0)
+    draws = max(1, min(DRAWS, FEW_IMAGES // len(given)))
+    logits = np.full((len(given), int(given.max()) + 1), -30.0 * draws)
+    for draw in range(draws):
+        fold_of = even_folds(given, groups, seed=draw)
+        for fold in range(FOLDS):
+            fitted, asked = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+            if len(asked) == 0 or len(known := np.unique(given[fitted])) < 2:
+                continue  # Copies of one image are most of the data.
+            model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE).fit(vectors[fitted], given[fitted])
+            logits[np.ix_(asked, known)] += 30.0 + np.maximum(model.predict_log_proba(vectors[asked]), -30.0)
+    logits /= draws
     rows = np.arange(len(given)) if calibrated_on is None or not calibrated_on.any() else np.flatnonzero(calibrated_on)
 
     def loss(log_temperature: float) -> float:
@@ -293,7 +298,7 @@ def out_of_fold(
     return np.exp(log_softmax(logits / np.exp(best.x), axis=1))
 
 
-def even_folds(given: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[np.int64]:
+def even_folds(given: NDArray[np.int64], groups: NDArray[np.int64], *, seed: int = 0) -> NDArray[np.int64]:
     """Deals images out to folds, so that each has as many of a class as another one, or one more.
 
     scikit-learn's StratifiedGroupKFold takes 1.1 s for 10,000 images, and up to 1.7 heeds no classes when it shuffles:
@@ -302,6 +307,7 @@ def even_folds(given: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[n
     Args:
         given: `(N,)` labels, 0…C-1.
         groups: `(N,)`; images of one group are in one fold, which may then have more.
+        seed: of the order in which they are dealt out.
 
     Returns:
         `(N,)` of 0 to `FOLDS` - 1, the same for the same arguments.
@@ -314,7 +320,7 @@ def even_folds(given: NDArray[np.int64], groups: NDArray[np.int64]) -> NDArray[n
         labels = given[images]
         fold_of[images] = fold = np.lexsort((counts.sum(axis=0), counts[labels].sum(axis=0)))[0]
         np.add.at(counts[:, fold], labels, 1)
-    alone = np.random.default_rng(0).permutation(np.flatnonzero(sizes[group_of] == 1))
+    alone = np.random.default_rng(seed).permutation(np.flatnonzero(sizes[group_of] == 1))
     for label in range(len(counts)):
         images = alone[given[alone] == label]
         # The place that the next image of a class would have in each fold, the lowest first, and the emptiest fold.
