@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, Select, func, select
 
 from cv_platform.config import ExperimentConfig, LoopConfig
 from cv_platform.database.schema import feedback, predictions
@@ -28,6 +28,8 @@ from cv_platform.records import Deployment, Evaluation, LabelledVersion, ModelId
 from cv_platform.storage import CentralStorage
 
 WEEK = timedelta(days=7)
+_MOST_STATEMENTS = 1000
+"""The latest ones, besides two for each label that is needed, that are looked at before all are counted."""
 Action = Literal["wait", "grow", "retrain"]
 Step = Literal["idle", "at work", "collecting labels", "resting", "growing", "retraining", "stopped"]
 
@@ -41,6 +43,7 @@ class LoopFacts:
         episode: drift that lasts; None without.
         labels: uploads labelled since the version that the labels have made last.
         fresh_labels: of them, those since the last attempt to make one.
+        has_more_labels: there are as many as are needed, and the rest was not counted.
         last_statement: the log's last one, `feedback.id`; 0: none.
         attempt: the last attempt; None before the first.
         target: the tag that a training would have.
@@ -57,6 +60,7 @@ class LoopFacts:
     episode: OpenEpisode | None = None
     labels: int = 0
     fresh_labels: int = 0
+    has_more_labels: bool = False
     last_statement: int = 0
     attempt: LabelledVersion | None = None
     target: str = ""
@@ -76,6 +80,11 @@ class LoopFacts:
             return ""
         seen = one.tally.champion.asked + one.tally.challenger.asked + one.tally.shadow.asked
         return f"{one.probation_id} {one.state} {int(math.log(1 + seen, 1.1))}"
+
+    @property
+    def counted(self) -> str:
+        """Says how many labels there are."""
+        return f"{self.labels}{' or more' if self.has_more_labels else ''}"
 
     def runs_left(self, loop: LoopConfig) -> int:
         """Returns how many trainings the budget of the last seven days leaves."""
@@ -111,7 +120,7 @@ def decide(facts: LoopFacts, loop: LoopConfig) -> Decision:
     attempt = facts.attempt
     is_pending = attempt is not None and attempt.tag == facts.target and not facts.is_trained and not facts.tried
     needed = loop.min_new_labels_in_drift if facts.episode else loop.min_new_labels
-    counted = f"{facts.labels} of {needed} new labels"
+    counted = f"{facts.counted} of {needed} new labels"
     if facts.episode is None and facts.labels < needed and not (is_pending and attempt and attempt.statements):
         failed = f"; its {facts.tried}" if facts.tried and not facts.is_trained else ""
         return Decision("wait", "idle", f"no drift lasts, and there are {counted}{failed}")
@@ -149,7 +158,8 @@ def read_facts(
     attempt = records.latest(LabelledVersion)
     target = target_config(config, attempt, home=home)
     made, looked_at = (attempt.statements, attempt.looked_at) if attempt else (0, 0)
-    labels, fresh, last = _count_labels(engine, config.model.model_name, made, looked_at)
+    enough = max(config.loop.min_new_labels, config.loop.min_new_labels_in_drift)
+    count = _count_labels(engine, config.model.model_name, made, looked_at, enough=enough)
     pointer = storage.read_pointer(config.deploy.service)
     episode = None
     if pointer is not None and pointer.model_name == config.model.model_name:
@@ -164,9 +174,10 @@ def read_facts(
     return LoopFacts(
         now=now,
         episode=episode,
-        labels=labels,
-        fresh_labels=fresh,
-        last_statement=last,
+        labels=count.labels,
+        fresh_labels=count.fresh,
+        has_more_labels=count.has_more,
+        last_statement=count.last,
         attempt=attempt,
         target=target.dataset.dvc_tag,
         target_key=f"{tags.get(target.dataset.dvc_tag, 'none')}-{recipe}",
@@ -213,7 +224,7 @@ def grow_by_labels(
     """
     before = RecordStore(home, config.name).latest(LabelledVersion)
     base, loop = target_config(config, before, home=home), config.loop
-    *_, last = _count_labels(engine, config.model.model_name, 0, 0)
+    last = _count_labels(engine, config.model.model_name, 0, 0, enough=1).last
     tag = base.dataset.dvc_tag
     is_next = before is not None and before.tag == tag
     record = LabelledVersion(
@@ -239,25 +250,51 @@ def grow_by_labels(
     return record.model_copy(update=made)
 
 
-def _count_labels(engine: Engine, model_name: str, made: int, looked_at: int) -> tuple[int, int, int]:
-    """Returns how many kept uploads were labelled by statements after each of two, and the model's last statement.
+class _Count(NamedTuple):
+    """Uploads labelled since one statement and since another, the model's last statement, and whether more were."""
+
+    labels: int
+    fresh: int
+    last: int
+    has_more: bool
+
+
+def _count_labels(engine: Engine, model_name: str, made: int, looked_at: int, *, enough: int) -> _Count:
+    """Counts kept uploads that were labelled by statements after each of two: all, or of the latest ones where enough.
 
     What is not after the earlier of the two is not read: where there is nothing else, that one is the last.
+
+    Args:
+        engine: of the request log.
+        model_name: whose uploads.
+        made: the statement up to which a version was made.
+        looked_at: the one up to which an attempt was.
+        enough: counts from which on it does not matter how many more there are.
     """
-    said, upload = feedback.c, predictions.c.image_sha256
-    earlier = min(made, looked_at)
-    labelled = (
-        select(
-            func.count(upload.distinct()).filter(said.id > made),
-            func.count(upload.distinct()).filter(said.id > looked_at),
-            func.coalesce(func.max(said.id), earlier),
-        )
-        .join(predictions, predictions.c.prediction_id == said.prediction_id)
-        .where((said.id > earlier) & (predictions.c.model_name == model_name) & upload.is_not(None))
-    )
+    most = _MOST_STATEMENTS + 2 * enough
     with engine.connect() as connection:
-        labels, fresh, last = connection.execute(labelled).one()
-    return int(labels), int(fresh), int(last)
+        labels, fresh, last, statements, first = connection.execute(_labelled(model_name, made, looked_at, most)).one()
+        is_all = statements < most
+        if is_all or (labels >= enough and (fresh >= enough or first <= looked_at)):
+            return _Count(labels, fresh, last, not is_all)
+        labels, fresh, last, *_ = connection.execute(_labelled(model_name, made, looked_at, None)).one()
+    return _Count(labels, fresh, last, has_more=False)
+
+
+def _labelled(model_name: str, made: int, looked_at: int, most: int | None) -> Select[Any]:
+    """Returns what counts labels, see `_count_labels`, by the latest statements, and these, and finds the first."""
+    earlier = min(made, looked_at)
+    said = select(feedback.c.id, feedback.c.prediction_id).where(feedback.c.id > earlier)
+    latest = said.order_by(feedback.c.id.desc()).limit(most).subquery()
+    number, upload = latest.c.id, predictions.c.image_sha256
+    is_of_it = (predictions.c.prediction_id == latest.c.prediction_id) & (predictions.c.model_name == model_name)
+    return select(
+        func.count(upload.distinct()).filter(number > made),
+        func.count(upload.distinct()).filter(number > looked_at),
+        func.coalesce(func.max(number).filter(upload.is_not(None)), earlier),
+        func.count(),
+        func.min(number),
+    ).select_from(latest.outerjoin(predictions, is_of_it))
 
 
 def _challenger(records: RecordStore, served: str) -> dict[str, str]:
@@ -284,7 +321,7 @@ def loop_page(facts: LoopFacts, decision: Decision, config: ExperimentConfig) ->
     if (one := facts.episode) is not None:
         episode = f"drift in the window until {one.window_end_utc:%Y-%m-%d %H:%M} UTC ({one.report_url})"
     rests = facts.rests_until(loop)
-    labels = f"{facts.labels} uploads since the last version"
+    labels = f"{facts.counted} uploads since the last version"
     if attempt is not None:
         labels += f"; {attempt.tag} of {attempt.made_utc:%Y-%m-%d %H:%M} UTC" if attempt.statements else ""
         labels += f"; refused: labels of {', '.join(attempt.suspects) or 'no source'}" if attempt.refused else ""

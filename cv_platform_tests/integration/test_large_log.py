@@ -128,19 +128,60 @@ def test_a_review_looks_at_the_latest_answers_alone(large: Engine, monkeypatch: 
     assert (plans.sequential() & {"predictions"}, plans.most_rows("predictions")) == (set(), 3 * 24), plans
 
 
-def test_labels_are_counted_from_the_statements_on_that_nobody_has_looked_at(large: Engine) -> None:
-    with large.begin() as connection:
+@pytest.fixture
+def said(large: Engine) -> tuple[list[Any], list[int]]:
+    """The predictions of `m` with an upload, each labelled once, the last one twice; and the statements' numbers."""
+    with large.connect() as connection:
         upload = predictions.c.image_sha256.is_not(None) & (predictions.c.model_name == "m")
         ids = list(connection.execute(select(predictions.c.prediction_id).where(upload)).scalars())
-        said = {"true_class": "dog", "source": "ben"}
-        statements = [{**said, "entry_id": uuid4(), "prediction_id": one} for one in [*ids, ids[-1]]]
+    return ids, say(large, *ids, ids[-1])
+
+
+def say(engine: Engine, *ids: Any) -> list[int]:
+    """Logs a statement about each prediction; returns their numbers."""
+    statements = [{"true_class": "dog", "source": "ben", "entry_id": uuid4(), "prediction_id": one} for one in ids]
+    with engine.begin() as connection:
         numbers = list(connection.execute(insert(feedback).returning(feedback.c.id), statements).scalars())
-    with large.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE feedback"))
+    return numbers
+
+
+def test_labels_are_counted_from_the_statements_on_that_nobody_has_looked_at(
+    large: Engine, said: tuple[list[Any], list[int]]
+) -> None:
+    ids, numbers = said
     last = numbers[-1]
-    assert _count_labels(large, "m", 0, 0) == (len(ids), len(ids), last)
+    assert _count_labels(large, "m", 0, 0, enough=10**6) == (len(ids), len(ids), last, False)
     with explained(large) as plans:  # The last upload has two statements.
-        assert _count_labels(large, "m", numbers[-11], numbers[-6]) == (9, 4, last)
-        assert _count_labels(large, "m", last, last) == (0, 0, last)
-        assert _count_labels(large, "none", 3, 4) == (0, 0, 3)
-    assert (plans.sequential() & {"predictions"}, plans.pages < 200) == (set(), True), plans
+        assert _count_labels(large, "m", numbers[-11], numbers[-6], enough=10) == (9, 4, last, False)
+        assert _count_labels(large, "m", last, last, enough=10) == (0, 0, last, False)
+        assert _count_labels(large, "none", 3, 4, enough=10**6) == (0, 0, 3, False)
+    assert plans.sequential() & {"predictions"} == set(), plans
+
+
+def test_labels_are_counted_by_the_latest_statements_where_these_are_enough(
+    large: Engine, said: tuple[list[Any], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cv_platform.monitoring.loop._MOST_STATEMENTS", 10)
+    ids, numbers = said
+    last = numbers[-1]
+    with explained(large) as plans:
+        assert _count_labels(large, "m", 0, 0, enough=20) == (49, 49, last, True)
+        assert _count_labels(large, "m", 0, numbers[-6], enough=20) == (49, 4, last, True)  # Those since are all seen.
+    assert (plans.sequential(), plans.pages < 500) == (set(), True), plans
+    # Since then two uploads were labelled again and again, and one of them is new: what is needed decides.
+    numbers = say(large, *50 * ids[:2])
+    assert _count_labels(large, "m", 0, numbers[0] - 1, enough=2) == (2, 2, numbers[-1], True)
+    assert _count_labels(large, "m", 0, numbers[0] - 1, enough=20) == (len(ids), 2, numbers[-1], False)
+
+
+def test_labels_are_found_behind_those_of_another_model(
+    large: Engine, said: tuple[list[Any], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cv_platform.monitoring.loop._MOST_STATEMENTS", 10)
+    ids, numbers = said
+    with large.connect() as connection:
+        others = connection.execute(select(predictions.c.prediction_id).where(predictions.c.model_name == "other"))
+        say(large, *others.scalars())
+    assert _count_labels(large, "m", 0, 0, enough=20) == (len(ids), len(ids), numbers[-1], False)

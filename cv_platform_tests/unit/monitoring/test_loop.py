@@ -52,6 +52,12 @@ def test_drift_or_enough_labels_begin_it(changes: dict[str, Any], expected: tupl
     assert after(replace(TRAINED, **changes)) == expected
 
 
+def test_it_says_where_more_labels_were_given_than_it_has_counted() -> None:
+    many = replace(TRAINED, labels=1400, has_more_labels=True)
+    assert decide(many, LOOP).reason == "1400 or more of 200 new labels: the dataset grows by them"
+    assert decide(replace(many, has_more_labels=False), LOOP).reason.startswith("1400 of 200 new labels")
+
+
 def test_a_grown_version_is_trained_on_once() -> None:
     grown = replace(TRAINED, attempt=attempt(), target="v1-grown-0000aaaa", target_key="b", is_trained=False)
     assert after(grown) == ("retrain", "retraining")
