@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from cv_platform.errors import (
     BundleExistsError,
     BundleNotFoundError,
     CorruptBundleError,
+    CvPlatformError,
     DatabaseUnavailableError,
     LockHeldError,
     ServiceError,
@@ -178,6 +181,19 @@ def use_one_thread() -> None:
     prepare_worker()  # Before TensorFlow computes.
     if opencv := sys.modules.get("cv2"):
         opencv.setNumThreads(1)
+
+
+def answer(function: Callable[[S], R], shard: S) -> tuple[Exception | None, R | None]:
+    """Works on a shard for another process, and returns `(error, result)`, of which one is None.
+
+    The error has a note with the shard and this machine; with the traceback, too, if it is none of the platform's own.
+    """
+    try:
+        return None, call(function, shard)
+    except Exception as err:
+        where = "" if isinstance(err, CvPlatformError) else f":\n{traceback.format_exc()}"
+        err.add_note(f"Of {shard.name}, in a process of its own on {socket.gethostname()}{where}")
+        return err, None
 
 
 def call(function: Callable[[S], R], shard: S) -> R:

@@ -13,12 +13,14 @@ import logging
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cv_platform.compute.engine import AHEAD, ATTEMPTS, TASK_BYTES, Outcome, R, S, Turns, call, use_one_thread
+from typing_extensions import override
+
+from cv_platform.compute.engine import AHEAD, ATTEMPTS, TASK_BYTES, Outcome, R, S, Turns, answer, use_one_thread
 from cv_platform.cores import available_cores
 from cv_platform.errors import ComputeError
 from cv_platform.settings import prepare_process
@@ -34,6 +36,8 @@ PACKAGES = (
 """What decides the bytes that come of a shard, or whether it can be read at all."""
 _WIDTHS = {"AVX512F": "AVX-512", "FMA3": "AVX2", "AVX": "AVX"}
 """NumPy's names of what x86 processors round by, the widest first, as everybody knows them."""
+_MOST_SAID = 20
+"""Warnings of a shard that its driver repeats."""
 _STARTS = 3
 """On a busy machine, its agents may not be there within 15 s: https://github.com/ray-project/ray/issues/65983"""
 _PLACE_SECONDS = 300.0
@@ -89,7 +93,8 @@ class RayEngine:
         try:
             while True:
                 while (taken := turns.take()) is not None:
-                    at_work[task.remote(shared, taken[1], packages)] = taken
+                    # By its name, Ray says which one it tries again, and its dashboard which are at work.
+                    at_work[task.options(name=taken[1].name).remote(shared, taken[1], packages)] = taken
                 if not at_work:
                     return
                 done, _ = ray.wait(list(at_work), num_returns=1)
@@ -353,15 +358,32 @@ def _unlike(expected: Packages) -> ComputeError | None:
     return _refusal(differences) if differences else None
 
 
-def _work(function: Callable[[Any], Any], shard: Any, expected: Packages) -> tuple[Exception | None, Any]:
-    """Works on a shard in a worker, and returns `(error, result)`, of which one is None."""
+def _work(
+    function: Callable[[Any], Any], shard: Any, expected: Packages
+) -> tuple[Exception | None, Any, Sequence[tuple[int, str]]]:
+    """Works on a shard in a worker, and returns `(error, result, what the log was told)`; error or result is None."""
     if (refusal := _unlike(expected)) is not None:
-        return refusal, None
+        return refusal, None, ()
     _use_one_thread()
+    log, heard = logging.getLogger("cv_platform"), _Heard(logging.WARNING)
+    log.addHandler(heard)
     try:
-        return None, call(function, shard)
-    except Exception as err:
-        return err, None
+        return *answer(function, shard), heard.said
+    finally:
+        log.removeHandler(heard)
+
+
+class _Heard(logging.Handler):
+    """Keeps what a worker says, level and message, for who gave out the shard: Ray leaves it in files of the node."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.said: list[tuple[int, str]] = []
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.said) < _MOST_SAID:
+            self.said.append((record.levelno, record.getMessage()))
 
 
 _use_one_thread = functools.cache(use_one_thread)
@@ -370,12 +392,14 @@ _use_one_thread = functools.cache(use_one_thread)
 def _outcome(ray: Any, reference: Any, shard: Any) -> Outcome[Any, Any]:
     errors = ray.exceptions
     try:
-        error, result = ray.get(reference)
+        error, result, said = ray.get(reference)
     except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError, errors.ObjectLostError) as err:
         why = type(err).__name__.removesuffix("Error")
         return Outcome(shard, None, f"has ended {ATTEMPTS} processes, the last of which by {why}")
     except errors.RayError as err:
         raise ComputeError(f"{shard.name}: expected Ray to work on it. Received: {err}") from err
+    for level, message in said:
+        logger.log(level, "A worker of Ray: %s", message)
     if error is not None:
         raise error
     return Outcome(shard, result)

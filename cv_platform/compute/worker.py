@@ -7,12 +7,11 @@ import pickle
 import signal
 import threading
 import time
-import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cv_platform.compute.engine import call, use_one_thread
-from cv_platform.errors import ComputeError, CvPlatformError
+from cv_platform.compute.engine import answer, use_one_thread
+from cv_platform.errors import ComputeError
 
 _LOOK_SECONDS = 0.5
 
@@ -36,16 +35,11 @@ def serve(connection: Connection[Any, Any], *, parent: int) -> None:
             shard = connection.recv()
         except EOFError:
             return
+        answered = answer(function, shard)
         try:
-            answer: tuple[Exception | None, Any] = (None, call(function, shard))
-        except Exception as err:
-            if not isinstance(err, CvPlatformError):
-                err.add_note(f"Of {shard.name}, in a process of its own:\n{traceback.format_exc()}")
-            answer = (err, None)
-        try:
-            connection.send(answer)
+            connection.send(answered)
         except (pickle.PicklingError, TypeError, AttributeError) as err:
-            said = answer[0] or err
+            said = answered[0] or err
             connection.send((ComputeError(f"{shard.name}: {type(said).__name__}: {said}"), None))
 
 

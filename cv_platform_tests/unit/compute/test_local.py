@@ -4,6 +4,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,8 +66,12 @@ def test_an_image_alone_is_not_tried_again_to_save_it(caplog: pytest.LogCaptureF
 
 
 def test_an_error_of_the_function_ends_the_work_as_it_is() -> None:
-    with pytest.raises(InvalidDatasetError, match="Expected no 9"):
+    with pytest.raises(InvalidDatasetError, match="Expected no 9") as caught:
         list(map_shards(doubled, [Numbers((9,))], engine=PROCESSES, title="Doubling", total=1))
+    assert caught.value.__notes__ == [f"Of numbers from 9, in a process of its own on {socket.gethostname()}"]
+    with pytest.raises(TypeError) as unforeseen:
+        list(map_shards(len, shards(1), engine=PROCESSES, title="Counting", total=1))  # pyright: ignore[reportArgumentType]
+    assert re.match(r"Of numbers from 0, in a process .*:\nTraceback", unforeseen.value.__notes__[0])
 
 
 @pytest.mark.parametrize("in_order", [True, False])

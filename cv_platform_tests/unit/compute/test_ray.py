@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -118,8 +120,9 @@ def test_a_shard_that_kills_its_workers_is_named_and_an_error_is_raised_as_it_is
     with pytest.raises(ShardError, match=r"numbers from 6 \(has ended 3 processes, .* by WorkerCrashed\)"):
         done.extend(value for _, result in work for value in result)
     assert done == [0, 2, 4, 6, 8, 10]
-    with pytest.raises(InvalidDatasetError, match="Expected no 9"):
+    with pytest.raises(InvalidDatasetError, match="Expected no 9") as caught:
         list(map_shards(doubled, [Numbers((9,))], engine=ray, title="Doubling", total=1))
+    assert caught.value.__notes__ == [f"Of numbers from 9, in a process of its own on {socket.gethostname()}"]
 
 
 FULL = """
@@ -195,7 +198,9 @@ print(ray.get_runtime_context().gcs_address)
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_shards_wait_for_a_storage_that_is_away(ray: RayEngine, tmp_path: Path) -> None:
+def test_shards_wait_for_a_storage_that_is_away(
+    ray: RayEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def come_back() -> None:
         wait_until(lambda: list(tmp_path.glob("asked-*")))
         (tmp_path / "storage").mkdir()
@@ -205,6 +210,8 @@ def test_shards_wait_for_a_storage_that_is_away(ray: RayEngine, tmp_path: Path) 
     work = [Noted((number,), tmp_path) for number in range(6)]
     assert [images for _, images in map_shards(read_back, work, engine=ray, title="Reading", total=6)] == [1] * 6
     returning.join()
+    waited = r"A worker of Ray: numbers from \d is tried again in 1 s: Expected the storage\. Received: nothing"
+    assert re.search(waited, caplog.text), "the driver's log has it"
 
 
 @pytest.mark.ray
