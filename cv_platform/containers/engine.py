@@ -38,6 +38,8 @@ DEFAULTS = {
     "DOCKER_SOCKET": "/var/run/docker.sock",
     "DOCKER_GID": "999",
     "PLATFORM_IMAGE": "cv-platform/platform:0.2.0",
+    "RAY_WORKERS": "2",
+    "RAY_WORKER_CPUS": "1",
     "GPU_IMAGE": "cv-platform/platform:0.2.0-gpu",
     "SERVICE_IMAGE": "cv-platform/service:0.2.0",
     "NOTEBOOK_IMAGE": "cv-platform/notebook:0.2.0",

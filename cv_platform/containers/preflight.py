@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import socket
@@ -37,6 +38,8 @@ PROFILE_OF_PORT = {
 }
 """Whose page a port is; nginx publishes it with its profile off too."""
 GPU_PROFILE = "gpu"
+CONCURRENT_RUNS = 2
+"""Of docker/dagster/dagster-ray.yaml."""
 _RAY_PROFILE = "ray"
 _GPU_CODE_HOST = "dagster-code-gpu"
 _IMAGE_OF_PROFILE = {"notebook": "NOTEBOOK_IMAGE", GPU_PROFILE: "GPU_IMAGE"}
@@ -261,6 +264,14 @@ def run_job_problems(values: Mapping[str, str]) -> list[str]:
         problems.append(f"RUN_JOBS: expected the profile {_RAY_PROFILE} in COMPOSE_PROFILES. Received: none. Add it.")
     if values.get("RUN_CONTAINERS"):
         problems.append("RUN_JOBS: expected one kind of runs. Received: RUN_CONTAINERS, too. Empty one of them.")
+    counts = [engine.setting(values, name) for name in ("RAY_WORKERS", "RAY_WORKER_CPUS")]
+    cores = math.prod(int(count) if count.isdecimal() else 0 for count in counts)
+    if values.get("CV_COMPUTE") == "ray" and cores <= CONCURRENT_RUNS:
+        problems.append(
+            f"RAY_WORKERS × RAY_WORKER_CPUS: expected more cores than the {CONCURRENT_RUNS} runs that Dagster starts "
+            "at a time, as each job holds one while it waits for its shards. Received: "
+            f"{' × '.join(counts)}. Raise RAY_WORKERS, or set CV_COMPUTE=local."
+        )
     return problems
 
 

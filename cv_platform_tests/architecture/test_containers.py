@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from cv_platform.compute.engine import ATTEMPTS
+from cv_platform.containers import preflight
 from cv_platform.containers.databases import OWNERS
 from cv_platform.containers.engine import DEFAULTS, RESTORED_VOLUMES
 from cv_platform.containers.engine import ONE_SHOTS as TOLD_ONE_SHOTS
@@ -489,6 +490,7 @@ def test_runs_as_jobs_of_ray_change_the_launcher_and_nothing_else() -> None:
     runs = yaml.safe_load((DOCKER / "dagster" / "dagster-ray.yaml").read_text())
     assert runs.pop("run_launcher")["class"] == "RayRunLauncher"
     assert runs == stack
+    assert runs["concurrency"]["runs"]["max_concurrent_runs"] == preflight.CONCURRENT_RUNS
 
 
 def test_one_variable_each_chooses_the_launcher_for_all_that_start_runs_or_are_started() -> None:

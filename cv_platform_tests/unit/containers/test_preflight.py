@@ -290,6 +290,8 @@ def test_run_containers_need_the_socket_and_its_group(tmp_path: Path) -> None:
         ({"RUN_JOBS": "yes", "COMPOSE_PROFILES": "ray"}, ["expected 1, or nothing. Received: 'yes'"]),
         ({"RUN_JOBS": "1"}, ["expected the profile ray in COMPOSE_PROFILES"]),
         ({"RUN_JOBS": "1", "COMPOSE_PROFILES": "ray", "RUN_CONTAINERS": "1"}, ["expected one kind of runs"]),
+        ({"RUN_JOBS": "1", "COMPOSE_PROFILES": "ray", "CV_COMPUTE": "ray"}, ["expected more cores than the 2 runs"]),
+        ({"RUN_JOBS": "1", "COMPOSE_PROFILES": "ray", "CV_COMPUTE": "ray", "RAY_WORKERS": "3"}, []),
     ],
 )
 def test_runs_as_jobs_need_the_ray_cluster_and_no_other_launcher(values: dict[str, str], problems: list[str]) -> None:
