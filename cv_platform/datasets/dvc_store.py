@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -84,7 +85,8 @@ def push_images(versions: Iterable[StoredVersion], *, repository: Path, url: str
     sent = 0
     with (
         exclusive(repository.parent / f".{repository.name}.lock"),
-        scratch_directory(repository.parent, repository.name) as scratch,
+        # A name of its own: an import that was killed goes on in its folder.
+        scratch_directory(repository.parent, f"{repository.name}.sending") as scratch,
     ):
         for version in versions:
             dvc_file = scratch / DVC_FILE
@@ -121,7 +123,8 @@ def listed_files(version: StoredVersion, *, repository: Path) -> dict[str, str]:
     Raises:
         DatasetError: DVC's cache has no listing of the version.
     """
-    with scratch_directory(repository.parent, repository.name) as scratch, _dvc_in(scratch, repository) as repo:
+    # Not beside the repository: an import may be at work there, whose lock this is not worth.
+    with TemporaryDirectory() as scratch, _dvc_in(Path(scratch), repository) as repo:
         cache = Path((repo.cache.local if is_exact(version) else repo.cache.legacy).path)
     try:
         return _listing(version, cache)

@@ -85,3 +85,19 @@ def test_a_file_that_dvc_does_not_track_is_named(tmp_path: Path) -> None:
     assert [len(place.digest) for place in stored.places] == [16, 16]
     with pytest.raises(InvalidDatasetError, match=r"expected DVC to track cat/x\.png"):
         origin.files(["images/cat/0.png", "images/cat/x.png"])
+
+
+def test_an_import_that_is_at_work_or_was_killed_keeps_its_folder(tmp_path: Path) -> None:
+    version = check_out(tmp_path)
+    copied = tmp_path / "home" / "datasets" / ".pets.scratch-work" / "images" / "1.png"
+    copied.parent.mkdir(parents=True)
+    copied.write_bytes(b"an image")
+    find_origin(
+        version.directory,
+        version.provenance,
+        seen_by=version.manifest_path,
+        engine=Apart(version.directory),
+        sharing=sharing(tmp_path),
+    )
+    assert copied.read_bytes() == b"an image"
+    assert not list(copied.parents[2].glob(".pets.sending.*"))
