@@ -372,7 +372,7 @@ class _Answers:
         return _Answers(self.own[rows], self.top[rows], self.contradicts[rows], self.classes)
 
     def wrong_label_chances(self) -> NDArray[np.float64] | None:
-        confident = max(MIN_IMAGES, int(CONFIDENT_SHARE * len(self.top)))
+        confident = min(len(self.top), max(MIN_IMAGES, int(CONFIDENT_SHARE * len(self.top))))
         least = np.partition(self.top, -confident)[-confident]
         surer = self.top > least
         tied = np.flatnonzero(self.top == least)[: confident - np.count_nonzero(surer)]

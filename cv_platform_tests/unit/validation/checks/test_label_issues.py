@@ -157,6 +157,20 @@ def test_chances_of_a_wrong_label_by_hand():
     np.testing.assert_allclose(chances[:8], 0.0, atol=0.05)
 
 
+def test_of_nine_images_all_count_as_the_most_confident() -> None:
+    # One of nine contradicts: e = 0.15. At 0.2 the true class is at 0.05 / 0.7 = 1 / 14.
+    second = np.array([0.2] * 8 + [0.5])
+    chances = wrong_label_chances(np.array([0] * 7 + [1, 0]), np.stack([1.0 - second, second], axis=1))
+    assert chances is not None
+    np.testing.assert_allclose(chances[7:], [1 - 0.85 * 5 / 14, 0.15], atol=1e-9)
+
+
+def test_judges_a_dozen_images_of_which_three_are_there_twice() -> None:
+    points, hashes = _clusters(6, clusters=2), list("012345678678")
+    points[9:] = points[6:9]
+    assert probe_labels(_sample(points, _labels(6, "ab"), hashes), "ab", "multi-class").judged == 12
+
+
 def test_labels_that_contradict_everywhere_are_not_judged():
     second = np.array([0.1] * 50)
     assert wrong_label_chances(np.array([0, 1] * 25), np.stack([1.0 - second, second], axis=1)) is None
