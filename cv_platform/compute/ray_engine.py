@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import platform
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,7 +94,7 @@ class RayEngine:
         try:
             while True:
                 while (taken := turns.take()) is not None:
-                    # By its name, Ray says which one it tries again, and its dashboard which are at work.
+                    # By its name Ray's dashboard says which are at work.
                     at_work[task.options(name=taken[1].name).remote(shared, taken[1], packages)] = taken
                 if not at_work:
                     return
@@ -368,6 +369,10 @@ def _work(
     log, heard = logging.getLogger("cv_platform"), _Heard(logging.WARNING)
     log.addHandler(heard)
     try:
+        ray: Any = sys.modules["ray"]
+        # No public name has it; a cluster with another Ray is refused.
+        if ended := ray._private.worker.global_worker.core_worker.get_current_task_attempt_number():
+            logger.warning("%s is tried again, after the end of a process that worked on it (%d)", shard.name, ended)
         return *answer(function, shard), heard.said
     finally:
         log.removeHandler(heard)

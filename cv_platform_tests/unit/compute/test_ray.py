@@ -144,11 +144,15 @@ def test_a_shard_that_rays_memory_monitor_ends_is_given_up() -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_killed_worker_costs_its_shard_alone(ray: RayEngine, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_its_shard_alone(
+    ray: RayEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     work = [Noted((number,), tmp_path, dies=number == 3) for number in range(8)]
     assert [result for _, result in map_shards(noted, work, engine=ray, title="Noting", total=8)] == [1] * 8
     counts = [len(list(tmp_path.glob(f"{number}-*"))) for number in range(8)]
     assert counts == [1, 1, 1, 2, 1, 1, 1, 1]
+    (said,) = caplog.messages
+    assert said == "A worker of Ray: numbers from 3 is tried again, after the end of a process that worked on it (1)"
 
 
 @pytest.mark.ray
