@@ -60,8 +60,8 @@ def map_shards(
 
     A shard whose process dies is tried again. One that kills it each time does not keep the others from being done: it
     is named at the end, or saved as far as `salvage` says. One that kills this process, where it works alone, is left
-    to others from the next call on. An error that `function` raises ends the work at once, unless it is one that passes
-    by itself.
+    to others from the next call on, with all that follow. An error that `function` raises ends the work at once, unless
+    it is one that passes by itself.
 
     Args:
         function: of a module, so that another process finds it by its name; it has to bear being called twice.
@@ -83,15 +83,12 @@ def map_shards(
         shards = iter(shards)
         # Where nobody else is to be asked at all, as with a GPU, others could not do it any better.
         tries = Tries(engine.notes if alone_seconds < math.inf else None, title)
-        if deaths := tries.deaths():
-            named = ", ".join(deaths[:_SHOWN])
-            logger.warning("%s: a process that worked alone has died at %s: now others do all of it", title, named)
-        elif (worth_seconds := max(alone_seconds, engine.worth_seconds)) > 0:
+        if (worth_seconds := max(alone_seconds, engine.worth_seconds)) > 0:
             with tries.noted(shards) as noted:
                 for shard, result in alone(function, noted, worth_seconds=worth_seconds, total=total):
                     progress.add(shard.images)
                     yield shard, result
-        if not (first := list(islice(shards, 1))):
+        if not (first := tries.left or list(islice(shards, 1))):
             return  # And no cluster is started.
         for outcome in engine.run(function, chain(first, shards), in_order=in_order):
             if outcome.failure is None:

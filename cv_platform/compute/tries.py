@@ -11,9 +11,10 @@ import logging
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from cv_platform.compute.engine import S
 from cv_platform.files import exclusive, is_locked
@@ -30,14 +31,19 @@ class Tries:
     Args:
         folder: of the notes; None: nothing is noted.
         title: of the work.
+
+    Attributes:
+        left: the shard that `noted` has taken and left to others, if any.
     """
 
     def __init__(self, folder: Path | None, title: str) -> None:
         self._folder, self._title = folder, title
-        self._deaths: dict[str, list[Path]] = {}
+        self._deaths = self._find_deaths()
+        self.left: list[Any] = []
 
-    def deaths(self) -> list[str]:
-        """Returns the names of the shards at which processes have died that worked alone."""
+    def _find_deaths(self) -> dict[str, list[Path]]:
+        """Returns the notes of the dead by the names of the shards at which they have died, working alone."""
+        deaths: dict[str, list[Path]] = {}
         for path in self._folder.glob(f"{escape(self._title)}.*") if self._folder else ():
             try:
                 is_old = time.time() - path.stat().st_mtime > _KEPT_SECONDS
@@ -46,22 +52,31 @@ class Tries:
                 if is_old:
                     path.unlink()
                 elif name := path.read_text(encoding="utf-8"):  # Nothing, of one who has not begun yet.
-                    self._deaths.setdefault(name, []).append(path)
+                    deaths.setdefault(name, []).append(path)
             except OSError:  # Somebody else has removed it meanwhile.
                 continue
-        return sorted(self._deaths)
+        return deaths
 
     @contextmanager
     def noted(self, shards: Iterable[S]) -> Iterator[Iterator[S]]:
-        """Yields what yields the shards, and notes each before; with the block the note goes."""
+        """Yields what yields the shards up to one at which somebody has died, and notes each before.
+
+        That one is in `left`, all after it in `shards`. With the block the note goes.
+        """
         with ExitStack() as until_then:
             path = self._note(until_then)
             yield self._noting(path, shards)
 
     def _noting(self, path: Path | None, shards: Iterable[S]) -> Iterator[S]:
         for shard in shards:  # Others go on with them: never `yield from`, by whose end they would be closed.
+            if shard.name in self._deaths:
+                what = "%s: a process that worked alone has died at %s: now others do it, and all that follow"
+                logger.warning(what, self._title, shard.name)
+                self.left = [shard]
+                return
             if path is not None:
-                path.write_text(shard.name, encoding="utf-8")
+                with suppress(OSError):  # A full disk, say: the work need not write there.
+                    path.write_text(shard.name, encoding="utf-8")
             yield shard
 
     def _note(self, until_then: ExitStack) -> Path | None:
@@ -73,6 +88,8 @@ class Tries:
             until_then.enter_context(exclusive(path))
         except OSError as err:
             logger.warning("Expected to note in %s what is worked on. Received: %s. Correct its rights", path, err)
+            with suppress(OSError):
+                path.unlink()  # Where locks are refused, it has been made.
             return None
         until_then.callback(path.unlink, missing_ok=True)
         return path

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -140,10 +141,15 @@ def test_a_shard_that_has_killed_who_worked_alone_is_left_to_other_processes(
     assert done == [2, 10, 18] * 2
 
 
+def work_beside(notes: Path, title: str = "Counting") -> list[bool]:
+    """Returns of each of four shards whether this process has worked on it."""
+    made = map_shards(process_id, shards(4), engine=LocalEngine(2, notes=notes), title=title, total=8)
+    return [process == os.getpid() for _, process in made]
+
+
 def test_a_death_is_forgotten_that_was_not_the_shards_doing(tmp_path: Path) -> None:
-    def work(title: str) -> set[bool]:
-        made = map_shards(process_id, shards(4), engine=LocalEngine(2, notes=tmp_path), title=title, total=8)
-        return {process == os.getpid() for _, process in made}
+    def work(title: str) -> list[bool]:
+        return work_beside(tmp_path, title)
 
     def leave(name: str, days: int = 0) -> Path:
         note = tmp_path / f"Counting.{name}"
@@ -153,20 +159,38 @@ def test_a_death_is_forgotten_that_was_not_the_shards_doing(tmp_path: Path) -> N
         return note
 
     died = leave("numbers from 2")
-    assert work("Countings") == {True}, "another work"
-    assert work("Counting") == {False}
+    assert work("Countings") == [True] * 4, "another work"
+    assert work("Counting") == [True, False, False, False]
     assert not died.exists(), "others have lived through that shard"
-    assert work("Counting") == {True}
+    assert work("Counting") == [True] * 4
     gone = leave("numbers from 99", days=29)
-    assert work("Counting") == {False}
+    assert work("Counting") == [True] * 4, "a death at other data"
     assert gone.exists(), "nobody has worked on that shard"
     leave("numbers from 99", days=31)
-    assert work("Counting") == {True}
+    assert work("Counting") == [True] * 4
+    assert not gone.exists()
     with exclusive(leave("numbers from 4")):
-        assert work("Counting") == {True}, "of a process that lives"
+        assert work("Counting") == [True] * 4, "of a process that lives"
     (tmp_path / "Counting.numbers from 4").unlink()
     with pytest.raises(InvalidDatasetError):
         list(map_shards(doubled, [Numbers((9,))], engine=LocalEngine(notes=tmp_path), title="Doubling", total=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_does_not_end_the_work(tmp_path: Path) -> None:
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # No file may have a byte.
+    script = full + ALONE.replace("shards(4)", "shards(3)")
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path), "1"], capture_output=True, timeout=100)
+    assert (run.returncode, run.stdout) == (0, b"[2, 10, 18]\n"), run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_locks_are_refused_no_notes_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    assert work_beside(tmp_path) == [True] * 4
     assert list(tmp_path.iterdir()) == []
 
 
