@@ -127,6 +127,7 @@ class ObjectStore:
 
     def read_parts(self, parts: Sequence[tuple[str, int | None, int | None]]) -> list[bytes]:
         """Returns the bytes of parts of files, all asked for at once: path, start and end; None: from end to end."""
+        self._fs.invalidate_cache()  # As of `sizes`, since when others may have sent some.
         paths, starts, ends = (list(values) for values in zip(*parts, strict=True))
         return self._fs.cat_ranges(paths, starts, ends, on_error="raise")
 

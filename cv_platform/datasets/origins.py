@@ -124,7 +124,7 @@ class Files:
                     if place.digest and digest(data).digest() != place.digest:
                         raise InvalidDatasetError(
                             f"Expected {path} in {store.url}/{place.object} as it was sent there. Received: other "
-                            "bytes. Remove that file and try again: it is sent anew."
+                            "bytes. Remove that file there, and materialise again: it is sent anew."
                         )
                     yield data
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +31,8 @@ from cv_platform.datasets.stand_ins.tars import TarIndexes
 from cv_platform.errors import ComputeError, CvPlatformError, DatasetError, InvalidDatasetError, StorageError
 from cv_platform.object_store import ObjectStore
 from cv_platform.records import Provenance
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "images"
 VERSIONS = "versions"
@@ -93,8 +97,14 @@ def find_origin(
             "they all reach, such as s3://bucket/prefix, and give each node what that needs."
         )
     # A chain such as simplecache::s3://bucket names its storage last.
-    remote = store.path(FOLDER, provenance.ds_name)
-    remote = remote if store.is_local else store.url_of(remote).rpartition("::")[2]
+    folder = store.path(FOLDER, provenance.ds_name)
+    remote = folder if store.is_local else store.url_of(folder).rpartition("::")[2]
+    with store.errors("look at the images that are there"):
+        if listed.is_broken_in(store.sizes(folder)):
+            logger.warning(
+                "%s has lost images of %s %s: they are sent again", sharing.url, provenance.ds_name, version.tag
+            )
+            store.remove(f"{folder}/{listing_name(version)}")
     push_images([version], repository=sharing.repository, url=remote)
     return Origin(directory, functools.partial(_stored, url, Proof.of(seen_by), listed))
 
@@ -146,6 +156,12 @@ class _Listed:
         self._paths = pa.array([path for path, _ in of_files], pa.large_binary())
         self._md5 = pa.array([md5 for _, md5 in of_files], pa.binary(16))
 
+    def is_broken_in(self, there: Collection[str]) -> bool:
+        """Tells whether the remote has the version's listing, and not all that it lists."""
+        return listing_name(self._version) in there and any(
+            object_name(md5.as_py().hex(), exact=self._exact) not in there for md5 in self._md5
+        )
+
     def places(self, paths: Sequence[str]) -> list[Place]:
         """Returns where files are, by their paths in the check-out.
 
@@ -190,7 +206,7 @@ class Unneeded:
     Attributes:
         ds_name: of the dataset.
         bytes: of the files.
-        files: their paths, relative to the dataset's folder; notes come last, so that a killed deletion is seen again.
+        files: their paths, relative to the dataset's folder.
         is_all: there is nothing else.
     """
 
@@ -200,7 +216,7 @@ class Unneeded:
     is_all: bool
 
     def remove(self, url: str) -> None:
-        """Deletes them. Who needs one by now sends it again, when it has waited for it in vain.
+        """Deletes them. Who needs one by now waits for it in vain, and sends it again in the next stage, or run.
 
         Raises:
             StorageError: central storage cannot be reached or written.
@@ -208,12 +224,16 @@ class Unneeded:
         store = ObjectStore(url)
         folder = store.path(FOLDER, self.ds_name)
         with store.errors(f"remove images of {self.ds_name}"):
+            # A listing that outlived what it lists would keep DVC from sending that again.
+            for _, names in groupby(sorted(self.files, key=_turn), key=_turn):
+                store.remove_files([f"{folder}/{name}" for name in names])
             if self.is_all:
                 store.remove(folder)
-                return
-            for is_note in (False, True):
-                chosen = (name for name in self.files if name.startswith(f"{VERSIONS}/") == is_note)
-                store.remove_files([f"{folder}/{name}" for name in chosen])
+
+
+def _turn(name: str) -> int:
+    """Returns when a file's turn to be deleted is: listings, objects, and notes, so that a killed deletion is seen again."""
+    return 2 if name.startswith(f"{VERSIONS}/") else int(not name.endswith(".dir"))
 
 
 def find_unneeded(url: str, is_needed: Callable[[str, datetime], bool]) -> list[Unneeded]:

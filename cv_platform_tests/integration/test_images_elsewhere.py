@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from cv_platform.encoders import embeddings
 from cv_platform.errors import ComputeError, StorageError
 from cv_platform.files import file_sha256, write_file
 from cv_platform.maintenance.garbage import Garbage, collect, find_garbage
+from cv_platform.object_store import ObjectStore
 from cv_platform.records import DatasetVersion
 from cv_platform.settings import Settings
 from cv_platform_tests.support.blind_node import blind_cluster
@@ -172,7 +173,9 @@ def test_central_storage_that_is_away_for_a_moment_is_waited_for(
     assert (engine.missed, len(read_manifest(made.manifest_path))) == (1, 41)
 
 
-def test_garbage_collection_removes_the_images_that_no_version_needs(storage: str, tmp_path: Path) -> None:
+def test_garbage_collection_removes_the_images_that_no_version_needs(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "home"
     settings = Settings.from_environment({"CV_HOME": str(home), "CV_STORAGE": storage})
     made = dict[str, DatasetVersion]()
@@ -208,10 +211,33 @@ def test_garbage_collection_removes_the_images_that_no_version_needs(storage: st
     files.pipe_file(listing, content)
     assert collect(settings, garbage(later))
     assert stored_files(storage) == []
-    again = checkout_version(
-        dataset(tag="v2.0.0", split_seed=1), model(), home=home, engine=Apart(home), shared_in=storage
-    )
-    assert len(read_manifest(again.manifest_path)) == 12
+
+    def images(seed: int) -> int:
+        """Returns how many images somebody describes who needs what was removed."""
+        wanted = dataset(tag="v2.0.0", split_seed=seed)
+        again = checkout_version(wanted, model(), home=home, engine=Apart(home), shared_in=storage)
+        return len(read_manifest(again.manifest_path))
+
+    assert images(1) == 12
+    one_of_them = hashlib.md5(picture(106)).hexdigest()
+    for seed, lost in enumerate((f"files/md5/{one_of_them[:2]}/{one_of_them[2:]}", f"versions/{new}.json"), 2):
+        files.rm(f"{root}/images/pets/{lost}")
+        assert images(seed) == 12
+        assert set(stored_files(storage)) == set(before) - gone
+
+    class KilledError(BaseException):
+        """Ends a process that has deleted a file."""
+
+    def remove_one(store: ObjectStore, paths: Sequence[str]) -> None:
+        remove(store, paths[:1])
+        raise KilledError
+
+    remove = ObjectStore.remove_files
+    with monkeypatch.context() as patched, pytest.raises(KilledError):
+        patched.setattr(ObjectStore, "remove_files", remove_one)
+        collect(settings, garbage(later))
+    assert set(before) - gone - set(stored_files(storage)) == {listing.removeprefix(f"{root}/images/pets/")}
+    assert images(4) == 12
 
 
 def test_what_says_which_images_are_used_and_is_unreadable_is_named(storage: str, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -101,3 +103,30 @@ def test_an_import_that_is_at_work_or_was_killed_keeps_its_folder(tmp_path: Path
     )
     assert copied.read_bytes() == b"an image"
     assert not list(copied.parents[2].glob(".pets.sending.*"))
+
+
+def test_what_central_storage_has_lost_is_sent_again(tmp_path: Path) -> None:
+    version, apart = check_out(tmp_path), Apart(tmp_path / "home")
+
+    def read() -> list[bytes]:
+        origin = find_origin(
+            version.directory,
+            version.provenance,
+            seen_by=version.manifest_path,
+            engine=apart,
+            sharing=sharing(tmp_path),
+        )
+        (outcome,) = apart.run(list, [origin.files(["images/cat/0.png", "images/dog/1.png"])], in_order=True)
+        return cast("list[bytes]", outcome.result)
+
+    sent = read()
+    objects = tmp_path / "central" / "images" / "pets" / "files" / "md5"
+    name = hashlib.md5(sent[1]).hexdigest()
+    (objects / name[:2] / name[2:]).unlink()
+    assert read() == sent
+    assert (objects / name[:2] / name[2:]).read_bytes() == sent[1]
+    listing = next(objects.glob("*/*.dir")).stat()
+    assert read() == sent
+    assert next(objects.glob("*/*.dir")).stat().st_mtime_ns == listing.st_mtime_ns, (
+        "where all is there, nothing is sent"
+    )
