@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 32
 """Objects, or parts of tars, that are asked for together."""
 _MOST_BYTES = 16 * 2**20
-"""Of tars that are read together."""
+"""Of what is read together, but for one file that is larger."""
 _GAP_BYTES = 4096
 """Between two images of a tar that are read in one go: its headers take 1,024, of long names some more."""
 
@@ -34,12 +34,14 @@ class Place(NamedTuple):
         digest: md5 of an object, sha256 of a part of one; empty: nobody has noted it.
         start: of the part, in bytes; None: the file is the whole object.
         end: behind the part.
+        size: of a whole object, in bytes; 0: nobody has noted it.
     """
 
     object: str
     digest: bytes
     start: int | None = None
     end: int | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _read_together(places: Sequence[Place]) -> Iterator[list[list[Place]]]:
     """Yields the runs that are read at a time, each of files that lie one behind the other in a tar, or of one file."""
     runs, size, last = list[list[Place]](), 0, Place("", b"")
     for place in places:
-        length = 0 if place.start is None or place.end is None else place.end - place.start
+        length = place.size if place.start is None or place.end is None else place.end - place.start
         if runs and (len(runs) == _AT_ONCE or size + length > _MOST_BYTES):
             yield runs
             runs, size, last = [], 0, Place("", b"")

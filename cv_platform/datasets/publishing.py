@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class _Listed:
                 f"{expected} {version.tag} was imported with --link, so that DVC has no copy to send them. Put "
                 f"{directory} and the folder of its images at the same paths of all of them, or import it without."
             )
-        self._version, self._exact = version, is_exact(version)
+        self._version, self._directory, self._exact = version, directory, is_exact(version)
         self._tars = TarIndexes(directory, version=version.tag)
         self._of_tars = {name: md5 for name, md5 in listing.items() if name.endswith(".tar")}
         of_files = sorted((name.encode(errors="surrogateescape"), bytes.fromhex(md5)) for name, md5 in listing.items())
@@ -193,8 +194,13 @@ class _Listed:
                 f"{self._version.tag}: expected DVC to track {missing[0]}. Received: its listing is without it. "
                 "Materialise the dataset again."
             )
+        folder = f"{self._directory}/{self._version.data_path}"
         return {
-            path: Place(object_name(md5.hex(), exact=self._exact), md5 if self._exact else b"")
+            path: Place(
+                object_name(md5.hex(), exact=self._exact),
+                md5 if self._exact else b"",
+                size=os.stat(f"{folder}/{path}").st_size,  # noqa: PTH116  # As in `origins`.
+            )
             for path, md5 in found.items()
         }
 
@@ -232,7 +238,7 @@ class Unneeded:
 
 
 def _turn(name: str) -> int:
-    """Returns when a file's turn to be deleted is: listings, objects, and notes, so that a killed deletion is seen again."""
+    """Returns when a file is deleted: listings, objects, and notes, so that a killed deletion is seen again."""
     return 2 if name.startswith(f"{VERSIONS}/") else int(not name.endswith(".dir"))
 
 

@@ -85,6 +85,8 @@ def test_a_file_that_dvc_does_not_track_is_named(tmp_path: Path) -> None:
     stored = origin.files(["images/dog/3.png", "images/cat/0.png"]).stored
     assert stored is not None
     assert [len(place.digest) for place in stored.places] == [16, 16]
+    sizes = [(version.directory / "images" / name).stat().st_size for name in ("dog/3.png", "cat/0.png")]
+    assert [place.size for place in stored.places] == sizes
     with pytest.raises(InvalidDatasetError, match=r"expected DVC to track cat/x\.png"):
         origin.files(["images/cat/0.png", "images/cat/x.png"])
 
