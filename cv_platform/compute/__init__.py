@@ -17,7 +17,7 @@ from contextlib import closing
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from cv_platform.compute.engine import Engine, Outcome, R, S, Salvage, alone
+from cv_platform.compute.engine import TASK_BYTES, Engine, Outcome, R, S, Salvage, alone
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import Progress
 from cv_platform.compute.tries import Tries
@@ -55,6 +55,7 @@ def map_shards(
     in_order: bool = True,
     salvage: Salvage[S, R] | None = None,
     alone_seconds: float = 0.0,
+    task_bytes: int = TASK_BYTES,
 ) -> Iterator[tuple[S, R]]:
     """Yields each shard with what `function` returns of it; no more wait here than a few for each worker.
 
@@ -73,11 +74,15 @@ def map_shards(
         salvage: what becomes of the rest of a shard that kills its process.
         alone_seconds: of work, from which others are worth asking where each has to load a network first. Until this
             process has so much left, or `engine.worth_seconds` if that is more, it works alone; 0: the engine says.
+        task_bytes: memory of a process; `local` starts no more than this machine has it for. Ray's tasks ask for
+            `TASK_BYTES` in any case.
 
     Raises:
         ShardError: shards have killed each process that worked on them; all others are done.
     """
     engine = engine or LocalEngine()
+    if isinstance(engine, LocalEngine):
+        engine = engine.with_memory(task_bytes)
     with closing(Progress(title, total)) as progress:
         lost: list[str] = []
         shards = iter(shards)

@@ -31,7 +31,9 @@ ATTEMPTS = 3
 AHEAD = 3
 """Shards for each worker that are given out, or wait for their turn."""
 TASK_BYTES = 2**30
-"""Memory of a process that works on shards: TensorFlow with a network takes 0.8 GB, a decoded photograph 0.1."""
+"""Memory of a process that works on shards by a network: with TensorFlow it takes 0.8 GB."""
+DECODING_BYTES = 2**28
+"""Memory of one that decodes images, and loads no network: a photograph takes 0.1 GB."""
 _PASSING = (StorageError, DatabaseUnavailableError, LockHeldError, ServiceError, ConnectionError, TimeoutError)
 _LASTING = (BundleExistsError, BundleNotFoundError, CorruptBundleError)
 """Of these, what no waiting mends."""

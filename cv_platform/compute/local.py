@@ -8,6 +8,7 @@ of processes is done by this one. https://docs.python.org/3/library/multiprocess
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import DEVNULL, Popen
-from typing import Any
+from typing import Any, Self
 
 from cv_platform.compute.engine import AHEAD, ATTEMPTS, TASK_BYTES, Outcome, R, S, Turns
 from cv_platform.cores import available_cores, free_memory_bytes
@@ -46,7 +47,7 @@ class LocalEngine:
     """Works on shards in processes of this machine.
 
     Args:
-        workers: how many; None: as many as there are cores that this process may use, with 1 GiB of memory for each.
+        workers: how many; None: as many as there are cores that this process may use, with memory for each.
         worth_seconds: work that this process would do in less is done by it; 0: none is, as where a shard may kill it.
         notes: see `Engine.notes`.
     """
@@ -55,8 +56,18 @@ class LocalEngine:
         self, workers: int | None = None, *, worth_seconds: float | None = None, notes: Path | None = None
     ) -> None:
         self.notes = notes
-        self.workers = _fitting() if workers is None else workers
-        worth_seconds = WORTH_SECONDS if worth_seconds is None else worth_seconds
+        self._asked = workers, WORTH_SECONDS if worth_seconds is None else worth_seconds
+        self._fit(TASK_BYTES)
+
+    def with_memory(self, task_bytes: int) -> Self:
+        """Returns one whose processes take so much memory each."""
+        fitted = copy.copy(self)
+        fitted._fit(task_bytes)
+        return fitted
+
+    def _fit(self, task_bytes: int) -> None:
+        workers, worth_seconds = self._asked
+        self.workers = _fitting(task_bytes) if workers is None else workers
         self.worth_seconds = math.inf if worth_seconds > 0 and self.workers == 1 else worth_seconds
 
     def ask(self, question: Callable[[], R]) -> dict[str, R]:
@@ -69,13 +80,13 @@ class LocalEngine:
         yield from _Crew(function, turns, self.workers).outcomes()
 
 
-def _fitting() -> int:
+def _fitting(task_bytes: int) -> int:
     """Returns how many processes this machine bears besides what runs on it, at least one."""
     cores, free = available_cores(), free_memory_bytes()
-    if free is None or free >= cores * TASK_BYTES:
+    if free is None or free >= cores * task_bytes:
         return cores
-    logger.info("%d MB of memory are free, of %d for each of %d processes", free // 10**6, TASK_BYTES // 10**6, cores)
-    return max(1, free // TASK_BYTES)
+    logger.info("%d MB of memory are free, of %d for each of %d processes", free // 10**6, task_bytes // 10**6, cores)
+    return max(1, free // task_bytes)
 
 
 @dataclass

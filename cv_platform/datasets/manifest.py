@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Engine
+from cv_platform.compute.engine import DECODING_BYTES, Engine
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA, ONE_BY_ONE, Part, describe
 from cv_platform.datasets.near_copies import THUMBNAIL_PX, find_near_copies
@@ -145,7 +145,15 @@ def _rows(
         )
         for part in listed.to_batches(_IMAGES_PER_PART)
     )
-    done = map_shards(describe, parts, engine=engine, title="Manifest", total=len(listed), salvage=ONE_BY_ONE)
+    done = map_shards(
+        describe,
+        parts,
+        engine=engine,
+        title="Manifest",
+        total=len(listed),
+        salvage=ONE_BY_ONE,
+        task_bytes=DECODING_BYTES,
+    )
     while tables := [table for _, table in islice(done, _PARTS_PER_GROUP)]:
         yield pa.concat_tables(tables).combine_chunks()
 

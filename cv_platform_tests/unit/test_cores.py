@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from cv_platform.compute import local
+from cv_platform.compute import engine as engines
+from cv_platform.compute import local, map_shards
 from cv_platform.compute.blas import one_blas_thread
+from cv_platform.compute.engine import DECODING_BYTES, TASK_BYTES
 from cv_platform.compute.local import LocalEngine
 from cv_platform.cores import available_cores, free_memory_bytes
+from cv_platform_tests.unit.compute.tasks import process_id, shards
 
 
 @pytest.mark.parametrize(("text", "cores"), [("100000 100000", 1), ("150000 100000", 1), ("50000 100000", 1)])
@@ -64,6 +69,20 @@ def test_there_are_as_many_processes_as_cores_and_memory_allow(
     monkeypatch.setattr(local, "free_memory_bytes", lambda: free)
     assert LocalEngine().workers == workers
     assert LocalEngine(7).workers == 7
+
+
+def test_what_loads_no_network_gets_more_processes_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "available_cores", lambda: 4)
+    monkeypatch.setattr(local, "free_memory_bytes", lambda: 3 * DECODING_BYTES)
+    engine = LocalEngine()
+    assert (engine.workers, engine.worth_seconds) == (1, math.inf)
+    lighter = engine.with_memory(DECODING_BYTES)
+    assert (lighter.workers, lighter.worth_seconds) == (3, local.WORTH_SECONDS)
+    assert LocalEngine(7).with_memory(DECODING_BYTES).workers == 7
+    monkeypatch.setattr(engines, "_TRIAL_SECONDS", 0.0)
+    for task_bytes, apart in ((TASK_BYTES, False), (DECODING_BYTES, True)):
+        made = map_shards(process_id, shards(3), engine=None, title="Counting", total=10**9, task_bytes=task_bytes)
+        assert any(process != os.getpid() for _, process in made) == apart
 
 
 def test_products_of_matrices_stay_in_one_thread_for_a_while() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Engine
+from cv_platform.compute.engine import DECODING_BYTES, Engine
 from cv_platform.compute.sight import Proof
 from cv_platform.datasets.origins import Files, Origin
 from cv_platform.datasets.shards.pixels import Encoding, PackForm, read_pixels, stored
@@ -148,7 +148,15 @@ def write_shards(
     if total:
         with _seen_by(folder) as seen_by:
             todo = _plans(folder, origin, splits, without=frozenset(finished), seen_by=seen_by)
-            made = map_shards(write_shard, todo, engine=engine, title="Packing", total=total, in_order=False)
+            made = map_shards(
+                write_shard,
+                todo,
+                engine=engine,
+                title="Packing",
+                total=total,
+                in_order=False,
+                task_bytes=DECODING_BYTES,
+            )
             finished |= {plan.name: _written(plan, *of_plan) for plan, of_plan in made}
     return {rows.split: [finished[name] for name in rows.shards()] for rows in splits}
 

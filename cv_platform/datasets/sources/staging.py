@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Salvage, span
+from cv_platform.compute.engine import DECODING_BYTES, Salvage, span
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import watched
 from cv_platform.datasets.sources.entries import ImageEntry
@@ -105,8 +105,15 @@ class Staging:
             join=lambda _: None,
             lost=_refuse,
         )
-        engine, title = LocalEngine(worth_seconds=0), "Images converted"
-        for _ in map_shards(convert, shards, engine=engine, title=title, total=total, salvage=salvage):
+        for _ in map_shards(
+            convert,
+            shards,
+            engine=LocalEngine(worth_seconds=0),
+            title="Images converted",
+            total=total,
+            salvage=salvage,
+            task_bytes=DECODING_BYTES,
+        ):
             pass
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cv_platform import images
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Salvage, span
+from cv_platform.compute.engine import DECODING_BYTES, Salvage, span
 from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo
 from cv_platform.errors import ImageError, InvalidDatasetError
@@ -145,8 +145,15 @@ def images_among(root: Path, paths: Sequence[str]) -> set[str]:
     for chosen, engine in ((others, LocalEngine()), (photos, LocalEngine(worth_seconds=0))):
         starts = range(0, len(chosen), _SHARD_FILES)
         shards = (FileShard(root, tuple(chosen[start : start + _SHARD_FILES])) for start in starts)
-        title, total = "Images looked at", len(chosen)
-        for shard, is_one in map_shards(are_images, shards, engine=engine, title=title, total=total, salvage=salvage):
+        for shard, is_one in map_shards(
+            are_images,
+            shards,
+            engine=engine,
+            title="Images looked at",
+            total=len(chosen),
+            salvage=salvage,
+            task_bytes=DECODING_BYTES,
+        ):
             found.update(compress(shard.paths, is_one))
     return found
 
