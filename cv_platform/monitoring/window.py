@@ -177,6 +177,9 @@ def window_bounds(monitor: MonitorConfig, now: datetime) -> WindowBounds:
 def monitored_since(experiments: Iterable[ExperimentConfig], now: datetime) -> dict[str, datetime]:
     """Returns by experiment where the window begins that its monitor judges now, or its schedule at its next tick.
 
+    After missed ticks that window begins where the last one ended, which is not held: else a schedule that is stopped
+    would keep uploads from being deleted for good.
+
     Raises:
         ConfigError: see `window_bounds`.
     """

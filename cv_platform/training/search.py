@@ -104,6 +104,7 @@ def _run_trials(search: Search, config: ExperimentConfig, engine: Engine | None)
     outcomes: Iterable[tuple[Proposal, tuple[str, Any]]] = ((one, work(one)) for one in proposals)
     if isinstance(engine, RayEngine):
         single = engine.one_each()
+        # A proposal counts as one image, so that none is ever divided.
         salvage: Salvage[Proposal, tuple[str, Any]] = Salvage(
             divide=lambda one: [one], join=lambda found: found[0], lost=lambda one, why: ("FAIL", f"it {why}")
         )
