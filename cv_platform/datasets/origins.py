@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cv_platform.compute.sight import Proof
-from cv_platform.errors import InvalidDatasetError
+from cv_platform.errors import InvalidDatasetError, StorageError
 
 if TYPE_CHECKING:
     from cv_platform.object_store import ObjectStore
@@ -70,7 +70,7 @@ class Files:
 
     Raises:
         InvalidDatasetError: (while they are read) one is not there, or central storage has another one in its place.
-        StorageError: (while they are read) central storage cannot be reached.
+        StorageError: (while they are read) the check-out is away, or central storage cannot be reached.
     """
 
     directory: Path
@@ -87,11 +87,18 @@ class Files:
                 with open(f"{self.directory}/{path}", "rb", buffering=0) as file:  # noqa: PTH123
                     data = file.readall()
                 yield data
-        except OSError as err:
-            raise InvalidDatasetError(
-                "Expected the images of the dataset as they were listed. "
-                f"Received: {err}. Materialise the dataset again."
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as err:
+            if self.directory.is_dir():
+                raise InvalidDatasetError(
+                    "Expected the images of the dataset as they were listed. "
+                    f"Received: {err}. Materialise the dataset again."
+                ) from err
+            raise StorageError(
+                f"Expected the dataset's images in {self.directory}. Received: no such folder. Mount it, if it is "
+                "away; else materialise the dataset again."
             ) from err
+        except OSError as err:
+            raise StorageError(f"Cannot read images of the dataset: {err}. Look at the disk, or the share.") from err
 
     def only(self, at: int) -> Files:
         """Returns one of them."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from cv_platform.compute import engine as compute
 from cv_platform.compute.sight import Proof, blind_machines
 from cv_platform.datasets import origins
 from cv_platform.datasets.origins import Files, Place, Stored
 from cv_platform.errors import InvalidDatasetError, StorageError
 from cv_platform_tests.support.elsewhere import Apart, Elsewhere
+from cv_platform_tests.support.waiting import wait_until
 
 
 def test_a_file_of_the_same_size_and_another_end_is_no_proof(tmp_path: Path) -> None:
@@ -87,3 +91,30 @@ def test_other_bytes_in_central_storage_are_refused(tmp_path: Path, is_tar: bool
 def test_what_central_storage_does_not_have_is_its_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"Cannot read images of the dataset at .*/central: .*Check CV_STORAGE"):
         list(stored(tmp_path, Place("nowhere", b"")))
+
+
+def test_a_check_out_that_is_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compute, "_WAITS_SECONDS", (0.1,) * 600)
+    checkout, away = tmp_path / "checkout", tmp_path / "away"
+    checkout.mkdir()
+    (checkout / "a.png").write_bytes(b"a")
+    part = Part(Files(checkout, ("a.png",)))
+    checkout.rename(away)
+
+    def come_back() -> None:
+        wait_until(lambda: f"images in {checkout}. Received: no such folder. Mount it" in caplog.text)
+        away.rename(checkout)
+
+    returning = threading.Thread(target=come_back)
+    returning.start()
+    assert compute.call(lambda shard: list(shard.files), part) == [b"a"]
+    returning.join()
+
+
+@dataclass(frozen=True)
+class Part:
+    files: Files
+    name: str = "a.png"
+    images: int = 1
