@@ -441,7 +441,11 @@ def home_here(home: Path) -> Path:
     Raises:
         ConfigError: the environment is wrong.
     """
-    return home if home.is_dir() else Settings.from_environment().home
+    try:
+        is_here = home.is_dir()
+    except OSError:  # Another user's folder.
+        is_here = False
+    return home if is_here else Settings.from_environment().home
 
 
 def overlooked_home() -> Path | None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import Any, Self
 
+from cv_platform.compute.carried import files_in_place
 from cv_platform.compute.engine import AHEAD, ATTEMPTS, TASK_BYTES, Outcome, R, S, Turns
 from cv_platform.cores import available_cores, free_memory_bytes
 from cv_platform.errors import ComputeError
@@ -106,7 +107,8 @@ class _Worker:
             self.process = Popen(arguments, pass_fds=[theirs.fileno()], stdin=DEVNULL)
         self.is_ready = False
         self.task: _Task | None = None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # Seen when it is waited for.
+        # What is suppressed is seen when it is waited for.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError), files_in_place():
             self.connection.send(sys.path)
             self.connection.send(function)
 

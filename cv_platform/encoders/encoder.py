@@ -86,8 +86,8 @@ class Encoder:
     features: int
     _run: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     sample_bits: int | None = None
-    _source: tuple[EncoderConfig, Path, int | None, Path] | None = None
-    """What `open_encoder` was given, and the ONNX file that it has made of it, or found."""
+    _source: tuple[EncoderConfig, Path, int | None, CarriedFile | None] | None = None
+    """What `open_encoder` was given, and of a file of one's own the ONNX file that it has made of it, or found."""
 
     def pixels(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Returns `(input_px, input_px, 3)` uint8 RGB of an image file's bytes.
@@ -113,8 +113,7 @@ class Encoder:
         """Lets another process open it anew, once; a file of one's own goes along, as that process may not see it."""
         if self._source is None:
             raise TypeError("Expected an encoder of open_encoder, which other processes can open.")
-        config, home, sample_bits, graph = self._source
-        return _opened_once, (config, home, sample_bits, CarriedFile.of(graph) if config.file else None)
+        return _opened_once, self._source
 
 
 def open_encoder(config: EncoderConfig, home: Path, sample_bits: int | None = None) -> Encoder:
@@ -145,14 +144,19 @@ def open_encoder(config: EncoderConfig, home: Path, sample_bits: int | None = No
     return _opened(graph, config, home, sample_bits)
 
 
-@functools.cache
+_kept: dict[Any, Encoder] = {}
+
+
 def _opened_once(config: EncoderConfig, home: Path, sample_bits: int | None, carried: CarriedFile | None) -> Encoder:
-    if carried is None:
-        return open_encoder(config, home_here(home), sample_bits)
-    # Where it lies, if that is seen here: what it refers to lies beside it.
-    seen = CarriedFile.of(carried.path)
-    with (seen if seen == carried else carried).open_path() as graph:
-        return _opened(graph, config, home, sample_bits)
+    # Without the bytes, of which a session has its own copy.
+    key = config, home, sample_bits, carried and (carried.path, carried.sha256)
+    if key not in _kept:
+        if carried is None or carried.content is None:
+            _kept[key] = open_encoder(config, home_here(home), sample_bits)
+        else:
+            with carried.open_path() as graph:
+                _kept[key] = _opened(graph, config, home, sample_bits)
+    return _kept[key]
 
 
 def _identity(config: EncoderConfig) -> list[Any]:
@@ -254,7 +258,8 @@ def _opened(path: Path, config: EncoderConfig, home: Path, sample_bits: int | No
     if sample_bits is not None:  # Vectors that there were before there was a choice keep their key.
         identity = [*identity, {"sample_bits": sample_bits}]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return Encoder(key, config.input_px, probe.shape[1], run, sample_bits, (config, home, sample_bits, path))
+    source = config, home, sample_bits, CarriedFile.of(path) if config.file else None
+    return Encoder(key, config.input_px, probe.shape[1], run, sample_bits, source)
 
 
 def _prepared(config: EncoderConfig) -> Callable[[NDArray[np.uint8]], NDArray[Any]]:

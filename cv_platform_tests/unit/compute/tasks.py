@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cv_platform.compute.carried import CarriedFile
 from cv_platform.errors import InvalidDatasetError, StorageError
 
 
@@ -42,6 +43,11 @@ def doubled(shard: Numbers) -> list[int]:
 
 def process_id(_: Numbers) -> int:
     return os.getpid()
+
+
+def carried_bytes(file: CarriedFile, _: Numbers) -> int | None:
+    """Returns how many bytes have come with the work; None: the file lies at its path."""
+    return None if file.content is None else len(file.content)
 
 
 def tensorflow_threads(_: Numbers) -> str | None:

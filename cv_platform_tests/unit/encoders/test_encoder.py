@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import pickle
@@ -13,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from cv_platform.compute.carried import CarriedFile
 from cv_platform.config import EncoderConfig
 from cv_platform.encoders.efficientnet_lite import keras_feature_map, write_onnx
 from cv_platform.encoders.encoder import BATCH_IMAGES, PRETRAINED, Encoder, open_encoder, pretrained_weights
@@ -109,6 +111,9 @@ def test_another_machine_opens_a_file_of_ones_own_that_it_does_not_see(tmp_path:
     assert opened.key == encoder.key
     np.testing.assert_allclose(opened.embed(images), encoder.embed(images), rtol=1e-5, atol=1e-6)
     assert not here.exists()
+    assert pickle.loads(sent) is opened
+    kept = [one for one in gc.get_objects() if isinstance(one, CarriedFile)]
+    assert [one.content for one in kept if one.path.is_relative_to(here)] == [None]
 
 
 @pytest.mark.parametrize("images", [noise(1, 32), noise(1, 64).astype(np.float32), noise(1, 64)[0]])
