@@ -29,7 +29,7 @@ from cv_platform.datasets.origins import Origin, Place, Stored
 from cv_platform.datasets.repository import StoredVersion, read_version
 from cv_platform.datasets.stand_ins.links import LINKED_FILES
 from cv_platform.datasets.stand_ins.tars import TarIndexes
-from cv_platform.errors import ComputeError, CvPlatformError, DatasetError, InvalidDatasetError, StorageError
+from cv_platform.errors import ComputeError, CorruptBundleError, CvPlatformError, DatasetError, InvalidDatasetError
 from cv_platform.object_store import ObjectStore
 from cv_platform.records import Provenance
 
@@ -242,34 +242,47 @@ def _turn(name: str) -> int:
     return 2 if name.startswith(f"{VERSIONS}/") else int(not name.endswith(".dir"))
 
 
-def find_unneeded(url: str, is_needed: Callable[[str, datetime], bool]) -> list[Unneeded]:
+def find_unneeded(url: str, is_needed: Callable[[str, datetime], bool]) -> tuple[list[Unneeded], list[str]]:
     """Lists what central storage has of images that no version needs: nothing of a dataset that is being sent.
 
     Args:
         url: of central storage.
         is_needed: tells of a version, by its md5 and when its images were last used, whether they stay.
 
+    Returns:
+        What is not needed; and of which datasets nobody can tell, as what is said of a version is unreadable.
+
     Raises:
-        StorageError: central storage cannot be reached, or what it says of a version is unreadable.
+        StorageError: central storage cannot be reached.
     """
-    store, found = ObjectStore(url), list[Unneeded]()
+    store, found, unreadable = ObjectStore(url), list[Unneeded](), list[str]()
     with store.errors("list the images"):
         for ds_name in store.names(store.path(FOLDER), "directory"):
-            folder = store.path(FOLDER, ds_name)
-            sizes = store.sizes(folder)
-            needed = set[str]()
-            for note in [name for name in sizes if name.startswith(f"{VERSIONS}/")]:
-                listing, used_utc = _read_note(store, f"{folder}/{note}")
-                if is_needed(Path(note).stem, used_utc):
-                    needed |= {note, listing}
-                    if listing in sizes:  # Which DVC sends last.
-                        needed |= _objects(store, f"{folder}/{listing}")
-                    elif datetime.now(UTC) - used_utc < _SENDING:
-                        needed |= sizes.keys()
+            sizes = store.sizes(store.path(FOLDER, ds_name))
+            try:
+                needed = _needed(store, ds_name, sizes, is_needed)
+            except InvalidDatasetError as err:
+                unreadable.append(f"images of {ds_name} in central storage: {err}")
+                continue
             if files := tuple(name for name in sizes if name not in needed):
                 size = sum(sizes[name] for name in files)
                 found.append(Unneeded(ds_name, size, files, is_all=len(files) == len(sizes)))
-    return found
+    return found, unreadable
+
+
+def _needed(
+    store: ObjectStore, ds_name: str, there: Collection[str], is_needed: Callable[[str, datetime], bool]
+) -> set[str]:
+    folder, needed = store.path(FOLDER, ds_name), set[str]()
+    for note in [name for name in there if name.startswith(f"{VERSIONS}/")]:
+        listing, used_utc = _read_note(store, f"{folder}/{note}")
+        if is_needed(Path(note).stem, used_utc):
+            needed |= {note, listing}
+            if listing in there:  # Which DVC sends last.
+                needed |= _objects(store, f"{folder}/{listing}")
+            elif datetime.now(UTC) - used_utc < _SENDING:
+                needed |= set(there)
+    return needed
 
 
 def _read_note(store: ObjectStore, path: str) -> tuple[str, datetime]:
@@ -277,8 +290,8 @@ def _read_note(store: ObjectStore, path: str) -> tuple[str, datetime]:
     try:
         note = json.loads(store.read(path) or "")
         return str(note["listing"]), datetime.fromisoformat(note["used_utc"]).astimezone(UTC)
-    except (ValueError, KeyError, TypeError) as err:
-        raise StorageError(
+    except (CorruptBundleError, ValueError, KeyError, TypeError) as err:
+        raise InvalidDatasetError(
             f"{path} in {store.url}: expected what the images of a version are. Received: {err!r}. Remove it: whoever "
             "needs them sends them again."
         ) from err
@@ -289,8 +302,8 @@ def _objects(store: ObjectStore, listing: str) -> set[str]:
     exact = listing.rsplit("/", 2)[0].endswith("/files/md5")
     try:
         found = [str(entry["md5"]) for entry in json.loads(store.read(listing) or "")]
-    except (ValueError, KeyError, TypeError) as err:
-        raise StorageError(
+    except (CorruptBundleError, ValueError, KeyError, TypeError) as err:
+        raise InvalidDatasetError(
             f"{listing} in {store.url}: expected DVC's listing of a version. Received: {err!r}. Remove it: whoever "
             "needs it sends it again."
         ) from err

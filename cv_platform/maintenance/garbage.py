@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cv_platform.audit import AuditLog, Note, this_user
-from cv_platform.datasets.publishing import find_unneeded
+from cv_platform.datasets.publishing import Unneeded, find_unneeded
 from cv_platform.errors import LockHeldError
 from cv_platform.files import exclusive
 from cv_platform.maintenance.backup import maintenance_lock
@@ -104,7 +104,9 @@ def find_garbage(settings: Settings, *, unfinished_runs: Sequence[str], now: flo
         )
     else:
         items += [*search.data(), *search.records(), *search.trainings(), *search.bundles(), *search.bentos()]
-        items += search.sent_images()
+        sent, unreadable = search.sent_images()
+        items += sent
+        kept += unreadable
         if search.artifacts is not None:
             items += search.mlflow_artifacts(search.artifacts)
         else:
@@ -233,19 +235,26 @@ class _Search:
                         functools.partial(_delete_bundle, self._storage, model, version),
                     )
 
-    def sent_images(self) -> Iterator[Item]:
-        """Images in central storage of versions that no record names, and that no installation has used for long."""
+    def sent_images(self) -> tuple[list[Item], list[str]]:
+        """Images in central storage of versions that no record names, and that no installation has used for long.
+
+        Returns:
+            Them; and of which datasets nobody can tell, with the reason.
+        """
 
         def is_needed(dvc_md5: str, used_utc: datetime) -> bool:
             return used_utc.timestamp() >= self._oldest_kept or self._in_use.names(dvc_md5)
 
-        for found in find_unneeded(self._storage.url, is_needed):
-            yield Item(
+        def item(found: Unneeded) -> Item:
+            return Item(
                 f"images of {found.ds_name} in central storage",
                 found.bytes,
                 "sent to nodes, of versions that no record names",
                 functools.partial(_remove_sent, self._storage.url, found.ds_name, is_needed),
             )
+
+        unneeded, unreadable = find_unneeded(self._storage.url, is_needed)
+        return [item(found) for found in unneeded], unreadable
 
     def bentos(self) -> Iterator[Item]:
         for parent in sorted((self._home / "bentoml" / "bentos").glob("*")):
@@ -298,7 +307,7 @@ def _delete_bundle(storage: CentralStorage, model: str, version: str) -> bool:
 
 
 def _remove_sent(url: str, ds_name: str, is_needed: Callable[[str, datetime], bool]) -> bool:
-    for found in find_unneeded(url, is_needed):  # Again: by now another host may have sent some.
+    for found in find_unneeded(url, is_needed)[0]:  # Again: by now another host may have sent some.
         if found.ds_name == ds_name:
             found.remove(url)
     return True

@@ -29,7 +29,7 @@ from cv_platform.datasets.shards import writing
 from cv_platform.datasets.stand_ins import tars
 from cv_platform.datasets.versions import checkout_version, list_tags
 from cv_platform.encoders import embeddings
-from cv_platform.errors import ComputeError, StorageError
+from cv_platform.errors import ComputeError
 from cv_platform.files import file_sha256, write_file
 from cv_platform.maintenance.garbage import Garbage, collect, find_garbage
 from cv_platform.object_store import ObjectStore
@@ -241,11 +241,20 @@ def test_garbage_collection_removes_the_images_that_no_version_needs(
     assert images(4) == 12
 
 
-def test_what_says_which_images_are_used_and_is_unreadable_is_named(storage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"{}", b"\xff"])
+def test_a_dataset_of_which_nobody_can_tell_what_is_used_stays_and_is_named(
+    storage: str, content: bytes, tmp_path: Path
+) -> None:
     files, root = url_to_fs(storage)
-    note = f"{root}/images/pets/versions/{'0' * 32}.json"
-    files.makedirs(note.rsplit("/", 1)[0], exist_ok=True)
-    files.pipe_file(note, b"{}")
+    old = {"listing": "files/md5/00/00.dir", "used_utc": "2000-01-01T00:00:00+00:00"}
+    for ds_name, note in (("birds", content), ("pets", json.dumps(old).encode())):
+        path = f"{root}/images/{ds_name}/versions/{'0' * 32}.json"
+        files.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        files.pipe_file(path, note)
     settings = Settings.from_environment({"CV_HOME": str(tmp_path / "home"), "CV_STORAGE": storage})
-    with pytest.raises(StorageError, match=r"0\.json in .*: expected what the images of a version are"):
-        find_garbage(settings, unfinished_runs=())
+    garbage = find_garbage(settings, unfinished_runs=())
+    assert [line for line in garbage.kept if "images of birds in central storage: " in line and "0.json" in line]
+    assert [item.name for item in collect(settings, garbage)] == ["images of pets in central storage"]
+    assert [path.removeprefix(f"{root}/images/") for path in files.find(f"{root}/images")] == [
+        f"birds/versions/{'0' * 32}.json"
+    ]
