@@ -117,8 +117,9 @@ def _sharing(run: AssetRun) -> "Sharing | None":
     from cv_platform.datasets.publishing import Sharing
     from cv_platform.datasets.versions import repository_directory
 
-    repository = repository_directory(run.config.dataset, home=run.settings.home)
-    return Sharing(run.shared_in, repository) if run.shared_in else None
+    if not run.shared_in:
+        return None
+    return Sharing(run.shared_in, repository_directory(run.config.dataset, home=run.settings.home))
 
 
 def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:

@@ -136,7 +136,8 @@ def write_shards(
         ShardError: see `compute.map_shards`.
         OSError: the disk is full, say.
     """
-    finished = {plan.name: shard for plan in _plans(folder, None, splits) if (shard := _sealed(plan))}
+    unread = Origin(origin.directory)  # Nobody has to find where else the images of finished shards are.
+    finished = {plan.name: shard for plan in _plans(folder, unread, splits) if (shard := _sealed(plan))}
     if finished:
         planned = sum(len(rows.shards()) for rows in splits)
         logger.info("%d of %d shards were finished by a packing that was killed", len(finished), planned)
@@ -219,7 +220,7 @@ def remove_seals(folder: Path) -> None:
 
 def _plans(
     folder: Path,
-    origin: Origin | None,
+    origin: Origin,
     splits: Sequence[Rows],
     *,
     without: Collection[str] = frozenset(),
@@ -231,8 +232,7 @@ def _plans(
             if name not in without:
                 part = rows.images.slice(start, rows.per_shard)
                 paths, sha256 = (tuple(part[column].to_pylist()) for column in ("path", "sha256"))
-                files = origin.files(paths) if origin else Files(folder, ())
-                yield Plan(folder, name, files, sha256, rows.form, rows.encoding, seen_by)
+                yield Plan(folder, name, origin.files(paths), sha256, rows.form, rows.encoding, seen_by)
 
 
 def _sealed(plan: Plan) -> Shard | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -118,8 +118,8 @@ def test_what_central_storage_has_lost_is_sent_again(tmp_path: Path) -> None:
             engine=apart,
             sharing=sharing(tmp_path),
         )
-        (outcome,) = apart.run(list, [origin.files(["images/cat/0.png", "images/dog/1.png"])], in_order=True)
-        return cast("list[bytes]", outcome.result)
+        files = origin.files(["images/cat/0.png", "images/dog/1.png"])
+        return apart.ask(partial(list[bytes], files))["apart"]
 
     sent = read()
     objects = tmp_path / "central" / "images" / "pets" / "files" / "md5"
