@@ -136,6 +136,13 @@ def _stored(url: str, proof: Proof, listed: _Listed, paths: Sequence[str]) -> St
     return Stored(url, proof, tuple(listed.places(paths)))
 
 
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116  # As in `origins`.
+    except OSError:  # It is read from central storage all the same.
+        return 0
+
+
 def _as_bytes(value: pa.Scalar) -> bytes:
     return value.as_py()
 
@@ -199,7 +206,7 @@ class _Listed:
             path: Place(
                 object_name(md5.hex(), exact=self._exact),
                 md5 if self._exact else b"",
-                size=os.stat(f"{folder}/{path}").st_size,  # noqa: PTH116  # As in `origins`.
+                size=_size(f"{folder}/{path}"),
             )
             for path, md5 in found.items()
         }

@@ -87,6 +87,12 @@ def test_a_file_that_dvc_does_not_track_is_named(tmp_path: Path) -> None:
     assert [len(place.digest) for place in stored.places] == [16, 16]
     sizes = [(version.directory / "images" / name).stat().st_size for name in ("dog/3.png", "cat/0.png")]
     assert [place.size for place in stored.places] == sizes
+    removed = version.directory / "images" / "dog" / "3.png"
+    removed.parent.chmod(0o700)
+    removed.unlink()
+    of_removed = origin.files(["images/dog/3.png"]).stored
+    assert of_removed is not None
+    assert [place.size for place in of_removed.places] == [0]
     with pytest.raises(InvalidDatasetError, match=r"expected DVC to track cat/x\.png"):
         origin.files(["images/cat/0.png", "images/cat/x.png"])
 
