@@ -98,7 +98,7 @@ def map_shards(
         for outcome in engine.run(function, chain(first, shards), in_order=in_order):
             if outcome.failure is None:
                 result = outcome.result
-                tries.survived(outcome.shard.name)
+                tries.survived(outcome.shard)
             elif salvage is not None:
                 logger.warning("%s: %s %s; its images are tried one by one", title, outcome.shard.name, outcome.failure)
                 result = salvage.join(

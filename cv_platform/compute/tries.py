@@ -16,7 +16,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from cv_platform.compute.engine import S
+from cv_platform.compute.engine import S, Shard
 from cv_platform.files import exclusive, is_locked
 
 logger = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ class Tries:
 
     def _noting(self, path: Path | None, shards: Iterable[S]) -> Iterator[S]:
         for shard in shards:  # Others go on with them: never `yield from`, by whose end they would be closed.
-            if shard.name in self._deaths:
+            if _told(shard) in self._deaths:
                 what = "%s: a process that worked alone has died at %s: now others do it, and all that follow"
                 logger.warning(what, self._title, shard.name)
                 self.left = [shard]
                 return
             if path is not None:
                 with suppress(OSError):  # A full disk, say: the work need not write there.
-                    path.write_text(shard.name, encoding="utf-8")
+                    path.write_text(_told(shard), encoding="utf-8")
             yield shard
 
     def _note(self, until_then: ExitStack) -> Path | None:
@@ -94,7 +94,12 @@ class Tries:
         until_then.callback(path.unlink, missing_ok=True)
         return path
 
-    def survived(self, name: str) -> None:
+    def survived(self, shard: Shard) -> None:
         """Forgets deaths at a shard that others have lived through: they had another reason."""
-        for path in self._deaths.pop(name, ()):
+        for path in self._deaths.pop(_told(shard), ()) if self._deaths else ():
             path.unlink(missing_ok=True)
+
+
+def _told(shard: Shard) -> str:
+    """Returns what tells a shard from those of other data: its contents, where it has a name for them."""
+    return str(getattr(shard, "contents", shard.name))

@@ -21,7 +21,7 @@ import yaml
 
 from cv_platform.datasets.repository import DATA_FOLDER, DVC_FILE, StoredVersion
 from cv_platform.errors import DatasetError, DatasetNotFoundError, InvalidDatasetError
-from cv_platform.files import exclusive, scratch_directory
+from cv_platform.files import exclusive
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -85,9 +85,9 @@ def push_images(versions: Iterable[StoredVersion], *, repository: Path, url: str
     sent = 0
     with (
         exclusive(repository.parent / f".{repository.name}.lock"),
-        # A name of its own: an import that was killed goes on in its folder.
-        scratch_directory(repository.parent, f"{repository.name}.sending") as scratch,
+        TemporaryDirectory() as folder,  # Not beside the repository: an import that was killed goes on there.
     ):
+        scratch = Path(folder)
         for version in versions:
             dvc_file = scratch / DVC_FILE
             dvc_file.write_text(version.dvc_file, encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Files:
                     data = file.readall()
                 yield data
         except (FileNotFoundError, NotADirectoryError, PermissionError) as err:
-            if self.directory.is_dir():
+            if os.path.isdir(self.directory):  # noqa: PTH112 -- A `Path` raises where its parents may not be seen.
                 raise InvalidDatasetError(
                     "Expected the images of the dataset as they were listed. "
                     f"Received: {err}. Materialise the dataset again."

@@ -240,7 +240,7 @@ class Unneeded:
             # A listing that outlived what it lists would keep DVC from sending that again.
             for _, names in groupby(sorted(self.files, key=_turn), key=_turn):
                 store.remove_files([f"{folder}/{name}" for name in names])
-            if self.is_all:
+            if self.is_all and not store.sizes(folder):  # Nobody has sent anything meanwhile.
                 store.remove(folder)
 
 
@@ -297,7 +297,7 @@ def _read_note(store: ObjectStore, path: str) -> tuple[str, datetime]:
     try:
         note = json.loads(store.read(path) or "")
         return str(note["listing"]), datetime.fromisoformat(note["used_utc"]).astimezone(UTC)
-    except (CorruptBundleError, ValueError, KeyError, TypeError) as err:
+    except (CorruptBundleError, ValueError, KeyError, TypeError, OverflowError) as err:
         raise InvalidDatasetError(
             f"{path} in {store.url}: expected what the images of a version are. Received: {err!r}. Remove it: whoever "
             "needs them sends them again."

@@ -258,7 +258,12 @@ def _opened(path: Path, config: EncoderConfig, home: Path, sample_bits: int | No
     if sample_bits is not None:  # Vectors that there were before there was a choice keep their key.
         identity = [*identity, {"sample_bits": sample_bits}]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    source = config, home, sample_bits, CarriedFile.of(path) if config.file else None
+    carried = None
+    if config.file and path == config.file.expanduser() and config.sha256:
+        carried = CarriedFile(path, config.sha256)
+    elif config.file:  # What it was converted to has a hash of its own.
+        carried = CarriedFile.of(path)
+    source = config, home, sample_bits, carried
     return Encoder(key, config.input_px, probe.shape[1], run, sample_bits, source)
 
 

@@ -25,6 +25,7 @@ def counted() -> None:
 @pytest.mark.parametrize("file", ["dagster.yaml", "docker/dagster/dagster.yaml"])
 def test_the_progress_of_other_processes_is_among_a_runs_events(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
     python_logs = yaml.safe_load((REPOSITORY / file).read_text())["python_logs"]
     with dg.instance_for_test(overrides={"python_logs": python_logs}) as instance:
         run = dg.materialize([counted], instance=instance)

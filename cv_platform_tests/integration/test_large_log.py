@@ -157,7 +157,7 @@ def test_labels_are_counted_from_the_statements_on_that_nobody_has_looked_at(
         assert _count_labels(large, "m", numbers[-11], numbers[-6], enough=10) == (9, 4, last, False)
         assert _count_labels(large, "m", last, last, enough=10) == (0, 0, last, False)
         assert _count_labels(large, "none", 3, 4, enough=10**6) == (0, 0, 3, False)
-    assert plans.sequential() & {"predictions"} == set(), plans
+    assert (plans.sequential() & {"predictions"}, plans.pages < 500) == (set(), True), plans
 
 
 def test_labels_are_counted_by_the_latest_statements_where_these_are_enough(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import DECODING_BYTES, Salvage, span
+from cv_platform.compute.engine import Salvage, span
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import watched
 from cv_platform.datasets.sources.entries import ImageEntry
@@ -112,7 +112,6 @@ class Staging:
             title="Images converted",
             total=total,
             salvage=salvage,
-            task_bytes=DECODING_BYTES,
         ):
             pass
 

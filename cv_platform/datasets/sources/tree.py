@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cv_platform import images
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import DECODING_BYTES, Salvage, span
+from cv_platform.compute.engine import DECODING_BYTES, TASK_BYTES, Salvage, span
 from cv_platform.compute.local import LocalEngine
 from cv_platform.datasets.sources.phone_photos import decodes, is_phone_photo
 from cv_platform.errors import ImageError, InvalidDatasetError
@@ -142,7 +142,8 @@ def images_among(root: Path, paths: Sequence[str]) -> set[str]:
     others = sorted(set(paths).difference(photos))
     found: set[str] = set()
     # A photograph that ends the process which decodes it must never be decoded by this one.
-    for chosen, engine in ((others, LocalEngine()), (photos, LocalEngine(worth_seconds=0))):
+    ways = (others, LocalEngine(), DECODING_BYTES), (photos, LocalEngine(worth_seconds=0), TASK_BYTES)
+    for chosen, engine, task_bytes in ways:
         starts = range(0, len(chosen), _SHARD_FILES)
         shards = (FileShard(root, tuple(chosen[start : start + _SHARD_FILES])) for start in starts)
         for shard, is_one in map_shards(
@@ -152,7 +153,7 @@ def images_among(root: Path, paths: Sequence[str]) -> set[str]:
             title="Images looked at",
             total=len(chosen),
             salvage=salvage,
-            task_bytes=DECODING_BYTES,
+            task_bytes=task_bytes,
         ):
             found.update(compress(shard.paths, is_one))
     return found

@@ -26,7 +26,7 @@ from cv_platform.validation.label_review import write_review_page
 from cv_platform.validation.sample import ImageSample
 
 FOLDS = 5
-DRAWS, FEW_IMAGES = 5, 10_000
+DRAWS, DRAWN_IMAGES = 5, 10_000
 """Of the folds, whose logits are averaged: of few images a single draw decides too much. Fewer of more than 2,000."""
 MIN_IMAGES = 10
 MIN_PER_CLASS = 5
@@ -271,13 +271,14 @@ def out_of_fold(
         calibrated_on: `(N,)`, the images whose labels are not in question; None: all of them.
 
     Returns:
-        `(N, C)` float64, of logits averaged over `DRAWS` of the folds: one temperature makes them fit the labels best.
+        `(N, C)` float64, of logits averaged over up to `DRAWS` of the folds: one temperature makes them fit the labels
+        best.
     """
     from scipy.optimize import minimize_scalar
     from scipy.special import log_softmax
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    draws = max(1, min(DRAWS, FEW_IMAGES // len(given)))
+    draws = max(1, min(DRAWS, DRAWN_IMAGES // len(given)))
     logits = np.full((len(given), int(given.max()) + 1), -30.0 * draws)
     for draw in range(draws):
         fold_of = even_folds(given, groups, seed=draw)

@@ -61,9 +61,12 @@ def test_another_users_folder_is_not_seen(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("CV_HOME", str(tmp_path / "own"))
     user = os.geteuid()
     (tmp_path / "closed").chmod(0)
-    if user == 0:  # Whom no rights of a folder keep out.
-        os.seteuid(NOBODY)
     try:
+        if user == 0:  # Whom no rights of a folder keep out.
+            try:
+                os.seteuid(NOBODY)
+            except OSError as err:
+                pytest.skip(f"root may not become another user here: {err}")
         assert CarriedFile.of(file) == CarriedFile(file, "")
         assert home_here(file.parent) == tmp_path / "own"
     finally:

