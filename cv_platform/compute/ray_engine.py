@@ -245,8 +245,9 @@ def _join(ray: Any, address: str | None, attempts: int = _STARTS) -> None:
     # A cluster of another Ray or Python is a RuntimeError, none at all a ConnectionError, a slow start an Exception.
     except Exception as err:
         ray.shutdown()
-        if address is None and attempts > 1:
-            logger.warning("Ray has not started, and is started again: %s", err)
+        # A head may fail to start what serves a client: https://github.com/ray-project/ray/issues/63202
+        if attempts > 1 and (address is None or isinstance(err, ConnectionAbortedError)):
+            logger.warning("Ray has not started, and is tried again: %s", err)
             return _join(ray, address, attempts - 1)
         where = f"a Ray cluster at {address}" if address else "Ray to start on this machine"
         raise ComputeError(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,24 @@ def test_without_ray_the_error_says_which_extra_has_it(monkeypatch: pytest.Monke
     settings = Settings.from_environment({"CV_COMPUTE": "ray"})
     with pytest.raises(ComputeError, match=r"pip install 'cv-platform\[ray\]', or set CV_COMPUTE=local"):
         open_engine(settings)
+
+
+def test_a_head_that_fails_to_start_what_serves_a_client_is_asked_again() -> None:
+    failures = [ConnectionAbortedError("Starting Ray client server failed."), ConnectionAbortedError("again")]
+    addresses: list[str] = []
+
+    def init(*, address: str, **_: Any) -> None:
+        addresses.append(address)
+        if failures:
+            raise failures.pop()
+
+    ray_like = SimpleNamespace(init=init, shutdown=lambda: None, __version__="2.60.0")
+    ray_engine._join(ray_like, "ray://head:10001")
+    assert addresses == 3 * ["ray://head:10001"]
+    failures += [RuntimeError("another Python")]
+    with pytest.raises(ComputeError, match="another Python"):
+        ray_engine._join(ray_like, "ray://head:10001")
+    assert len(addresses) == 4, "what does not pass is not tried again"
 
 
 def test_what_nodes_have_otherwise_is_named() -> None:
