@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cv_platform.compute.engine import Engine
 from cv_platform.datasets.importing import ImportRules, import_dataset
+from cv_platform.datasets.origins import Origin
 from cv_platform.datasets.publishing import Sharing, find_origin
 from cv_platform.datasets.repository import run_git
 from cv_platform.datasets.versions import checkout_version
@@ -30,16 +32,15 @@ def sharing(tmp_path: Path) -> Sharing:
     return Sharing(str(tmp_path / "central"), tmp_path / "home" / "datasets" / "pets")
 
 
+def origin_for(engine: Engine | None, version: DatasetVersion, tmp_path: Path) -> Origin:
+    seen_by, shared = version.manifest_path, sharing(tmp_path)
+    return find_origin(version.directory, version.provenance, seen_by=seen_by, engine=engine, sharing=shared)
+
+
 def test_nothing_is_sent_where_all_see_the_check_out(tmp_path: Path) -> None:
     version = check_out(tmp_path)
     for engine in (None, Elsewhere()):
-        origin = find_origin(
-            version.directory,
-            version.provenance,
-            seen_by=version.manifest_path,
-            engine=engine,
-            sharing=sharing(tmp_path),
-        )
+        origin = origin_for(engine, version, tmp_path)
         assert origin.files(["images/cat/0.png"]).stored is None
     assert not (tmp_path / "central").exists()
 
@@ -117,13 +118,7 @@ def test_what_central_storage_has_lost_is_sent_again(tmp_path: Path) -> None:
     version, apart = check_out(tmp_path), Apart(tmp_path / "home")
 
     def read() -> list[bytes]:
-        origin = find_origin(
-            version.directory,
-            version.provenance,
-            seen_by=version.manifest_path,
-            engine=apart,
-            sharing=sharing(tmp_path),
-        )
+        origin = origin_for(apart, version, tmp_path)
         files = origin.files(["images/cat/0.png", "images/dog/1.png"])
         return apart.ask(partial(list[bytes], files))["apart"]
 
