@@ -131,9 +131,8 @@ def _by_engines(
     class OneNode(RayEngine):
         """Gives tasks out, and has them wait, as `RayEngine` does, all on the first node."""
 
-        def _task(self, ray: Any) -> Any:
-            first = NodeAffinitySchedulingStrategy(cluster.head_node.node_id, soft=False)
-            return super()._task(ray).options(scheduling_strategy=first)
+        def _strategy(self) -> Any:
+            return NodeAffinitySchedulingStrategy(cluster.head_node.node_id, soft=False)
 
     observations: dict[str, list[Observation]] = {}
     with ray_nodes(2) as cluster:

@@ -110,8 +110,12 @@ class RayEngine:
     def _task(self, ray: Any) -> Any:
         sizes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
         memory = min(TASK_BYTES, max(sizes))  # More than any node has would never be there.
-        # Otherwise tasks wait for the first node, for seconds at times, while another one has nothing to do.
-        return ray.remote(num_cpus=1, memory=memory, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(_work)
+        kept = {"num_cpus": 1, "memory": memory, "max_retries": ATTEMPTS - 1}
+        return ray.remote(scheduling_strategy=self._strategy(), **kept)(_work)
+
+    def _strategy(self) -> Any:
+        """Returns where tasks go: else they wait for the first node, for seconds at times, while another one idles."""
+        return "SPREAD"
 
     def gpus_each(self, count: int) -> int:
         """Returns how many GPUs each of so many processes gets that work together: one, where the cluster has as many.
