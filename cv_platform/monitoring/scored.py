@@ -35,6 +35,7 @@ from cv_platform.monitoring.top_images import pictures_of_reference
 from cv_platform.monitoring.window import Window
 from cv_platform.predictions import BBSD_FEATS, FEATURES, PREDICTED_CLASS, PROPERTIES, UAE_FEATS
 from cv_platform.records import BatchDriftReport, ModelIdentity, PackedImages
+from cv_platform.scored_rows import read_answers, read_rows
 from cv_platform.storage import BundleMetadata, CentralStorage
 
 _VECTORS = {"bbsd": BBSD_FEATS, "features": FEATURES, "uae": UAE_FEATS, "properties": PROPERTIES}
@@ -136,15 +137,15 @@ def read_scores(scores: Path, monitor: MonitorConfig) -> tuple[Window, int]:
     """Returns the answered images of `scores.parquet` as `window.read_window` returns requests, and how many others.
 
     `monitor.max_samples` of them at most, drawn by `monitor.seed`, in the order of the file; each by its path, in the
-    column `prediction_id`. Row groups are read one after the other: of all rows, eight bytes stay.
+    column `prediction_id`. Row groups are read one after the other: of all rows, 13 bytes stay.
     """
     with pq.ParquetFile(scores) as file:
-        is_answered, digests = _facts(file)
-        rows = np.flatnonzero(is_answered)
-        first = rows[np.sort(np.unique(digests[rows], return_index=True)[1])]
+        answers = read_answers(file)
+        rows = np.flatnonzero(answers.is_there)
+        first = answers.first_of_copies(rows)
         judged = first if monitor.repeats == "once" else rows
         chosen = judged[seeded_rows(len(judged), monitor.max_samples, monitor.seed)]
-        table = _rows(file, chosen)
+        table = read_rows(file, chosen, ["path", "sha256", PREDICTED_CLASS, *_VECTORS.values()])
     sample, is_finite = None, np.zeros(0, np.bool_)
     if len(table):
         sample, is_finite = DriftSample.from_rows({name: _matrix(table, column) for name, column in _VECTORS.items()})
@@ -160,30 +161,7 @@ def read_scores(scores: Path, monitor: MonitorConfig) -> tuple[Window, int]:
         is_sampled=len(chosen) < len(judged),
         unusable=len(table) - int(is_finite.sum()),
     )
-    return window, len(is_answered) - len(rows)
-
-
-def _facts(file: pq.ParquetFile) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-    """Returns of each row whether it has an answer, and the first 64 bits of its sha256."""
-    parts = [(np.zeros(0, np.bool_), np.zeros(0, np.uint64))]
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=["sha256", "problem"])
-        digests = bytes.fromhex("".join((one or "0" * 64)[:16] for one in table["sha256"].to_pylist()))
-        parts.append((table["problem"].is_null().to_numpy(), np.frombuffer(digests, np.uint64)))
-    is_answered, digests = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return is_answered, digests
-
-
-def _rows(file: pq.ParquetFile, chosen: NDArray[np.intp]) -> pa.Table:
-    columns = ["path", "sha256", PREDICTED_CLASS, *_VECTORS.values()]
-    parts, start = list[pa.Table](), 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        inside = chosen[(chosen >= start) & (chosen < start + count)] - start
-        if len(inside) or not group:
-            parts.append(file.read_row_group(group, columns=columns).take(pa.array(inside, pa.int64())))
-        start += count
-    return pa.concat_tables(parts)
+    return window, len(answers.is_there) - len(rows)
 
 
 def _matrix(table: pa.Table, column: str) -> NDArray[np.float32]:
