@@ -143,7 +143,7 @@ bench-serving: setup ## The service against its targets (15 min; 36 on a slow ma
 	$(BIN)/python -m benchmarks $(if $(SHORT),serving-short,serving runtime)
 
 bench-scale: setup ## Shards by one core and by two, by processes and by Ray's two nodes; scoring beside a bare loop.
-	$(BIN)/python -m benchmarks scale --rounds 3
+	$(BIN)/python -m benchmarks scale stages --rounds 3
 
 bench-data: setup ## What is found in a dataset that was spoilt on purpose: make bench-data ARCHIVE=images.tar.gz (…/CLASS/image)
 	@test -n "$$ARCHIVE" || { echo "Expected ARCHIVE=a .tar.gz of images. Received: nothing."; exit 2; }

@@ -31,6 +31,7 @@ BENCHMARKS = {
     "exports": "benchmarks.bench_exports",
     "unknown": "benchmarks.bench_unknown",
     "scale": "benchmarks.bench_scale",
+    "stages": "benchmarks.bench_stages",
     "together": "benchmarks.bench_together",
     "log-rows": "benchmarks.bench_log_rows",
     "data-speed": "benchmarks.bench_data_speed",
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=_listed,
         default=(),
         help="of data-speed: stages,deepchecks,again,memory,rows; of input-pipeline: 32,224,training; of scale: "
-        "memory,bare,packing,embedding,scoring (default: all)",
+        "memory,bare,packing,embedding,scoring; of stages: the beginnings of their names (default: all)",
     )
     parser.add_argument("--budget", type=float, help="CPU seconds of a training (default: as each set has it)")
     parser.add_argument(

@@ -276,8 +276,8 @@ def _score(folder: Path, settings: Settings, version: str, photos: Path, engine:
     return score_images(str(photos), version, folder / "scores.parquet", settings=settings, engine=engine).computed
 
 
-def write_photos(folder: Path, count: int) -> None:
-    """Writes `count` JPEGs of about 77 KB: crops of scikit-learn's two photographs, each with noise of its own."""
+def write_photos(folder: Path, count: int, *, width_px: int = 468, height_px: int = 400) -> None:
+    """Writes `count` JPEGs, of about 77 KB: crops of scikit-learn's two photographs, each with noise of its own."""
     from sklearn.datasets import load_sample_images
 
     folder.mkdir(parents=True)
@@ -285,8 +285,8 @@ def write_photos(folder: Path, count: int) -> None:
     sources = list(load_sample_images().images)
     for number in range(count):
         source = sources[number % len(sources)]
-        top, left = (int(generator.integers(0, most)) for most in (427 - 400, 640 - 468))
-        crop = source[top : top + 400, left : left + 468].astype(np.int16)
+        top, left = (int(generator.integers(0, most)) for most in (428 - height_px, 641 - width_px))
+        crop = source[top : top + height_px, left : left + width_px].astype(np.int16)
         noisy = np.clip(crop + generator.integers(-6, 7, crop.shape), 0, 255).astype(np.uint8)
         _, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 90])
         (folder / f"{number:05}.jpg").write_bytes(data.tobytes())

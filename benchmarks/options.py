@@ -29,7 +29,7 @@ class Options:
     sets: tuple[str, ...]
     """Image sets to train on (training); none: all."""
     parts: tuple[str, ...]
-    """What to measure (data-speed, input-pipeline, scale); none: all."""
+    """What to measure (data-speed, input-pipeline, scale, stages); none: all."""
     budget: float | None
     """CPU seconds that a training may take (training); None: as each set has it."""
     images: tuple[int, ...]

@@ -146,9 +146,14 @@ def _kept_unless_empty(parts: Path) -> Iterator[None]:
             parts.rmdir()
 
 
+def batch_size(images: int) -> int:
+    """Returns how many of so many images are scored at a time, and begun anew when that is killed."""
+    return min(_MOST_IMAGES, max(_FEWEST_IMAGES, images // _BATCHES))
+
+
 def _batches(found: Found, metadata: BundleMetadata, schema: pa.Schema) -> Iterator[Batch]:
     """Yields the batches of a source, the same ones for the same files, the same model and the same columns."""
-    size = min(_MOST_IMAGES, max(_FEWEST_IMAGES, len(found.paths) // _BATCHES))
+    size = batch_size(len(found.paths))
     model = [metadata.model_name, metadata.version, sorted(metadata.checksums.items())]
     model += [HEAT_MAP] if HEAT_MAP in schema.names else []
     base = hashlib.sha256(json.dumps(model).encode())
