@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from cv_platform.errors import (
     BundleExistsError,
@@ -37,10 +37,12 @@ DECODING_BYTES = 2**28
 _PASSING = (StorageError, DatabaseUnavailableError, LockHeldError, ServiceError, ConnectionError, TimeoutError)
 _LASTING = (BundleExistsError, BundleNotFoundError, CorruptBundleError)
 """Of these, what no waiting mends."""
+_LASTING_CAUSES = (PermissionError, ValueError, KeyError, TypeError)
+"""Nor where one of these lies behind it: rights that are missing, or something unreadable that is there."""
 _TRIAL_SECONDS = 0.5
 """Of work after which this process knows how long the rest takes it."""
 _WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Before a shard is tried again whose storage is away: a minute together."""
+"""Before work is tried again whose storage is away: a minute together."""
 
 
 class Shard(Protocol):
@@ -64,6 +66,7 @@ def span(first: str, last: str) -> str:
 
 S = TypeVar("S", bound=Shard)
 R = TypeVar("R")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -199,13 +202,24 @@ def answer(function: Callable[[S], R], shard: S) -> tuple[Exception | None, R | 
 
 
 def call(function: Callable[[S], R], shard: S) -> R:
-    """Calls `function` on a shard, and again where storage or a server is away for up to a minute."""
+    """Calls `function` on a shard, patiently."""
+    return patiently(shard.name, function, shard)
+
+
+def patiently(what: str, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Returns what `work` returns, which is tried again where storage or a server is away, for up to a minute.
+
+    Args:
+        what: for the log.
+        work: has to bear being called twice.
+        *args, **kwargs: of `work`.
+    """
     for wait in _WAITS_SECONDS:
         try:
-            return function(shard)
-        except _LASTING:
-            raise
+            return work(*args, **kwargs)
         except _PASSING as err:
-            logger.warning("%s is tried again in %.0f s: %s", shard.name, wait, err)
+            if isinstance(err, _LASTING) or isinstance(err.__cause__, _LASTING_CAUSES):
+                raise
+            logger.warning("%s is tried again in %.0f s: %s", what, wait, err)
             time.sleep(wait)
-    return function(shard)
+    return work(*args, **kwargs)

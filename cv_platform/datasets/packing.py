@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cv_platform.compute.engine import Engine
+from cv_platform.compute.engine import Engine, patiently
 from cv_platform.config import DatasetConfig, ModelConfig
 from cv_platform.datasets.manifest import manifest_parts
 from cv_platform.datasets.manifest_rows import MANIFEST_SCHEMA
@@ -144,8 +144,8 @@ def pack_images(
     key = _key(version.manifest_path, model, forms, quarantined, encodings)
     directory = home.absolute() / "packed" / f"{version.provenance.dvc_md5}-{key}"
     with exclusive(directory.parent / f".{directory.name}.lock"):
-        facts = _intact(directory)
-        if not facts and sharing and take_pack(directory, sharing.url):
+        facts = patiently(f"The look at {key}", _intact, directory)
+        if not facts and sharing and patiently(f"The search for {key}", take_pack, directory, sharing.url):
             facts = _intact(directory)
         facts = facts or _pack(version, model, usable, (forms, encodings), directory, spare_bytes, engine, sharing)
         if sharing:

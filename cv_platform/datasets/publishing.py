@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cv_platform.compute.engine import Engine
+from cv_platform.compute.engine import Engine, patiently
 from cv_platform.compute.sight import Proof, blind_machines
 from cv_platform.datasets.dvc_store import is_exact, listed_files, listing_name, object_name, push_images
 from cv_platform.datasets.origins import Origin, Place, Stored
@@ -90,24 +90,36 @@ def find_origin(
         )
     listed = _Listed(version, directory, sharing.repository, expected)
     url, store = f"{sharing.url.rstrip('/')}/{FOLDER}/{provenance.ds_name}", ObjectStore(sharing.url)
-    note = _note_use(version, store, provenance.ds_name)
+    note = patiently(f"The note on {provenance}", _note_use, version, store, provenance.ds_name)
     answers = engine.ask(functools.partial(_unread, sharing.url, note))
     if unread := [f"{name}: {why}" for name in blind if (why := answers.get(name)) is not None]:
         raise ComputeError(
             f"{expected} Nor do all of them read central storage instead: {_named(unread)}. Set CV_STORAGE to what "
             "they all reach, such as s3://bucket/prefix, and give each node what that needs."
         )
+    patiently(f"The upload of {provenance}", _send, version, sharing.repository, listed, store, note)
+    return Origin(directory, functools.partial(_stored, url, Proof.of(seen_by), listed))
+
+
+def _send(version: StoredVersion, repository: Path, listed: _Listed, store: ObjectStore, note: str) -> None:
+    """Sends what central storage does not have of a version's images.
+
+    Raises:
+        StorageError: central storage cannot be reached or written.
+        DatasetError: DVC cannot send them, and it is not that.
+    """
     # A chain such as simplecache::s3://bucket names its storage last.
-    folder = store.path(FOLDER, provenance.ds_name)
+    folder = store.path(FOLDER, repository.name)
     remote = folder if store.is_local else store.url_of(folder).rpartition("::")[2]
     with store.errors("look at the images that are there"):
         if listed.is_broken_in(store.sizes(folder)):
-            logger.warning(
-                "%s has lost images of %s %s: they are sent again", sharing.url, provenance.ds_name, version.tag
-            )
+            logger.warning("%s has lost images of %s %s: they are sent again", store.url, repository.name, version.tag)
             store.remove(f"{folder}/{listing_name(version)}")
-    push_images([version], repository=sharing.repository, url=remote)
-    return Origin(directory, functools.partial(_stored, url, Proof.of(seen_by), listed))
+    try:
+        push_images([version], repository=repository, url=remote)
+    except DatasetError:
+        store.read(note)  # Where storage is away, this says so.
+        raise
 
 
 def _named(machines: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 
 from cv_platform.compute import open_engine
-from cv_platform.compute.engine import Engine
+from cv_platform.compute.engine import Engine, patiently
 from cv_platform.config import ExperimentConfig
 from cv_platform.defs.io_managers import first_attempt
 from cv_platform.defs.resources import ExperimentResource, Installation, MlflowTracking
@@ -184,7 +184,8 @@ class Branch:
         experiment: ExperimentResource = getattr(context.resources, self.config_resource)
         config = experiment.resolve()
         if self.key("deployment") in context.job_def.asset_layer.selected_asset_keys:
-            require_service(config.deploy, experiment=config.name, storage=installation.storage())
+            storage, service = installation.storage(), config.deploy.service
+            patiently(service, require_service, config.deploy, experiment=config.name, storage=storage)
         attempt = context.instance.get_run_record_by_id(first_attempt(context.run, context.instance))
         return AssetRun(
             context,

@@ -23,6 +23,7 @@ def dataset_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=DatasetVersion,
+        is_retried=True,
         kinds={"dvc", "git", "parquet"},
         reads=Reads(
             [
@@ -88,7 +89,9 @@ def _rows(counts: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
 def embeddings_asset(branch: Branch) -> dg.AssetsDefinition:
     """Returns the asset `<name>/embeddings`."""
 
-    @branch.asset(value=Embeddings, kinds={"onnx", "parquet"}, reads=["encoder"], ins={"dataset": "dataset"})
+    @branch.asset(
+        value=Embeddings, is_retried=True, kinds={"onnx", "parquet"}, reads=["encoder"], ins={"dataset": "dataset"}
+    )
     def embeddings(context: dg.AssetExecutionContext, dataset: DatasetVersion) -> dg.MaterializeResult:
         """A vector of the pretrained encoder per readable image: what it shows, for all that compares images.
 
@@ -134,6 +137,7 @@ def packed_images_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=PackedImages,
+        is_retried=True,
         kinds={"numpy", "opencv"},
         reads=["model.input_size", "model.resize", "dataset.packed_uint8_bytes", "train.pack_scale"],
         ins={"dataset": "dataset", "verdict": "validation_report"},

@@ -71,6 +71,7 @@ def reference_data_asset(branch: Branch) -> dg.AssetsDefinition:
 
     @branch.asset(
         value=ReferenceData,
+        is_retried=True,
         pool=GPU,
         kinds={"parquet"},
         reads=[

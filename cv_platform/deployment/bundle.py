@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cv_platform.compute.engine import patiently
 from cv_platform.config import DeployConfig
 from cv_platform.datasets.packing import PackedSplit
 from cv_platform.deployment.bento import build_bento
@@ -120,8 +121,8 @@ def publish_model(
         model = load_folder(folder, metadata)
         unknown = () if splits is None else _tell_unknown(model, keras_path, splits, folder)
         write_model_card(folder, trained, evaluation, licence=deploy.data_licence, unknown=unknown)
-        _publish(place.storage, folder, metadata, trained)
-    files, metadata = place.storage.fetch_bundle(name, version, place.cache)
+        patiently(f"The upload of {trained.model}", _publish, place.storage, folder, metadata, trained)
+    files, metadata = patiently(str(trained.model), place.storage.fetch_bundle, name, version, place.cache)
     tag = build_bento(files, metadata, bentoml_home=place.bentoml_home, source=place.source)
     return ModelBundle(
         model=trained.model,

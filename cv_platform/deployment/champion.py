@@ -19,6 +19,7 @@ from typing_extensions import override
 from cv_platform import images
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine as ComputeEngine
+from cv_platform.compute.engine import patiently
 from cv_platform.compute.rows import Device, RowShard, row_shards
 from cv_platform.config import ClassifierType
 from cv_platform.datasets.packing import PackedSplit
@@ -69,12 +70,13 @@ def ask_champion(
     if champion is None:
         return None
     try:
-        folder, metadata = fetch(storage, champion.model_name, champion.version, cache=home / "cache")
+        name, cache = champion.model_name, home / "cache"
+        folder, metadata = patiently(str(champion), fetch, storage, name, champion.version, cache=cache)
         if problem := class_difference(metadata, task.class_names, task.classifier_type):
             return Champion(champion.version, problem=problem)
         model = load_folder(folder, metadata)
         if (metadata.image_size, metadata.preprocessing_hash) == (task.image_size, task.preprocessing_hash):
-            published = PublishedModel(storage.url, champion.model_name, champion.version, home, "cache")
+            published = PublishedModel(storage.url, name, champion.version, home, "cache")
             probabilities = _shared_out(Answers(published, model), test, engine)
         else:
             decoded = _decoded(model, version, test.paths)
@@ -95,7 +97,7 @@ def champion_of(challenger: ModelIdentity, *, service: str, storage: CentralStor
     Raises:
         StorageError: central storage cannot be reached.
     """
-    pointer = storage.read_pointer(service)
+    pointer = patiently(f"The pointer of {service}", storage.read_pointer, service)
     if pointer is None or pointer.model_name != challenger.model_name or pointer.version == challenger.version:
         return None
     return ModelIdentity(model_name=pointer.model_name, version=pointer.version)

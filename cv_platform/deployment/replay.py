@@ -24,7 +24,7 @@ from sqlalchemy import Engine, select
 from cv_platform import images
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine as ComputeEngine
-from cv_platform.compute.engine import Salvage
+from cv_platform.compute.engine import Salvage, patiently
 from cv_platform.compute.local import WORTH_SECONDS
 from cv_platform.config import EvaluateConfig, ExperimentConfig, ReplayConfig
 from cv_platform.database.schema import images as stored_images
@@ -207,7 +207,7 @@ def _last_uploads(engine: Engine, champion: ModelIdentity, count: int) -> tuple[
 
 
 def _side(model: ModelIdentity, storage: CentralStorage, home: Path, class_names: Sequence[str] = ()) -> _Side:
-    folder, facts = fetch(storage, model.model_name, model.version, cache=home / "cache")
+    folder, facts = patiently(str(model), fetch, storage, model.model_name, model.version, cache=home / "cache")
     published = PublishedModel(storage.url, model.model_name, model.version, home, "cache")
     published.load()  # Refused here, if at all.
     return _Side(published, facts, folder, class_names or facts.class_names)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from cv_platform.compute.engine import Engine
+from cv_platform.compute.engine import Engine, patiently
 from cv_platform.config import ModelConfig
 from cv_platform.drift.detectors import Answer, HeldOutImages, extract_sample, seeded_rows
 from cv_platform.drift.sample import DriftSample, Float32Matrix
@@ -117,7 +117,8 @@ def build_reference_data(
         unknown_labels=label_texts(~known_labels(targets, len(class_names)), class_names),
         predicted=label_texts(predicted, class_names),
     )
-    url = storage.publish_reference_data(path, trained.model.model_name, trained.model.version)
+    name, version = trained.model.model_name, trained.model.version
+    url = patiently(f"The upload of {path.name}", storage.publish_reference_data, path, name, version)
     int8_sha256 = "" if answer is None else file_sha256(trained.int8_path)
     return ReferenceData(
         model=trained.model, directory=trained.directory, url=url, rows=len(rows), int8_sha256=int8_sha256

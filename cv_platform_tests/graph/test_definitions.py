@@ -101,7 +101,7 @@ def test_trainings_exclude_each_other_and_reports_wait_for_none(digits: dg.Defin
     assert "tag_concurrency_limits" not in limits["runs"]
 
 
-def test_what_asks_servers_is_tried_again_and_what_computes_is_not(tmp_path: Path) -> None:
+def test_what_asks_servers_is_tried_again_and_what_only_computes_is_not(tmp_path: Path) -> None:
     text = f"{DIGITS.read_text()}\nscore: {{source: photos}}\n"
     write(tmp_path, "digits.yaml", text)
     graph = build_defs(tmp_path).resolve_asset_graph()
@@ -111,7 +111,8 @@ def test_what_asks_servers_is_tried_again_and_what_computes_is_not(tmp_path: Pat
         if asset.is_executable and isinstance(asset.node_def, dg.OpDefinition) and asset.node_def.retry_policy
     }
     reports = {"drift_report", "production_metrics", "labeling_queue", "batch_scores", "batch_drift_report"}
-    assert set(retried) == {"bento", "challenger_replay", "deployment", "labelled_version", *reports}
+    data = {"dataset", "embeddings", "packed_images", "reference_data"}
+    assert set(retried) == {"bento", "challenger_replay", "deployment", "labelled_version", *data, *reports}
     assert {policy.max_retries for policy in retried.values()} == {2}
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from fsspec.core import url_to_fs
 
-from cv_platform.compute import rows
+from cv_platform.compute import engine, rows
 from cv_platform.compute.carried import CarriedFile
 from cv_platform.compute.rows import row_shards
+from cv_platform.datasets import packing
 from cv_platform.datasets.packing import open_split, pack_images
 from cv_platform.datasets.publishing import Sharing
 from cv_platform.datasets.shards import reading, sharing, writing
@@ -28,6 +29,7 @@ from cv_platform.evaluation.classifier import Classifier, answer_rows
 from cv_platform.records import DatasetVersion, PackedImages
 from cv_platform.serving.model.runtime import PublishedModel
 from cv_platform.storage import CentralStorage
+from cv_platform_tests.support.away import away_for_a_moment, away_from
 from cv_platform_tests.support.hand_made import hand_made_export
 from cv_platform_tests.support.pictures import class_folders
 from cv_platform_tests.support.tiny_models import build_classifier, publish_tiny
@@ -191,15 +193,37 @@ def test_two_that_publish_at_once_leave_one_copy(version: DatasetVersion, storag
     assert folders == {marker["folder"]}
 
 
-def test_a_pack_stays_usable_while_central_storage_is_away(version: DatasetVersion, tmp_path: Path) -> None:
+def test_a_pack_stays_usable_while_central_storage_is_away(
+    version: DatasetVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     central = tmp_path / "central"
     pack(version, tmp_path / "here", str(central))
     taken = pack(version, tmp_path / "there", str(central))
-    central.rename(tmp_path / "away")
-    with pytest.raises(DatasetError, match="Check CV_STORAGE"):
-        open_split(taken, "train")
-    (tmp_path / "away").rename(central)
-    assert len(pixels(taken, "train")) == taken.counts["train"]
+    with monkeypatch.context() as hasty:
+        hasty.setattr(engine, "_WAITS_SECONDS", ())
+        central.rename(tmp_path / "away")
+        with pytest.raises(DatasetError, match="Check CV_STORAGE"):
+            open_split(taken, "train")
+        (tmp_path / "away").rename(central)
+    with away_for_a_moment(central, monkeypatch, caplog):
+        assert len(pixels(taken, "train")) == taken.counts["train"]
+
+
+@pytest.mark.parametrize("step", ["take_pack", "publish_pack"])
+def test_central_storage_that_is_away_for_a_moment_costs_no_pack(
+    step: str,
+    version: DatasetVersion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    central = tmp_path / "central"
+    with away_from(step, packing, central, monkeypatch, caplog):
+        made = pack(version, tmp_path / "here", str(central))
+    shutil.rmtree(version.directory / "images")  # So that nobody could pack them again.
+    taken = pack(version, tmp_path / "there", str(central))
+    np.testing.assert_array_equal(pixels(taken, "train"), pixels(made, "train"))
+    assert len(list(central.glob("shards/*/*/packed.json"))) == 1
 
 
 def test_an_unreadable_marker_is_named(version: DatasetVersion, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from cv_platform.compute.engine import patiently
 from cv_platform.errors import DatasetError, StorageError
 from cv_platform.files import exclusive, require_free_space, whole_directory, whole_file, write_file
 from cv_platform.object_store import ObjectStore
@@ -37,21 +38,23 @@ def publish_pack(directory: Path, files: Sequence[str], storage_url: str) -> Non
         DatasetError: it lacks shards, and they are not where it was taken from any more.
         StorageError: central storage cannot be reached or written.
     """
-    store = ObjectStore(storage_url)
+    folder = secrets.token_hex(4)
+    patiently(f"The upload of {directory.name}", _publish, directory, sorted(files), ObjectStore(storage_url), folder)
+    _note_published(directory, storage_url)
+
+
+def _publish(directory: Path, files: list[str], store: ObjectStore, folder: str) -> None:
     pack = store.path(_FOLDER, directory.name)
     if _published(store, directory.name) is not None:
-        _note_published(directory, storage_url)
         return
     bring_shards(directory, files)
-    folder, copied = secrets.token_hex(4), sorted(files)
     with store.errors(f"publish the packed images {directory.name}"):
-        store.upload(directory, copied, f"{pack}/{folder}")
-        shared = json.dumps({"folder": folder, "files": copied})
+        store.upload(directory, files, f"{pack}/{folder}")
+        shared = json.dumps({"folder": folder, "files": files})
         store.update(f"{pack}/{_SHARED}", lambda text: text or shared)
-    if _published(store, directory.name) != (folder, copied):
+    if _published(store, directory.name) != (folder, files):
         with store.errors(f"remove a second copy of the packed images {directory.name}"):
             store.remove(f"{pack}/{folder}")
-    _note_published(directory, storage_url)
 
 
 def _note_published(directory: Path, storage_url: str) -> None:
@@ -119,21 +122,30 @@ def bring_shards(directory: Path, names: Iterable[str]) -> None:
     """
     if not (absent := absent_shards(directory, names)):
         return
-    store, folder = _origin(directory)
-    source = store.path(_FOLDER, directory.name, folder)
     try:
-        with store.errors(f"fetch shards of {directory.name}"), exclusive(directory / ".fetching.lock"):
-            for name in absent_shards(directory, absent):
-                if store.is_local:
-                    (directory / name).unlink(missing_ok=True)  # A link to what is gone.
-                    (directory / name).symlink_to(Path(f"{source}/{name}").resolve(strict=True))
-                    continue
-                size = store.size_bytes(f"{source}/{name}")
-                require_free_space(directory, size, purpose=f"the shard {name}")
-                with whole_file(directory / name) as partial:
-                    store.download(f"{source}/{name}", partial)
+        patiently(f"The download of {directory.name}", _bring, directory, absent)
     except StorageError as err:
         raise DatasetError(f"{err} Or materialise packed_images again: it packs what is not shared.") from err
+
+
+def _bring(directory: Path, absent: list[str]) -> None:
+    store, folder = _origin(directory)
+    source = store.path(_FOLDER, directory.name, folder)
+    if not is_still_shared(directory) and (store.has_anything() or not store.is_local):  # Else it is not mounted.
+        raise DatasetError(
+            f"Expected the packed images {directory.name} in {store.url}, where they were taken from. Received: none; "
+            "materialise packed_images again: it packs what is not shared."
+        )
+    with store.errors(f"fetch shards of {directory.name}"), exclusive(directory / ".fetching.lock"):
+        for name in absent_shards(directory, absent):
+            if store.is_local:
+                (directory / name).unlink(missing_ok=True)  # A link to what is gone.
+                (directory / name).symlink_to(Path(f"{source}/{name}").resolve(strict=True))
+                continue
+            size = store.size_bytes(f"{source}/{name}")
+            require_free_space(directory, size, purpose=f"the shard {name}")
+            with whole_file(directory / name) as partial:
+                store.download(f"{source}/{name}", partial)
 
 
 def drop_shard(directory: Path, name: str) -> None:

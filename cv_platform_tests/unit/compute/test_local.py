@@ -18,7 +18,7 @@ import pytest
 
 from cv_platform.compute import engine as engines
 from cv_platform.compute import map_shards, progress
-from cv_platform.compute.engine import AHEAD, Salvage
+from cv_platform.compute.engine import AHEAD, Salvage, patiently
 from cv_platform.compute.local import LocalEngine
 from cv_platform.compute.progress import Progress, watched
 from cv_platform.errors import (
@@ -30,6 +30,8 @@ from cv_platform.errors import (
     StorageError,
 )
 from cv_platform.files import exclusive
+from cv_platform.object_store import ObjectStore
+from cv_platform.storage import CentralStorage
 
 from .tasks import Numbers, doubled, process_id, shards, tensorflow_threads
 
@@ -222,6 +224,21 @@ def test_what_no_waiting_mends_is_not_waited_for(error: type[CvPlatformError], m
 
     with pytest.raises(error, match="published"):
         list(map_shards(load, shards(1), engine=None, title="Loading", total=2))
+
+
+def test_what_is_there_and_of_no_use_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.time, "sleep", lambda _: pytest.fail("it waits"))
+    storage, store = CentralStorage(tmp_path), ObjectStore(tmp_path)
+    store.replace(store.path("services", "pets", "production.json"), "{")
+    with pytest.raises(StorageError, match=r"production\.json: expected a ProductionPointer"):
+        patiently("The pointer", storage.read_pointer, "pets")
+
+    def write() -> None:
+        with store.errors("write"):
+            raise PermissionError("Access Denied")  # As S3 says it.
+
+    with pytest.raises(StorageError, match=r"Cannot write at .*: Access Denied"):
+        patiently("The upload", write)
 
 
 def test_a_process_of_several_computes_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cv_platform.compute.engine import Engine
+from cv_platform.datasets import publishing
 from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.origins import Origin
 from cv_platform.datasets.publishing import Sharing, find_origin
@@ -16,6 +17,7 @@ from cv_platform.datasets.repository import run_git
 from cv_platform.datasets.versions import checkout_version
 from cv_platform.errors import ComputeError, DatasetError, InvalidDatasetError
 from cv_platform.records import DatasetVersion
+from cv_platform_tests.support.away import away_from
 from cv_platform_tests.support.elsewhere import Apart, Elsewhere
 from cv_platform_tests.support.pictures import class_folders
 
@@ -112,6 +114,28 @@ def test_an_import_that_is_at_work_or_was_killed_keeps_its_folder(tmp_path: Path
     )
     assert copied.read_bytes() == b"an image"
     assert not list(copied.parents[2].glob(".pets.sending.*"))
+
+
+@pytest.mark.parametrize("step", ["_note_use", "push_images"])
+def test_central_storage_that_is_away_for_a_moment_is_waited_for(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    version, apart = check_out(tmp_path), Apart(tmp_path / "home")
+    with away_from(step, publishing, tmp_path / "central", monkeypatch, caplog):
+        files = origin_for(apart, version, tmp_path).files(["images/cat/0.png"])
+    assert apart.ask(partial(list[bytes], files))["apart"] == [(version.directory / "images/cat/0.png").read_bytes()]
+
+
+def test_what_dvc_cannot_send_where_central_storage_is_there_ends_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    version = check_out(tmp_path)
+    in_the_way = tmp_path / "central" / "images" / "pets" / "files"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    with pytest.raises(DatasetError, match="to take the images"):
+        origin_for(Apart(version.directory), version, tmp_path)
+    assert "is tried again in" not in caplog.text
 
 
 def test_what_central_storage_has_lost_is_sent_again(tmp_path: Path) -> None:

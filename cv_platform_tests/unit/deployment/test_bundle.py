@@ -13,6 +13,7 @@ from cv_platform.records import ModelBundle
 from cv_platform.serving.model.fallback import load_fallback
 from cv_platform.serving.model.runtime import load_bundle
 from cv_platform.storage import CentralStorage
+from cv_platform_tests.support.away import away_for_a_moment
 from cv_platform_tests.support.record_samples import VERSION, drift_detectors, evaluation, task, trained_model
 from cv_platform_tests.support.tiny_models import TinyExport, build_classifier, tiny_images
 
@@ -93,6 +94,18 @@ def test_publishing_the_same_model_again_keeps_the_bundle(
     again = publish(tiny_export, home, metrics={"accuracy": 0.9})
     assert (again.model, again.bytes) == (published.model, published.bytes)
     assert CentralStorage(home / "storage").read_metadata("tiny", VERSION) == before
+
+
+def test_central_storage_that_is_away_for_a_moment_does_not_cost_an_export(
+    tmp_path: Path,
+    tiny_export: TinyExport,
+    no_bento: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    with away_for_a_moment(tmp_path / "storage", monkeypatch, caplog):
+        publish(tiny_export, tmp_path)
+    assert CentralStorage(tmp_path / "storage").bundle_versions("tiny") == [VERSION]
 
 
 def test_refuses_another_model_under_a_published_version(

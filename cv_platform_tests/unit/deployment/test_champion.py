@@ -22,6 +22,7 @@ from cv_platform.evaluation.gate import Champion
 from cv_platform.images import preprocessing_hash
 from cv_platform.records import DatasetVersion, Evaluation, PackedImages
 from cv_platform.storage import CentralStorage, ProductionPointer
+from cv_platform_tests.support.away import away_for_a_moment
 from cv_platform_tests.support.channel_models import MODEL, save_encoder, save_model
 from cv_platform_tests.support.elsewhere import Elsewhere
 from cv_platform_tests.support.record_samples import identity, trained_model
@@ -142,6 +143,16 @@ def test_a_worse_challenger_on_a_new_data_version_is_refused_and_an_equal_one_pa
     assert equal.passed
     assert equal.comparison is not None
     assert (equal.comparison.only_champion_right, equal.comparison.only_challenger_right) == (0, 0)
+
+
+def test_central_storage_that_is_away_for_a_moment_is_not_taken_for_no_champion(
+    deploy, challenge, tmp_path, monkeypatch, caplog
+):
+    storage = deploy()
+    with away_for_a_moment(tmp_path / "storage", monkeypatch, caplog):
+        champion = _ask(storage, challenge, tmp_path)
+    assert champion is not None
+    assert champion.version == OLD
 
 
 def test_the_bundle_decides_by_its_own_pixels_and_order_of_classes(deploy, challenge, tmp_path):

@@ -35,6 +35,7 @@ from cv_platform.predictions import reference_schema
 from cv_platform.properties import image_properties
 from cv_platform.records import DetectionRate, DriftDetectors, ReferenceData, TrainedModel
 from cv_platform.storage import CentralStorage
+from cv_platform_tests.support.away import away_for_a_moment
 from cv_platform_tests.support.record_samples import task
 from cv_platform_tests.support.tiny_models import CLASS_NAMES, MODEL_NAME
 from cv_platform_tests.support.tiny_split import VERSION, make_split
@@ -206,6 +207,21 @@ def test_limits_the_rows_to_a_seeded_sample(
     paths = read_reference_labels(made.path)["path"].tolist()
     assert made.rows == len(set(paths)) == 50
     assert paths == sorted(paths)
+
+
+def test_central_storage_that_is_away_when_all_have_answered_is_waited_for(
+    trained: TrainedModel,
+    detectors: DriftDetectors,
+    config: ExperimentConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    storage = trained.directory.parent / "storage"
+    with away_for_a_moment(storage, monkeypatch, caplog):
+        made = made_by(trained, detectors, make_split(20), config)
+    (published,) = storage.rglob("*.parquet")
+    assert published.read_bytes() == made.path.read_bytes()
+    assert "The upload of tiny_ref_data.parquet is tried again in" in caplog.text
 
 
 def test_multi_label_names_all_classes_of_an_image(
