@@ -13,7 +13,7 @@
     │   ├── UnsupportedImageError       415
     │   └── ImageTooLargeError          413, decided before decoding
     ├── ComputeError                    processes that work on shards cannot be had
-    │   └── ShardError                  shards that kill each process; all others are done
+    │   └── ShardError                  shards that kill each process, or images
     ├── EncoderError                    a pretrained network that is not there, or is another one
     ├── VerdictError                    a check upstream failed, so this step refuses to run
     ├── TrainingError                   training cannot start or has diverged
@@ -114,7 +114,7 @@ class ComputeError(CvPlatformError):
 
 
 class ShardError(ComputeError):
-    """Shards have ended each process that worked on them; all others are done."""
+    """Shards, or images, have ended each process that worked on them; all others are done, or too many have."""
 
 
 class EncoderError(CvPlatformError):

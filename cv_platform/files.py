@@ -64,7 +64,9 @@ def write_file(target: Path, content: str | bytes, *, is_private: bool = False) 
 
 
 @contextmanager
-def whole_directory(target: Path, *, resumes: bool = False) -> Generator[Path]:
+def whole_directory(
+    target: Path, *, resumes: bool = False, outlives: tuple[type[Exception], ...] = ()
+) -> Generator[Path]:
     """Yields a folder that becomes `target` (replacing one that exists) when the block ends without an error.
 
     Call it under `exclusive`: it also clears what killed processes left beside `target`.
@@ -72,6 +74,7 @@ def whole_directory(target: Path, *, resumes: bool = False) -> Generator[Path]:
     Args:
         target: the folder.
         resumes: yields the folder of a process that was killed or interrupted as it left it; else it is empty.
+        outlives: errors that say nothing against what is there, either, and leave the folder to the next one as it is.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial-{'resumes' if resumes else secrets.token_hex(4)}"
@@ -90,7 +93,8 @@ def whole_directory(target: Path, *, resumes: bool = False) -> Generator[Path]:
         sync_folder(target.parent)
         shutil.rmtree(stale, ignore_errors=True)
     except BaseException as err:
-        if not resumes or isinstance(err, Exception):  # An interruption says nothing against what is there.
+        # An interruption says nothing against what is there.
+        if not resumes or (isinstance(err, Exception) and not isinstance(err, outlives)):
             shutil.rmtree(partial, ignore_errors=True)
         raise
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic
 
 from cv_platform.compute.engine import TASK_BYTES, Engine, Outcome, R, S, Salvage, alone
 from cv_platform.compute.local import LocalEngine
@@ -59,10 +59,10 @@ def map_shards(
 ) -> Iterator[tuple[S, R]]:
     """Yields each shard with what `function` returns of it; no more wait here than a few for each worker.
 
-    A shard whose process dies is tried again. One that kills it each time does not keep the others from being done: it
-    is named at the end, or saved as far as `salvage` says. One that kills this process, where it works alone, is left
-    to others from the next call on, with all that follow. An error that `function` raises ends the work at once, unless
-    it is one that passes by itself.
+    A shard whose process dies is tried again. One that kills it each time does not keep the others from being done: it,
+    or the image to blame, is named at the end, or saved as far as `salvage` says. One that kills this process, where it
+    works alone, is left to others from the next call on, with all that follow. An error that `function` raises ends the
+    work at once, unless it is one that passes by itself.
 
     Args:
         function: of a module, so that another process finds it by its name; it has to bear being called twice.
@@ -78,13 +78,14 @@ def map_shards(
             `TASK_BYTES` in any case.
 
     Raises:
-        ShardError: shards have killed each process that worked on them; all others are done.
+        ShardError: shards, or images that `salvage` does not save, have killed each process that worked on them; all
+            others are done, or those to blame are more than `salvage.most_lost`.
     """
     engine = engine or LocalEngine()
     if isinstance(engine, LocalEngine):
         engine = engine.with_memory(task_bytes)
     with closing(Progress(title, total)) as progress:
-        lost: list[str] = []
+        losses = _Losses(title, salvage)
         shards = iter(shards)
         # Where nobody else is to be asked at all, as with a GPU, others could not do it any better.
         tries = Tries(engine.notes if alone_seconds < math.inf else None, title)
@@ -97,42 +98,60 @@ def map_shards(
             return  # And no cluster is started.
         for outcome in engine.run(function, chain(first, shards), in_order=in_order):
             if outcome.failure is None:
-                result = outcome.result
                 tries.survived(outcome.shard)
-            elif salvage is not None:
-                logger.warning("%s: %s %s; its images are tried one by one", title, outcome.shard.name, outcome.failure)
-                result = salvage.join(
-                    [_saved(one, salvage, title) for one in _singles(function, outcome, salvage, engine)]
-                )
-            else:
-                logger.error("%s: %s %s; the rest goes on", title, outcome.shard.name, outcome.failure)
-                lost.append(f"{outcome.shard.name} ({outcome.failure})")
+            elif (outcome := losses.save(function, outcome, engine)).failure is not None:
                 continue
             progress.add(outcome.shard.images)
-            yield outcome.shard, result
-        if lost:
-            raise _lost_shards(title, lost)
+            yield outcome.shard, outcome.result
+        losses.require_none()
 
 
-def _singles(
-    function: Callable[[S], R], outcome: Outcome[S, R], salvage: Salvage[S, R], engine: Engine
-) -> Iterator[Outcome[S, R]]:
-    """Yields what came of each image of a shard that nobody has survived; of one alone that is known."""
-    if outcome.shard.images == 1:
-        return iter((outcome,))
-    return engine.run(function, salvage.divide(outcome.shard), in_order=True)
+class _Losses(Generic[S, R]):
+    """What nobody survives: shards or, with `salvage`, images."""
 
+    def __init__(self, title: str, salvage: Salvage[S, R] | None) -> None:
+        self._title, self._salvage = title, salvage
+        self._lost: list[str] = []
 
-def _saved(one: Outcome[S, R], salvage: Salvage[S, R], title: str) -> R:
-    if one.failure is None:
-        return one.result
-    logger.error("%s: %s %s; the rest goes on", title, one.shard.name, one.failure)
-    return salvage.lost(one.shard, one.failure)
+    def save(self, function: Callable[[S], R], outcome: Outcome[S, R], engine: Engine) -> Outcome[S, R]:
+        """Returns what comes of a shard that nobody has survived where its images are tried one by one.
 
+        Raises:
+            ShardError: more images end their process than can be to blame.
+        """
+        if (salvage := self._salvage) is None:
+            self._add(outcome)
+            return outcome
+        shard, results = outcome.shard, list[R]()
+        logger.warning("%s: %s %s; its images are tried one by one", self._title, shard.name, outcome.failure)
+        known = [outcome] if shard.images == 1 else engine.run(function, salvage.divide(shard), in_order=True)
+        for one in known:
+            if one.failure is None:
+                results.append(one.result)
+                continue
+            self._add(one)
+            if len(self._lost) > salvage.most_lost:
+                raise self._error("The work was ended, as so many can hardly be to blame.")
+            if salvage.lost is not None:
+                results.append(salvage.lost(one.shard, one.failure))
+        return Outcome(shard, salvage.join(results)) if len(results) == shard.images else outcome
 
-def _lost_shards(title: str, lost: list[str]) -> ShardError:
-    more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-    return ShardError(
-        f"{title}: expected every shard. Received: {', '.join(lost[:_SHOWN])}{more}. All others are done. Look at the "
-        "images of these shards, and at the memory of the machine; then run it again."
-    )
+    def require_none(self) -> None:
+        """Returns if all shards have a result.
+
+        Raises:
+            ShardError: some have not.
+        """
+        if self._lost and (self._salvage is None or self._salvage.lost is None):
+            raise self._error("All others are done.")
+
+    def _add(self, outcome: Outcome[S, R]) -> None:
+        logger.error("%s: %s %s; the rest goes on", self._title, outcome.shard.name, outcome.failure)
+        self._lost.append(f"{outcome.shard.name} ({outcome.failure})")
+
+    def _error(self, rest: str) -> ShardError:
+        more = f" and {len(self._lost) - _SHOWN} more" if len(self._lost) > _SHOWN else ""
+        return ShardError(
+            f"{self._title}: expected processes that live. Received: {', '.join(self._lost[:_SHOWN])}{more}. {rest} "
+            "Look at these images, and at the memory of the machine; then run it again."
+        )

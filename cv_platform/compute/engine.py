@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import sys
 import time
@@ -34,6 +35,8 @@ TASK_BYTES = 2**30
 """Memory of a process that works on shards by a network: with TensorFlow it takes 0.8 GB."""
 DECODING_BYTES = 2**28
 """Memory of one that decodes images, and loads no network: a photograph takes 0.1 GB."""
+MOST_LOST = 10
+"""Images that may each kill their process: of more, the machine is to blame, and none of them is given up for it."""
 _PASSING = (StorageError, DatabaseUnavailableError, LockHeldError, ServiceError, ConnectionError, TimeoutError)
 _LASTING = (BundleExistsError, BundleNotFoundError, CorruptBundleError)
 """Of these, what no waiting mends."""
@@ -85,12 +88,15 @@ class Salvage(Generic[S, R]):
     Attributes:
         divide: returns a shard of each image; not asked where there is one.
         join: returns the shard's result from theirs, in order.
-        lost: returns the result of an image that kills its process, given why.
+        lost: returns the result of an image that kills its process, given why; None: there is none, and the image is
+            named in the error at the end.
+        most_lost: images that may kill their process; at one more the work ends.
     """
 
     divide: Callable[[S], Iterable[S]]
     join: Callable[[list[R]], R]
-    lost: Callable[[S, str], R]
+    lost: Callable[[S, str], R] | None
+    most_lost: float = math.inf
 
 
 class Engine(Protocol):

@@ -48,7 +48,7 @@ def embed_dataset(
 ) -> Embeddings:
     """Returns the vectors of a version's images that are used, and computes those that no version had.
 
-    An image that the manifest calls readable and that does not decode now has no row.
+    An image that the manifest calls readable and that does not decode now, or ends its processes, has no row.
 
     Args:
         version: the checkout; only read.
@@ -63,6 +63,7 @@ def embed_dataset(
         InvalidDatasetError: a file is not the one that the manifest describes.
         DiskSpaceError: there is not enough disk space.
         ComputeError, StorageError: see `publishing.find_origin`.
+        ShardError: see `encoders.embeddings.embed_files`.
     """
     encoder = open_encoder(config, home, version.sample_bits)
     name = hashlib.sha256(f"{version.manifest}\n{encoder.key}".encode()).hexdigest()[:12]
@@ -119,6 +120,7 @@ def embed_images(
 
     Raises:
         InvalidDatasetError, StorageError: see `Files.described`.
+        ShardError: see `encoders.embeddings.embed_files`.
     """
     paths, sha256 = rows["path"].tolist(), rows["sha256"].tolist()
 
@@ -126,7 +128,7 @@ def embed_images(
         digests = tuple(sha256[at] for at in part)
         return ImageFiles(files([paths[at] for at in part]), digests, encoder.input_px, encoder.sample_bits)
 
-    return embed_files(sha256, pixels, encoder, home, engine=engine)
+    return embed_files(sha256, pixels, encoder, home, names=paths, engine=engine)
 
 
 def read_embeddings(embeddings: Embeddings, manifest: str, paths: Iterable[str]) -> NDArray[np.float16]:

@@ -41,7 +41,14 @@ from cv_platform.datasets.shards.sharing import (
 )
 from cv_platform.datasets.shards.writing import Rows, remove_seals, write_shards
 from cv_platform.datasets.splits import SPLITS
-from cv_platform.errors import DatasetError, DiskSpaceError, InvalidDatasetError, VerdictError
+from cv_platform.errors import (
+    ComputeError,
+    DatasetError,
+    DiskSpaceError,
+    InvalidDatasetError,
+    StorageError,
+    VerdictError,
+)
 from cv_platform.files import exclusive, file_sha256, require_free_space, sync_file, whole_directory
 from cv_platform.images import Preprocessing
 from cv_platform.records import DatasetVersion, PackedImages, Task, TrainedModel
@@ -131,7 +138,7 @@ def pack_images(
         InvalidDatasetError: nothing is left to train on, quarantined paths are not in the manifest, or a file is not
             the one that the manifest describes.
         DiskSpaceError: there is not enough disk space.
-        ShardError: an image ends each process that decodes it.
+        ShardError: an image ends each process that decodes it; the next call goes on with all other shards.
         StorageError: packs are shared, and central storage cannot be reached or written.
         ComputeError: see `publishing.find_origin`.
     """
@@ -344,7 +351,8 @@ def _pack(
     counts = {split: len(images) for split, images in usable.items()}
     splits = [Rows(split, images, encodings[split], forms[split]) for split, images in usable.items()]
     purpose = f"the decoded images of {version.provenance.ds_name}"
-    with _disk_errors(directory, purpose), whole_directory(directory, resumes=True) as partial:
+    outlives = ComputeError, StorageError  # They say nothing against the shards that are sealed.
+    with _disk_errors(directory, purpose), whole_directory(directory, resumes=True, outlives=outlives) as partial:
         shares = {"uint8": 1.0, "jpeg": _JPEG_SHARE}
         needed = sum(int(len(rows.images) * (rows.form.bytes * shares[rows.encoding] + 256)) for rows in splits)
         needed += 4 * sum(counts.values()) * len(model.classes)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import Engine
+from cv_platform.compute.engine import MOST_LOST, Engine, Salvage, span
 from cv_platform.encoders.encoder import BATCH_IMAGES, Encoder
 from cv_platform.files import whole_file
 
@@ -38,12 +38,14 @@ class Part:
     """Some image files: what one process embeds at a time.
 
     Attributes:
-        name: the first of them, by its sha256.
+        name: the first and the last of them.
+        contents: the first of them, by its sha256.
         positions: of all of them.
         pixels: of each, as `Encoder.embed` takes them; None of a file that has none. Read by who embeds them.
     """
 
     name: str
+    contents: str
     positions: Sequence[int]
     pixels: Iterable[NDArray[np.uint8] | None]
 
@@ -59,19 +61,27 @@ def embed_files(
     encoder: Encoder,
     home: Path,
     *,
+    names: Sequence[str] | None = None,
     engine: Engine | None = None,
 ) -> NDArray[np.float16]:
     """Returns the vectors of image files, and computes those that no earlier call has.
+
+    What was computed is kept, however this ends.
 
     Args:
         sha256: of each file.
         pixels: returns what reads the files at positions of `sha256`, see `Part`; pickle has to take it.
         encoder: what computes the vectors.
         home: they are kept in `home/cache/embeddings`.
+        names: of each file, such as its path, for who reads the log; None: its sha256.
         engine: who computes; None: processes of this machine.
 
     Returns:
-        `(N, features)` float16, in the order of `sha256`; NaN where a file has no pixels, which is asked again.
+        `(N, features)` float16, in the order of `sha256`; NaN where a file has no pixels, or ends each process that
+        reads it, which is asked again.
+
+    Raises:
+        ShardError: more than `MOST_LOST` files have ended each process that read them.
     """
     folder = home / "cache" / "embeddings" / encoder.key
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,8 +89,11 @@ def embed_files(
     vectors, missing = _kept(sha256, encoder, folder)
     started, todo = time.perf_counter(), sorted(missing.values())
     size = min(_PART_IMAGES, _FILE_IMAGES)
-    chosen = (todo[start : start + size] for start in range(0, len(todo), size))
-    parts = (Part(sha256[part[0]], part, pixels(part)) for part in chosen)
+    named = names or sha256
+
+    def part_of(part: list[int]) -> Part:
+        return Part(span(named[part[0]], named[part[-1]]), sha256[part[0]], part, pixels(part))
+
     unwritten: list[int] = []
 
     def write() -> None:
@@ -88,14 +101,21 @@ def embed_files(
             _write(folder, [sha256[at] for at in known], vectors[known])
         unwritten.clear()
 
-    for part, made in map_shards(
-        partial(embed_part, encoder), parts, engine=engine, title="Embeddings", total=len(todo)
-    ):
-        vectors[part.positions] = made
-        unwritten += part.positions
-        if len(unwritten) + size > _FILE_IMAGES:
-            write()
-    write()
+    try:
+        for part, made in map_shards(
+            partial(embed_part, encoder),
+            (part_of(todo[start : start + size]) for start in range(0, len(todo), size)),
+            engine=engine,
+            title="Embeddings",
+            total=len(todo),
+            salvage=_one_by_one(part_of, encoder),
+        ):
+            vectors[part.positions] = made
+            unwritten += part.positions
+            if len(unwritten) + size > _FILE_IMAGES:
+                write()
+    finally:
+        write()
     if todo:
         seconds = time.perf_counter() - started
         logger.info("embedded %d images in %.1f s; %d were known", len(todo), seconds, len(positions) - len(todo))
@@ -116,6 +136,19 @@ def embed_part(encoder: Encoder, part: Part) -> NDArray[np.float16]:
         if known := [(at, image) for at, image in batch if image is not None]:
             vectors[[at for at, _ in known]] = encoder.embed(np.stack([image for _, image in known]))
     return vectors
+
+
+def _one_by_one(part_of: Callable[[list[int]], Part], encoder: Encoder) -> Salvage[Part, NDArray[np.float16]]:
+    """Returns how a part is saved of which one file ends its process: that has no vector, as one that does not decode.
+
+    Not so for many, of whom the memory is to blame: vectors without them would be taken for all that can be had.
+    """
+
+    def lost(part: Part, why: str) -> NDArray[np.float16]:
+        logger.warning("%s has no embedding: it %s", part.name, why)
+        return np.full((1, encoder.features), np.nan, np.float16)
+
+    return Salvage(lambda part: (part_of([at]) for at in part.positions), np.concatenate, lost, MOST_LOST)
 
 
 def _first_of_copies(sha256: Sequence[str]) -> dict[str, int]:

@@ -10,9 +10,14 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cv_platform.config import ExperimentConfig
     from cv_platform.datasets.manifest_rows import Part
+    from cv_platform.datasets.shards.writing import Plan
     from cv_platform.deployment.replay import UploadShard
+    from cv_platform.encoders.embeddings import Part as EmbeddedPart
+    from cv_platform.encoders.encoder import Encoder
     from cv_platform.scoring.rows import Batch, Scorer
     from cv_platform.serving.model.runtime import PublishedModel
     from cv_platform.training.search import Proposal, Search
@@ -35,6 +40,34 @@ def describes(part: Part) -> Any:
 
     _survive(POISON not in [entry.path for entry in part.entries])
     return describe(part)
+
+
+def embeds(encoder: Encoder, part: EmbeddedPart) -> Any:
+    """Embeds a part that has not the image in it."""
+    from cv_platform.encoders.embeddings import embed_part
+
+    _survive(not _has_poison(part.pixels.files.paths))  # pyright: ignore[reportAttributeAccessIssue]
+    return embed_part(encoder, part)
+
+
+def packs(plan: Plan) -> Any:
+    """Packs a shard that has not the image in it."""
+    from cv_platform.datasets.shards.writing import write_shard
+
+    _survive(not _has_poison(plan.files.paths))
+    return write_shard(plan)
+
+
+def packs_alone(plan: Plan) -> Any:
+    """Packs a shard that has not the image in it beside others, as where memory is short."""
+    from cv_platform.datasets.shards.writing import write_shard
+
+    _survive(plan.images == 1 or not _has_poison(plan.files.paths))
+    return write_shard(plan)
+
+
+def _has_poison(paths: Sequence[str]) -> bool:
+    return any(path.endswith(POISON) for path in paths)
 
 
 def answers(old: PublishedModel, new: PublishedModel, shard: UploadShard) -> Any:

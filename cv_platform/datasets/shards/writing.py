@@ -1,4 +1,4 @@
-"""Writes the shards of a pack, each whole or not at all, and takes over those that a killed packing has finished."""
+"""Writes the shards of a pack, each whole or not at all, and takes over those of a packing that has ended early."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cv_platform.compute import map_shards
-from cv_platform.compute.engine import DECODING_BYTES, Engine
+from cv_platform.compute.engine import DECODING_BYTES, MOST_LOST, Engine, Salvage, span
 from cv_platform.compute.sight import Proof
 from cv_platform.datasets.origins import Files, Origin
 from cv_platform.datasets.shards.pixels import Encoding, PackForm, read_pixels, stored
@@ -91,14 +91,19 @@ class Plan:
 
     folder: Path
     """Of the unfinished pack."""
-    name: str
-    """Of the shard's file."""
+    file: str
+    """The shard's, by its name."""
     files: Files
     sha256: tuple[str, ...]
     form: PackForm
     encoding: Encoding
     seen_by: Proof | None = None
     """Tells who sees `folder`; None: nobody works on it."""
+
+    @property
+    def name(self) -> str:
+        """Its first and its last image."""
+        return span(self.files.paths[0], self.files.paths[-1])
 
     @property
     def images(self) -> int:
@@ -113,7 +118,7 @@ class Plan:
     @property
     def seal(self) -> Path:
         """The file that says that the shard is whole."""
-        return self.folder / f"{self.name}{_SEAL}"
+        return self.folder / f"{self.file}{_SEAL}"
 
     def sealed(self, shard: Shard) -> None:
         """Says that the shard is whole, on the disk."""
@@ -133,14 +138,14 @@ def write_shards(
 
     Raises:
         InvalidDatasetError: a file is not the one that the manifest describes.
-        ShardError: see `compute.map_shards`.
+        ShardError: images have killed each process that packed them; all other shards are sealed, see `Salvage`.
         OSError: the disk is full, say.
     """
     unread = Origin(origin.directory)  # Nobody has to find where else the images of finished shards are.
-    finished = {plan.name: shard for plan in _plans(folder, unread, splits) if (shard := _sealed(plan))}
+    finished = {plan.file: shard for plan in _plans(folder, unread, splits) if (shard := _sealed(plan))}
     if finished:
         planned = sum(len(rows.shards()) for rows in splits)
-        logger.info("%d of %d shards were finished by a packing that was killed", len(finished), planned)
+        logger.info("%d of %d shards were finished by a packing that has ended early", len(finished), planned)
     kept = {name for file in finished for name in (file, f"{file}{_SEAL}")}
     for path in folder.iterdir():
         if path.name not in kept:
@@ -156,9 +161,10 @@ def write_shards(
                 title="Packing",
                 total=total,
                 in_order=False,
+                salvage=_ONE_BY_ONE,
                 task_bytes=DECODING_BYTES,
             )
-            finished |= {plan.name: _written(plan, *of_plan) for plan, of_plan in made}
+            finished |= {plan.file: _written(plan, *of_plan) for plan, of_plan in made}
     return {rows.split: [finished[name] for name in rows.shards()] for rows in splits}
 
 
@@ -171,7 +177,7 @@ def write_shard(plan: Plan) -> tuple[Shard, NDArray[np.uint8] | None]:
         OSError: it cannot be written.
     """
     if plan.seen_by and plan.seen_by.holds():
-        with whole_file(plan.folder / plan.name) as partial, partial.open("wb") as file:
+        with whole_file(plan.folder / plan.file) as partial, partial.open("wb") as file:
             shard = _fill(file, plan)
         plan.sealed(shard)
         return shard, None
@@ -189,13 +195,33 @@ def _fill(file: IO[bytes], plan: Plan) -> Shard:
         sizes.append(file.write(row))
         digest.update(row)
     differing = tuple(sizes) if plan.encoding == "jpeg" else ()
-    return Shard(plan.name, plan.images, sum(sizes), digest.hexdigest(), differing)
+    return Shard(plan.file, plan.images, sum(sizes), digest.hexdigest(), differing)
+
+
+def _joined(parts: Sequence[tuple[Shard, NDArray[np.uint8] | None]]) -> tuple[Shard, NDArray[np.uint8]]:
+    """Returns what several calls of `write_shard` have handed back as one."""
+    content = np.concatenate([content for _, content in parts if content is not None])
+    shards = [shard for shard, _ in parts]
+    sizes = tuple(size for shard in shards for size in shard.sizes)
+    return Shard(shards[0].file, len(shards), len(content), hashlib.sha256(content.data).hexdigest(), sizes), content
+
+
+_ONE_BY_ONE: Salvage[Plan, tuple[Shard, NDArray[np.uint8] | None]] = Salvage(
+    divide=lambda plan: (
+        replace(plan, files=plan.files.only(at), sha256=(sha256,), seen_by=None)
+        for at, sha256 in enumerate(plan.sha256)
+    ),
+    join=_joined,
+    lost=None,
+    most_lost=MOST_LOST,
+)
+"""A pack lacks no image: one that ends its processes is named."""
 
 
 def _written(plan: Plan, shard: Shard, content: NDArray[np.uint8] | None) -> Shard:
     """Writes a shard that was handed back, and its seal."""
     if content is not None:
-        with whole_file(plan.folder / plan.name) as partial, partial.open("wb") as file:
+        with whole_file(plan.folder / plan.file) as partial, partial.open("wb") as file:
             file.write(content.data)
         plan.sealed(shard)
     return shard
@@ -237,7 +263,7 @@ def _plans(
 
 def _sealed(plan: Plan) -> Shard | None:
     """Returns the shard of a plan if it is there and whole."""
-    file = plan.folder / plan.name
+    file = plan.folder / plan.file
     try:
         seal = json.loads(plan.seal.read_bytes())
         shard = Shard(**{**seal["shard"], "sizes": tuple(seal["shard"]["sizes"])})

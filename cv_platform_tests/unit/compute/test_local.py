@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,40 @@ def test_a_shard_that_kills_its_process_is_named_and_the_rest_is_done(caplog: py
     assert "A process that worked on numbers from 6 was ended by SIGKILL (1 of 3)" in caplog.messages
 
 
+ONE_BY_ONE: Salvage[Numbers, list[int]] = Salvage(
+    divide=lambda shard: [Numbers((value,)) for value in shard.values],
+    join=lambda parts: [value for part in parts for value in part],
+    lost=None,
+)
+
+
 def test_the_rest_of_such_a_shard_can_be_saved_in_its_place() -> None:
-    salvage: Salvage[Numbers, list[int]] = Salvage(
-        divide=lambda shard: [Numbers((value,)) for value in shard.values],
-        join=lambda parts: [value for part in parts for value in part],
-        lost=lambda shard, why: [-1],
-    )
+    salvage = replace(ONE_BY_ONE, lost=lambda shard, why: [-1])
     done = map_shards(doubled, shards(4), engine=PROCESSES, title="Doubling", total=8, salvage=salvage)
     assert [result for _, result in done] == [[0, 2], [4, 6], [8, 10], [12, -1]]
+
+
+def test_the_image_to_blame_is_named_where_none_may_be_lost() -> None:
+    done: list[int] = []
+    work = map_shards(doubled, shards(4), engine=PROCESSES, title="Doubling", total=8, salvage=ONE_BY_ONE)
+    with pytest.raises(ShardError, match=r"Received: numbers from 7 \(has ended 3 processes.*\)\. All others are done"):
+        done.extend(value for _, result in work for value in result)
+    assert done == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("lost", [None, lambda shard, why: [-1]])
+def test_where_more_images_are_to_blame_than_can_be_the_work_ends(lost: Any) -> None:
+    many = [Numbers((7, 1, 7, 7)), Numbers((3,))]
+    salvage = replace(ONE_BY_ONE, lost=lost, most_lost=1)
+    with pytest.raises(
+        ShardError, match=r"from 7 \(.*\), numbers from 7 \(.*\)\. The work was ended, as so many"
+    ) as caught:
+        list(
+            map_shards(
+                doubled, many, engine=LocalEngine(1, worth_seconds=0), title="Doubling", total=5, salvage=salvage
+            )
+        )
+    assert str(caught.value).count("has ended 3 processes") == 2
 
 
 def test_an_image_alone_is_not_tried_again_to_save_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -33,8 +33,12 @@ from cv_platform_tests.support.pictures import class_folders
 from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.support.waiting import wait_until
 from cv_platform_tests.unit.datasets.conftest import dataset, model
+from cv_platform_tests.unit.datasets.test_engines import (
+    require_embedding_without_poison,
+    require_packing_names_poison,
+    require_same_bytes,
+)
 from cv_platform_tests.unit.datasets.test_engines import require_poison_named as require_poison_in_manifest
-from cv_platform_tests.unit.datasets.test_engines import require_same_bytes
 from cv_platform_tests.unit.evaluation.test_engines import require_same_answers
 from cv_platform_tests.unit.scoring.test_score import VERSION
 from cv_platform_tests.unit.scoring.test_score import require_poison_named as require_poison_in_scores
@@ -129,6 +133,15 @@ def test_an_image_that_kills_workers_is_a_row_of_a_manifest_and_of_scores(
     scored = score_images(str(images), VERSION, output, settings=settings, engine=ray)
     assert (scored.images, scored.problems) == (12, 1)
     require_poison_in_scores(output, images)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_an_image_that_kills_workers_has_no_embedding_and_is_named_by_the_packing(
+    ray: RayEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_embedding_without_poison(tmp_path / "embedded", ray, monkeypatch)
+    require_packing_names_poison(tmp_path / "packed", ray, monkeypatch)
 
 
 @pytest.mark.ray

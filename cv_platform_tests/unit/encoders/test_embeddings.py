@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cv_platform.encoders import embeddings
-from cv_platform.encoders.embeddings import embed_files
+from cv_platform.encoders.embeddings import embed_files, kept_vectors
 from cv_platform.encoders.encoder import Encoder
 
 
@@ -57,6 +57,22 @@ def test_what_was_written_before_the_end_stays(
     read.asked.clear()
     np.testing.assert_array_equal(embed_files(names, read, encoder, tmp_path)[:, 0], [0, 1, 2, 3])
     assert sorted(read.asked) == [2, 3]
+
+
+def test_what_was_computed_before_an_error_stays(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings, "_PART_IMAGES", 2)
+    names, read = ["a", "b", "c", "d"], Reader()
+
+    def fails(part: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        if 3 in part:
+            raise FileNotFoundError("d.png")
+        return read(part)
+
+    with pytest.raises(FileNotFoundError):
+        embed_files(names, fails, encoder, tmp_path)
+    np.testing.assert_array_equal(kept_vectors(names, encoder, tmp_path)[:, 0], [0, 1, np.nan, np.nan])
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 no more of it", None])
