@@ -12,6 +12,7 @@ containers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -31,6 +32,8 @@ MANY_FILES = 100
 SPARE_BYTES = 256 * 2**20
 """Left free unless `CV_SPARE_DISK_BYTES` says otherwise."""
 _POLL_SECONDS = 0.05
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN}
+"""Errors of reading that say nothing about the file: too many are open, or who serves them is away."""
 
 
 @contextmanager
@@ -153,6 +156,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def is_of_the_file(err: OSError) -> bool:
+    """Tells whether an error in reading a file is that file's, and stays; others are the process's or the share's."""
+    return not isinstance(err, TimeoutError | ConnectionError) and err.errno not in _PASSING
 
 
 def file_sha256(path: Path) -> str:

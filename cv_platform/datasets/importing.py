@@ -30,7 +30,7 @@ from cv_platform.datasets.repository import (
 )
 from cv_platform.datasets.sources import parquet
 from cv_platform.datasets.sources.archives import is_archive, unpack
-from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, NOTHING_KNOWN, ImageEntry, Layout, LeftOut
+from cv_platform.datasets.sources.entries import NOT_AN_IMAGE, NOTHING_KNOWN, ImageEntry, Layout
 from cv_platform.datasets.sources.label_files import LabelRules
 from cv_platform.datasets.sources.layouts import descend, read_layout, write_annotations
 from cv_platform.datasets.sources.phone_photos import SUFFIX, is_phone_photo
@@ -212,8 +212,15 @@ def _traits(source: Path) -> Traits:
     """Returns size and times (of the content, of the file's record) of every file of a source, by path."""
     folders = walk(source).below() if source.is_dir() else ()
     files = [folder.path / name for folder in folders for name in folder.files] or [source]
-    found = ((str(path), path.stat()) for path in files)
-    return {path: (status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in found}
+    return {str(path): _traits_of(path) for path in files}
+
+
+def _traits_of(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (-1, -1, -1)  # It is left out, as what cannot be read.
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _require_unchanged(before: Traits, source: Path) -> None:
@@ -318,36 +325,36 @@ def _read(root: Folder, annotations: Path | None, rules: ImportRules) -> Layout:
 
 
 def _judge_images(root: Folder, layout: Layout, rules: ImportRules) -> Layout:
-    """Leaves out what by content and suffix is no image, unless what does not decode is too much.
+    """Leaves out what by content and suffix is no image or cannot be read, unless what does not decode is too much.
 
     What is called an image and is none stays: the manifest quarantines it by name, with its reason.
     """
-    try:
-        whole = images_among(root.path, [entry.path for entry in layout.entries])
-    except OSError as err:
-        raise InvalidDatasetError(f"Expected images that can be read. Received: {err}. Correct their rights.") from err
-    broken = [entry.path for entry in layout.entries if entry.path not in whole]
+    whole, unreadable = images_among(root.path, [entry.path for entry in layout.entries])
+    for path, why in sorted(unreadable.items()):
+        layout.left_out.add(why, [path])
+    broken = [entry.path for entry in layout.entries if entry.path not in whole and entry.path not in unreadable]
     named = {
         path
         for path in broken
         if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES and not is_phone_photo(root.path / path)
     }
-    entries = tuple(entry for entry in layout.entries if entry.path in whole | named)
+    kept = whole | named
+    layout = replace(layout, entries=tuple(entry for entry in layout.entries if entry.path in kept))
     layout.left_out.add(NOT_AN_IMAGE, (path for path in broken if path not in named))
-    count = len(layout.left_out.paths[NOT_AN_IMAGE]) + len(named)
+    lost = layout.left_out.lost()
+    lost.add(NOT_AN_IMAGE, named)
+    count = sum(lost.counts().values())
     if count > rules.max_left_out_fraction * (count + len(whole)):
-        told = LeftOut()
-        told.add(NOT_AN_IMAGE, [*layout.left_out.paths[NOT_AN_IMAGE], *named])
-        reasons = [f"{n} {reason}" for reason, n in told.counts().items()]
+        reasons = [f"{n} {reason}" for reason, n in lost.counts().items()]
         raise InvalidDatasetError(
             f"Expected images in at least {1 - rules.max_left_out_fraction:.0%} of the images' files of {root.path}. "
-            f"Received: {len(whole)} images, and {'; '.join(reasons)}. Convert them (RAW to JPEG), or "
-            "leave them out by --max-left-out 1."
+            f"Received: {len(whole)} images, and {'; '.join(reasons)}. Convert them (RAW to JPEG), correct their "
+            "rights, or leave them out by --max-left-out 1."
         )
     if not named:
-        return layout if not broken else replace(layout, entries=entries)
+        return layout
     note = f"called images, but none that decode: {len(named)}, such as {min(named)}; quarantined when they are used"
-    return replace(layout, entries=entries, notes=(*layout.notes, note))
+    return replace(layout, notes=(*layout.notes, note))
 
 
 def _judge_unknown(root: Folder, layout: Layout, rules: ImportRules) -> Layout:

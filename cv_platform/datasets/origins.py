@@ -122,7 +122,7 @@ class Files:
 
     def _by_url(self, stored: Stored) -> Iterator[bytes]:
         store, paths = _store(stored.url), iter(self.paths)
-        for runs in _read_together(stored.places):
+        for runs in read_together(stored.places):
             wanted = [(store.path(*run[0].object.split("/")), run[0].start, run[-1].end) for run in runs]
             with store.errors("read images of the dataset"):
                 contents = store.read_parts(wanted)
@@ -156,7 +156,7 @@ class Origin:
         return Files(self.directory, tuple(paths), self.find and self.find(paths))
 
 
-def _read_together(places: Sequence[Place]) -> Iterator[list[list[Place]]]:
+def read_together(places: Sequence[Place]) -> Iterator[list[list[Place]]]:
     """Yields the runs that are read at a time, each of files that lie one behind the other in a tar, or of one file."""
     runs, size, last = list[list[Place]](), 0, Place("", b"")
     for place in places:

@@ -44,6 +44,7 @@ def batch_scores_asset(branch: Branch) -> dg.AssetsDefinition:
                 "model_version": deployment.model.version,
                 "without_an_answer": scored.problems,
                 "unknown": scored.unknown,
+                "passed_over": scored.passed_over.line() or "nothing",
                 "images_per_second": scored.computed / max(scored.seconds, 1e-9),
             },
         )

@@ -35,7 +35,8 @@ _LITTER = frozenset(
     }
 )
 """What NAS, desktops and archivers leave behind, in lower case."""
-_HEAD_BYTES = 32
+HEAD_BYTES = 32
+"""Of a file, in which its format announces itself."""
 MAX_PARTS = 10_000
 """PNG chunks, JPEG segments or GIF blocks: walking them costs Python's time, however small they are."""
 MAX_SCANS = 100
@@ -76,18 +77,31 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
+def named_as_image(path: Path | str) -> bool | None:
+    """Tells by its suffix whether a user would take a file for an image; None: it does not say."""
+    # Not by a `Path`: one of each of very many files takes seconds, and Python's table of their names stays as large.
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
+    return suffix in IMAGE_SUFFIXES if suffix in _TELLING_SUFFIXES else None
+
+
+def read_head(path: Path | str) -> bytes:
+    """Returns the first `HEAD_BYTES` of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb", buffering=0) as file:
+        return file.read(HEAD_BYTES)
+
+
 def seems_image(path: Path | str) -> bool:
     """Tells whether a user would take a file for an image: by its suffix if that says so, else by its first bytes.
 
     Raises:
         OSError: the file cannot be read.
     """
-    # Not by a `Path`: one of each of very many files takes seconds, and Python's table of their names stays as large.
-    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122
-    if suffix in _TELLING_SUFFIXES:
-        return suffix in IMAGE_SUFFIXES
-    with Path(path).open("rb") as file:
-        return format_by_signature(file.read(_HEAD_BYTES)) is not None
+    by_name = named_as_image(path)
+    return format_by_signature(read_head(path)) is not None if by_name is None else by_name
 
 
 def format_by_signature(data: bytes) -> str | None:

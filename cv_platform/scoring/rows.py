@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from cv_platform.predictions import (
     reference_schema,
 )
 from cv_platform.properties import image_properties
-from cv_platform.scoring.sources import read_file
+from cv_platform.scoring.sources import read_images
 from cv_platform.serving.model.explain import SMALLEST_SIDE_PX, Explain, draw
 from cv_platform.serving.model.runtime import LoadedModel, PublishedModel
 from cv_platform.serving.routes.answer import Predicted, predict_upload
@@ -56,22 +57,38 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images of a source: what one process scores at a time."""
+    """Some files of a source that may be images: what one process scores at a time.
+
+    Attributes:
+        key: names what its rows are made of.
+        root: see `sources.Found`, also for the others.
+        paths: of the files.
+        sizes: of objects at a URL.
+    """
 
     key: str
-    """Names what its rows are made of."""
     root: str
     paths: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        """Returns its first and its last image, for the log."""
+        """Returns its first and its last file, for the log."""
         return span(self.paths[0], self.paths[-1])
 
     @property
     def images(self) -> int:
-        """Returns how many images it has."""
+        """Returns how many files it has."""
         return len(self.paths)
+
+    def each(self) -> Iterator[Batch]:
+        """Yields a batch of each file."""
+        for at, path in enumerate(self.paths):
+            yield replace(self, paths=(path,), sizes=self.sizes[at : at + 1])
+
+    def contents(self) -> Iterator[tuple[str, bytes | OSError]]:
+        """Yields its images, see `sources.read_images`."""
+        return read_images(self.root, self.paths, self.sizes)
 
 
 def scores_schema(metadata: BundleMetadata, *, heat_maps: bool = False) -> pa.Schema:
@@ -98,37 +115,35 @@ def scores_schema(metadata: BundleMetadata, *, heat_maps: bool = False) -> pa.Sc
 
 
 def score_batch(scorer: Scorer, batch: Batch) -> pa.Table:
-    """Returns the rows of a batch's images.
+    """Returns the rows of a batch's images; files that are none have no row.
 
     Raises:
         BundleNotFoundError, CorruptBundleError, StorageError: the model, or the place of the images, is away.
     """
     model = scorer.published.load()
     rows = _Rows(batch, scores_schema(model.metadata, heat_maps=scorer.heat_maps), model.metadata)
-    for path in batch.paths:
-        _answer(model, scorer, batch.root, path, rows)
+    for path, content in batch.contents():
+        _answer(model, scorer, path, content, rows)
     return rows.table()
 
 
 def unanswered(metadata: BundleMetadata, schema: pa.Schema, batch: Batch, problem: str) -> pa.Table:
     """Returns the rows of images that nobody can score, and why."""
     rows = _Rows(batch, schema, metadata)
-    for path in batch.paths:
-        rows.add(hashlib.sha256(read_file(batch.root, path)).hexdigest(), problem)
+    for path, content in batch.contents():
+        rows.add(path, None if isinstance(content, OSError) else hashlib.sha256(content).hexdigest(), problem)
     return rows.table()
 
 
-def _answer(model: LoadedModel, scorer: Scorer, root: str, path: str, rows: _Rows) -> None:
+def _answer(model: LoadedModel, scorer: Scorer, path: str, content: bytes | OSError, rows: _Rows) -> None:
     """Adds an image's row: its sha256, and what the model says of it, or why it says nothing."""
+    if isinstance(content, OSError):
+        return rows.add(path, None, f"{type(content).__name__}: {content.strerror or content}")
+    digest = hashlib.sha256(content).hexdigest()
     try:
-        data = read_file(root, path)
-    except OSError as err:
-        return rows.add(None, f"{type(err).__name__}: {err.strerror or err}")
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        rows.add(digest, predict_upload(model, data, max_pixels=scorer.max_pixels))
+        rows.add(path, digest, predict_upload(model, content, max_pixels=scorer.max_pixels))
     except ImageError as err:
-        rows.add(digest, f"{type(err).__name__}: {err}")
+        rows.add(path, digest, f"{type(err).__name__}: {err}")
 
 
 class _Rows:
@@ -139,25 +154,20 @@ class _Rows:
     """
 
     def __init__(self, batch: Batch, schema: pa.Schema, metadata: BundleMetadata) -> None:
-        self._schema, self._count = schema, batch.images
+        self._schema, self._model = schema, {MODEL_NAME: metadata.model_name, MODEL_VERSION: metadata.version}
         self._vectors = {
             # Parquet cannot give back lists of a fixed size of which some are null.
-            name: np.full((self._count, self._schema.field(name).type.list_size), np.nan, np.float32)
+            name: np.full((batch.images, self._schema.field(name).type.list_size), np.nan, np.float32)
             for name in _VECTORS
         }
         self._unmeasured: list[tuple[int, NDArray[np.uint8]]] = []
         self._said = [name for name in _SAID if name in schema.names]
-        self._columns: dict[str, list[Any]] = {
-            "path": list(batch.paths),
-            MODEL_NAME: [metadata.model_name] * self._count,
-            MODEL_VERSION: [metadata.version] * self._count,
-            **{name: [] for name in self._said},
-        }
+        self._columns: dict[str, list[Any]] = {name: [] for name in ("path", *self._model, *self._said)}
 
-    def add(self, digest: str | None, said: Predicted | str) -> None:
+    def add(self, path: str, digest: str | None, said: Predicted | str) -> None:
         """Adds the next image's row, with its sha256 and the answer, or why there is none."""
-        row = len(self._columns["sha256"])
-        values: dict[str, Any] = {"sha256": digest}
+        row = len(self._columns["path"])
+        values: dict[str, Any] = {"path": path, "sha256": digest, **self._model}
         if isinstance(said, str):
             values["problem"] = said
         else:
@@ -174,8 +184,8 @@ class _Rows:
             self._unmeasured.append((row, said.pixels))
             if len(self._unmeasured) == _AT_ONCE:
                 self._measure()
-        for name in self._said:
-            self._columns[name].append(values.get(name))
+        for name, column in self._columns.items():
+            column.append(values.get(name))
 
     def _measure(self) -> None:
         for row, pixels in self._unmeasured:
@@ -188,6 +198,6 @@ class _Rows:
         schema = self._schema
         arrays = {name: pa.array(values, schema.field(name).type) for name, values in self._columns.items()}
         for name, matrix in self._vectors.items():
-            values = pa.array(matrix.ravel(), pa.float32())
+            values = pa.array(matrix[: len(self._columns["path"])].ravel(), pa.float32())
             arrays[name] = pa.FixedSizeListArray.from_arrays(values, type=schema.field(name).type)
         return pa.table([arrays[name] for name in schema.names], schema=schema)

@@ -23,7 +23,7 @@ from cv_platform.compute.engine import Engine, Salvage
 from cv_platform.errors import BundleNotFoundError, LockHeldError
 from cv_platform.files import exclusive, whole_file
 from cv_platform.scoring.rows import HEAT_MAP, Batch, Scorer, score_batch, scores_schema, unanswered
-from cv_platform.scoring.sources import Found, find_images
+from cv_platform.scoring.sources import Found, PassedOver, find_images
 from cv_platform.serving.model.runtime import PublishedModel
 from cv_platform.settings import Settings
 from cv_platform.storage import BundleMetadata, CentralStorage
@@ -45,6 +45,7 @@ class Scored:
         images: rows of the output.
         problems: of them, those without an answer.
         unknown: of them, those that show nothing the model has learned.
+        passed_over: what of the source has no row.
         computed: those that no earlier, killed scoring had done.
         seconds: that these took.
     """
@@ -52,16 +53,15 @@ class Scored:
     images: int
     problems: int
     unknown: int
-    computed: int
-    seconds: float
+    passed_over: PassedOver
+    computed: int = 0
+    seconds: float = 0.0
 
     def line(self) -> str:
         """Says it."""
         rate = f", {self.computed / max(self.seconds, 1e-9):,.0f} per second" if self.computed else ""
-        return (
-            f"{self.images:,} images: {self.problems:,} without an answer, {self.unknown:,} unknown; "
-            f"{self.computed:,} scored now{rate}"
-        )
+        said = f"{self.images:,} images: {self.problems:,} without an answer, {self.unknown:,} unknown; "
+        return "; ".join(filter(None, [f"{said}{self.computed:,} scored now{rate}", self.passed_over.line()]))
 
 
 def score_images(
@@ -102,9 +102,9 @@ def score_images(
         batches = list(_batches(found, metadata, schema))
         computed = _make_parts(batches, scorer, metadata, schema, parts, engine)
         seconds = time.perf_counter() - started
-        problems, unknown = _join(batches, schema, parts, output)
+        scored = _join(found, batches, schema, parts, output)
         shutil.rmtree(parts)
-    return Scored(len(found.paths), problems, unknown, computed, seconds)
+    return replace(scored, computed=computed, seconds=seconds)
 
 
 def published_metadata(storage: CentralStorage, version: str) -> BundleMetadata:
@@ -161,7 +161,7 @@ def _batches(found: Found, metadata: BundleMetadata, schema: pa.Schema) -> Itera
         rows = slice(start, start + size)
         digest = base.copy()
         digest.update(json.dumps([found.paths[rows], found.stamps[rows]]).encode())
-        yield Batch(digest.hexdigest()[:32], found.root, tuple(found.paths[rows]))
+        yield Batch(digest.hexdigest()[:32], found.root, tuple(found.paths[rows]), tuple(found.sizes[rows]))
 
 
 def _make_parts(
@@ -176,10 +176,11 @@ def _make_parts(
     done = {path.stem for path in parts.glob(f"*{_PART}")}
     todo = [batch for batch in batches if batch.key not in done]
     missing, total = (sum(batch.images for batch in some) for some in (todo, batches))
+    computed = 0
     if missing < total:
-        logger.info("%d of %d images were scored before", total - missing, total)
+        logger.info("%d of %d files were scored before", total - missing, total)
     salvage = Salvage(
-        divide=lambda batch: (replace(batch, paths=(path,)) for path in batch.paths),
+        divide=Batch.each,
         join=pa.concat_tables,
         lost=lambda batch, why: unanswered(metadata, schema, batch, f"its decoding {why}"),
     )
@@ -194,12 +195,18 @@ def _make_parts(
     ):
         with whole_file(parts / f"{batch.key}{_PART}") as partial_file:
             feather.write_feather(rows, str(partial_file), compression="uncompressed")  # It is read once.
-    return missing
+        computed += len(rows)
+    return computed
 
 
-def _join(batches: Sequence[Batch], schema: pa.Schema, parts: Path, output: Path) -> tuple[int, int]:
-    """Writes the parts, in order, as one file; returns how many images have a problem, and how many are unknown."""
-    problems = unknown = 0
+def _join(found: Found, batches: Sequence[Batch], schema: pa.Schema, parts: Path, output: Path) -> Scored:
+    """Writes the parts, in order, as one file; returns what is in them.
+
+    Raises:
+        DatasetError: not one image.
+    """
+    images = problems = unknown = 0
+    passed_over: list[str] = []
     # Numbers hardly repeat: a dictionary of them would be made only to be thrown away.
     options: dict[str, Any] = {"use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)]}
     with (
@@ -208,7 +215,14 @@ def _join(batches: Sequence[Batch], schema: pa.Schema, parts: Path, output: Path
     ):
         for batch in batches:
             rows = feather.read_table(str(parts / f"{batch.key}{_PART}")).replace_schema_metadata(schema.metadata)
+            passed_over += sorted(set(batch.paths).difference(rows["path"].to_pylist()))
+            if not len(rows):
+                continue
+            images += len(rows)
             problems += len(rows) - rows["problem"].null_count
             unknown += rows.filter(rows["is_unknown"]).num_rows  # Null, where there is no rule, is no.
             writer.write_table(rows)
-    return problems, unknown
+        if not images:
+            shutil.rmtree(parts)
+            raise found.no_images(PassedOver.of(passed_over))
+    return Scored(images, problems, unknown, found.passed_over + PassedOver.of(passed_over))

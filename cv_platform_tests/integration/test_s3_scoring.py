@@ -18,12 +18,14 @@ from cv_platform.compute import engine as engines
 from cv_platform.errors import StorageError
 from cv_platform.scoring import score
 from cv_platform.scoring.score import score_images
+from cv_platform.scoring.sources import PassedOver, read_images
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.hand_made import hand_made_export
-from cv_platform_tests.support.pictures import write_pictures
+from cv_platform_tests.support.pictures import picture, write_pictures
 from cv_platform_tests.support.tiny_models import TinyExport, publish_tiny
 from cv_platform_tests.support.waiting import wait_until
+from cv_platform_tests.unit.datasets.sources.test_phone_photos import HEIC
 from cv_platform_tests.unit.monitoring.test_scored import folder, report_on, scores_of, with_reference
 from cv_platform_tests.unit.scoring.test_score import PROCESSES, VERSION, after_the_first
 
@@ -84,6 +86,55 @@ def test_images_in_a_bucket_have_the_rows_of_those_in_a_folder(settings: Setting
     assert score_images(str(tmp_path / "images"), VERSION, folder, settings=settings).images == 10
     assert score_images(images, VERSION, bucket, settings=settings, engine=PROCESSES).images == 10
     assert pq.read_table(bucket).equals(pq.read_table(folder))
+
+
+def test_objects_are_told_by_their_first_bytes_and_one_that_cannot_be_read_has_a_row(
+    settings: Settings, s3_url: str, tmp_path: Path
+) -> None:
+    folder = write_pictures(tmp_path / "images", [f"a/{i}.png" for i in range(4)])
+    (folder / "plain").write_bytes(picture(9))
+    (folder / "photo.heic").write_bytes(HEIC)
+    (folder / "film.mp4").write_bytes(b"\0\0\0\x18ftypisom" + bytes(5000))
+    for name in ("empty", "empty.png", "archive.zip"):
+        (folder / name).touch()
+    bucket, storage = f"{s3_url}-images", S3FileSystem()
+    storage.put(str(folder), bucket, recursive=True)
+    for marker in (f"{bucket}/", f"{bucket}/a/"):  # What web consoles put in place of folders.
+        storage.call_s3("put_object", Bucket=bucket.split("/")[2], Key=marker.split("/", 3)[3], Body=b"")
+    outputs = [tmp_path / "folder.parquet", tmp_path / "bucket.parquet"]
+    scored = [
+        score_images(source, VERSION, output, settings=settings)
+        for source, output in zip((str(folder), bucket), outputs, strict=True)
+    ]
+    assert [(one.images, one.problems, one.passed_over) for one in scored] == [(7, 2, PassedOver(3, 1))] * 2
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    paths = ["a/0.png", "a/gone.png", "empty.png", "plain"]
+    found = dict(read_images(bucket, paths, [10, 10, 0, 10]))
+    assert [type(found[path]) for path in paths] == [bytes, FileNotFoundError, bytes, bytes]
+    storage.rm(bucket, recursive=True)
+    with pytest.raises(StorageError, match=r"Expected images at .*Received: nothing"):
+        list(read_images(bucket, paths, [10, 10, 0, 10]))
+
+
+def test_objects_are_asked_for_once_each_and_many_at_a_time(images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = [f"{name}/{i}.png" for name in "ab" for i in range(5)]
+    asked: list[str] = []
+    now = most = 0
+    call = S3FileSystem._call_s3
+
+    async def counted(self: S3FileSystem, method: str, *arguments: object, **options: object) -> object:
+        nonlocal now, most
+        asked.append(method)
+        now += 1
+        most = max(most, now)
+        try:
+            return await call(self, method, *arguments, **options)
+        finally:
+            now -= 1
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", counted)
+    assert [path for path, _ in read_images(images, together, [100] * 10)] == together
+    assert (asked, most) == (["get_object"] * 10, 10)
 
 
 def test_a_scoring_of_a_bucket_that_was_stopped_goes_on_where_it_was(

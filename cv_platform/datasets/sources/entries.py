@@ -21,6 +21,7 @@ UNLABELLED = frozenset({"no_label", "unlabeled", "unlabelled"})
 """Names that CVAT, Datumaro and Roboflow give to images without a label."""
 
 NOT_AN_IMAGE = "no image that can be decoded"
+UNREADABLE = "that cannot be read"
 ACCOMPANYING = "no image, beside the images"
 NO_CLASS_FOLDER = "directly in a split's folder, in no class folder"
 NOT_IN_LABEL_FILE = "not named by the label file"
@@ -69,6 +70,14 @@ class LeftOut:
     def add(self, reason: str, paths: Iterable[str]) -> None:
         """Adds paths to those of a reason."""
         self.paths[reason] += paths
+
+    def lost(self) -> LeftOut:
+        """Returns of them what cannot be decoded or read, where images are."""
+        found = LeftOut()
+        for reason, paths in self.paths.items():
+            if reason.startswith((NOT_AN_IMAGE, UNREADABLE)):
+                found.add(reason, paths)
+        return found
 
     def counts(self) -> dict[str, int]:
         """Returns how many there are by reason, and by suffix where it is the reason; each with an example."""

@@ -56,8 +56,9 @@ def read_layout(root: Folder, annotations: bytes | None, rules: LabelRules, *, n
         layout = next(found for read in LAYOUTS if (found := read(root, rules)) is not None)
     for folder in root.below():
         inside = folder.path.relative_to(root.path)
-        layout.left_out.add("litter, hidden or a broken link", ((inside / name).as_posix() for name in folder.litter))
-    if not layout.entries and not layout.left_out.paths[NOT_AN_IMAGE]:
+        litter = ((inside / name).as_posix() for name in (*folder.litter, *folder.broken))
+        layout.left_out.add("litter, hidden or a broken link", litter)
+    if not layout.entries and not layout.left_out.lost().counts():
         raise _refusal(root, "none")
     unusable = [name for name in layout.class_names if LABEL_SEPARATOR in name or not is_class_name(name)]
     if unusable:
@@ -277,7 +278,7 @@ def _from_class_folders(
                     entries.append(ImageEntry(path, split, labels))
                 else:
                     is_text = Path(file).suffix.lower() in TEXT_SUFFIXES
-                    left_out.add(ACCOMPANYING if is_text else NOT_AN_IMAGE, [path])
+                    left_out.add(folder.unreadable.get(file, ACCOMPANYING if is_text else NOT_AN_IMAGE), [path])
     return Layout(title, _by_path(entries), rules.classes or tuple(sorted(names)), left_out)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from cv_platform.images.files import read_head
+
 SUFFIX = ".jpg"
 """Added to a converted file's name, so that `IMG_1.HEIC` may lie beside the `IMG_1.JPG` that a telephone made, too."""
 GROWTH = 8
@@ -29,8 +31,11 @@ def is_phone_photo(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        head = file.read(12)
+    return begins_as_phone_photo(read_head(path))
+
+
+def begins_as_phone_photo(head: bytes) -> bool:
+    """Tells whether these are the first bytes of HEIC or AVIF."""
     return head[4:8] == b"ftyp" and head[8:12] in _BRANDS
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from cv_platform.datasets.importing import ImportRules, import_dataset
 from cv_platform.datasets.manifest import count_manifest, read_manifest
 from cv_platform.datasets.repository import list_versions, read_version
+from cv_platform.datasets.sources import tree
 from cv_platform.datasets.sources.entries import ImageEntry
 from cv_platform.datasets.sources.staging import Staging
 from cv_platform.datasets.versions import checkout_version
@@ -498,3 +501,34 @@ def test_refuses_to_ignore_what_no_cell_can_say_and_unknown_labels_of_one_class_
         InvalidDatasetError, match=r"2 images with unknown labels, such as 0\.png, which only multi-label"
     ):
         checkout_version(dataset(tag="v1", ds_root=str(root)), model(), home=tmp_path / "home")
+
+
+def test_what_cannot_be_read_is_left_out_with_its_reason_and_refused_where_it_is_much(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "pets", [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)])
+    for name in ("notes.txt", "cat/broken.png", "cat/broken"):
+        (source / name).symlink_to("/proc/self/mem")  # Its reading is an input/output error, for root as well.
+    (source / "dog/circle.png").symlink_to("circle.png")
+    imported = import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds")
+    assert imported.class_counts == {"cat": 10, "dog": 10}
+    assert imported.left_out == {
+        "litter, hidden or a broken link, such as dog/circle.png": 1,
+        "no image, beside the images (.txt), such as notes.txt": 1,
+        "that cannot be read (Input/output error), such as cat/broken": 2,
+    }
+    (source / "dog/broken.png").symlink_to("/proc/self/mem")
+    refused = r"Received: 20 images, and 3 that cannot be read \(Input/output error\), such as cat/broken\. .* rights"
+    with pytest.raises(InvalidDatasetError, match=refused):
+        import_dataset(source, ds_name="pets", tag="v2", ds_root=tmp_path / "ds")
+
+
+def test_an_error_that_is_not_the_files_ends_the_import_with_the_files_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_pictures(tmp_path / "pets", ["cat/0.png", "dog/plain"])
+
+    def refuse(path: str) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(tree, "read_head", refuse)
+    with pytest.raises(InvalidDatasetError, match=r"Received: .*/dog/plain \(Too many open files\)\. Look at the disk"):
+        import_dataset(source, ds_name="pets", tag="v1", ds_root=tmp_path / "ds")

@@ -75,7 +75,7 @@ def test_few_megabytes_and_few_files_are_asked_for_at_once(monkeypatch: pytest.M
     tarred = [Place("a.tar", b"", at * 500, at * 500 + 400) for at in range(5)]
     whole = [Place(str(at), b"") for at in range(4)]
     large = [Place(str(at), b"", size=size) for at, size in enumerate((600, 400, 100, 5000, 5000, 1), 4)]
-    together = [[len(run) for run in runs] for runs in origins._read_together([*tarred, *whole, *large])]
+    together = [[len(run) for run in runs] for runs in origins.read_together([*tarred, *whole, *large])]
     assert together == [[2], [2], [1, 1, 1], [1, 1, 1], [1, 1], [1], [1], [1]]
 
 

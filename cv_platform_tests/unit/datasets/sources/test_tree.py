@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cv_platform.datasets.sources.tree import is_image, walk
+from cv_platform.datasets.sources.tree import images_among, is_image, walk
 from cv_platform.errors import InvalidDatasetError
 from cv_platform_tests.support.pictures import picture, write_pictures
 
@@ -20,8 +20,9 @@ def test_leaves_out_what_nas_desktops_and_archivers_leave_behind(tmp_path: Path)
     (tmp_path / "gone").symlink_to("nowhere")
     root = walk(tmp_path)
     assert list(root.paths(root)) == ["cat/1.png"]
+    assert root.broken == ("gone",)
     assert sorted(root.litter) == sorted(
-        [*(name.partition("/")[0] for name in litter), ".DS_Store", "Thumbs.db", "desktop.ini", "gone"]
+        [*(name.partition("/")[0] for name in litter), ".DS_Store", "Thumbs.db", "desktop.ini"]
     )
 
 
@@ -81,3 +82,26 @@ def test_names_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InvalidDatasetError, match=r"private \(Permission denied\)\. Correct its rights"):
         walk(tmp_path)
+
+
+def test_opens_only_what_its_suffix_does_not_tell(tmp_path: Path) -> None:
+    for name in ("a.png", "b.txt", "c.dng", "d", "e.mp4"):
+        (tmp_path / name).symlink_to("/proc/self/mem")  # Its reading is an input/output error, for root as well.
+    root = walk(tmp_path)
+    assert root.images == ("a.png",)
+    assert root.unreadable == dict.fromkeys(("d", "e.mp4"), "that cannot be read (Input/output error)")
+    reasons = dict.fromkeys(("a.png", "d"), "that cannot be read (Input/output error)")
+    assert images_among(tmp_path, ["a.png", "d"]) == (set(), reasons)
+
+
+def test_goes_on_without_folders_that_lead_back_or_too_deep_where_asked(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["cat/1.png", "dog/1.png"])
+    (tmp_path / "cat/again").symlink_to(tmp_path)
+    tmp_path.joinpath("dog", *["a"] * 70).mkdir(parents=True)
+    unread: list[InvalidDatasetError] = []
+    root = walk(tmp_path, unread=unread)
+    assert list(root.image_paths(root)) == ["cat/1.png", "dog/1.png"]
+    assert [str(one).partition("Received: ")[2].partition(" at ")[0] for one in unread] == [
+        "a link back to a folder above it",
+        "more than 64 levels",
+    ]
