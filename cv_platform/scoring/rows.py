@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cv_platform.compute.engine import span
+from cv_platform.datasets.sources.entries import printable
 from cv_platform.errors import ImageError
 from cv_platform.predictions import (
     BBSD_FEATS,
@@ -74,7 +75,7 @@ class Batch:
     @property
     def name(self) -> str:
         """Returns its first and its last file, for the log."""
-        return span(self.paths[0], self.paths[-1])
+        return span(printable(self.paths[0]), printable(self.paths[-1]))
 
     @property
     def images(self) -> int:
@@ -86,7 +87,7 @@ class Batch:
         for at, path in enumerate(self.paths):
             yield replace(self, paths=(path,), sizes=self.sizes[at : at + 1])
 
-    def contents(self) -> Iterator[tuple[str, bytes | OSError]]:
+    def read(self) -> Iterator[tuple[str, bytes | OSError]]:
         """Yields its images, see `sources.read_images`."""
         return read_images(self.root, self.paths, self.sizes)
 
@@ -122,7 +123,7 @@ def score_batch(scorer: Scorer, batch: Batch) -> pa.Table:
     """
     model = scorer.published.load()
     rows = _Rows(batch, scores_schema(model.metadata, heat_maps=scorer.heat_maps), model.metadata)
-    for path, content in batch.contents():
+    for path, content in batch.read():
         _answer(model, scorer, path, content, rows)
     return rows.table()
 
@@ -130,7 +131,7 @@ def score_batch(scorer: Scorer, batch: Batch) -> pa.Table:
 def unanswered(metadata: BundleMetadata, schema: pa.Schema, batch: Batch, problem: str) -> pa.Table:
     """Returns the rows of images that nobody can score, and why."""
     rows = _Rows(batch, schema, metadata)
-    for path, content in batch.contents():
+    for path, content in batch.read():
         rows.add(path, None if isinstance(content, OSError) else hashlib.sha256(content).hexdigest(), problem)
     return rows.table()
 
@@ -140,6 +141,8 @@ def _answer(model: LoadedModel, scorer: Scorer, path: str, content: bytes | OSEr
     if isinstance(content, OSError):
         return rows.add(path, None, f"{type(content).__name__}: {content.strerror or content}")
     digest = hashlib.sha256(content).hexdigest()
+    if printable(path) != path:
+        return rows.add(path, digest, f"Expected a file name in UTF-8. Received: {path!a}. Rename the file.")
     try:
         rows.add(path, digest, predict_upload(model, content, max_pixels=scorer.max_pixels))
     except ImageError as err:
@@ -167,7 +170,7 @@ class _Rows:
     def add(self, path: str, digest: str | None, said: Predicted | str) -> None:
         """Adds the next image's row, with its sha256 and the answer, or why there is none."""
         row = len(self._columns["path"])
-        values: dict[str, Any] = {"path": path, "sha256": digest, **self._model}
+        values: dict[str, Any] = {"path": printable(path), "sha256": digest, **self._model}
         if isinstance(said, str):
             values["problem"] = said
         else:

@@ -20,6 +20,7 @@ from pyarrow import feather
 
 from cv_platform.compute import map_shards
 from cv_platform.compute.engine import Engine, Salvage
+from cv_platform.datasets.sources.entries import printable
 from cv_platform.errors import BundleNotFoundError, LockHeldError
 from cv_platform.files import exclusive, whole_file
 from cv_platform.scoring.rows import HEAT_MAP, Batch, Scorer, score_batch, scores_schema, unanswered
@@ -215,7 +216,7 @@ def _join(found: Found, batches: Sequence[Batch], schema: pa.Schema, parts: Path
     ):
         for batch in batches:
             rows = feather.read_table(str(parts / f"{batch.key}{_PART}")).replace_schema_metadata(schema.metadata)
-            passed_over += sorted(set(batch.paths).difference(rows["path"].to_pylist()))
+            passed_over += sorted(set(map(printable, batch.paths)).difference(rows["path"].to_pylist()))
             if not len(rows):
                 continue
             images += len(rows)

@@ -86,13 +86,14 @@ class LeftOut:
             for path in paths:
                 suffix = f" ({PurePosixPath(path).suffix.lower() or 'no suffix'})" if reason in _BY_SUFFIX else ""
                 groups[reason + suffix].append(path)
-        return {f"{reason}, such as {_printable(min(paths))}": len(paths) for reason, paths in sorted(groups.items())}
+        return {f"{reason}, such as {printable(min(paths))}": len(paths) for reason, paths in sorted(groups.items())}
 
 
 _BY_SUFFIX = (NOT_AN_IMAGE, ACCOMPANYING)
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
+    """Returns a path in UTF-8: U+FFFD stands for each byte of its name that is none."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 

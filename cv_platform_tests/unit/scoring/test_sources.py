@@ -15,10 +15,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cv_platform.cli import main
 from cv_platform.compute import engine as engines
+from cv_platform.compute import open_engine
 from cv_platform.datasets import origins
 from cv_platform.errors import DatasetError, StorageError
 from cv_platform.scoring.score import score_images
-from cv_platform.scoring.sources import find_images, read_images, reader_of
+from cv_platform.scoring.sources import PassedOver, find_images, read_images, reader_of
 from cv_platform.settings import Settings
 from cv_platform.storage import CentralStorage
 from cv_platform_tests.support.pictures import picture, write_pictures
@@ -120,6 +121,17 @@ def test_what_cannot_be_read_has_a_row_with_its_reason(
     assert (scored.images, scored.problems, scored.computed) == (5, 4, 5)
     assert scored.line().endswith("; 1 file passed over, 1 folder not read (see the log)")
     assert f"Received: {folder}/closed (Permission denied). Correct its rights" in caplog.text
+
+
+def test_a_name_that_is_not_utf_8_has_a_row_that_says_so(settings: Settings, tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "images", ["0.png"])
+    for name in (b"caf\xe9.png", b"\xe9", b"caf\xe9.txt"):
+        (folder / os.fsdecode(name)).write_bytes(picture(1) if name.endswith(b".png") else b"no image")
+    output = tmp_path / "scores.parquet"
+    scored = score_images(str(folder), VERSION, output, settings=settings, engine=open_engine(settings))
+    said = r"Expected a file name in UTF-8. Received: 'caf\udce9.png'. Rename the file."
+    assert problems_of(output) == {"0.png": None, "caf\N{REPLACEMENT CHARACTER}.png": said}
+    assert (scored.images, scored.passed_over) == (2, PassedOver(2, 0))
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT])
