@@ -52,9 +52,13 @@ _more_memory = text(
     "SELECT set_config('work_mem', '64MB', true) "
     "WHERE pg_size_bytes(current_setting('work_mem')) < pg_size_bytes('64MB')"
 )
-"""Gives PostgreSQL memory to sort a window of some 300,000 requests, unless it has more; it takes files for more."""
+"""Gives each of PostgreSQL's processes memory to sort some 600,000 requests, unless it has more, or takes files."""
+_more_processes = text("SET LOCAL parallel_tuple_cost = 0")
+"""Has several of them read and sort: PostgreSQL takes handing rows over for dearer than it is where they are short."""
+_CANDIDATES = 4
+"""How many requests, as a multiple of the sample, are expected where it is looked for; more repeats than that, and
+it is looked for once more."""
 _ROW_COLUMNS = ("prediction_id", "created_on", "predicted_class", "image_sha256", *SLICE_COLUMNS)
-_order = (predictions.c.created_on, predictions.c.prediction_id)
 _place: ColumnElement[str] = literal_column("predictions.ctid")
 """Where a row lies, which holds for one snapshot: https://www.postgresql.org/docs/17/ddl-system-columns.html"""
 
@@ -201,67 +205,85 @@ def read_window(engine: Engine, model: ModelIdentity, bounds: WindowBounds, moni
     Raises:
         DatabaseUnavailableError, SchemaMismatchError: see `database.connection.make_engine`.
     """
-    # Used twice, so that PostgreSQL makes it once.
-    request = _requests(model, bounds).cte("request")
-    counts = select(
-        func.count().label("requests"),
-        func.count().filter(request.c.is_late).label("late"),
-        func.count().filter(request.c.nth > 1).label("repeats"),
-    ).select_from(request)
-    counts = counts.subquery("counts")
-    chosen = select(request.c.place).order_by(
-        func.hashtextextended(cast(request.c.prediction_id, Text), monitor.seed), request.c.prediction_id
-    )
-    if monitor.repeats == "once":
-        chosen = chosen.where(request.c.nth == 1)
-    # By their place in this snapshot: the index of ids would have to be read at another page for each.
-    is_chosen = _place == func.any(func.array(chosen.limit(monitor.max_samples).scalar_subquery()))
-    columns = [predictions.c[name] for name in (*_ROW_COLUMNS, *_VECTORS)]
-    rows = select(*counts.c, *columns).join_from(predictions, counts, true()).where(is_chosen).order_by(*_order)
     with bounds.snapshot(engine) as connection:
         connection.execute(_more_memory)
-        found = [tuple(row) for row in connection.execute(rows)]
-        others = int(connection.execute(_of_others(model, bounds)).scalar_one())
-    requests, late, repeats = found[0][: len(counts.c)] if found else (0, 0, 0)
-    records = [row[len(counts.c) :] for row in found]
-    table = pd.DataFrame(records, columns=pd.Index([column.name for column in columns]))
+        connection.execute(_more_processes)
+        requests, late, others = (int(count) for count in connection.execute(_counts(model, bounds)).one())
+        pictures, table = _read(connection, model, bounds, monitor, requests)
     sample, kept = _sample(table)
     return Window(
         sample=sample,
         rows=table.loc[kept, list(_ROW_COLUMNS)].reset_index(drop=True),
-        requests=int(requests),
-        late=int(late),
-        repeats=int(repeats),
-        is_sampled=int(requests) - (int(repeats) if monitor.repeats == "once" else 0) > monitor.max_samples,
+        requests=requests,
+        late=late,
+        repeats=requests - pictures,
+        is_sampled=(pictures if monitor.repeats == "once" else requests) > monitor.max_samples,
         unusable=len(table) - int(kept.sum()),
         others=others,
     )
 
 
-def _of_others(model: ModelIdentity, bounds: WindowBounds) -> Select:
-    return select(func.count()).where(
-        (predictions.c.model_name == model.model_name)
-        & (predictions.c.model_version != model.version)
-        & bounds.holds()
-        & is_request()
-    )
+def _counts(model: ModelIdentity, bounds: WindowBounds) -> Select:
+    """Returns the query of `requests`, `late` and `others` of a `Window`."""
+    own = predictions.c.model_version == model.version
+    counts = [func.count().filter(own), func.count().filter(own & bounds.is_late()), func.count().filter(~own)]
+    return select(*counts).where(predictions.c.model_name == model.model_name, bounds.holds(), is_request())
 
 
-def _requests(model: ModelIdentity, bounds: WindowBounds) -> Select:
-    """Returns the query of a version's requests in the window: their places, `is_late`, and `nth` of their picture."""
+def _read(
+    connection: Connection, model: ModelIdentity, bounds: WindowBounds, monitor: MonitorConfig, requests: int
+) -> tuple[int, pd.DataFrame]:
+    """Returns how many pictures a window of so many requests has, and the rows that its sample is made of."""
+    pictures, records = 0, []
+    share = min(1.0, _CANDIDATES * monitor.max_samples / max(requests, 1))
+    while requests:
+        found = [tuple(row) for row in connection.execute(_pictures_and_rows(model, bounds, monitor, share))]
+        pictures, records = int(found[0][0]), [row[1:] for row in found if row[1] is not None]
+        if len(records) >= min(monitor.max_samples, pictures if monitor.repeats == "once" else requests):
+            break
+        # Most are repeats. Of pictures the number is known now.
+        share = min(1.0, _CANDIDATES * max(share, monitor.max_samples / pictures))
+    return pictures, pd.DataFrame(records, columns=pd.Index([*_ROW_COLUMNS, *_VECTORS]))
+
+
+def _pictures_and_rows(model: ModelIdentity, bounds: WindowBounds, monitor: MonitorConfig, share: float) -> Select:
+    """Returns the query of how many pictures there are, and beside it, in each row, one of the sample, or nulls.
+
+    The sample are the requests with the smallest draws. They are looked for among the lowest `share` of all draws; of
+    the other requests only those that tell pictures from each other are kept, and of these no place.
+    """
     sha256 = predictions.c.image_sha256
     statistics = case((sha256.is_(None), predictions.c.properties))
-    # By a hash first, which is compared at once: only what is equal by it is compared whole.
-    digest = func.coalesce(func.hashtextextended(sha256, 0), func.hash_array_extended(statistics, 0))
-    nth = func.row_number().over(partition_by=[digest, sha256, statistics], order_by=_order)
-    return select(
-        _place.label("place"), predictions.c.prediction_id, bounds.is_late().label("is_late"), nth.label("nth")
-    ).where(
-        (predictions.c.model_name == model.model_name)
-        & (predictions.c.model_version == model.version)
-        & bounds.holds()
-        & is_request()
+    # What is equal by 64 bits is the same picture: of two million, any two that are not have a chance of 1e-7.
+    picture = func.coalesce(func.hashtextextended(sha256, 0), func.hash_array_extended(statistics, 0))
+    draw = func.hashtextextended(cast(predictions.c.prediction_id, Text), monitor.seed)
+    place = case((draw <= int(share * 2**64) - 2**63 - 1, _place))
+    # Of each few bytes, as all of them are sorted, and handed from process to process.
+    one_of = (picture,) if monitor.repeats == "once" else (picture, place)
+    kept = (
+        select(picture.label("picture"), draw.label("draw"), place.label("place"))
+        .where(
+            (predictions.c.model_name == model.model_name)
+            & (predictions.c.model_version == model.version)
+            & bounds.holds()
+            & is_request()
+        )
+        .distinct(*one_of)
+        .order_by(*one_of, predictions.c.created_on, draw)
+        .subquery("kept")
     )
+    lists = [func.array_agg(column).filter(kept.c.place.is_not(None)) for column in (kept.c.place, kept.c.draw)]
+    found = select(
+        func.count(kept.c.picture.distinct()).label("pictures"), lists[0].label("places"), lists[1].label("draws")
+    )
+    found = found.select_from(kept).cte("found")
+    candidate = func.unnest(found.c.places, found.c.draws).table_valued("place", "draw").render_derived()
+    chosen = select(candidate.c.place).select_from(found).join(candidate, true()).order_by(candidate.c.draw)
+    # By their place in this snapshot: the index of ids would have to be read at another page for each.
+    is_chosen = _place == func.any(func.array(chosen.limit(monitor.max_samples).scalar_subquery()))
+    columns = [predictions.c[name] for name in (*_ROW_COLUMNS, *_VECTORS)]
+    rows = select(found.c.pictures, *columns).select_from(found.outerjoin(predictions, is_chosen))
+    return rows.order_by(predictions.c.created_on, predictions.c.prediction_id)
 
 
 def count_requests(engine: Engine, *, model_name: str, after: datetime | None = None, most: int) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import numpy as np
-from sqlalchemy import Engine, event, insert, text, update
+import pandas as pd
+import pytest
+from sqlalchemy import Engine, Text, cast, event, func, insert, select, text, update
 
 from cv_platform.config import MonitorConfig
 from cv_platform.database.schema import FOLDER, feedback, images, predictions
@@ -169,6 +171,90 @@ def test_an_upload_that_is_sent_again_and_again_is_judged_once(engine: Engine) -
     assert [(found.requests, found.repeats, found.is_sampled) for found in (once, every)] == [(10, 6, False)] * 2
 
 
+def log_at_random(engine: Engine) -> None:
+    """Logs 600 requests of two versions around the window: pictures sent often or once, kept or not, some late."""
+    random = np.random.default_rng(0)
+    uploads = [f"{number:064x}" for number in range(60)]
+    with engine.begin() as connection:
+        content = {"content": b"x", "media_type": "image/png", "bytes": 1}
+        connection.execute(insert(images), [{"sha256": sha256, **content} for sha256 in uploads])
+    rows = []
+    for at in random.permutation(600):
+        # Whole hours, so that some times are equal; a sixth of the rows came up to two days later than answered.
+        answered = START + timedelta(hours=int(random.integers(-48, 8 * 24)))
+        logged = None if at % 50 == 0 else answered + timedelta(hours=int(random.integers(48)) if at % 6 == 0 else 0)
+        statistics = [float(random.integers(40)), *(float(i) for i in range(6))]
+        rows.append(
+            row(
+                answered,
+                float(at),
+                properties=statistics,
+                image_sha256=uploads[int(random.geometric(0.1)) % 60] if at % 3 else None,
+                client=FOLDER if at % 40 == 0 else None,
+                logged_on=logged,
+                model_version="v2" if at % 5 == 0 else "v1",
+            )
+        )
+    log(engine, *rows)
+
+
+def plain_window(engine: Engine, *, by: str, repeats: str, max_samples: int, seed: int) -> tuple[Any, ...]:
+    """Returns the counts and the drawn ids of a window, worked out from the whole table by pandas."""
+    draw = func.hashtextextended(cast(predictions.c.prediction_id, Text), seed).label("draw")
+    table = pd.read_sql(select(predictions, draw), engine)
+    moment = table["created_on"] if by == "answered" else table["logged_on"].fillna(table["created_on"])
+    table = table.loc[(moment >= START) & (moment < END) & (table["client"] != FOLDER)]
+    own = table.loc[table["model_version"] == "v1"].sort_values(by=["created_on", "draw"])
+    statistics = own["properties"].map(str).where(own["image_sha256"].isna(), "")
+    is_repeat = pd.DataFrame({"sha256": own["image_sha256"].fillna(""), "statistics": statistics}).duplicated()
+    eligible = own.loc[~is_repeat] if repeats == "once" else own
+    drawn = eligible.sort_values(by=["draw"]).head(max_samples).sort_values(by=["created_on", "prediction_id"])
+    late = int((own["created_on"] < START).sum())
+    counts = (len(own), late, int(is_repeat.sum()), len(table) - len(own), len(eligible) > max_samples)
+    return (*counts, drawn["prediction_id"].tolist())
+
+
+@pytest.mark.parametrize("by", ["answered", "logged"])
+@pytest.mark.parametrize("repeats", ["once", "all"])
+def test_counts_and_draws_what_a_search_through_the_whole_table_finds(engine: Engine, by: str, repeats: str) -> None:
+    log_at_random(engine)
+    for max_samples, seed in ((1, 0), (7, 1), (50, 2), (1000, 3)):
+        settings: dict[str, Any] = {"by": by, "repeats": repeats, "max_samples": max_samples, "seed": seed}
+        found = window(engine, **settings)
+        counts = (found.requests, found.late, found.repeats, found.others, found.is_sampled)
+        expected = plain_window(engine, **settings)
+        assert (*counts, found.rows["prediction_id"].tolist()) == expected
+        assert min(expected[0], expected[2], expected[3]) > 0
+        assert (expected[1] > 0) == (by == "logged")
+
+
+def test_a_picture_has_the_same_chance_however_often_it_was_sent(engine: Engine) -> None:
+    numbers = [0] * 60 + list(range(1, 20))
+    log(engine, *(row(START + timedelta(minutes=i), n, prediction_id=UUID(int=i)) for i, n in enumerate(numbers)))
+    draws = 400
+    drawn = np.concatenate([seen(window(engine, max_samples=5, seed=seed)) for seed in range(draws)])
+    times = np.bincount(drawn.astype(int), minlength=20)
+    # Of 20 pictures 5 are drawn: each 100 times of 400, with a standard deviation of 8.7.
+    assert times.sum() == 5 * draws
+    assert times.min() >= 57
+    assert times.max() <= 143
+
+
+def test_of_few_pictures_that_are_sent_all_the_time_the_first_requests_are_found(engine: Engine) -> None:
+    """Few of the candidates are the first of their picture."""
+    log(engine, *(row(START + timedelta(minutes=i), i % 3) for i in range(600)))
+    found, one = window(engine), window(engine, max_samples=1)
+    assert found.rows["created_on"].tolist() == [START + timedelta(minutes=i) for i in range(3)]
+    assert (found.requests, found.repeats, found.is_sampled) == (600, 597, False)
+    assert (len(one.rows), one.requests, one.repeats, one.is_sampled) == (1, 600, 597, True)
+
+
+def test_a_version_that_has_answered_nothing_has_the_others_counted(engine: Engine) -> None:
+    log(engine, *(row(START, i, model_version="v2") for i in range(3)))
+    found = window(engine)
+    assert (found.sample, found.requests, found.repeats, found.others) == (None, 0, 0, 3)
+
+
 def test_rows_that_have_given_up_their_uploads_are_drawn_once_each(engine: Engine) -> None:
     """They lie at another place than before."""
     with engine.begin() as connection:
@@ -220,6 +306,7 @@ def test_a_window_of_unusable_rows_only_has_no_sample(engine: Engine) -> None:
 
 
 def test_reads_no_image_and_no_heat_map(engine: Engine) -> None:
+    log(engine, row(START))
     statements: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
     window(engine)
