@@ -20,6 +20,8 @@ _TEMPLATE = "cv_template"
 _TRACKING = "MLFLOW_TRACKING_URI"
 _GIVEN_TRACKING = os.environ.get(_TRACKING)
 os.environ.update(past_proxies(os.environ))  # Tests ask servers of their own, in children too.
+# ONNX Runtime reads it once, in the first test that uses it; else it asks another test's proxy for its maker's server.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # So that no test that is slow once finds MLflow's metrics of the machine among its own.
 os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "3600")
 

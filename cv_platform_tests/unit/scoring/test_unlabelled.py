@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,8 @@ from cv_platform_tests.support.tiny_models import tiny_metadata
 
 GROUP = 1000
 FEATURES = 256
+COUNTED = pa.proxy_memory_pool(pa.default_memory_pool())
+"""Lives as long as the process: what was allocated from it may be given back whenever."""
 
 
 def scored(folder: Path, confidence: np.ndarray, images: list[str], *, group: int = GROUP) -> UnlabelledImages:
@@ -49,15 +50,13 @@ def scored(folder: Path, confidence: np.ndarray, images: list[str], *, group: in
     return UnlabelledImages(BatchScores.of_file(ModelIdentity(model_name="pets", version="v"), "", folder), folder)
 
 
-@contextmanager
-def arrow_bytes() -> Iterator[pa.MemoryPool]:
-    """Yields what counts the memory that PyArrow takes meanwhile."""
+@pytest.fixture
+def counted() -> Iterator[pa.MemoryPool]:
+    """Counts the memory that PyArrow takes meanwhile."""
     before = pa.default_memory_pool()
-    pa.set_memory_pool(pool := pa.proxy_memory_pool(before))
-    try:
-        yield pool
-    finally:
-        pa.set_memory_pool(before)
+    pa.set_memory_pool(COUNTED)
+    yield COUNTED
+    pa.set_memory_pool(before)
 
 
 def test_the_least_sure_come_first_each_once_and_whatever_row_group_they_are_in(tmp_path: Path) -> None:
@@ -72,12 +71,12 @@ def test_the_least_sure_come_first_each_once_and_whatever_row_group_they_are_in(
     assert folder.least_sure(0).empty
 
 
-def test_of_many_scored_images_a_row_group_is_in_memory(tmp_path: Path) -> None:
+def test_of_many_scored_images_a_row_group_is_in_memory(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     count = 20 * GROUP
     sure = np.random.default_rng(0).uniform(0.5, 1, count)
     folder = scored(tmp_path, sure, [str(row) for row in range(count)])
-    with arrow_bytes() as pool:
-        found = folder.least_sure(10)
+    pool: pa.MemoryPool = request.getfixturevalue("counted")  # Not while they are written.
+    found = folder.least_sure(10)
     assert found["path"].tolist() == [f"{row}.png" for row in np.argsort(sure)[:10]]
     # 4 to 7 MB, the threads' buffers included, whatever `count` is; the whole file would take 76 MB.
     assert pool.max_memory() < count * FEATURES * 4
