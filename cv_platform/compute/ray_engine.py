@@ -8,7 +8,9 @@ https://docs.ray.io/en/latest/ray-core/fault-tolerance.html
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
+import importlib.resources
 import logging
 import platform
 import socket
@@ -17,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from typing_extensions import override
 
@@ -25,6 +27,9 @@ from cv_platform.compute.engine import AHEAD, ATTEMPTS, TASK_BYTES, Outcome, R, 
 from cv_platform.cores import available_cores
 from cv_platform.errors import ComputeError
 from cv_platform.settings import prepare_process
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,8 @@ PACKAGES = (
     *("tensorflow", "keras"),
 )
 """What decides the bytes that come of a shard, or whether it can be read at all."""
+SOURCE = "source of cv-platform"
+"""Among versions: what tells two check-outs of one version apart."""
 _WIDTHS = {"AVX512F": "AVX-512", "FMA3": "AVX2", "AVX": "AVX"}
 """NumPy's names of what x86 processors round by, the widest first, as everybody knows them."""
 _MOST_SAID = 20
@@ -306,7 +313,7 @@ def _answer(question: Callable[[], R]) -> R:
 def _refusal(differences: list[str]) -> ComputeError:
     return ComputeError(
         f"Expected a Ray cluster with the packages of this process. Received: {'; '.join(differences)}. "
-        "Install the same ones there: requirements.lock."
+        "Install the same ones there: requirements.lock, and cv-platform of the same check-out, or image."
     )
 
 
@@ -331,7 +338,7 @@ def simd_found() -> list[str]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of what decides the bytes that come of a shard."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), SOURCE: source_digest("cv_platform")}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -340,13 +347,30 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def source_digest(package: str) -> str:
+    """Returns 12 hex digits of a package's Python files, in a folder or a zip; nothing where it has none, but .pyc."""
+    digest, found = hashlib.sha256(), dict(_sources(importlib.resources.files(package)))
+    for path, content in sorted(found.items()):
+        digest.update(f"{path} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12] if found else ""
+
+
+def _sources(folder: Traversable, inside: str = "") -> Iterator[tuple[str, bytes]]:
+    for entry in folder.iterdir():
+        if entry.name.endswith(".py"):
+            yield inside + entry.name, entry.read_bytes()
+        elif entry.is_dir():
+            yield from _sources(entry, f"{inside}{entry.name}/")
+
+
 def different_versions(here: Mapping[str, str], nodes: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Says what nodes have otherwise than this process, by their names."""
+    """Says what nodes have otherwise than this process, by their names; nothing of sources that one does not have."""
     return [
-        f"{node} has {name} {there.get(name, 'none')} instead of {version}"
+        f"{node} has {name} {found} instead of {version}"
         for node, there in nodes.items()
         for name, version in here.items()
-        if there.get(name, "none") != version
+        if (found := there.get(name, "none")) != version and (name != SOURCE or (found and version))
     ]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import compileall
+import hashlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +22,7 @@ import pytest
 
 from benchmarks.ray_nodes import ray_nodes
 from cv_platform.compute import map_shards, open_engine, ray_engine
-from cv_platform.compute.ray_engine import RayEngine, different_versions
+from cv_platform.compute.ray_engine import SOURCE, RayEngine, different_versions
 from cv_platform.datasets import manifest as manifests
 from cv_platform.datasets.manifest import build_manifest
 from cv_platform.errors import ComputeError, InvalidDatasetError, ShardError
@@ -78,6 +81,36 @@ def test_what_nodes_have_otherwise_is_named() -> None:
         "two has python 3.12.1 instead of 3.11.7",
         "two has numpy none instead of 1.26.4",
     ]
+
+
+def test_sources_are_told_apart_in_a_folder_and_in_a_zip_and_not_where_there_are_none(tmp_path: Path) -> None:
+    def digest(of: Path) -> str:
+        code = "import sys; from cv_platform.compute.ray_engine import source_digest; print(source_digest('pets'))"
+        environment = {**os.environ, "PYTHONPATH": f"{of}"}
+        return subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip()
+
+    package = tmp_path / "folder" / "pets"
+    for name in ("__init__.py", "dogs/__init__.py", "dogs/bark.py", "dogs/page.html"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(f"# {name}\n")
+    # sha256 of each path, the bytes of its file, and what is in it.
+    parts = (f"{name} {len(name) + 3}\n# {name}\n" for name in ("__init__.py", "dogs/__init__.py", "dogs/bark.py"))
+    expected = hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+    assert digest(package.parent) == expected
+    assert digest(Path(shutil.make_archive(str(tmp_path / "pets"), "zip", package.parent))) == expected
+    (package / "dogs" / "bark.py").write_text("# another dog\n")
+    other = digest(package.parent)
+    assert other != expected
+    compileall.compile_dir(package, quiet=1, legacy=True)
+    for path in package.rglob("*.py"):
+        path.unlink()
+    assert digest(package.parent) == ""
+    nodes = {"one": {SOURCE: ""}, "two": {SOURCE: other}, "three": {}}
+    assert different_versions({SOURCE: expected}, nodes) == [
+        f"two has source of cv-platform {other} instead of {expected}",
+        f"three has source of cv-platform none instead of {expected}",  # Of an earlier release.
+    ]
+    assert different_versions({SOURCE: ""}, {"two": {SOURCE: other}}) == []
 
 
 def test_a_processor_is_told_by_what_it_rounds_by() -> None:
@@ -195,6 +228,29 @@ def test_a_cluster_with_other_packages_is_refused(ray: RayEngine, monkeypatch: p
     monkeypatch.setattr(ray_engine.importlib.metadata, "version", lambda name: "1.0" if name == "numpy" else real(name))
     with pytest.raises(ComputeError, match=rf"has numpy {real('numpy')} instead of 1\.0\. Install the same ones"):
         ray_engine._require_same(sys.modules["ray"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_cluster_with_another_check_out_of_the_same_version_is_refused(cluster: Any, tmp_path: Path) -> None:
+    """Not from this check-out: workers of its machine would import what lies in the driver's working folder."""
+    there = shutil.copytree(Path(ray_engine.__file__).parents[1], tmp_path / "there" / "cv_platform")
+    node = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(there.parent)})
+    code = "import sys; from cv_platform.compute.ray_engine import RayEngine; print(RayEngine(sys.argv[1]).workers)"
+    join = [sys.executable, "-c", code, str(cluster.address)]
+    try:
+        cluster.wait_for_nodes()
+        same = subprocess.run(join, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert int(same.stdout) >= 3
+        with (there / "properties.py").open("a") as file:
+            file.write("# one more line\n")
+        other = subprocess.run(join, cwd=tmp_path, capture_output=True, text=True, check=False)
+    finally:
+        cluster.remove_node(node)
+    here = ray_engine.source_digest("cv_platform")
+    said = rf"\({node.node_id[:8]}\) has source of cv-platform \w{{12}} instead of {here}\. Install .* same check-out"
+    assert re.search(said, other.stderr), other.stderr
+    assert other.stderr.count("instead of") == 1, "of one node"
 
 
 @pytest.mark.ray
