@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import httpx
 
 from trials.findings import Findings
@@ -37,8 +39,9 @@ def score_on_ray(stage: Stage, findings: Findings) -> None:
     findings.add("scores of all digits by Ray, with the bytes of local", f"{equal}: {by['ray'][:16]}", equal == "equal")
     tasks = stage.get("RAY_PORT", "/api/v0/tasks?limit=10000&detail=1")["data"]["result"]["result"]
     # Other tasks ask nodes for their versions. A shard's task has the shard's name, so that only its function tells.
-    done = sum(task["func_or_class_name"] == "_work" and task["state"] == "FINISHED" for task in tasks)
-    findings.add("shards that Ray has worked on", f"{done}", done >= WORKERS)
+    shards = [task for task in tasks if task["func_or_class_name"] == "_work" and task["state"] == "FINISHED"]
+    by_node = sorted(Counter(shard["node_id"] for shard in shards).values())
+    findings.add(f"shards on each of {WORKERS} workers", f"{by_node}", len(by_node) == WORKERS)
 
 
 def run_as_job(stage: Stage, findings: Findings) -> None:
