@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.resources
 import logging
 import platform
+import queue
 import socket
 import sys
 import time
@@ -25,7 +26,7 @@ from typing_extensions import override
 
 from cv_platform.compute.engine import AHEAD, ATTEMPTS, TASK_BYTES, Outcome, R, S, Turns, answer, use_one_thread
 from cv_platform.cores import available_cores
-from cv_platform.errors import ComputeError
+from cv_platform.errors import ComputeError, CvPlatformError
 from cv_platform.settings import prepare_process
 
 if TYPE_CHECKING:
@@ -133,7 +134,12 @@ class RayEngine:
 
     @contextmanager
     def together(
-        self, function: Callable[[int, list[str]], None], count: int, *, gpus_each: int = 0
+        self,
+        function: Callable[..., None],
+        count: int,
+        *,
+        gpus_each: int = 0,
+        receive: Callable[[Any], None] | None = None,
     ) -> Iterator[Callable[[], str | None]]:
         """Calls a function in several processes at the same time, on as many nodes as there are; leaves none behind.
 
@@ -143,20 +149,25 @@ class RayEngine:
             function: of a module; gets its place, from 0, and an address that is free for each place, HOST:PORT.
             count: of the processes.
             gpus_each: that a process has to itself, beside a core.
+            receive: gets in this process, in order, what the first process reports; the function then gets as its third
+                argument what reports, which waits until no more than one report is on its way.
 
         Yields:
-            What waits until all calls have returned, or one has not, and returns how that one ended.
+            What waits until all calls have returned, or one has not, and returns how that one ended; it raises
+            CvPlatformErrors of theirs.
 
         Raises:
             ComputeError: the cluster has fewer cores or GPUs, or a node has other packages.
         """
         ray = self._joined()
         member = ray.remote(num_cpus=1, num_gpus=gpus_each, max_restarts=0)(_Member)
-        member = member.options(scheduling_strategy="SPREAD")
+        member = member.options(scheduling_strategy="SPREAD", max_concurrency=1 if receive is None else 2)
         members, addresses = _placed(ray, member, count, {"CPU": count, "GPU": gpus_each * count})
         try:
-            calls = [one.work.remote(function, index, addresses) for index, one in enumerate(members)]
-            yield functools.partial(_first_death, ray, calls)
+            shared = ray.put(function)
+            is_heard = receive is not None
+            calls = [one.work.remote(shared, index, addresses, is_heard) for index, one in enumerate(members)]
+            yield functools.partial(_first_death, ray, calls, members[0], receive)
         finally:
             _end(ray, members)
 
@@ -171,6 +182,9 @@ class RayEngine:
 class _Member:
     """A process of those that work together: an actor, which Ray does not start again by itself."""
 
+    def __init__(self) -> None:
+        self._reports: queue.Queue[Any] = queue.Queue(1)
+
     def address(self, expected: Packages) -> tuple[Exception | None, str]:
         """Returns `(error, HOST:PORT)`; the error is what this node has otherwise than who asks."""
         import ray
@@ -179,8 +193,21 @@ class _Member:
             free.bind(("", 0))
             return _unlike(expected), f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    def work(self, function: Callable[[int, list[str]], None], index: int, addresses: list[str]) -> None:
-        function(index, addresses)
+    def work(self, function: Callable[..., None], index: int, addresses: list[str], is_heard: bool) -> None:
+        if not is_heard:
+            return function(index, addresses)
+        try:
+            function(index, addresses, self._reports.put)
+        finally:
+            if index == 0:
+                self._reports.put(None)
+                self._reports.join()  # That one is asked for when all before it are received: no error overtakes them.
+
+    def reported(self) -> Any:
+        """Waits for the next report; None: no other follows."""
+        report = self._reports.get()
+        self._reports.task_done()
+        return report
 
 
 def _placed(ray: Any, member: Any, count: int, needs: Mapping[str, int]) -> tuple[list[Any], list[str]]:
@@ -225,15 +252,22 @@ def _addresses(ray: Any, members: list[Any], needs: Mapping[str, int]) -> list[s
     return [address for _, address in found]
 
 
-def _first_death(ray: Any, calls: list[Any]) -> str | None:
-    while calls:
-        ended, calls = ray.wait(calls, num_returns=1)
+def _first_death(ray: Any, calls: list[Any], first: Any, receive: Callable[[Any], None] | None) -> str | None:
+    waiting = calls if receive is None else [*calls, first.reported.remote()]
+    while waiting:
+        (ended,), waiting = ray.wait(waiting, num_returns=1)
         try:
-            ray.get(ended)
+            report = ray.get(ended)
         except ray.exceptions.RayActorError:
             return "was ended, or its node"
         except ray.exceptions.RayError as err:
+            if isinstance(cause := getattr(err, "cause", None), CvPlatformError):
+                raise cause from err
             return f"ended with {str(err).strip().splitlines()[-1]}"
+        if report is not None and receive is not None:
+            receive(report)
+            waiting.append(first.reported.remote())
+            del report, ended  # Large, maybe: the next one comes when they are gone.
     return None
 
 

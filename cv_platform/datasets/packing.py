@@ -246,14 +246,26 @@ def open_images(source: PackSource) -> Images:
         DatasetError: see `open_split`.
         StorageError: central storage cannot be reached.
     """
-    packed = source.packed
-    if source.shared_in and not packed.directory.is_dir():
-        directory = home_here(packed.directory.parents[1]) / "packed" / packed.directory.name
-        with exclusive(directory.parent / f".{directory.name}.lock"):
-            if not _intact(directory):
-                take_pack(directory, source.shared_in)
-        packed = packed.model_copy(update={"directory": directory})
-    return open_split(packed, source.split).images
+    return open_split(pack_here(source.packed, source.shared_in), source.split).images
+
+
+def pack_here(packed: PackedImages, shared_in: str | None) -> PackedImages:
+    """Returns a pack where this process sees it, or takes it from central storage into this process's home.
+
+    Args:
+        packed: the pack, where another process has it.
+        shared_in: see `PackSource`.
+
+    Raises:
+        StorageError: central storage cannot be reached.
+    """
+    if shared_in is None or packed.directory.is_dir():
+        return packed
+    directory = home_here(packed.directory.parents[1]) / "packed" / packed.directory.name
+    with exclusive(directory.parent / f".{directory.name}.lock"):
+        if not _intact(directory):
+            take_pack(directory, shared_in)
+    return packed.model_copy(update={"directory": directory})
 
 
 def _usable(version: DatasetVersion, quarantined: Collection[str]) -> dict[str, pa.Table]:

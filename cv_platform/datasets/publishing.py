@@ -91,12 +91,7 @@ def find_origin(
     listed = _Listed(version, directory, sharing.repository, expected)
     url, store = f"{sharing.url.rstrip('/')}/{FOLDER}/{provenance.ds_name}", ObjectStore(sharing.url)
     note = patiently(f"The note on {provenance}", _note_use, version, store, provenance.ds_name)
-    answers = engine.ask(functools.partial(_unread, sharing.url, note))
-    if unread := [f"{name}: {why}" for name in blind if (why := answers.get(name)) is not None]:
-        raise ComputeError(
-            f"{expected} Nor do all of them read central storage instead: {_named(unread)}. Set CV_STORAGE to what "
-            "they all reach, such as s3://bucket/prefix, and give each node what that needs."
-        )
+    require_readable(engine, blind, sharing.url, note, expected)
     patiently(f"The upload of {provenance}", _send, version, sharing.repository, listed, store, note)
     return Origin(directory, functools.partial(_stored, url, Proof.of(seen_by), listed))
 
@@ -120,6 +115,27 @@ def _send(version: StoredVersion, repository: Path, listed: _Listed, store: Obje
     except DatasetError:
         store.read(note)  # Where storage is away, this says so.
         raise
+
+
+def require_readable(engine: Engine, blind: Collection[str], url: str, note: str, expected: str) -> None:
+    """Refuses machines that do not read central storage instead of what they do not see.
+
+    Args:
+        engine: whose machines they are.
+        blind: their names.
+        url: of central storage.
+        note: the path of a file that is there.
+        expected: how the error begins: what they do not see.
+
+    Raises:
+        ComputeError: one does not read that file.
+    """
+    answers = engine.ask(functools.partial(_unread, url, note))
+    if unread := [f"{name}: {why}" for name in blind if (why := answers.get(name)) is not None]:
+        raise ComputeError(
+            f"{expected} Nor do all of them read central storage instead: {_named(unread)}. Set CV_STORAGE to what "
+            "they all reach, such as s3://bucket/prefix, and give each node what that needs."
+        )
 
 
 def _named(machines: list[str]) -> str:

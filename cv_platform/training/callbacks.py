@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -74,6 +74,18 @@ class TrainingState(BaseModel):
         """The epoch (from 0) with the lowest `selection_metric`; the first of equals."""
         losses = self.history[selection_metric(self.history)]
         return losses.index(min(losses))
+
+
+class Epoch(NamedTuple):
+    """What an epoch has left, for who keeps it elsewhere.
+
+    Attributes:
+        state: its record.
+        weights: the content of its `last_weights`; those of a better epoch were there before.
+    """
+
+    state: TrainingState
+    weights: bytes
 
 
 def read_state(folder: Path) -> TrainingState | None:
@@ -264,13 +276,10 @@ class TrainingMonitor:
             sha256 = {**state.sha256, best: before.sha256[best]}
             state = state.model_copy(update={"best_weights": best, "sha256": sha256})
         self.state = state
-        if not is_writer:
-            return
-        write_file(self.folder / _record_name(state), state.model_dump_json())
-        needed = {name for kept in (before, state) if kept for name in (*kept.sha256, _record_name(kept))}
-        for path in self.folder.glob("epoch-*"):
-            if path.name not in needed:
-                path.unlink()
+        if is_writer:
+            keep_epoch(self.folder, state, before)
+        if is_writer and self.member is not None and self.member.report is not None:
+            self.member.report(Epoch(state, (self.folder / last).read_bytes()))
 
     def _log(self, epoch: int, metrics: dict[str, float]) -> None:
         assert self.state is not None
@@ -309,10 +318,19 @@ class TrainingMonitor:
         for epoch in range(self.state.mlflow_epochs if is_known else 0, self.state.epochs_done):
             self.run.log_metrics({name: values[epoch] for name, values in self.state.history.items()}, step=epoch + 1)
             self.state = self.state.model_copy(update={"mlflow_epochs": epoch + 1, "mlflow_run_id": self.run.run_id})
-            write_file(self.folder / _record_name(self.state), self.state.model_dump_json())
+            write_file(self.folder / record_name(self.state), self.state.model_dump_json())
         if self._within_epoch:
             self.run.log_curve("loss_so_far", self._within_epoch)
             self._within_epoch = {}
+
+
+def keep_epoch(folder: Path, state: TrainingState, before: TrainingState | None) -> None:
+    """Writes the record of an epoch whose weights are there, and deletes what neither it nor the one before names."""
+    write_file(folder / record_name(state), state.model_dump_json())
+    needed = {name for kept in (before, state) if kept for name in (*kept.sha256, record_name(kept))}
+    for path in folder.glob("epoch-*"):
+        if path.name not in needed:
+            path.unlink()
 
 
 def _kept(model: Any) -> list[Any]:
@@ -327,7 +345,8 @@ def load_epoch(model: keras.Model, path: Path) -> None:
             variable.assign(arrays[f"arr_{index}"])
 
 
-def _record_name(state: TrainingState) -> str:
+def record_name(state: TrainingState) -> str:
+    """Returns the name of an epoch's record."""
     return f"epoch-{state.epochs_done:05d}.json"
 
 

@@ -8,8 +8,9 @@ strategy's scope; here it trains an ordinary model whose optimizer asks the othe
 `train_elsewhere` leaves a training to one process, wherever that is (`train.job_gpus`).
 
 `train_together` starts the processes, on this machine or by Ray on others, and starts all of them again from the last
-whole epoch when one dies. Where TF_CONFIG names all of them, and this process as the first, a person starts the others,
-by `python -m cv_platform.training.together FOLDER`: FOLDER is the training's own, on a file system that all share.
+whole epoch when one dies. What goes to machines that do not see the training's folder, and back, is in `travelling`.
+Where TF_CONFIG names all of them, and this process as the first, a person starts the others, by
+`python -m cv_platform.training.together FOLDER`: FOLDER is the training's own, on a file system that all share.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from cv_platform.compute.ray_engine import RayEngine
 from cv_platform.compute.sight import Proof, blind_machines
 from cv_platform.compute.worker import end_with
 from cv_platform.cores import available_cores
-from cv_platform.errors import ComputeError, CvPlatformError, TrainingError
+from cv_platform.errors import CvPlatformError, TrainingError
 from cv_platform.files import write_file
 from cv_platform.settings import process_environment
+from cv_platform.training.travelling import Luggage, receive_epoch, require_shared
 
 if TYPE_CHECKING:
     import keras
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from cv_platform.compute.engine import Engine
     from cv_platform.config import ExperimentConfig
     from cv_platform.records import PackedImages
+    from cv_platform.training.callbacks import Epoch
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +71,20 @@ class Member:
         index: from 0, which is the one that writes.
         count: how many they are.
         strategy: TensorFlow's, which connects them.
+        report: gets each epoch that the first one has written; None: nobody asks for it.
     """
 
     index: int
     count: int
     strategy: Any
+    report: Callable[[Epoch], None] | None = None
 
     @classmethod
-    def join(cls) -> Member:
+    def join(cls, report: Callable[[Epoch], None] | None = None) -> Member:
         """Waits for the others that TF_CONFIG names; before anything else is done with TensorFlow.
+
+        Args:
+            report: see the class.
 
         Raises:
             TrainingError: TF_CONFIG names nobody.
@@ -90,7 +98,7 @@ class Member:
                 f"Expected TF_CONFIG to name all workers: {_EXAMPLE}. Received: none. Set it for each process, with "
                 "its own index."
             )
-        return cls(int(resolver.task_id or 0), count, tf.distribute.MultiWorkerMirroredStrategy())
+        return cls(int(resolver.task_id or 0), count, tf.distribute.MultiWorkerMirroredStrategy(), report)
 
     def mean(self, values: Any) -> Any:
         """Returns the mean of all members' `(N,)` float32 tensors; each has to call it as often as the others."""
@@ -142,31 +150,19 @@ def train_together(
 
     Raises:
         TrainingError: a process says that it cannot train, or processes die time and again; by hand: once.
-        ComputeError: a machine of Ray's does not see the folder.
+        ComputeError: a machine of Ray's sees neither the folder nor a central storage that has the pixels.
     """
     write_file(folder / TASK, pickle.dumps((packed, config)))
     if place := process_environment().get("TF_CONFIG"):
         _lead(folder, place, config.train.workers)
         return
-    if isinstance(engine, RayEngine) and (blind := blind_machines(engine, Proof.of(folder / TASK))):
-        raise ComputeError(
-            f"Expected {folder} on each node, as processes that train together go on from what is in it. Received: "
-            f"none on {', '.join(blind)}. Put CV_HOME at the same path of all of them, on a shared file system; or set "
-            "train.workers: 1."
-        )
+    by_ray = isinstance(engine, RayEngine)
+    attempt = _by_ray(engine, packed, config, folder) if by_ray else partial(_here, config, folder)
     died = 0
-    gpus_each = engine.gpus_each(config.train.workers) if isinstance(engine, RayEngine) else 0
     while True:
         before = _epochs(folder)
         (folder / PROBLEM).unlink(missing_ok=True)
-        if isinstance(engine, RayEngine):
-            work = partial(_work, folder, gpus_each > 0)
-            with engine.together(work, config.train.workers, gpus_each=gpus_each) as first_death:
-                death = first_death()
-        else:
-            workers = [f"127.0.0.1:{port}" for port in _free_ports(config.train.workers)]
-            with _processes(folder, [_place(index, workers) for index in range(len(workers))]) as processes:
-                death = _first_death(processes)
+        death = attempt()
         if death is None:
             return
         if (folder / PROBLEM).is_file():
@@ -178,6 +174,35 @@ def train_together(
                 f"that {death}, without an epoch in between. Look at what it has said, and at the machine's memory."
             )
         logger.warning("a process of the training %s; all go on from epoch %d", death, _epochs(folder) + 1)
+
+
+def _here(config: ExperimentConfig, folder: Path) -> str | None:
+    """Trains by processes of this machine until all have ended well, or one has not; returns how that one ended."""
+    workers = [f"127.0.0.1:{port}" for port in _free_ports(config.train.workers)]
+    with _processes(folder, [_place(index, workers) for index in range(len(workers))]) as processes:
+        return _first_death(processes)
+
+
+def _by_ray(
+    engine: RayEngine, packed: PackedImages, config: ExperimentConfig, folder: Path
+) -> Callable[[], str | None]:
+    """Returns what does so by processes of Ray's, wherever they are."""
+    count = config.train.workers
+    gpus_each = engine.gpus_each(count)
+    blind = blind_machines(engine, Proof.of(folder / TASK))
+    shared_in = require_shared(engine, blind, packed, folder) if blind else None
+
+    def attempt() -> str | None:
+        task = folder if shared_in is None else Luggage.of(packed, shared_in, config, folder)
+        receive = None if shared_in is None else partial(receive_epoch, folder)
+        work = partial(_work, task, gpus_each > 0)
+        with engine.together(work, count, gpus_each=gpus_each, receive=receive) as first_death:
+            try:
+                return first_death()
+            except CvPlatformError as err:
+                raise TrainingError(str(err)) from err
+
+    return attempt
 
 
 def train_elsewhere(
@@ -266,12 +291,18 @@ def _place(index: int, workers: list[str]) -> str:
     return json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
 
 
-def _work(folder: Path, has_gpu: bool, index: int, workers: list[str]) -> None:
-    """Trains in a process of Ray's."""
+def _work(
+    task: Path | Luggage, has_gpu: bool, index: int, workers: list[str], report: Callable[[Epoch], None] | None = None
+) -> None:
+    """Trains in a process of Ray's: in the training's folder, or in one of this machine with what came along."""
     if not has_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides none: https://github.com/ray-project/ray/issues/54868
     os.environ["TF_CONFIG"] = _place(index, workers)
-    main(folder)
+    if isinstance(task, Path):
+        main(task)
+        return
+    with task.unpacked(index) as (packed, config, folder):
+        _train(packed, config, folder, report)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -296,20 +327,26 @@ def _first_death(processes: list[Popen[bytes]]) -> str | None:
 
 def main(folder: Path) -> None:
     """Trains as one of several, as the folder's task and TF_CONFIG say; alone where the task is for one."""
-    from cv_platform.datasets.packing import open_split
-    from cv_platform.training.fitting import fit_model, fit_share
-
     packed, config = pickle.loads((folder / TASK).read_bytes())
-    member = Member.join() if config.train.workers > 1 else None
     try:
-        splits = open_split(packed, "train"), open_split(packed, "valid")
-        if member is None:
-            fit_model(config, *splits, folder=folder)
-        else:
-            fit_share(config, *splits, folder=folder, member=member)
+        _train(packed, config, folder)
     except CvPlatformError as err:
         (folder / PROBLEM).write_text(str(err), encoding="utf-8")
         raise
+
+
+def _train(
+    packed: PackedImages, config: ExperimentConfig, folder: Path, report: Callable[[Epoch], None] | None = None
+) -> None:
+    from cv_platform.datasets.packing import open_split
+    from cv_platform.training.fitting import fit_model, fit_share
+
+    member = Member.join(report) if config.train.workers > 1 else None
+    splits = open_split(packed, "train"), open_split(packed, "valid")
+    if member is None:
+        fit_model(config, *splits, folder=folder)
+    else:
+        fit_share(config, *splits, folder=folder, member=member)
 
 
 if __name__ == "__main__":

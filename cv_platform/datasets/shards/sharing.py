@@ -86,6 +86,11 @@ def take_pack(directory: Path, storage_url: str) -> bool:
     return True
 
 
+def shared_note(directory: Path, storage_url: str) -> str:
+    """Returns the path of the file by which central storage has the pack of that name."""
+    return ObjectStore(storage_url).path(_FOLDER, directory.name, _SHARED)
+
+
 def published_in(directory: Path) -> str | None:
     """Returns the URL of the central storage that a pack was published to, or taken from; None: it is not shared."""
     for name in (_PUBLISHED, ORIGIN):

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def assigned(shard: Numbers) -> dict[str, float]:
     import ray
 
     return dict(ray.get_runtime_context().get_assigned_resources())
+
+
+def count_up(fails: bool, index: int, addresses: list[str], report: Callable[[int], None]) -> None:
+    """Reports four numbers, if it is the first of several processes, and may fail then."""
+    if index == 0:
+        for number in range(4):
+            report(number)
+        if fails:
+            raise InvalidDatasetError("Expected five. Received: four.")
 
 
 def note_gpu(folder: Path, index: int, addresses: list[str]) -> None:

@@ -46,7 +46,7 @@ from cv_platform_tests.unit.evaluation.test_engines import require_same_answers
 from cv_platform_tests.unit.scoring.test_score import VERSION
 from cv_platform_tests.unit.scoring.test_score import require_poison_named as require_poison_in_scores
 
-from .tasks import Noted, Numbers, assigned, doubled, note_gpu, noted, noted_slowly, read_back, shards
+from .tasks import Noted, Numbers, assigned, count_up, doubled, note_gpu, noted, noted_slowly, read_back, shards
 
 
 def test_without_ray_the_error_says_which_extra_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +349,20 @@ def test_a_node_that_comes_later_with_another_package_is_refused(ray: RayEngine,
             pass
     finally:
         cluster.remove_node(node)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_what_the_first_of_several_reports_comes_in_order_and_before_its_error(ray: RayEngine) -> None:
+    received: list[int] = []
+    with ray.together(partial(count_up, False), 2, receive=received.append) as first_death:
+        assert first_death() is None
+    with (
+        ray.together(partial(count_up, True), 2, receive=received.append) as first_death,
+        pytest.raises(InvalidDatasetError, match=r"Expected five\. Received: four\."),
+    ):
+        first_death()
+    assert received == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 @pytest.mark.ray

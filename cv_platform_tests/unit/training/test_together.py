@@ -20,12 +20,11 @@ from benchmarks.ray_nodes import ray_nodes
 from cv_platform.compute.ray_engine import RayEngine
 from cv_platform.config import ExperimentConfig
 from cv_platform.datasets.packing import open_split
-from cv_platform.errors import ComputeError, ConfigError, TrainingError
+from cv_platform.errors import ConfigError, TrainingError
 from cv_platform.records import PackedImages
 from cv_platform.training.callbacks import read_state
 from cv_platform.training.fitting import fit_model
 from cv_platform.training.together import TO_START, Member, _free_ports, _place, train_together
-from cv_platform_tests.support.blind_node import blind_cluster
 from cv_platform_tests.support.tiny_training import experiment, pack_tiny
 from cv_platform_tests.support.waiting import wait_until
 
@@ -163,19 +162,6 @@ def test_who_is_not_named_as_the_first_of_all_workers_starts_no_training(
     config = experiment(train__workers=2)
     with pytest.raises(TrainingError, match=received):
         train_together(pack_tiny(tmp_path, config), config, tmp_path)
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(900)
-def test_a_node_that_does_not_see_the_folder_is_refused(tmp_path: Path) -> None:
-    config, hidden = experiment(train__workers=2), tmp_path / "hidden"
-    hidden.mkdir()
-    packed = pack_tiny(tmp_path, config)
-    refused = pytest.raises(
-        ComputeError, match=rf"Expected {hidden} on each node, .* none on \S+ \(\w+\)\. Put CV_HOME"
-    )
-    with blind_cluster(hidden, tmp_path / "node") as engine, refused:
-        train_together(packed, config, hidden, engine=engine)
 
 
 @pytest.mark.ray
