@@ -9,7 +9,7 @@ import os
 import select
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -63,10 +63,17 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     try:
         return options.command(options)
     except CvPlatformError as err:
-        print(f"error: {err}", file=sys.stderr)
+        print("\n".join([f"error: {err}", *_notes(err)]), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _notes(err: BaseException | None) -> Iterator[str]:
+    """Yields the first lines of an error's notes, and of those that it comes from: which shard, on which machine."""
+    while err is not None:
+        yield from (f"  {note.splitlines()[0].rstrip(':')}" for note in getattr(err, "__notes__", ()))
+        err = err.__cause__
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -174,11 +174,18 @@ class Turns(Generic[S, R]):
 def alone(
     function: Callable[[S], R], shards: Iterable[S], *, worth_seconds: float, total: int
 ) -> Iterator[tuple[S, R]]:
-    """Works on shards in this process until there is nothing left, or as much as others are worth their start."""
+    """Works on shards in this process until there is nothing left, or as much as others are worth their start.
+
+    An error has a note with the shard and this machine, as from `answer`.
+    """
     done, seconds = 0, 0.0
     for shard in shards:
         started = time.perf_counter()
-        result = call(function, shard)
+        try:
+            result = call(function, shard)
+        except Exception as err:
+            err.add_note(f"Of {shard.name}, in this process on {socket.gethostname()}")
+            raise
         seconds += time.perf_counter() - started
         done += shard.images
         yield shard, result

@@ -58,7 +58,14 @@ class Progress:
         rate = self._done / max(seconds, 1e-9)
         left = max(0, self._total - self._done) / max(rate, 1e-9)
         share = f"{self._done:,} of {self._total:,} images"
-        return f"{self._title}: {share}, {rate:,.0f} per second, {left:,.0f} s left"
+        return f"{self._title}: {share}, {rate:,.0f} per second, {_clock(left)} left"
+
+
+def _clock(seconds: float) -> str:
+    """Returns a time as the bar says it: minutes and seconds, such as 05:00, from an hour on with hours, as 9:43:20."""
+    from tqdm import tqdm  # Late, as above.
+
+    return tqdm.format_interval(round(seconds))
 
 
 def watched(images: Sequence[T], title: str) -> Iterator[T]:

@@ -98,6 +98,7 @@ def score_images(
     schema = scores_schema(metadata, heat_maps=heat_maps)
     parts = output.absolute().with_name(f".{output.name}.parts")
     with _alone(parts, output), _kept_unless_empty(parts):
+        logger.info("Listing the images of %s", source)
         found = find_images(source, parts)
         started = time.perf_counter()
         batches = list(_batches(found, metadata, schema))

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cv_platform import cli
 from cv_platform.cli import main
 from cv_platform.commands.import_dataset import EXAMPLE
 from cv_platform.config import load_experiment
+from cv_platform.errors import InvalidDatasetError
 from cv_platform_tests.support.pictures import class_folders, write_pictures
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,6 +50,25 @@ def test_validate_config_refuses_two_files_of_one_experiment_once_and_names_both
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.count(f"{one} and {two}: expected one experiment with name: digits.") == 1
+
+
+def test_an_error_says_by_its_notes_where_it_happened_and_those_of_what_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: object) -> int:
+        cause = OSError("No space left.")
+        cause.add_note("Of a.heic to b.heic, in a process of its own on node-1:\nTraceback (most recent call last):")
+        err = InvalidDatasetError("Cannot read the images.")
+        err.add_note("Of everything.")
+        raise err from cause
+
+    monkeypatch.setattr(cli, "_schema", fails)
+    assert main(["schema"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: Cannot read the images.",
+        "  Of everything.",
+        "  Of a.heic to b.heic, in a process of its own on node-1",
+    ]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

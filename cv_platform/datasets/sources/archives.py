@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import lzma
 import shutil
 import stat
@@ -16,6 +17,8 @@ from typing import IO
 from cv_platform import files
 from cv_platform.datasets.sources.tree import MAX_DEPTH
 from cv_platform.errors import InvalidDatasetError
+
+logger = logging.getLogger(__name__)
 
 MAX_UNPACKED_BYTES = 500 * 10**9
 MAX_MEMBERS = 20_000_000
@@ -52,6 +55,7 @@ def unpack(archive: Path, into: Path, *, encoding: str | None = None, max_bytes:
             damaged or encrypted; its names are in an unknown encoding; or its content is larger than `max_bytes` or the
             free disk space.
     """
+    logger.info("Unpacking %s, %.1f GB", archive, archive.stat().st_size / 1e9)
     free = files.free_bytes(into) - files.SPARE_BYTES
     limit, why = (max_bytes, "allowed") if max_bytes < free else (free, "free on the disk")
     unpacked_bytes = 0

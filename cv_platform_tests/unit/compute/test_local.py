@@ -99,6 +99,9 @@ def test_an_error_of_the_function_ends_the_work_as_it_is() -> None:
     with pytest.raises(InvalidDatasetError, match="Expected no 9") as caught:
         list(map_shards(doubled, [Numbers((9,))], engine=PROCESSES, title="Doubling", total=1))
     assert caught.value.__notes__ == [f"Of numbers from 9, in a process of its own on {socket.gethostname()}"]
+    with pytest.raises(InvalidDatasetError) as here:
+        list(map_shards(doubled, [Numbers((9,))], engine=None, title="Doubling", total=1))
+    assert here.value.__notes__ == [f"Of numbers from 9, in this process on {socket.gethostname()}"]
     with pytest.raises(TypeError) as unforeseen:
         list(map_shards(len, shards(1), engine=PROCESSES, title="Counting", total=1))  # pyright: ignore[reportArgumentType]
     assert re.match(r"Of numbers from 0, in a process .*:\nTraceback", unforeseen.value.__notes__[0])
@@ -292,11 +295,12 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(
     monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.0)
     with caplog.at_level("INFO"):
         assert list(watched("ab", "Images copied")) == ["a", "b"]
-    assert re.match(r"Images copied: 1 of 2 images, [\d,]+ per second, 0 s left", caplog.messages[0])
+    assert re.match(r"Images copied: 1 of 2 images, [\d,]+ per second, 00:00 left", caplog.messages[0])
     assert file.getvalue() == ""
 
 
 def test_progress_says_how_many_how_fast_and_how_long() -> None:
     progress = Progress("Scoring", 3000)
     progress.add(1000)
-    assert progress.line(20.0) == "Scoring: 1,000 of 3,000 images, 50 per second, 40 s left"
+    assert progress.line(20.0) == "Scoring: 1,000 of 3,000 images, 50 per second, 00:40 left"
+    assert progress.line(17_500.0) == "Scoring: 1,000 of 3,000 images, 0 per second, 9:43:20 left"

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -268,6 +269,31 @@ def require_poison_named(output: Path, images: Path) -> None:
     assert rows["sha256"][rows["path"].index("cat/3.png")] == digest
 
 
+def test_what_comes_early_in_order_has_all_later_batches_scored_again(
+    settings: Settings, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "_FEWEST_IMAGES", 3)
+
+    def fails(*_: object) -> tuple[int, int]:
+        raise OSError("No space left.")
+
+    monkeypatch.setattr(score, "_join", fails)
+    known = set[Path]()
+
+    def new_parts() -> int:
+        with pytest.raises(OSError, match="No space"):
+            score_images(str(images), VERSION, tmp_path / "scores.parquet", settings=settings)
+        new = {*(tmp_path / ".scores.parquet.parts").glob("*.arrow")} - known
+        known.update(new)
+        return len(new)
+
+    assert new_parts() == 4, "11 images, three in a batch"
+    write_pictures(images, ["z.png"])
+    assert new_parts() == 1
+    write_pictures(images, ["a/9.png"])
+    assert new_parts() == 4, "of 13 images, all but the first three"
+
+
 def test_the_command_scores_an_archive(
     settings: Settings,
     images: Path,
@@ -280,8 +306,26 @@ def test_the_command_scores_an_archive(
     outputs = [tmp_path / "folder.parquet", tmp_path / "archive.parquet"]
     for source, output in zip((str(images), archive), outputs, strict=True):
         assert main(["score", source, "--model", VERSION, "--output", str(output)]) == 0
-        assert "11 images: 1 without an answer, 0 unknown; 11 scored now" in capsys.readouterr().out
+        captured = capsys.readouterr()
+        assert "11 images: 1 without an answer, 0 unknown; 11 scored now" in captured.out
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_the_command_says_at_which_images_it_has_failed_and_where(
+    settings: Settings,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CV_HOME", str(settings.home))
+    for path in (settings.home / "storage").rglob("*.onnx"):
+        path.chmod(0o644)
+        path.write_bytes(b"damaged")
+    assert main(["score", str(images), "--model", VERSION, "--output", str(tmp_path / "scores.parquet")]) == 1
+    said, note = capsys.readouterr().err.splitlines()
+    assert "expected the published files. Missing or changed: model.onnx" in said
+    assert note == f"  Of a/0.png to b/4.png, in this process on {socket.gethostname()}"
 
 
 def test_what_cannot_be_scored_is_said(settings: Settings, tmp_path: Path) -> None:
