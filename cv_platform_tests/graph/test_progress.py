@@ -30,5 +30,5 @@ def test_the_progress_of_other_processes_is_among_a_runs_events(file: str, monke
     with dg.instance_for_test(overrides={"python_logs": python_logs}) as instance:
         run = dg.materialize([counted], instance=instance)
         said = [event.user_message for event in instance.all_logs(run.run_id)]
-    lines = [line for line in said if re.fullmatch(r"Counting: \d+ of 10 images, [\d,]+ per second, \d+ s left", line)]
+    lines = [line for line in said if re.fullmatch(r"Counting: \d+ of 10 images, [\d,]+ per second, [\d:]+ left", line)]
     assert [line.split()[1] for line in lines] == ["2", "4", "6", "8", "10"]
